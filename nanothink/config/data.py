@@ -1,0 +1,39 @@
+"""Which text, how it is split, and how it becomes tokens."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from nanothink.config.base import Settings
+
+SPLIT_SEED = 42
+"""The seed of the train/validation split. Fixed, so that a document never changes sides between runs."""
+
+
+class DataConfig(Settings):
+    data_dir: str = "data"
+    """Folder that holds one folder of JSONL files per domain."""
+
+    domains: tuple[str, ...] | None = None
+    """Domains to use, by folder name; all of them when empty."""
+
+    tokenizer: str = "gpt2"
+    """A Hugging Face Hub name, a local folder, or a tokenizer.json file."""
+
+    val_split: float = Field(0.1, gt=0, lt=1)
+    """Fraction of the documents, chosen by a hash of their text, that is held out for validation."""
+
+    skip_bad_records: bool = False
+    """Go on without lines that are not valid records (they are counted and named) instead of stopping."""
+
+    @field_validator("domains", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        if value is None or value == "":
+            return None
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, (list, tuple)):
+            names = [part.strip() for item in value for part in str(item).split(",")]
+            return tuple(dict.fromkeys(name for name in names if name)) or None
+        return value

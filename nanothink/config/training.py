@@ -1,0 +1,104 @@
+"""How a model is trained. One class per phase, all of the same shape."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nanothink.config.base import Settings
+
+
+class TrainConfig(Settings):
+    """What every phase has. The phases differ in defaults, not in meaning."""
+
+    lr: float = Field(3e-4, gt=0, le=10)
+    """Peak learning rate. Every parameter group has this rate times its own multiplier below."""
+
+    lr_matrices: float = Field(10.0, ge=0)
+    """Multiplier of lr for hidden matrices (with Muon, whose update is scaled to AdamW's RMS)."""
+
+    lr_embeddings: float = Field(100.0, ge=0)
+    """Multiplier of lr for token embeddings (AdamW)."""
+
+    lr_head: float = Field(10.0, ge=0)
+    """Multiplier of lr for the LM head (AdamW)."""
+
+    lr_other: float = Field(10.0, ge=0)
+    """Multiplier of lr for norms, biases, convolutions and everything else (AdamW)."""
+
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """'muon': Muon for hidden matrices, AdamW for the rest. 'adamw': AdamW for all."""
+
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    """Decoupled weight decay of hidden matrices, per unit of learning rate. Nothing else decays."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon's momentum."""
+
+    schedule: Literal["cosine", "trapezoid"] = "cosine"
+    """Shape of the learning rate after warm-up: cosine to lr_min_fraction, or flat and then linear."""
+
+    lr_min_fraction: float = Field(0.05, ge=0, le=1)
+    """Where the schedule ends, as a fraction of the peak."""
+
+    warmup_steps: int = Field(100, ge=0)
+    """Optimizer steps of linear warm-up. A run shorter than ten times this warms up over a tenth of itself."""
+
+    batch_size: int = Field(32, ge=1)
+    """Blocks per forward and backward pass."""
+
+    grad_accum_steps: int = Field(1, ge=1)
+    """Forward and backward passes per optimizer step."""
+
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest allowed norm of the gradient, over all parameters together."""
+
+    max_epochs: int = Field(20, ge=1)
+    """Passes over the training blocks."""
+
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps at which to stop, whatever the epoch; the schedule ends there too."""
+
+    use_amp: bool = True
+    """Compute in a 16-bit type where that is faster on this device."""
+
+    amp_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """The type under use_amp; 'auto' picks by device and, on a CPU, by measuring."""
+
+    eval_every_steps: int | None = Field(None, ge=1)
+    """Evaluate this often as well as at every epoch's end."""
+
+    eval_max_tokens: int | None = Field(None, ge=1)
+    """Validate on at most this many tokens per domain (whole documents); on all of them when empty."""
+
+    early_stopping_patience: int = Field(5, ge=1)
+    """Evaluations in a row without improvement after which training stops."""
+
+    snapshot_every_epochs: int = Field(5, ge=1)
+    """Keep a checkpoint every this many epochs."""
+
+    save_every_seconds: float = Field(180.0, gt=0)
+    """Rewrite the rolling checkpoint this often within an epoch."""
+
+    log_every_steps: int = Field(10, ge=1)
+    """Log training metrics this often, in optimizer steps."""
+
+    max_skipped_steps: int = Field(20, ge=1)
+    """Non-finite steps in a row after which training gives up."""
+
+    sample_prompts: tuple[str, ...] = ("Once upon a time", "The")
+    """Prompts continued at every epoch's end, to watch the text improve."""
+
+    sample_tokens: int = Field(48, ge=0)
+    """Tokens per sample; 0 writes none."""
+
+    seed: int = Field(42, ge=0, lt=1 << 63)
+    """Seed of initial weights and of the order of the data (the split has a fixed seed of its own)."""
+
+
+class TrainExpertConfig(TrainConfig):
+    """Phase 1, transformer and state-space expert."""

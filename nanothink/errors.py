@@ -1,0 +1,92 @@
+"""Everything NanoThink raises on purpose.
+
+    NanoThinkError            exit 1
+    ├── UsageError            exit 2   the command or a setting is wrong
+    │   └── ConfigError                a setting, its name or its value
+    ├── DataError                      the corpus: missing, empty, malformed, unreadable
+    │   └── BadRecordsError            lines that are not records; carries every problem found
+    ├── TokenizerError                 a tokenizer that cannot be found, read or used
+    ├── CheckpointError
+    │   ├── CheckpointNotFoundError
+    │   ├── CheckpointDamagedError     truncated, flipped bytes, not a checkpoint at all
+    │   ├── CheckpointMismatchError    a sound file that belongs to something else
+    │   └── CheckpointBusyError        another run holds this name
+    ├── StorageError                   the disk said no: full, read-only, not permitted
+    ├── TrainingDivergedError          too many non-finite losses or gradients in a row
+    └── InterruptedRun        exit 130 stopped by a signal, state saved
+
+A message says what is wrong, where, and what to do about it. The command line prints the message
+alone, without a traceback, and leaves with ``exit_code``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class NanoThinkError(Exception):
+    """Root of the tree; catch this to catch everything NanoThink raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(NanoThinkError):
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    pass
+
+
+class DataError(NanoThinkError):
+    pass
+
+
+class BadRecordsError(DataError):
+    pass
+
+
+class TokenizerError(NanoThinkError):
+    pass
+
+
+class CheckpointError(NanoThinkError):
+    pass
+
+
+class CheckpointNotFoundError(CheckpointError):
+    pass
+
+
+class CheckpointDamagedError(CheckpointError):
+    pass
+
+
+class CheckpointMismatchError(CheckpointError):
+    pass
+
+
+class CheckpointBusyError(CheckpointError):
+    pass
+
+
+class StorageError(NanoThinkError):
+    pass
+
+
+class TrainingDivergedError(NanoThinkError):
+    pass
+
+
+class InterruptedRun(NanoThinkError):
+    exit_code = 130
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A ready-made clause for an error about a misspelt name.
+
+    Returns ``" Did you mean 'x'?"`` when something known is close to ``word``, else an empty string.
+    """
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""
