@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from nanothink.config.base import Settings
 
@@ -31,21 +31,3 @@ class TransformerConfig(Settings):
 
     rope_theta: float = Field(10_000.0, gt=1)
     """Base of the rotary position frequencies."""
-
-
-class _Shape(Settings):
-    """Checks that concern two sections at once."""
-
-    model: ModelConfig = ModelConfig()
-    transformer: TransformerConfig = TransformerConfig()
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> _Shape:
-        width, heads = self.model.d_model, self.transformer.n_heads
-        if width % heads or (width // heads) % 2:
-            fitting = [h for h in range(1, width // 2 + 1) if width % h == 0 and width // h % 2 == 0]
-            raise ValueError(
-                f"transformer.n_heads={heads} does not split model.d_model={width} into heads of even "
-                f"width; for this d_model use one of {', '.join(map(str, fitting[:12]))}"
-            )
-        return self

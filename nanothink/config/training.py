@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,9 @@ from nanothink.config.base import Settings
 
 class TrainConfig(Settings):
     """What every phase has. The phases differ in defaults, not in meaning."""
+
+    section: ClassVar[str]
+    """Name of the section that holds this phase's settings."""
 
     lr: float = Field(3e-4, gt=0, le=10)
     """Peak learning rate. Every parameter group has this rate times its own multiplier below."""
@@ -46,7 +49,8 @@ class TrainConfig(Settings):
     """Where the schedule ends, as a fraction of the peak."""
 
     warmup_steps: int = Field(100, ge=0)
-    """Optimizer steps of linear warm-up. A run shorter than ten times this warms up over a tenth of itself."""
+    """Optimizer steps of linear warm-up. A run shorter than ten times this
+    warms up over a tenth of itself."""
 
     batch_size: int = Field(32, ge=1)
     """Blocks per forward and backward pass."""
@@ -102,3 +106,5 @@ class TrainConfig(Settings):
 
 class TrainExpertConfig(TrainConfig):
     """Phase 1, transformer and state-space expert."""
+
+    section: ClassVar[str] = "train_expert"

@@ -1,0 +1,41 @@
+# Everything a fresh machine needs: Python with venv, and this file.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DEMO   ?= demo
+
+.PHONY: help install demo test check bench clean
+
+help:            ## what can be made
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## nanothink and everything it needs, into .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install    ## the main job on text that Python itself carries: data, tokenizer, expert, evaluation, sample
+	$(BIN)/nanothink data sample $(DEMO)/data --overwrite
+	$(BIN)/nanothink tokenizer train --data-dir $(DEMO)/data --vocab-size 4096 --out $(DEMO)/tokenizer --overwrite
+	$(BIN)/nanothink pretrain transformer --data-dir $(DEMO)/data --tokenizer $(DEMO)/tokenizer --preset tiny \
+	  --max-steps 400 --checkpoint-dir $(DEMO)/checkpoints --overwrite
+	$(BIN)/nanothink eval --checkpoint-dir $(DEMO)/checkpoints
+	$(BIN)/nanothink generate "The function returns" --checkpoint-dir $(DEMO)/checkpoints --seed 1 -n 80
+
+test: install    ## the default test suite, under ten minutes on two cores
+	$(BIN)/python -m pytest -q
+
+check: install   ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install   ## side by side with what people would use instead; prints the tables of docs/benchmarks.md
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/tokenising.py
+	$(BIN)/python benchmarks/startup.py
+
+clean:           ## forget the demo and all caches, keep .venv
+	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,0 +1,254 @@
+"""The root config, and how it comes together.
+
+    default < preset < nanothink.toml or --config < NANOTHINK_... environment < --set < flag
+
+``resolve_config`` lays these over one another, remembers which one each value came from, and
+validates the result once. Below the command line nothing reads flags, files or the environment.
+
+When a run is resumed, the checkpoint's own settings take the place of the defaults, and only what
+was asked for on the command line itself (preset, file, --set, flag) is laid over them: a
+``nanothink.toml`` that happens to lie in the folder must not quietly change a run that goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, model_validator
+
+from nanothink.config.base import Settings
+from nanothink.config.data import DataConfig
+from nanothink.config.model import ModelConfig, TransformerConfig
+from nanothink.config.training import TrainExpertConfig
+from nanothink.errors import ConfigError, did_you_mean
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_FILE = "nanothink.toml"
+ENVIRONMENT_PREFIX = "NANOTHINK_"
+
+
+class Config(Settings):
+    """Everything that decides what a run does, section by section."""
+
+    model: ModelConfig = ModelConfig()
+    transformer: TransformerConfig = TransformerConfig()
+    data: DataConfig = DataConfig()
+    train_expert: TrainExpertConfig = TrainExpertConfig()
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Config:
+        width, heads = self.model.d_model, self.transformer.n_heads
+        if width % heads or (width // heads) % 2:
+            fitting = [h for h in range(1, width // 2 + 1) if width % h == 0 and width // h % 2 == 0]
+            raise ValueError(
+                f"transformer.n_heads={heads} does not split model.d_model={width} into heads of even width; "
+                f"use one of {', '.join(map(str, fitting[:12]))}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A validated config, and for each ``section.key`` the layer that decided it."""
+
+    config: Config
+    sources: Mapping[str, str]
+
+
+def known_settings() -> dict[str, str]:
+    """Every ``section.key`` with its one-sentence description."""
+    return {
+        f"{section}.{key}": " ".join((field.description or "").split())
+        for section, model in _sections().items()
+        for key, field in model.model_fields.items()
+    }
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The values of a config by ``section.key``, as plain JSON values."""
+    return {
+        f"{section}.{key}": value
+        for section, values in config.model_dump(mode="json").items()
+        for key, value in values.items()
+    }
+
+
+def preset_names() -> list[str]:
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in resources.files("nanothink.config").joinpath("presets").iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def preset_text(name: str) -> str:
+    """The TOML text of a preset that comes with NanoThink. Raises ConfigError for an unknown name."""
+    if name not in preset_names():
+        known = ", ".join(preset_names())
+        raise ConfigError(f"There is no preset '{name}'.{did_you_mean(name, preset_names())} Known: {known}.")
+    return resources.files("nanothink.config").joinpath("presets", f"{name}.toml").read_text("utf-8")
+
+
+def resolve_config(
+    *,
+    base: Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    assignments: Iterable[str] = (),
+    flags: Mapping[str, tuple[str, Any]] | None = None,
+    folder: Path | None = None,
+) -> ResolvedConfig:
+    """Lay all sources of settings over one another and validate the result.
+
+    Args:
+        base: nested settings of a checkpoint; in a resumed run they stand where the defaults stand.
+        preset: name of a preset.
+        file: a TOML file given by hand; without it ``nanothink.toml`` in ``folder`` is used if there is one.
+        environ: the environment; only ``NANOTHINK_SECTION__KEY`` variables are read.
+        assignments: ``section.key=value`` strings of ``--set``.
+        flags: ``section.key`` -> (flag as typed, value); a value of None means the flag was not given.
+        folder: where to look for ``nanothink.toml``; nowhere when None.
+
+    Raises:
+        ConfigError: an unknown name (with a suggestion), a value out of bounds (with its source), or a
+            file that cannot be read.
+    """
+    values = dict(flatten(Config()))
+    sources = dict.fromkeys(values, "default")
+
+    def lay(layer: Mapping[str, Any], source: str) -> None:
+        for name, value in layer.items():
+            _check_known(name, source)
+            values[name] = value
+            sources[name] = source
+
+    if base is not None:
+        known = known_settings()
+        lay({k: v for k, v in _flat(base, "checkpoint").items() if k in known}, "checkpoint")
+    if preset is not None:
+        lay(
+            _flat(_parse_toml(preset_text(preset), f"preset {preset}"), f"preset {preset}"),
+            f"preset {preset}",
+        )
+    if file is None and folder is not None and (folder / DEFAULT_FILE).is_file():
+        file = folder / DEFAULT_FILE
+    if file is not None:
+        lay(_flat(_read_toml(file), str(file)), str(file))
+    for variable, raw in sorted((environ or {}).items()):
+        if variable.startswith(ENVIRONMENT_PREFIX):
+            name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+            lay({name: _parse_value(raw)}, variable)
+    for assignment in assignments:
+        name, equals, raw = assignment.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"--set {assignment}: expected section.key=value, for example train_expert.lr=1e-3."
+            )
+        lay({name.strip().replace("-", "_"): _parse_value(raw.strip())}, "--set")
+    for name, (flag, value) in (flags or {}).items():
+        if value is not None:
+            lay({name: value}, flag)
+
+    nested: dict[str, dict[str, Any]] = {section: {} for section in _sections()}
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        nested[section][key] = value
+    try:
+        return ResolvedConfig(Config.model_validate(nested), sources)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, sources)) from None
+
+
+def _sections() -> dict[str, type[Settings]]:
+    return {
+        name: field.annotation
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
+    }
+
+
+def _check_known(name: str, source: str) -> None:
+    known = known_settings()
+    if name in known:
+        return
+    section, _, key = name.partition(".")
+    if not key and section in _sections():
+        raise ConfigError(
+            f"{source}: '{section}' is a section; name one of its settings, as in {section}.KEY=VALUE."
+        )
+    candidates = list(known)
+    # A bare key is the commonest slip, so suggest by key as well as by full name.
+    suggestion = did_you_mean(name, candidates)
+    if not suggestion:
+        keys = {full.partition(".")[2]: full for full in candidates}
+        hint = did_you_mean(key or section, keys)
+        for short, full in keys.items():
+            hint = hint.replace(f"'{short}'", f"'{full}'")
+        suggestion = hint
+    raise ConfigError(
+        f"{source}: there is no setting '{name}'.{suggestion} 'nanothink config show' lists them all."
+    )
+
+
+def _flat(nested: Mapping[str, Any], source: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section, values in nested.items():
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"{source}: '{section}' stands outside a section.{did_you_mean(section, _sections())} "
+                f"Settings belong under one of {', '.join(f'[{s}]' for s in _sections())}."
+            )
+        for key, value in values.items():
+            flat[f"{section}.{key}"] = value
+    return flat
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"Config file {path} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Config file {path} cannot be read: {error}.") from None
+    return _parse_toml(text, str(path))
+
+
+def _parse_toml(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}.") from None
+
+
+def _parse_value(raw: str) -> Any:
+    """A value as TOML would read it; plain text where it is not TOML; None for none/null."""
+    if raw.lower() in {"none", "null"}:
+        return None
+    if raw.lower() in {"true", "false"}:
+        return raw.lower() == "true"
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
+    lines = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"][:2])
+        message = problem["msg"].removeprefix("Value error, ")
+        if name in sources:
+            lines.append(f"{name} = {problem['input']!r} (from {sources[name]}): {message}.")
+        else:
+            lines.append(message if message.endswith(".") else f"{message}.")
+    return "\n".join(lines)

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from nanothink.config import Config, DataConfig, ModelConfig, TrainExpertConfig, TransformerConfig
+from nanothink.config.run import (
+    flatten,
+    known_settings,
+    preset_names,
+    preset_text,
+    resolve_config,
+)
+from nanothink.errors import ConfigError
+
+
+def test_defaults_are_those_of_the_design() -> None:
+    config = Config()
+    assert (config.model.d_model, config.model.max_seq_len) == (384, 512)
+    assert (config.transformer.n_layers, config.transformer.ffn_mult) == (6, 4)
+    train = config.train_expert
+    assert (train.lr, train.batch_size, train.max_epochs, train.grad_clip) == (3e-4, 32, 20, 1.0)
+    assert (config.data.tokenizer, config.data.val_split, config.data.domains) == ("gpt2", 0.1, None)
+
+
+def test_each_layer_wins_over_the_one_before(tmp_path: Path) -> None:
+    file = tmp_path / "nanothink.toml"
+    file.write_text("[train_expert]\nlr = 0.003\nbatch_size = 3\nmax_epochs = 3\nwarmup_steps = 3\n")
+    resolved = resolve_config(
+        preset="tiny",
+        folder=tmp_path,
+        environ={
+            "NANOTHINK_TRAIN_EXPERT__BATCH_SIZE": "4",
+            "NANOTHINK_TRAIN_EXPERT__WARMUP_STEPS": "4",
+            "HOME": "x",
+        },
+        assignments=["train_expert.warmup_steps=5", "train_expert.max_epochs=5"],
+        flags={"train_expert.max_epochs": ("--max-epochs", 6), "train_expert.seed": ("--seed", None)},
+    )
+    train, sources = resolved.config.train_expert, resolved.sources
+    assert resolved.config.model.d_model == 128
+    assert sources["model.d_model"] == "preset tiny"
+    assert (train.lr, sources["train_expert.lr"]) == (0.003, str(file))
+    assert (train.batch_size, sources["train_expert.batch_size"]) == (4, "NANOTHINK_TRAIN_EXPERT__BATCH_SIZE")
+    assert (train.warmup_steps, sources["train_expert.warmup_steps"]) == (5, "--set")
+    assert (train.max_epochs, sources["train_expert.max_epochs"]) == (6, "--max-epochs")
+    assert (train.seed, sources["train_expert.seed"]) == (42, "default")
+
+
+def test_an_explicit_file_takes_the_place_of_the_one_in_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "nanothink.toml").write_text("[model]\nd_model = 96\n")
+    other = tmp_path / "other.toml"
+    other.write_text("[model]\nmax_seq_len = 64\n")
+    config = resolve_config(folder=tmp_path, file=other).config
+    assert (config.model.d_model, config.model.max_seq_len) == (384, 64)
+
+
+def test_a_checkpoint_stands_where_the_defaults_stand() -> None:
+    base = resolve_config(preset="tiny", assignments=["train_expert.lr=0.5"]).config.model_dump(mode="json")
+    resolved = resolve_config(base=base, assignments=["train_expert.max_epochs=9"])
+    assert resolved.config.train_expert.lr == 0.5
+    assert resolved.sources["train_expert.lr"] == "checkpoint"
+    assert resolved.config.train_expert.max_epochs == 9
+    assert resolved.sources["train_expert.max_epochs"] == "--set"
+
+
+def test_a_setting_that_an_old_checkpoint_still_has_is_passed_over() -> None:
+    base = Config().model_dump(mode="json")
+    base["transformer"]["gone"] = 1
+    assert resolve_config(base=base).config == Config()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("train_expert.lrr=1", "Did you mean 'train_expert.lr'?"),
+        ("lr=1", "Did you mean 'train_expert.lr'?"),
+        ("trian_expert.lr=1", "Did you mean 'train_expert.lr'?"),
+        ("train_expert=1", "is a section"),
+        ("train_expert.lr", "expected section.key=value"),
+        ("train_expert.lr=fast", "train_expert.lr = 'fast' (from --set)"),
+        ("train_expert.lr=-1", "greater than 0"),
+        ("train_expert.lr=nan", "finite"),
+        ("transformer.n_heads=5", "use one of 1, 2, 3, 4, 6"),
+        ("train_expert.schedule=linear", "'cosine' or 'trapezoid'"),
+    ],
+)
+def test_a_bad_assignment_says_what_to_change(assignment: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_config(assignments=[assignment])
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_unknown_keys_in_a_file_name_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text("[model]\nd_modle = 3\n")
+    with pytest.raises(
+        ConfigError, match=r"my\.toml: there is no setting 'model\.d_modle'\. Did you mean 'model\.d_model'"
+    ):
+        resolve_config(file=file)
+    file.write_text("d_model = 3\n")
+    with pytest.raises(ConfigError, match="stands outside a section"):
+        resolve_config(file=file)
+    file.write_text("[model\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        resolve_config(file=file)
+    with pytest.raises(ConfigError, match="does not exist"):
+        resolve_config(file=tmp_path / "none.toml")
+
+
+def test_an_unknown_variable_of_ours_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'model.d_model'"):
+        resolve_config(environ={"NANOTHINK_MODEL__D_MODLE": "3"})
+
+
+def test_values_are_read_as_toml_would() -> None:
+    config = resolve_config(
+        assignments=[
+            "train_expert.betas=[0.8, 0.99]",
+            "train_expert.use_amp=False",
+            "train_expert.max_steps=none",
+            "data.domains=code, law",
+            "data.tokenizer=my/tokenizer",
+        ]
+    ).config
+    assert config.train_expert.betas == (0.8, 0.99)
+    assert config.train_expert.use_amp is False
+    assert config.train_expert.max_steps is None
+    assert config.data.domains == ("code", "law")
+    assert config.data.tokenizer == "my/tokenizer"
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_valid(name: str) -> None:
+    assert resolve_config(preset=name).config
+    assert preset_text(name)
+
+
+def test_presets_that_are_promised() -> None:
+    assert {"tiny", "default", "large"} <= set(preset_names())
+    with pytest.raises(ConfigError, match="Did you mean 'tiny'"):
+        resolve_config(preset="tinny")
+
+
+def test_the_default_preset_is_the_defaults() -> None:
+    assert resolve_config(preset="default").config == Config()
+
+
+def test_settings_are_frozen_and_closed() -> None:
+    with pytest.raises(ValidationError):
+        ModelConfig(d_model=384, depth=3)  # type: ignore[call-arg]
+    with pytest.raises(ValidationError):
+        ModelConfig().d_model = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("section", [ModelConfig, TransformerConfig, DataConfig, TrainExpertConfig])
+def test_every_setting_says_what_it_is(section: type[ModelConfig]) -> None:
+    undocumented = [name for name, field in section.model_fields.items() if not field.description]
+    assert undocumented == []
+
+
+def test_a_config_survives_the_trip_through_a_checkpoint() -> None:
+    config = resolve_config(preset="tiny", assignments=["data.domains=a,b"]).config
+    assert resolve_config(base=config.model_dump(mode="json")).config == config
+    assert set(flatten(config)) == set(known_settings())
+
+
+def test_domains_come_comma_separated_or_repeated() -> None:
+    assert DataConfig(domains=("a,b", "c", "a")).domains == ("a", "b", "c")
+    assert DataConfig(domains=()).domains is None
