@@ -1,0 +1,260 @@
+"""Tokenised files on disk: one folder for each content, whole or not there.
+
+    tokens/<tokenizer>/<content>/
+        tokens.npy        ids of all documents, each with its EOS; smallest unsigned type that fits
+        documents.npy     one DOCUMENT row a document
+        summary.json      counts, checked when the folder is opened, and the bad lines passed over
+
+A folder is filled under another name and renamed when everything in it is on disk, so what a killed
+process leaves is never read. Names are fingerprints, so that nothing in a folder is ever out of date.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from nanothink.data.cache import storage_error, sync_folder, write_whole
+from nanothink.data.corpus import text_key
+from nanothink.data.tokenizer import Tokenizer
+from nanothink.errors import StorageError
+
+DOCUMENT = np.dtype([("end", "<i8"), ("n_bytes", "<i8"), ("key", "<u8"), ("line", "<i8")])
+"""Of one document: where its tokens end in tokens.npy (they begin where the one before ends), its size
+in UTF-8 bytes, the hash of its text, and its line in the file."""
+
+NAMED_PROBLEMS = 5
+"""Bad lines of a file whose place and reason are kept; the others are counted."""
+
+_FORMAT = 1
+_HEADER_BYTES = 256
+_TEMPORARY = "tmp-"
+_CHUNK_CHARS = 1 << 20
+_CHUNK_DOCUMENTS = 1 << 14
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One tokenised file, memory-mapped."""
+
+    tokens: NDArray[Any]
+    """(number of tokens,) unsigned"""
+    documents: NDArray[Any]
+    """(number of documents,) DOCUMENT"""
+    n_bad: int
+    """Lines that were no records."""
+    problems: tuple[tuple[int, int, str], ...]
+    """The first of them: line, column, reason."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Smallest unsigned type that holds every id, little-endian."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def open_token_file(folder: Path) -> TokenFile | None:
+    """The tokenised file in ``folder``; None when there is none, or one that is damaged."""
+    try:
+        summary = orjson.loads((folder / "summary.json").read_bytes())
+        tokens = _map(folder / "tokens.npy", np.dtype(summary["dtype"]), summary["tokens"])
+        documents = _map(folder / "documents.npy", DOCUMENT, summary["documents"])
+        whole = summary["format"] == _FORMAT and (int(documents["end"][-1]) if len(documents) else 0) == len(
+            tokens
+        )
+        problems = tuple((int(line), int(column), str(why)) for line, column, why in summary["problems"])
+        return TokenFile(tokens, documents, int(summary["bad"]), problems) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _map(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
+    if path.stat().st_size != _HEADER_BYTES + length * dtype.itemsize:
+        raise ValueError(f"{path} is cut off")
+    if length == 0:  # an empty stretch cannot be mapped
+        return np.empty(0, dtype)
+    array: NDArray[Any] = np.load(path, mmap_mode="r")
+    if array.dtype != dtype or array.shape != (length,):
+        raise ValueError(f"{path} holds something else")
+    return array
+
+
+class TokenFileWriter:
+    """Tokenises documents into a folder, in chunks; ``commit`` makes it appear, leaving without drops it.
+
+    Use it under the lock of the cache. Memory depends on the chunk, not on the number of documents.
+    Raises StorageError when the disk refuses.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        self._folder, self._tokenizer = folder, tokenizer
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._n_tokens = 0
+        self._texts: list[str] = []
+        self._lines: list[int] = []
+        self._n_chars = 0
+
+    def __enter__(self) -> TokenFileWriter:
+        try:
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            self._work = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self._folder.parent))
+            self._tokens = _ArrayFile(self._work / "tokens.npy", self._dtype)
+            self._documents = _ArrayFile(self._work / "documents.npy", DOCUMENT)
+        except OSError as error:
+            raise storage_error(error, self._folder.parent) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self._tokens, self._documents):
+            with contextlib.suppress(OSError):
+                file.abandon()
+        shutil.rmtree(self._work, ignore_errors=True)
+
+    def add(self, line: int, text: str) -> None:
+        self._texts.append(text)
+        self._lines.append(line)
+        self._n_chars += len(text)
+        if self._n_chars >= _CHUNK_CHARS or len(self._texts) >= _CHUNK_DOCUMENTS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._texts:
+            return
+        eos = np.array([self._tokenizer.eos_id], dtype=self._dtype)
+        encoded = self._tokenizer.encode_batch(self._texts)
+        rows = np.empty(len(encoded), DOCUMENT)
+        rows["end"] = self._n_tokens + np.cumsum([len(ids) + 1 for ids in encoded])
+        rows["n_bytes"] = [len(text.encode()) for text in self._texts]
+        rows["key"] = [text_key(text) for text in self._texts]
+        rows["line"] = self._lines
+        self._n_tokens = int(rows["end"][-1])
+        try:
+            self._tokens.append(np.concatenate([part for ids in encoded for part in (ids, eos)]))
+            self._documents.append(rows)
+        except OSError as error:
+            raise storage_error(error, self._folder.parent) from error
+        self._texts, self._lines, self._n_chars = [], [], 0
+
+    def commit(self, n_bad: int = 0, problems: Iterable[tuple[int, int, str]] = ()) -> None:
+        self._flush()
+        summary = {
+            "format": _FORMAT,
+            "dtype": self._dtype.str,
+            "tokens": self._n_tokens,
+            "documents": self._documents.length,
+            "bad": n_bad,
+            "problems": list(problems),
+        }
+        try:
+            self._tokens.finish()
+            self._documents.finish()
+            write_whole(self._work / "summary.json", orjson.dumps(summary))
+            shutil.rmtree(self._folder, ignore_errors=True)  # a damaged one, if any
+            os.rename(self._work, self._folder)
+            sync_folder(self._folder.parent)
+        except OSError as error:
+            raise storage_error(error, self._folder) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what killed processes left half-made. Only for the holder of the cache's lock."""
+    for left in folder.glob(_TEMPORARY + "*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+class _ArrayFile:
+    """A .npy file of one dimension whose length is known only at the end: its header is written last."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self._dtype, self.length = dtype, 0
+        self._file = open(path, "wb")  # noqa: SIM115  closed by finish or abandon
+        self._file.write(bytes(_HEADER_BYTES))
+
+    def append(self, array: NDArray[Any]) -> None:
+        self._file.write(array.astype(self._dtype, copy=False).tobytes())
+        self.length += len(array)
+
+    def finish(self) -> None:
+        described = {
+            "descr": np.lib.format.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": (self.length,),
+        }
+        # Version 1.0: magic, two bytes of version, two of header length, a Python literal, a newline.
+        literal = repr(described).encode("latin-1").ljust(_HEADER_BYTES - 11) + b"\n"
+        self._file.seek(0)
+        self._file.write(b"\x93NUMPY\x01\x00" + len(literal).to_bytes(2, "little") + literal)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+class Manifest:
+    """Digests of files by what the file system says about them, so that unchanged files are not read.
+
+    A file touched within the clock's tick of its digest may change again without a trace, so a
+    digest is only remembered for files left alone for two seconds (FAT's resolution).
+    """
+
+    _SETTLED_NS = 2 * 10**9
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known = self._load()
+        self._fresh: dict[str, list[Any]] = {}
+
+    def _load(self) -> dict[str, list[Any]]:
+        try:
+            content = orjson.loads(self._path.read_bytes())
+        except (OSError, orjson.JSONDecodeError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def digest(self, path: Path, root: Path, now_ns: int) -> str:
+        """BLAKE2b of the file's bytes, 32 hex digits. OSErrors are the caller's to explain."""
+        name = os.path.relpath(path, root)
+        status = stamp(path)
+        known = self._fresh.get(name) or self._known.get(name)
+        if isinstance(known, list) and known[:-1] == status:
+            return str(known[-1])
+        hashed = hashlib.blake2b(digest_size=16)
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                hashed.update(block)
+        digest = hashed.hexdigest()
+        if now_ns - max(status[1], status[2]) > self._SETTLED_NS:
+            self._fresh[name] = [*status, digest]
+        return digest
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self._fresh)
+
+    def save(self) -> None:
+        """Adds what is new to the file on disk. Only for the holder of the cache's lock."""
+        if self._fresh:
+            with contextlib.suppress(StorageError):  # costs the next run a second reading, nothing else
+                write_whole(self._path, orjson.dumps({**self._load(), **self._fresh}))
+                self._fresh = {}
+
+
+def stamp(path: Path) -> list[int]:
+    """Changes whenever the file's content does, as far as the file system can tell."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

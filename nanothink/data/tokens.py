@@ -1,0 +1,403 @@
+"""A corpus as tokens: each file tokenised once, each side of the split read as one stream.
+
+1. Each file's content has a digest, and its tokens are looked up by it; what is missing is made
+   (token_files.py). The same content in two places is tokenised once.
+2. Every document goes to training or validation by the hash of its text (corpus.py). A domain of one
+   text has that text cut in two (split.py).
+3. A ``TokenStream`` strings the documents of one domain and side together, each with its EOS, without
+   copying them: it knows which stretches of which memory-mapped files follow one another. Another
+   ``val_split`` or selection of domains therefore costs no tokenising and no disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from nanothink.data.cache import Note, cache_folder, locked, silent
+from nanothink.data.corpus import Corpus, assign_sides, text_key
+from nanothink.data.records import Problem, iter_records
+from nanothink.data.split import head_and_tail, single_texts
+from nanothink.data.token_files import (
+    DOCUMENT,
+    NAMED_PROBLEMS,
+    Manifest,
+    TokenFile,
+    TokenFileWriter,
+    open_token_file,
+    remove_leftovers,
+    stamp,
+)
+from nanothink.data.tokenizer import Tokenizer
+from nanothink.errors import BadRecordsError, DataError, StorageError
+
+IGNORE = -100
+"""Target that is not to be predicted (PyTorch's own convention)."""
+
+Progress = Callable[[int, int], None]
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a stream, one value each."""
+
+    n_tokens: Int64
+    """EOS included."""
+    n_bytes: Int64
+    """UTF-8 bytes of the text."""
+    keys: NDArray[np.uint64]
+    """Hash of the text (corpus.text_key)."""
+    lines: Int64
+    """Line in its file."""
+
+
+class TokenStream:
+    """The documents of one domain and side, each followed by EOS, as one sequence of tokens.
+
+    ``n_tokens`` counts EOS; ``n_bytes`` is the documents' UTF-8 text alone.
+    """
+
+    def __init__(
+        self, domain: str, eos_id: int, parts: Sequence[tuple[TokenFile, NDArray[np.bool_]]]
+    ) -> None:
+        self.domain = domain
+        self._eos_id = eos_id
+        self._parts = [(file, chosen) for file, chosen in parts if chosen.any()]
+        runs = [_runs(file.documents["end"], chosen) for file, chosen in self._parts]
+        sizes = np.concatenate([stops - starts for starts, stops in runs] or [np.empty(0, np.int64)])
+        # Run r holds tokens [_ends[r] - size, _ends[r]) of the stream, found at _starts[r] of its file.
+        self._ends: Int64 = np.cumsum(sizes)
+        self._starts: Int64 = np.concatenate([starts for starts, _ in runs] or [np.empty(0, np.int64)])
+        self._files = np.repeat(np.arange(len(runs)), [len(starts) for starts, _ in runs])
+        self.n_tokens = int(sizes.sum())
+        self.n_documents = sum(int(chosen.sum()) for _, chosen in self._parts)
+        self.n_bytes = sum(int(file.documents["n_bytes"][chosen].sum()) for file, chosen in self._parts)
+
+    def n_blocks(self, length: int) -> int:
+        """Blocks of ``length`` targets; the last one may be partly filled."""
+        return -(-self.n_tokens // length)
+
+    def block(self, index: int, length: int) -> tuple[Int64, Int64]:
+        """Inputs and targets of block ``index``, both (length,) int64.
+
+        The stream reads [EOS] d1 EOS d2 EOS ...; block k predicts tokens kL to kL + L - 1 from the token
+        before each, so that over all blocks every token is a target exactly once. Past the end, inputs
+        are EOS and targets IGNORE.
+        """
+        if not 0 <= index < self.n_blocks(length):
+            raise IndexError(f"block {index} of {self.n_blocks(length)} in domain '{self.domain}'")
+        first = index * length
+        tokens = self._read(max(first - 1, 0), min(first + length, self.n_tokens))
+        if first == 0:
+            tokens = np.concatenate(([self._eos_id], tokens))
+        n = len(tokens) - 1  # tokens holds the one before the block as well
+        inputs = np.full(length, self._eos_id, dtype=np.int64)
+        targets = np.full(length, IGNORE, dtype=np.int64)
+        inputs[: min(n + 1, length)] = tokens[:length]
+        targets[:n] = tokens[1:]
+        return inputs, targets
+
+    def prefix(self, max_tokens: int | None) -> tuple[int, int]:
+        """Tokens and bytes of as many whole documents as fit in ``max_tokens``, at least one; or of all."""
+        if max_tokens is None or max_tokens >= self.n_tokens:
+            return self.n_tokens, self.n_bytes
+        tokens = n_bytes = 0
+        for file, chosen in self._parts:
+            sizes = np.diff(file.documents["end"], prepend=0)[chosen]
+            ends = tokens + np.cumsum(sizes)
+            fit = int(np.searchsorted(ends, max_tokens, side="right"))
+            if tokens == 0:
+                fit = max(fit, 1)
+            if fit:
+                tokens = int(ends[fit - 1])
+                n_bytes += int(file.documents["n_bytes"][chosen][:fit].sum())
+            if fit < len(sizes):
+                break
+        return tokens, n_bytes
+
+    def documents(self) -> Documents:
+        """What is known of each document, in the stream's order; read from disk at each call."""
+        rows = [file.documents[chosen] for file, chosen in self._parts]
+        sizes = [np.diff(file.documents["end"], prepend=0)[chosen] for file, chosen in self._parts]
+        found = np.concatenate(rows or [np.empty(0, DOCUMENT)])
+        return Documents(
+            n_tokens=np.concatenate(sizes or [np.empty(0, np.int64)]),
+            n_bytes=found["n_bytes"].copy(),
+            keys=found["key"].copy(),
+            lines=found["line"].copy(),
+        )
+
+    def _read(self, start: int, stop: int) -> Int64:
+        """Tokens [start, stop) of the stream, copied."""
+        found = np.empty(stop - start, dtype=np.int64)
+        run = int(np.searchsorted(self._ends, start, side="right"))
+        at = start
+        while at < stop:
+            end = int(self._ends[run])
+            begin = end - self._run_size(run)
+            upto = min(stop, end)
+            source = int(self._starts[run]) - begin
+            file = self._parts[int(self._files[run])][0]
+            found[at - start : upto - start] = file.tokens[source + at : source + upto]
+            at, run = upto, run + 1
+        return found
+
+    def _run_size(self, run: int) -> int:
+        return int(self._ends[run] - (self._ends[run - 1] if run else 0))
+
+    def __repr__(self) -> str:
+        return f"TokenStream({self.domain!r}, n_tokens={self.n_tokens}, n_documents={self.n_documents})"
+
+
+def _runs(ends: Int64, chosen: NDArray[np.bool_]) -> tuple[Int64, Int64]:
+    """Where stretches of neighbouring chosen documents start and stop, in tokens of their file."""
+    change = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))
+    limits = np.concatenate(([0], ends))
+    return limits[change[0::2]], limits[change[1::2]]
+
+
+@dataclass(frozen=True)
+class TokenisedCorpus:
+    train: dict[str, TokenStream]
+    val: dict[str, TokenStream]
+    """By domain, sorted; both hold every domain."""
+    fingerprint: str
+    """Equal for two runs if and only if they see the same blocks on the same sides."""
+    tokenizer_fingerprint: str
+    skipped_records: int
+    """Bad lines passed over (``skip_bad_records``)."""
+
+
+def tokenise(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    val_split: float,
+    skip_bad_records: bool = False,
+    on_progress: Progress | None = None,
+    note: Note | None = None,
+) -> TokenisedCorpus:
+    """Tokenises what is not tokenised yet, splits, and opens the streams.
+
+    ``on_progress`` receives bytes of files done and in total. ``note`` receives a line when something
+    is not as usual: another folder is used, something damaged is made again, another process is waited for.
+
+    Raises BadRecordsError for lines that are no records (unless they are to be skipped), DataError for
+    a domain without any text, StorageError when the tokens cannot be kept.
+    """
+    builder = _Builder(corpus, tokenizer, skip_bad_records, on_progress, note or silent)
+    files = builder.files()
+    for domain, own in files.items():
+        if not any(len(file.documents) for _, file in own):
+            raise DataError(
+                f"Domain '{domain}' in {corpus.root} holds no valid record. Add some, or leave it out with "
+                "--domains."
+            )
+    keys = {
+        domain: np.concatenate([file.documents["key"] for _, file in own]) for domain, own in files.items()
+    }
+    sides = assign_sides(keys, val_split)
+    cuts = {
+        key: builder.cut(key, corpus.domains[domain], domain, val_split)
+        for key, domain in single_texts(keys).items()
+    }
+    held = np.array(sorted(cuts), dtype=np.uint64)
+    train: dict[str, TokenStream] = {}
+    val: dict[str, TokenStream] = {}
+    for domain in sorted(files):
+        parts = _by_file(files[domain], sides[domain])
+        cut_here = [cuts[key] for key in cuts if bool((keys[domain] == np.uint64(key)).any())]
+        for streams, side, document in ((train, False, 0), (val, True, 1)):
+            chosen = [
+                (file, (on_val == side) & ~np.isin(file.documents["key"], held)) for file, on_val in parts
+            ]
+            chosen += [(file, np.arange(2) == document) for _, file in cut_here]
+            streams[domain] = TokenStream(domain, tokenizer.eos_id, chosen)
+        if not (train[domain].n_documents and val[domain].n_documents):
+            purpose = "validate" if train[domain].n_documents else "train"
+            raise DataError(
+                f"Domain '{domain}' has nothing to {purpose} on: all its texts are in other domains too, "
+                "where they are needed on the other side. Add text of its own to it, or leave it out with "
+                "--domains."
+            )
+    identity = [
+        repr(float(val_split)),
+        tokenizer.fingerprint,
+        [[domain, [digest for digest, _ in own]] for domain, own in sorted(files.items())],
+        sorted(name for name, _ in cuts.values()),
+    ]
+    return TokenisedCorpus(
+        train=train,
+        val=val,
+        fingerprint=hashlib.blake2b(orjson.dumps(identity), digest_size=32).hexdigest(),
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        skipped_records=sum(file.n_bad for own in files.values() for _, file in own),
+    )
+
+
+def _by_file(
+    files: Sequence[tuple[str, TokenFile]], sides: NDArray[np.bool_]
+) -> list[tuple[TokenFile, NDArray[np.bool_]]]:
+    """Each file with its own stretch of the domain's sides."""
+    ends = np.cumsum([len(file.documents) for _, file in files])
+    return [(file, own) for (_, file), own in zip(files, np.split(sides, ends[:-1]), strict=True)]
+
+
+class _Builder:
+    """Finds or makes the tokens of a corpus's files."""
+
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, skip: bool, on_progress: Progress | None, note: Note
+    ) -> None:
+        self._corpus, self._tokenizer, self._skip, self._note = corpus, tokenizer, skip, note
+        self._cache = cache_folder(corpus.root, note)
+        self._folder = self._cache / "tokens" / tokenizer.fingerprint[:16]
+        self._report = on_progress or (lambda done, total: None)
+        self._total = corpus.n_bytes
+        self._done = 0
+        self._problems: list[Problem] = []
+        self._n_bad = 0
+
+    def files(self) -> dict[str, list[tuple[str, TokenFile]]]:
+        """Digest and tokens of every file, by domain, in the corpus's order."""
+        manifest = Manifest(self._cache / "manifest.json")
+        stamps: dict[Path, list[int]] = {}
+        digests: dict[Path, str] = {}
+        ready: dict[str, TokenFile] = {}
+        missing: dict[str, Path] = {}
+        for _, path in self._corpus.files:
+            try:
+                stamps[path] = stamp(path)
+                digest = digests[path] = manifest.digest(path, self._corpus.root, time.time_ns())
+            except OSError as error:
+                raise DataError(
+                    f"Cannot read {path}: {error.strerror}. Check the file and who may read it."
+                ) from error
+            found = ready.get(digest) or open_token_file(self._folder / digest)
+            if found is not None:
+                ready[digest] = found
+                self._advance(stamps[path][0])
+            elif digest in missing:
+                self._advance(stamps[path][0])
+            else:
+                missing[digest] = path
+        if missing or manifest.has_news:
+            with locked(self._cache, self._note):
+                manifest.save()
+                remove_leftovers(self._folder)
+                for digest, path in missing.items():
+                    made = self._make(path, stamps[path], digest)
+                    if made is not None:
+                        ready[digest] = made
+        self._refuse_bad_records(ready, digests)
+        return {
+            domain: [(digests[path], ready[digests[path]]) for path in paths]
+            for domain, paths in self._corpus.domains.items()
+        }
+
+    def cut(self, key: int, paths: Sequence[Path], domain: str, val_split: float) -> tuple[str, TokenFile]:
+        """Name and tokens of one text in two documents: its head, which trains, and its tail."""
+        name = f"cut-{key:016x}-{val_split!r}"
+        found = open_token_file(self._folder / name)
+        if found is None:
+            line, text = self._find(key, paths)
+            with (
+                locked(self._cache, self._note),
+                TokenFileWriter(self._folder / name, self._tokenizer) as writer,
+            ):
+                for part in head_and_tail(text, val_split, domain):
+                    writer.add(line, part)
+                writer.commit()
+            found = self._reopened(self._folder / name)
+        return name, found
+
+    def _find(self, key: int, paths: Sequence[Path]) -> tuple[int, str]:
+        for path in paths:
+            for line, record in iter_records(path, on_problem=_pass_over):
+                if text_key(record.text) == key:
+                    return line, record.text
+        raise _changed(paths[0])
+
+    def _make(self, path: Path, before: list[int], digest: str) -> TokenFile | None:
+        """Tokenises one file; None if bad records, in it or before it, make that useless."""
+        folder = self._folder / digest
+        found = open_token_file(folder)  # another process may have made it while this one waited
+        if found is None:
+            if folder.exists():
+                self._note(f"The kept tokens of {path} are damaged; they are made again.")
+            n_bad = 0
+            problems: list[tuple[int, int, str]] = []
+
+            def on_problem(problem: Problem) -> None:
+                nonlocal n_bad
+                n_bad += 1
+                self._n_bad += 1
+                if len(problems) < NAMED_PROBLEMS:
+                    problems.append((problem.line, problem.column, problem.reason))
+
+            start = self._done
+            with TokenFileWriter(folder, self._tokenizer) as writer:
+                for line, record in iter_records(path, on_problem=on_problem, on_bytes=self._advance):
+                    if self._skip or not self._n_bad:
+                        writer.add(line, record.text)
+                if stamp(path) != before:
+                    raise _changed(path)
+                self._advance(start + before[0] - self._done)
+                if self._n_bad and not self._skip:
+                    # Nothing is kept: the other files are only read, to tell all that is wrong at once.
+                    self._problems += [Problem(str(path), *problem) for problem in problems]
+                    return None
+                writer.commit(n_bad, problems)
+            return self._reopened(folder)
+        self._advance(before[0])
+        return found
+
+    def _refuse_bad_records(self, ready: Mapping[str, TokenFile], digests: Mapping[Path, str]) -> None:
+        if self._skip:
+            return
+        problems, n_bad = list(self._problems), self._n_bad
+        for path, digest in digests.items():
+            if digest in ready:
+                problems += [Problem(str(path), *problem) for problem in ready[digest].problems]
+                n_bad += ready[digest].n_bad
+        if not n_bad:
+            return
+        named = sorted(problems, key=lambda problem: (problem.file, problem.line))[:NAMED_PROBLEMS]
+        lines = [f"{n_bad:,} bad line{'s' * (n_bad > 1)} in the corpus:"]
+        lines += [f"  {problem}" for problem in named]
+        if n_bad > len(named):
+            lines.append(f"  and {n_bad - len(named):,} more")
+        lines.append(
+            f"`nanothink data validate {self._corpus.root}` lists all of them; --skip-bad-records goes on "
+            "without them."
+        )
+        raise BadRecordsError("\n".join(lines))
+
+    def _reopened(self, folder: Path) -> TokenFile:
+        made = open_token_file(folder)
+        if made is None:
+            raise StorageError(
+                f"The tokens just written to {folder} read back differently. Check the disk, or set "
+                "XDG_CACHE_HOME to another one."
+            )
+        return made
+
+    def _advance(self, n_bytes: int) -> None:
+        self._done += n_bytes
+        self._report(min(self._done, self._total), self._total)
+
+
+def _pass_over(_problem: Problem) -> None:
+    """Bad records were reported, or accepted, when the file was tokenised."""
+
+
+def _changed(path: Path) -> DataError:
+    return DataError(f"{path} changed while it was being read; run the command again.")
