@@ -1,0 +1,29 @@
+"""The models, and the one place where a kind's name becomes a model. Light to import: torch comes later."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nanothink.config import Config
+from nanothink.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from nanothink.models.contract import LanguageModel
+
+MODEL_KINDS: tuple[str, ...] = ("transformer",)
+
+
+def build_model(kind: str, config: Config, vocab_size: int) -> LanguageModel:
+    """A freshly initialised model, on the CPU, in training mode. Its weights follow torch's global seed.
+
+    Raises:
+        UsageError: no model is called ``kind``.
+    """
+    if kind == "transformer":
+        from nanothink.models.transformer import Transformer
+
+        return Transformer(vocab_size, config.model, config.transformer)
+    raise UsageError(
+        f"there is no model called '{kind}'; the kinds are {', '.join(MODEL_KINDS)}."
+        f"{did_you_mean(kind, MODEL_KINDS)}"
+    )

@@ -1,0 +1,187 @@
+"""Continue prompts with any model of the contract, one or many at once, as a stream.
+
+The rows of a batch advance in step. Tokens that all prompts have are read in one parallel pass; after
+that a row whose prompt is not used up takes its own next prompt token where another takes a drawn
+one. That needs neither padding nor masks, so it works for a recurrent state as for a cache.
+
+Past the model's context the state is started anew from the last half of a context. Where that happens
+is a function of the number of tokens read alone, so a long prompt is treated the same whether it was
+read at once or token by token, alone or in a batch.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from nanothink.errors import UsageError
+from nanothink.inference.sampling import SamplingConfig, next_tokens
+from nanothink.models.contract import LanguageModel
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_PART = 3  # bytes an unfinished UTF-8 character can have, each decoded as one replacement character
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that streaming needs."""
+
+    def decode(self, ids: list[int], /) -> str: ...
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    *,
+    eos_id: int,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt.
+
+    Args:
+        model: any model; it is put in evaluation mode meanwhile and left as it was. Autocast is the caller's.
+        prompts: token ids; an empty prompt stands for the beginning of a document, ``[eos_id]``.
+        config: see its fields. Row i draws from a generator seeded with seed + i.
+        eos_id: ends a document.
+        on_token: called with (row, token) for each new token as soon as it is drawn.
+
+    Returns:
+        The new tokens of each prompt, without the prompt and without EOS.
+
+    Raises:
+        UsageError: a prompt holds a token that is not in the model's vocabulary.
+    """
+    if not prompts:
+        return []
+    _check_prompts(prompts, model.vocab_size)
+    texts = [list(prompt) or [eos_id] for prompt in prompts]
+    prompt_lengths = [len(text) for text in texts]
+    seed = secrets.randbits(62) if config.seed is None else config.seed
+    generators = [torch.Generator().manual_seed((seed + row) % (1 << 63)) for row in range(len(texts))]
+    device = model.head_weight.device
+    with evaluating(model), torch.inference_mode():
+        unfinished = set(range(len(texts)))
+        rows = list(
+            range(len(texts))
+        )  # rows the state holds; the finished ones leave with the next new state
+        read = min(prompt_lengths)
+        first = window_start(read, model.context_length)
+        state = model.start(len(rows))
+        logits = model.step(_window(texts, rows, first, read, device), state)
+        while True:
+            drawing = [i for i, row in enumerate(rows) if row in unfinished and len(texts[row]) == read]
+            if drawing:
+                chosen = next_tokens(
+                    logits[drawing],
+                    [texts[rows[i]] for i in drawing],
+                    config,
+                    [generators[rows[i]] for i in drawing],
+                )
+                for i, token in zip(drawing, chosen.tolist(), strict=True):
+                    row = rows[i]
+                    if config.stop_at_eos and token == eos_id:
+                        unfinished.discard(row)
+                        continue
+                    texts[row].append(token)
+                    if on_token is not None:
+                        on_token(row, token)
+                    if len(texts[row]) - prompt_lengths[row] >= config.max_new_tokens:
+                        unfinished.discard(row)
+            if not unfinished:
+                break
+            read += 1
+            start = window_start(read, model.context_length)
+            if start != first:
+                first = start
+                rows = sorted(unfinished)
+                state = model.start(len(rows))
+                logits = model.step(_window(texts, rows, first, read, device), state)
+            else:
+                logits = model.step(_window(texts, rows, read - 1, read, device), state)
+    return [text[length:] for text, length in zip(texts, prompt_lengths, strict=True)]
+
+
+def window_start(n_read: int, context_length: int | None) -> int:
+    """First token that the state holds when ``n_read`` tokens have been read.
+
+    0 while everything fits. A token that no longer does starts a new state, in which it is the last of
+    ``context_length // 2`` tokens; that one is used until it is full in turn, and so on.
+    """
+    if context_length is None or n_read <= context_length:
+        return 0
+    kept = max(1, context_length // 2)
+    advance = context_length + 1 - kept
+    return -(-(n_read - context_length) // advance) * advance
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every module is as it was, frozen parts included."""
+    were_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in were_training:
+            module.training = True
+
+
+class StreamDecoder:
+    """Token by token to text, never showing half a character.
+
+    A token may end inside a UTF-8 character. What could still change is held back until it can't.
+
+    Args:
+        tokenizer: anything that decodes a list of token ids.
+    """
+
+    def __init__(self, tokenizer: Decoder) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[
+            int
+        ] = []  # tokens already shown: decoders may treat the first of a text differently
+        self._pending: list[int] = []
+        self._shown = 0  # characters of decode(context + pending) given out
+
+    def push(self, token: int) -> str:
+        """The text that became final with this token; often one token's, sometimes none or more."""
+        self._pending.append(token)
+        text = self._tokenizer.decode(self._context + self._pending)
+        final = len(text)
+        while final > max(self._shown, len(text) - _LONGEST_PART) and text[final - 1] == _REPLACEMENT:
+            final -= 1
+        new = text[self._shown : final]
+        self._shown = max(self._shown, final)
+        if final == len(text):
+            self._context, self._pending = self._pending, []
+            self._shown = len(self._tokenizer.decode(self._context))
+        return new
+
+    def flush(self) -> str:
+        """What is left at the end of the text: unfinished bytes, as replacement characters."""
+        text = self._tokenizer.decode(self._context + self._pending)[self._shown :]
+        self._context, self._pending, self._shown = [], [], 0
+        return text
+
+
+def _window(
+    texts: Sequence[Sequence[int]], rows: Sequence[int], start: int, stop: int, device: torch.device
+) -> torch.Tensor:
+    """Tokens ``start`` to ``stop`` of the rows, (rows, stop - start). Finished rows repeat their last."""
+    windows = [list(texts[row][start:stop]) for row in rows]
+    full = [w + [texts[row][-1]] * (stop - start - len(w)) for w, row in zip(windows, rows, strict=True)]
+    return torch.tensor(full, dtype=torch.int64, device=device)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    for row, prompt in enumerate(prompts):
+        for token in prompt:
+            if not 0 <= token < vocab_size:
+                raise UsageError(
+                    f"prompt {row} has token {token}, but the model knows tokens 0 to {vocab_size - 1}; "
+                    f"encode it with the tokenizer of the model's own checkpoint"
+                )

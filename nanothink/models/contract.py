@@ -1,0 +1,106 @@
+"""What every language model here can do. Trainer, evaluation, sampling and NanoThink know only this.
+
+Two promises come with it, and tests hold each model to them: *causality* (tokens after t change nothing
+at or before t) and *one model, two ways* (``step`` gives the logits that the parallel forward gives).
+
+Shapes: B batch, T time, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanothink.data.tokens import IGNORE
+from nanothink.models.loss import linear_cross_entropy, linear_log_likelihood
+
+__all__ = ["IGNORE", "LanguageModel", "State"]
+
+
+class State:
+    """What a model remembers of the tokens it has read. Opaque: ``start`` makes it, ``step`` uses it."""
+
+
+class LanguageModel(nn.Module, ABC):
+    """Base of all models."""
+
+    kind: ClassVar[str]
+    """The name that commands, configs and checkpoints use."""
+
+    vocab_size: int
+    d_model: int
+
+    context_length: int | None
+    """Most tokens that one forward pass or one decoding state can hold; None: no limit."""
+
+    @abstractmethod
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, D): the final normalised states, which the head reads."""
+
+    @property
+    @abstractmethod
+    def head_weight(self) -> nn.Parameter:
+        """(V, D): the LM head."""
+
+    @abstractmethod
+    def start(self, batch_size: int) -> State:
+        """An empty decoding state for ``batch_size`` sequences."""
+
+    @abstractmethod
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """Read (B, T) more tokens, T >= 1, and predict the one after them: (B, V) float32 logits.
+
+        Advances ``state`` in place. However a sequence is cut into steps, the logits are the same. No
+        gradients.
+
+        Raises:
+            UsageError: the state would hold more than ``context_length`` tokens.
+        """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The same as ``logits``."""
+        return self.logits(tokens)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, V) float32. For short inputs: training never holds this tensor."""
+        return F.linear(self.hidden(tokens), self.head_weight).float()
+
+    def loss(self, inputs: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
+        """Cross-entropy summed over the targets (B, T) that are not IGNORE, in nats, times ``scale``.
+
+        A scalar float32. With ``scale`` = 1 / number of targets it is the mean.
+        """
+        states = self.hidden(inputs).flatten(0, 1)  # (B*T, D)
+        return linear_cross_entropy(states, self.head_weight, targets.flatten(), scale=scale)
+
+    def log_likelihood(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """(B, T) float32: log-likelihood of each target in nats, 0 where it is IGNORE. Differentiable."""
+        states = self.hidden(inputs).flatten(0, 1)  # (B*T, D)
+        return linear_log_likelihood(states, self.head_weight, targets.flatten()).view(targets.shape)
+
+    def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Trainable parameters by the role they play for the optimizer, each exactly once, with names.
+
+        "embeddings": tables looked up by token. "head": the LM head; where it is the embedding table
+        itself, the table counts as embeddings. "matrices": weights of linear layers. "other": the rest.
+        """
+        embeddings = {id(module.weight) for module in self.modules() if isinstance(module, nn.Embedding)}
+        matrices = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
+        head = id(self.head_weight)
+        groups: dict[str, list[tuple[str, nn.Parameter]]]
+        groups = {"matrices": [], "embeddings": [], "head": [], "other": []}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            key = id(parameter)
+            if key in embeddings:
+                role = "embeddings"
+            elif key == head:
+                role = "head"
+            else:
+                role = "matrices" if key in matrices else "other"
+            groups[role].append((name, parameter))
+        return groups

@@ -1,0 +1,203 @@
+"""Building blocks that models share: RMSNorm, rotary positions, attention with a cache, SwiGLU.
+
+Weights are float32 and stay so; under autocast the matrix products run in the autocast type, norms and
+rotations in float32. A norm hands its result over in the type of the products that read it, so that it
+is converted once and not once a product.
+
+Shapes: B batch, T time, S keys (cached and new), D model width, H heads, K = D / H width of a head,
+F inner width of the feed-forward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanothink.errors import UsageError
+from nanothink.models.contract import State
+
+NORM_EPS = 1e-6
+
+_FIRST_CAPACITY = 64  # tokens a new cache has room for; it doubles when full
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type in which matrix products on ``x`` run just now."""
+    device = x.device.type
+    dtype: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return dtype
+
+
+def linear(n_in: int, n_out: int, *, zero: bool = False) -> nn.Linear:
+    """A linear layer without bias; normal of standard deviation 0.6 / sqrt(n_in), or zero."""
+    layer = nn.Linear(n_in, n_out, bias=False, device="meta").to_empty(device="cpu")  # filled only once
+    if zero:
+        nn.init.zeros_(layer.weight)
+    else:
+        nn.init.normal_(layer.weight, std=0.6 * n_in**-0.5)
+    return layer
+
+
+def embedding(vocab_size: int, width: int, *, std: float) -> nn.Embedding:
+    """An embedding table, normal of standard deviation ``std``."""
+    table = nn.Embedding(vocab_size, width, device="meta").to_empty(device="cpu")
+    nn.init.normal_(table.weight, std=std)
+    return table
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019) over the last dimension, computed in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width) float32."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, NORM_EPS)
+
+
+class Rotary(nn.Module):
+    """Rotary positions (Su et al. 2021) in the half-split layout: feature k turns with feature k + K/2.
+
+    The tables are made in float64, kept in float32, and are not part of the state dict.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_width: int, n_positions: int, theta: float) -> None:
+        super().__init__()
+        frequencies = theta ** -(torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+        angles = torch.outer(
+            torch.arange(n_positions, dtype=torch.float64), frequencies
+        )  # (n_positions, K/2)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, (length, K/2) each, of positions ``start`` to ``start + length - 1``."""
+        return self.cos[start : start + length], self.sin[start : start + length]
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn (B, H, T, K) by the angles of its T positions."""
+    cos, sin = rotation
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class KeyValueCache(State):
+    """Keys and values of the tokens read so far, layer by layer, in buffers that double when full.
+
+    Args:
+        n_layers: how many layers write to it.
+        batch_size: B.
+        max_length: most tokens it may hold.
+    """
+
+    def __init__(self, n_layers: int, batch_size: int, max_length: int) -> None:
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.length = 0
+        self._keys: list[Tensor | None] = [None] * n_layers
+        self._values: list[Tensor | None] = [None] * n_layers
+
+    def check_room(self, tokens: Tensor) -> None:
+        """Refuse a (B, T) step that does not fit."""
+        batch_size, n_tokens = tokens.shape
+        if batch_size != self.batch_size:
+            raise UsageError(
+                f"this decoding state is for {self.batch_size} sequences, but {batch_size} were given"
+            )
+        if self.length + n_tokens > self.max_length:
+            raise UsageError(
+                f"the decoding state holds {self.length} tokens and {n_tokens} more were given, but the "
+                f"context is {self.max_length} tokens; start a new state from the last tokens of the text"
+            )
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, H, T, K) to a layer; returns all its keys and values, (B, H, S, K) views.
+
+        ``length`` moves on once, in ``advance``, when every layer has been extended.
+        """
+        self._keys[layer] = self._append(self._keys[layer], keys)
+        self._values[layer] = self._append(self._values[layer], values)
+        stop = self.length + keys.shape[2]
+        all_keys, all_values = self._keys[layer], self._values[layer]
+        assert all_keys is not None
+        assert all_values is not None
+        return all_keys[:, :, :stop], all_values[:, :, :stop]
+
+    def advance(self, n_tokens: int) -> None:
+        self.length += n_tokens
+
+    def _append(self, buffer: Tensor | None, new: Tensor) -> Tensor:
+        stop = self.length + new.shape[2]
+        if buffer is None or buffer.shape[2] < stop:
+            doubled = _FIRST_CAPACITY if buffer is None else 2 * buffer.shape[2]
+            capacity = min(max(doubled, stop), self.max_length)
+            larger = new.new_empty(*new.shape[:2], capacity, new.shape[3])
+            if buffer is not None:
+                larger[:, :, : self.length] = buffer[:, :, : self.length]
+            buffer = larger
+        buffer[:, :, self.length : stop] = new
+        return buffer
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions and an RMSNorm per head on queries and keys.
+
+    QK-norm: Dehghani et al. 2023, section 2; here before the rotation and with a learned weight, as in Qwen3.
+    """
+
+    def __init__(self, width: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.query = linear(width, width)
+        self.key = linear(width, width)
+        self.value = linear(width, width)
+        self.query_norm = RMSNorm(width // n_heads)
+        self.key_norm = RMSNorm(width // n_heads)
+        self.output = linear(width, width, zero=True)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D). With a cache, the T tokens follow those it holds and are added to it."""
+        q = rotate(self.query_norm(self._split(self.query(x))), rotation).to(x.dtype)  # (B, H, T, K)
+        k = rotate(self.key_norm(self._split(self.key(x))), rotation).to(x.dtype)
+        v = self._split(self.value(x))
+        if cache is None or cache.length == 0:
+            if cache is not None:
+                cache.extend(layer, k, v)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            n_before, n_new = cache.length, x.shape[1]
+            k, v = cache.extend(layer, k, v)
+            mask = None  # one new token may look at everything
+            if n_new > 1:
+                mask = torch.ones(n_new, n_before + n_new, dtype=torch.bool, device=x.device).tril(n_before)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        output: Tensor = self.output(y.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, D)
+        return output
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, H, T, K)."""
+        return x.view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward: ``down(silu(gate(x)) * up(x))`` (Shazeer 2020)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate = linear(width, inner)
+        self.up = linear(width, inner)
+        self.down = linear(inner, width, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        output: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return output

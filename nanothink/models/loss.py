@@ -1,0 +1,301 @@
+"""Cross-entropy of a linear head without ever holding the logits.
+
+At a vocabulary of 50,257 the logits of 8 x 512 tokens take 823 MB in float32, and their gradient as
+much again. Here the rows are worked off a chunk at a time: a matrix product gives the chunk's logits,
+an epilogue in place turns them into their own gradient, two more products turn that into the
+gradients of hidden states and weight, and the buffer is used again for the next chunk.
+
+``linear_cross_entropy`` does all of it in the forward pass, so backward only multiplies by a number
+(the idea of Liger Kernel, Hsu et al. 2024, section 3.2). ``linear_log_likelihood`` gives every token's
+own log-likelihood, whose incoming gradient is not known in the forward pass, so it computes the
+logits again in backward.
+
+Precision: the products run in the autocast type where autocast is on, else in the type of the hidden
+states; softmax, log-sum-exp and both accumulated gradients are float32. A CPU without 16-bit matrix
+tiles (AMX) multiplies float32 about twice as fast as bfloat16 (docs/benchmarks.md), so there the
+products stay in float32 whatever autocast says. That is decided from what the processor reports and
+not from a stopwatch: a choice that can fall differently in two runs would make them differ in bits.
+
+Shapes: N rows (batch x time), D model width, V vocabulary, R rows of one chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nanothink.data.tokens import IGNORE
+
+_CACHE_BYTES = 3 << 20  # logits the epilogue walks through at a time on a CPU, so that they stay in L2
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float = 1.0, chunk_rows: int = 512
+) -> Tensor:
+    """Summed cross-entropy of ``softmax(hidden @ weight.T)`` against ``targets``.
+
+    Args:
+        hidden: (N, D) floating point.
+        weight: (V, D) floating point.
+        targets: (N,) integers in [0, V), or IGNORE for rows that count for nothing.
+        scale: factor on the result, such as 1 / number of targets for a mean.
+        chunk_rows: R, how many rows of logits exist at a time.
+
+    Returns:
+        Scalar: ``scale`` times the sum of nats over the targets that are not IGNORE. float32 (float64 for
+        float64 hidden states). Gradients are already computed when this returns, and are given
+        out once: a second backward through the same result is an error.
+    """
+    need_hidden, need_weight = _needs_gradients(hidden, weight)
+    _check_shapes(hidden, weight, targets, chunk_rows)
+    result: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, scale, chunk_rows, _product_dtype(hidden), need_hidden, need_weight
+    )
+    return result
+
+
+def linear_log_likelihood(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int = 512
+) -> Tensor:
+    """Log-likelihood of each target under ``softmax(hidden @ weight.T)``, with gradients.
+
+    Args:
+        hidden: (N, D) floating point.
+        weight: (V, D) floating point.
+        targets: (N,) integers in [0, V), or IGNORE.
+        chunk_rows: R, how many rows of logits exist at a time.
+
+    Returns:
+        (N,) nats, at most 0; exactly 0, with no gradient, where the target is IGNORE. float32 (float64 for
+        float64 hidden states).
+    """
+    need_hidden, need_weight = _needs_gradients(hidden, weight)
+    _check_shapes(hidden, weight, targets, chunk_rows)
+    result: Tensor = _LogLikelihood.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, chunk_rows, _product_dtype(hidden), need_hidden, need_weight
+    )
+    return result
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: float,
+        chunk_rows: int,
+        dtype: torch.dtype,
+        need_hidden: bool,
+        need_weight: bool,
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _ChunkedHead(hidden, weight, targets, chunk_rows, dtype)
+            ctx.gradients = None
+            if need_hidden or need_weight:
+                nats, *ctx.gradients = head.gradients(head.valid, need_hidden, need_weight)
+            else:
+                nats = head.nats()
+            ctx.scale = scale
+            ctx.dtypes = hidden.dtype, weight.dtype
+            return nats.sum() * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_cross_entropy gives its gradients out once; compute the loss again for a second backward"
+            )
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        factor = grad * ctx.scale  # stays on the device: no look at its value, so no synchronisation
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(factor).to(ctx.dtypes[0])
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(factor).to(ctx.dtypes[1])
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+class _LogLikelihood(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk_rows: int,
+        dtype: torch.dtype,
+        need_hidden: bool,
+        need_weight: bool,
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _ChunkedHead(hidden, weight, targets, chunk_rows, dtype)
+            ctx.save_for_backward(hidden, weight, targets)
+            ctx.options = chunk_rows, dtype, need_hidden, need_weight
+            return head.expand(head.nats().neg_())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        chunk_rows, dtype, need_hidden, need_weight = ctx.options
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _ChunkedHead(hidden, weight, targets, chunk_rows, dtype)
+            # Incoming gradients are brought to at most 1, so that neither tiny ones (a mean over many
+            # tokens) nor huge ones (a gradient scaler) leave the range of a 16-bit product.
+            incoming = head.select(grad.to(head.wide))
+            largest = (
+                incoming.abs().amax().clamp_min(torch.finfo(head.wide).tiny) if len(incoming) else grad.sum()
+            )
+            factor = -(incoming / largest) * head.valid
+            _, grad_hidden, grad_weight = head.gradients(factor, need_hidden, need_weight)
+            if grad_hidden is not None:
+                grad_hidden = grad_hidden.mul_(largest).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight = grad_weight.mul_(largest).to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+class _ChunkedHead:
+    """The loop over chunks that both functions share. Call it with autocast off.
+
+    On a CPU the ignored rows are left out up front. On a device that would cost a synchronisation, so
+    they stay in, with hidden state, factor and gradient set to zero.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, dtype: torch.dtype
+    ) -> None:
+        self.n_rows = len(targets)
+        self.kept: Tensor | None = None
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        valid = targets != IGNORE
+        if not _can_drop_rows(targets):
+            targets = targets.masked_fill(~valid, 0)
+            hidden = hidden.masked_fill(~valid[:, None], 0.0)
+        elif not bool(valid.all()):
+            self.kept = valid.nonzero().squeeze(1)
+            hidden, targets, valid = hidden[self.kept], targets[self.kept], valid[self.kept]
+        self.hidden = hidden.to(dtype)
+        self.weight = weight.to(dtype)
+        self.targets = targets.to(torch.int64)[:, None]
+        self.valid = valid.to(self.wide)
+        n = len(targets)
+        n_chunks = -(-n // chunk_rows)
+        self.rows = -(-n // max(n_chunks, 1))  # even chunks: no small, slow one at the end
+
+    def select(self, values: Tensor) -> Tensor:
+        """(N, ...) -> (n, ...): the rows that are worked on."""
+        return values if self.kept is None else values[self.kept]
+
+    def expand(self, values: Tensor) -> Tensor:
+        """(n, ...) -> (N, ...): back in place, zero for the rows that were left out."""
+        if self.kept is None:
+            return values
+        return values.new_zeros(self.n_rows, *values.shape[1:]).index_copy_(0, self.kept, values)
+
+    def nats(self) -> Tensor:
+        """(n,) negative log-likelihoods, 0 for ignored rows."""
+        nats = self.valid.new_empty(len(self.hidden))
+        for chunk, _, logits in self._chunks():
+            nats[chunk] = _softmax_gradient_(logits, self.targets[chunk], None)
+        return nats.mul_(self.valid)
+
+    def gradients(
+        self, factor: Tensor, need_hidden: bool, need_weight: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``nats()``, and the gradients of ``sum(factor * nats)``: (N, D) and (V, D), None if not needed."""
+        n, width = self.hidden.shape
+        nats = self.valid.new_empty(n)
+        grad_hidden = self.valid.new_empty(n, width) if need_hidden else None
+        grad_weight = self.valid.new_zeros(self.weight.shape) if need_weight else None
+        narrow = self.hidden.dtype != self.wide
+        for chunk, buffer, logits in self._chunks():
+            nats[chunk] = _softmax_gradient_(logits, self.targets[chunk], factor[chunk, None])
+            grad_logits = buffer.copy_(logits) if narrow else logits  # (R, V) in the type of the products
+            if grad_hidden is not None:
+                grad_hidden[chunk] = grad_logits @ self.weight
+            if grad_weight is not None and narrow:
+                grad_weight += grad_logits.t() @ self.hidden[chunk]
+            elif grad_weight is not None:
+                grad_weight.addmm_(grad_logits.t(), self.hidden[chunk])
+        return nats.mul_(self.valid), None if grad_hidden is None else self.expand(grad_hidden), grad_weight
+
+    def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, product buffer and (R, V) logits in the wide type; both buffers are used again each time."""
+        vocab = len(self.weight)
+        buffer = self.hidden.new_empty(self.rows, vocab)
+        wide = buffer if buffer.dtype == self.wide else self.valid.new_empty(self.rows, vocab)
+        for start in range(0, len(self.hidden), max(self.rows, 1)):
+            chunk = slice(start, min(start + self.rows, len(self.hidden)))
+            size = chunk.stop - start
+            product = torch.mm(self.hidden[chunk], self.weight.t(), out=buffer[:size])
+            yield chunk, product, product if wide is buffer else wide[:size].copy_(product)
+
+
+def _softmax_gradient_(logits: Tensor, targets: Tensor, factor: Tensor | None) -> Tensor:
+    """Negative log-likelihoods (R,); ``logits`` (R, V) becomes ``factor * (softmax - one_hot)`` in place.
+
+    Without a factor (R, 1) the logits are left as scratch.
+    """
+    rows, vocab = logits.shape
+    nats = logits.new_empty(rows)
+    step = max(1, _CACHE_BYTES // (vocab * logits.element_size())) if logits.device.type == "cpu" else rows
+    for start in range(0, rows, step):
+        part, own = logits[start : start + step], targets[start : start + step]
+        top = part.amax(1, keepdim=True)
+        target_logit = part.gather(1, own)
+        total = part.sub_(top).exp_().sum(1, keepdim=True)
+        nats[start : start + step] = (total.log() + (top - target_logit)).squeeze(1)
+        if factor is not None:
+            weight = factor[start : start + step]
+            part.mul_(weight / total).scatter_add_(1, own, -weight)
+    return nats
+
+
+def _can_drop_rows(targets: Tensor) -> bool:
+    return targets.device.type == "cpu"
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    if hidden.dtype == torch.float64:
+        return torch.float64
+    autocast = torch.is_autocast_enabled(device)
+    dtype: torch.dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    if device == "cpu" and dtype not in _fast_cpu_types():
+        return torch.float32
+    return dtype
+
+
+@functools.cache
+def _fast_cpu_types() -> frozenset[torch.dtype]:
+    """Types in which this CPU multiplies matrices at least as fast as in float32."""
+    capabilities = torch.cpu.get_capabilities()
+    tiles = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
+    return frozenset({torch.float32, *(dtype for dtype, name in tiles.items() if capabilities.get(name))})
+
+
+def _needs_gradients(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
+    # Inside a Function grad mode is always off, and needs_input_grad ignores no_grad(): ask here.
+    enabled = torch.is_grad_enabled()
+    return enabled and hidden.requires_grad, enabled and weight.requires_grad
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden (N, D) and weight (V, D) do not fit: got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"targets must be ({len(hidden)},), one per row of hidden; got {tuple(targets.shape)}"
+        )
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
