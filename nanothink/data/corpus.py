@@ -1,0 +1,341 @@
+"""A folder of folders: which domains there are, whether their lines are records, and who validates.
+
+    <data root>/<domain>/*.jsonl, *.jsonl.gz, *.jsonl.zst
+
+The folder's name is the domain. Whatever else lies in the root or in a domain folder is named in a
+warning, so that nothing a person meant as data is left out unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanothink.config.data import SPLIT_SEED
+from nanothink.data.lines import SUFFIXES, Problem, shown
+from nanothink.data.records import iter_records
+from nanothink.errors import DataError, UsageError, did_you_mean
+
+Keys = NDArray[np.uint64]
+Sides = NDArray[np.bool_]
+
+_SILENT_IN_ROOT = (".nanothink", "README.md")
+_NAMED_AT_MOST = 5
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The files of each domain, domains and files in the order of their names."""
+
+    root: Path
+    domains: dict[str, tuple[Path, ...]]
+    warnings: tuple[Problem, ...]
+
+    @property
+    def files(self) -> Iterator[tuple[str, Path]]:
+        for domain, paths in self.domains.items():
+            for path in paths:
+                yield domain, path
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all files on disk; a file that has gone meanwhile counts nothing."""
+        return sum(_size(path) for _, path in self.files)
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """What reading every line of a corpus found. ``n_bytes`` are bytes on disk."""
+
+    files: int
+    records: int
+    n_bytes: int
+    seconds: float
+    errors: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.errors
+
+
+def find_corpus(data_dir: str | Path, domains: Sequence[str] | None = None) -> Corpus:
+    """The domains below ``data_dir``, all of them or those asked for.
+
+    Raises DataError when there is no such folder, no domain in it, or no data in a domain asked for;
+    UsageError, with a suggestion, when a domain asked for does not exist.
+    """
+    root = Path(data_dir)
+    warnings: list[Problem] = []
+    stray: list[str] = []
+    folders: dict[str, os.DirEntry[str]] = {}
+    for entry in _list_root(root):
+        if entry.name in _SILENT_IN_ROOT:
+            continue
+        if not _is_folder(entry):
+            stray.append(entry.name)
+            warnings.append(_whole(entry.path, _why_stray(entry.name)))
+        elif entry.name.startswith("."):
+            warnings.append(_whole(entry.path, "not read, because the folder's name begins with a dot"))
+        elif not _is_utf8(entry.name):
+            warnings.append(_whole(entry.path, "not read, because the folder's name is not UTF-8; rename it"))
+        else:
+            folders[entry.name] = entry
+
+    if domains is not None:
+        wanted = dict.fromkeys(domains)
+        for name in wanted:
+            if name not in folders:
+                known = ", ".join(folders) or "none"
+                message = f"There is no domain '{name}' in {shown(root)}.{did_you_mean(name, folders)}"
+                raise UsageError(f"{message} Known domains: {known}.")
+        folders = {name: entry for name, entry in folders.items() if name in wanted}
+
+    found: dict[str, tuple[Path, ...]] = {}
+    for name, entry in folders.items():
+        paths, notes = _read_domain(root / name)
+        warnings += notes
+        if paths:
+            found[name] = paths
+        elif domains is not None:
+            reason = f" ({notes[-1].reason})" if notes else ""
+            raise DataError(
+                f"The domain '{name}' has no data: {shown(entry.path)} holds no .jsonl file{reason}. "
+                f"Put JSON Lines there, or import text: nanothink data import SOURCE --domain {name}"
+            )
+    if not found:
+        raise DataError(_nothing_here(root, stray))
+    return Corpus(root, found, tuple(warnings))
+
+
+def text_key(text: str) -> int:
+    """64 bits that stand for a text: BLAKE2b of its UTF-8 bytes, little-endian."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def assign_sides(keys: Mapping[str, Keys], val_split: float) -> dict[str, Sides]:
+    """Which documents validate (True) and which train, one value per key and domain.
+
+    ``keys`` are text_key()s, (documents,) uint64 per domain, copies included. A document validates
+    when splitmix64(key ^ splitmix64(42)) / 2**64 < ``val_split``. That looks at nothing but its text: a
+    corpus may grow, shrink or be put in another order, and two copies of a text are on one side.
+
+    A domain with two or more texts needs both sides. If the rule leaves one of them empty, the text of
+    smallest hash is moved to validation, or the one of largest hash to training, in every domain that
+    holds it (the next one if that would take a side from another domain). A domain with a single text
+    trains on it; whoever makes tokens cuts that text in two. Such moves are the only way in which growth
+    can change a document's side: the moved one goes back to where the rule puts it. As a rule that is
+    from validation to training, which harms nothing; the other way needs a domain whose texts so far
+    were all drawn for validation, or a domain of one text.
+    Where domains share texts, they can make it impossible to serve them all (three domains, each two out
+    of three texts). Then copies still agree, and a domain goes without one side.
+    """
+    names = sorted(name for name in keys if len(keys[name]))
+    threshold = np.uint64(min(math.ceil(val_split * 2.0**64), 2**64 - 1))
+    hashes = {name: _hash(keys[name]) for name in names}
+    sides = {name: hashes[name] < threshold for name in names}
+    single = {name for name in names if bool((hashes[name] == hashes[name][0]).all())}
+    pinned = {int(hashes[name][0]) for name in single}
+    for name in names:
+        sides[name][np.isin(hashes[name], np.fromiter(pinned, np.uint64, len(pinned)))] = False
+
+    def one_sided(side: Sides) -> bool:
+        return bool(side.all()) or not side.any()
+
+    def moved(value: np.uint64) -> dict[str, Sides]:
+        """The sides of all domains that hold the text, as they are once it has moved."""
+        holders = {name: hashes[name] == value for name in names}
+        return {name: sides[name] ^ held for name, held in holders.items() if held.any()}
+
+    # A move serves one domain and harms none, so there are at most as many moves as domains.
+    settled = False
+    while not settled:
+        settled = True
+        for name in names:
+            if name in single or not one_sided(sides[name]):
+                continue
+            nearest_first = np.unique(hashes[name])
+            if sides[name].any():
+                nearest_first = nearest_first[::-1]
+            for value in nearest_first:
+                after = moved(value)
+                harmed = (n for n, side in after.items() if one_sided(side) and not one_sided(sides[n]))
+                if int(value) not in pinned and next(harmed, None) is None:
+                    sides.update(after)
+                    settled = False
+                    break
+    return {name: sides.get(name, np.zeros(0, np.bool_)) for name in keys}
+
+
+def validate_corpus(
+    corpus: Corpus, *, on_progress: Callable[[int, int], None] | None = None
+) -> ValidationReport:
+    """Read every line of every file, in memory that does not grow with the files.
+
+    ``on_progress`` gets (bytes done, bytes in all) a few times per megabyte and at the end of each file.
+    Every problem is in the report; a domain without one valid record is a problem of its own.
+    """
+    began = time.perf_counter()
+    errors: list[Problem] = []
+    warnings = list(corpus.warnings)
+    sizes = {path: _size(path) for _, path in corpus.files}
+    total = sum(sizes.values())
+    n_records = done = 0
+
+    for domain, paths in corpus.domains.items():
+        n_valid = 0
+        for path in paths:
+            at = done
+
+            def advance(n_bytes: int) -> None:
+                nonlocal at
+                at += n_bytes
+                if on_progress:
+                    on_progress(min(at, total), total)
+
+            for _ in iter_records(
+                path, on_problem=errors.append, on_warning=warnings.append, on_bytes=advance
+            ):
+                n_valid += 1
+            # A file that could not be read to its end is done with all the same.
+            done += sizes[path]
+            if on_progress:
+                on_progress(done, total)
+        n_records += n_valid
+        if not n_valid:
+            folder = paths[0].parent if paths else corpus.root / domain
+            errors.append(_whole(folder, f"the domain '{domain}' has no valid record"))
+
+    seconds = time.perf_counter() - began
+    return ValidationReport(len(sizes), n_records, total, seconds, tuple(errors), tuple(warnings))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Looking around
+
+
+def _list_root(root: Path) -> list[os.DirEntry[str]]:
+    make_one = f"To try things out, make a starter corpus: nanothink data sample --data-dir {shown(root)}"
+    try:
+        with os.scandir(root) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except FileNotFoundError:
+        raise DataError(f"There is no data folder {shown(root)}. {make_one}") from None
+    except NotADirectoryError:
+        message = f"{shown(root)} is a file, not a folder of domains. Give the folder above its domain"
+        raise DataError(
+            f"{message}, or import it: nanothink data import {shown(root)} --domain NAME"
+        ) from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"Cannot look into {shown(root)}: {reason}. Check its permissions.") from None
+
+
+def _read_domain(folder: Path) -> tuple[tuple[Path, ...], list[Problem]]:
+    """The data files of one domain and what there is to say about the rest of its folder."""
+    paths: list[Path] = []
+    others: list[str] = []
+    nested: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.name.endswith(SUFFIXES) and not entry.name.startswith("."):
+                    paths.append(folder / entry.name)  # a folder too: whoever reads it says what is wrong
+                elif not _is_folder(entry):
+                    others.append(entry.name)
+                elif _holds_data(Path(entry.path)):
+                    nested.append(entry.name)
+    except OSError as error:
+        return (), [_whole(folder, f"the folder cannot be read: {error.strerror or error}")]
+    notes = []
+    if nested:
+        names = _enumerate(nested)
+        notes.append(_whole(folder, f"not read, because data must lie in the domain folder itself: {names}"))
+    if others:
+        notes.append(
+            _whole(folder, f"not read, because the name does not end in .jsonl: {_enumerate(others)}")
+        )
+    if not paths:
+        notes.append(_whole(folder, "the folder holds no .jsonl file, so it is no domain"))
+    return tuple(paths), notes
+
+
+def _holds_data(folder: Path) -> bool:
+    # Links to folders are not followed, so a loop of links is no loop here.
+    return any(name.endswith(SUFFIXES) for _, _, names in os.walk(folder) for name in names)
+
+
+def _why_stray(name: str) -> str:
+    if name.endswith(SUFFIXES):
+        return "not read, because it lies in no domain folder; move it into one"
+    return "not read; data lies in folders, one per domain"
+
+
+def _nothing_here(root: Path, stray: list[str]) -> str:
+    data = [name for name in stray if name.endswith(SUFFIXES)]
+    if data:
+        return (
+            f"There is no domain in {shown(root)}, but there is {_enumerate(data)}. "
+            f"Move such files into a folder named after their domain: {shown(root / 'NAME' / data[0])}"
+        )
+    return (
+        f"There is no domain in {shown(root)}: no folder in it holds a .jsonl file. "
+        "Import text with `nanothink data import SOURCE --domain NAME`, or make a starter corpus with "
+        f"`nanothink data sample --data-dir {shown(root)}`."
+    )
+
+
+def _enumerate(names: Sequence[str]) -> str:
+    listed = ", ".join(shown(name) for name in names[:_NAMED_AT_MOST])
+    rest = len(names) - _NAMED_AT_MOST
+    return f"{listed} and {rest:,} more" if rest > 0 else listed
+
+
+def _whole(path: str | Path, reason: str) -> Problem:
+    return Problem(shown(path), 0, 0, reason)
+
+
+def _is_utf8(name: str) -> bool:
+    return not any("\udc80" <= char <= "\udcff" for char in name)  # how Python spells stray bytes
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads back to itself
+        return False
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# The hash of the split
+
+
+def _splitmix64(state: Keys) -> Keys:
+    """The output of SplitMix64 (Steele, Lea and Flood 2014) for each state; a bijection of 64 bits."""
+    mixed: Keys = state + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
+
+
+_SEED = _splitmix64(np.array([SPLIT_SEED], np.uint64))
+
+
+def _hash(keys: Keys) -> Keys:
+    return _splitmix64(np.asarray(keys, np.uint64) ^ _SEED)

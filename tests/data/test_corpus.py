@@ -1,0 +1,336 @@
+"""Which files are data, who validates, and what a pass over all lines tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanothink.data.corpus import assign_sides, find_corpus, text_key, validate_corpus
+from nanothink.errors import DataError, UsageError
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "corpora"
+
+
+def put(root: Path, name: str, *texts: str) -> Path:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def said(corpus) -> dict[str, str]:
+    return {os.path.relpath(warning.file, corpus.root): warning.reason for warning in corpus.warnings}
+
+
+# Finding
+
+
+def test_domains_and_files_come_in_the_order_of_their_names(tmp_path):
+    for name in ("b/2.jsonl", "b/10.jsonl", "a/x.jsonl.gz", "b/1.jsonl.zst"):
+        put(tmp_path, name, "t")
+    corpus = find_corpus(str(tmp_path))
+    assert list(corpus.domains) == ["a", "b"]
+    names = [(domain, path.name) for domain, path in corpus.files]
+    assert names == [("a", "x.jsonl.gz"), ("b", "1.jsonl.zst"), ("b", "10.jsonl"), ("b", "2.jsonl")]
+    assert corpus.warnings == ()
+    assert corpus.n_bytes == sum(path.stat().st_size for path in tmp_path.rglob("*.jsonl*"))
+
+
+def test_everything_passed_over_is_named(tmp_path):
+    put(tmp_path, "a/x.jsonl", "t")
+    put(tmp_path, "stray.jsonl", "t")
+    put(tmp_path, "notes.txt", "t")
+    put(tmp_path, ".hidden/x.jsonl", "t")
+    put(tmp_path, "empty/readme.txt", "t")
+    put(tmp_path, "a/deep/er/y.jsonl", "t")
+    put(tmp_path, "a/y.JSONL", "t")
+    put(tmp_path, "a/.z.jsonl", "t")
+    warnings = said(find_corpus(tmp_path))
+    assert "lies in no domain folder" in warnings.pop("stray.jsonl")
+    assert "one per domain" in warnings.pop("notes.txt")
+    assert "begins with a dot" in warnings.pop(".hidden")
+    assert "holds no .jsonl file" in warnings.pop("empty")
+    assert warnings.keys() == {"a"}
+    reasons = [warning.reason for warning in find_corpus(tmp_path).warnings if warning.file.endswith("/a")]
+    assert any("must lie in the domain folder itself: deep" in reason for reason in reasons)
+    assert any(".z.jsonl, y.JSONL" in reason for reason in reasons)
+
+
+def test_a_warning_about_a_folder_shows_no_line_number(tmp_path):
+    put(tmp_path, "a/x.jsonl", "t")
+    put(tmp_path, "notes.txt", "t")
+    (warning,) = find_corpus(tmp_path).warnings
+    assert str(warning).startswith(f"{tmp_path / 'notes.txt'}: not read")
+
+
+def test_own_cache_and_readme_are_passed_over_in_silence(tmp_path):
+    put(tmp_path, "a/x.jsonl", "t")
+    put(tmp_path, ".nanothink/x.jsonl", "t")
+    put(tmp_path, "README.md", "t")
+    corpus = find_corpus(tmp_path)
+    assert list(corpus.domains) == ["a"]
+    assert corpus.warnings == ()
+
+
+def test_domains_asked_for(tmp_path):
+    for name in ("code", "law", "poems"):
+        put(tmp_path, f"{name}/x.jsonl", "t")
+    (tmp_path / "empty").mkdir()
+    assert list(find_corpus(tmp_path, ["poems", "code", "code"]).domains) == ["code", "poems"]
+    assert find_corpus(tmp_path, ["code"]).warnings == ()
+    with pytest.raises(UsageError, match=r"no domain 'coed'.*Did you mean 'code'\?.*code, empty, law, poems"):
+        find_corpus(tmp_path, ["coed"])
+    with pytest.raises(DataError, match=r"'empty' has no data.*data import SOURCE --domain empty"):
+        find_corpus(tmp_path, ["empty"])
+
+
+def test_no_data_says_what_to_do(tmp_path):
+    with pytest.raises(DataError, match=r"no data folder.*nanothink data sample --data-dir"):
+        find_corpus(tmp_path / "missing")
+    with pytest.raises(DataError, match=r"no domain in.*nanothink data sample"):
+        find_corpus(tmp_path)
+    put(tmp_path, "x.jsonl", "t")
+    with pytest.raises(DataError, match=r"there is x\.jsonl\. Move such files into a folder"):
+        find_corpus(tmp_path)
+    with pytest.raises(DataError, match=r"is a file, not a folder"):
+        find_corpus(tmp_path / "x.jsonl")
+
+
+def test_links_may_loop_and_break(tmp_path):
+    put(tmp_path, "a/x.jsonl", "t")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "self").symlink_to(tmp_path / "a" / "self")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "again").symlink_to(tmp_path / "a")
+    corpus = find_corpus(tmp_path)
+    assert list(corpus.domains) == ["a", "again"]
+    assert {"loop", "broken"} <= said(corpus).keys()
+
+
+def test_a_folder_name_that_is_not_utf8_is_named(tmp_path):
+    put(tmp_path, "a/x.jsonl", "t")
+    put(tmp_path, os.fsdecode(b"\xff") + "/x.jsonl", "t")
+    corpus = find_corpus(tmp_path)
+    assert list(corpus.domains) == ["a"]
+    assert "not UTF-8" in said(corpus)["\\xff"]
+
+
+# The split
+
+
+def keys_of(*texts: str) -> np.ndarray:
+    return np.array([text_key(text) for text in texts], np.uint64)
+
+
+def draw(n: int, prefix: str = "t") -> np.ndarray:
+    return keys_of(*[f"{prefix}{i}" for i in range(n)])
+
+
+def test_the_key_of_a_text_never_changes():
+    # Written down: a change of hash would move documents between the sides of every existing run.
+    assert text_key("NanoThink") == 13148234440110152715
+    assert text_key("é") == 3394012004367669963
+
+
+def test_the_rule_never_changes():
+    drawn = assign_sides({"a": draw(40)}, 0.1)["a"]
+    assert np.flatnonzero(drawn).tolist() == [5, 21, 26, 30, 32]
+
+
+def test_the_rule_is_the_published_hash():
+    def splitmix64(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    assert splitmix64(0) == 0xE220A8397B1DCDAF  # first output of the reference program at seed 0
+    keys = draw(300)
+    expected = [splitmix64(int(key) ^ splitmix64(42)) / 2**64 < 0.3 for key in keys]
+    assert assign_sides({"a": keys}, 0.3)["a"].tolist() == expected
+
+
+@pytest.mark.parametrize("val_split", [0.01, 0.1, 0.5])
+def test_the_asked_for_fraction_validates(val_split):
+    n = 20_000
+    fraction = assign_sides({"a": draw(n)}, val_split)["a"].mean()
+    assert abs(fraction - val_split) < 4 * (val_split * (1 - val_split) / n) ** 0.5
+
+
+def test_growth_and_reordering_move_no_document():
+    keys = draw(1000)
+    before = assign_sides({"a": keys[:300], "b": keys[300:500]}, 0.1)
+    order = np.random.default_rng(0).permutation(500)
+    grown = np.concatenate([keys[500:], keys[:500][order]])
+    after = assign_sides({"z": grown, "a": keys[:0]}, 0.1)
+    side_of = dict(zip(grown.tolist(), after["z"].tolist(), strict=True))
+    assert [side_of[key] for key in keys[:300].tolist()] == before["a"].tolist()
+    assert [side_of[key] for key in keys[300:500].tolist()] == before["b"].tolist()
+    assert after["a"].shape == (0,)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.lists(st.integers(0, 9), max_size=8), max_size=6),
+    st.sampled_from([1e-9, 0.1, 0.5, 0.9, 1 - 1e-9]),
+    st.randoms(),
+)
+def test_copies_agree_whatever_the_domains_share(content, val_split, rng):
+    keys = {name: keys_of(*map(str, texts)) for name, texts in content.items()}
+    sides = assign_sides(keys, val_split)
+    assert {name: side.shape for name, side in sides.items()} == {n: k.shape for n, k in keys.items()}
+    side_of: dict[int, bool] = {}
+    for name in keys:
+        for key, side in zip(keys[name].tolist(), sides[name].tolist(), strict=True):
+            assert side_of.setdefault(key, side) == side
+    shuffled = {name: list(range(len(own))) for name, own in keys.items()}
+    for order in shuffled.values():
+        rng.shuffle(order)
+    names = list(keys)
+    rng.shuffle(names)
+    again = assign_sides({name: keys[name][shuffled[name]] for name in names}, val_split)
+    for name in names:
+        assert again[name].tolist() == sides[name][shuffled[name]].tolist()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=4), st.sampled_from([1e-9, 0.1, 0.5, 0.9, 1 - 1e-9]))
+def test_a_domain_of_several_texts_has_both_sides(sizes, val_split):
+    keys = {f"d{i}": draw(size, f"{i}/") for i, size in enumerate(sizes)}
+    for side in assign_sides(keys, val_split).values():
+        assert side.any()
+        assert not side.all()
+
+
+def test_the_text_moved_is_the_one_of_smallest_or_largest_hash():
+    keys = draw(50)
+    order = [int(np.flatnonzero(assign_sides({"a": keys}, v)["a"])[0]) for v in (1e-12, 1 - 1e-12)]
+    validating = assign_sides({"a": keys}, 1e-12)["a"]
+    training = ~assign_sides({"a": keys}, 1 - 1e-12)["a"]
+    assert validating.sum() == training.sum() == 1
+    # The first text that joins validation as the fraction grows, and the last that leaves training.
+    for val_split in (0.05, 0.5, 0.95):
+        drawn = assign_sides({"a": keys}, val_split)["a"]
+        assert drawn[order[0]]
+        assert not drawn[np.flatnonzero(training)[0]]
+
+
+def test_growth_moves_a_text_from_validation_to_training_only():
+    for seed in range(40):
+        keys = draw(30, f"{seed}/")
+        previous = assign_sides({"a": keys[:2]}, 0.02)["a"]
+        for n in range(3, 31):
+            grown = assign_sides({"a": keys[:n]}, 0.02)["a"]
+            # (No pair of these seeds is drawn for validation as a whole, the one way back.)
+            assert not (grown[: n - 1] & ~previous).any()
+            previous = grown
+
+
+def test_a_single_text_trains_copies_or_not():
+    for i in range(30):
+        key = keys_of(str(i))
+        sides = assign_sides({"a": np.repeat(key, 3), "b": np.concatenate([key, draw(5, "other")])}, 0.5)
+        assert not sides["a"].any()
+        assert not sides["b"][0]
+        assert sides["b"].any()
+
+
+def test_domains_that_share_texts_are_both_served_when_they_can_be():
+    for seed in range(200):
+        rng = random.Random(seed)
+        one, two, three = (str(rng.random()) for _ in range(3))
+        for val_split in (0.02, 0.5, 0.98):
+            sides = assign_sides({"a": keys_of(one, two), "b": keys_of(one, three)}, val_split)
+            assert sides["a"].tolist() in ([True, False], [False, True])
+            assert sides["b"].tolist() in ([True, False], [False, True])
+
+
+# Validating
+
+
+def test_a_sound_corpus(tmp_path):
+    put(tmp_path, "a/x.jsonl", "t", "u")
+    put(tmp_path, "b/x.jsonl", "v")
+    put(tmp_path, "notes.txt")
+    corpus = find_corpus(tmp_path)
+    seen: list[tuple[int, int]] = []
+    report = validate_corpus(corpus, on_progress=lambda done, total: seen.append((done, total)))
+    assert report.ok
+    assert (report.files, report.records, report.n_bytes) == (2, 3, corpus.n_bytes)
+    assert report.seconds > 0
+    assert report.warnings == corpus.warnings
+    assert seen[-1] == (corpus.n_bytes, corpus.n_bytes)
+    assert seen == sorted(seen)
+
+
+def test_every_problem_is_listed_and_reading_goes_on(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jsonl").write_bytes(b'{"text": 1}\n\n{"text": "a"}\n{}\n')
+    (tmp_path / "a" / "folder.jsonl").mkdir()
+    put(tmp_path, "b/x.jsonl", "t")
+    corpus = find_corpus(tmp_path)
+    seen: list[int] = []
+    report = validate_corpus(corpus, on_progress=lambda done, _: seen.append(done))
+    assert not report.ok
+    assert report.records == 2
+    places = [(Path(p.file).name, p.line, p.column) for p in report.errors]
+    assert places == [("folder.jsonl", 1, 1), ("x.jsonl", 1, 10), ("x.jsonl", 4, 1)]
+    assert [w.line for w in report.warnings] == [2]
+    assert seen[-1] == corpus.n_bytes
+
+
+def test_a_domain_without_a_valid_record_is_an_error(tmp_path):
+    put(tmp_path, "a/x.jsonl", "t")
+    put(tmp_path, "b/x.jsonl")
+    report = validate_corpus(find_corpus(tmp_path))
+    (error,) = report.errors
+    assert str(error) == f"{tmp_path / 'b'}: the domain 'b' has no valid record"
+    assert [w.reason for w in report.warnings] == ["the file holds no record"]
+
+
+def test_a_file_that_vanishes_is_an_error_not_an_exception(tmp_path):
+    put(tmp_path, "a/x.jsonl", "t")
+    gone = put(tmp_path, "a/y.jsonl", "t")
+    corpus = find_corpus(tmp_path)
+    gone.unlink()
+    report = validate_corpus(corpus)
+    assert [(Path(e.file).name, e.reason) for e in report.errors] == [("y.jsonl", "the file is gone")]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    code = """if True:
+        import resource, sys
+        from nanothink.data.corpus import find_corpus, validate_corpus
+        report = validate_corpus(find_corpus(sys.argv[1]))
+        print(report.records, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    """
+    peaks = []
+    for times in (1, 60):
+        block = b"".join(json.dumps({"text": f"{i} " + "word " * 300}).encode() + b"\n" for i in range(1000))
+        (tmp_path / "a").mkdir(exist_ok=True)
+        with (tmp_path / "a" / "x.jsonl").open("wb") as file:
+            for _ in range(times):
+                file.write(block)
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        records, peak = subprocess.run(command, capture_output=True, check=True).stdout.split()
+        assert int(records) == 1000 * times
+        peaks.append(int(peak))
+    assert peaks[1] - peaks[0] < 8 * 1024  # KiB, where the file grew by 90 MB
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real corpora")
+def test_the_real_corpora_are_sound():
+    report = validate_corpus(find_corpus(REAL))
+    assert report.ok
+    assert report.warnings == ()
+    assert report.records == 7425
