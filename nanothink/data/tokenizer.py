@@ -170,7 +170,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     path = Path(name).expanduser()
     try:
-        if path.is_dir():
+        if name and path.is_dir():
             return _from_folder(path, name)
         if path.is_file():
             eos = _eos_beside(path)
@@ -407,7 +407,7 @@ def resolve_tokenizer(
     selected, and is used for that name from then on, whatever becomes of the corpus or the network:
     experts can only be combined if they share one tokenizer.
     """
-    if Path(name).expanduser().exists() or _looks_like_path(name):
+    if _looks_like_path(name) or Path(name).expanduser().exists():
         return load_tokenizer(name)
     cache = cache_folder(corpus.root)
     folder = cache / "tokenizer"

@@ -1,0 +1,526 @@
+"""Tokenizers: the same ids from every source, nothing lost, nothing injected, never dead offline."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanothink.data import hub
+from nanothink.data.corpus import assign_sides, find_corpus, text_key
+from nanothink.data.tokenizer import (
+    Tokenizer,
+    TokenizerUnreachableError,
+    fitting_vocab_size,
+    load_tokenizer,
+    resolve_tokenizer,
+    save_tokenizer,
+    train_on_corpus,
+    train_tokenizer,
+)
+from nanothink.errors import DataError, TokenizerError
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog's day is done. Hello world! " * 20
+HOSTILE = st.text(
+    st.one_of(
+        st.characters(exclude_categories=["Cs"]), st.sampled_from("\0\n\r\t \x85\u200b😀<|endoftext|>")
+    ),
+    max_size=60,
+)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return train_tokenizer([TEXT], 400, n_bytes=len(TEXT))
+
+
+@pytest.fixture
+def gpt2(shared_data: Path) -> Path:
+    return shared_data / "tokenizers" / "gpt2"
+
+
+def _domain(root: Path, name: str, texts: list[str]) -> None:
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"text": text}) for text in texts]
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# --- what a tokenizer promises -----------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=HOSTILE)
+def test_decode_gives_every_text_back(trained: Tokenizer, text: str) -> None:
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert trained.encode_batch([text, text])[1].tolist() == ids
+    assert trained.eos_id not in ids
+    assert all(0 <= i < trained.vocab_size for i in ids)
+
+
+@pytest.mark.parametrize("text", ["<|endoftext|>", "a<|endoftext|>b", "<|endoftext|><|endoftext|>"])
+def test_a_text_that_spells_the_end_is_not_the_end(trained: Tokenizer, text: str) -> None:
+    assert trained.eos_id not in trained.encode(text)
+    assert trained.eos_id not in trained.encode_batch([text])[0]
+    assert trained.decode(trained.encode(text)) == text
+    assert trained.decode([trained.eos_id]) == "<|endoftext|>"
+
+
+def test_an_eos_that_is_an_ordinary_added_token_is_made_special(trained: Tokenizer) -> None:
+    state = trained.to_state()
+    content = orjson.loads(state["tokenizer_json"])
+    content["added_tokens"][0]["special"] = False
+    changed = Tokenizer.from_state({**state, "tokenizer_json": orjson.dumps(content).decode()})
+    assert changed.eos_id not in changed.encode("a<|endoftext|>b")
+
+
+def test_state_travels_as_strings(trained: Tokenizer) -> None:
+    state = trained.to_state()
+    assert all(isinstance(value, str) for value in state.values())
+    again = Tokenizer.from_state(state)
+    assert again.to_state() == state
+    assert (again.name, again.eos_id, again.vocab_size) == (trained.name, trained.eos_id, trained.vocab_size)
+    assert again.fingerprint == trained.fingerprint
+    assert again.encode(TEXT) == trained.encode(TEXT)
+
+
+def test_fingerprint_is_the_identity_not_the_name(trained: Tokenizer) -> None:
+    state = trained.to_state()
+    assert Tokenizer.from_state({**state, "name": "other"}).fingerprint == trained.fingerprint
+    other = Tokenizer.from_state({**state, "eos_token": "<end>"})
+    assert other.fingerprint != trained.fingerprint
+    assert other.vocab_size == trained.vocab_size + 1 == other.eos_id + 1
+
+
+@pytest.mark.parametrize("state", [{}, {"name": "x", "eos_token": "y", "tokenizer_json": "{"}])
+def test_a_broken_state_is_a_clear_error(state: dict[str, str]) -> None:
+    with pytest.raises(TokenizerError, match="saved tokenizer"):
+        Tokenizer.from_state(state)
+
+
+def test_truncation_padding_dropout_and_added_bos_are_taken_out(trained: Tokenizer) -> None:
+    state = trained.to_state()
+    backend = tokenizers.Tokenizer.from_str(state["tokenizer_json"])
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        "<|endoftext|> $A", special_tokens=[("<|endoftext|>", trained.eos_id)]
+    )
+    backend.model.dropout = 0.9
+    cleaned = Tokenizer(backend, "x", "<|endoftext|>")
+    assert cleaned.encode(TEXT) == trained.encode(TEXT)
+    assert cleaned.fingerprint == trained.fingerprint
+
+
+def test_a_tokenizer_that_loses_text_is_refused(trained: Tokenizer) -> None:
+    backend = tokenizers.Tokenizer.from_str(trained.to_state()["tokenizer_json"])
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    with pytest.raises(TokenizerError, match="hello world"):
+        Tokenizer(backend, "lower")
+    one_token = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"<|endoftext|>": 0}, merges=[]))
+    with pytest.raises(TokenizerError, match="loses text"):
+        Tokenizer(one_token, "one")
+
+
+def test_a_tokenizer_whose_eos_can_be_spelt_is_refused() -> None:
+    vocab = [("<unk>", 0.0), ("</s>", 0.0), *((c, -1.0) for c in "Hello world</s>abc")]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram([*dict(vocab).items()], unk_id=0))
+    backend.decoder = tokenizers.decoders.Fuse()
+    with pytest.raises(TokenizerError, match="spells '</s>'"):
+        Tokenizer(backend, "unigram", "</s>")
+
+
+def test_lone_surrogates_are_a_clear_error(trained: Tokenizer) -> None:
+    for encode in (trained.encode, lambda text: trained.encode_batch([text])):
+        with pytest.raises(TokenizerError, match="Character 3 "):
+            encode("ab\ud800")
+
+
+def test_ids_out_of_range_are_a_clear_error(trained: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match=f"0 and {trained.vocab_size - 1}"):
+        trained.decode([-1])
+    assert trained.decode(np.array(trained.encode("Hello"))) == "Hello"
+
+
+def test_tokenizers_without_the_fast_path_give_the_same_from_batches(trained: Tokenizer) -> None:
+    backend = tokenizers.Tokenizer.from_str(trained.to_state()["tokenizer_json"])
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Digits(), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    other = Tokenizer(backend, "digits")
+    assert other._words is None
+    texts = [TEXT, "", "12 345 é"]
+    assert [ids.tolist() for ids in other.encode_batch(texts)] == [other.encode(text) for text in texts]
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+def test_training_is_deterministic(trained: Tokenizer, tmp_path: Path) -> None:
+    """In fresh processes with other hash seeds and thread counts: ties must not fall by chance."""
+    script = (
+        "import sys; from nanothink.data.tokenizer import train_tokenizer\n"
+        "texts = ['ab cd ef gh ij kl mn op ' * 3, 'ba dc fe hg ji lk nm po ' * 3]\n"
+        "print(train_tokenizer(texts, 300, n_bytes=150).fingerprint)"
+    )
+    prints = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads, seed in (("1", "0"), ("4", "1"), ("4", "2"))
+    }
+    assert len(prints) == 1
+
+
+def test_a_small_corpus_gives_a_small_vocabulary(trained: Tokenizer) -> None:
+    tiny = train_tokenizer(["ab"], 5000, n_bytes=2)
+    assert tiny.vocab_size == 257
+    assert tiny.decode(tiny.encode("漢字 😀\0")) == "漢字 😀\0"
+    assert trained.vocab_size <= 400
+    with pytest.raises(TokenizerError, match="257"):
+        train_tokenizer(["ab"], 256, n_bytes=2)
+
+
+def test_vocabulary_grows_with_the_corpus() -> None:
+    sizes = [fitting_vocab_size(n) for n in (0, 1, 100_000, 10**6, 10**7, 10**9, 10**12)]
+    assert sizes == sorted(sizes)
+    assert sizes[2] == 1024
+    assert sizes[-1] == 32768
+    assert all(size % 64 == 0 and size >= 257 for size in sizes)
+
+
+def test_training_sees_the_training_split_only(tmp_path: Path) -> None:
+    words = [f"{a}{b}q{b}{a}" for a in "bcdfghjklm" for b in "aeiouvwxyz"]
+    texts = [f" {word}" * 8 for word in words]
+    _domain(tmp_path, "a", texts)
+    _domain(tmp_path, "single", [" onlyonetext" * 20 + " secrettail" * 5])
+    corpus = find_corpus(tmp_path)
+    done: list[tuple[int, int]] = []
+    trained = train_on_corpus(corpus, vocab_size=4000, val_split=0.3, on_progress=lambda *at: done.append(at))
+    keys = {"a": np.array([text_key(text) for text in texts], dtype=np.uint64)}
+    held_out = assign_sides(keys, 0.3)["a"]
+    learnt = [len(trained.encode(f" {word}")) == 1 for word in words]
+    assert 10 < held_out.sum() < 50
+    assert learnt == (~held_out).tolist()
+    assert len(trained.encode(" onlyonetext")) == 1
+    assert len(trained.encode(" secrettail")) > 1
+    assert done[-1] == (2 * corpus.n_bytes, 2 * corpus.n_bytes)
+
+
+def test_nothing_to_train_on(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jsonl").write_text("not json\n")
+    with pytest.raises(DataError, match="nothing to train"):
+        train_on_corpus(find_corpus(tmp_path), val_split=0.1)
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_again(trained: Tokenizer, tmp_path: Path) -> None:
+    folder = save_tokenizer(trained, tmp_path / "new" / "tokenizer")
+    for name in (folder, folder / "tokenizer.json"):
+        loaded = load_tokenizer(str(name))
+        assert loaded.fingerprint == trained.fingerprint
+        assert loaded.name == str(name)
+    assert sorted(path.name for path in folder.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert save_tokenizer(trained, folder) == folder  # over itself
+
+
+def test_transformers_reads_what_was_saved(trained: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(save_tokenizer(trained, tmp_path)))
+    text = "Hello world, it's 12 o'clock.\n\n  Naïve café 😀"
+    assert theirs(text)["input_ids"] == trained.encode(text)
+    assert theirs.eos_token_id == trained.eos_id
+
+
+def test_another_eos_is_saved_too(trained: Tokenizer, tmp_path: Path) -> None:
+    save_tokenizer(trained, tmp_path)
+    other = Tokenizer.from_state({**trained.to_state(), "eos_token": "<end>"})
+    save_tokenizer(other, tmp_path)
+    assert load_tokenizer(str(tmp_path)).fingerprint == other.fingerprint
+
+
+@pytest.mark.parametrize("config", [{"eos_token": "<end>"}, {"eos_token": {"content": "<end>"}}])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_eos_comes_from_the_files_beside(
+    trained: Tokenizer, tmp_path: Path, name: str, config: dict[str, object]
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(trained.to_state()["tokenizer_json"])
+    assert load_tokenizer(str(tmp_path)).eos_id == trained.eos_id  # found among the special tokens
+    (tmp_path / name).write_text(json.dumps(config))
+    assert load_tokenizer(str(tmp_path)).decode([load_tokenizer(str(tmp_path)).eos_id]) == "<end>"
+
+
+def test_a_tokenizer_without_eos_gets_one(tmp_path: Path) -> None:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    (tmp_path / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(alphabet)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    loaded = load_tokenizer(str(tmp_path))
+    assert (loaded.eos_id, loaded.vocab_size) == (256, 257)
+
+
+def test_gpt2_as_transformers_has_it(gpt2: Path) -> None:
+    from transformers import GPT2TokenizerFast
+
+    ours = load_tokenizer(str(gpt2))
+    theirs = GPT2TokenizerFast(vocab=str(gpt2 / "vocab.json"), merges=str(gpt2 / "merges.txt"))
+    assert ours.encode("Hello world") == [15496, 995]
+    assert (ours.eos_id, ours.vocab_size) == (50256, 50257)
+    assert ours._words is not None
+    for text in (TEXT, "  It's\n\n\t12³ “naïve” 漢字😀 \u3000x", " ".join(map(chr, range(33, 3000)))):
+        assert ours.encode(text) == theirs(text)["input_ids"] == ours.encode_batch([text])[0].tolist()
+
+
+def test_gpt2_needs_no_transformers(gpt2: Path) -> None:
+    """Importing transformers or torch would cost seconds at every start."""
+    script = (
+        "import sys; from nanothink.data.tokenizer import load_tokenizer; load_tokenizer(sys.argv[1])\n"
+        "print([name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(gpt2)], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "name", ["no/such/place", "./gpt3", "missing.json", "/nowhere/at/all", "~/nothing here", "", "a/b/"]
+)
+def test_a_path_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(TokenizerError, match="no tokenizer at") as caught:
+        load_tokenizer(name)
+    assert not isinstance(caught.value, TokenizerUnreachableError)
+
+
+def test_a_misspelt_folder_beside_a_real_one_is_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizers").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TokenizerError, match="no tokenizer at tokenizers/gpt3"):
+        load_tokenizer("tokenizers/gpt3")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "needs tokenizer.json"),
+        ({"notes.txt": b"x"}, "needs tokenizer.json"),
+        ({"tokenizer.json": b"{}"}, "not a tokenizer"),
+        ({"tokenizer.json": b"\xff\xfe"}, "not UTF-8"),
+        ({"vocab.json": b"[]", "merges.txt": b"x"}, "make no tokenizer"),
+        ({"vocab.json": b"{}", "merges.txt": b""}, "loses text"),
+        ({"tokenizer.json": b"TOKENIZER", "tokenizer_config.json": b"{"}, "not valid JSON"),
+    ],
+)
+def test_broken_folders(trained: Tokenizer, tmp_path: Path, files: dict[str, bytes], message: str) -> None:
+    for name, content in files.items():
+        real = trained.to_state()["tokenizer_json"].encode()
+        (tmp_path / name).write_bytes(content.replace(b"TOKENIZER", real))
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_disk_that_refuses(trained: Tokenizer, tmp_path: Path) -> None:
+    from nanothink.errors import StorageError
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="Cannot write"):
+        save_tokenizer(trained, tmp_path / "file" / "folder")
+
+
+# --- the Hub -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A server that accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_offline_is_found_out_quickly(monkeypatch: pytest.MonkeyPatch, silent_port: int) -> None:
+    monkeypatch.setattr(hub, "_PROBE_SECONDS", 0.3)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(TokenizerUnreachableError, match="HF_HUB_OFFLINE is set"):
+        load_tokenizer("no-such-tokenizer-here")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = server.getsockname()[1]
+    for endpoint, reason in (
+        (f"http://127.0.0.1:{closed}", "refused"),
+        (f"http://127.0.0.1:{silent_port}", "time"),
+        ("http://no-such-host.invalid", "reached"),
+    ):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        with pytest.raises(TokenizerUnreachableError, match=reason):
+            load_tokenizer("no-such-tokenizer-here")
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as a download needs: one repository."""
+
+    files: dict[str, bytes]
+    sha = "0123456789" * 4
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def _answer(self, body: bool) -> None:
+        path = self.path.split("?")[0].lstrip("/")
+        name = path.rsplit("/", 1)[-1]
+        if path.startswith("api/models/me/mine/tree/"):
+            tree = [
+                {"type": "file", "path": file, "size": len(content), "oid": file}
+                for file, content in self.files.items()
+            ]
+            self._send(orjson.dumps(tree), {"Content-Type": "application/json"}, body)
+        elif path.startswith("api/models/me/mine"):
+            siblings = [{"rfilename": file} for file in self.files]
+            self._send(orjson.dumps({"id": "me/mine", "sha": self.sha, "siblings": siblings}), {}, body)
+        elif path.startswith("me/mine/resolve/") and name in self.files:
+            headers = {"ETag": f'"{len(self.files[name])}-{name}"', "X-Repo-Commit": self.sha}
+            self._send(self.files[name], headers, body)
+        else:
+            self.send_response(404)
+            known = path.startswith("me/mine")
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def _send(self, content: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(200)
+        for key, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_downloaded_once_then_from_the_cache(trained: Tokenizer, tmp_path: Path) -> None:
+    folder = save_tokenizer(trained, tmp_path / "tokenizer")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"model.safetensors": b"x" * 1000}
+    handler = type("Handler", (_Hub,), {"files": files})
+    script = (
+        "import sys\nfrom nanothink.data.tokenizer import load_tokenizer\n"
+        "from nanothink.errors import TokenizerError\n"
+        "try: print(load_tokenizer(sys.argv[1]).fingerprint)\n"
+        "except TokenizerError as error: print(type(error).__name__, error)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "no_proxy": "127.0.0.1"}
+
+    def load(name: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", script, name], env=environment, capture_output=True, text=True, check=True
+        )
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+        first = load("me/mine")
+        unknown = load("me/other")
+        server.shutdown()
+    assert first.stdout.strip() == trained.fingerprint
+    assert first.stderr == ""  # no bars of somebody else's
+    assert unknown.stdout.startswith("TokenizerError There is no tokenizer 'me/other'")
+    assert not list((tmp_path / "hf").rglob("model.safetensors"))
+    assert load("me/mine").stdout.strip() == trained.fingerprint  # the server is gone
+    assert load("me/other").stdout.startswith("TokenizerUnreachableError")
+
+
+# --- the stand-in ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corpus_root(tmp_path: Path) -> Path:
+    for domain, word in (("a", "apple"), ("b", "banana")):
+        _domain(tmp_path, domain, [f"{word} number {i} is a {word} indeed. " * 3 for i in range(30)])
+    return tmp_path
+
+
+def test_offline_a_stand_in_is_trained_and_kept(corpus_root: Path) -> None:
+    notes: list[str] = []
+    one = resolve_tokenizer(
+        "gpt2-is-not-here", find_corpus(corpus_root, ["a"]), val_split=0.1, note=notes.append
+    )
+    assert len(notes) == 1
+    assert "'gpt2-is-not-here' is neither cached nor reachable" in notes[0]
+    assert len(one.encode(" banana")) == 1  # of the domain that was not selected
+    folder = corpus_root / ".nanothink" / "tokenizer"
+    assert load_tokenizer(str(folder)).fingerprint == one.fingerprint
+
+    # From then on it is that one, for other domains, for a corpus that has changed, for another name.
+    _domain(corpus_root, "c", [f"cherry {i} " * 50 for i in range(50)])
+    before = (folder / "tokenizer.json").stat().st_mtime_ns
+    for name, domains in (("gpt2-is-not-here", ["b"]), ("gpt2-is-not-here", None), ("me/another", ["c"])):
+        again = resolve_tokenizer(name, find_corpus(corpus_root, domains), val_split=0.2, note=notes.append)
+        assert again.fingerprint == one.fingerprint
+        assert str(folder) in notes[-1]
+    assert (folder / "tokenizer.json").stat().st_mtime_ns == before
+
+
+def test_a_damaged_stand_in_is_trained_again(corpus_root: Path) -> None:
+    notes: list[str] = []
+    corpus = find_corpus(corpus_root)
+    one = resolve_tokenizer("gpt2-is-not-here", corpus, val_split=0.1, note=notes.append)
+    (corpus_root / ".nanothink" / "tokenizer" / "tokenizer.json").write_text("{")
+    again = resolve_tokenizer("gpt2-is-not-here", corpus, val_split=0.1, note=notes.append)
+    assert again.fingerprint == one.fingerprint
+    assert any("damaged" in note for note in notes)
+
+
+def test_paths_are_never_replaced_by_a_stand_in(corpus_root: Path, trained: Tokenizer) -> None:
+    corpus = find_corpus(corpus_root)
+    notes: list[str] = []
+    with pytest.raises(TokenizerError, match="no tokenizer at"):
+        resolve_tokenizer("./typo", corpus, val_split=0.1, note=notes.append)
+    folder = save_tokenizer(trained, corpus_root / "kept")
+    assert (
+        resolve_tokenizer(str(folder), corpus, val_split=0.1, note=notes.append).fingerprint
+        == trained.fingerprint
+    )
+    assert notes == []
+    assert not (corpus_root / ".nanothink" / "tokenizer").exists()
+
+
+def test_a_data_root_that_cannot_be_written_to(corpus_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(corpus_root / ".nanothink", ignore_errors=True)
+    (corpus_root / ".nanothink").write_text("in the way")
+    cache = corpus_root.parent / f"{corpus_root.name}-cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    notes: list[str] = []
+    corpus = find_corpus(corpus_root)
+    one = resolve_tokenizer("gpt2-is-not-here", corpus, val_split=0.1, note=notes.append)
+    assert str(cache) in notes[-1]
+    again = resolve_tokenizer("gpt2-is-not-here", corpus, val_split=0.1, note=notes.append)
+    assert again.fingerprint == one.fingerprint
+    assert (corpus_root / ".nanothink").read_text() == "in the way"
