@@ -1,0 +1,36 @@
+"""Checkpoints: files that are whole or not there, found, verified, restored."""
+
+from nanothink.checkpoints.file import (
+    CheckpointSummary,
+    read_checkpoint,
+    read_summary,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from nanothink.checkpoints.names import CheckpointName, Role, parse_name, validate_name
+from nanothink.checkpoints.payload import FORMAT_VERSION, CheckpointPayload
+from nanothink.checkpoints.restore import LoadReport, model_state, pack_rng, restore_model, unpack_rng
+from nanothink.checkpoints.store import CheckpointStore, DamagedEntry, list_checkpoints, prune
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointName",
+    "CheckpointPayload",
+    "CheckpointStore",
+    "CheckpointSummary",
+    "DamagedEntry",
+    "LoadReport",
+    "Role",
+    "list_checkpoints",
+    "model_state",
+    "pack_rng",
+    "parse_name",
+    "prune",
+    "read_checkpoint",
+    "read_summary",
+    "restore_model",
+    "unpack_rng",
+    "validate_name",
+    "verify_checkpoint",
+    "write_checkpoint",
+]

@@ -1,0 +1,215 @@
+"""The container of a checkpoint: the zip that ``torch.save`` writes, sealed with a digest.
+
+``torch.load`` checks no CRC, so a flipped bit in a weight would be trained on in silence. And CRCs cover
+the members only, not headers and padding. So the SHA-256 of all that ``torch.save`` wrote goes into the
+comment at the end of the zip, where every zip reader, ``torch.load`` included, passes it over:
+
+    [ zip, as torch.save wrote it, up to the comment length ][ 81 ][ nanothink-sha256:<64 hex digits> ]
+
+A zip without the comment (saved again by a tool of somebody's own) is held to its CRCs instead.
+
+Nothing here unpickles. ``check_pickle`` reads the opcodes and refuses every name but the few that a dict
+of tensors needs, so that hostile files are turned away before ``torch.load(weights_only=True)``, which is
+the second wall, sees them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import pickletools
+import struct
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from nanothink.errors import CheckpointDamagedError
+
+_MARK = b"nanothink-sha256:"
+_COMMENT_BYTES = len(_MARK) + 64
+_END_RECORD = 22
+"""Bytes of the zip's end-of-central-directory record; its last two are the length of the comment."""
+
+_CHUNK = 1 << 22
+
+_SAFE_GLOBALS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_tensor_v3",
+    "torch._utils _rebuild_parameter",
+    "torch.storage UntypedStorage",
+}
+
+
+class DigestingWriter:
+    """What ``torch.save`` writes into: every byte reaches the file or an exception says why not.
+
+    PyTorch's own writer turns a failed write into a RuntimeError about positions. Therefore the first
+    failure is kept, for the caller to raise, and later writes do nothing.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.failure: BaseException | None = None
+        self._descriptor = descriptor
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        n_bytes = len(view)
+        if self.failure is not None:
+            return n_bytes
+        try:
+            self._write_all(view)
+        except BaseException as error:  # KeyboardInterrupt too: C++ would not pass it on
+            self.failure = error
+            raise
+        return n_bytes
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+    def seal(self) -> None:
+        """Append the digest as the zip's comment. Call once ``torch.save`` has returned."""
+        os.lseek(self._descriptor, -2, os.SEEK_END)
+        digest = self._digest.hexdigest().encode()
+        self._write_all(memoryview(struct.pack("<H", _COMMENT_BYTES) + _MARK + digest))
+
+    def _write_all(self, view: memoryview) -> None:
+        while view:
+            written = os.write(self._descriptor, view[:_CHUNK])
+            self._digest.update(view[:written])
+            view = view[written:]
+
+
+def damaged(path: Path, reason: str) -> CheckpointDamagedError:
+    return CheckpointDamagedError(
+        f"{path}: {reason}. Nothing was loaded from it. Use another checkpoint "
+        f"(`nanothink checkpoints ls` lists them) and delete this one"
+    )
+
+
+def check_archive(file: BinaryIO, path: Path, *, thorough: bool) -> None:
+    """Refuse anything but a sound checkpoint container, without running or unpacking any of it.
+
+    ``thorough`` reads every byte and compares digest or CRCs; otherwise only structure and pickle are
+    looked at. Raises CheckpointDamagedError; OSError when reading fails.
+    """
+    n_bytes = file.seek(0, os.SEEK_END)
+    digest = _read_digest(file, path, n_bytes)
+    if thorough and digest is not None and _digest_of(file, n_bytes) != digest:
+        raise damaged(path, "its content is not what was written (the SHA-256 digest differs)")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            _check_members(members, path, n_bytes)
+            pickles = [member for member in members if member.filename.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise damaged(path, "it is a zip file, but not one that torch.save wrote")
+            if thorough and digest is None:
+                _check_crcs(archive, path)
+            # bounded: members are stored uncompressed, so this is at most the size of the file
+            check_pickle(archive.read(pickles[0]), path)
+    except (zipfile.BadZipFile, struct.error, ValueError, LookupError, EOFError, ArithmeticError) as error:
+        raise damaged(path, f"its zip structure is damaged ({error})") from None
+    except (RuntimeError, NotImplementedError) as error:  # zip features that torch.save never uses
+        raise damaged(path, f"it is a zip file, but not one that torch.save wrote ({error})") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a position before the start of the file: an invented offset
+            raise
+        raise damaged(path, "its zip structure is damaged (an offset outside of the file)") from None
+    file.seek(0)
+
+
+def check_pickle(data: bytes, path: Path) -> None:
+    """Refuse a pickle that names anything but tensors, their storages and OrderedDict."""
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "GLOBAL" and not _is_safe(str(argument)):
+                name = str(argument).replace(" ", ".")
+                raise damaged(
+                    path, f"loading it would run code: it calls {name!r}, which no checkpoint needs"
+                )
+            if opcode.name in {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"}:
+                raise damaged(
+                    path, f"loading it would run code: it uses the pickle instruction {opcode.name}"
+                )
+    except (ValueError, IndexError, struct.error) as error:
+        raise damaged(path, f"its list of contents is damaged ({error})") from None
+
+
+def _is_safe(name: str) -> bool:
+    if name in _SAFE_GLOBALS:
+        return True
+    module, _, attribute = name.partition(" ")
+    return module == "torch" and (
+        attribute.endswith("Storage") or isinstance(getattr(torch, attribute, None), torch.dtype)
+    )
+
+
+def _read_digest(file: BinaryIO, path: Path, n_bytes: int) -> bytes | None:
+    """The digest from the end of the file, as hex; None for a zip without a comment."""
+    file.seek(0)
+    head = file.read(4)
+    if not head:
+        raise damaged(path, "it is empty (0 bytes)")
+    if head[:1] == b"\x80":
+        raise damaged(
+            path, "it is a bare pickle, which can run code when it is loaded; NanoThink never loads those"
+        )
+    if head[:2] != b"PK":
+        raise damaged(
+            path, "it is not a checkpoint (not a file that torch.save wrote), or its start is damaged"
+        )
+    file.seek(max(0, n_bytes - _END_RECORD - _COMMENT_BYTES))
+    tail = file.read()
+    end, comment = tail[:_END_RECORD], tail[_END_RECORD:]
+    if end[:4] == b"PK\5\6" and end[20:] == struct.pack("<H", _COMMENT_BYTES) and comment.startswith(_MARK):
+        return comment.removeprefix(_MARK)
+    if tail[-_END_RECORD:][:4] == b"PK\5\6" and tail[-2:] == b"\0\0":
+        return None
+    raise damaged(path, f"it was cut short or overwritten (its end is missing; it has {n_bytes:,} bytes)")
+
+
+def _digest_of(file: BinaryIO, n_bytes: int) -> bytes:
+    """SHA-256 of the zip as it was before it got its comment, as hex."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    remaining = n_bytes - _COMMENT_BYTES - 2
+    while remaining and (chunk := file.read(min(_CHUNK, remaining))):
+        digest.update(chunk)
+        remaining -= len(chunk)
+    digest.update(b"\0\0")
+    return digest.hexdigest().encode()
+
+
+def _check_members(members: list[zipfile.ZipInfo], path: Path, n_bytes: int) -> None:
+    names = set()
+    for member in members:
+        name = member.filename
+        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+            raise damaged(path, f"its part {name!r} is compressed, which no checkpoint is (a zip bomb?)")
+        if member.flag_bits & 1:
+            raise damaged(path, f"its part {name!r} is encrypted, which no checkpoint is")
+        if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+            raise damaged(path, f"its part {name!r} has a name that leads out of the file")
+        if name.endswith("/constants.pkl") or "/code/" in name:
+            raise damaged(path, "it is a TorchScript program, not a checkpoint")
+        if name in names:
+            raise damaged(path, f"its part {name!r} is there twice")
+        names.add(name)
+    total = sum(member.file_size for member in members)
+    if total > n_bytes:
+        raise damaged(path, f"its parts claim {total:,} bytes, but the file has {n_bytes:,} (a zip bomb?)")
+
+
+def _check_crcs(archive: zipfile.ZipFile, path: Path) -> None:
+    for member in archive.infolist():
+        try:
+            with archive.open(member) as part:
+                while part.read(_CHUNK):
+                    pass
+        except zipfile.BadZipFile as error:
+            raise damaged(path, f"its part {member.filename!r} is damaged ({error})") from None

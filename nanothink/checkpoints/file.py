@@ -1,0 +1,308 @@
+"""One checkpoint file: written whole or not at all, read only when it verifies.
+
+The file is what ``torch.save`` writes of one plain dict (``CheckpointPayload``), so
+``torch.load(path, weights_only=True)`` opens it anywhere; see archive.py for the digest at its end.
+
+Order of a write, and what a kill or a power cut leaves at each point:
+
+    write a temporary file beside the target    old file intact, a temporary file to sweep up
+    fsync it                                    the same
+    rename it over the target                   old file or new file, each complete
+    fsync the folder                            new file, also after a power cut
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import torch
+
+from nanothink.checkpoints.archive import DigestingWriter, check_archive, damaged
+from nanothink.checkpoints.names import orphaned_temporaries, temporary_path
+from nanothink.checkpoints.payload import (
+    FORMAT_VERSION,
+    CheckpointPayload,
+    check_values,
+    plain,
+    tensor_bytes,
+    wrong_entry,
+)
+from nanothink.errors import (
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    StorageError,
+    did_you_mean,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSummary:
+    """What a listing shows of a checkpoint."""
+
+    path: Path
+    kind: str
+    name: str | None
+    """Name of the run."""
+    step: int
+    epoch: int
+    position: int
+    best_loss: float | None
+    """Nats per token."""
+    n_parameters: int
+    """Numbers in ``model_state``, buffers included, tied ones counted once."""
+    bytes: int
+    modified: float
+    """Seconds since 1970."""
+    finished: bool
+    """Whether the run had come to its end when this was written."""
+    elapsed_seconds: float | None
+    format_version: int
+
+
+def write_checkpoint(
+    path: Path, payload: CheckpointPayload, *, before_replace: Callable[[], None] | None = None
+) -> None:
+    """Write ``payload`` to ``path`` whole or not at all, creating the folder if need be.
+
+    Until the new file is complete and on the disk, the old one stays as it is; ``before_replace`` is
+    called at that moment, just before the rename. Temporary files that killed writers of the same file
+    left behind are removed first, since the disk may be full of them.
+
+    One writer per file at a time: hold ``CheckpointStore.lock``.
+
+    Raises StorageError (disk full, no permission, read-only, ...), the old file intact; TypeError when the
+    payload holds something that ``weights_only`` would not load again.
+    """
+    values = plain(payload, "payload")
+    if wrong := wrong_entry(values):
+        raise TypeError(f"not a checkpoint payload: {wrong}")
+    needed = tensor_bytes(values)
+    temporary = temporary_path(path)
+    replaced = False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for orphan in orphaned_temporaries(path.parent, path.name):
+            orphan.unlink(missing_ok=True)
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        try:
+            _write_to_disk(temporary, values)
+            if before_replace is not None:
+                before_replace()
+            os.replace(temporary, path)
+            replaced = True
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error, needed, replaced=replaced) from error
+
+
+def read_checkpoint(path: Path, *, map_location: str = "cpu", mmap: bool = False) -> CheckpointPayload:
+    """Verify every byte of ``path``, then load it. Never runs code from the file.
+
+    With ``mmap`` the tensors stay on the disk until they are touched; the file can still be replaced
+    meanwhile, since a replaced file lives on while it is mapped.
+
+    Raises CheckpointNotFoundError, CheckpointDamagedError (cut short, changed, hostile, not a checkpoint),
+    CheckpointMismatchError (no NanoThink checkpoint, or of a newer version), StorageError (not readable).
+    """
+    return _load(path, thorough=True, map_location=map_location, mmap=mmap)
+
+
+def verify_checkpoint(path: Path) -> CheckpointSummary:
+    """``read_checkpoint`` for its checks alone: reads every byte, holds none. Raises the same errors."""
+    return _summarise(path, _load(path, thorough=True, map_location="cpu", mmap=True))
+
+
+def read_summary(path: Path) -> CheckpointSummary:
+    """A summary without reading tensor data, for listings of many large files.
+
+    Structure and required entries are checked, content is not: damaged weights go unnoticed here. Raises
+    as ``read_checkpoint`` does.
+    """
+    return _summarise(path, _load(path, thorough=False, map_location="cpu", mmap=True))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in ``folder`` last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems can't
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_to_disk(temporary: Path, values: object) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        writer = DigestingWriter(descriptor)
+        try:
+            torch.save(values, cast("BinaryIO", writer))
+        except BaseException:
+            if writer.failure is not None:
+                raise writer.failure from None
+            raise
+        if writer.failure is not None:
+            raise writer.failure
+        writer.seal()
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: OSError, needed: int, *, replaced: bool) -> StorageError:
+    if replaced:
+        kept = "The new file is complete, but might not survive a power cut"
+    elif os.path.isfile(path):
+        kept = "The checkpoint that was there is intact"
+    else:
+        kept = "No file was left behind"
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        try:
+            free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
+        except OSError:
+            free = "how much is free is unknown"
+        what = {
+            errno.EDQUOT: "your disk quota is used up",
+            errno.EFBIG: "the file-size limit is reached",
+        }.get(error.errno, "the disk is full")
+        remedy = (
+            f"about {needed:,} bytes are needed, {free}. Make room (`nanothink checkpoints prune` removes "
+            f"old snapshots) or choose another --checkpoint-dir, then go on with --resume"
+        )
+    elif error.errno == errno.EROFS:
+        what, remedy = "the disk is read-only", "Choose another --checkpoint-dir"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        what = "no permission to write there"
+        remedy = f"Give yourself write access to {path.parent} or choose another --checkpoint-dir"
+    elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        what, remedy = (
+            f"something else is in the way ({reason})",
+            "Move it or choose another --checkpoint-dir",
+        )
+    else:
+        what, remedy = f"the disk reports: {reason}", "Check the disk or choose another --checkpoint-dir"
+    return StorageError(f"{path}: cannot be written: {what}. {kept}. {remedy[0].upper()}{remedy[1:]}")
+
+
+def _load(path: Path, *, thorough: bool, map_location: str, mmap: bool) -> CheckpointPayload:
+    if map_location != "cpu":
+        torch.empty(0, device=map_location)  # an unknown device is no fault of the file
+    try:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise damaged(path, "it is a pipe or a device, not a file")
+        with path.open("rb") as file:
+            check_archive(file, path, thorough=thorough)
+            try:
+                # The open file, where possible: what is loaded is then what was checked.
+                payload: object = torch.load(
+                    path if mmap else file, map_location=map_location, weights_only=True, mmap=mmap
+                )
+            except (OSError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                # torch raises RuntimeError, UnpicklingError, KeyError, ... by where the damage sits
+                raise damaged(path, f"it does not load ({_first_line(error)})") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointNotFoundError(_not_found(path)) from None
+    except IsADirectoryError:
+        raise CheckpointNotFoundError(
+            f"{path}: is a folder; give one of the files in it. {_whats_in(path)}"
+        ) from None
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be read: {error.strerror or error}. Check its permissions and the disk"
+        ) from error
+    return _checked(path, payload)
+
+
+def _checked(path: Path, payload: object) -> CheckpointPayload:
+    if not isinstance(payload, dict):
+        raise CheckpointMismatchError(
+            f"{path}: is not a NanoThink checkpoint: it holds a {type(payload).__name__}, not a dict"
+        )
+    version = payload.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise CheckpointMismatchError(
+            f"{path}: was written by a newer NanoThink (format {version}; this one reads up to "
+            f"{FORMAT_VERSION}). Upgrade NanoThink to use it"
+        )
+    if wrong := wrong_entry(payload):
+        raise CheckpointMismatchError(
+            f"{path}: is not a NanoThink checkpoint: {wrong}. If it comes from another program, only its "
+            f"weights could be of use; NanoThink can't resume from it"
+        )
+    check_values(path, payload)
+    return cast("CheckpointPayload", payload)
+
+
+def _summarise(path: Path, payload: CheckpointPayload) -> CheckpointSummary:
+    try:
+        stat = path.stat()
+    except OSError:
+        raise CheckpointNotFoundError(f"{path}: was removed while it was being read") from None
+    run = payload["run"]
+    name, elapsed = run.get("name"), run.get("elapsed_seconds")
+    sizes = {
+        (t.data_ptr(), tuple(t.shape), tuple(t.stride())): t.numel() for t in payload["model_state"].values()
+    }
+    return CheckpointSummary(
+        path=path,
+        kind=payload["kind"],
+        name=name if isinstance(name, str) else None,
+        step=payload["step"],
+        epoch=payload["epoch"],
+        position=payload["position"],
+        best_loss=payload["best_loss"],
+        n_parameters=sum(sizes.values()),
+        bytes=stat.st_size,
+        modified=stat.st_mtime,
+        finished=run.get("finished") is True,
+        elapsed_seconds=float(elapsed) if isinstance(elapsed, (int, float)) else None,
+        format_version=payload["format_version"],
+    )
+
+
+def _not_found(path: Path) -> str:
+    if not os.path.isdir(path.parent):
+        return (
+            f"{path}: there is no such checkpoint, nor its folder. "
+            f"Train one with `nanothink pretrain transformer`"
+        )
+    suggestion = did_you_mean(path.name, _checkpoint_names(path.parent))
+    return f"{path}: there is no such checkpoint.{suggestion} {_whats_in(path.parent)}"
+
+
+def _whats_in(folder: Path) -> str:
+    names = _checkpoint_names(folder)
+    if not names:
+        return f"{folder} holds no checkpoint; train one with `nanothink pretrain transformer`"
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"{folder} holds {', '.join(names[:12])}{more}"
+
+
+def _checkpoint_names(folder: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return sorted(entry.name for entry in folder.glob("*.pt") if not entry.name.startswith("."))
+    return []
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0][:200] if lines else "") or type(error).__name__

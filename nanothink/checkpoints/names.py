@@ -1,0 +1,140 @@
+"""What the files in a checkpoint folder are called.
+
+    <stem>.pt                           best         lowest validation loss so far
+    <stem>_epoch<N>.pt                  epoch        snapshot; N = epochs completed, without leading zeros
+    <stem>_interrupted.pt               interrupted  rolling; the latest state of a run that has not ended
+    .<file name>.<host>.<pid>.tmp       a write under way, or what a killed one left behind
+    .<stem>.lock, .<stem>.holder        who writes this stem at the moment
+    replaced/<stem>-<time>/             what ``--overwrite`` set aside
+
+A stem can't end in ``_epoch<N>`` or ``_interrupted``, so a file name belongs to exactly one stem.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nanothink.errors import UsageError
+
+Role = Literal["best", "epoch", "interrupted"]
+
+MAX_NAME_BYTES = 120
+"""A file name may have 255 bytes on most file systems; suffix, host and pid need room too."""
+
+FOREIGN_TEMPORARY_SECONDS = 24 * 3600.0
+"""A temporary file whose writer can't be asked (another host) counts as dead when this old."""
+
+_SUFFIX = re.compile(r"(?P<stem>.+?)(?:_epoch(?P<epoch>0|[1-9][0-9]*)|(?P<interrupted>_interrupted))?\.pt")
+_RESERVED_END = re.compile(r"_epoch[0-9]+$|_interrupted$")
+_TEMPORARY = re.compile(r"\.(?P<file>.+\.pt)\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>[0-9]+)\.tmp")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointName:
+    stem: str
+    role: Role
+    epoch: int | None = None
+    """Epochs completed, of a snapshot."""
+
+    @property
+    def sort_key(self) -> tuple[str, int, int]:
+        """By stem, then best, snapshots by number, interrupted."""
+        return self.stem, ("best", "epoch", "interrupted").index(self.role), self.epoch or 0
+
+
+def parse_name(file_name: str) -> CheckpointName | None:
+    """Stem and role of a file, or None when it isn't called like a checkpoint."""
+    match = None if file_name.startswith(".") else _SUFFIX.fullmatch(file_name)
+    if match is None:
+        return None
+    if match["interrupted"]:
+        return CheckpointName(match["stem"], "interrupted")
+    if match["epoch"] is not None:
+        return CheckpointName(match["stem"], "epoch", int(match["epoch"]))
+    return CheckpointName(match["stem"], "best")
+
+
+def validate_name(name: str) -> str:
+    """Give ``name`` back when a run may have it.
+
+    Raises UsageError saying what is wrong with it and, where one is near, a name that would do.
+    """
+    if not name:
+        raise UsageError("a checkpoint name is empty; give it at least one letter or digit")
+    if name.endswith(".pt"):
+        raise UsageError(f"checkpoint name '{name}': give it without the ending '.pt'")
+    if "/" in name or "\\" in name:
+        raise UsageError(
+            f"checkpoint name '{name}' contains a path separator; the name goes into a file name, "
+            f"and the folder is chosen with --checkpoint-dir"
+        )
+    if not re.fullmatch(r"[\w.-]+", name) or name[0] in ".-":
+        near = re.sub(r"[^\w.-]+", "-", name).strip(".-")
+        raise UsageError(
+            f"checkpoint name '{name}': use letters, digits, '-', '_' and '.', and begin with a letter, "
+            f"a digit or '_'" + (f"; for example '{near}'" if near else "")
+        )
+    if end := _RESERVED_END.search(name):
+        raise UsageError(
+            f"checkpoint name '{name}' ends in '{end.group()}', which marks the files of a run "
+            f"(snapshots and interrupted runs); choose another ending"
+        )
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise UsageError(
+            f"checkpoint name '{name[:40]}...' is too long: {len(name.encode())} bytes, "
+            f"at most {MAX_NAME_BYTES}"
+        )
+    return name
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process writes ``path`` before renaming it into place."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+
+
+def orphaned_temporaries(folder: Path, file_name: str | None = None) -> list[Path]:
+    """Temporary files in ``folder`` that no living process is writing (to ``file_name``, when given).
+
+    A writer on another host can't be asked whether it lives; its file counts as left behind when nothing
+    was written to it for a day. Raises OSError when the folder can't be listed.
+    """
+    orphans = []
+    for entry in os.scandir(folder):
+        match = _TEMPORARY.fullmatch(entry.name)
+        if match is None or file_name not in (None, match["file"]):
+            continue
+        try:
+            age_seconds = time.time() - entry.stat(follow_symlinks=False).st_mtime
+        except FileNotFoundError:  # its writer has just finished
+            continue
+        writer_lives = match["host"] != _host() or _is_alive(int(match["pid"]))
+        if not writer_lives or age_seconds > FOREIGN_TEMPORARY_SECONDS:
+            orphans.append(Path(entry.path))
+    return sorted(orphans)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40] or "localhost"
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process of this number runs here.
+
+    This process itself doesn't count: it writes one file at a time, so a file with its number is left
+    over from an earlier one (the first process of a container always has the same number).
+    """
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

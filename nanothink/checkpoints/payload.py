@@ -1,0 +1,185 @@
+"""What a checkpoint holds, and the checks that keep it plain.
+
+A payload is one dict of tensors and plain Python values, so that ``torch.load(weights_only=True)`` opens
+it. It is checked on the way out (a file that would not load again is not written) and on the way in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from nanothink.checkpoints.archive import damaged
+
+FORMAT_VERSION = 1
+
+_MAX_NODES = 2_000_000
+"""Values in a payload. Shared containers let a small pickle unfold to more than any memory holds."""
+
+
+class CheckpointPayload(TypedDict):
+    """Everything that changes the next step. Tensors and plain Python values only."""
+
+    format_version: int
+    """``FORMAT_VERSION`` of the NanoThink that wrote it."""
+
+    kind: str
+    """Kind of model, as in ``models.MODEL_KINDS``."""
+
+    model_state: dict[str, Tensor]
+    """Parameters and persistent buffers, without wrapper prefixes. Tied ones appear under each name."""
+
+    optimizer_state: dict[str, Any]
+    """Nested dicts and lists of tensors and scalars."""
+
+    step: int
+    """Optimizer steps done."""
+
+    epoch: int
+    """Epochs completed."""
+
+    position: int
+    """Blocks consumed since the start of the run, over all processes."""
+
+    amp_scaler: dict[str, Any] | None
+    """State of the GradScaler, when there is one."""
+
+    rng: dict[str, Any]
+    """What ``restore.pack_rng`` gives."""
+
+    early_stopping: dict[str, Any]
+    """``best_loss`` (float or None, nats per token) and ``bad_evaluations`` (int)."""
+
+    best_loss: float | None
+    """Lowest validation loss so far, in nats per token."""
+
+    config: dict[str, Any]
+    """The resolved config as plain JSON values."""
+
+    tokenizer: dict[str, str]
+    """``Tokenizer.to_state()``."""
+
+    data_fingerprint: str
+    """Fingerprint of the tokenised corpus that the positions refer to."""
+
+    run: dict[str, Any]
+    """Plain values about the run: name, started, finished, elapsed_seconds, n_skipped_steps, ..."""
+
+
+_REQUIRED: dict[str, tuple[type, ...]] = {
+    "format_version": (int,),
+    "kind": (str,),
+    "model_state": (dict,),
+    "optimizer_state": (dict,),
+    "step": (int,),
+    "epoch": (int,),
+    "position": (int,),
+    "amp_scaler": (dict, type(None)),
+    "rng": (dict,),
+    "early_stopping": (dict,),
+    "best_loss": (float, int, type(None)),
+    "config": (dict,),
+    "tokenizer": (dict,),
+    "data_fingerprint": (str,),
+    "run": (dict,),
+}
+
+
+def wrong_entry(payload: dict[Any, Any]) -> str | None:
+    """The first required entry that is missing or of another type, in words."""
+    for key, types in _REQUIRED.items():
+        if key not in payload:
+            return f"its entry '{key}' is missing"
+        value = payload[key]
+        if type(value) not in types and not (dict in types and isinstance(value, dict)):
+            return f"its entry '{key}' is a {type(value).__name__}"
+    for key, least in (("format_version", 1), ("step", 0), ("epoch", 0), ("position", 0)):
+        if payload[key] < least:
+            return f"its entry '{key}' is {payload[key]}"
+    for name, tensor in payload["model_state"].items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            return f"its entry 'model_state' holds {name!r}, which is no tensor"
+    for key in ("tokenizer", "run", "config"):
+        if not all(isinstance(name, str) for name in payload[key]):
+            return f"its entry '{key}' has keys that are not strings"
+    if not all(isinstance(value, str) for value in payload["tokenizer"].values()):
+        return "its entry 'tokenizer' holds something that is no text"
+    return None
+
+
+def check_values(path: Path, payload: dict[str, Any]) -> None:
+    """Refuse tensors larger than their bytes in the file, and containers that unfold without end."""
+    # A stack of iterators: a list that holds itself, or one repeated a billion times, grows no list here.
+    pending: list[Iterator[Any]] = [iter((payload,))]
+    n_nodes, end = 0, object()
+    while pending:
+        value = next(pending[-1], end)
+        if value is end:
+            pending.pop()
+            continue
+        n_nodes += 1
+        if n_nodes > _MAX_NODES or len(pending) > 100:
+            raise damaged(path, "its values are nested or repeated without end")
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
+                raise damaged(path, f"it holds a tensor of an unknown sort ({value.layout}, {value.device})")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise damaged(
+                    path, f"it holds a tensor of shape {tuple(value.shape)} but not the data for it"
+                )
+        elif isinstance(value, dict):
+            pending.append(iter(value.values()))
+        elif isinstance(value, (list, tuple)):
+            pending.append(iter(value))
+        elif not isinstance(value, (str, int, float, type(None))):
+            raise damaged(path, f"it holds a {type(value).__name__}, which no checkpoint does")
+
+
+def plain(value: Any, where: str) -> Any:
+    """``value`` with nothing in it but plain containers, plain scalars and tensors of just their own data.
+
+    Tensors keep sharing their storage, so that tied parameters are stored once.
+    """
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
+            raise TypeError(f"{where} is a tensor that can't be saved ({value.layout}, {value.device})")
+        tensor = value.detach()
+        if type(tensor) is not Tensor:
+            raise TypeError(f"{where} is a {type(value).__name__}, not a plain tensor")
+        if tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
+            return tensor.clone(memory_format=torch.contiguous_format)  # a view: leave the rest behind
+        return tensor
+    if isinstance(value, dict):
+        for key in value:
+            if type(key) not in (str, int):
+                raise TypeError(f"{where} has the key {key!r} of type {type(key).__name__}; use str or int")
+        return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    if value is None or isinstance(value, bool):
+        return value
+    for scalar in (int, float, str):  # numpy.float64 is a float, and would be pickled as numpy's
+        if isinstance(value, scalar):
+            return scalar(value)
+    raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in ``value``, shared storages once."""
+    storages: dict[int, int] = {}
+
+    def visit(node: Any) -> None:
+        if isinstance(node, Tensor):
+            storage = node.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(node, (dict, list, tuple)):
+            for item in node.values() if isinstance(node, dict) else node:
+                visit(item)
+
+    visit(value)
+    return sum(storages.values())

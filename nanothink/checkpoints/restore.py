@@ -1,0 +1,220 @@
+"""From live objects to the entries of a checkpoint, and back."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nanothink.checkpoints.payload import CheckpointPayload
+from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError
+
+_LISTED = 8
+"""Names shown per line of a report."""
+
+_EXPERTS = ("transformer", "state_space", "diffuser")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What ``restore_model`` could not restore as it was. Empty tuples: everything is as saved."""
+
+    missing: tuple[str, ...]
+    """In the model, not in the file: kept as they were."""
+    surplus: tuple[str, ...]
+    """In the file, not in the model: passed over."""
+    reshaped: tuple[str, ...]
+    """In both, but not alike; each with the reason. Kept as they were."""
+    converted: tuple[str, ...]
+    """Loaded into another floating-point type; each with both types."""
+    n_fitting: int
+    """Numbers of the model that came from the file; tied ones count once."""
+    n_total: int
+    """Numbers in the model's state; tied ones count once."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the model is bit for bit as it was saved."""
+        return not (self.missing or self.surplus or self.reshaped or self.converted)
+
+    def lines(self) -> list[str]:
+        """A line per kind of difference; none when exact."""
+        kinds = (
+            (self.missing, "not in the checkpoint, kept as initialised"),
+            (self.surplus, "in the checkpoint only, passed over"),
+            (self.reshaped, "of another shape or sort, kept as initialised"),
+            (self.converted, "converted to another type"),
+        )
+        lines = [f"{len(names)} {what}: {_some(names)}" for names, what in kinds if names]
+        if self.n_fitting < self.n_total:
+            lines.append(f"{self.n_fitting:,} of {self.n_total:,} parameters were restored")
+        return lines
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers on the CPU, contiguous, under names without wrapper prefixes.
+
+    Not a snapshot: on a CPU the tensors are the live ones, to be written before the next step. Copying them
+    would double the memory of the model for nothing. Tied parameters appear under each of their
+    names and share their storage, so the file holds them once.
+    """
+    state: dict[str, Tensor] = {}
+    copies: dict[tuple[object, ...], Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        key = _identity(tensor)
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu").contiguous()
+        state[_bare(name)] = copies[key]
+    return state
+
+
+def restore_model(
+    model: nn.Module, payload: CheckpointPayload, *, expect_kind: str, path: Path
+) -> LoadReport:
+    """Load what fits, as ``strict=False`` does but also past other shapes, and report the rest.
+
+    Nothing is changed unless everything below holds. ``path`` is for the messages.
+
+    Raises CheckpointMismatchError when the file is of another kind, or when less than half of the model's
+    numbers fit, since that is another model of the same kind.
+    """
+    kind = payload["kind"]
+    if kind != expect_kind:
+        raise CheckpointMismatchError(
+            f"{path}: is a checkpoint of kind '{kind}', not '{expect_kind}'. Use it with "
+            f"`{_command_for(kind)} --resume {path}`, or `nanothink resume {path}`, which looks for itself"
+        )
+    saved: dict[str, Tensor] = {}
+    for name, tensor in payload["model_state"].items():
+        if _bare(name) in saved:
+            raise CheckpointDamagedError(
+                f"{path}: holds '{_bare(name)}' twice, under different wrapper prefixes. "
+                f"Save it again without them"
+            )
+        saved[_bare(name)] = tensor
+    own = {_bare(name): tensor for name, tensor in model.state_dict().items()}
+
+    fitting: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+    missing, reshaped, converted = [], [], []
+    for name, target in own.items():
+        source, key = saved.get(name), _identity(target)
+        if source is None:
+            missing.append((name, key))
+        elif difference := _difference(source, target):
+            reshaped.append(f"{name} ({difference})")
+        elif key in fitting:
+            if not torch.equal(fitting[key][1], source):
+                reshaped.append(f"{name} (tied here, of its own in the checkpoint)")
+        else:
+            fitting[key] = (target, source)
+            if source.dtype != target.dtype:
+                converted.append(f"{name} ({_type(source)} → {_type(target)})")
+
+    sizes = {_identity(target): target.numel() for target in own.values()}
+    report = LoadReport(
+        # one name of a tied pair is enough
+        missing=tuple(name for name, key in missing if key not in fitting),
+        surplus=tuple(name for name in saved if name not in own),
+        reshaped=tuple(reshaped),
+        converted=tuple(converted),
+        n_fitting=sum(target.numel() for target, _ in fitting.values()),
+        n_total=sum(sizes.values()),
+    )
+    if report.n_fitting * 2 < report.n_total:
+        raise CheckpointMismatchError(
+            f"{path}: hardly anything in it fits this model: {report.n_fitting:,} of {report.n_total:,} "
+            f"parameters. {'. '.join(report.lines()[:-1])}. Use the settings it was trained with "
+            f"(`nanothink checkpoints show {path}`; `nanothink resume {path}` takes them from it)"
+        )
+    with torch.no_grad():
+        for target, source in fitting.values():
+            target.copy_(source)
+    return report
+
+
+def pack_rng() -> dict[str, Any]:
+    """States of the global random generators: torch (CPU, CUDA), python, numpy; tensors and plain values."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+    }
+
+
+def unpack_rng(state: dict[str, Any]) -> list[str]:
+    """Set the global random generators; gives a line for each that this machine could not take.
+
+    Raises CheckpointDamagedError when ``state`` isn't what ``pack_rng`` gives.
+    """
+    try:
+        version, internal, gauss = state["python"]
+        name, keys, position, has_gauss, cached = state["numpy"]
+        before = torch.get_rng_state()
+        torch.set_rng_state(state["torch"].cpu())
+        try:
+            random.setstate((version, tuple(internal), gauss))
+            np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+        except BaseException:
+            torch.set_rng_state(before)
+            raise
+        saved = [tensor.cpu() for tensor in state["cuda"]]
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise CheckpointDamagedError(
+            f"the random generators' states in this checkpoint are damaged ({error}). Use another checkpoint"
+        ) from error
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index, tensor in enumerate(saved[:here]):
+        torch.cuda.set_rng_state(tensor, index)
+    if len(saved) != here:
+        return [f"saved with {len(saved)} GPUs, resumed with {here}: random numbers on GPUs will differ"]
+    return []
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without what DDP, DataParallel and torch.compile put before it."""
+    name = name.replace("_orig_mod.", "")
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for two names of one tied parameter, different for any two other tensors with elements."""
+    if tensor.numel() == 0:
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def _difference(source: Tensor, target: Tensor) -> str | None:
+    """Why ``source`` can't go into ``target``."""
+    if source.shape != target.shape:
+        return f"{_shape(source)} in the checkpoint, {_shape(target)} here"
+    if source.dtype != target.dtype and not (source.is_floating_point() and target.is_floating_point()):
+        return f"{_type(source)} in the checkpoint, {_type(target)} here"
+    return None
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "a single number"
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _command_for(kind: str) -> str:
+    return f"nanothink pretrain {kind}" if kind in _EXPERTS else "nanothink train-mla"

@@ -1,0 +1,270 @@
+"""The files of one run in a checkpoint folder: where each goes, which is the latest, who may write.
+
+A run is named by its stem (``transformer_expert``, ``nanothink_mla``); names.py says how its files are
+called. Searching, listing and pruning never trust a file by its name alone: what counts is verified.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nanothink.checkpoints.file import (
+    CheckpointSummary,
+    read_summary,
+    sync_folder,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from nanothink.checkpoints.names import (
+    CheckpointName,
+    orphaned_temporaries,
+    parse_name,
+    validate_name,
+)
+from nanothink.checkpoints.payload import CheckpointPayload
+from nanothink.errors import CheckpointBusyError, CheckpointError, StorageError, UsageError
+
+REPLACED_FOLDER = "replaced"
+"""Folder inside the checkpoint folder that takes the files of runs overwritten on request."""
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedEntry:
+    """A file that is called like a checkpoint and isn't a usable one."""
+
+    path: Path
+    bytes: int
+    modified: float
+    """Seconds since 1970."""
+    reason: str
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    ``--overwrite`` loses nothing: ``guard_new_run(overwrite=True)`` leaves the old files where they are,
+    and only when ``write`` has the new run's first checkpoint complete on the disk are they moved to
+    ``<folder>/replaced/<stem>-<time>/``. A run that dies before that has changed nothing.
+    """
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self.folder = folder
+        self.stem = validate_name(stem)
+        self._to_set_aside = False
+
+    @property
+    def best(self) -> Path:
+        return self.folder / f"{self.stem}.pt"
+
+    @property
+    def interrupted(self) -> Path:
+        return self.folder / f"{self.stem}_interrupted.pt"
+
+    def epoch(self, n: int) -> Path:
+        """The snapshot taken when ``n`` epochs were completed."""
+        return self.folder / f"{self.stem}_epoch{n}.pt"
+
+    def existing(self) -> list[Path]:
+        """Files of this stem, damaged ones included: best, snapshots by number, interrupted."""
+        return [path for name, path in _checkpoint_files(self.folder) if name.stem == self.stem]
+
+    def newest(self, on_skip: Callable[[Path, str], None]) -> Path | None:
+        """The latest state there is: interrupted, then the newest snapshot, then best.
+
+        Each candidate is verified to the last byte; one that fails is passed over, and ``on_skip`` gets
+        its path and the reason.
+        """
+        files = self.existing()  # best, snapshots by number, interrupted
+        for path in reversed(files):
+            try:
+                verify_checkpoint(path)
+            except (CheckpointError, StorageError) as error:
+                on_skip(path, _reason(path, error))
+            else:
+                return path
+        return None
+
+    def write(self, path: Path, payload: CheckpointPayload) -> None:
+        """``write_checkpoint``, and with the first one of an overwriting run, set the old files aside."""
+        write_checkpoint(path, payload, before_replace=self._set_aside if self._to_set_aside else None)
+        self._to_set_aside = False
+
+    def remove_interrupted(self) -> None:
+        """Remove the rolling checkpoint. Only once the run has completed and its best file is written."""
+        try:
+            self.interrupted.unlink(missing_ok=True)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise _storage_error(self.interrupted, "cannot be removed", error) from error
+
+    def guard_new_run(self, *, overwrite: bool) -> None:
+        """Refuse to start a new run over the files of an old one, unless told to ``overwrite``.
+
+        Raises UsageError that names the files and the three ways on.
+        """
+        old = self.existing()
+        self._to_set_aside = bool(old) and overwrite
+        if not old or overwrite:
+            return
+        state = "an interrupted run" if self.interrupted in old else "a run"
+        with suppress(CheckpointError, StorageError):
+            summary = read_summary(self.interrupted if self.interrupted in old else old[0])
+            state += f" (step {summary.step}, {summary.epoch} epochs completed)"
+        names = ", ".join(path.name for path in old)
+        raise UsageError(
+            f"{self.folder} already holds {state} called '{self.stem}': {names}. A new run would replace it. "
+            f"Go on with it: --resume. Leave it alone: --name OTHER, or another --checkpoint-dir. "
+            f"Start over: --overwrite (the old files are moved to {self.folder / REPLACED_FOLDER})"
+        )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold this stem: one run at a time writes it.
+
+        The operating system drops the lock when its holder ends, however it ends. Raises
+        CheckpointBusyError that names the holder; StorageError when the folder can't be written.
+        """
+        lock_path = self.folder / f".{self.stem}.lock"
+        holder_path = self.folder / f".{self.stem}.holder"
+        lock = FileLock(lock_path, timeout=0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise CheckpointBusyError(
+                f"{self.folder}: another run is writing '{self.stem}'{_describe_holder(holder_path)}. Wait "
+                f"for it, stop it, or give this run another name (--name) or --checkpoint-dir"
+            ) from None
+        except OSError as error:
+            raise _storage_error(lock_path, "cannot be locked", error) from error
+        try:
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+            with suppress(OSError):  # it only serves a message; the lock itself is held
+                holder_path.write_text(json.dumps(holder), encoding="utf-8")
+            yield
+        finally:
+            with suppress(OSError):
+                holder_path.unlink(missing_ok=True)
+            lock.release()
+
+    def _set_aside(self) -> None:
+        """Move all files of this stem out of the way, the latest state last.
+
+        In that order a kill at any point leaves the latest of them for a bare ``--resume`` to find.
+        """
+        old = self.existing()
+        if not old:
+            return
+        wanted = self.folder / REPLACED_FOLDER / f"{self.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        target, attempt = wanted, 1
+        while target.exists():
+            attempt += 1
+            target = wanted.with_name(f"{wanted.name}-{attempt}")
+        target.mkdir(parents=True)
+        for path in old:
+            path.rename(target / path.name)
+        sync_folder(target)
+
+
+def list_checkpoints(folder: Path) -> list[CheckpointSummary | DamagedEntry]:
+    """Every checkpoint in ``folder``: by stem, then best, snapshots by number, interrupted.
+
+    Cheap: tensor data isn't read, so damage inside it goes unnoticed (``verify_checkpoint`` finds it).
+    Raises StorageError when the folder can't be read; a folder that isn't there holds nothing.
+    """
+    entries: list[CheckpointSummary | DamagedEntry] = []
+    for _, path in _checkpoint_files(folder):
+        try:
+            entries.append(read_summary(path))
+        except (CheckpointError, StorageError) as error:
+            try:
+                stat = path.stat()
+            except OSError:
+                continue  # removed meanwhile
+            entries.append(DamagedEntry(path, stat.st_size, stat.st_mtime, _reason(path, error)))
+    return entries
+
+
+def prune(folder: Path, *, keep: int = 1, dry_run: bool = False) -> list[Path]:
+    """Remove old snapshots and what killed writers left behind; give the paths (to be) removed.
+
+    Of each stem the ``keep`` newest snapshots stay, and only verified ones count as kept: a damaged one
+    never costs the sound one before it. Best and interrupted files, damaged files newer than the kept
+    ones, and files of another name are never touched.
+
+    Raises UsageError for ``keep`` below 1; StorageError when a file can't be removed.
+    """
+    if keep < 1:
+        raise UsageError(f"keep={keep}: at least the newest snapshot of each run stays; use 1 or more")
+    snapshots: dict[str, list[Path]] = {}
+    for name, path in _checkpoint_files(folder):
+        if name.role == "epoch":
+            snapshots.setdefault(name.stem, []).append(path)
+    surplus = [path for paths in snapshots.values() for path in _older_than_kept(paths, keep)]
+    try:
+        surplus += orphaned_temporaries(folder) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise _storage_error(folder, "cannot be read", error) from error
+    if not dry_run:
+        for path in surplus:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise _storage_error(path, "cannot be removed", error) from error
+        if surplus:
+            sync_folder(folder)
+    return surplus
+
+
+def _older_than_kept(paths: list[Path], keep: int) -> list[Path]:
+    """Of one stem's snapshots, oldest first, those before the ``keep`` newest sound ones."""
+    if len(paths) <= keep:
+        return []
+    n_sound = 0
+    for index in range(len(paths) - 1, -1, -1):
+        with suppress(CheckpointError, StorageError):
+            verify_checkpoint(paths[index])
+            n_sound += 1
+        if n_sound == keep:
+            return paths[:index]
+    return []
+
+
+def _checkpoint_files(folder: Path) -> list[tuple[CheckpointName, Path]]:
+    try:
+        names = [entry.name for entry in os.scandir(folder) if not entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _storage_error(folder, "cannot be read", error) from error
+    found = [(name, folder / file_name) for file_name in names if (name := parse_name(file_name)) is not None]
+    return sorted(found, key=lambda item: item[0].sort_key)
+
+
+def _describe_holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
+        return f" (process {int(holder['pid'])} on {holder['host']}, since {since})"
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        return ""  # it has just started or just ended
+
+
+def _reason(path: Path, error: Exception) -> str:
+    return str(error).removeprefix(f"{path}: ")
+
+
+def _storage_error(path: Path, what: str, error: OSError) -> StorageError:
+    return StorageError(
+        f"{path}: {what} ({error.strerror or error}). Check the permissions and the disk, or choose another "
+        f"--checkpoint-dir"
+    )

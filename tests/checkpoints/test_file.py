@@ -1,0 +1,600 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import random
+import shutil
+import signal
+import struct
+import tempfile
+import time
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanothink.checkpoints import (
+    FORMAT_VERSION,
+    read_checkpoint,
+    read_summary,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from nanothink.errors import (
+    CheckpointDamagedError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    StorageError,
+)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the bit and to the type."""
+    if isinstance(a, torch.Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return bool(
+            torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+        )
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@pytest.fixture
+def written(tmp_path, make_payload):
+    path = tmp_path / "transformer_expert.pt"
+    write_checkpoint(path, make_payload())
+    return path
+
+
+# --- round trip ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_round_trip_is_bit_equal(tmp_path, make_payload, mmap):
+    payload = make_payload(
+        model_state={
+            "float32": torch.randn(5, 3),
+            "bfloat16": torch.randn(7).bfloat16(),
+            "float16": torch.tensor([1.5, float("nan"), float("inf"), -0.0]).half(),
+            "int8": torch.tensor([-128, 127], dtype=torch.int8),
+            "float8": torch.randn(4).to(torch.float8_e4m3fn),
+            "bool": torch.tensor([True, False]),
+            "scalar": torch.tensor(3, dtype=torch.int64),
+            "empty": torch.zeros(0, 4),
+            "parameter": torch.nn.Parameter(torch.randn(2)).data,
+        }
+    )
+    path = tmp_path / "deep" / "er" / "naïve ü.pt"
+    write_checkpoint(path, payload)
+    read = read_checkpoint(path, mmap=mmap)
+    assert same(read, payload)
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_loads_without_nanothink(written, make_payload):
+    assert same(torch.load(written, weights_only=True), make_payload())
+
+
+def test_scalars_of_numpy_and_containers_with_attributes_become_plain(tmp_path, make_payload):
+    state = torch.nn.Linear(2, 3).state_dict()
+    assert type(state) is OrderedDict
+    payload = make_payload(
+        model_state=state, best_loss=np.float64(1.5), run={"finished": True, "t": np.float64(2)}
+    )
+    write_checkpoint(tmp_path / "a.pt", payload)
+    read = read_checkpoint(tmp_path / "a.pt")
+    assert type(read["best_loss"]) is float
+    assert type(read["run"]["t"]) is float
+    assert same(read["model_state"], dict(state))
+
+
+def test_tied_tensors_are_stored_once_and_views_alone(tmp_path, make_payload):
+    matrix, big = torch.randn(100, 100), torch.randn(100_000)
+    payload = make_payload(
+        model_state={"a": matrix, "b": matrix, "row": big[10:20], "wide": torch.ones(1).expand(9)}
+    )
+    write_checkpoint(tmp_path / "a.pt", payload)
+    read = read_checkpoint(tmp_path / "a.pt")["model_state"]
+    assert read["a"].data_ptr() == read["b"].data_ptr()
+    assert same(read, payload["model_state"])
+    assert (tmp_path / "a.pt").stat().st_size < 60_000
+    assert verify_checkpoint(tmp_path / "a.pt").n_parameters == 10_000 + 10 + 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"run": {"path": Path("x")}}, r"payload\['run'\]\['path'\] is a PosixPath"),
+        ({"run": {"array": np.zeros(2)}}, "ndarray"),
+        ({"optimizer_state": {(1, 2): 0}}, "key"),
+        ({"model_state": {"a": torch.zeros(2, device="meta")}}, "can't be saved"),
+        ({"step": 1.0}, "'step' is a float"),
+        ({"step": True}, "'step' is a bool"),
+        ({"model_state": {"a": 1}}, "no tensor"),
+        ({"tokenizer": {"a": 1}}, "no text"),
+    ],
+)
+def test_a_payload_that_would_not_load_again_is_not_written(written, make_payload, changes, complaint):
+    before = written.read_bytes()
+    with pytest.raises(TypeError, match=complaint):
+        write_checkpoint(written, make_payload(**changes))
+    assert written.read_bytes() == before
+
+
+def test_summary(written):
+    for summary in (verify_checkpoint(written), read_summary(written)):
+        assert (summary.path, summary.kind, summary.name) == (written, "transformer", "first")
+        assert (summary.step, summary.epoch, summary.position, summary.best_loss) == (7, 2, 224, 3.25)
+        assert summary.n_parameters == 2 * 24 * 16
+        assert summary.bytes == written.stat().st_size
+        assert summary.modified == written.stat().st_mtime
+        assert (summary.finished, summary.elapsed_seconds) == (False, 12.5)
+        assert summary.format_version == FORMAT_VERSION
+
+
+def test_summary_reads_no_tensor_data(tmp_path, make_payload):
+    path = tmp_path / "large.pt"
+    write_checkpoint(path, make_payload(model_state={"a": torch.zeros(16_000_000)}))
+    started = time.perf_counter()
+    verify_checkpoint(path)
+    thorough = time.perf_counter() - started
+    started = time.perf_counter()
+    read_summary(path)
+    assert time.perf_counter() - started < thorough / 3
+
+
+# --- damage -------------------------------------------------------------------------------------------
+
+
+def test_every_truncation_is_detected(written):
+    whole = written.read_bytes()
+    lengths = {*range(0, len(whole), 97), *range(64), *range(len(whole) - 300, len(whole))}
+    for length in sorted(lengths):
+        written.write_bytes(whole[:length])
+        with pytest.raises(CheckpointDamagedError, match=r"transformer_expert\.pt"):
+            verify_checkpoint(written)
+    written.write_bytes(whole + b"\0")
+    with pytest.raises(CheckpointDamagedError):
+        verify_checkpoint(written)
+
+
+def test_every_flipped_byte_is_detected(written):
+    whole = bytearray(written.read_bytes())
+    for offset in {*range(0, len(whole), 23), *range(128), *range(len(whole) - 400, len(whole))}:
+        bit = 1 << offset % 8
+        whole[offset] ^= bit
+        written.write_bytes(whole)
+        with pytest.raises(CheckpointDamagedError):
+            verify_checkpoint(written)
+        whole[offset] ^= bit
+    written.write_bytes(whole)
+    verify_checkpoint(written)
+
+
+def test_a_swap_of_two_blocks_is_detected(written):
+    whole = bytearray(written.read_bytes())
+    whole[1000:1016], whole[1016:1032] = whole[1016:1032], whole[1000:1016]
+    written.write_bytes(whole)
+    with pytest.raises(CheckpointDamagedError, match="SHA-256"):
+        verify_checkpoint(written)
+
+
+def test_a_file_saved_by_plain_torch_is_held_to_its_crcs(tmp_path, make_payload):
+    path = tmp_path / "foreign.pt"
+    torch.save(make_payload(), path)
+    assert same(read_checkpoint(path), make_payload())
+    whole = bytearray(path.read_bytes())
+    weight = make_payload()["model_state"]["head.weight"].numpy().tobytes()
+    whole[whole.index(weight) + 5] ^= 4
+    path.write_bytes(whole)
+    torch.load(path, weights_only=True)  # torch itself notices nothing: that is why we look
+    with pytest.raises(CheckpointDamagedError, match="CRC"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"\0" * 5000, "not a checkpoint"),
+        (b"hello", "not a checkpoint"),
+        (b"PK\3\4" + b"x" * 3000, "cut short"),
+        (b"PK\5\6" + b"\0" * 18, "not one that torch.save wrote"),
+        (pickle.dumps({"a": 1}), "bare pickle"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_so(tmp_path, content, reason):
+    path = tmp_path / "a.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointDamagedError, match=reason) as caught:
+        read_checkpoint(path)
+    assert "nanothink checkpoints ls" in str(caught.value)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.pt")
+    with pytest.raises(CheckpointDamagedError, match="pipe"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+# --- what isn't there, what belongs to something else --------------------------------------------------
+
+
+def test_missing_file_names_what_is_there(written):
+    with pytest.raises(CheckpointNotFoundError, match=r"Did you mean 'transformer_expert.pt'\?") as caught:
+        read_checkpoint(written.with_name("transfomer_expert.pt"))
+    assert "holds transformer_expert.pt" in str(caught.value)
+    with pytest.raises(CheckpointNotFoundError, match="nor its folder"):
+        read_checkpoint(written.parent / "no" / "a.pt")
+    with pytest.raises(CheckpointNotFoundError, match=r"is a folder.*transformer_expert\.pt"):
+        read_checkpoint(written.parent)
+    with pytest.raises(CheckpointNotFoundError, match="no such checkpoint"):
+        read_checkpoint(written / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"model_state": {}}, "'format_version' is missing"),
+        ([1, 2], "holds a list"),
+        (torch.zeros(3), "holds a Tensor"),
+    ],
+)
+def test_a_sound_file_of_something_else_is_a_mismatch(tmp_path, content, reason):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(CheckpointMismatchError, match=reason):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("key", ["kind", "model_state", "position", "amp_scaler", "rng", "tokenizer", "run"])
+def test_each_entry_is_required_with_its_type(tmp_path, make_payload, key):
+    payload: dict[str, Any] = dict(make_payload())
+    path = tmp_path / "a.pt"
+    torch.save({**payload, key: 1.5}, path)
+    with pytest.raises(CheckpointMismatchError, match=f"'{key}' is a float"):
+        read_checkpoint(path)
+    del payload[key]
+    torch.save(payload, path)
+    with pytest.raises(CheckpointMismatchError, match=f"'{key}' is missing"):
+        read_summary(path)
+
+
+def test_a_newer_format_asks_for_an_upgrade(tmp_path, make_payload):
+    torch.save({"format_version": FORMAT_VERSION + 1, "entirely": "different"}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointMismatchError, match=r"newer NanoThink.*Upgrade"):
+        read_checkpoint(tmp_path / "a.pt")
+    torch.save(make_payload(format_version=0), tmp_path / "a.pt")
+    with pytest.raises(CheckpointMismatchError, match="'format_version' is 0"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+# --- hostile files ------------------------------------------------------------------------------------
+
+
+class Payload:
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def rebuild(path: Path, change: Any, **options: Any) -> None:
+    """Write the zip at ``path`` again with every member passed through ``change(name, data)``."""
+    with zipfile.ZipFile(path) as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, data in members:
+            archive.writestr(name, change(name, data))
+
+
+def seal(path: Path) -> None:
+    """Give a forged zip the digest of a good file: the digest guards against accidents, not malice."""
+    whole = path.read_bytes()
+    comment = b"nanothink-sha256:" + hashlib.sha256(whole).hexdigest().encode()
+    path.write_bytes(whole[:-2] + struct.pack("<H", len(comment)) + comment)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("wrapping", ["bare", "zip", "zip, protocol 4"])
+def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path, make_payload, wrapping, sealed):
+    marker, path = tmp_path / "marker", tmp_path / "a.pt"
+    evil = {**make_payload(), "run": {"x": Payload(os.system, f"touch '{marker}'")}}
+    if wrapping == "bare":
+        path.write_bytes(pickle.dumps(evil["run"]))
+    else:
+        torch.save(evil, path, pickle_protocol=4 if "4" in wrapping else 2)
+    if sealed and wrapping != "bare":
+        seal(path)
+    for read in (read_checkpoint, verify_checkpoint, read_summary):
+        with pytest.raises(CheckpointDamagedError, match="run code"):
+            read(path)
+    assert not marker.exists()
+    if wrapping != "bare":
+        torch.load(path, weights_only=False)
+        assert marker.exists(), "the attack itself must work, or the test shows nothing"
+
+
+def test_the_refusal_names_what_would_be_called(tmp_path):
+    torch.save({"x": Payload(os.system, "true")}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointDamagedError, match=r"'posix\.system'"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_names_that_weights_only_would_allow_but_no_checkpoint_needs(tmp_path, make_payload):
+    torch.save(make_payload(run={"x": Payload(bytearray, 10**11)}), tmp_path / "a.pt")
+    with pytest.raises(CheckpointDamagedError, match="bytearray"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_zip_bomb_is_refused(tmp_path, make_payload):
+    path = tmp_path / "a.pt"
+    torch.save(make_payload(model_state={"a": torch.zeros(5_000_000)}), path)
+    rebuild(path, lambda name, data: data, compression=zipfile.ZIP_DEFLATED)
+    seal(path)
+    assert path.stat().st_size < 100_000
+    for read in (read_checkpoint, read_summary):
+        with pytest.raises(CheckpointDamagedError, match="compressed"):
+            read(path)
+
+
+def test_parts_that_overlap_are_refused(tmp_path):
+    """A thousand entries for the same bytes: each small, together far more than the file."""
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.zeros(50_000)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        for index in range(1000):
+            twin = zipfile.ZipInfo(f"archive/data/{index + 10}")
+            for field in ("header_offset", "file_size", "compress_size", "CRC"):
+                setattr(twin, field, getattr(largest, field))
+            archive.filelist.append(twin)
+        archive._didModify = True  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointDamagedError, match="its parts claim"):
+        read_summary(path)
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/etc/escaped", "a\\..\\escaped"])
+def test_names_that_lead_out_are_refused(tmp_path, make_payload, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.pt"
+    torch.save(make_payload(), path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, b"x")
+    with pytest.raises(CheckpointDamagedError, match="leads out"):
+        read_checkpoint(path)
+
+
+def test_a_part_that_is_there_twice_is_refused(tmp_path, make_payload):
+    path = tmp_path / "a.pt"
+    torch.save(make_payload(), path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr(archive.namelist()[0], b"x")
+    with pytest.raises(CheckpointDamagedError, match="twice"):
+        read_checkpoint(path)
+
+
+def test_torchscript_is_refused(tmp_path, make_payload):
+    path = tmp_path / "a.pt"
+    torch.save(make_payload(), path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/constants.pkl", pickle.dumps(()))
+    with pytest.raises(CheckpointDamagedError, match="TorchScript"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_absurd_tensor_sizes_are_refused(tmp_path, make_payload, mmap):
+    path = tmp_path / "a.pt"
+    torch.save(make_payload(model_state={"a": torch.ones(1).expand(10**12)}), path)
+    with pytest.raises(CheckpointDamagedError, match="not the data for it"):
+        read_checkpoint(path, mmap=mmap)
+    torch.save(make_payload(model_state={"a": torch.ones(201)}), path)
+    small, huge = b"K\xc9\x85", b"J" + struct.pack("<i", 2**31 - 1) + b"\x85"  # the shape (201,)
+
+    def enlarge(name: str, data: bytes) -> bytes:
+        assert not name.endswith("data.pkl") or data.count(small) == 1
+        return data.replace(small, huge) if name.endswith("data.pkl") else data
+
+    rebuild(path, enlarge)
+    with pytest.raises(CheckpointDamagedError):
+        read_checkpoint(path, mmap=mmap)
+
+
+@pytest.mark.timeout(60)
+def test_values_without_end_are_refused(tmp_path, make_payload):
+    laughs: list[Any] = ["ha"]
+    for _ in range(30):
+        laughs = [laughs] * 10
+    torch.save(make_payload(run={"x": laughs}), tmp_path / "laughs.pt")
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    torch.save(make_payload(run={"x": cycle}), tmp_path / "cycle.pt")
+    for name in ("laughs.pt", "cycle.pt"):
+        with pytest.raises(CheckpointDamagedError, match="without end"):
+            read_checkpoint(tmp_path / name)
+
+
+def test_random_garbage_inside_the_zip_never_escapes_as_another_error(tmp_path, make_payload):
+    path, chance = tmp_path / "a.pt", random.Random(0)
+    torch.save(make_payload(), path)
+    whole = path.read_bytes()
+    n_refused = 0
+    for _ in range(300):
+        forged = bytearray(whole)
+        for _ in range(chance.randint(1, 8)):
+            # pickle (at the start) and directory (at the end), where a byte means most
+            where = chance.choice((chance.randrange(2500), len(whole) - 1 - chance.randrange(1500)))
+            forged[where] = chance.randrange(256)
+        path.write_bytes(forged)
+        try:
+            read_summary(path)
+        except (CheckpointDamagedError, CheckpointMismatchError):
+            n_refused += 1
+    assert n_refused > 100
+
+
+# --- killed in the middle -----------------------------------------------------------------------------
+
+KILL_POINTS = [
+    *(("byte", at) for at in (0, 1, 300, 2_500, 6_000)),
+    ("byte", -82),  # all but the seal
+    ("byte", -1),
+    ("before", "fsync", 1),
+    ("after", "fsync", 1),
+    ("before", "replace", 1),
+    ("after", "replace", 1),
+    ("after", "fsync", 2),
+]
+
+
+@pytest.mark.parametrize("point", KILL_POINTS, ids=lambda point: "-".join(map(str, point)))
+def test_killed_during_a_write(tmp_path, make_payload, crash_server, point):
+    target, source = tmp_path / "a.pt", tmp_path / "new.pt"
+    write_checkpoint(target, make_payload(seed=1))
+    write_checkpoint(source, make_payload(seed=2))
+    old, new = target.read_bytes(), source.read_bytes()
+    if point[0] == "byte" and point[1] < 0:
+        point = ("byte", len(new) + point[1])
+    crash_server.start("write", target=str(target), source=str(source), point=list(point))
+    crash_server.kill(crash_server.answer()["paused"])
+
+    renamed = tuple(point[:2]) == ("after", "replace") or tuple(point) == ("after", "fsync", 2)
+    assert target.read_bytes() == (new if renamed else old)
+    assert verify_checkpoint(target).step == (9 if renamed else 8)
+    orphans = [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+    assert len(orphans) == (0 if renamed else 1)
+
+    write_checkpoint(target, make_payload(seed=3))
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "new.pt"]
+    assert verify_checkpoint(target).step == 10
+
+
+def test_killed_at_random_moments_of_endless_writing(tmp_path, make_payload, crash_server):
+    target, sources = tmp_path / "a.pt", [tmp_path / "1.pt", tmp_path / "2.pt"]
+    for seed, source in enumerate(sources):
+        write_checkpoint(source, make_payload(seed=seed))
+    allowed = {source.read_bytes() for source in sources}
+    write_checkpoint(target, make_payload(seed=0))
+    chance, n_orphans = random.Random(1), 0
+    for _ in range(15):
+        crash_server.start("write_slowly_for_ever", target=str(target), sources=[str(s) for s in sources])
+        pid = crash_server.answer()["paused"]
+        time.sleep(chance.uniform(0.001, 0.06))
+        crash_server.kill(pid)
+        assert target.read_bytes() in allowed
+        verify_checkpoint(target)
+        n_orphans += any(name.endswith(".tmp") for name in os.listdir(tmp_path))
+    assert n_orphans >= 5, "too few of the kills fell into a write to show anything"
+
+
+def test_the_temporary_file_of_a_living_writer_is_left_alone(tmp_path, make_payload, crash_server):
+    target, source = tmp_path / "a.pt", tmp_path / "new.pt"
+    write_checkpoint(source, make_payload())
+    crash_server.start("write", target=str(target), source=str(source), point=["byte", 1000])
+    pid = crash_server.answer()["paused"]
+    write_checkpoint(target, make_payload())
+    assert sum(name.endswith(".tmp") for name in os.listdir(tmp_path)) == 1
+    crash_server.kill(pid)
+
+
+def test_an_interrupt_inside_a_write_comes_through_and_leaves_nothing(written, make_payload, monkeypatch):
+    before, really_write = written.read_bytes(), os.write
+
+    def interrupted_write(descriptor: int, data: Any) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return really_write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", interrupted_write)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(written, make_payload(seed=5))
+    assert written.read_bytes() == before
+    assert os.listdir(written.parent) == [written.name]
+
+
+def test_a_complete_new_file_exists_before_the_old_one_goes(written, make_payload):
+    before, seen = written.read_bytes(), []
+
+    def look() -> None:
+        (temporary,) = written.parent.glob(".*.tmp")
+        shutil.copy(temporary, written.parent / "copy.pt")
+        seen.append((verify_checkpoint(written.parent / "copy.pt").step, written.read_bytes() == before))
+
+    write_checkpoint(written, make_payload(seed=5), before_replace=look)
+    assert seen == [(12, True)]
+
+
+# --- disks that say no --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, 1_000, 5_000, -100, -1])
+def test_a_write_cut_short_by_a_limit(tmp_path, make_payload, crash_server, limit):
+    target, source = tmp_path / "a.pt", tmp_path / "new.pt"
+    write_checkpoint(target, make_payload(seed=1))
+    write_checkpoint(source, make_payload(seed=2))
+    old = target.read_bytes()
+    limit = limit if limit >= 0 else source.stat().st_size + limit
+    answer = crash_server.run("write_with_file_limit", target=str(target), source=str(source), limit=limit)
+    assert answer["error"] == "StorageError"
+    assert "limit is reached" in answer["message"]
+    assert "intact" in answer["message"]
+    assert target.read_bytes() == old
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "new.pt"]
+
+
+def test_a_full_disk(tmp_path, make_payload, server_in_own_mounts):
+    disk, small, large = tmp_path / "disk", tmp_path / "small.pt", tmp_path / "large.pt"
+    disk.mkdir()
+    write_checkpoint(small, make_payload())
+    write_checkpoint(large, make_payload(model_state={"a": torch.zeros(100_000)}))
+    answer = server_in_own_mounts.run(
+        "write_to_small_disk", folder=str(disk), sources=[str(small), str(large)], kilobytes=200
+    )
+    assert answer["error"] == "StorageError"
+    for part in ("disk is full", "bytes are needed", "bytes are free", "intact", "checkpoints prune"):
+        assert part in answer["message"]
+    assert answer["intact"]
+    assert answer["files"] == ["a.pt"]
+
+
+def test_a_read_only_disk(tmp_path, make_payload, server_in_own_mounts):
+    disk, source = tmp_path / "disk", tmp_path / "new.pt"
+    disk.mkdir()
+    write_checkpoint(source, make_payload())
+    answer = server_in_own_mounts.run("write_to_read_only_disk", folder=str(disk), source=str(source))
+    assert answer["error"] == "StorageError"
+    assert "read-only" in answer["message"]
+
+
+def test_no_permission(make_payload, crash_server):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        target, source = folder / "a.pt", folder / "new.pt"
+        write_checkpoint(target, make_payload(seed=1))
+        write_checkpoint(source, make_payload(seed=2))
+        old = target.read_bytes()
+        folder.chmod(0o555)
+        answer = crash_server.run("write_as_nobody", target=str(target), source=str(source))
+        folder.chmod(0o755)
+        assert answer["error"] == "StorageError"
+        assert "no permission" in answer["message"]
+        assert target.read_bytes() == old
+
+
+def test_something_in_the_way(tmp_path, make_payload):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="in the way"):
+        write_checkpoint(tmp_path / "file" / "a.pt", make_payload())
+    (tmp_path / "b.pt").mkdir()
+    with pytest.raises(StorageError, match="in the way"):
+        write_checkpoint(tmp_path / "b.pt", make_payload())
+    assert sorted(os.listdir(tmp_path)) == ["b.pt", "file"]

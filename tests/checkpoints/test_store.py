@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from nanothink.checkpoints import (
+    CheckpointStore,
+    CheckpointSummary,
+    DamagedEntry,
+    list_checkpoints,
+    prune,
+    read_checkpoint,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from nanothink.checkpoints.names import temporary_path
+from nanothink.errors import CheckpointBusyError, StorageError, UsageError
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CheckpointStore(tmp_path / "checkpoints", "transformer_expert")
+
+
+def damage(path: Path) -> None:
+    """Flip one byte in the middle of the tensor data."""
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+
+
+def never(path: Path, reason: str) -> None:
+    raise AssertionError(f"{path} was passed over: {reason}")
+
+
+# --- names and search ---------------------------------------------------------------------------------
+
+
+def test_names_are_those_of_the_design(store):
+    names = [path.name for path in (store.best, store.epoch(15), store.interrupted)]
+    assert names == [
+        "transformer_expert.pt",
+        "transformer_expert_epoch15.pt",
+        "transformer_expert_interrupted.pt",
+    ]
+    assert store.existing() == []
+    assert store.newest(never) is None
+
+
+def test_a_stem_that_could_be_taken_for_another_is_refused(tmp_path):
+    for stem in ("a_epoch3", "a_interrupted", "a/b", ""):
+        with pytest.raises(UsageError):
+            CheckpointStore(tmp_path, stem)
+
+
+def test_newest_goes_by_role_and_number(store, make_payload):
+    order = [store.best, store.epoch(5), store.epoch(10), store.epoch(100), store.interrupted]
+    for path in reversed(order):  # the newest by date is the oldest by role
+        store.write(path, make_payload())
+    assert store.existing() == order
+    while order:
+        assert store.newest(never) == order[-1]
+        order.pop().unlink()
+
+
+def test_newest_passes_over_damaged_files_and_says_why(store, make_payload):
+    for path in (store.best, store.epoch(9), store.epoch(10), store.interrupted):
+        store.write(path, make_payload())
+    damage(store.interrupted)
+    store.epoch(10).write_bytes(b"")
+    skipped: list[tuple[Path, str]] = []
+    assert store.newest(lambda path, reason: skipped.append((path, reason))) == store.epoch(9)
+    assert [path for path, _ in skipped] == [store.interrupted, store.epoch(10)]
+    assert skipped[0][1].startswith("its content is not what was written")
+    assert skipped[1][1].startswith("it is empty")
+    for path in (store.best, store.epoch(9)):
+        damage(path)
+    assert store.newest(lambda path, reason: None) is None
+
+
+def test_a_stem_never_takes_files_of_another(tmp_path, make_payload):
+    names = [
+        "a.pt",
+        "a_epoch5.pt",
+        "a_epoch_expert.pt",
+        "a_epoch5_expert.pt",
+        "ab.pt",
+        "a_b.pt",
+        "a-b_epoch5.pt",
+    ]
+    for name in (*names, "a_expert_interrupted.pt", "A.pt"):
+        write_checkpoint(tmp_path / name, make_payload())
+    (tmp_path / "a_epoch7.pt").mkdir()
+    (tmp_path / "a_epoch8.pt.bak").write_text("x")
+    assert [path.name for path in CheckpointStore(tmp_path, "a").existing()] == ["a.pt", "a_epoch5.pt"]
+    # a dot is a dot
+    assert CheckpointStore(tmp_path, "a.b").existing() == []
+
+
+# --- a new run over an old one ------------------------------------------------------------------------
+
+
+def test_a_new_run_is_let_in_where_there_is_none(store):
+    store.guard_new_run(overwrite=False)
+    store.guard_new_run(overwrite=True)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_new_run_does_not_start_over_an_old_one(store, make_payload, damaged):
+    for path in (store.best, store.interrupted):
+        store.write(path, make_payload())
+        if damaged:
+            path.write_bytes(b"")
+    with pytest.raises(UsageError) as caught:
+        store.guard_new_run(overwrite=False)
+    for part in (
+        store.best.name,
+        store.interrupted.name,
+        "--resume",
+        "--name",
+        "--overwrite",
+        "interrupted run",
+    ):
+        assert part in str(caught.value)
+    assert ("step 7" in str(caught.value)) is not damaged
+
+
+def test_overwriting_sets_the_old_files_aside_with_the_first_write(store, make_payload):
+    old = [store.best, store.epoch(5), store.interrupted]
+    for path in old:
+        store.write(path, make_payload(seed=1))
+    other = store.folder / "other_expert.pt"
+    write_checkpoint(other, make_payload())
+    before = {path.name: path.read_bytes() for path in old}
+
+    new_run = CheckpointStore(store.folder, store.stem)
+    new_run.guard_new_run(overwrite=True)
+    assert new_run.existing() == old
+
+    new_run.write(new_run.interrupted, make_payload(seed=2))
+    assert new_run.existing() == [new_run.interrupted]
+    assert other.exists()
+    (aside,) = (store.folder / "replaced").iterdir()
+    assert aside.name.startswith("transformer_expert-")
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+
+    new_run.write(new_run.epoch(5), make_payload(seed=3))
+    assert new_run.existing() == [new_run.epoch(5), new_run.interrupted]
+    assert len(list((store.folder / "replaced").iterdir())) == 1
+
+    again = CheckpointStore(store.folder, store.stem)  # within the same second: nothing is overwritten
+    again.guard_new_run(overwrite=True)
+    again.write(again.best, make_payload(seed=4))
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    assert len(list((store.folder / "replaced").iterdir())) == 2
+
+
+def test_overwriting_that_never_writes_loses_nothing(store, make_payload, monkeypatch):
+    for path in (store.best, store.interrupted):
+        store.write(path, make_payload(seed=1))
+    before = [path.read_bytes() for path in store.existing()]
+    new_run = CheckpointStore(store.folder, store.stem)
+    new_run.guard_new_run(overwrite=True)
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(StorageError, match="disk is full"):
+            new_run.write(new_run.best, make_payload(seed=2))
+    assert [path.read_bytes() for path in store.existing()] == before
+    assert not (store.folder / "replaced").exists()
+    new_run.write(new_run.best, make_payload(seed=2))
+    assert new_run.existing() == [new_run.best]
+
+
+def test_remove_interrupted(store, make_payload):
+    for path in (store.best, store.interrupted):
+        store.write(path, make_payload())
+    store.remove_interrupted()
+    store.remove_interrupted()
+    assert store.existing() == [store.best]
+
+
+# --- the lock -----------------------------------------------------------------------------------------
+
+
+def test_two_processes_never_hold_one_name(store, crash_server):
+    crash_server.start("hold_lock", folder=str(store.folder), stem=store.stem, with_worker=False)
+    pid = crash_server.answer()["paused"]
+    started = time.perf_counter()
+    with pytest.raises(CheckpointBusyError) as caught, store.lock():
+        raise AssertionError("both hold the lock")
+    assert time.perf_counter() - started < 2
+    for part in (f"process {pid} on {os.uname().nodename}, since 20", "--name", str(store.folder)):
+        assert part in str(caught.value)
+    with CheckpointStore(store.folder, "other_expert").lock():
+        pass
+    with pytest.raises(CheckpointBusyError, match=f"process {pid}"), store.lock():
+        pass  # the refused attempt has not worn the lock out, nor its message
+    crash_server.kill(pid)
+    with store.lock():
+        pass
+
+
+def test_a_killed_holder_never_blocks_even_when_its_worker_lives(store, crash_server):
+    crash_server.start("hold_lock", folder=str(store.folder), stem=store.stem, with_worker=True)
+    answer = crash_server.answer()
+    try:
+        crash_server.kill(answer["paused"])
+        with store.lock():
+            pass
+    finally:
+        os.kill(answer["worker"], signal.SIGKILL)
+
+
+def test_one_process_holds_a_name_once_and_gives_it_back(store):
+    with pytest.raises(RuntimeError, match="from inside"), store.lock():
+        with pytest.raises(CheckpointBusyError, match=f"process {os.getpid()}"), store.lock():
+            pass
+        raise RuntimeError("from inside")
+    with store.lock():
+        assert store.existing() == []
+
+
+def test_a_lock_in_an_impossible_place(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(StorageError, match="cannot be locked"),
+        CheckpointStore(tmp_path / "file", "a").lock(),
+    ):
+        pass
+
+
+# --- listing and pruning ------------------------------------------------------------------------------
+
+
+def test_list_is_sorted_and_shows_damaged_files(tmp_path, make_payload):
+    names = ["a.pt", "a_epoch5.pt", "a_epoch10.pt", "a_interrupted.pt", "b.pt", "b_epoch5.pt"]
+    for name in reversed(names):
+        write_checkpoint(tmp_path / name, make_payload())
+    (tmp_path / "b.pt").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("x")
+    temporary_path(tmp_path / "a.pt").write_bytes(b"x")
+    entries = list_checkpoints(tmp_path)
+    assert [entry.path.name for entry in entries] == names
+    kinds = [type(entry) for entry in entries]
+    assert kinds == [CheckpointSummary] * 4 + [DamagedEntry] + [CheckpointSummary]
+    entry = entries[4]
+    assert isinstance(entry, DamagedEntry)
+    assert entry.bytes == 0
+    assert entry.reason.startswith("it is empty")
+    assert list_checkpoints(tmp_path / "none") == []
+    with pytest.raises(StorageError):
+        list_checkpoints(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, {10}), (2, {9, 10}), (3, {5, 9, 10}), (99, {5, 9, 10})])
+def test_prune_keeps_the_newest_snapshots(tmp_path, make_payload, keep, kept):
+    store = CheckpointStore(tmp_path, "a")
+    others = [store.best, store.interrupted, tmp_path / "b_epoch1.pt", tmp_path / "b.pt"]
+    for path in (*others, *(store.epoch(n) for n in (5, 9, 10))):
+        write_checkpoint(path, make_payload())
+    orphan = tmp_path / temporary_path(store.best).name.replace(f".{os.getpid()}.", ".99999999.")
+    orphan.write_bytes(b"x")
+    (tmp_path / "notes.txt").write_text("x")
+    expected = {store.epoch(n) for n in {5, 9, 10} - kept} | {orphan}
+    everything = set(tmp_path.iterdir())
+
+    assert set(prune(tmp_path, keep=keep, dry_run=True)) == expected
+    assert set(tmp_path.iterdir()) == everything
+    assert set(prune(tmp_path, keep=keep)) == expected
+    assert set(tmp_path.iterdir()) == everything - expected
+    assert prune(tmp_path, keep=keep) == []
+
+
+def test_prune_never_leaves_only_damaged_snapshots(tmp_path, make_payload):
+    store = CheckpointStore(tmp_path, "a")
+    for n in (1, 2, 3, 4):
+        write_checkpoint(store.epoch(n), make_payload(seed=n))
+    damage(store.epoch(4))
+    assert prune(tmp_path) == [store.epoch(1), store.epoch(2)]
+    assert verify_checkpoint(store.epoch(3)).step == 10
+    damage(store.epoch(3))
+    assert prune(tmp_path) == []
+
+
+def test_prune_refuses_to_keep_none(tmp_path):
+    with pytest.raises(UsageError, match="keep=0"):
+        prune(tmp_path, keep=0)
+    assert prune(tmp_path / "none") == []
+
+
+def test_what_the_store_writes_can_be_read(store, make_payload):
+    store.write(store.best, make_payload(seed=3))
+    assert read_checkpoint(store.best)["step"] == 10
