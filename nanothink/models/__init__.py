@@ -19,11 +19,22 @@ def build_model(kind: str, config: Config, vocab_size: int) -> LanguageModel:
     Raises:
         UsageError: no model is called ``kind``.
     """
-    if kind == "transformer":
-        from nanothink.models.transformer import Transformer
+    known_kind(kind)
+    from nanothink.models.transformer import Transformer
 
-        return Transformer(vocab_size, config.model, config.transformer)
-    raise UsageError(
-        f"there is no model called '{kind}'; the kinds are {', '.join(MODEL_KINDS)}."
-        f"{did_you_mean(kind, MODEL_KINDS)}"
-    )
+    return Transformer(vocab_size, config.model, config.transformer)
+
+
+def known_kind(kind: str) -> str:
+    """The name of a kind as everything else spells it; ``state-space`` and ``state_space`` are the same.
+
+    Raises:
+        UsageError: no model is called ``kind``.
+    """
+    name = kind.replace("-", "_")
+    if name not in MODEL_KINDS:
+        raise UsageError(
+            f"There is no model called '{kind}'. The kinds are {', '.join(MODEL_KINDS)}."
+            f"{did_you_mean(name, MODEL_KINDS)}"
+        )
+    return name

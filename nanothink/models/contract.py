@@ -81,6 +81,14 @@ class LanguageModel(nn.Module, ABC):
         states = self.hidden(inputs).flatten(0, 1)  # (B*T, D)
         return linear_log_likelihood(states, self.head_weight, targets.flatten()).view(targets.shape)
 
+    @abstractmethod
+    def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
+        """About what a training step keeps for its backward pass, in bytes.
+
+        Args:
+            value_bytes: size of a value in the type that matrix products run in, 4 or 2.
+        """
+
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters by the role they play for the optimizer, each exactly once, with names.
 

@@ -34,8 +34,12 @@ from nanothink.data.tokens import IGNORE
 _CACHE_BYTES = 3 << 20  # logits the epilogue walks through at a time on a CPU, so that they stay in L2
 
 
+CHUNK_ROWS = 512
+"""Rows of logits that exist at a time: large enough for fast products, small beside the model."""
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float = 1.0, chunk_rows: int = 512
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float = 1.0, chunk_rows: int = CHUNK_ROWS
 ) -> Tensor:
     """Summed cross-entropy of ``softmax(hidden @ weight.T)`` against ``targets``.
 
@@ -60,7 +64,7 @@ def linear_cross_entropy(
 
 
 def linear_log_likelihood(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int = 512
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int = CHUNK_ROWS
 ) -> Tensor:
     """Log-likelihood of each target under ``softmax(hidden @ weight.T)``, with gradients.
 

@@ -34,6 +34,7 @@ from nanothink.models.layers import (
     embedding,
     linear,
 )
+from nanothink.models.loss import CHUNK_ROWS
 
 
 class Block(nn.Module):
@@ -105,6 +106,14 @@ class Transformer(LanguageModel):
             x = block(x, rotation)
         states: Tensor = self.norm(x)
         return states
+
+    def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
+        """See ``LanguageModel.activation_bytes``; the factors were counted with saved-tensor hooks."""
+        width, inner = self.d_model, inner_width(self.d_model, self.shape.ffn_mult)
+        per_width, per_inner = (60, 16) if value_bytes == 4 else (48, 10)
+        per_token = len(self.blocks) * (per_width * width + per_inner * inner) + 12 * width
+        head = self.vocab_size * (4 * width + CHUNK_ROWS * 8)  # the head's gradient and one chunk of logits
+        return batch_size * length * per_token + head
 
     def start(self, batch_size: int) -> KeyValueCache:
         """An empty key-value cache, which grows as it fills."""

@@ -1,0 +1,91 @@
+"""What the training loop tells whoever watches. Frozen: a watcher can look, not interfere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from nanothink.inference.evaluate import Evaluation
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    name: str
+    step: int
+    total_steps: int
+    epoch: int
+    epochs: float
+    """Length of the whole run in epochs."""
+    n_blocks: int
+    """Training blocks in an epoch."""
+    blocks_per_step: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimizer step. ``loss`` is the mean in nats over all targets of its accumulation window."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    seconds: float
+    skipped: bool
+    logged: bool
+
+
+@dataclass(frozen=True)
+class EvaluationProgress:
+    done_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    step: int
+    epoch: int
+    evaluation: Evaluation
+    best: bool
+    bad_evaluations: int
+
+
+@dataclass(frozen=True)
+class Sampled:
+    step: int
+    epoch: int
+    texts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    step: int
+    role: str
+    path: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something a person should know and no number says."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    step: int
+    epoch: int
+    reason: str
+    best_loss: float | None
+    seconds: float
+
+
+Event: TypeAlias = (
+    RunStarted | StepDone | EvaluationProgress | Evaluated | Sampled | CheckpointSaved | Note | RunFinished
+)
+Observer: TypeAlias = Callable[[Event], None]

@@ -1,0 +1,221 @@
+"""The training loop, one for every phase.
+
+One turn: epoch over? evaluate, keep the best, snapshot, stop early; stop asked? save and leave; run
+over? leave; next batches; forward and backward over the accumulation window; finite check; clip;
+optimizer step; log; rolling save. Evaluation stands first so that a run stopped between the last step
+of an epoch and its evaluation resumes with just that evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from nanothink.config import TrainConfig
+from nanothink.data.tokens import IGNORE
+from nanothink.errors import InterruptedRun, TrainingDivergedError
+from nanothink.inference.evaluate import Evaluation, EvaluationStopped
+from nanothink.models.contract import LanguageModel
+from nanothink.models.precision import Precision
+from nanothink.training.events import (
+    CheckpointSaved,
+    Evaluated,
+    Observer,
+    RunFinished,
+    Sampled,
+    StepDone,
+)
+from nanothink.training.interruption import StopRequest
+from nanothink.training.objectives import Objective
+from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fraction
+from nanothink.training.state import Plan, TrainState
+
+
+class BlockSource(Protocol):
+    """Where training blocks come from; ``TrainingBatches`` is one."""
+
+    def read(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, (count, T) int64 each, of the blocks at positions start .. start+count-1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run is made of. ``state`` and what it points to change; the rest does not."""
+
+    model: LanguageModel
+    optimizer: GroupedOptimizer
+    scaler: torch.amp.GradScaler | None
+    objective: Objective
+    batches: BlockSource
+    precision: Precision
+    config: TrainConfig
+    plan: Plan
+    state: TrainState
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the loop asks of the outside.
+
+    evaluate: score the validation text; may raise EvaluationStopped.
+    sample: text by prompt, leaving every random state as it was.
+    save: write a checkpoint of ``state`` in a role ("best", "epoch", "interrupted"), return its path.
+    """
+
+    evaluate: Callable[[], Evaluation]
+    sample: Callable[[], Mapping[str, str]]
+    save: Callable[[str], Path]
+    observe: Observer
+    stop: StopRequest
+
+
+def train(run: Run, services: Services) -> RunFinished:
+    """Train until the plan is fulfilled or validation stops improving.
+
+    Raises:
+        InterruptedRun: a signal came; the state is saved.
+        TrainingDivergedError: too many steps in a row were not finite; the last good checkpoint stays.
+        StorageError: a checkpoint could not be written; the one before it is intact.
+    """
+    config, plan, state = run.config, run.plan, run.state
+    started = last_saved = time.monotonic()
+    run.model.train()
+
+    while True:
+        if _evaluation_is_due(run):
+            # A stop inside leaves the state as it was: the checkpoint below leads back to this evaluation.
+            with suppress(EvaluationStopped):
+                _evaluate(run, services)
+                last_saved = time.monotonic()
+        if services.stop():
+            path = _save("interrupted", run, services)
+            raise InterruptedRun(
+                f"Stopped by {services.stop.name} after step {state.step} of {plan.total_steps}; "
+                f"everything is in {path}. Go on with: nanothink resume {path}"
+            )
+        if reason := _reason_to_end(run):
+            break
+
+        step_started = time.monotonic()
+        fraction = learning_rate_fraction(state.step, plan.total_steps, config)
+        run.optimizer.set_fraction(fraction)
+        loss, n_targets = _accumulate(run)
+        if run.scaler is not None:
+            run.optimizer.unscale(run.scaler)
+        norm = float(torch.nn.utils.clip_grad_norm_(run.optimizer.parameters, config.grad_clip, foreach=True))
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if (
+            finite or run.scaler is not None
+        ):  # a scaler leaves the weights alone by itself, and learns from it
+            run.optimizer.step(run.scaler)
+        if run.scaler is not None:
+            run.scaler.update()
+        run.optimizer.zero_grad()
+
+        state.step += 1
+        state.position += plan.blocks_per_step
+        state.skipped_steps += not finite
+        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+        services.observe(
+            StepDone(
+                step=state.step,
+                total_steps=plan.total_steps,
+                epoch=state.epoch,
+                loss=loss,
+                learning_rate=config.lr * fraction,
+                gradient_norm=norm,
+                tokens=n_targets,
+                seconds=time.monotonic() - step_started,
+                skipped=not finite,
+                logged=state.step % config.log_every_steps == 0 or state.step in {1, plan.total_steps},
+            )
+        )
+        if state.skipped_in_a_row >= config.max_skipped_steps:
+            raise TrainingDivergedError(
+                f"Loss or gradient was not finite for {state.skipped_in_a_row} steps in a row, up to step "
+                f"{state.step}. The last good checkpoint is untouched. Lower the learning rate "
+                f"(--set {config.section}.lr={config.lr / 3:.1e}) and go on from it with --resume."
+            )
+        if time.monotonic() - last_saved >= config.save_every_seconds:
+            _save("interrupted", run, services)
+            last_saved = time.monotonic()
+
+    finished = RunFinished(state.step, state.epoch, reason, state.best_loss, time.monotonic() - started)
+    services.observe(finished)
+    return finished
+
+
+def _accumulate(run: Run) -> tuple[float, int]:
+    """Gradients of one accumulation window. Returns the mean loss over all its targets, and their number.
+
+    The targets are counted before the first forward pass, so that every one has the same weight
+    however they are spread over micro-batches.
+    """
+    config, device = run.config, run.precision.device
+    window = [
+        run.batches.read(run.state.position + i * config.batch_size, config.batch_size)
+        for i in range(config.grad_accum_steps)
+    ]
+    n_targets = sum(int((targets != IGNORE).sum()) for _, targets in window)
+    losses = []
+    for inputs, targets in window:
+        with run.precision.autocast():
+            loss = run.objective(run.model, inputs.to(device), targets.to(device), 1.0 / n_targets)
+        (loss if run.scaler is None else run.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    return float(torch.stack(losses).sum()), n_targets
+
+
+def _evaluation_is_due(run: Run) -> bool:
+    state, every = run.state, run.config.eval_every_steps
+    if state.evaluated_step == state.step:
+        return False
+    between = every is not None and state.step > 0 and state.step % every == 0
+    return run.plan.epoch_is_over(state) or between or run.plan.is_over(state)
+
+
+def _reason_to_end(run: Run) -> str:
+    """Why training is over, or an empty string. A function of the state, so a resumed run agrees."""
+    if run.state.bad_evaluations >= run.config.early_stopping_patience:
+        return f"no improvement in {run.state.bad_evaluations} evaluations"
+    if run.plan.is_over(run.state):
+        return f"all {run.plan.total_steps} steps done"
+    return ""
+
+
+def _evaluate(run: Run, services: Services) -> None:
+    """Evaluate, keep the best, sample, snapshot."""
+    config, plan, state = run.config, run.plan, run.state
+    evaluation = services.evaluate()
+    epoch_over = plan.epoch_is_over(state)
+    while plan.epoch_is_over(state):  # a corpus that shrank between two runs can end several at once
+        state.epoch += 1
+    state.evaluated_step = state.step
+    loss = evaluation.overall.loss
+    best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+    state.bad_evaluations = 0 if best else state.bad_evaluations + 1
+    if best:
+        state.best_loss = loss
+    services.observe(Evaluated(state.step, state.epoch, evaluation, best, state.bad_evaluations))
+    if config.sample_tokens:
+        services.observe(Sampled(state.step, state.epoch, services.sample()))
+    if best:
+        _save("best", run, services)
+    if epoch_over and state.epoch % config.snapshot_every_epochs == 0:
+        _save("epoch", run, services)
+    _save("interrupted", run, services)
+
+
+def _save(role: str, run: Run, services: Services) -> Path:
+    started = time.monotonic()
+    path = services.save(role)
+    services.observe(CheckpointSaved(run.state.step, role, path, time.monotonic() - started))
+    return path

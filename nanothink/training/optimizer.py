@@ -1,0 +1,153 @@
+"""Parameter groups with rates of their own, Muon beside AdamW, and the schedule.
+
+One learning rate, ``lr``, scales everything; each group has a multiplier. Hidden matrices go to Muon
+(Jordan et al. 2024): momentum, orthogonalised by a few Newton-Schulz steps, scaled so that the update
+has AdamW's root mean square (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), which
+lets one ``lr`` keep its meaning for both. Embeddings, head, norms and the rest go to AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from nanothink.config import TrainConfig
+
+GroupedParameters = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
+
+
+class GroupedOptimizer:
+    """Several torch optimizers that step as one.
+
+    Args:
+        groups: named parameters by role: "matrices", "embeddings", "head", "other".
+        config: rates, multipliers, decay.
+    """
+
+    def __init__(self, groups: GroupedParameters, config: TrainConfig) -> None:
+        multipliers = {
+            "matrices": config.lr_matrices,
+            "embeddings": config.lr_embeddings,
+            "head": config.lr_head,
+            "other": config.lr_other,
+        }
+        unknown = set(groups) - set(multipliers)
+        if unknown:
+            raise ValueError(f"unknown parameter groups: {sorted(unknown)}")
+        adamw_groups: list[dict[str, Any]] = []
+        muon_groups: list[dict[str, Any]] = []
+        for role, named in groups.items():
+            if not named:
+                continue
+            use_muon = role == "matrices" and config.optimizer == "muon"
+            group = {
+                "params": [parameter for _, parameter in named],
+                "names": [name for name, _ in named],
+                "role": role,
+                "peak_lr": config.lr * multipliers[role],
+                "lr": config.lr * multipliers[role],
+                "weight_decay": config.weight_decay if role == "matrices" else 0.0,
+            }
+            (muon_groups if use_muon else adamw_groups).append(group)
+        self.optimizers: dict[str, Optimizer] = {}
+        if adamw_groups:
+            # fused: one pass over each tensor instead of a dozen; the same arithmetic
+            fused = all(p.device.type in {"cpu", "cuda"} for g in adamw_groups for p in g["params"])
+            self.optimizers["adamw"] = AdamW(adamw_groups, betas=config.betas, eps=1e-8, fused=fused)
+        if muon_groups:
+            self.optimizers["muon"] = Muon(
+                muon_groups, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"
+            )
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for o in self.optimizers.values() for group in o.param_groups for p in group["params"]]
+
+    def set_fraction(self, fraction: float) -> None:
+        """Set every group's rate to ``fraction`` of its peak."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * fraction
+
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        for optimizer in self.optimizers.values():
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+
+    def unscale(self, scaler: torch.amp.GradScaler) -> None:
+        for optimizer in self.optimizers.values():
+            scaler.unscale_(optimizer)
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Take over moments from ``state``; rates stay as this run's config has them.
+
+        Parameters are matched by name, so a state survives added and removed parameters. Returns the
+        names whose moments were not found or had another shape, and so start at zero.
+        """
+        fresh: list[str] = []
+        for name, optimizer in self.optimizers.items():
+            saved = state.get(name, {"state": {}, "param_groups": []})
+            by_name: dict[str, Any] = {}
+            for group in saved["param_groups"]:
+                for parameter_name, index in zip(group["names"], group["params"], strict=True):
+                    if index in saved["state"]:
+                        by_name[parameter_name] = saved["state"][index]
+            own = optimizer.state_dict()
+            own["state"] = {}
+            for group, live in zip(own["param_groups"], optimizer.param_groups, strict=True):
+                for parameter_name, index, parameter in zip(
+                    group["names"], group["params"], live["params"], strict=True
+                ):
+                    moments = by_name.get(parameter_name)
+                    if moments is not None and _fits(moments, parameter):
+                        own["state"][index] = moments
+                    else:
+                        fresh.append(parameter_name)
+            optimizer.load_state_dict(own)
+        return fresh
+
+
+def _fits(moments: Mapping[str, Any], parameter: nn.Parameter) -> bool:
+    return all(
+        value.ndim == 0 or value.shape == parameter.shape
+        for value in moments.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def effective_warmup(config: TrainConfig, total_steps: int) -> int:
+    """Warm-up in optimizer steps: as configured, but a tenth of the run where the run is short."""
+    if total_steps < 10 * config.warmup_steps:
+        return total_steps // 10
+    return config.warmup_steps
+
+
+def learning_rate_fraction(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Rate of optimizer step ``step`` (counted from 0), as a fraction of the peak. A pure function.
+
+    Linear warm-up that reaches 1 on its last step, then cosine to ``lr_min_fraction`` at ``total_steps``
+    (Loshchilov & Hutter 2017), or flat until the last 40 % and linear from there.
+    """
+    warmup = effective_warmup(config, total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    floor = config.lr_min_fraction
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    if config.schedule == "cosine":
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    decay = 0.4
+    return 1.0 if progress <= 1 - decay else floor + (1 - floor) * (1 - progress) / decay

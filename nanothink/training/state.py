@@ -1,0 +1,59 @@
+"""Where a run stands: integers and one float, from which everything else follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from nanothink.config import TrainConfig
+
+
+@dataclass
+class TrainState:
+    step: int = 0
+    """Optimizer steps taken. One skipped for a non-finite gradient counts, so the schedule never shifts."""
+    epoch: int = 0
+    """Epochs completed, their evaluation included."""
+    position: int = 0
+    """Training blocks consumed since the start of the run."""
+    best_loss: float | None = None
+    """Lowest validation loss so far, in nats per token."""
+    bad_evaluations: int = 0
+    """Evaluations in a row without improvement."""
+    evaluated_step: int = -1
+    """The step of the last evaluation, so that none is done twice or left out after a resume."""
+    skipped_steps: int = 0
+    """Steps skipped because loss or gradient were not finite, in all."""
+    skipped_in_a_row: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How far a run goes. Derived once from config, data and where the run stands."""
+
+    n_blocks: int
+    """Training blocks in an epoch."""
+    blocks_per_step: int
+    total_steps: int
+
+    @classmethod
+    def make(cls, config: TrainConfig, n_blocks: int, state: TrainState) -> Plan:
+        """``max_steps`` decides where it is set; else the steps taken plus what the remaining blocks need."""
+        blocks_per_step = config.batch_size * config.grad_accum_steps
+        remaining = max(0, config.max_epochs * n_blocks - state.position)
+        total = config.max_steps or state.step + -(-remaining // blocks_per_step)
+        return cls(n_blocks, blocks_per_step, total)
+
+    def epoch_is_over(self, state: TrainState) -> bool:
+        return state.position >= (state.epoch + 1) * self.n_blocks
+
+    def is_over(self, state: TrainState) -> bool:
+        return state.step >= self.total_steps

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanothink.config import Config, TrainExpertConfig
+from nanothink.config.run import resolve_config
+from nanothink.data.tokens import IGNORE
+from nanothink.errors import InterruptedRun, TrainingDivergedError
+from nanothink.inference.evaluate import Evaluation, EvaluationStopped, Score
+from nanothink.models import build_model
+from nanothink.models.precision import Precision
+from nanothink.training.events import Evaluated, RunFinished, StepDone
+from nanothink.training.interruption import StopRequest
+from nanothink.training.loop import Run, Services, train
+from nanothink.training.objectives import next_token
+from nanothink.training.optimizer import GroupedOptimizer
+from nanothink.training.state import Plan, TrainState
+
+VOCABULARY, LENGTH = 17, 8
+
+
+class Blocks:
+    """Blocks whose content depends on their position alone; some targets are ignored."""
+
+    def __init__(self, period: int = 1 << 30) -> None:
+        self.period = period
+
+    def read(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = []
+        for position in range(start, start + count):
+            generator = torch.Generator().manual_seed(position % self.period)
+            rows.append(torch.randint(0, VOCABULARY, (LENGTH + 1,), generator=generator))
+        blocks = torch.stack(rows)
+        targets = blocks[:, 1:].clone()
+        targets[torch.arange(start, start + count) % 3 == 0, LENGTH // 2 :] = IGNORE
+        return blocks[:, :-1].contiguous(), targets
+
+
+class Harness:
+    """A run on a tiny real model, everything that it reports and saves kept in lists."""
+
+    def __init__(
+        self,
+        *,
+        validation: list[float] | None = None,
+        n_blocks: int = 8,
+        period: int = 1 << 30,
+        **settings: Any,
+    ) -> None:
+        settings = {
+            "batch_size": 2,
+            "max_epochs": 3,
+            "warmup_steps": 0,
+            "sample_tokens": 0,
+            "log_every_steps": 1,
+        } | settings
+        self.config = TrainExpertConfig(**settings)
+        config: Config = resolve_config(
+            assignments=[
+                "model.d_model=16",
+                "model.max_seq_len=8",
+                "transformer.n_layers=1",
+                "transformer.n_heads=2",
+            ]
+        ).config
+        torch.manual_seed(0)
+        model = build_model("transformer", config, VOCABULARY)
+        state = TrainState()
+        self.run = Run(
+            model=model,
+            optimizer=GroupedOptimizer(model.parameter_groups(), self.config),
+            scaler=None,
+            objective=next_token,
+            batches=Blocks(period),
+            precision=Precision(torch.device("cpu"), torch.float32, "test"),
+            config=self.config,
+            plan=Plan.make(self.config, n_blocks, state),
+            state=state,
+        )
+        self.stop = StopRequest()
+        self.events: list[Any] = []
+        self.saved: list[tuple[str, int, int]] = []
+        self.validation = iter(validation or [])
+
+    def evaluate(self) -> Evaluation:
+        return Evaluation({"d": Score(next(self.validation, 1.0), 1, 1)})
+
+    def save(self, role: str) -> Path:
+        self.saved.append((role, self.run.state.epoch, self.run.state.step))
+        return Path(role)
+
+    def go(self) -> RunFinished:
+        services = Services(
+            evaluate=lambda: self.evaluate(),
+            sample=dict,
+            save=self.save,
+            observe=self.events.append,
+            stop=self.stop,
+        )
+        return train(self.run, services)
+
+    @property
+    def steps(self) -> list[StepDone]:
+        return [e for e in self.events if isinstance(e, StepDone)]
+
+    @property
+    def weights(self) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in self.run.model.parameters()])
+
+
+def test_it_runs_to_the_end_of_its_plan() -> None:
+    harness = Harness(validation=[3.0, 2.0, 1.0])
+    finished = harness.go()
+    assert (finished.step, finished.epoch, finished.best_loss) == (12, 3, 1.0)
+    assert [e.step for e in harness.events if isinstance(e, Evaluated)] == [4, 8, 12]
+    assert harness.run.state.position == 24
+
+
+def test_it_learns() -> None:
+    harness = Harness(max_epochs=30, n_blocks=4, lr=3e-3, period=4)
+    harness.go()
+    first, last = harness.steps[0].loss, harness.steps[-1].loss
+    assert first == pytest.approx(math.log(VOCABULARY), rel=1e-3)
+    assert last < first - 0.3
+
+
+def test_the_loss_reported_is_the_mean_over_all_targets_of_the_window() -> None:
+    """Not the mean of means: micro-batches with ignored targets hold fewer."""
+    harness = Harness(grad_accum_steps=3, batch_size=2, max_epochs=1, n_blocks=6)
+    model = harness.run.model
+    inputs, targets = Blocks().read(0, 6)
+    with torch.no_grad():
+        expected = float(model.loss(inputs, targets)) / int((targets != IGNORE).sum())
+    harness.go()
+    assert harness.steps[0].loss == pytest.approx(expected, rel=1e-6)
+    assert harness.steps[0].tokens == int((targets != IGNORE).sum())
+
+
+@pytest.mark.parametrize(("batch", "windows"), [(6, 1), (3, 2), (2, 3), (1, 6)])
+def test_accumulation_gives_the_gradient_of_the_whole_window(batch: int, windows: int) -> None:
+    whole = Harness(batch_size=6, max_steps=3, optimizer="adamw", lr=1e-5)
+    parts = Harness(batch_size=batch, grad_accum_steps=windows, max_steps=3, optimizer="adamw", lr=1e-5)
+    whole.go()
+    parts.go()
+    for a, b in zip(whole.steps, parts.steps, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+        assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-4)
+
+
+def test_gradients_are_clipped() -> None:
+    free = Harness(max_steps=1, grad_clip=1e9, optimizer="adamw")
+    free.go()
+    norm = free.steps[0].gradient_norm
+    clipped = Harness(max_steps=1, grad_clip=norm / 100, optimizer="adamw")
+    kept: list[float] = []
+    step = clipped.run.optimizer.step
+
+    def spy(scaler: Any = None) -> None:
+        kept.append(
+            float(
+                torch.stack(
+                    [p.grad.norm() for p in clipped.run.optimizer.parameters if p.grad is not None]
+                ).norm()
+            )
+        )
+        step(scaler)
+
+    clipped.run.optimizer.step = spy  # type: ignore[method-assign]
+    clipped.go()
+    assert clipped.steps[0].gradient_norm == pytest.approx(norm)
+    assert kept[0] == pytest.approx(norm / 100, rel=1e-3)
+
+
+def test_best_is_the_lowest_validation_loss() -> None:
+    harness = Harness(validation=[3.0, 4.0, 2.0], max_epochs=3)
+    harness.go()
+    assert [(role, epoch) for role, epoch, _ in harness.saved if role == "best"] == [("best", 1), ("best", 3)]
+
+
+def test_snapshots_come_every_few_epochs() -> None:
+    harness = Harness(max_epochs=5, snapshot_every_epochs=2, early_stopping_patience=99)
+    harness.go()
+    assert [epoch for role, epoch, _ in harness.saved if role == "epoch"] == [2, 4]
+
+
+def test_the_rolling_checkpoint_follows_every_evaluation_and_comes_last() -> None:
+    harness = Harness(max_epochs=2, snapshot_every_epochs=1)
+    harness.go()
+    assert [role for role, _, _ in harness.saved] == ["best", "epoch", "interrupted", "epoch", "interrupted"]
+
+
+def test_the_rolling_checkpoint_comes_by_the_clock_too() -> None:
+    harness = Harness(max_epochs=1, save_every_seconds=1e-9)
+    harness.go()
+    assert [step for role, _, step in harness.saved if role == "interrupted"][:3] == [1, 2, 3]
+
+
+def test_it_stops_when_validation_stops_improving() -> None:
+    harness = Harness(validation=[1.0, *[2.0] * 99], max_epochs=50, early_stopping_patience=3)
+    finished = harness.go()
+    assert finished.epoch == 4
+    assert "no improvement in 3 evaluations" in finished.reason
+    assert finished.best_loss == 1.0
+
+
+def test_a_run_that_stopped_early_stays_stopped() -> None:
+    harness = Harness(validation=[1.0, *[2.0] * 99], max_epochs=50, early_stopping_patience=3)
+    harness.go()
+    before = harness.run.state.step
+    assert "no improvement" in harness.go().reason
+    assert harness.run.state.step == before
+
+
+def test_validation_that_is_not_a_number_is_never_best() -> None:
+    harness = Harness(validation=[math.nan, 2.0, math.inf], max_epochs=3)
+    assert harness.go().best_loss == 2.0
+
+
+def test_it_evaluates_at_the_end_of_a_run_that_ends_within_an_epoch() -> None:
+    harness = Harness(max_steps=3, n_blocks=100)
+    finished = harness.go()
+    assert finished.best_loss == 1.0
+    assert finished.epoch == 0
+
+
+def test_it_evaluates_between_epochs_when_asked() -> None:
+    harness = Harness(n_blocks=8, max_epochs=2, eval_every_steps=3, early_stopping_patience=99)
+    harness.go()
+    assert [(e.step, e.epoch) for e in harness.events if isinstance(e, Evaluated)] == [
+        (3, 0),
+        (4, 1),
+        (6, 1),
+        (8, 2),
+    ]
+
+
+def test_a_stop_saves_and_leaves() -> None:
+    harness = Harness(max_epochs=3)
+    observe = harness.events.append
+
+    class Stopper(list[Any]):
+        def append(self, event: Any) -> None:
+            observe(event)
+            if isinstance(event, StepDone) and event.step == 2:
+                harness.stop._on_signal(2, None)
+
+    harness.events = Stopper()
+    with pytest.raises(InterruptedRun, match=r"after step 2 of 12"):
+        harness.go()
+    assert harness.saved == [("interrupted", 0, 2)]
+
+
+def test_a_stop_within_an_evaluation_leads_back_to_that_evaluation() -> None:
+    harness = Harness(max_epochs=2)
+
+    def stopped() -> Evaluation:
+        harness.stop._on_signal(15, None)
+        raise EvaluationStopped
+
+    harness.evaluate = stopped  # type: ignore[method-assign]
+    with pytest.raises(InterruptedRun, match="SIGTERM"):
+        harness.go()
+    state = harness.run.state
+    assert (state.epoch, state.step, state.evaluated_step) == (0, 4, -1)
+    assert harness.saved == [("interrupted", 0, 4)]
+    harness.stop = StopRequest()
+    harness.evaluate = lambda: Evaluation({"d": Score(1.0, 1, 1)})  # type: ignore[method-assign]
+    harness.go()
+    assert [e.step for e in harness.events if isinstance(e, Evaluated)] == [4, 8]
+
+
+class TestNotFinite:
+    def _poisoned(self, steps: set[int], **settings: Any) -> Harness:
+        harness = Harness(**settings)
+
+        def objective(model: Any, inputs: Any, targets: Any, scale: float) -> torch.Tensor:
+            loss = next_token(model, inputs, targets, scale)
+            return loss * math.nan if harness.run.state.step in steps else loss
+
+        object.__setattr__(harness.run, "objective", objective)
+        return harness
+
+    def test_the_step_is_skipped_and_counted(self) -> None:
+        harness = self._poisoned({1}, max_steps=2)
+        harness.run.optimizer.set_fraction(1.0)
+        harness.go()
+        assert [s.skipped for s in harness.steps] == [False, True]
+        assert harness.run.state.skipped_steps == 1
+        assert torch.isfinite(harness.weights).all()
+
+    def test_a_skipped_step_changes_no_weight(self) -> None:
+        before = self._poisoned({0}, max_steps=1)
+        weights = before.weights
+        before.go()
+        assert torch.equal(weights, before.weights)
+
+    def test_many_in_a_row_end_the_run_and_overwrite_nothing(self) -> None:
+        harness = self._poisoned(set(range(4, 99)), max_steps=50, max_skipped_steps=5, n_blocks=1000)
+        with pytest.raises(
+            TrainingDivergedError, match=r"5 steps in a row, up to step 9.*--set train_expert\.lr="
+        ):
+            harness.go()
+        assert harness.saved == []
+        assert torch.isfinite(harness.weights).all()
+
+    def test_good_steps_in_between_reset_the_count(self) -> None:
+        harness = self._poisoned({1, 2, 4, 5}, max_steps=8, max_skipped_steps=3)
+        harness.go()
+        assert harness.run.state.skipped_steps == 4

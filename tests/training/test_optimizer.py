@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nanothink.config import TrainExpertConfig
+from nanothink.training.optimizer import GroupedOptimizer, effective_warmup, learning_rate_fraction
+
+
+def _groups() -> dict[str, list[tuple[str, nn.Parameter]]]:
+    torch.manual_seed(0)
+    return {
+        "matrices": [("a", nn.Parameter(torch.randn(8, 4))), ("b", nn.Parameter(torch.randn(4, 8)))],
+        "embeddings": [("e", nn.Parameter(torch.randn(16, 4)))],
+        "head": [("h", nn.Parameter(torch.randn(16, 4)))],
+        "other": [("n", nn.Parameter(torch.ones(4)))],
+    }
+
+
+def _step(optimizer: GroupedOptimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in optimizer.parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_every_parameter_is_in_exactly_one_group() -> None:
+    groups = _groups()
+    optimizer = GroupedOptimizer(groups, TrainExpertConfig())
+    expected = {id(p) for named in groups.values() for _, p in named}
+    assert [id(p) for p in optimizer.parameters].sort() == list(expected).sort()
+    assert len(optimizer.parameters) == len(expected)
+
+
+def test_matrices_go_to_muon_and_the_rest_to_adamw() -> None:
+    optimizer = GroupedOptimizer(_groups(), TrainExpertConfig())
+    assert {g["role"] for g in optimizer.optimizers["muon"].param_groups} == {"matrices"}
+    assert {g["role"] for g in optimizer.optimizers["adamw"].param_groups} == {"embeddings", "head", "other"}
+    plain = GroupedOptimizer(_groups(), TrainExpertConfig(optimizer="adamw"))
+    assert set(plain.optimizers) == {"adamw"}
+
+
+def test_rates_are_lr_times_multiplier_times_schedule() -> None:
+    config = TrainExpertConfig(lr=1e-3, lr_matrices=2, lr_embeddings=3, lr_head=4, lr_other=5)
+    optimizer = GroupedOptimizer(_groups(), config)
+    optimizer.set_fraction(0.5)
+    rates = {g["role"]: g["lr"] for o in optimizer.optimizers.values() for g in o.param_groups}
+    assert rates == pytest.approx({"matrices": 1e-3, "embeddings": 1.5e-3, "head": 2e-3, "other": 2.5e-3})
+
+
+def test_a_muon_update_has_the_size_of_an_adamw_update() -> None:
+    """Lr keeps its meaning: the root mean square of one update is about 0.2 times the rate."""
+    matrix = nn.Parameter(torch.zeros(64, 32))
+    config = TrainExpertConfig(lr=1e-2, lr_matrices=1, weight_decay=0)
+    optimizer = GroupedOptimizer({"matrices": [("m", matrix)]}, config)
+    matrix.grad = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * 100
+    optimizer.step()
+    rms = float(matrix.detach().square().mean().sqrt())
+    assert 0.1e-2 < rms < 0.3e-2
+
+
+def test_only_matrices_decay() -> None:
+    optimizer = GroupedOptimizer(_groups(), TrainExpertConfig(weight_decay=0.5))
+    decays = {g["role"]: g["weight_decay"] for o in optimizer.optimizers.values() for g in o.param_groups}
+    assert decays == {"matrices": 0.5, "embeddings": 0, "head": 0, "other": 0}
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_moments_survive_saving(kind: str) -> None:
+    config = TrainExpertConfig(optimizer=kind)  # type: ignore[arg-type]
+    one = GroupedOptimizer(_groups(), config)
+    for seed in range(3):
+        _step(one, seed)
+    other_groups = _groups()
+    for named, other in zip(one.parameters, GroupedOptimizer(other_groups, config).parameters, strict=True):
+        other.data.copy_(named.data)
+    other = GroupedOptimizer(other_groups, config)
+    assert other.load_state_dict(copy.deepcopy(one.state_dict())) == []
+    _step(one, 9)
+    _step(other, 9)
+    for left, right in zip(one.parameters, other.parameters, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_moments_are_matched_by_name_and_shape() -> None:
+    one = GroupedOptimizer(_groups(), TrainExpertConfig())
+    _step(one, 0)
+    changed = _groups()
+    changed["matrices"] = [("new", nn.Parameter(torch.randn(4, 4))), ("a", nn.Parameter(torch.randn(8, 4)))]
+    changed["head"] = [("h", nn.Parameter(torch.randn(17, 4)))]
+    other = GroupedOptimizer(changed, TrainExpertConfig())
+    assert sorted(other.load_state_dict(one.state_dict())) == ["h", "new"]
+    muon = other.optimizers["muon"]
+    momentum = one.optimizers["muon"].state[one.optimizers["muon"].param_groups[0]["params"][0]]
+    own = muon.state[muon.param_groups[0]["params"][1]]
+    assert torch.equal(own["momentum_buffer"], momentum["momentum_buffer"])
+
+
+def test_rates_come_from_this_runs_settings_not_from_the_saved_state() -> None:
+    one = GroupedOptimizer(_groups(), TrainExpertConfig(lr=1.0))
+    _step(one, 0)
+    other = GroupedOptimizer(_groups(), TrainExpertConfig(lr=1e-5, lr_head=1))
+    other.load_state_dict(one.state_dict())
+    other.set_fraction(1.0)
+    rates = {g["role"]: g["lr"] for o in other.optimizers.values() for g in o.param_groups}
+    assert rates["head"] == pytest.approx(1e-5)
+
+
+class TestSchedule:
+    config = TrainExpertConfig(warmup_steps=10, lr_min_fraction=0.1)
+
+    def test_warm_up_is_linear_and_reaches_the_peak(self) -> None:
+        rates = [learning_rate_fraction(s, 1000, self.config) for s in range(10)]
+        assert rates == pytest.approx([0.1 * (i + 1) for i in range(10)])
+
+    def test_cosine_ends_at_its_floor(self) -> None:
+        assert learning_rate_fraction(10, 1000, self.config) == pytest.approx(1)
+        middle = learning_rate_fraction(505, 1000, self.config)
+        assert middle == pytest.approx(0.55, abs=1e-3)
+        assert learning_rate_fraction(1000, 1000, self.config) == pytest.approx(0.1)
+        assert learning_rate_fraction(5000, 1000, self.config) == pytest.approx(0.1)
+
+    def test_trapezoid_is_flat_and_then_linear(self) -> None:
+        config = self.config.model_copy(update={"schedule": "trapezoid"})
+        assert learning_rate_fraction(600, 1000, config) == 1
+        assert learning_rate_fraction(802, 1000, config) == pytest.approx(0.55, abs=1e-3)
+        assert learning_rate_fraction(1000, 1000, config) == pytest.approx(0.1)
+
+    @pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
+    def test_it_never_jumps(self, schedule: str) -> None:
+        config = self.config.model_copy(update={"schedule": schedule})
+        rates = [learning_rate_fraction(s, 500, config) for s in range(501)]
+        assert max(abs(a - b) for a, b in itertools.pairwise(rates)) <= 0.11
+        assert all(0 < rate <= 1 and math.isfinite(rate) for rate in rates)
+
+    def test_a_short_run_warms_up_over_a_tenth_of_itself(self) -> None:
+        assert effective_warmup(TrainExpertConfig(warmup_steps=100), 200) == 20
+        assert effective_warmup(TrainExpertConfig(warmup_steps=100), 1000) == 100
+        assert effective_warmup(TrainExpertConfig(warmup_steps=0), 5) == 0
+        assert learning_rate_fraction(0, 5, TrainExpertConfig(warmup_steps=100)) == pytest.approx(1)

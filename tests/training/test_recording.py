@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from nanothink.errors import StorageError
+from nanothink.inference.evaluate import Evaluation, Score
+from nanothink.training.events import Evaluated, Sampled, StepDone
+from nanothink.training.recording import RunRecorder
+from nanothink.training.state import TrainState
+
+
+def step(number: int, loss: float = 2.0, logged: bool = True) -> StepDone:
+    return StepDone(number, 10, 0, loss, 1e-3, 0.5, 64, 0.1, not math.isfinite(loss), logged)
+
+
+def evaluated(number: int) -> Evaluated:
+    return Evaluated(number, 1, Evaluation({"d": Score(2.0, 1, 4)}), True, 0)
+
+
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_it_writes_what_happens(tmp_path: Path) -> None:
+    recorder = RunRecorder(tmp_path / "run", {"kind": "transformer"}, TrainState())
+    recorder(step(1))
+    recorder(step(2, logged=False))
+    recorder(evaluated(2))
+    recorder(Sampled(2, 1, {"Once": " upon"}))
+    recorder.close()
+    train, validation = lines(tmp_path / "run")
+    assert (train["event"], train["step"], train["loss"]) == ("train", 1, 2.0)
+    assert train["tokens_per_second"] == pytest.approx(640)
+    assert validation["event"] == "validation"
+    assert validation["bits_per_byte"] == pytest.approx(2 / math.log(2) / 4)
+    assert validation["domains"]["d"]["tokens"] == 1  # type: ignore[index]
+    assert lines(tmp_path / "run", "samples.jsonl")[0]["samples"] == {"Once": " upon"}
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"kind": "transformer"}
+
+
+def test_tensorboard_can_read_it(tmp_path: Path) -> None:
+    recorder = RunRecorder(tmp_path, {}, TrainState())
+    recorder(step(7, loss=1.25))
+    recorder.close()
+    (events,) = tmp_path.glob("events.out.*")
+    assert b"train/loss" in events.read_bytes()
+
+
+def test_what_lies_beyond_the_checkpoint_is_dropped(tmp_path: Path) -> None:
+    recorder = RunRecorder(tmp_path, {}, TrainState())
+    for number in (1, 2, 3, 4):
+        recorder(step(number))
+        recorder(evaluated(number))
+    recorder.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')  # a killed process, in the middle of a line
+    RunRecorder(tmp_path, {}, TrainState(step=3, evaluated_step=2)).close()
+    kept = [(line["event"], line["step"]) for line in lines(tmp_path)]
+    assert kept == [("train", 1), ("validation", 1), ("train", 2), ("validation", 2), ("train", 3)]
+
+
+def test_a_new_run_begins_with_an_empty_folder(tmp_path: Path) -> None:
+    first = RunRecorder(tmp_path / "run", {}, TrainState())
+    first(step(1))
+    first.close()
+    RunRecorder(tmp_path / "run", {}, TrainState()).close()
+    assert lines(tmp_path / "run") == []
+
+
+def test_a_loss_that_is_not_a_number_is_null(tmp_path: Path) -> None:
+    recorder = RunRecorder(tmp_path, {}, TrainState())
+    recorder(step(1, loss=math.nan))
+    recorder.close()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert lines(tmp_path)[0]["loss"] is None
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    with pytest.raises(StorageError, match=r"runs.*--checkpoint-dir"):
+        RunRecorder(tmp_path / "runs" / "x", {}, TrainState())
