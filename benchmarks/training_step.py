@@ -123,9 +123,8 @@ def main() -> None:
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.dtype}"
     )
-    print(
-        f"\n| step of {options.batch} x {LENGTH} tokens | seconds (median) | min | max | tokens/s |\n|---|---:|---:|---:|---:|"
-    )
+    print(f"\n| step of {options.batch} x {LENGTH} tokens | seconds (median) | min | max | tokens/s |")
+    print("|---|---:|---:|---:|---:|")
     for name, median in medians.items():
         low, high = min(seconds[name]), max(seconds[name])
         print(f"| {name} | {median:.2f} | {low:.2f} | {high:.2f} | {tokens / median:,.0f} |")

@@ -30,7 +30,7 @@ from nanothink.errors import ConfigError, did_you_mean
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 DEFAULT_FILE = "nanothink.toml"
 ENVIRONMENT_PREFIX = "NANOTHINK_"
@@ -95,7 +95,7 @@ def preset_text(name: str) -> str:
     if name not in preset_names():
         known = ", ".join(preset_names())
         raise ConfigError(f"There is no preset '{name}'.{did_you_mean(name, preset_names())} Known: {known}.")
-    return resources.files("nanothink.config").joinpath("presets", f"{name}.toml").read_text("utf-8")
+    return resources.files("nanothink.config").joinpath("presets").joinpath(f"{name}.toml").read_text("utf-8")
 
 
 def resolve_config(
@@ -225,9 +225,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _parse_toml(text: str, source: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
+        loaded: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source} is not valid TOML: {error}.") from None
+    return loaded
 
 
 def _parse_value(raw: str) -> Any:

@@ -112,7 +112,7 @@ def test_unknown_keys_in_a_file_name_the_file(tmp_path: Path) -> None:
 
 
 def test_an_unknown_variable_of_ours_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'model.d_model'"):
+    with pytest.raises(ConfigError, match=r"Did you mean 'model\.d_model'"):
         resolve_config(environ={"NANOTHINK_MODEL__D_MODLE": "3"})
 
 

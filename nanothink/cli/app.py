@@ -1,0 +1,108 @@
+"""The ``nanothink`` command. Each command parses, calls, renders; errors end up in one place here.
+
+Exit codes: 0 done; 1 the data or the run failed its check; 2 wrong usage; 130 interrupted (saved).
+Nothing heavy is imported until a command runs, so ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from nanothink.cli import checkpoints, config, data, doctor, evaluate, generate, pretrain, tokenizer
+from nanothink.errors import InterruptedRun, NanoThinkError, did_you_mean
+
+app = typer.Typer(
+    name="nanothink",
+    help="Train a small language model of your own, from a folder of JSONL.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing rich would double the time that --help takes
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from nanothink import __version__
+
+        typer.echo(f"nanothink {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Nothing of its own to do."""
+
+
+app.add_typer(data.app, name="data")
+app.add_typer(tokenizer.app, name="tokenizer")
+pretrain.register(app)
+evaluate.register(app)
+generate.register(app)
+app.add_typer(checkpoints.app, name="checkpoints")
+app.add_typer(config.app, name="config")
+doctor.register(app)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code."""
+    # Said before numpy and torch start their thread pools: libraries must not fork warnings at users.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def run(args: list[str]) -> int:
+    """Run one command; returns its exit code. Every error message passes here."""
+    try:
+        result = app(args=args, standalone_mode=False, prog_name="nanothink")
+        return result if isinstance(result, int) else 0
+    except NanoThinkError as error:
+        _print_error(str(error))
+        return error.exit_code
+    except typer.Abort:
+        return InterruptedRun.exit_code
+    except KeyboardInterrupt:
+        _print_error("Interrupted.")
+        return InterruptedRun.exit_code
+    except BrokenPipeError:
+        # The reader (head, less) has gone; that is its right. Keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        _print_error(
+            "Out of memory. Lower train_expert.batch_size and raise train_expert.grad_accum_steps "
+            "by the same factor."
+        )
+        return 1
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
+            return _usage_error(error)
+        raise
+
+
+def _usage_error(error: Exception) -> int:
+    message = error.format_message()  # type: ignore[attr-defined]
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(message)
+        return 2
+    context = getattr(error, "ctx", None)
+    if message.startswith("No such command") and "Did you mean" not in message and context is not None:
+        word = message.split("'")[1] if "'" in message else ""
+        message += did_you_mean(word, getattr(context.command, "commands", {}))
+    where = context.command_path if context is not None else "nanothink"
+    _print_error(f"{message} See: {where} --help")
+    return 2
+
+
+def _print_error(message: str) -> None:
+    from nanothink.cli import render
+
+    render.error(message)

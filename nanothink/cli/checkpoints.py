@@ -1,0 +1,163 @@
+"""``nanothink checkpoints``: see, check and tidy what runs have left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nanothink.cli.options import CheckpointDir, ForgivingCommand, Json
+
+app = typer.Typer(
+    help="List, look into, verify and prune checkpoints.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@app.command("ls", cls=ForgivingCommand)
+def list_all(checkpoint_dir: CheckpointDir = Path("checkpoints"), as_json: Json = False) -> None:
+    """Every checkpoint in the folder."""
+    from nanothink.checkpoints import CheckpointSummary, list_checkpoints
+    from nanothink.cli import render
+
+    entries = list_checkpoints(checkpoint_dir)
+    if as_json:
+        render.print_json({"checkpoints": [_as_dict(entry) for entry in entries]})
+        return
+    if not entries:
+        render.say(f"No checkpoints in {checkpoint_dir}.")
+        return
+    rows = []
+    for entry in entries:
+        if isinstance(entry, CheckpointSummary):
+            rows.append(
+                [
+                    entry.path.name,
+                    entry.kind,
+                    _role(entry.path),
+                    str(entry.epoch),
+                    str(entry.step),
+                    "-" if entry.best_loss is None else f"{entry.best_loss:.4f}",
+                    render.count(entry.n_parameters),
+                    render.size(entry.bytes),
+                    _when(entry.modified),
+                ]
+            )
+        else:
+            rows.append([entry.path.name, "damaged", entry.reason, "", "", "", "", "", ""])
+    render.table(
+        ["file", "kind", "role", ">epoch", ">step", ">best loss", ">parameters", ">size", "written"], rows
+    )
+
+
+@app.command(cls=ForgivingCommand)
+def show(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint file.")], as_json: Json = False
+) -> None:
+    """What is inside one checkpoint: where the run stood, its settings, its tokenizer."""
+    from nanothink.checkpoints import read_checkpoint, read_summary
+    from nanothink.cli import render
+
+    summary = read_summary(checkpoint)
+    payload = read_checkpoint(checkpoint, mmap=True)
+    shapes = {name: list(tensor.shape) for name, tensor in payload["model_state"].items()}
+    facts: dict[str, Any] = {
+        **_as_dict(summary),
+        "tokenizer": payload["tokenizer"]["name"],
+        "data_fingerprint": payload["data_fingerprint"],
+        "run": payload["run"],
+    }
+    if as_json:
+        render.print_json({**facts, "config": payload["config"], "tensors": shapes})
+        return
+    state = facts.pop("run")
+    rows = [[k.replace("_", " "), str(v)] for k, v in facts.items()]
+    rows += [[k.replace("_", " "), str(v)] for k, v in state.get("state", {}).items() if k not in facts]
+    render.table(["", "value"], rows, title=str(checkpoint))
+    settings = [
+        [f"{section}.{key}", str(value)]
+        for section, values in payload["config"].items()
+        for key, value in values.items()
+    ]
+    render.table(["setting", "value"], settings)
+    render.table(
+        ["tensor", ">shape"],
+        [[name, " x ".join(map(str, shape)) or "scalar"] for name, shape in shapes.items()],
+    )
+
+
+@app.command(cls=ForgivingCommand)
+def verify(
+    checkpoint: Annotated[
+        list[Path] | None, typer.Argument(help="Checkpoint files. [default: all in --checkpoint-dir]")
+    ] = None,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    as_json: Json = False,
+) -> int:
+    """Read every byte and check it. Exit code 1 if any file is damaged."""
+    from nanothink.checkpoints import list_checkpoints, verify_checkpoint
+    from nanothink.cli import render
+    from nanothink.errors import CheckpointError
+
+    paths = checkpoint or [entry.path for entry in list_checkpoints(checkpoint_dir)]
+    results: dict[Path, str | None] = {}
+    with render.progress() as bars:
+        for i, path in enumerate(paths):
+            bars("verifying", i, len(paths))
+            try:
+                verify_checkpoint(path)
+                results[path] = None
+            except CheckpointError as error:
+                results[path] = str(error)
+    sound = not any(results.values())
+    if as_json:
+        files = [{"path": str(p), "ok": reason is None, "reason": reason} for p, reason in results.items()]
+        render.print_json({"ok": sound, "files": files})
+    else:
+        for path, reason in results.items():
+            render.say(
+                f"{'ok      ' if reason is None else 'DAMAGED '} {path}" + (f": {reason}" if reason else "")
+            )
+        if not results:
+            render.say(f"No checkpoints in {checkpoint_dir}.")
+    return 0 if sound else 1
+
+
+@app.command(cls=ForgivingCommand)
+def prune(
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    keep: Annotated[int, typer.Option("--keep", min=1, help="Epoch snapshots to keep of each run.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove old epoch snapshots and leftovers of killed saves; never a best or interrupted file."""
+    from nanothink.checkpoints import prune as prune_folder
+    from nanothink.cli import render
+
+    removed = prune_folder(checkpoint_dir, keep=keep, dry_run=dry_run)
+    if as_json:
+        render.print_json({"removed": [str(p) for p in removed], "dry_run": dry_run})
+        return
+    for path in removed:
+        render.say(f"{'would remove' if dry_run else 'removed'} {path}")
+    if not removed:
+        render.say(f"Nothing to prune in {checkpoint_dir}.")
+
+
+def _as_dict(entry: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(entry)
+
+
+def _when(timestamp: float) -> str:
+    import time
+
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(timestamp))
+
+
+def _role(path: Path) -> str:
+    from nanothink.checkpoints import parse_name
+
+    name = parse_name(path.name)
+    return name.role if name is not None else "?"

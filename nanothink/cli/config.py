@@ -1,0 +1,100 @@
+"""``nanothink config``: the settings as they would be used, and where each came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nanothink.cli.options import ConfigFile, ForgivingCommand, Json, Preset, Set, configure_from
+
+app = typer.Typer(
+    help="Settings: what they are and where they come from.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@app.command(cls=ForgivingCommand)
+def show(
+    section: Annotated[str | None, typer.Argument(help="Only this section.")] = None,
+    preset: Preset = None,
+    config_file: ConfigFile = None,
+    assignments: Set = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", "-c", help="The settings inside a checkpoint instead of the defaults."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Every setting, its value, where the value comes from, and what it means."""
+    from nanothink.cli import render
+    from nanothink.config.run import flatten, known_settings
+    from nanothink.errors import UsageError, did_you_mean
+
+    base = None
+    if checkpoint is not None:
+        from nanothink.checkpoints import read_checkpoint
+
+        base = read_checkpoint(checkpoint, mmap=True)["config"]
+    configure = configure_from(preset=preset, config_file=config_file, assignments=assignments, flags={})
+    resolved = configure(base)
+    meanings = known_settings()
+    values = flatten(resolved.config)
+    sections = list(dict.fromkeys(name.partition(".")[0] for name in values))
+    if section is not None and section not in sections:
+        raise UsageError(
+            f"No section '{section}'.{did_you_mean(section, sections)} Known: {', '.join(sections)}."
+        )
+    shown = {n: v for n, v in values.items() if section is None or n.startswith(f"{section}.")}
+    if as_json:
+        render.print_json(
+            {n: {"value": v, "source": resolved.sources[n], "meaning": meanings[n]} for n, v in shown.items()}
+        )
+        return
+    render.table(
+        ["setting", "value", "from", "meaning"],
+        [[n, _short(v), resolved.sources[n], meanings[n]] for n, v in shown.items()],
+    )
+
+
+@app.command(cls=ForgivingCommand)
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Print this preset as TOML.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The presets, or the text of one."""
+    from nanothink.cli import render
+    from nanothink.config.run import preset_names, preset_text, resolve_config
+
+    if name is not None:
+        render.say(preset_text(name).rstrip())
+        return
+    resolved = {n: resolve_config(preset=n).config for n in preset_names()}
+    ordered = sorted(resolved.items(), key=lambda item: item[1].model.d_model)
+    if as_json:
+        render.print_json({n: c.model_dump(mode="json") for n, c in ordered})
+        return
+    render.table(
+        ["preset", ">layers", ">d_model", ">heads", ">block", ">batch", ">epochs"],
+        [
+            [
+                n,
+                str(c.transformer.n_layers),
+                str(c.model.d_model),
+                str(c.transformer.n_heads),
+                str(c.model.max_seq_len),
+                f"{c.train_expert.batch_size} x {c.train_expert.grad_accum_steps}",
+                str(c.train_expert.max_epochs),
+            ]
+            for n, c in ordered
+        ],
+    )
+    render.say("Use one with --preset NAME; read one with: nanothink config presets NAME")
+
+
+def _short(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,241 @@
+"""``nanothink data``: look at, check, make and import text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nanothink.cli.options import (
+    DataDir,
+    Domains,
+    ForgivingCommand,
+    Json,
+    SkipBadRecords,
+    TokenizerName,
+)
+
+app = typer.Typer(
+    help="Inspect, validate, sample and import text.", no_args_is_help=True, rich_markup_mode=None
+)
+
+DataDirArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[DATA_DIR]", help="Folder with one folder per domain. [default: data]"),
+]
+
+
+def _folder(argument: str | None, option: str | None) -> str:
+    return argument or option or "data"
+
+
+def _names(domains: list[str] | None) -> tuple[str, ...] | None:
+    from nanothink.config import DataConfig
+
+    return DataConfig(domains=tuple(domains)).domains if domains else None
+
+
+@app.command(cls=ForgivingCommand)
+def inspect(
+    folder: DataDirArgument = None,
+    data_dir: DataDir = None,
+    domains: Domains = None,
+    tokenizer: TokenizerName = None,
+    block: Annotated[
+        int, typer.Option("--block", min=2, help="Block length in tokens, for the block counts.")
+    ] = 512,
+    skip_bad_records: SkipBadRecords = False,
+    as_json: Json = False,
+) -> None:
+    """Sizes, lengths, split, duplicates."""
+    from nanothink.cli import render
+    from nanothink.config import DataConfig
+    from nanothink.data.corpus import find_corpus
+    from nanothink.data.summary import summarise
+    from nanothink.data.tokenizer import resolve_tokenizer
+    from nanothink.data.tokens import tokenise
+
+    settings = DataConfig()
+    corpus = find_corpus(_folder(folder, data_dir), _names(domains))
+    with render.progress() as bars:
+        for problem in corpus.warnings:
+            bars.note(str(problem))
+        resolved = resolve_tokenizer(
+            tokenizer or settings.tokenizer, corpus, val_split=settings.val_split, note=bars.note
+        )
+        tokens = tokenise(
+            corpus,
+            resolved,
+            val_split=settings.val_split,
+            skip_bad_records=skip_bad_records,
+            on_progress=lambda done, total: bars("tokenising", done, total),
+            note=bars.note,
+        )
+    summary = summarise(corpus, tokens, block_tokens=block)
+    if as_json:
+        render.print_json(
+            {"tokenizer": resolved.name, "vocab_size": resolved.vocab_size, **summary.to_dict()}
+        )
+        return
+    parts = [*summary.domains, summary.total] if len(summary.domains) > 1 else summary.domains
+    render.table(
+        [
+            "domain",
+            ">files",
+            ">records",
+            ">text",
+            ">tokens",
+            ">bytes/token",
+            ">train",
+            ">val",
+            ">blocks",
+            ">duplicates",
+        ],
+        [
+            [
+                d.name,
+                render.count(d.n_files),
+                render.count(d.n_records),
+                render.size(d.n_bytes),
+                render.count(d.n_tokens),
+                f"{d.n_bytes / max(1, d.n_tokens):.2f}",
+                render.count(d.n_train_tokens),
+                render.count(d.n_val_tokens),
+                render.count(d.n_train_blocks),
+                render.count(d.n_duplicates),
+            ]
+            for d in parts
+        ],
+        title=f"{corpus.root}, tokenizer {resolved.name} ({render.count(resolved.vocab_size)} tokens)",
+        total=len(summary.domains) > 1,
+    )
+    render.histogram("Length of the records", summary.length_counts, summary.length_edges, unit="tokens")
+    if summary.total.n_duplicates:
+        render.say(
+            f"{render.count(summary.total.n_duplicates)} records repeat the text of another; all copies of a "
+            "text are on the same side of the split."
+        )
+
+
+@app.command(cls=ForgivingCommand)
+def validate(
+    folder: DataDirArgument = None, data_dir: DataDir = None, domains: Domains = None, as_json: Json = False
+) -> int:
+    """Check every line of every file. Exit code 1 if any is bad."""
+    from nanothink.cli import render
+    from nanothink.data.corpus import find_corpus, validate_corpus
+
+    corpus = find_corpus(_folder(folder, data_dir), _names(domains))
+    with render.progress() as bars:
+        report = validate_corpus(corpus, on_progress=lambda done, total: bars("validating", done, total))
+    if as_json:
+        render.print_json(
+            {
+                "ok": report.ok,
+                "files": report.files,
+                "records": report.records,
+                "errors": [_problem(p) for p in report.errors],
+                "warnings": [_problem(p) for p in report.warnings],
+                "bytes": report.n_bytes,
+                "seconds": report.seconds,
+            }
+        )
+        return 0 if report.ok else 1
+    for problem in report.warnings:
+        render.warning(str(problem))
+    for problem in report.errors:
+        render.error(str(problem))
+    seconds = max(report.seconds, 1e-9)
+    verdict = "all valid" if report.ok else f"{render.count(len(report.errors))} errors"
+    render.say(
+        f"{render.count(report.records)} records in {render.count(report.files)} files: {verdict}. "
+        f"{render.size(report.n_bytes)} in {seconds:.1f} s: "
+        f"{render.count(report.records / seconds)} records/s, "
+        f"{report.n_bytes / seconds / 1e6:.0f} MB/s.",
+        style="green" if report.ok else "red",
+    )
+    return 0 if report.ok else 1
+
+
+@app.command(cls=ForgivingCommand)
+def sample(
+    folder: DataDirArgument = None,
+    data_dir: DataDir = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier sample.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a starter corpus, offline.
+
+    From text that every Python installation carries: source code, manual, docstrings.
+    """
+    from nanothink.cli import render
+    from nanothink.data.starter import write_starter_corpus
+
+    target = Path(_folder(folder, data_dir))
+    with render.progress() as bars:
+        report = write_starter_corpus(
+            target, overwrite=overwrite, on_progress=lambda done, total: bars("collecting", done, total)
+        )
+    if as_json:
+        render.print_json(
+            {"data_dir": str(target), "domains": [_plain(d) for d in report.domains], "notes": report.notes}
+        )
+        return
+    for line in report.notes:
+        render.note(line)
+    render.table(
+        ["domain", ">records", ">text"],
+        [[d.name, render.count(d.n_records), render.size(d.n_bytes)] for d in report.domains],
+        title=f"Starter corpus in {target}",
+    )
+    render.say(f"Next: nanothink pretrain transformer --data-dir {target} --preset tiny")
+
+
+@app.command("import", cls=ForgivingCommand)
+def import_text(
+    source: Annotated[str, typer.Argument(help="A file, a folder, or hf:NAME for a Hugging Face dataset.")],
+    domain: Annotated[str, typer.Option("--domain", help="Domain to put it in.")],
+    data_dir: DataDir = None,
+    text_field: Annotated[
+        str, typer.Option("--text-field", help="Field or column that holds the text.")
+    ] = "text",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier import of the same name.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring other formats in.
+
+    txt, md, csv, tsv, json, jsonl, parquet, folders of these, or a Hugging Face dataset (hf:NAME).
+    """
+    from nanothink.cli import render
+    from nanothink.data.importing import import_source
+
+    with render.progress() as bars:
+        report = import_source(
+            source,
+            domain=domain,
+            data_dir=Path(data_dir or "data"),
+            text_field=text_field,
+            overwrite=overwrite,
+            on_progress=lambda done, total: bars("importing", done, total),
+        )
+    if as_json:
+        render.print_json(_plain(report))
+        return
+    render.say(
+        f"{report.path}: {render.count(report.n_records)} records, {render.size(report.n_bytes)} of text."
+    )
+    if report.n_empty:
+        render.warning(f"{render.count(report.n_empty)} rows had no text and were left out.")
+
+
+def _problem(problem: Any) -> dict[str, Any]:
+    return {"file": problem.file, "line": problem.line, "column": problem.column, "reason": problem.reason}
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(value)

@@ -1,0 +1,27 @@
+"""``nanothink doctor``: what this machine can do, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json
+
+
+def register(app: typer.Typer) -> None:
+    app.command(cls=ForgivingCommand)(doctor)
+
+
+def doctor(
+    device: Device = None, checkpoint_dir: CheckpointDir = Path("checkpoints"), as_json: Json = False
+) -> None:
+    """What this machine can do, and why."""
+    from nanothink.cli import render
+    from nanothink.runs.examining import examine
+
+    findings = examine(device, checkpoint_dir)
+    if as_json:
+        render.print_json(findings)
+    else:
+        render.table(["", "found"], [[name, str(value)] for name, value in findings.items()])

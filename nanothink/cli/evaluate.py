@@ -1,0 +1,77 @@
+"""``nanothink eval``: loss, perplexity and bits per byte, by domain, checkpoints side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nanothink.cli.options import CheckpointDir, Device, Domains, ForgivingCommand, Json, SkipBadRecords
+
+
+def register(app: typer.Typer) -> None:
+    app.command("eval", cls=ForgivingCommand)(evaluate)
+
+
+def evaluate(
+    checkpoint: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Checkpoints. [default: every finished one in --checkpoint-dir]"),
+    ] = None,
+    data_dir: Annotated[
+        str | None, typer.Option("--data-dir", help="Text to score. [default: the data they were trained on]")
+    ] = None,
+    domains: Domains = None,
+    split: Annotated[
+        str, typer.Option("--split", help="Which part of each domain: train, val or all.")
+    ] = "val",
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="Score at most this many tokens of each domain.")
+    ] = None,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    device: Device = None,
+    skip_bad_records: SkipBadRecords = False,
+    as_json: Json = False,
+) -> None:
+    """Score checkpoints on held-out text.
+
+    Loss, perplexity and bits per byte, by domain and overall, several checkpoints side by side.
+    """
+    from nanothink.cli import render
+    from nanothink.config.data import DataConfig
+    from nanothink.errors import UsageError, did_you_mean
+
+    if split not in ("train", "val", "all"):
+        raise UsageError(
+            f"--split {split}: use train, val or all.{did_you_mean(split, ('train', 'val', 'all'))}"
+        )
+    from nanothink.runs.evaluating import evaluate_checkpoints, finished_checkpoints
+    from nanothink.training.recording import score_as_dict
+
+    paths = checkpoint or finished_checkpoints(checkpoint_dir)
+    with render.progress() as bars:
+        results = evaluate_checkpoints(
+            paths,
+            data_dir=data_dir,
+            domains=DataConfig(domains=tuple(domains)).domains if domains else None,
+            split=split,  # type: ignore[arg-type]
+            max_tokens=max_tokens,
+            device=device,
+            skip_bad_records=skip_bad_records,
+            note=bars.note,
+            progress=bars,
+        )
+    if as_json:
+        rows: list[dict[str, Any]] = [
+            {
+                "path": str(result.path),
+                "kind": result.kind,
+                "overall": score_as_dict(result.evaluation.overall),
+                "domains": {name: score_as_dict(s) for name, s in result.evaluation.domains.items()},
+            }
+            for result in results
+        ]
+        render.print_json({"checkpoints": rows})
+    else:
+        render.evaluations(results, split)

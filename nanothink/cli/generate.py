@@ -1,0 +1,91 @@
+"""``nanothink generate``: continue a prompt with any checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json
+
+
+def register(app: typer.Typer) -> None:
+    app.command(cls=ForgivingCommand)(generate)
+
+
+def generate(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Text to continue; several are continued side by side; '-' reads standard input."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint", "-c", help="Which model. [default: the newest best one in --checkpoint-dir]"
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", "-n", help="Tokens to write. [default: 128]")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", "-t", help="0 always takes the likeliest. [default: 0.8]")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Choose among the k likeliest; 0 for all. [default: 50]")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Choose among the likeliest with this much probability.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option("--repetition-penalty", help="Above 1, recent tokens become less likely.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Same seed, same text.")] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Write on past the end of a text.")
+    ] = False,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt.
+
+    For example: nanothink generate "Once upon a time" -n 200 --seed 1
+    """
+    import sys
+
+    from nanothink.cli import render
+    from nanothink.runs.evaluating import finished_checkpoints
+    from nanothink.runs.loading import load
+
+    prompts = [sys.stdin.read() if text == "-" else text for text in prompt or [""]]
+    path = checkpoint or max(finished_checkpoints(checkpoint_dir), key=lambda p: p.stat().st_mtime_ns)
+    loaded = load(path, device=device)
+    for line in loaded.notes:
+        render.note(line)
+    asked: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop_at_eos": False if ignore_eos else None,
+    }
+    sampling = {name: value for name, value in asked.items() if value is not None}
+    if as_json:
+        texts = loaded.generate(prompts, **sampling)
+        render.print_json(
+            {
+                "checkpoint": str(path),
+                "kind": loaded.kind,
+                "samples": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)],
+            }
+        )
+    elif len(prompts) == 1:
+        with render.streaming(prompts[0]) as write:
+            loaded.generate(prompts, on_text=lambda _, piece: write(piece), **sampling)
+    else:
+        render.samples(prompts, loaded.generate(prompts, **sampling))

@@ -1,0 +1,129 @@
+"""Options that several commands share, and the two liberties the command line takes with them.
+
+Typer knows no option with an optional value, yet ``--resume`` must work bare, with a path, and before
+another flag. ``ForgivingCommand`` puts the missing value in before Typer parses: a ``--resume`` that is
+not followed by something that looks like a checkpoint gets the value ``newest``. It also takes the
+underscore spellings of the older scripts (``--data_dir``) for the hyphenated ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from nanothink.config.run import ResolvedConfig
+
+NEWEST = "newest"
+
+GROUP: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
+"""How every group of commands is made; rich would double the time that --help takes."""
+
+
+class ForgivingCommand(TyperCommand):
+    """A command that takes bare ``--resume`` and underscores in option names."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, fill_bare_resume([_hyphenated(a) for a in args]))
+
+
+def fill_bare_resume(args: list[str]) -> list[str]:
+    """Give every bare ``--resume`` the value ``newest``.
+
+    What follows is its value only when it looks like a checkpoint: it ends in .pt, holds a path
+    separator, or is a file. ``--resume transformer`` is therefore bare, and the kind stays a kind.
+    """
+    filled: list[str] = []
+    for i, argument in enumerate(args):
+        if argument == "--":
+            return filled + args[i:]
+        filled.append(argument)
+        if argument == "--resume" and not _looks_like_checkpoint(args[i + 1 : i + 2]):
+            filled.append(NEWEST)
+    return filled
+
+
+def _looks_like_checkpoint(following: list[str]) -> bool:
+    if not following or following[0].startswith("-"):
+        return False
+    value = following[0]
+    return value == NEWEST or value.endswith(".pt") or "/" in value or Path(value).is_file()
+
+
+def _hyphenated(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+DataDir = Annotated[
+    str | None,
+    typer.Option("--data-dir", help="Folder with one folder of JSONL files per domain. [default: data]"),
+]
+Domains = Annotated[
+    list[str] | None,
+    typer.Option("--domains", help="Domains to use, comma-separated or repeated. [default: all]"),
+]
+CheckpointDir = Annotated[
+    Path, typer.Option("--checkpoint-dir", help="Where checkpoints and run records are kept.")
+]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="Hub name, local folder or tokenizer.json. [default: gpt2]"),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps. [default: auto]")
+]
+MaxEpochs = Annotated[int | None, typer.Option("--max-epochs", help="Passes over the training text.")]
+MaxSteps = Annotated[
+    int | None, typer.Option("--max-steps", help="Optimizer steps; decides over --max-epochs.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of weights and data order.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML file of settings. [default: nanothink.toml if there is one]"),
+]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help="tiny, default, large: see 'nanothink config presets'.")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; repeatable.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Give up an earlier run of the same name.")]
+SkipBadRecords = Annotated[
+    bool, typer.Option("--skip-bad-records", help="Go on without lines that are not valid records.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
+
+
+def configure_from(
+    *,
+    preset: str | None,
+    config_file: Path | None,
+    assignments: list[str] | None,
+    flags: Mapping[str, tuple[str, Any]],
+) -> Callable[[Mapping[str, Any] | None], ResolvedConfig]:
+    """The function that settles a run's configuration from what was typed."""
+
+    def configure(base: Mapping[str, Any] | None) -> ResolvedConfig:
+        import os
+
+        from nanothink.config.run import resolve_config
+
+        return resolve_config(
+            base=base,
+            preset=preset,
+            file=config_file,
+            environ=os.environ if base is None else None,
+            assignments=assignments or (),
+            flags=flags,
+            folder=Path.cwd() if base is None else None,
+        )
+
+    return configure

@@ -1,0 +1,174 @@
+"""``nanothink pretrain`` and ``nanothink resume``: train an expert, go on with one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nanothink.cli.options import (
+    CheckpointDir,
+    ConfigFile,
+    DataDir,
+    Device,
+    Domains,
+    DryRun,
+    ForgivingCommand,
+    Json,
+    MaxEpochs,
+    MaxSteps,
+    Overwrite,
+    Preset,
+    Seed,
+    Set,
+    SkipBadRecords,
+    TokenizerName,
+    configure_from,
+)
+
+if TYPE_CHECKING:
+    from nanothink.runs.preparing import Configure, Where
+
+
+def register(app: typer.Typer) -> None:
+    app.command(cls=ForgivingCommand)(pretrain)
+    app.command(cls=ForgivingCommand)(resume)
+
+
+def pretrain(
+    kind: Annotated[str, typer.Argument(help="What to train: transformer.", show_default=False)],
+    data_dir: DataDir = None,
+    domains: Domains = None,
+    preset: Preset = None,
+    tokenizer: TokenizerName = None,
+    max_epochs: MaxEpochs = None,
+    max_steps: MaxSteps = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="[PATH]",
+            help="Go on from the latest state, or from PATH; starts anew if there is none.",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of this expert; its checkpoint is NAME_expert.pt.")
+    ] = None,
+    overwrite: Overwrite = False,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    device: Device = None,
+    seed: Seed = None,
+    config_file: ConfigFile = None,
+    assignments: Set = None,
+    skip_bad_records: SkipBadRecords = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> int:
+    """Train an expert on your data.
+
+    For example: nanothink pretrain transformer --domains my_domain --preset tiny
+    """
+    from nanothink.models import known_kind
+    from nanothink.runs.preparing import Where
+
+    where = Where(
+        kind=known_kind(kind),
+        checkpoint_dir=checkpoint_dir,
+        name=name,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+    )
+    flags = {
+        "data.data_dir": ("--data-dir", data_dir),
+        "data.domains": ("--domains", domains or None),
+        "data.tokenizer": ("--tokenizer", tokenizer),
+        "data.skip_bad_records": ("--skip-bad-records", skip_bad_records or None),
+        "train_expert.max_epochs": ("--max-epochs", max_epochs),
+        "train_expert.max_steps": ("--max-steps", max_steps),
+        "train_expert.seed": ("--seed", seed),
+    }
+    configure = configure_from(preset=preset, config_file=config_file, assignments=assignments, flags=flags)
+    return _train(where, configure, dry_run=dry_run, as_json=as_json)
+
+
+def resume(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Checkpoint to go on from. [default: what was interrupted last]")
+    ] = None,
+    max_epochs: MaxEpochs = None,
+    max_steps: MaxSteps = None,
+    data_dir: DataDir = None,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    device: Device = None,
+    assignments: Set = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> int:
+    """Go on with what was interrupted.
+
+    Kind, settings and data come from the checkpoint.
+    """
+    from dataclasses import replace
+
+    from nanothink.runs.preparing import locate
+
+    where = locate(str(checkpoint) if checkpoint else None, checkpoint_dir)
+    where = replace(where, device=device, overwrite=overwrite)
+    flags = {
+        "data.data_dir": ("--data-dir", data_dir),
+        "train_expert.max_epochs": ("--max-epochs", max_epochs),
+        "train_expert.max_steps": ("--max-steps", max_steps),
+    }
+    configure = configure_from(preset=None, config_file=None, assignments=assignments, flags=flags)
+    return _train(where, configure, dry_run=dry_run, as_json=as_json)
+
+
+def _train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -> int:
+    from nanothink.cli import render
+    from nanothink.runs.preparing import Watch, prepare
+
+    with render.progress() as bars:
+        watch = Watch(note=bars.note, progress=bars)
+        if dry_run:
+            from nanothink.runs.planning import estimate_run
+
+            prepared = prepare(where, configure, watch)
+            estimate = estimate_run(prepared)
+    if dry_run:
+        if as_json:
+            render.print_json(_estimate_as_dict(estimate))
+        else:
+            render.estimate(where.stem, estimate)
+        return 0
+
+    from nanothink.runs.pretraining import pretrain as train_expert
+
+    with render.training_view() as view:
+        finished = train_expert(
+            where, configure, observe=view, watch=Watch(note=view.note, progress=view.progress)
+        )
+    best = where.store.best
+    if as_json:
+        render.print_json(
+            {
+                "checkpoint": str(best) if best.exists() else None,
+                "step": finished.step,
+                "epoch": finished.epoch,
+                "reason": finished.reason,
+                "best_loss": finished.best_loss,
+                "validation": view.last_validation_as_dict(),
+                "seconds": finished.seconds,
+            }
+        )
+    else:
+        render.training_summary(where.stem, finished, best, view)
+    return 0
+
+
+def _estimate_as_dict(estimate: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(estimate), "peak_memory_bytes": estimate.peak_memory_bytes}

@@ -1,0 +1,31 @@
+"""Everything a person sees. The only part that knows rich.
+
+Results go to standard output, so that they can be piped; notes, progress and errors go to standard
+error. Where standard error is not a terminal there are no bars and no colours, only plain lines.
+"""
+
+from nanothink.cli.render.console import count, duration, error, note, print_json, say, size, warning
+from nanothink.cli.render.progress import progress
+from nanothink.cli.render.results import estimate, evaluations, samples, streaming, training_summary
+from nanothink.cli.render.tables import histogram, table
+from nanothink.cli.render.training import training_view
+
+__all__ = [
+    "count",
+    "duration",
+    "error",
+    "estimate",
+    "evaluations",
+    "histogram",
+    "note",
+    "print_json",
+    "progress",
+    "samples",
+    "say",
+    "size",
+    "streaming",
+    "table",
+    "training_summary",
+    "training_view",
+    "warning",
+]

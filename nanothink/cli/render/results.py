@@ -1,0 +1,167 @@
+"""What commands have found out, as tables and text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from nanothink.cli.render.console import count, duration, out, say, size, warning
+from nanothink.cli.render.tables import table
+
+if TYPE_CHECKING:
+    from nanothink.cli.render.training import TrainingView
+    from nanothink.inference.evaluate import Evaluation
+    from nanothink.runs.evaluating import CheckpointEvaluation
+    from nanothink.runs.planning import RunEstimate
+    from nanothink.training.events import RunFinished
+
+
+def training_summary(name: str, finished: RunFinished, best: Path, view: TrainingView) -> None:
+    say(
+        f"{name}: {finished.reason}, {finished.epoch} epochs, {finished.step} steps, "
+        f"{duration(finished.seconds)}."
+    )
+    if view.last_validation is not None:
+        table(
+            ["domain", ">loss", ">perplexity", ">bits per byte", ">tokens"],
+            _score_rows(view.last_validation),
+            title="Validation at the end",
+            total=True,
+        )
+    if best.exists():
+        say(f"Best model: {best}")
+        say(f'Try it: nanothink generate "Once upon a time" --checkpoint {best}')
+
+
+def _score_rows(evaluation: Evaluation) -> list[list[str]]:
+    scores = {**evaluation.domains, "all": evaluation.overall}
+    return [
+        [name, f"{s.loss:.4f}", f"{s.perplexity:.2f}", f"{s.bits_per_byte:.4f}", count(s.tokens)]
+        for name, s in scores.items()
+    ]
+
+
+def estimate(name: str, estimate: RunEstimate) -> None:
+    """What ``--dry-run`` has found out."""
+    total = sum(estimate.parameters.values())
+    table(
+        ["parameters", ">count"],
+        [*([role, count(n)] for role, n in estimate.parameters.items()), ["all", count(total)]],
+        title=name,
+        total=True,
+    )
+    table(
+        ["domain", ">training tokens", ">validation tokens"],
+        [
+            *(
+                [d, count(n), count(estimate.validation_tokens.get(d, 0))]
+                for d, n in estimate.train_tokens.items()
+            ),
+            [
+                "all",
+                count(sum(estimate.train_tokens.values())),
+                count(sum(estimate.validation_tokens.values())),
+            ],
+        ],
+        total=True,
+    )
+    rows = [
+        ["steps", f"{count(estimate.steps)}, {count(estimate.warmup_steps)} of them warm-up"],
+        ["tokens per step", count(estimate.tokens_per_step)],
+        ["epochs", f"{estimate.epochs:.2f} of {estimate.steps_per_epoch:.1f} steps"],
+        ["precision", f"{estimate.precision}: {estimate.precision_reason}"],
+        [
+            "peak memory, about",
+            f"{size(estimate.peak_memory_bytes)} ("
+            + ", ".join(f"{part} {size(n)}" for part, n in estimate.memory.items())
+            + ")",
+        ],
+        ["one checkpoint", size(estimate.checkpoint_bytes)],
+        ["disk, at most about", f"{size(estimate.disk_bytes)} of {size(estimate.disk_free_bytes)} free"],
+    ]
+    table(["run", ""], rows)
+    if estimate.disk_bytes > estimate.disk_free_bytes:
+        warning("The disk may not hold all checkpoints of this run.")
+
+
+def evaluations(results: Sequence[CheckpointEvaluation], split: str) -> None:
+    """One checkpoint in detail, or several side by side by domain."""
+    if len(results) == 1:
+        table(
+            ["domain", ">loss", ">perplexity", ">bits per byte", ">tokens", ">bytes"],
+            [
+                [*row, count(score.n_bytes)]
+                for row, score in zip(
+                    _score_rows(results[0].evaluation),
+                    [*results[0].evaluation.domains.values(), results[0].evaluation.overall],
+                    strict=True,
+                )
+            ],
+            title=f"{results[0].path} ({results[0].kind}), {split} split",
+            total=True,
+        )
+        return
+    domains = list(dict.fromkeys(d for r in results for d in r.evaluation.domains))
+    lowest = {
+        d: min(r.evaluation.domains[d].bits_per_byte for r in results if d in r.evaluation.domains)
+        for d in domains
+    }
+    best_overall = min(r.evaluation.overall.bits_per_byte for r in results)
+
+    def cell(value: float, best: float) -> Text:
+        return Text(f"{value:.4f}", style="bold green" if value == best else "")
+
+    table(
+        ["checkpoint", "kind", *(f">{d}" for d in domains), ">all", ">perplexity"],
+        [
+            [
+                str(r.path),
+                r.kind,
+                *(
+                    cell(r.evaluation.domains[d].bits_per_byte, lowest[d])
+                    if d in r.evaluation.domains
+                    else "-"
+                    for d in domains
+                ),
+                cell(r.evaluation.overall.bits_per_byte, best_overall),
+                f"{r.evaluation.overall.perplexity:.2f}",
+            ]
+            for r in results
+        ],
+        title=f"Bits per byte, {split} split",
+    )
+
+
+@contextmanager
+def streaming(prompt: str) -> Iterator[Callable[[str], None]]:
+    """Write text as it comes: the prompt dim, the continuation plain, nothing but text when piped."""
+    if out.is_terminal:
+        out.print(Text(prompt, style="dim"), end="")
+    else:
+        sys.stdout.write(prompt)
+
+    def write(piece: str) -> None:
+        sys.stdout.write(_printable(piece) if out.is_terminal else piece)
+        sys.stdout.flush()
+
+    sys.stdout.flush()
+    yield write
+    sys.stdout.write("\n")
+
+
+def samples(prompts: Sequence[str], texts: Sequence[str]) -> None:
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        if i:
+            out.print(Text("─" * min(40, out.width) if out.is_terminal else "---", style="dim"))
+        with streaming(prompt) as write:
+            write(text)
+
+
+def _printable(text: str) -> str:
+    """Control characters that a model may write must not drive the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)

@@ -1,0 +1,218 @@
+"""A run as it is watched: redrawn in place on a terminal, one line an event elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress import Progress, TaskID
+from rich.table import Table
+from rich.text import Text
+
+from nanothink.cli.render.console import count, duration, err, note
+from nanothink.cli.render.progress import Bars, progress_columns
+from nanothink.cli.render.tables import sparkline
+
+if TYPE_CHECKING:
+    from nanothink.inference.evaluate import Evaluation
+    from nanothink.training.events import Event
+
+
+class TrainingView:
+    """Watches a run: receives its events, shows where it stands."""
+
+    def __init__(self) -> None:
+        self.last_validation: Evaluation | None = None
+        self._started: Any = None
+        self._durations: list[float] = []
+
+    def __call__(self, event: Event) -> None:
+        from nanothink.training import events
+
+        if isinstance(event, events.RunStarted):
+            self._started = event
+        elif isinstance(event, events.StepDone):
+            self._durations = [*self._durations[-49:], event.seconds]
+        elif isinstance(event, events.Evaluated):
+            self.last_validation = event.evaluation
+        elif isinstance(event, events.Note):
+            self.note(event.message)
+
+    def note(self, message: str) -> None:
+        raise NotImplementedError
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        raise NotImplementedError
+
+    def last_validation_as_dict(self) -> dict[str, Any] | None:
+        if self.last_validation is None:
+            return None
+        from nanothink.training.recording import score_as_dict
+
+        return {
+            "overall": score_as_dict(self.last_validation.overall),
+            "domains": {name: score_as_dict(s) for name, s in self.last_validation.domains.items()},
+        }
+
+    def eta_seconds(self, step: int, total_steps: int) -> float:
+        """From the median step, so that one slow step does not throw it off."""
+        typical = sorted(self._durations)[len(self._durations) // 2] if self._durations else 0.0
+        return typical * (total_steps - step)
+
+
+def _bits_by_domain(evaluation: Evaluation) -> str:
+    return ", ".join(f"{name} {score.bits_per_byte:.3f}" for name, score in evaluation.domains.items())
+
+
+class PlainTrainingView(TrainingView):
+    """One line an event, for logs and pipes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bars = Bars(None)
+
+    def note(self, message: str) -> None:
+        note(message)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        self._bars(label, done, total)
+
+    def __call__(self, event: Event) -> None:
+        from nanothink.training import events
+
+        super().__call__(event)
+        if isinstance(event, events.RunStarted):
+            note(
+                f"{event.name}: from step {event.step} to {event.total_steps}, {event.epochs:.1f} epochs of "
+                f"{count(event.n_blocks)} blocks"
+            )
+        elif isinstance(event, events.StepDone) and (event.logged or event.skipped):
+            eta = duration(self.eta_seconds(event.step, event.total_steps))
+            skipped = "  not finite: skipped" if event.skipped else ""
+            note(
+                f"step {event.step}/{event.total_steps}  epoch {event.epoch}  loss {event.loss:.4f}  "
+                f"lr {event.learning_rate:.2e}  grad {event.gradient_norm:.2f}  "
+                f"{count(event.tokens / max(event.seconds, 1e-9))} tok/s  ETA {eta}{skipped}"
+            )
+        elif isinstance(event, events.Evaluated):
+            overall = event.evaluation.overall
+            best = "  best so far" if event.best else f"  no better for {event.bad_evaluations}"
+            note(
+                f"validation at step {event.step}  epoch {event.epoch}  loss {overall.loss:.4f}  "
+                f"bits per byte {overall.bits_per_byte:.4f} ({_bits_by_domain(event.evaluation)}){best}"
+            )
+        elif isinstance(event, events.Sampled):
+            for prompt, text in event.texts.items():
+                note(f"sample: {prompt + text!r}")
+        elif isinstance(event, events.CheckpointSaved) and event.role != "interrupted":
+            note(f"saved {event.path}")
+
+
+class LiveTrainingView(TrainingView):
+    """A panel that is redrawn in place: progress with ETA, the curve, validation by domain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar = Progress(*progress_columns(), console=err)
+        self._task: TaskID | None = None
+        self._evaluation_task: TaskID | None = None
+        self._busy: dict[str, TaskID] = {}
+        self._losses: list[float] = []
+        self._step: Any = None
+        self._validations: list[Any] = []
+        self._sample: tuple[str, str] | None = None
+        self._live = Live(console=err, get_renderable=self._render, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> LiveTrainingView:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._live.__exit__(*exception)
+
+    def note(self, message: str) -> None:
+        self._live.console.print(Text(message, style="dim"), soft_wrap=True)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        if label not in self._busy:
+            self._busy[label] = self._bar.add_task(label, total=total)
+        self._bar.update(self._busy[label], completed=done, total=total, visible=done < total)
+
+    def __call__(self, event: Event) -> None:
+        from nanothink.training import events
+
+        super().__call__(event)
+        if isinstance(event, events.RunStarted):
+            self._task = self._bar.add_task(event.name, total=event.total_steps, completed=event.step)
+        elif isinstance(event, events.StepDone):
+            self._step = event
+            if not event.skipped:
+                smoothed = event.loss if not self._losses else 0.9 * self._losses[-1] + 0.1 * event.loss
+                self._losses.append(smoothed)
+            if self._task is not None:
+                self._bar.update(self._task, completed=event.step)
+        elif isinstance(event, events.EvaluationProgress):
+            self.progress("validating", event.done_tokens, event.total_tokens)
+        elif isinstance(event, events.Evaluated):
+            self._validations.append(event)
+            overall = event.evaluation.overall
+            mark = "best so far" if event.best else f"no better for {event.bad_evaluations}"
+            self.note(
+                f"epoch {event.epoch}  step {event.step}  validation loss {overall.loss:.4f}  "
+                f"bits per byte {overall.bits_per_byte:.4f}  {mark}"
+            )
+        elif isinstance(event, events.Sampled) and event.texts:
+            self._sample = next(iter(event.texts.items()))
+        elif isinstance(event, events.CheckpointSaved) and event.role != "interrupted":
+            self.note(f"saved {event.path}")
+
+    def _render(self) -> RenderableType:
+        parts: list[RenderableType] = [self._bar]
+        step = self._step
+        if step is not None:
+            facts = Table.grid(padding=(0, 2))
+            numbers = {
+                "epoch": f"{step.epoch + 1} of {math.ceil(self._started.epochs)}",
+                "loss": f"{self._losses[-1]:.4f}" if self._losses else "-",
+                "learning rate": f"{step.learning_rate:.2e}",
+                "gradient norm": f"{step.gradient_norm:.2f}",
+                "tokens/s": count(step.tokens / max(step.seconds, 1e-9)),
+                "ETA": duration(self.eta_seconds(step.step, step.total_steps)),
+            }
+            facts.add_row(*(Text(name, style="dim") for name in numbers))
+            facts.add_row(*(Text(value, style="bold") for value in numbers.values()))
+            parts.append(facts)
+            curve = Text("loss  ", style="dim")
+            curve.append(sparkline(self._losses, min(60, err.width - 12)), style="cyan")
+            parts.append(curve)
+        if self._validations:
+            latest = self._validations[-1]
+            grid = Table.grid(padding=(0, 2))
+            scores = {**latest.evaluation.domains, "all": latest.evaluation.overall}
+            grid.add_row(Text("bits per byte", style="dim"), *(Text(name, style="dim") for name in scores))
+            grid.add_row(
+                Text(f"step {latest.step}", style="dim"),
+                *(
+                    Text(f"{s.bits_per_byte:.4f}", style="bold green" if latest.best else "bold")
+                    for s in scores.values()
+                ),
+            )
+            parts.append(grid)
+        if self._sample is not None:
+            prompt, text = self._sample
+            shown = " ".join((prompt + text).split())[: max(20, err.width - 4)]
+            parts.append(Text(shown, style="italic dim", overflow="ellipsis", no_wrap=True))
+        return Group(*parts)
+
+
+@contextmanager
+def training_view() -> Iterator[PlainTrainingView | LiveTrainingView]:
+    if not err.is_terminal:
+        yield PlainTrainingView()
+        return
+    with LiveTrainingView() as view:
+        yield view

@@ -1,0 +1,61 @@
+"""``nanothink tokenizer``: a vocabulary of your own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nanothink.cli.options import GROUP, DataDir, Domains, ForgivingCommand, Json
+
+app = typer.Typer(help="Byte-level BPE tokenizers.", **GROUP)
+
+
+@app.callback()
+def group() -> None:
+    """Keeps `train` a subcommand although it is the only one."""
+
+
+@app.command(cls=ForgivingCommand)
+def train(
+    data_dir: DataDir = None,
+    domains: Domains = None,
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", min=257, help="Entries. [default: sized to the corpus]")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write it to.")] = Path("tokenizer"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a tokenizer that is there.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a byte-level BPE on the training split of your data."""
+    from nanothink.cli import render
+    from nanothink.config import DataConfig
+    from nanothink.data.corpus import find_corpus
+    from nanothink.data.tokenizer import save_tokenizer, train_on_corpus
+    from nanothink.errors import UsageError
+
+    if (out / "tokenizer.json").exists() and not overwrite:
+        raise UsageError(f"{out} already holds a tokenizer. Choose another --out, or add --overwrite.")
+    settings = DataConfig(data_dir=data_dir or "data", domains=tuple(domains) if domains else None)
+    corpus = find_corpus(settings.data_dir, settings.domains)
+    with render.progress() as bars:
+        for problem in corpus.warnings:
+            bars.note(str(problem))
+        trained = train_on_corpus(
+            corpus,
+            vocab_size=vocab_size,
+            val_split=settings.val_split,
+            on_progress=lambda done, total: bars("reading", done, total),
+        )
+    path = save_tokenizer(trained, out)
+    result = {"path": str(path), "vocab_size": trained.vocab_size, "fingerprint": trained.fingerprint}
+    if as_json:
+        render.print_json(result)
+    else:
+        render.say(
+            f"{path}: {render.count(trained.vocab_size)} tokens, fingerprint {trained.fingerprint[:16]}"
+        )
+        render.say(f"Use it with --tokenizer {out}")

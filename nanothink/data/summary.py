@@ -1,0 +1,121 @@
+"""What a corpus consists of, in numbers. Behind ``nanothink data inspect``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from nanothink.data.corpus import Corpus
+from nanothink.data.tokens import TokenisedCorpus, TokenStream
+
+_LARGEST_BARS = 14
+
+
+@dataclass(frozen=True)
+class DomainSummary:
+    """Counts of one domain. ``n_tokens`` includes the end-of-text token of each record."""
+
+    name: str
+    n_files: int
+    n_records: int
+    n_bytes: int
+    n_tokens: int
+    n_train_tokens: int
+    n_val_tokens: int
+    n_train_blocks: int
+    n_duplicates: int
+    """Records whose text occurred before, in this domain (in any domain for the total)."""
+    median_tokens: float
+    longest_tokens: int
+
+
+@dataclass(frozen=True)
+class CorpusSummary:
+    domains: tuple[DomainSummary, ...]
+    total: DomainSummary
+    length_edges: tuple[int, ...]
+    """Edges of the histogram of record lengths, in tokens; one more than there are counts."""
+    length_counts: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, domains by name."""
+        return {
+            "domains": {d.name: _without_name(d) for d in self.domains},
+            "total": _without_name(self.total),
+            "record_lengths": {"edges": self.length_edges, "counts": self.length_counts},
+        }
+
+
+def summarise(corpus: Corpus, tokens: TokenisedCorpus, *, block_tokens: int) -> CorpusSummary:
+    """Count records, bytes, tokens, blocks of ``block_tokens``, duplicates and lengths."""
+    domains = []
+    lengths, keys = [], []
+    for name, files in corpus.domains.items():
+        streams = (tokens.train[name], tokens.val[name])
+        domains.append(_summarise(name, len(files), streams, block_tokens))
+        for stream in streams:
+            documents = stream.documents()
+            lengths.append(documents.n_tokens)
+            keys.append(documents.keys)
+    all_lengths, all_keys = np.concatenate(lengths), np.concatenate(keys)
+    summed = {field: sum(getattr(d, field) for d in domains) for field in _SUMMED}
+    total = DomainSummary(
+        name="all",
+        n_duplicates=len(all_keys) - len(np.unique(all_keys)),
+        median_tokens=float(np.median(all_lengths)),
+        longest_tokens=int(all_lengths.max()),
+        **summed,
+    )
+    edges = _edges(int(all_lengths.max()))
+    counts, _ = np.histogram(all_lengths, bins=[*edges[:-1], edges[-1] + 1])
+    return CorpusSummary(tuple(domains), total, edges, tuple(int(c) for c in counts))
+
+
+_SUMMED = (
+    "n_files",
+    "n_records",
+    "n_bytes",
+    "n_tokens",
+    "n_train_tokens",
+    "n_val_tokens",
+    "n_train_blocks",
+)
+
+
+def _summarise(
+    name: str, n_files: int, streams: tuple[TokenStream, TokenStream], block_tokens: int
+) -> DomainSummary:
+    train, val = streams
+    parts = [stream.documents() for stream in streams]
+    lengths = np.concatenate([part.n_tokens for part in parts])
+    keys = np.concatenate([part.keys for part in parts])
+    return DomainSummary(
+        name=name,
+        n_files=n_files,
+        n_records=len(keys),
+        n_bytes=train.n_bytes + val.n_bytes,
+        n_tokens=train.n_tokens + val.n_tokens,
+        n_train_tokens=train.n_tokens,
+        n_val_tokens=val.n_tokens,
+        n_train_blocks=train.n_blocks(block_tokens),
+        n_duplicates=len(keys) - len(np.unique(keys)),
+        median_tokens=float(np.median(lengths)),
+        longest_tokens=int(lengths.max()),
+    )
+
+
+def _edges(longest: int) -> tuple[int, ...]:
+    """Powers of two up to the longest record: lengths of texts spread over orders of magnitude."""
+    edges: Sequence[int] = [0]
+    while edges[-1] <= longest:
+        edges = [*edges, max(16, 2 * edges[-1])]
+    return tuple(edges[-_LARGEST_BARS:]) if len(edges) <= _LARGEST_BARS else (0, *edges[1 - _LARGEST_BARS :])
+
+
+def _without_name(summary: DomainSummary) -> dict[str, Any]:
+    values = asdict(summary)
+    del values["name"]
+    return values

@@ -1,0 +1,8 @@
+"""The composition root: here settings meet data, models, training and checkpoints.
+
+preparing.py   what a run will consist of: data, tokenizer, precision, where to go on from
+pretraining.py train an expert
+planning.py    the same, only estimated: --dry-run
+loading.py     a trained model as a Python object
+evaluating.py  checkpoints side by side on held-out text
+"""

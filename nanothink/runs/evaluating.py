@@ -1,0 +1,136 @@
+"""Checkpoints side by side on the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nanothink.checkpoints import CheckpointSummary, list_checkpoints, parse_name
+from nanothink.data.corpus import find_corpus
+from nanothink.data.tokens import TokenStream, tokenise
+from nanothink.errors import CheckpointNotFoundError, DataError, UsageError
+from nanothink.inference.evaluate import Evaluation, Score, evaluate_model
+from nanothink.runs.loading import load
+
+Split = Literal["train", "val", "all"]
+_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class CheckpointEvaluation:
+    path: Path
+    kind: str
+    evaluation: Evaluation
+
+
+def evaluate_checkpoints(
+    paths: Sequence[Path],
+    *,
+    data_dir: str | None = None,
+    domains: Sequence[str] | None = None,
+    split: Split = "val",
+    max_tokens: int | None = None,
+    device: str | None = None,
+    skip_bad_records: bool = False,
+    note: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
+) -> list[CheckpointEvaluation]:
+    """Score each checkpoint on the same documents.
+
+    Without ``data_dir`` the text is what the checkpoints were trained on (its held-out part under
+    ``split="val"``), and several checkpoints must agree on the folder. Each checkpoint cuts the text up
+    with its own tokenizer and reads it in blocks of its own ``max_seq_len``.
+
+    Raises:
+        UsageError: the checkpoints come from different data, and none was given.
+        DataError: there is no text to score.
+    """
+    loaded = [load(path, device=device) for path in paths]
+    for model in loaded:
+        for line in model.notes:
+            note(f"{model.path}: {line}")
+    if data_dir is None:
+        folders = sorted({model.config.data.data_dir for model in loaded})
+        if len(folders) > 1:
+            raise UsageError(
+                f"These checkpoints were trained on different data ({', '.join(folders)}). "
+                "Say which text to score them on: --data-dir DIR."
+            )
+        data_dir = folders[0]
+        if not Path(data_dir).is_dir():
+            raise DataError(
+                f"The folder this was trained on, {data_dir}, is not there. Name one: --data-dir DIR."
+            )
+        if domains is None and all(model.config.data.domains for model in loaded):
+            domains = sorted({d for model in loaded for d in model.config.data.domains or ()})
+    corpus = find_corpus(data_dir, domains)
+    for warning in corpus.warnings:
+        note(str(warning))
+    results = []
+    for model in loaded:
+        tokens = tokenise(
+            corpus,
+            model.tokenizer,
+            val_split=model.config.data.val_split,
+            skip_bad_records=skip_bad_records or model.config.data.skip_bad_records,
+            on_progress=lambda done, total: progress("tokenising", done, total),
+            note=note,
+        )
+        length = model.config.model.max_seq_len
+        parts: list[dict[str, TokenStream]] = {
+            "train": [tokens.train],
+            "val": [tokens.val],
+            "all": [tokens.train, tokens.val],
+        }[split]
+        label = f"evaluating {model.path.name}"
+        evaluations = [
+            evaluate_model(
+                model.model,
+                part,
+                length=length,
+                batch_size=max(1, _BATCH_TOKENS // length),
+                precision=model.precision,
+                max_tokens=max_tokens,
+                on_progress=lambda done, total, label=label: progress(label, done, total),  # type: ignore[misc]
+            )
+            for part in parts
+        ]
+        combined = _add(evaluations)
+        if not combined.domains:
+            raise DataError(f"There is no text in the {split} part of {data_dir}.")
+        results.append(CheckpointEvaluation(model.path, model.kind, combined))
+    return results
+
+
+def _add(evaluations: Sequence[Evaluation]) -> Evaluation:
+    totals: dict[str, Score] = {}
+    for evaluation in evaluations:
+        for name, score in evaluation.domains.items():
+            known = totals.get(name, Score(0.0, 0, 0))
+            totals[name] = Score(
+                known.nats + score.nats, known.tokens + score.tokens, known.n_bytes + score.n_bytes
+            )
+    return Evaluation(totals)
+
+
+def finished_checkpoints(checkpoint_dir: Path) -> list[Path]:
+    """The best checkpoint of every model in a folder.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+    """
+    found = [
+        entry.path
+        for entry in list_checkpoints(checkpoint_dir)
+        if isinstance(entry, CheckpointSummary)
+        and (name := parse_name(entry.path.name)) is not None
+        and name.role == "best"
+    ]
+    if not found:
+        raise CheckpointNotFoundError(
+            f"No trained model in {checkpoint_dir}. Train one (nanothink pretrain transformer), or name a "
+            "checkpoint."
+        )
+    return found

@@ -1,0 +1,106 @@
+"""A trained model as a Python object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanothink.checkpoints import read_checkpoint, restore_model
+from nanothink.config import Config
+from nanothink.config.run import resolve_config
+from nanothink.data.tokenizer import Tokenizer
+from nanothink.inference.generate import StreamDecoder, generate
+from nanothink.inference.sampling import SamplingConfig
+from nanothink.models import build_model
+from nanothink.models.contract import LanguageModel
+from nanothink.models.precision import DTYPES, Precision, choose_device
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model from a checkpoint, ready for use. Needs no other file than the checkpoint."""
+
+    path: Path
+    model: LanguageModel
+    config: Config
+    tokenizer: Tokenizer
+    precision: Precision
+    notes: tuple[str, ...]
+    """What did not fit when the weights were read; empty when everything did."""
+
+    @property
+    def kind(self) -> str:
+        return self.model.kind
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Next-token logits: (B, T) int64 -> (B, T, V) float32, on the device of ``tokens``."""
+        with torch.inference_mode():
+            return self.model.logits(tokens.to(self.precision.device)).to(tokens.device)
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """Continue a prompt, or each of several.
+
+        Args:
+            prompt: one string, or a sequence of them, continued side by side.
+            on_text: called with (row, piece of text) as text becomes final.
+            sampling: fields of ``SamplingConfig``: temperature, top_k, top_p, max_new_tokens, seed ...
+
+        Returns:
+            The continuation without the prompt: a string for a string, else a list of strings.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        decoders = [StreamDecoder(self.tokenizer) for _ in prompts]
+
+        def on_token(row: int, token: int) -> None:
+            if on_text is not None and (piece := decoders[row].push(token)):
+                on_text(row, piece)
+
+        new = generate(
+            self.model,
+            [self.tokenizer.encode(p) for p in prompts],
+            SamplingConfig(**sampling),
+            eos_id=self.tokenizer.eos_id,
+            on_token=on_token,
+        )
+        if on_text is not None:
+            for row, decoder in enumerate(decoders):
+                if piece := decoder.flush():
+                    on_text(row, piece)
+        texts = [self.tokenizer.decode(tokens) for tokens in new]
+        return texts[0] if isinstance(prompt, str) else texts
+
+
+def load(path: str | Path, *, device: str | None = None) -> LoadedModel:
+    """Open a checkpoint for use.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or holds something else.
+    """
+    payload = read_checkpoint(Path(path), mmap=True)
+    config = resolve_config(base=payload["config"]).config
+    tokenizer = Tokenizer.from_state(payload["tokenizer"])
+    model = build_model(payload["kind"], config, tokenizer.vocab_size)
+    report = restore_model(model, payload, expect_kind=payload["kind"], path=Path(path))
+    chosen = choose_device(device)
+    model.to(chosen).eval().requires_grad_(False)
+    return LoadedModel(
+        Path(path), model, config, tokenizer, _same_precision(config, chosen), tuple(report.lines())
+    )
+
+
+def _same_precision(config: Config, device: torch.device) -> Precision:
+    """The type of training where this device has it: nothing is measured, so figures repeat."""
+    name = config.train_expert.amp_dtype
+    if name == "auto" or (name == "float16" and device.type == "cpu"):
+        name = "float32"
+    return Precision(device, DTYPES[name], "as trained")

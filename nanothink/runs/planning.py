@@ -1,0 +1,87 @@
+"""What a run would take: parameters, tokens, steps, memory, disk. Behind ``--dry-run``."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+
+from nanothink.models import build_model
+from nanothink.runs.preparing import Prepared
+from nanothink.training.optimizer import effective_warmup
+
+_FLOAT32 = 4
+_PROCESS_BYTES = 450 * 2**20  # the interpreter with torch loaded, before any tensor
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """Sizes in bytes, counts in units of their name."""
+
+    parameters: dict[str, int]
+    train_tokens: dict[str, int]
+    validation_tokens: dict[str, int]
+    tokens_per_step: int
+    steps: int
+    steps_per_epoch: float
+    warmup_steps: int
+    epochs: float
+    memory: dict[str, int]
+    checkpoint_bytes: int
+    disk_bytes: int
+    disk_free_bytes: int
+    precision: str
+    precision_reason: str
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+def estimate_run(prepared: Prepared) -> RunEstimate:
+    """Count what can be counted and estimate the rest, without a step of training."""
+    config, train_config, plan = prepared.config, prepared.config.train_expert, prepared.plan
+    model = build_model(prepared.where.kind, config, prepared.tokenizer.vocab_size)
+    groups = model.parameter_groups()
+    parameters = {role: sum(p.numel() for _, p in named) for role, named in groups.items() if named}
+    n_parameters = sum(parameters.values())
+    # Muon keeps one moment a weight, AdamW two
+    moments = sum(
+        count * (1 if role == "matrices" and train_config.optimizer == "muon" else 2)
+        for role, count in parameters.items()
+    )
+    value_bytes = 2 if prepared.precision.dtype.itemsize == 2 else 4
+    length = config.model.max_seq_len
+    memory = {
+        "weights": _FLOAT32 * n_parameters,
+        "gradients": _FLOAT32 * n_parameters,
+        "optimizer": _FLOAT32 * moments,
+        "activations": model.activation_bytes(train_config.batch_size, length, value_bytes),
+        "process": _PROCESS_BYTES,
+    }
+    checkpoint = _FLOAT32 * (n_parameters + moments)
+    epochs = plan.total_steps * plan.blocks_per_step / plan.n_blocks
+    snapshots = int(epochs) // train_config.snapshot_every_epochs
+    return RunEstimate(
+        parameters=parameters,
+        train_tokens={name: stream.n_tokens for name, stream in prepared.tokens.train.items()},
+        validation_tokens={name: stream.n_tokens for name, stream in prepared.tokens.val.items()},
+        tokens_per_step=plan.blocks_per_step * length,
+        steps=plan.total_steps,
+        steps_per_epoch=plan.n_blocks / plan.blocks_per_step,
+        warmup_steps=effective_warmup(train_config, plan.total_steps),
+        epochs=epochs,
+        memory=memory,
+        checkpoint_bytes=checkpoint,
+        # best, rolling, snapshots, and the temporary file of the one being written
+        disk_bytes=checkpoint * (3 + snapshots),
+        disk_free_bytes=_free_bytes(prepared),
+        precision=prepared.precision.name,
+        precision_reason=prepared.precision.reason,
+    )
+
+
+def _free_bytes(prepared: Prepared) -> int:
+    folder = prepared.where.checkpoint_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,263 @@
+"""Everything a run needs before its first step, whether it is then run or only estimated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanothink.checkpoints import CheckpointPayload, CheckpointStore, list_checkpoints, read_checkpoint
+from nanothink.config import Config
+from nanothink.config.run import ResolvedConfig, flatten
+from nanothink.data.batches import TrainingBatches
+from nanothink.data.corpus import Corpus, find_corpus
+from nanothink.data.tokenizer import Tokenizer, resolve_tokenizer
+from nanothink.data.tokens import TokenisedCorpus, tokenise
+from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, UsageError
+from nanothink.models.precision import Precision, choose_device, choose_precision
+from nanothink.training.state import Plan, TrainState
+
+NEWEST = "newest"
+"""Stands for ``--resume`` without a path."""
+
+Configure = Callable[[Mapping[str, Any] | None], ResolvedConfig]
+"""Resolves the settings; takes a checkpoint's settings as their base when a run goes on from one."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which run is meant."""
+
+    kind: str
+    checkpoint_dir: Path
+    name: str | None = None
+    resume: str | None = None
+    """None: start anew. NEWEST: the latest state of this name, or anew if there is none. Else a path."""
+    overwrite: bool = False
+    device: str | None = None
+
+    @property
+    def stem(self) -> str:
+        return f"{self.name or self.kind}_expert"
+
+    @property
+    def store(self) -> CheckpointStore:
+        return CheckpointStore(self.checkpoint_dir, self.stem)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How the preparation reports: single lines, and (done, total) bytes of a long step."""
+
+    note: Callable[[str], None]
+    progress: Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run goes on from."""
+
+    path: Path
+    payload: CheckpointPayload
+
+
+@dataclass(frozen=True)
+class Prepared:
+    where: Where
+    config: Config
+    sources: Mapping[str, str]
+    origin: Origin | None
+    """None for a new run."""
+    corpus: Corpus
+    tokenizer: Tokenizer
+    tokens: TokenisedCorpus
+    batches: TrainingBatches
+    precision: Precision
+    state: TrainState
+    plan: Plan
+
+
+def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
+    """Find the checkpoint to go on from, settle the settings, read and tokenise the data."""
+    origin = _find_start(where, watch)
+    payload = origin.payload if origin is not None else None
+    resolved = configure(payload["config"] if payload is not None else None)
+    if payload is not None:
+        for line in _changes(payload["config"], resolved.config):
+            watch.note(line)
+    config = resolved.config
+    device = choose_device(where.device)
+    precision = choose_precision(config.train_expert, device)
+    watch.note(f"Computing in {precision.name} on {device}: {precision.reason}.")
+
+    corpus = find_corpus(config.data.data_dir, config.data.domains)
+    for warning in corpus.warnings:
+        watch.note(str(warning))
+    if origin is not None:
+        tokenizer = _tokenizer_of(origin, resolved, corpus)
+    else:
+        tokenizer = resolve_tokenizer(
+            config.data.tokenizer, corpus, val_split=config.data.val_split, note=watch.note
+        )
+    tokens = tokenise(
+        corpus,
+        tokenizer,
+        val_split=config.data.val_split,
+        skip_bad_records=config.data.skip_bad_records,
+        on_progress=lambda done, total: watch.progress("tokenising", done, total),
+        note=watch.note,
+    )
+    if payload is not None and payload["data_fingerprint"] != tokens.fingerprint:
+        watch.note(
+            "The training data is not what this run began with. It goes on with the new data, but will not "
+            "equal a run that had either all along."
+        )
+    batches = TrainingBatches(tokens.train, config.model.max_seq_len, config.train_expert.seed)
+    state = TrainState.from_dict(payload["run"]["state"]) if payload is not None else TrainState()
+    return Prepared(
+        where=where,
+        config=_settled(config, precision),
+        sources=resolved.sources,
+        origin=origin,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        tokens=tokens,
+        batches=batches,
+        precision=precision,
+        state=state,
+        plan=Plan.make(config.train_expert, batches.n_blocks, state),
+    )
+
+
+def locate(checkpoint: str | None, checkpoint_dir: Path) -> Where:
+    """Which run ``nanothink resume [CHECKPOINT]`` means.
+
+    Raises:
+        CheckpointNotFoundError: nothing there to go on with.
+    """
+    if checkpoint is None:
+        entries = list_checkpoints(checkpoint_dir)
+        paths = [e.path for e in entries if e.path.name.endswith("_interrupted.pt")]
+        if not paths:
+            there = ", ".join(e.path.name for e in entries) or "nothing"
+            raise CheckpointNotFoundError(
+                f"Nothing in {checkpoint_dir} was interrupted (there: {there}). To train a finished model "
+                "further, name its checkpoint and raise --max-epochs or --max-steps."
+            )
+        checkpoint = str(max(paths, key=lambda path: path.stat().st_mtime_ns))
+    path = Path(checkpoint)
+    payload = read_checkpoint(path, mmap=True)
+    stem = payload["run"]["name"]
+    return Where(
+        kind=payload["kind"],
+        checkpoint_dir=path.parent,
+        name=stem.removesuffix("_expert"),
+        resume=str(path),
+    )
+
+
+def finished_marker(where: Where) -> Path:
+    return where.checkpoint_dir / "runs" / where.stem / "finished.json"
+
+
+def is_finished(prepared: Prepared) -> str | None:
+    """Why there is nothing left to do for this run as configured; None when there is.
+
+    A run that stopped early leaves its best epoch behind, from which training could go on. Whether it
+    should is decided by whether anything that ends a run was changed since.
+    """
+    marker = finished_marker(prepared.where)
+    if prepared.origin is None or prepared.where.store.interrupted.exists() or not marker.exists():
+        return None
+    try:
+        ending = json.loads(marker.read_text("utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    return ending["reason"] if ending["settings"] == ending_settings(prepared.config) else None
+
+
+def ending_settings(config: Config) -> dict[str, Any]:
+    train = config.train_expert
+    return {
+        "max_epochs": train.max_epochs,
+        "max_steps": train.max_steps,
+        "early_stopping_patience": train.early_stopping_patience,
+    }
+
+
+def _find_start(where: Where, watch: Watch) -> Origin | None:
+    if where.resume is None:
+        return None
+    store = where.store
+    if where.resume == NEWEST:
+        path = store.newest(on_skip=lambda p, why: watch.note(f"Passing over {p}: {why}"))
+        if path is None:
+            watch.note(f"Nothing of {where.stem} in {where.checkpoint_dir} to go on from; starting anew.")
+            return None
+    else:
+        path = Path(where.resume)
+    payload = read_checkpoint(path)
+    if payload["kind"] != where.kind:
+        raise CheckpointMismatchError(
+            f"{path} holds a {payload['kind']}, not a {where.kind}. Go on with it by: nanothink resume {path}"
+        )
+    if (
+        store.interrupted.exists()
+        and store.interrupted.resolve() != path.resolve()
+        and not where.overwrite
+        and (later := _steps_of(store.interrupted)) is not None
+        and later > payload["step"]
+    ):
+        raise UsageError(
+            f"{store.interrupted} is further on (step {later}) than {path} (step {payload['step']}) and "
+            "would be lost. Go on with the later one by bare --resume, or add --overwrite to give it up."
+        )
+    watch.note(f"Going on from {path}: epoch {payload['epoch']}, step {payload['step']}.")
+    return Origin(path, payload)
+
+
+def _steps_of(path: Path) -> int | None:
+    try:
+        return int(read_checkpoint(path, mmap=True)["step"])
+    except Exception:  # a damaged file is nothing that could be lost
+        return None
+
+
+def _changes(before: Mapping[str, Any], config: Config) -> list[str]:
+    """What differs from the settings the run began with, and what that does to the schedule."""
+    old = {f"{section}.{key}": value for section, values in before.items() for key, value in values.items()}
+    lines = [
+        f"Changed since this run began: {name} was {old[name]!r}, now {value!r}."
+        for name, value in flatten(config).items()
+        if name in old and old[name] != value and name != "data.data_dir"
+    ]
+    bending = ("max_epochs", "max_steps", "batch_size", "grad_accum_steps", "warmup_steps", "schedule", "lr")
+    if any(f".{name} " in line for name in bending for line in lines):
+        lines.append(
+            "The learning rate is a function of the step and of the run's length: from here on it follows "
+            "the new settings, so the result will not equal a run that had them from the start."
+        )
+    return lines
+
+
+def _tokenizer_of(origin: Origin, resolved: ResolvedConfig, corpus: Corpus) -> Tokenizer:
+    """The tokenizer inside the checkpoint; another one asked for by hand is refused, not swapped in."""
+    own = Tokenizer.from_state(origin.payload["tokenizer"])
+    if resolved.config.data.tokenizer != origin.payload["config"]["data"]["tokenizer"]:
+        data = resolved.config.data
+        asked = resolve_tokenizer(data.tokenizer, corpus, val_split=data.val_split, note=lambda _: None)
+        if asked.fingerprint != own.fingerprint:
+            raise CheckpointMismatchError(
+                f"{origin.path} was trained with the tokenizer '{own.name}' ({own.vocab_size} tokens), not with "
+                f"'{asked.name}' ({asked.vocab_size}). Leave --tokenizer out: the checkpoint carries its own."
+            )
+    return own
+
+
+def _settled(config: Config, precision: Precision) -> Config:
+    """The config as it is saved: what was measured or relative is now fixed."""
+    train = config.train_expert.model_copy(update={"amp_dtype": precision.name})
+    data = config.data.model_copy(update={"data_dir": str(Path(config.data.data_dir).resolve())})
+    return config.model_copy(update={"train_expert": train, "data": data})

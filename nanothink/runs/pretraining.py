@@ -1,0 +1,265 @@
+"""Train an expert: from prepared data to a finished, or safely interrupted, run."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanothink import __version__
+from nanothink.checkpoints import (
+    FORMAT_VERSION,
+    CheckpointPayload,
+    CheckpointStore,
+    model_state,
+    pack_rng,
+    restore_model,
+    unpack_rng,
+)
+from nanothink.data.tokens import TokenStream
+from nanothink.errors import DataError
+from nanothink.inference.evaluate import Evaluation, evaluate_model
+from nanothink.inference.generate import generate
+from nanothink.inference.sampling import SamplingConfig
+from nanothink.models import build_model
+from nanothink.models.contract import LanguageModel
+from nanothink.runs.preparing import (
+    Configure,
+    Prepared,
+    Watch,
+    Where,
+    ending_settings,
+    finished_marker,
+    is_finished,
+    prepare,
+)
+from nanothink.training.events import EvaluationProgress, Event, Note, Observer, RunFinished, RunStarted
+from nanothink.training.interruption import StopRequest
+from nanothink.training.loop import Run, Services, train
+from nanothink.training.objectives import next_token
+from nanothink.training.optimizer import GroupedOptimizer, effective_warmup
+from nanothink.training.recording import RunRecorder, write_whole
+from nanothink.training.state import TrainState
+
+EVALUATION_TOKENS = 8192
+"""Tokens per evaluation batch: enough to fill two cores, little enough to answer a signal at once."""
+
+
+def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Watch) -> RunFinished:
+    """Train the expert that ``where`` names, or go on with it.
+
+    Raises:
+        NanoThinkError: anything a person can mend, said so; see nanothink.errors.
+    """
+    store = where.store
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        stack.enter_context(store.lock())
+        if where.resume is None:
+            store.guard_new_run(overwrite=where.overwrite)
+        prepared = prepare(where, configure, watch)
+        if (reason := is_finished(prepared)) is not None:
+            return RunFinished(
+                prepared.state.step,
+                prepared.state.epoch,
+                f"{reason}, some time ago",
+                prepared.state.best_loss,
+                0.0,
+            )
+        run = build_run(prepared, watch)
+        recorder = RunRecorder(
+            where.checkpoint_dir / "runs" / where.stem, _description(prepared, run.model), run.state
+        )
+        stack.callback(recorder.close)
+        finished_marker(where).unlink(missing_ok=True)
+
+        def tell(event: Event) -> None:
+            recorder(event)
+            observe(event)
+
+        for line in _remarks(prepared):
+            tell(Note(line))
+        tell(
+            RunStarted(
+                name=where.stem,
+                step=run.state.step,
+                total_steps=run.plan.total_steps,
+                epoch=run.state.epoch,
+                epochs=run.plan.total_steps * run.plan.blocks_per_step / run.plan.n_blocks,
+                n_blocks=run.plan.n_blocks,
+                blocks_per_step=run.plan.blocks_per_step,
+            )
+        )
+        finished = train(run, _services(prepared, run, store, tell, stop))
+        write_whole(
+            finished_marker(where),
+            {"reason": finished.reason, "step": finished.step, "settings": ending_settings(prepared.config)},
+        )
+        store.remove_interrupted()
+        return finished
+
+
+def build_run(prepared: Prepared, watch: Watch) -> Run:
+    """Model, optimizer and where they stand: fresh, or as the checkpoint has them."""
+    config, train_config = prepared.config, prepared.config.train_expert
+    device = prepared.precision.device
+    torch.manual_seed(train_config.seed)
+    model = build_model(prepared.where.kind, config, prepared.tokenizer.vocab_size)
+    scaler = torch.amp.GradScaler(device.type) if prepared.precision.needs_scaler else None
+    state = replace(prepared.state)
+    if prepared.origin is not None:
+        payload = prepared.origin.payload
+        report = restore_model(model, payload, expect_kind=prepared.where.kind, path=prepared.origin.path)
+        for line in report.lines():
+            watch.note(line)
+    model.to(device)
+    optimizer = GroupedOptimizer(model.parameter_groups(), train_config)
+    if prepared.origin is not None:
+        fresh = optimizer.load_state_dict(payload["optimizer_state"])
+        # A run saved before its first step has no moments yet; afterwards their absence is worth a line.
+        if fresh and payload["step"] > 0:
+            watch.note(
+                f"Optimizer moments start at zero for {len(fresh)} parameters: {', '.join(fresh[:5])} ..."
+            )
+        if scaler is not None and payload["amp_scaler"]:
+            scaler.load_state_dict(dict(payload["amp_scaler"]))
+        unpack_rng(payload["rng"])
+    return Run(
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        objective=next_token,
+        batches=prepared.batches,
+        precision=prepared.precision,
+        config=train_config,
+        plan=prepared.plan,
+        state=state,
+    )
+
+
+def _services(
+    prepared: Prepared, run: Run, store: CheckpointStore, tell: Observer, stop: StopRequest
+) -> Services:
+    config, train_config = prepared.config, prepared.config.train_expert
+    length = config.model.max_seq_len
+    if not any(stream.n_tokens for stream in prepared.tokens.val.values()):
+        raise DataError("There is no validation text: every domain needs at least two characters of text.")
+    validation: Mapping[str, TokenStream] = prepared.tokens.val
+    sampling = SamplingConfig(max_new_tokens=max(1, train_config.sample_tokens), seed=train_config.seed)
+
+    def evaluate() -> Evaluation:
+        return evaluate_model(
+            run.model,
+            validation,
+            length=length,
+            batch_size=max(1, EVALUATION_TOKENS // length),
+            precision=run.precision,
+            max_tokens=train_config.eval_max_tokens,
+            on_progress=lambda done, total: tell(EvaluationProgress(done, total)),
+            should_stop=stop,
+        )
+
+    def sample() -> Mapping[str, str]:
+        prompts = list(train_config.sample_prompts)
+        tokenizer = prepared.tokenizer
+        continued = generate(
+            run.model, [tokenizer.encode(p) for p in prompts], sampling, eos_id=tokenizer.eos_id
+        )
+        return {prompt: tokenizer.decode(new) for prompt, new in zip(prompts, continued, strict=True)}
+
+    def save(role: str) -> Path:
+        path = {"best": store.best, "interrupted": store.interrupted}.get(role) or store.epoch(
+            run.state.epoch
+        )
+        store.write(path, checkpoint_payload(prepared, run))
+        return path
+
+    return Services(evaluate=evaluate, sample=sample, save=save, observe=tell, stop=stop)
+
+
+def checkpoint_payload(prepared: Prepared, run: Run) -> CheckpointPayload:
+    """All that changes the next step, as plain containers and tensors."""
+    state: TrainState = run.state
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": run.model.kind,
+        "model_state": model_state(run.model),
+        "optimizer_state": run.optimizer.state_dict(),
+        "step": state.step,
+        "epoch": state.epoch,
+        "position": state.position,
+        "amp_scaler": run.scaler.state_dict() if run.scaler is not None else None,
+        "rng": pack_rng(),
+        "early_stopping": {"best_loss": state.best_loss, "bad_evaluations": state.bad_evaluations},
+        "best_loss": state.best_loss,
+        "config": prepared.config.model_dump(mode="json"),
+        "tokenizer": prepared.tokenizer.to_state(),
+        "data_fingerprint": prepared.tokens.fingerprint,
+        "run": {
+            "name": prepared.where.stem,
+            "state": state.to_dict(),
+            "nanothink_version": __version__,
+        },
+    }
+
+
+def _description(prepared: Prepared, model: LanguageModel) -> dict[str, Any]:
+    return {
+        "kind": prepared.where.kind,
+        "name": prepared.where.stem,
+        "config": prepared.config.model_dump(mode="json"),
+        "sources": dict(prepared.sources),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokenizer": {
+            "name": prepared.tokenizer.name,
+            "vocab_size": prepared.tokenizer.vocab_size,
+            "fingerprint": prepared.tokenizer.fingerprint,
+        },
+        "data": {
+            "fingerprint": prepared.tokens.fingerprint,
+            "train_tokens": {d: s.n_tokens for d, s in prepared.tokens.train.items()},
+            "validation_tokens": {d: s.n_tokens for d, s in prepared.tokens.val.items()},
+        },
+        "precision": {
+            "device": str(prepared.precision.device),
+            "dtype": prepared.precision.name,
+            "reason": prepared.precision.reason,
+        },
+        "machine": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "nanothink": __version__,
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+        },
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _remarks(prepared: Prepared) -> list[str]:
+    """What would surprise a person later, said before the first step."""
+    remarks = []
+    train_config, plan = prepared.config.train_expert, prepared.plan
+    warmup = effective_warmup(train_config, plan.total_steps)
+    if warmup != train_config.warmup_steps:
+        remarks.append(
+            f"Warming up over {warmup} steps, a tenth of this run, instead of {train_config.warmup_steps}."
+        )
+    length = prepared.config.model.max_seq_len
+    draws = plan.total_steps * plan.blocks_per_step / len(prepared.tokens.train)
+    for domain, stream in prepared.tokens.train.items():
+        passes = draws / max(1, stream.n_blocks(length))
+        if passes > 4 * plan.total_steps * plan.blocks_per_step / plan.n_blocks:
+            remarks.append(
+                f"Domain '{domain}' is small: with equal weight for every domain this run reads it "
+                f"{passes:.0f} times."
+            )
+    if prepared.tokens.skipped_records:
+        remarks.append(f"{prepared.tokens.skipped_records} bad records are left out (--skip-bad-records).")
+    return remarks

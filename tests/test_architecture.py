@@ -1,0 +1,99 @@
+"""Imports run one way, and the command line stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nanothink
+
+PACKAGE = Path(nanothink.__file__).parent
+
+MAY_IMPORT = {
+    "errors": set(),
+    "config": {"errors"},
+    "data": {"errors", "config"},
+    "models": {"errors", "config", "data"},
+    "checkpoints": {"errors", "config", "data", "models"},
+    "inference": {"errors", "config", "data", "models"},
+    "training": {"errors", "config", "data", "models", "inference"},
+    "runs": {"errors", "config", "data", "models", "inference", "training", "checkpoints"},
+    "cli": {"errors", "config", "data", "models", "inference", "training", "checkpoints", "runs"},
+}
+
+
+def _imported_parts(path: Path) -> set[str]:
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        parts |= {name.split(".")[1] for name in names if name.startswith("nanothink.")}
+    return parts
+
+
+def _modules() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if p.name not in {"__main__.py"} and p.parent != PACKAGE)
+
+
+def test_every_part_has_a_place() -> None:
+    parts = {p.relative_to(PACKAGE).parts[0] for p in _modules()} | {"errors"}
+    assert parts == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0]
+    assert _imported_parts(path) - {part} <= MAY_IMPORT[part]
+
+
+def test_no_module_is_a_grab_bag() -> None:
+    assert not [p for p in _modules() if p.stem in {"utils", "common", "helpers", "misc"}]
+
+
+def test_only_render_knows_rich() -> None:
+    knowing = {
+        p.relative_to(PACKAGE).parts[:2]
+        for p in _modules()
+        for node in ast.walk(ast.parse(p.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rich"
+    }
+    assert knowing == {("cli", "render")}
+
+
+def test_the_core_never_prints() -> None:
+    printing = [
+        f"{p.relative_to(PACKAGE)}:{node.lineno}"
+        for p in _modules()
+        if p.relative_to(PACKAGE).parts[0] != "cli"
+        for node in ast.walk(ast.parse(p.read_text("utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert printing == []
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, nanothink.cli.app as app; app.run(['--help']);"
+        "heavy = {'torch', 'numpy', 'transformers', 'tokenizers', 'pydantic', 'tensorboardX'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names() -> None:
+    assert nanothink.__all__ == sorted(nanothink.__all__, key=str.lower) or set(nanothink.__all__) == {
+        "Config",
+        "__version__",
+        "load",
+    }
+    for name in nanothink.__all__:
+        assert getattr(nanothink, name) is not None
