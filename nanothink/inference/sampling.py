@@ -84,11 +84,15 @@ def next_tokens(
     if config.temperature == 0:
         return scores.argmax(1)
     probabilities = filter_probabilities(scores, config)
+    draws = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
+    return pick(probabilities, torch.stack(draws))
+
+
+def pick(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """Invert the cumulative distribution: (B, V) probabilities and (B, 1) draws in [0, 1] to (B,) tokens."""
     cumulative = probabilities.cumsum(1)
     total = cumulative[:, -1:]
-    draws = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
-    aim = torch.stack(draws) * total  # (B, 1)
-    aim = torch.minimum(aim, torch.nextafter(total, torch.zeros_like(total)))  # never past the last token
+    aim = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))  # below the total
     return torch.searchsorted(cumulative, aim, right=True).squeeze(1)
 
 

@@ -4,15 +4,22 @@ Weights are float32 and stay so; under autocast the matrix products run in the a
 rotations in float32. A norm hands its result over in the type of the products that read it, so that it
 is converted once and not once a product.
 
+Norm, rotation and feed-forward have backward passes of their own, which compute cheap intermediate results
+again instead of keeping them: 8 MiB of activations a layer for 512 tokens of width 384 under bfloat16
+autocast, where autograd kept 15.5.
+
 Shapes: B batch, T time, S keys (cached and new), D model width, H heads, K = D / H width of a head,
 F inner width of the feed-forward.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nanothink.errors import UsageError
 from nanothink.models.contract import State
@@ -53,9 +60,35 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., width) -> (..., width) float32."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, NORM_EPS)
+    def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(..., width) -> (..., width) in ``dtype``."""
+        if x.device.type == "cuda":  # one kernel there, which keeps no more than ours
+            return F.rms_norm(x.float(), self.weight.shape, self.weight, NORM_EPS).to(dtype)
+        y: Tensor = _RMSNormFunction.apply(x, self.weight, dtype)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """Keeps its input and one number a row; autograd would keep the normalised rows too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = x.float()
+        inverse = (wide.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt_()  # 1 / RMS of each row
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).mul_(weight).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        grad = grad.float()
+        unit = x.float() * inverse  # rows of RMS 1
+        grad_unit = grad * weight
+        grad_weight = (grad * unit).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        inward = (grad_unit * unit).mean(-1, keepdim=True)  # the part along the row itself
+        grad_x = grad_unit.sub_(unit.mul_(inward)).mul_(inverse).to(x.dtype)
+        return grad_x, grad_weight, None
 
 
 class Rotary(nn.Module):
@@ -81,11 +114,35 @@ class Rotary(nn.Module):
         return self.cos[start : start + length], self.sin[start : start + length]
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn (B, H, T, K) by the angles of its T positions."""
-    cos, sin = rotation
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Turn (B, H, T, K) by the angles of its T positions; the result in ``dtype``."""
+    y: Tensor = _RotateFunction.apply(x, *rotation, dtype)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _RotateFunction(torch.autograd.Function):
+    """A rotation is undone by turning back, so backward needs the tables alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return _turn(x, cos, sin, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin, ctx.dtype), None, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    y = torch.empty_like(x, dtype=dtype)
+    first, second = y.chunk(2, dim=-1)
+    first.copy_(a * cos - b * sin)
+    second.copy_(b * cos + a * sin)
+    return y
 
 
 class KeyValueCache(State):
@@ -166,8 +223,8 @@ class Attention(nn.Module):
         self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None = None, layer: int = 0
     ) -> Tensor:
         """(B, T, D) -> (B, T, D). With a cache, the T tokens follow those it holds and are added to it."""
-        q = rotate(self.query_norm(self._split(self.query(x))), rotation).to(x.dtype)  # (B, H, T, K)
-        k = rotate(self.key_norm(self._split(self.key(x))), rotation).to(x.dtype)
+        q = rotate(self.query_norm(self._split(self.query(x))), rotation, x.dtype)  # (B, H, T, K)
+        k = rotate(self.key_norm(self._split(self.key(x))), rotation, x.dtype)
         v = self._split(self.value(x))
         if cache is None or cache.length == 0:
             if cache is not None:
@@ -199,5 +256,30 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        output: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
-        return output
+        gate, up = self.gate(x), self.up(x)  # (B, T, F)
+        y: Tensor = _GatedProduct.apply(gate, up, self.down.weight.to(gate.dtype))  # type: ignore[no-untyped-call]
+        return y
+
+
+class _GatedProduct(torch.autograd.Function):
+    """``(silu(gate) * up) @ weight.T``; keeps gate and up, and computes what is between again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        with torch.autocast(gate.device.type, enabled=False):
+            return F.linear(F.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, weight = ctx.saved_tensors
+        with torch.autocast(gate.device.type, enabled=False):
+            opened = F.silu(gate)
+            grad_weight = None
+            if ctx.needs_input_grad[2]:
+                grad_weight = grad.flatten(0, -2).t() @ (opened * up).flatten(0, -2)
+            grad_inner = grad @ weight  # (B, T, F)
+            grad_up = opened.mul_(grad_inner)
+            grad_gate = torch.ops.aten.silu_backward(grad_inner.mul_(up), gate)
+        return grad_gate, grad_up, grad_weight

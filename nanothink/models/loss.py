@@ -115,7 +115,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "linear_cross_entropy gives its gradients out once; compute the loss again for a second backward"
+                "linear_cross_entropy gives its gradients out once; to go back again, compute the loss again"
             )
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         factor = grad * ctx.scale  # stays on the device: no look at its value, so no synchronisation

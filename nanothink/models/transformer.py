@@ -52,8 +52,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         dtype = compute_dtype(x)
-        x = x + self.attention(self.attention_norm(x).to(dtype), rotation, cache, layer)
-        update: Tensor = self.feed_forward(self.feed_forward_norm(x).to(dtype))
+        x = x + self.attention(self.attention_norm(x, dtype), rotation, cache, layer)
+        update: Tensor = self.feed_forward(self.feed_forward_norm(x, dtype))
         return x + update
 
 
