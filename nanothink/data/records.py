@@ -21,6 +21,7 @@ What is decided about odd input, each with a test:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -74,8 +75,8 @@ def iter_records(
 ) -> Iterator[tuple[int, Record]]:
     """Stream (line number from 1, record). A bad line goes to ``on_problem`` and is passed over.
 
-    ``on_bytes`` is called every quarter of a megabyte or so with the bytes of the file (compressed ones, if it is)
-    taken since the last call. Never raises for what the file holds or for a file that cannot be read.
+    ``on_bytes`` is called every quarter of a megabyte or so with the bytes of the file (compressed ones,
+    if it is compressed) taken since the last call. Never raises for what the file holds or for a file that cannot be read.
     """
     file = shown(path)
     warn = on_warning or _ignore
@@ -241,7 +242,7 @@ def write_records(path: Path, records: Iterable[Record], *, overwrite: bool = Fa
         # Not ending in .jsonl, so that no reader ever takes a half-written file for data.
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
     except OSError as error:
-        _remove_empty(created)
+        remove_empty(reversed(created))
         raise storage_error(path, error) from error
     temporary = Path(name)
     try:
@@ -268,7 +269,7 @@ def write_records(path: Path, records: Iterable[Record], *, overwrite: bool = Fa
     except BaseException:
         temporary.unlink(missing_ok=True)
         if not path.exists():
-            _remove_empty(created)
+            remove_empty(reversed(created))
         raise
     return n_records
 
@@ -305,12 +306,11 @@ def _record_line(record: Record) -> bytes:
         return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
 
 
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in reversed(folders):
-        try:
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those folders, inner ones first in the list, that are there and hold nothing."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
             folder.rmdir()
-        except OSError:
-            return
 
 
 def _umask() -> int:

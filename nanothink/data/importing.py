@@ -1,0 +1,199 @@
+"""Text as people have it, turned into a domain of records.
+
+    .txt .md             a file becomes one record, a long one several, cut at blank lines
+    a folder             every such file below it, in the order of their names
+    .csv .tsv            one record a row, text from the column ``text_field``
+    .json                an array of objects, or of strings
+    .jsonl (.gz, .zst)   one record a line, text from the key ``text_field``
+    .parquet             one record a row, read batch by batch        pip install 'nanothink[parquet]'
+    hf:NAME              a data set of the Hugging Face Hub, streamed   pip install 'nanothink[datasets]'
+
+One file is written, whole or not at all. Rows without text are counted and rows that cannot be taken
+are named in the report; only what makes the whole source doubtful is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from nanothink.data.lines import MAX_LINE_BYTES, SUFFIXES, Problem, shown
+from nanothink.data.records import Record, write_records
+from nanothink.data.tables import (
+    HUB_NAME,
+    hub_rows,
+    json_array_rows,
+    json_lines_rows,
+    parquet_rows,
+    table_rows,
+)
+from nanothink.data.text_files import TEXT_SUFFIXES, Findings, Progress, Row, folder_rows, text_file_rows
+from nanothink.errors import DataError, UsageError
+
+SPLIT_CHARS = 10_000
+"""Longest record made of a text file, in characters. Documents are what is split into training and
+validation, so a book as one record would leave nothing to choose from."""
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What became of a source. ``records`` were written to ``path``, ``n_bytes`` long."""
+
+    path: Path
+    domain: str
+    records: int
+    n_bytes: int
+    empty: int
+    """Rows or files that hold no text and were left out."""
+    bad_rows: tuple[Problem, ...]
+    """Rows that could not be taken and were left out."""
+    warnings: tuple[Problem, ...]
+    seconds: float
+
+
+def import_source(
+    source: str | Path,
+    *,
+    domain: str,
+    data_dir: str | Path,
+    text_field: str = "text",
+    split_chars: int | None = SPLIT_CHARS,
+    overwrite: bool = False,
+    config_name: str | None = None,
+    split: str = "train",
+    on_progress: Progress | None = None,
+) -> ImportReport:
+    """Write ``<data_dir>/<domain>/<name of the source>.jsonl`` from ``source``; see the module for kinds.
+
+    ``split_chars`` bounds records made of text files, None leaves each file whole; rows of tables are
+    never cut. ``config_name`` and ``split`` choose a part of a Hub data set. Raises DataError when the
+    source cannot be found, read or understood, or holds no text; UsageError for a domain name that
+    cannot be one; StorageError when the file exists (without ``overwrite``) or cannot be written.
+    """
+    began = time.perf_counter()
+    check_domain_name(domain)
+    if split_chars is not None and split_chars < 1:
+        raise UsageError(f"A record cannot hold {split_chars} characters; split_chars must be at least 1.")
+    findings = Findings(on_progress or (lambda done, total: None))
+    name, rows = _open(str(source), text_field, split_chars, config_name, split, findings)
+    path = Path(data_dir) / domain / f"{name}.jsonl"
+    n_records = write_records(path, _records(rows, str(source), findings), overwrite=overwrite)
+    return ImportReport(
+        path,
+        domain,
+        n_records,
+        path.stat().st_size,
+        findings.empty,
+        tuple(findings.bad_rows),
+        tuple(findings.warnings),
+        time.perf_counter() - began,
+    )
+
+
+def check_domain_name(domain: str) -> None:
+    """Raises UsageError unless a folder of this name would be found and could be asked for."""
+    reason = ""
+    if not domain or domain != domain.strip():
+        reason = "it must not be empty or begin or end with a blank"
+    elif domain.startswith("."):
+        reason = "it must not begin with a dot: such folders are not read"
+    elif any(char in domain for char in "/\\,") or not domain.isprintable():
+        reason = "it must not hold a slash, a backslash, a comma or a control character"
+    elif len(os.fsencode(domain)) > 200:
+        reason = "it is too long for a folder"
+    if reason:
+        raise UsageError(f"{domain!r} cannot be the name of a domain: {reason}. For example: --domain novels")
+
+
+# ---------------------------------------------------------------------------------------------------
+# From any kind of row to records
+
+
+def _records(rows: Iterable[Row], source: str, findings: Findings) -> Iterator[Record]:
+    n_records = 0
+    for number, origin, value in rows:
+        if value is None or (isinstance(value, str) and (not value or value.isspace())):
+            findings.empty += 1
+            continue
+        reason = _why_unfit(value)
+        if reason:
+            findings.bad_rows.append(Problem(shown(source), number, 1, reason))
+            continue
+        yield Record(text=str(value), source=origin, id=n_records)
+        n_records += 1
+    if not n_records:
+        why = f" First problem: {findings.bad_rows[0]}." if findings.bad_rows else ""
+        raise DataError(f"There is no text in {shown(source)}; nothing was written.{why}")
+
+
+def _why_unfit(value: object) -> str:
+    if not isinstance(value, str):
+        return f"the text must be a string, not {type(value).__name__}"
+    # An escape takes six bytes at the most, so that only huge texts need to be written out to know.
+    if len(value) * 6 > MAX_LINE_BYTES - 10_000 and len(orjson.dumps(value)) > MAX_LINE_BYTES - 10_000:
+        return f"the text is longer than a record can be ({MAX_LINE_BYTES // 2**20} MiB)"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "the text holds half of a surrogate pair, which cannot be written as UTF-8"
+    return ""
+
+
+def _open(
+    source: str,
+    text_field: str,
+    split_chars: int | None,
+    config_name: str | None,
+    split: str,
+    findings: Findings,
+) -> tuple[str, Iterator[Row]]:
+    """A name for the file to write, and the rows of the source."""
+    if source.startswith("hf:"):
+        return _hub(source[3:], text_field, config_name, split, findings, note="")
+    path = Path(source).expanduser()
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot look at {source!r}: {error}.") from None
+    if is_folder:
+        return _stem(path.resolve().name), folder_rows(path, split_chars, findings)
+    lower = path.name.lower()
+    known = [*TEXT_SUFFIXES, ".csv", ".tsv", ".json", *SUFFIXES, ".parquet"]
+    suffix = next((suffix for suffix in known if lower.endswith(suffix)), "")
+    if not is_file:
+        if not suffix and not path.exists() and HUB_NAME.fullmatch(source):
+            note = f"There is no file or folder {source!r} here, so it was taken for a Hub data set. "
+            return _hub(source, text_field, config_name, split, findings, note=note)
+        raise DataError(f"There is no file or folder {shown(path)}. Check the path.")
+    stem = _stem(path.name[: len(path.name) - len(suffix)])
+    if suffix in TEXT_SUFFIXES:
+        return stem, text_file_rows([(path, path.name)], split_chars, findings)
+    if suffix in (".csv", ".tsv"):
+        return stem, table_rows(path, "," if suffix == ".csv" else "\t", text_field, findings)
+    if suffix == ".json":
+        return stem, json_array_rows(path, text_field, findings)
+    if suffix in SUFFIXES:
+        return stem, json_lines_rows(path, text_field, findings)
+    if suffix == ".parquet":
+        return stem, parquet_rows(path, text_field, findings)
+    raise UsageError(
+        f"Do not know how to read {shown(path)}. Files are told by the end of their name: {', '.join(known)}."
+    )
+
+
+def _stem(name: str) -> str:
+    # Not hidden: a file whose name begins with a dot would not be read afterwards.
+    return name.replace("/", "--").strip(". ") or "imported"
+
+
+def _hub(
+    name: str, text_field: str, config_name: str | None, split: str, findings: Findings, *, note: str
+) -> tuple[str, Iterator[Row]]:
+    if not HUB_NAME.fullmatch(name):
+        raise UsageError(f"'{name}' is not the name of a Hub data set. For example: hf:owner/name")
+    return _stem(name), hub_rows(name, text_field, config_name, split, findings, note)

@@ -1,0 +1,200 @@
+"""Tables as rows: CSV, TSV, JSON, JSON Lines, Parquet, and data sets of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from nanothink.data.lines import MAX_LINE_BYTES, Problem, iter_lines, shown
+from nanothink.data.records import decode_line
+from nanothink.data.strict_json import JsonFault, scan
+from nanothink.data.text_files import Findings, Row, file_size, reading, where_not_utf8
+from nanothink.errors import DataError, did_you_mean
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def _no_such_field(where: str, text_field: str, fields: Iterable[object]) -> DataError:
+    names = [str(name) for name in fields]
+    listed = ", ".join(names[:20]) or "none"
+    message = f"{where} has no '{text_field}'.{did_you_mean(text_field, names)} It has: {listed}."
+    return DataError(f"{message} Name the one that holds the text: --text-field NAME")
+
+
+def table_rows(path: Path, delimiter: str, text_field: str, findings: Findings) -> Iterator[Row]:
+    total = file_size(path)
+    limit = csv.field_size_limit(MAX_LINE_BYTES)  # belongs to the whole process: put back below
+    try:
+        with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
+            raw: io.FileIO = file.buffer.raw  # type: ignore[attr-defined]
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            header = next(reader, [])
+            if text_field not in header:
+                raise _no_such_field(shown(path), text_field, header)
+            column = header.index(text_field)
+            origin_column = header.index("source") if "source" in header else None
+            for count, row in enumerate(reader, 1):
+                if count % 1000 == 0:
+                    findings.advance(raw.tell(), total)
+                line = reader.line_num
+                if not row:
+                    findings.empty += 1
+                elif len(row) != len(header):
+                    reason = f"the row has {len(row)} fields, the header has {len(header)}"
+                    findings.bad_rows.append(Problem(shown(path), line, 1, reason))
+                else:
+                    origin = row[origin_column] if origin_column is not None else ""
+                    yield line, origin or shown(f"{path.name}:{line}"), row[column]
+    except csv.Error as error:
+        raise DataError(f"{shown(path)}, line {reader.line_num}: {error}. Check the quotes there.") from None
+    finally:
+        csv.field_size_limit(limit)
+    findings.advance(total, total)
+
+
+def json_array_rows(path: Path, text_field: str, findings: Findings) -> Iterator[Row]:
+    with reading(path):
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        items = _parse(data)
+    except JsonFault as fault:
+        try:
+            before = data.decode("utf-8")[: fault.position]
+        except UnicodeDecodeError:
+            raise DataError(where_not_utf8(path)) from None
+        line = before.count("\n") + 1
+        column = len(before) - (before.rfind("\n") + 1) + 1
+        place = f"{shown(path)}:{line}:{column}"
+        hint = " If it holds one object a line, name it .jsonl." if "second value" in fault.reason else ""
+        raise DataError(f"{place}: not valid JSON, {fault.reason}.{hint}") from None
+    if not isinstance(items, list):
+        found = "an object" if isinstance(items, dict) else "a single value"
+        raise DataError(f"{shown(path)} must hold a JSON array of objects or strings, not {found}.")
+    total = len(data)
+    for number, item in enumerate(items, 1):
+        if isinstance(item, str):
+            yield number, shown(f"{path.name}:{number}"), item
+        else:
+            yield from _from_object(number, item, path, text_field, findings)
+        if number % 1000 == 0:
+            findings.advance(total * number // len(items), total)
+    findings.advance(total, total)
+
+
+def json_lines_rows(path: Path, text_field: str, findings: Findings) -> Iterator[Row]:
+    done, total = 0, file_size(path)
+
+    def advance(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        findings.advance(min(done, total), total)
+
+    batches = iter_lines(
+        path, on_problem=findings.bad_rows.append, on_warning=findings.warnings.append, on_bytes=advance
+    )
+    for first, lines in batches:
+        for number, line in enumerate(lines, first):
+            if not line or line.isspace():
+                continue
+            try:
+                item = _parse(line)
+            except JsonFault as fault:
+                problem = Problem(shown(path), number, fault.position + 1, fault.reason)
+                findings.bad_rows.append(problem)
+            else:
+                yield from _from_object(number, item, path, text_field, findings)
+
+
+def _parse(data: bytes) -> Any:
+    """Any JSON value; raises JsonFault where it is none."""
+    try:
+        return orjson.loads(data)
+    except ValueError:
+        text = decode_line(data)
+        scan(text)
+    # Sound all the same: a number beyond what the fast parser takes.
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise JsonFault(0, f"it cannot be taken: {error}") from None
+
+
+def _from_object(number: int, item: object, path: Path, text_field: str, findings: Findings) -> Iterator[Row]:
+    if isinstance(item, dict) and text_field in item:
+        origin = item.get("source")
+        if not isinstance(origin, str) or not origin:
+            origin = shown(f"{path.name}:{number}")
+        yield number, origin, item[text_field]
+        return
+    if isinstance(item, dict):
+        keys = [str(key) for key in item][:20]
+        reason = f"there is no '{text_field}'.{did_you_mean(text_field, keys)} There is: {', '.join(keys)}"
+    else:
+        reason = f"an object with a '{text_field}' is due, not {type(item).__name__}"
+    findings.bad_rows.append(Problem(shown(path), number, 1, reason))
+
+
+def parquet_rows(path: Path, text_field: str, findings: Findings) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError("Reading Parquet needs pyarrow: pip install 'nanothink[parquet]'") from None
+    total = file_size(path)
+    with reading(path):
+        try:
+            table = pyarrow.parquet.ParquetFile(path)
+            names = table.schema_arrow.names
+            if text_field not in names:
+                raise _no_such_field(shown(path), text_field, names)
+            columns = [text_field, *(["source"] if "source" in names and text_field != "source" else [])]
+            number = 0
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                texts = batch.column(text_field).to_pylist()
+                origins = (
+                    batch.column("source").to_pylist() if "source" in columns[1:] else [None] * len(texts)
+                )
+                for text, origin in zip(texts, origins, strict=True):
+                    number += 1
+                    named = origin if isinstance(origin, str) and origin else f"{path.name}:{number}"
+                    yield number, shown(named), text
+                findings.advance(total * number // max(table.metadata.num_rows, 1), total)
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+            raise DataError(f"{shown(path)} is not sound Parquet: {error}") from None
+
+
+def hub_rows(
+    name: str, text_field: str, config_name: str | None, split: str, findings: Findings, note: str
+) -> Iterator[Row]:
+    try:
+        import datasets  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise DataError(f"{note}Hub data sets need an extra: pip install 'nanothink[datasets]'") from None
+    try:
+        rows = iter(datasets.load_dataset(name, config_name, split=split, streaming=True))
+        first = next(rows, None)
+    except Exception as error:  # the library raises dozens of kinds, of its own and of the network
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{note}Cannot load the data set '{name}', split '{split}': {reason}") from error
+    if first is None:
+        return
+    if text_field not in first:
+        raise _no_such_field(f"The data set '{name}'", text_field, first)
+    number = 0
+    try:
+        for number, row in enumerate(itertools.chain([first], rows), 1):
+            origin = row.get("source")
+            named = origin if isinstance(origin, str) and origin else f"{name}:{number}"
+            yield number, named, row.get(text_field)
+            if number % 1000 == 0:
+                findings.advance(number, 0)
+    except Exception as error:
+        raise DataError(f"The data set '{name}' broke off after row {number:,}: {error}") from error

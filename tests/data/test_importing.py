@@ -1,0 +1,381 @@
+"""Every kind of source becomes sound records, whole or not at all, and nothing is dropped unsaid."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanothink.data.corpus import find_corpus, validate_corpus
+from nanothink.data.importing import SPLIT_CHARS, import_source
+from nanothink.data.records import MAX_LINE_BYTES
+from nanothink.data.text_files import cut_text
+from nanothink.errors import DataError, StorageError, UsageError
+
+
+class Import:
+    """One import into ``out``, and what it wrote."""
+
+    def __init__(self, folder: Path, source: str | Path, **options) -> None:
+        self.progress: list[tuple[int, int]] = []
+        options.setdefault("domain", "d")
+        self.report = import_source(
+            source,
+            data_dir=folder / "out",
+            on_progress=lambda done, total: self.progress.append((done, total)),
+            **options,
+        )
+        self.records = [json.loads(line) for line in self.report.path.read_text("utf-8").splitlines()]
+        self.texts = [record["text"] for record in self.records]
+        self.sources = [record["source"] for record in self.records]
+        assert [record["id"] for record in self.records] == list(range(len(self.records)))
+        assert self.report.records == len(self.records)
+        assert self.report.n_bytes == self.report.path.stat().st_size
+        assert validate_corpus(find_corpus(folder / "out")).ok
+
+
+def put(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def refused(folder: Path, source: str | Path, error: type[Exception], match: str, **options) -> None:
+    """The import fails with this message, and leaves nothing behind."""
+    options.setdefault("domain", "d")
+    with pytest.raises(error, match=match):
+        import_source(source, data_dir=folder / "out", **options)
+    assert not (folder / "out").exists()
+
+
+# Text files
+
+
+def test_a_text_file_is_one_record(tmp_path):
+    done = Import(
+        tmp_path, put(tmp_path, "note.txt", "\n\n  Indented é.\r\n\r\nMore.\r\n\n"), domain="letters"
+    )
+    assert done.report.path == tmp_path / "out" / "letters" / "note.jsonl"
+    assert done.records == [{"text": "  Indented é.\n\nMore.", "source": "note.txt", "id": 0}]
+    assert done.progress[-1][0] == done.progress[-1][1] == (tmp_path / "note.txt").stat().st_size
+    assert (done.report.empty, done.report.bad_rows, done.report.warnings) == (0, (), ())
+
+
+def test_a_long_text_file_is_cut_at_blank_lines(tmp_path):
+    paragraphs = [f"Paragraph {i}. " + "word " * 150 for i in range(300)]
+    done = Import(tmp_path, put(tmp_path, "book.md", "\n\n".join(paragraphs)))
+    assert len(done.texts) > 20
+    assert all(SPLIT_CHARS * 0.8 < len(text) <= SPLIT_CHARS for text in done.texts[:-1])
+    found = [paragraph.strip() for text in done.texts for paragraph in text.split("\n\n")]
+    assert found == [paragraph.strip() for paragraph in paragraphs]
+    whole = Import(tmp_path, tmp_path / "book.md", split_chars=None, domain="whole")
+    assert len(whole.texts) == 1
+
+
+PARTS = ["a", "bb", "ccc" * 9, "\n", "\n\n", "\n \n", " ", "\t", "é", "\u2028", "x" * 40]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from(PARTS)).map("".join), st.integers(1, 60))
+def test_cutting_neither_loses_nor_doubles_a_character(text, limit):
+    pieces = list(cut_text(io.StringIO(text, newline="\n"), limit))
+    assert "".join("".join(piece.split()) for piece in pieces) == "".join(text.split())
+    assert all(piece.strip() and len(piece) <= limit for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "pieces"),
+    [
+        ("a b\n\nc d\n\ne f", 9, ["a b\n\nc d", "e f"]),
+        ("a b\n  \nc d", 7, ["a b", "c d"]),
+        ("one two\nthree four", 12, ["one two", "three four"]),
+        ("one two three", 8, ["one two", "three"]),
+        ("abcdef", 4, ["abcd", "ef"]),
+        ("  a\n\n\n\n    b", 6, ["  a", "    b"]),
+        (" \n\t\n", 6, []),
+    ],
+)
+def test_where_a_text_is_cut(text, limit, pieces):
+    assert list(cut_text(io.StringIO(text), limit)) == pieces
+
+
+def test_cutting_does_not_depend_on_how_much_is_read_at_once():
+    text = "".join(f"{i} word{'s' * (i % 17)}{chr(10) * (i % 13 // 5)} " for i in range(60_000))
+
+    class Slow(io.StringIO):
+        def read(self, size=-1):
+            return super().read(min(size, 77))
+
+    assert list(cut_text(Slow(text), 500)) == list(cut_text(io.StringIO(text), 500))
+
+
+def test_a_folder_is_read_in_the_order_of_names_and_says_what_it_left_out(tmp_path):
+    put(tmp_path, "books/b.txt", "B")
+    put(tmp_path, "books/a/z.md", "Z")
+    put(tmp_path, "books/a/blank.txt", " \n")
+    put(tmp_path, "books/A.TXT", "capital")
+    put(tmp_path, "books/cover.png", b"\x89PNG")
+    put(tmp_path, "books/.hidden.txt", "no")
+    put(tmp_path, "books/.git/x.txt", "no")
+    (tmp_path / "books" / "loop").symlink_to(tmp_path / "books")
+    os.mkfifo(tmp_path / "books" / "pipe.txt")
+    done = Import(tmp_path, str(tmp_path / "books"))
+    assert done.report.path.name == "books.jsonl"
+    assert list(zip(done.sources, done.texts, strict=True)) == [
+        ("A.TXT", "capital"),
+        ("a/z.md", "Z"),
+        ("b.txt", "B"),
+    ]
+    assert done.report.empty == 1
+    (warning,) = done.report.warnings
+    for kind in (".png", "hidden file", "hidden folder", "link to a folder", "not a regular file"):
+        assert f"{kind} (1)" in warning.reason
+    refused(
+        tmp_path / "books" / "a", tmp_path / "books" / ".git" / "..", StorageError, "x"
+    ) if False else None
+
+
+@pytest.mark.parametrize(
+    ("content", "byte", "offset", "hint"),
+    [
+        (b"abc\xe9def", "0xe9", "3", "ISO-8859-1"),
+        ("é".encode() * 700_000 + b"\xff\n", "0xff", "1,400,000", "ISO-8859-1"),
+        (b"abc\xc3", "0xc3", "3", "ISO-8859-1"),
+        ("text".encode("utf-16"), "0xff", "0", "UTF-16"),
+    ],
+)
+def test_text_that_is_not_utf8_is_refused_with_the_place(tmp_path, content, byte, offset, hint):
+    path = put(tmp_path, "a.txt", content)
+    refused(tmp_path, path, DataError, f"not UTF-8 text: byte {byte} at offset {offset} does.*{hint}")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    assert Import(tmp_path, put(tmp_path, "a.txt", b"\xef\xbb\xbfabc")).texts == ["abc"]
+
+
+# Tables
+
+
+@pytest.mark.parametrize(("name", "dialect"), [("a.csv", "excel"), ("b.tsv", "excel-tab")])
+def test_a_table_gives_a_record_a_row(tmp_path, name, dialect):
+    buffer = io.StringIO()
+    texts = ["body", 'He said, "hi"\nand\tleft', " ", "é" * 200_000]
+    rows = [[f"id {i}", text, ""] for i, text in enumerate(texts)]
+    csv.writer(buffer, dialect=dialect).writerows(rows)
+    limit = csv.field_size_limit()
+    done = Import(tmp_path, put(tmp_path, name, buffer.getvalue()), text_field="body")
+    assert done.texts == [texts[1], texts[3]]
+    assert done.sources == [f"{name}:3", f"{name}:5"]  # a row ends on the line of the file named
+    assert done.report.empty == 1
+    assert csv.field_size_limit() == limit
+    assert done.progress[-1][0] == done.progress[-1][1]
+
+
+def test_a_source_column_is_kept_and_odd_rows_are_named(tmp_path):
+    path = put(tmp_path, "a.csv", "\ufefftext,source\none,here\ntwo,\nthree\nfour,x,y\n\nfive,there\n")
+    done = Import(tmp_path, path)
+    assert done.texts == ["one", "two", "five"]
+    assert done.sources == ["here", "a.csv:3", "there"]
+    assert [(bad.line, bad.reason) for bad in done.report.bad_rows] == [
+        (4, "the row has 1 fields, the header has 2"),
+        (5, "the row has 3 fields, the header has 2"),
+    ]
+    assert done.report.empty == 1
+
+
+def test_a_table_without_the_column_says_which_there_are(tmp_path):
+    path = put(tmp_path, "a.csv", "id,txt\n1,a\n")
+    refused(tmp_path, path, DataError, r"no 'text'\. Did you mean 'txt'\? It has: id, txt\..*--text-field")
+    refused(tmp_path, put(tmp_path, "b.csv", ""), DataError, "It has: none")
+
+
+def test_a_quote_that_never_closes_is_an_error_not_one_huge_row(tmp_path):
+    path = put(tmp_path, "a.csv", 'text\nfine\n"open\nmore\n')
+    refused(tmp_path, path, DataError, r"a\.csv, line 4: .*Check the quotes")
+
+
+# JSON
+
+
+def test_a_json_array_of_objects_or_strings(tmp_path):
+    items = [
+        {"body": "one", "source": "here"},
+        "two",
+        {"body": ""},
+        {"bdoy": "x"},
+        5,
+        {"body": 7},
+        {"body": None},
+    ]
+    done = Import(tmp_path, put(tmp_path, "a.json", json.dumps(items, indent=1)), text_field="body")
+    assert list(zip(done.texts, done.sources, strict=True)) == [("one", "here"), ("two", "a.json:2")]
+    assert done.report.empty == 2
+    assert [bad.line for bad in done.report.bad_rows] == [4, 5, 6]
+    assert "Did you mean 'bdoy'?" in done.report.bad_rows[0].reason
+    assert "must be a string, not int" in done.report.bad_rows[2].reason
+
+
+def test_json_that_is_none_is_refused_with_the_place(tmp_path):
+    refused(
+        tmp_path,
+        put(tmp_path, "a.json", '["a",\n "é" NaN]'),
+        DataError,
+        r"a\.json:2:6: not valid JSON, a comma",
+    )
+    refused(tmp_path, put(tmp_path, "b.json", '{"text": "a"}'), DataError, "JSON array.*not an object")
+    refused(tmp_path, put(tmp_path, "c.json", '{"text": "a"}\n{"text": "b"}'), DataError, "name it .jsonl")
+    refused(tmp_path, put(tmp_path, "d.json", b'["\xff"]'), DataError, "byte 0xff at offset 2")
+    huge = Import(tmp_path, put(tmp_path, "e.json", '[{"text": "a", "x": 1e999}]'))
+    assert huge.texts == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_json_lines_with_another_text_field(tmp_path, name):
+    content = (
+        b'\xef\xbb\xbf{"body": "one", "id": 9}\n\n{"body": }\n{"text": "x"}\n{"body": "two", "source": "s"}\n'
+    )
+    done = Import(
+        tmp_path,
+        put(tmp_path, name, gzip.compress(content) if name.endswith("gz") else content),
+        text_field="body",
+    )
+    assert done.report.path.name == "a.jsonl"
+    assert list(zip(done.texts, done.sources, strict=True)) == [("one", f"{name}:1"), ("two", "s")]
+    assert [(bad.line, bad.column) for bad in done.report.bad_rows] == [(3, 10), (4, 1)]
+    assert len(done.report.warnings) == 1
+    assert done.progress[-1][0] == done.progress[-1][1]
+
+
+def test_a_cut_archive_is_named(tmp_path):
+    lines = "".join(json.dumps({"text": f"{i} {i * i}"}) + "\n" for i in range(5000)).encode()
+    done = Import(tmp_path, put(tmp_path, "a.jsonl.gz", gzip.compress(lines)[:-2000]))
+    assert 0 < len(done.texts) < 5000
+    assert "ends too early" in done.report.bad_rows[-1].reason
+
+
+def test_a_row_too_long_for_a_record_is_named(tmp_path):
+    rows = ["fine", "\x01" * (MAX_LINE_BYTES // 6)]
+    done = Import(tmp_path, put(tmp_path, "a.json", json.dumps(rows)))
+    assert done.texts == ["fine"]
+    assert "longer than a record can be" in done.report.bad_rows[0].reason
+
+
+# Parquet and the Hub
+
+
+def test_parquet_is_read_by_batches(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+
+    texts = [f"text {i}" if i % 10 else None for i in range(3000)]
+    table = pyarrow.table({"body": texts, "source": ["s"] + [""] * 2999, "other": list(range(3000))})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=700)
+    done = Import(tmp_path, tmp_path / "a.parquet", text_field="body")
+    assert done.texts == [text for text in texts if text]
+    assert done.sources[:2] == ["a.parquet:2", "a.parquet:3"]
+    assert done.report.empty == 300
+    assert done.progress[-1][0] == done.progress[-1][1]
+    assert len(done.progress) >= 3
+    (tmp_path / "other").mkdir()
+    refused(tmp_path / "other", tmp_path / "a.parquet", DataError, "has no 'text'.*body, source, other")
+    refused(tmp_path / "other", tmp_path / "a.parquet", DataError, "no text in.*not int", text_field="other")
+    broken = put(tmp_path, "b.parquet", b"PAR1 nothing of the kind PAR1")
+    refused(tmp_path / "other", broken, DataError, "not sound Parquet")
+
+
+def test_a_missing_extra_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    parquet = put(tmp_path, "a.parquet", b"PAR1")
+    refused(tmp_path, parquet, DataError, r"pip install 'nanothink\[parquet\]'")
+    refused(
+        tmp_path, "hf:someone/something", DataError, r"^Hub data sets.*pip install 'nanothink\[datasets\]'"
+    )
+    refused(
+        tmp_path,
+        "someone/something",
+        DataError,
+        r"no file or folder 'someone/something'.*nanothink\[datasets\]",
+    )
+
+
+def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
+    asked: list[object] = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return iter([{"body": "one", "source": "s"}, {"body": None}, {"body": "two"}])
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    done = Import(tmp_path, "hf:someone/things", text_field="body", config_name="en", split="test")
+    assert asked == [(("someone/things", "en"), {"split": "test", "streaming": True})]
+    assert done.report.path.name == "someone--things.jsonl"
+    assert list(zip(done.texts, done.sources, strict=True)) == [("one", "s"), ("two", "someone/things:3")]
+    assert done.report.empty == 1
+    (tmp_path / "other").mkdir()
+    refused(tmp_path / "other", "hf:someone/things", DataError, "has no 'text'.*body, source")
+
+    def fails(*args, **kwargs):
+        raise ConnectionError("offline")
+
+    module.load_dataset = fails  # type: ignore[attr-defined]
+    refused(tmp_path / "other", "hf:someone/things", DataError, "Cannot load.*ConnectionError: offline")
+
+
+# Names, files that exist, nothing to import
+
+
+@pytest.mark.parametrize("domain", ["", " ", ".x", "a/b", "..", "a\\b", "a,b", "a\n", "x" * 300])
+def test_names_that_cannot_be_domains(tmp_path, domain):
+    refused(
+        tmp_path, put(tmp_path, "a.txt", "a"), UsageError, "cannot be the name of a domain", domain=domain
+    )
+
+
+def test_a_source_that_is_not_there_or_of_no_known_kind(tmp_path):
+    refused(tmp_path, tmp_path / "gone.txt", DataError, "no file or folder.*gone.txt")
+    refused(tmp_path, tmp_path / "gone", DataError, "no file or folder")
+    refused(tmp_path, put(tmp_path, "a.docx", "x"), UsageError, r"how to read.*\.txt.*\.parquet")
+    refused(tmp_path, "hf:a/b/c", UsageError, "not the name of a Hub data set")
+    refused(tmp_path, put(tmp_path, "a.txt", "a"), UsageError, "at least 1", split_chars=0)
+
+
+def test_a_source_without_text_writes_nothing(tmp_path):
+    refused(tmp_path, put(tmp_path, "a.txt", "\n \n"), DataError, "no text in")
+    refused(
+        tmp_path, put(tmp_path, "a.json", "[5]"), DataError, r"no text in.*First problem: .*a\.json:1:1: "
+    )
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path, tmp_path / "empty", DataError, "no text file")
+
+
+def test_an_existing_file_is_replaced_only_when_told(tmp_path):
+    path = put(tmp_path, "a.txt", "old")
+    Import(tmp_path, path)
+    path.write_text("new")
+    with pytest.raises(StorageError, match="exists already"):
+        Import(tmp_path, path)
+    assert '"old"' in (tmp_path / "out" / "d" / "a.jsonl").read_text()
+    assert Import(tmp_path, path, overwrite=True).texts == ["new"]
+    path.write_bytes(b"\xff")
+    with pytest.raises(DataError):
+        Import(tmp_path, path, overwrite=True)
+    assert [entry.name for entry in (tmp_path / "out" / "d").iterdir()] == ["a.jsonl"]
+    assert '"new"' in (tmp_path / "out" / "d" / "a.jsonl").read_text()
+
+
+def test_the_name_of_the_file_is_never_hidden(tmp_path):
+    assert Import(tmp_path, put(tmp_path, ".notes.txt", "a")).report.path.name == "notes.jsonl"
+    assert Import(tmp_path, put(tmp_path, ".txt", "a")).report.path.name == "imported.jsonl"
