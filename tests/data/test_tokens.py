@@ -1,0 +1,635 @@
+"""The corpus as tokens: nothing lost, nothing doubled, nothing done twice, nothing half-made trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanothink.data.corpus import find_corpus, text_key
+from nanothink.data.token_files import DOCUMENT, TokenFile, open_token_file, token_dtype
+from nanothink.data.tokenizer import Tokenizer, train_tokenizer
+from nanothink.data.tokens import IGNORE, TokenisedCorpus, TokenStream, tokenise
+from nanothink.errors import BadRecordsError, DataError, StorageError
+
+EOS = 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    text = "It was the best of times, it was the worst of times; " * 30
+    return train_tokenizer([text], 350, n_bytes=len(text))
+
+
+def _write(path: Path, texts: list[str], *more_lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [*(json.dumps({"text": text}) for text in texts), *more_lines]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def _written(*paths: Path) -> list[str]:
+    return [json.loads(line)["text"] for path in paths for line in path.read_text("utf-8").splitlines()]
+
+
+def _texts(name: str, n: int) -> list[str]:
+    return [f"{name} {i}: it was the best of times, it was {'very ' * (i % 7)}{name}." for i in range(n)]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    _write(tmp_path / "data" / "a" / "1.jsonl", _texts("apples", 40))
+    _write(tmp_path / "data" / "a" / "2.jsonl", _texts("avocados", 25))
+    _write(tmp_path / "data" / "b" / "1.jsonl", _texts("bananas", 30))
+    return tmp_path / "data"
+
+
+def _run(root: Path, tokenizer: Tokenizer, val_split: float = 0.2, **options: object) -> TokenisedCorpus:
+    return tokenise(find_corpus(root), tokenizer, val_split=val_split, **options)  # type: ignore[arg-type]
+
+
+def _tokens(stream: TokenStream) -> list[int]:
+    return stream._read(0, stream.n_tokens).tolist()
+
+
+def _read_texts(stream: TokenStream, tokenizer: Tokenizer) -> list[str]:
+    """The documents of a stream, decoded."""
+    texts, document = [], []
+    for token in _tokens(stream):
+        if token == tokenizer.eos_id:
+            texts.append(tokenizer.decode(document))
+            document = []
+        else:
+            document.append(token)
+    assert document == []
+    return texts
+
+
+def _sides(tokens: TokenisedCorpus, tokenizer: Tokenizer) -> dict[str, set[str]]:
+    """Every text and the sides it is on."""
+    sides: dict[str, set[str]] = {}
+    for side, streams in (("train", tokens.train), ("val", tokens.val)):
+        for stream in streams.values():
+            for text in _read_texts(stream, tokenizer):
+                sides.setdefault(text, set()).add(side)
+    return sides
+
+
+def _entries(root: Path) -> dict[str, tuple[int, int]]:
+    """Every tokenised file in the cache, with what changes when it is made again."""
+    tokens = root / ".nanothink" / "tokens"
+    return {
+        str(path.relative_to(tokens)): (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in tokens.glob("*/*/*.npy")
+    }
+
+
+def _digests(root: Path) -> set[str]:
+    return {name.split("/")[1] for name in _entries(root)}
+
+
+# --- one stream --------------------------------------------------------------------------------
+
+
+def _stream(lengths: list[int], chosen: list[bool], n_files: int = 1) -> tuple[TokenStream, list[int]]:
+    """A stream over made-up documents spread over files, and the tokens it has to give."""
+    expected: list[int] = []
+    parts = []
+    documents = list(enumerate(zip(lengths, chosen, strict=True)))
+    for group in np.array_split(np.arange(len(documents)), n_files):
+        tokens: list[int] = []
+        rows = []
+        for i in group:
+            _, (length, mine) = documents[i]
+            document = [1 + (7 * i + j) % 250 for j in range(length)] + [EOS]
+            tokens += document
+            rows.append((len(tokens), 3 * length, i, i + 1))
+            expected += document if mine else []
+        file = TokenFile(np.array(tokens, np.uint16), np.array(rows, DOCUMENT), 0, ())
+        parts.append((file, np.array([chosen[i] for i in group], dtype=np.bool_)))
+    return TokenStream("d", EOS, parts), expected
+
+
+documents = st.lists(st.tuples(st.integers(0, 30), st.booleans()), min_size=1, max_size=25).filter(
+    lambda drawn: any(mine for _, mine in drawn)
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(drawn=documents, length=st.integers(1, 40), n_files=st.integers(1, 4))
+def test_packing_loses_and_doubles_nothing(drawn: list[tuple[int, bool]], length: int, n_files: int) -> None:
+    stream, expected = _stream([n for n, _ in drawn], [mine for _, mine in drawn], n_files)
+    assert stream.n_tokens == len(expected)
+    assert stream.n_documents == sum(mine for _, mine in drawn)
+    assert stream.n_bytes == sum(3 * n for n, mine in drawn if mine)
+    assert stream.n_blocks(length) == -(-len(expected) // length)
+    inputs, targets = zip(*(stream.block(k, length) for k in range(stream.n_blocks(length))), strict=True)
+    assert all(part.dtype == np.int64 and part.shape == (length,) for part in (*inputs, *targets))
+    flat_inputs, flat_targets = np.concatenate(inputs).tolist(), np.concatenate(targets).tolist()
+    n = len(expected)
+    assert flat_targets == expected + [IGNORE] * (len(flat_targets) - n)
+    assert flat_inputs == ([EOS, *expected] + [EOS] * len(flat_inputs))[: len(flat_inputs)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(drawn=documents, max_tokens=st.integers(1, 300), n_files=st.integers(1, 4))
+def test_prefix_is_whole_documents(drawn: list[tuple[int, bool]], max_tokens: int, n_files: int) -> None:
+    stream, _ = _stream([n for n, _ in drawn], [mine for _, mine in drawn], n_files)
+    sizes = [n + 1 for n, mine in drawn if mine]
+    taken = 1
+    while taken < len(sizes) and sum(sizes[: taken + 1]) <= max_tokens:
+        taken += 1
+    tokens = sum(sizes[:taken])
+    assert stream.prefix(max_tokens) == (tokens, 3 * (tokens - taken))
+    assert stream.prefix(None) == (stream.n_tokens, stream.n_bytes)
+
+
+def test_a_block_that_is_not_there() -> None:
+    stream, _ = _stream([5, 5], [True, True])
+    for index in (-1, 3):
+        with pytest.raises(IndexError, match="of 3"):
+            stream.block(index, 4)
+
+
+def test_smallest_type_that_fits() -> None:
+    assert [token_dtype(size).str for size in (257, 65536, 65537)] == ["<u2", "<u2", "<u4"]
+
+
+# --- a corpus ----------------------------------------------------------------------------------
+
+
+def test_every_document_is_there_once_with_its_bytes(root: Path, tokenizer: Tokenizer) -> None:
+    _write(root / "c" / "odd.jsonl", ["é\0ü", "a<|endoftext|>b", "\r\n x \n", "漢字😀" * 50, "z"])
+    tokens = _run(root, tokenizer)
+    assert list(tokens.train) == list(tokens.val) == ["a", "b", "c"]
+    for domain, paths in find_corpus(root).domains.items():
+        written = _written(*paths)
+        streams = (tokens.train[domain], tokens.val[domain])
+        read = [text for stream in streams for text in _read_texts(stream, tokenizer)]
+        assert sorted(read) == sorted(written)
+        assert sum(stream.n_bytes for stream in streams) == sum(len(text.encode()) for text in written)
+        assert all(stream.n_documents > 0 for stream in streams)
+        for stream in streams:
+            found = stream.documents()
+            own = _read_texts(stream, tokenizer)
+            assert found.keys.tolist() == [text_key(text) for text in own]
+            assert found.n_bytes.tolist() == [len(text.encode()) for text in own]
+            assert found.n_tokens.tolist() == [len(tokenizer.encode(text)) + 1 for text in own]
+    lines = tokens.train["c"].documents().lines.tolist() + tokens.val["c"].documents().lines.tolist()
+    assert sorted(lines) == [1, 2, 3, 4, 5]
+
+
+def test_the_split_is_stable_when_the_corpus_grows_and_is_reordered(root: Path, tokenizer: Tokenizer) -> None:
+    before = _sides(_run(root, tokenizer), tokenizer)
+    texts = _written(root / "a" / "1.jsonl")
+    _write(root / "a" / "1.jsonl", _texts("figs", 20) + texts[::-1])
+    (root / "a" / "2.jsonl").rename(root / "a" / "0.jsonl")
+    _write(root / "new" / "1.jsonl", _texts("new", 20))
+    after = _sides(_run(root, tokenizer), tokenizer)
+    assert {text: after[text] for text in before} == before
+    assert {side for sides in before.values() for side in sides} == {"train", "val"}
+    assert len(after) == len(before) + 40
+
+
+def test_copies_never_straddle_the_split(root: Path, tokenizer: Tokenizer) -> None:
+    shared = _texts("apples", 40)
+    _write(root / "b" / "2.jsonl", shared[::-1] + shared)
+    _write(root / "one" / "x.jsonl", shared[:1] * 3)  # this domain's only text is cut, and so are its copies
+    _write(root / "two" / "x.jsonl", shared[:2])
+    sides = _sides(_run(root, tokenizer, 0.4), tokenizer)
+    assert all(len(of) == 1 for of in sides.values())
+    assert shared[0] not in sides  # only ever in two parts
+    assert {frozenset(sides[text]) for text in shared[1:]} == {frozenset({"train"}), frozenset({"val"})}
+
+
+def test_val_split_changes_nothing_on_disk(root: Path, tokenizer: Tokenizer) -> None:
+    small = _run(root, tokenizer, 0.1)
+    made = _entries(root)
+    large = _run(root, tokenizer, 0.5)
+    assert _entries(root) == made
+    assert large.val["a"].n_tokens > small.val["a"].n_tokens
+
+
+def test_equal_fingerprints_mean_equal_blocks(root: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    first = _run(root, tokenizer)
+    assert _run(root, tokenizer).fingerprint == first.fingerprint
+    assert first.tokenizer_fingerprint == tokenizer.fingerprint
+    other = Tokenizer.from_state({**tokenizer.to_state(), "eos_token": "<end>"})
+    different = [
+        _run(root, tokenizer, 0.3).fingerprint,
+        _run(root, other).fingerprint,
+        tokenise(find_corpus(root, ["a"]), tokenizer, val_split=0.2).fingerprint,
+    ]
+    _write(root / "a" / "1.jsonl", _texts("apples", 41))
+    different.append(_run(root, tokenizer).fingerprint)
+    assert len({first.fingerprint, *different}) == 5
+
+
+def test_smaller_than_a_block(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    _write(tmp_path / "a" / "x.jsonl", ["ab", "cd"])
+    tokens = _run(tmp_path, tokenizer)
+    for stream in (tokens.train["a"], tokens.val["a"]):
+        inputs, targets = stream.block(0, 512)
+        assert stream.n_blocks(512) == 1
+        assert inputs[: stream.n_tokens + 1].tolist() == [tokenizer.eos_id, *_tokens(stream)]
+        assert (targets != IGNORE).sum() == stream.n_tokens
+
+
+@pytest.mark.parametrize("text", ["ab", "It was the best of times. " * 50, "wörd" * 400, " \n a"])
+def test_a_single_text_is_cut_in_two(tmp_path: Path, tokenizer: Tokenizer, text: str) -> None:
+    _write(tmp_path / "a" / "x.jsonl", [text, text])
+    tokens = _run(tmp_path, tokenizer, 0.1)
+    (head,), (tail,) = (_read_texts(side["a"], tokenizer) for side in (tokens.train, tokens.val))
+    assert head
+    assert tail
+    assert head + tail == text
+    assert (tokens.train["a"].n_bytes, tokens.val["a"].n_bytes) == (len(head.encode()), len(tail.encode()))
+    if len(text) > 1000:
+        assert 0.85 < len(head) / len(text) < 0.95
+        assert tail[0] == " " or " " not in text
+        wider = _run(tmp_path, tokenizer, 0.5)
+        assert wider.fingerprint != tokens.fingerprint
+        assert 0.4 < wider.train["a"].n_bytes / len(text.encode()) < 0.6
+
+
+def test_a_single_character_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    _write(tmp_path / "a" / "x.jsonl", ["é"])
+    with pytest.raises(DataError, match=r"one character.*--domains"):
+        _run(tmp_path, tokenizer)
+
+
+def test_texts_that_domains_share_until_none_is_left(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for domain, pair in (("a", "xy"), ("b", "yz"), ("c", "zx")):
+        _write(tmp_path / domain / "x.jsonl", [f"text {letter}" for letter in pair])
+    with pytest.raises(DataError, match=r"nothing to (train|validate) on"):
+        _run(tmp_path, tokenizer)
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+def test_bad_records_are_named_and_counted(root: Path, tokenizer: Tokenizer) -> None:
+    _write(root / "a" / "3.jsonl", ["good"], "{", '{"text": 5}', "nonsense")
+    _write(root / "b" / "3.jsonl", ["fine"], *["["] * 10)
+    for _ in range(2):
+        with pytest.raises(BadRecordsError) as caught:
+            _run(root, tokenizer)
+        message = str(caught.value)
+        assert "13 bad lines" in message
+        assert f"{root / 'a' / '3.jsonl'}:2:" in message
+        assert "and 8 more" in message
+        assert "nanothink data validate" in message
+        assert "--skip-bad-records" in message
+    tokens = _run(root, tokenizer, skip_bad_records=True)
+    assert tokens.skipped_records == 13
+    assert {"good", "fine"} <= set(_sides(tokens, tokenizer))
+    with pytest.raises(BadRecordsError, match="13 bad lines"):  # tokens are kept by now: still refused
+        _run(root, tokenizer)
+
+
+def test_nothing_valid(root: Path, tokenizer: Tokenizer) -> None:
+    _write(root / "c" / "x.jsonl", [], "{")
+    with pytest.raises(DataError, match=r"'c'.*no valid record"):
+        _run(root, tokenizer, skip_bad_records=True)
+    (root / "c" / "x.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"'c'.*no valid record"):
+        _run(root, tokenizer)
+
+
+def test_a_file_that_has_gone(root: Path, tokenizer: Tokenizer) -> None:
+    corpus = find_corpus(root)
+    (root / "b" / "1.jsonl").unlink()
+    with pytest.raises(DataError, match=r"Cannot read .*b/1\.jsonl"):
+        tokenise(corpus, tokenizer, val_split=0.1)
+
+
+def test_a_file_that_changes_meanwhile(root: Path, tokenizer: Tokenizer) -> None:
+    path = root / "b" / "1.jsonl"
+    size = path.stat().st_size
+
+    def append(_done: int, _total: int) -> None:
+        if path.stat().st_size == size:
+            with path.open("a") as file:
+                file.write('{"text": "more"}\n')
+
+    with pytest.raises(DataError, match="changed while it was being read"):
+        _run(root, tokenizer, on_progress=append)
+    _run(root, tokenizer)
+
+
+# --- the cache ---------------------------------------------------------------------------------
+
+
+def test_only_new_and_changed_files_are_done_again(root: Path, tokenizer: Tokenizer) -> None:
+    _run(root, tokenizer)
+    first = _entries(root)
+    assert len(_digests(root)) == 3
+    _run(root, tokenizer)
+    assert _entries(root) == first
+    _write(root / "a" / "1.jsonl", _texts("apples", 41))
+    _write(root / "b" / "2.jsonl", _texts("blueberries", 9))
+    (root / "a" / "2.jsonl").rename(root / "a" / "3.jsonl")
+    _run(root, tokenizer)
+    second = _entries(root)
+    assert {name: second[name] for name in first} == first
+    assert len(_digests(root)) == 5
+
+
+def test_the_same_content_is_tokenised_once(root: Path, tokenizer: Tokenizer) -> None:
+    _write(root / "b" / "copy.jsonl", _texts("apples", 40))
+    tokens = _run(root, tokenizer)
+    assert len(_digests(root)) == 3
+    n_documents = tokens.train["b"].n_documents + tokens.val["b"].n_documents
+    assert n_documents == 70
+
+
+def test_unchanged_files_are_not_even_read(root: Path, tokenizer: Tokenizer) -> None:
+    _run(root, tokenizer)
+    time.sleep(2.1)  # a younger file could still change within the clock's tick
+    before = _run(root, tokenizer)
+    # Same size, time and inode: only by reading it could one know.
+    path = root / "b" / "1.jsonl"
+    manifest = json.loads((root / ".nanothink" / "manifest.json").read_text())
+    assert sorted(manifest) == ["a/1.jsonl", "a/2.jsonl", "b/1.jsonl"]
+    content, status = path.read_bytes(), path.stat()
+    path.write_bytes(content.replace(b"best", b"rest"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    changed = path.stat()
+    manifest["b/1.jsonl"][2] = changed.st_ctime_ns
+    (root / ".nanothink" / "manifest.json").write_text(json.dumps(manifest))
+    assert _run(root, tokenizer).fingerprint == before.fingerprint
+    manifest["b/1.jsonl"][2] -= 1  # the change of inode that no program can undo
+    (root / ".nanothink" / "manifest.json").write_text(json.dumps(manifest))
+    assert _run(root, tokenizer).fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("damage", ["tokens.npy", "documents.npy", "summary.json", "header", "empty"])
+def test_damaged_tokens_are_made_again(root: Path, tokenizer: Tokenizer, damage: str) -> None:
+    before = _run(root, tokenizer)
+    expected = [_tokens(stream) for stream in before.train.values()]
+    digest = sorted(_digests(root))[0]
+    folder = root / ".nanothink" / "tokens" / tokenizer.fingerprint[:16] / digest
+    assert open_token_file(folder) is not None
+    del before
+    if damage == "header":
+        content = (folder / "tokens.npy").read_bytes()
+        (folder / "tokens.npy").write_bytes(content.replace(b"<u2", b"<i2"))
+    elif damage == "empty":
+        for path in folder.iterdir():
+            path.unlink()
+    else:
+        os.truncate(folder / damage, (folder / damage).stat().st_size - 2)
+    assert open_token_file(folder) is None
+    notes: list[str] = []
+    after = _run(root, tokenizer, note=notes.append)
+    assert [_tokens(stream) for stream in after.train.values()] == expected
+    assert len(notes) == 1
+    assert "damaged" in notes[0]
+    assert open_token_file(folder) is not None
+
+
+def test_progress_counts_bytes_to_the_end(root: Path, tokenizer: Tokenizer) -> None:
+    total = find_corpus(root).n_bytes
+    for _ in range(2):
+        seen: list[tuple[int, int]] = []
+        _run(root, tokenizer, on_progress=lambda *at: seen.append(at))  # noqa: B023
+        assert seen == sorted(seen)
+        assert seen[-1] == (total, total)
+        assert {at[1] for at in seen} == {total}
+
+
+def test_a_data_root_that_cannot_be_written_to(
+    root: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (root / ".nanothink").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    notes: list[str] = []
+    first = _run(root, tokenizer, note=notes.append)
+    assert len(notes) == 1
+    assert str(tmp_path / "cache" / "nanothink") in notes[0]
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
+    assert len(made) == 6
+    again = _run(root, tokenizer)
+    assert again.fingerprint == first.fingerprint
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")} == made
+
+
+def test_no_place_at_all(
+    root: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (root / ".nanothink").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / ".nanothink"))
+    monkeypatch.setattr("tempfile.tempdir", str(root / ".nanothink"))
+    with pytest.raises(StorageError, match="XDG_CACHE_HOME"):
+        _run(root, tokenizer)
+
+
+def test_a_home_that_is_not_there(
+    root: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (root / ".nanothink").write_text("in the way")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(root / ".nanothink"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    notes: list[str] = []
+    _run(root, tokenizer, note=notes.append)
+    assert str(tmp_path / "nanothink-") in notes[0]
+
+
+# --- processes ---------------------------------------------------------------------------------
+
+_SCRIPT = """
+import sys
+from pathlib import Path
+from nanothink.data.corpus import find_corpus
+from nanothink.data.tokenizer import load_tokenizer
+from nanothink.data.tokens import tokenise
+root, tokenizer = sys.argv[1:3]
+exec(sys.argv[3])
+def progress(done, total):
+    if done: print(done, flush=True)
+tokens = tokenise(find_corpus(root), load_tokenizer(tokenizer), val_split=0.1, on_progress=progress)
+print(tokens.fingerprint, flush=True)
+status = Path("/proc/self/status").read_text()  # getrusage's peak would include that of the parent
+print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), flush=True)
+"""
+
+
+@pytest.fixture
+def saved(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    from nanothink.data.tokenizer import save_tokenizer
+
+    return save_tokenizer(tokenizer, tmp_path / "tokenizer")
+
+
+def _start(
+    root: Path, saved: Path, first: str = "", environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _SCRIPT, str(root), str(saved), first],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+
+
+def _finish(process: subprocess.Popen[str]) -> list[str]:
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    return out.split()
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A few megabytes in one file after a small one: enough to be caught in the middle."""
+    root = tmp_path / "large"
+    _write(root / "a" / "1.jsonl", _texts("small", 20))
+    _write(root / "a" / "2.jsonl", [f"{i} {text * 9}" for i in range(40) for text in _texts("large", 100)])
+    return root
+
+
+def test_a_killed_build_leaves_nothing_that_is_trusted(
+    large: Path, tokenizer: Tokenizer, saved: Path, tmp_path: Path
+) -> None:
+    process = _start(large, saved)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) > (large / "a" / "1.jsonl").stat().st_size:  # within the second file
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    folder = large / ".nanothink" / "tokens" / tokenizer.fingerprint[:16]
+    left = [path.name for path in folder.iterdir()]
+    assert sum(name.startswith("tmp-") for name in left) == 1  # caught in the middle
+    assert len(left) == 2
+    after = _run(large, tokenizer, 0.1)
+    assert not list(folder.glob("tmp-*"))
+
+    # The same as if nothing had happened.
+    other = tmp_path / "other"
+    (other / "a").mkdir(parents=True)
+    for path in (large / "a").iterdir():
+        os.link(path, other / "a" / path.name)
+    undisturbed = _run(other, tokenizer, 0.1)
+    assert after.fingerprint == undisturbed.fingerprint
+    for path in (other / ".nanothink" / "tokens").rglob("*.npy"):
+        twin = large / path.relative_to(other)
+        assert twin.read_bytes() == path.read_bytes()
+
+
+def test_tokens_do_not_depend_on_the_number_of_threads(large: Path, saved: Path) -> None:
+    made = []
+    for threads in ("1", "3"):
+        _finish(_start(large, saved, environment={"RAYON_NUM_THREADS": threads}))
+        files = sorted((large / ".nanothink").rglob("*.npy"))
+        assert len(files) == 4
+        made.append([path.read_bytes() for path in files])
+        for path in files:
+            path.unlink()
+    assert made[0] == made[1]
+
+
+def test_two_at_once_do_the_work_once(large: Path, saved: Path, tokenizer: Tokenizer) -> None:
+    processes = [_start(large, saved) for _ in range(2)]
+    fingerprints = {_finish(process)[-2] for process in processes}
+    assert len(fingerprints) == 1
+    assert len(_digests(large)) == 2
+    assert not list((large / ".nanothink").rglob("tmp-*"))
+
+
+def test_waiting_for_another_process_is_said(
+    root: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanothink.data.cache._PATIENCE_SECONDS", 0.05)
+    (root / ".nanothink").mkdir()
+    held = FileLock(str(root / ".nanothink" / "lock"))
+    held.acquire()
+    notes: list[str] = []
+
+    def let_go(message: str) -> None:
+        notes.append(message)
+        held.release()
+
+    _run(root, tokenizer, note=let_go)
+    assert len(notes) == 1
+    assert "waiting" in notes[0]
+    held.acquire()
+    _run(root, tokenizer, note=pytest.fail)  # nothing to write: nothing to wait for
+    held.release()
+
+
+def test_a_full_disk_is_a_clear_error_and_loses_nothing(large: Path, saved: Path) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))"
+    process = _start(large, saved, limit)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert error.splitlines()[-1].startswith("nanothink.errors.StorageError: Cannot write ")
+    assert "raise the limit" in error.splitlines()[-1]
+    assert not list((large / ".nanothink").rglob("tmp-*"))
+    _finish(_start(large, saved))
+
+
+@pytest.mark.parametrize(
+    ("shape", "megabytes", "bound"),
+    [
+        ("documents", 20, 10),  # far less than the tokens alone
+        ("one document", 12, 8 * 12),  # a few copies of the line and its ids
+    ],
+)
+def test_memory_does_not_grow_with_the_corpus(
+    tmp_path: Path, saved: Path, shape: str, megabytes: int, bound: int
+) -> None:
+    peaks = []
+    sentence = "it was the best of times, it was the worst of times, number {}; "
+    for name, size in (("small", 2), ("large", megabytes)):
+        n = size * 2**20 // 66
+        if shape == "documents":
+            texts = [f"{i} " + sentence.format(i % 100) * 66 for i in range(n // 66)]
+        else:
+            texts = [sentence.format(1) * n, "another"]
+        _write(tmp_path / name / "a" / "x.jsonl", texts)
+        peaks.append(int(_finish(_start(tmp_path / name, saved))[-1]) / 1024)
+    assert peaks[1] - peaks[0] < bound, peaks
+
+
+# --- real text ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def linked_corpora(shared_data: Path, tmp_path: Path) -> Path:
+    root = tmp_path / "corpora"
+    for domain in ("academic", "philosophy"):
+        (root / domain).mkdir(parents=True)
+        path = min((shared_data / "corpora" / domain).iterdir(), key=lambda path: path.stat().st_size)
+        (root / domain / path.name).symlink_to(path)
+    return root
+
+
+def test_real_text_has_the_tokens_gpt2_gives_it(shared_data: Path, linked_corpora: Path) -> None:
+    from nanothink.data.tokenizer import load_tokenizer
+
+    gpt2 = load_tokenizer(str(shared_data / "tokenizers" / "gpt2"))
+    tokens = tokenise(find_corpus(linked_corpora), gpt2, val_split=0.1)
+    for domain, paths in find_corpus(linked_corpora).domains.items():
+        texts = _written(*paths)
+        expected = sorted([*gpt2.encode(text), gpt2.eos_id] for text in texts)
+        streams = (tokens.train[domain], tokens.val[domain])
+        ends = [np.cumsum(stream.documents().n_tokens) for stream in streams]
+        found = [
+            stream._read(int(end - size), int(end)).tolist()
+            for stream, own in zip(streams, ends, strict=True)
+            for size, end in zip(stream.documents().n_tokens, own, strict=True)
+        ]
+        assert sorted(found) == expected
