@@ -76,7 +76,8 @@ def iter_records(
     """Stream (line number from 1, record). A bad line goes to ``on_problem`` and is passed over.
 
     ``on_bytes`` is called every quarter of a megabyte or so with the bytes of the file (compressed ones,
-    if it is compressed) taken since the last call. Never raises for what the file holds or for a file that cannot be read.
+    if it is compressed) taken since the last call. Never raises for what the file holds, or for a file
+    that cannot be read.
     """
     file = shown(path)
     warn = on_warning or _ignore
