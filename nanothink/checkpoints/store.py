@@ -130,7 +130,8 @@ class CheckpointStore:
     def lock(self) -> Iterator[None]:
         """Hold this stem: one run at a time writes it.
 
-        The operating system drops the lock when its holder ends, however it ends. Raises
+        The operating system drops the lock when its holder ends, however it ends, and forked workers let
+        go of it as they start (filelock 4 and later; with 3 a surviving worker would keep it). Raises
         CheckpointBusyError that names the holder; StorageError when the folder can't be written.
         """
         lock_path = self.folder / f".{self.stem}.lock"

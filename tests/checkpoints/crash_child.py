@@ -122,9 +122,13 @@ def write_to_read_only_disk(folder: str, source: str) -> None:
 
 def hold_lock(folder: str, stem: str, with_worker: bool) -> None:
     with CheckpointStore(Path(folder), stem).lock():
-        if with_worker and (worker := os.fork()) == 0:
-            while True:
-                signal.pause()
+        worker_runs, tell = os.pipe()
+        if with_worker:
+            if (worker := os.fork()) == 0:
+                os.write(tell, b"x")
+                while True:
+                    signal.pause()
+            os.read(worker_runs, 1)  # until it runs, it has not let go of the lock it was born with
         say(paused=os.getpid(), worker=worker if with_worker else None)
         while True:
             signal.pause()

@@ -144,12 +144,16 @@ def test_summary(written):
 def test_summary_reads_no_tensor_data(tmp_path, make_payload):
     path = tmp_path / "large.pt"
     write_checkpoint(path, make_payload(model_state={"a": torch.zeros(16_000_000)}))
-    started = time.perf_counter()
-    verify_checkpoint(path)
-    thorough = time.perf_counter() - started
-    started = time.perf_counter()
-    read_summary(path)
-    assert time.perf_counter() - started < thorough / 3
+
+    def best_seconds(action: Any) -> float:
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            action(path)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    assert best_seconds(read_summary) < best_seconds(verify_checkpoint) / 3
 
 
 # --- damage -------------------------------------------------------------------------------------------
