@@ -19,7 +19,7 @@ LOGITS = torch.tensor([[2.0, 0.0, 1.0, -1.0, 0.5]])
 def draw(logits: Tensor, config: SamplingConfig, n: int, previous: tuple[int, ...] = ()) -> Tensor:
     """Draw n times for one row: (n,)."""
     generator = torch.Generator().manual_seed(0)
-    return torch.cat([next_tokens(logits, [previous], config, [generator]) for _ in range(n)])
+    return next_tokens(logits.expand(n, -1), [previous] * n, config, [generator] * n)
 
 
 def frequencies(tokens: Tensor, vocab_size: int = 5) -> Tensor:
