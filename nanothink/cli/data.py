@@ -78,37 +78,41 @@ def inspect(
             {"tokenizer": resolved.name, "vocab_size": resolved.vocab_size, **summary.to_dict()}
         )
         return
-    parts = [*summary.domains, summary.total] if len(summary.domains) > 1 else summary.domains
+    # Two tables: one with everything would not fit into 80 columns.
+    several = len(summary.domains) > 1
+    parts = [*summary.domains, summary.total] if several else summary.domains
     render.table(
-        [
-            "domain",
-            ">files",
-            ">records",
-            ">text",
-            ">tokens",
-            ">bytes/token",
-            ">train",
-            ">val",
-            ">blocks",
-            ">duplicates",
-        ],
+        ["domain", ">files", ">records", ">duplicates", ">text", ">median", ">longest"],
         [
             [
-                d.name,
-                render.count(d.n_files),
-                render.count(d.n_records),
-                render.size(d.n_bytes),
-                render.count(d.n_tokens),
-                f"{d.n_bytes / max(1, d.n_tokens):.2f}",
-                render.count(d.n_train_tokens),
-                render.count(d.n_val_tokens),
-                render.count(d.n_train_blocks),
-                render.count(d.n_duplicates),
+                part.name,
+                render.count(part.n_files),
+                render.count(part.n_records),
+                render.count(part.n_duplicates),
+                render.size(part.n_bytes),
+                render.count(part.median_tokens),
+                render.count(part.longest_tokens),
             ]
-            for d in parts
+            for part in parts
         ],
-        title=f"{corpus.root}, tokenizer {resolved.name} ({render.count(resolved.vocab_size)} tokens)",
-        total=len(summary.domains) > 1,
+        title=f"{corpus.root}",
+        total=several,
+    )
+    render.table(
+        ["domain", ">tokens", ">bytes/token", ">training", ">validation", ">blocks"],
+        [
+            [
+                part.name,
+                render.count(part.n_tokens),
+                f"{part.n_bytes / max(1, part.n_tokens):.2f}",
+                render.count(part.n_train_tokens),
+                render.count(part.n_val_tokens),
+                render.count(part.n_train_blocks),
+            ]
+            for part in parts
+        ],
+        title=f"Tokens by {resolved.name}, {render.count(resolved.vocab_size)} entries; blocks of {block}",
+        total=several,
     )
     render.histogram("Length of the records", summary.length_counts, summary.length_edges, unit="tokens")
     if summary.total.n_duplicates:
@@ -186,7 +190,7 @@ def sample(
         render.note(line)
     render.table(
         ["domain", ">records", ">text"],
-        [[d.name, render.count(d.n_records), render.size(d.n_bytes)] for d in report.domains],
+        [[d.name, render.count(d.records), render.size(d.n_bytes)] for d in report.domains],
         title=f"Starter corpus in {target}",
     )
     render.say(f"Next: nanothink pretrain transformer --data-dir {target} --preset tiny")
@@ -204,7 +208,7 @@ def import_text(
         bool, typer.Option("--overwrite", help="Replace an earlier import of the same name.")
     ] = False,
     as_json: Json = False,
-) -> None:
+) -> int:
     """Bring other formats in.
 
     txt, md, csv, tsv, json, jsonl, parquet, folders of these, or a Hugging Face dataset (hf:NAME).
@@ -222,13 +226,19 @@ def import_text(
             on_progress=lambda done, total: bars("importing", done, total),
         )
     if as_json:
-        render.print_json(_plain(report))
-        return
-    render.say(
-        f"{report.path}: {render.count(report.n_records)} records, {render.size(report.n_bytes)} of text."
-    )
-    if report.n_empty:
-        render.warning(f"{render.count(report.n_empty)} rows had no text and were left out.")
+        lists = {"bad_rows": report.bad_rows, "warnings": report.warnings}
+        render.print_json(
+            _plain(report) | {name: [_problem(p) for p in found] for name, found in lists.items()}
+        )
+        return 1 if report.bad_rows else 0
+    for problem in report.warnings:
+        render.warning(str(problem))
+    for problem in report.bad_rows:
+        render.error(str(problem))
+    if report.empty:
+        render.warning(f"{render.count(report.empty)} rows had no text and were left out.")
+    render.say(f"{report.path}: {render.count(report.records)} records, {render.size(report.n_bytes)}.")
+    return 1 if report.bad_rows else 0
 
 
 def _problem(problem: Any) -> dict[str, Any]:

@@ -250,8 +250,9 @@ def _tokenizer_of(origin: Origin, resolved: ResolvedConfig, corpus: Corpus) -> T
         asked = resolve_tokenizer(data.tokenizer, corpus, val_split=data.val_split, note=lambda _: None)
         if asked.fingerprint != own.fingerprint:
             raise CheckpointMismatchError(
-                f"{origin.path} was trained with the tokenizer '{own.name}' ({own.vocab_size} tokens), not with "
-                f"'{asked.name}' ({asked.vocab_size}). Leave --tokenizer out: the checkpoint carries its own."
+                f"{origin.path} was trained with the tokenizer '{own.name}' ({own.vocab_size} tokens), not "
+                f"with '{asked.name}' ({asked.vocab_size}). Leave --tokenizer out: the checkpoint carries "
+                "its own."
             )
     return own
 

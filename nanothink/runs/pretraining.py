@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nanothink import __version__
@@ -109,6 +111,9 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
     """Model, optimizer and where they stand: fresh, or as the checkpoint has them."""
     config, train_config = prepared.config, prepared.config.train_expert
     device = prepared.precision.device
+    # Nothing here draws from Python or numpy, but an objective may, and then it must repeat.
+    random.seed(train_config.seed)
+    np.random.seed(train_config.seed % 2**32)
     torch.manual_seed(train_config.seed)
     model = build_model(prepared.where.kind, config, prepared.tokenizer.vocab_size)
     scaler = torch.amp.GradScaler(device.type) if prepared.precision.needs_scaler else None

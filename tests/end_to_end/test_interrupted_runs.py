@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
 from nanothink.checkpoints.file import read_checkpoint
 
 STEM = "transformer_expert"
@@ -168,14 +170,12 @@ def test_killed_during_a_save(
     seen: set[tuple[str, int]] = set()
 
     def saving_again() -> bool:
-        for entry in os.scandir(tmp_path):
-            if entry.name.endswith(".tmp") and STEM in entry.name:
-                try:
+        with os.scandir(tmp_path) as entries:
+            under_way = [e for e in entries if e.name.endswith(".tmp") and STEM in e.name]
+            for entry in under_way:
+                with suppress(FileNotFoundError):
                     seen.add((entry.name, entry.stat().st_ino))
-                except FileNotFoundError:
-                    continue
-                return len(seen) >= nth_save
-        return False
+        return bool(under_way) and len(seen) >= nth_save
 
     wait_until(saving_again, process)
     process.send_signal(sent)
