@@ -60,9 +60,6 @@ class CheckpointSummary:
     bytes: int
     modified: float
     """Seconds since 1970."""
-    finished: bool
-    """Whether the run had come to its end when this was written."""
-    elapsed_seconds: float | None
     format_version: int
 
 
@@ -258,7 +255,7 @@ def _summarise(path: Path, payload: CheckpointPayload) -> CheckpointSummary:
     except OSError:
         raise CheckpointNotFoundError(f"{path}: was removed while it was being read") from None
     run = payload["run"]
-    name, elapsed = run.get("name"), run.get("elapsed_seconds")
+    name = run.get("name")
     sizes = {
         (t.data_ptr(), tuple(t.shape), tuple(t.stride())): t.numel() for t in payload["model_state"].values()
     }
@@ -273,8 +270,6 @@ def _summarise(path: Path, payload: CheckpointPayload) -> CheckpointSummary:
         n_parameters=sum(sizes.values()),
         bytes=stat.st_size,
         modified=stat.st_mtime,
-        finished=run.get("finished") is True,
-        elapsed_seconds=float(elapsed) if isinstance(elapsed, (int, float)) else None,
         format_version=payload["format_version"],
     )
 

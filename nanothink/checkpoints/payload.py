@@ -67,7 +67,7 @@ class CheckpointPayload(TypedDict):
     """Fingerprint of the tokenised corpus that the positions refer to."""
 
     run: dict[str, Any]
-    """Plain values about the run: name, started, finished, elapsed_seconds, n_skipped_steps, ..."""
+    """Plain values about the run: its name, and the ``TrainState``."""
 
 
 _REQUIRED: dict[str, tuple[type, ...]] = {

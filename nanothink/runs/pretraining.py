@@ -134,7 +134,8 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
             )
         if scaler is not None and payload["amp_scaler"]:
             scaler.load_state_dict(dict(payload["amp_scaler"]))
-        unpack_rng(payload["rng"])
+        for line in unpack_rng(payload["rng"]):
+            watch.note(line)
     return Run(
         model=model,
         optimizer=optimizer,

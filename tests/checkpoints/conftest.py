@@ -39,7 +39,7 @@ def build_payload(seed: int = 0, **changes: Any) -> CheckpointPayload:
         "config": {"model": {"d_model": 16}, "data": {"domains": ["a", "b"]}},
         "tokenizer": {"tokenizer.json": "{}"},
         "data_fingerprint": "abc",
-        "run": {"name": "first", "finished": False, "elapsed_seconds": 12.5, "n_skipped_steps": 0},
+        "run": {"name": "first", "n_skipped_steps": 0},
     }
     return {**payload, **changes}  # type: ignore[typeddict-item]
 
