@@ -80,6 +80,14 @@ def test_log_likelihood_passes_gradcheck() -> None:
     )
 
 
+@pytest.mark.parametrize("rows_at_a_time", [1, 5])
+def test_the_epilogue_in_pieces_of_the_cache(rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large vocabulary leaves room for a few rows at a time; here a small cache does."""
+    monkeypatch.setattr(loss_module, "_CACHE_BYTES", rows_at_a_time * VOCAB * 4)
+    test_cross_entropy_equals_plain_float64(65, 1, 64)
+    test_log_likelihood_equals_plain_float64(65, 20)
+
+
 @pytest.mark.parametrize("n", [0, 5])
 def test_all_ignored_is_zero_with_zero_gradients(n: int) -> None:
     hidden, weight, _ = problem(n)
