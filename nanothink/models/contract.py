@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nanothink.data.tokens import IGNORE
 from nanothink.models.loss import linear_cross_entropy, linear_log_likelihood
+from nanothink.models.precision import products
 
 __all__ = ["IGNORE", "LanguageModel", "State"]
 
@@ -66,7 +67,9 @@ class LanguageModel(nn.Module, ABC):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, V) float32. For short inputs: training never holds this tensor."""
-        return F.linear(self.hidden(tokens), self.head_weight).float()
+        states = self.hidden(tokens)
+        with products(states.device.type):
+            return F.linear(states, self.head_weight).float()
 
     def loss(self, inputs: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
         """Cross-entropy summed over the targets (B, T) that are not IGNORE, in nats, times ``scale``.

@@ -29,13 +29,6 @@ NORM_EPS = 1e-6
 _FIRST_CAPACITY = 64  # tokens a new cache has room for; it doubles when full
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type in which matrix products on ``x`` run just now."""
-    device = x.device.type
-    dtype: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return dtype
-
-
 def linear(n_in: int, n_out: int, *, zero: bool = False) -> nn.Linear:
     """A linear layer without bias; normal of standard deviation 0.6 / sqrt(n_in), or zero."""
     layer = nn.Linear(n_in, n_out, bias=False, device="meta").to_empty(device="cpu")  # filled only once

@@ -13,15 +13,13 @@ logits again in backward.
 Precision: the products run in the autocast type where autocast is on, else in the type of the hidden
 states; softmax, log-sum-exp and both accumulated gradients are float32. A CPU without 16-bit matrix
 tiles (AMX) multiplies float32 about twice as fast as bfloat16 (docs/benchmarks.md), so there the
-products stay in float32 whatever autocast says. That is decided from what the processor reports and
-not from a stopwatch: a choice that can fall differently in two runs would make them differ in bits.
+products stay in float32 whatever autocast says (precision.py).
 
 Shapes: N rows (batch x time), D model width, V vocabulary, R rows of one chunk.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanothink.data.tokens import IGNORE
+from nanothink.models.precision import product_dtype
 
 _CACHE_BYTES = 3 << 20  # logits the epilogue walks through at a time on a CPU, so that they stay in L2
 
@@ -58,7 +57,7 @@ def linear_cross_entropy(
     need_hidden, need_weight = _needs_gradients(hidden, weight)
     _check_shapes(hidden, weight, targets, chunk_rows)
     result: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, scale, chunk_rows, _product_dtype(hidden), need_hidden, need_weight
+        hidden, weight, targets, scale, chunk_rows, product_dtype(hidden), need_hidden, need_weight
     )
     return result
 
@@ -81,7 +80,7 @@ def linear_log_likelihood(
     need_hidden, need_weight = _needs_gradients(hidden, weight)
     _check_shapes(hidden, weight, targets, chunk_rows)
     result: Tensor = _LogLikelihood.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, chunk_rows, _product_dtype(hidden), need_hidden, need_weight
+        hidden, weight, targets, chunk_rows, product_dtype(hidden), need_hidden, need_weight
     )
     return result
 
@@ -265,25 +264,6 @@ def _softmax_gradient_(logits: Tensor, targets: Tensor, factor: Tensor | None) -
 
 def _can_drop_rows(targets: Tensor) -> bool:
     return targets.device.type == "cpu"
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    if hidden.dtype == torch.float64:
-        return torch.float64
-    autocast = torch.is_autocast_enabled(device)
-    dtype: torch.dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-    if device == "cpu" and dtype not in _fast_cpu_types():
-        return torch.float32
-    return dtype
-
-
-@functools.cache
-def _fast_cpu_types() -> frozenset[torch.dtype]:
-    """Types in which this CPU multiplies matrices at least as fast as in float32."""
-    capabilities = torch.cpu.get_capabilities()
-    tiles = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
-    return frozenset({torch.float32, *(dtype for dtype, name in tiles.items() if capabilities.get(name))})
 
 
 def _needs_gradients(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:

@@ -1,14 +1,17 @@
 """Which device computes, and in which floating-point type.
 
-Weights, optimizer moments and losses stay float32 throughout; only what autocast covers runs in the
-16-bit type. On a CPU, 16-bit arithmetic is not always the faster one: a processor with AVX512-BF16
-but without AMX multiplied bfloat16 matrices at 0.75 times the speed of float32 (docs/log.md). So on
-a CPU the choice is measured, once, on a matrix product of the size that training is made of. The
-outcome goes into the resolved config, and a resumed run takes it from there.
+Weights, optimizer moments and losses stay float32 throughout; only matrix products run in a 16-bit type,
+and only where that is the faster one. On a CPU it often is not: one with AVX512-BF16 but without AMX
+multiplied bfloat16 matrices at 0.75 times the speed of float32 (docs/log.md). There products stay in
+float32 even under an autocast that asks for bfloat16.
+
+That is decided from what the processor reports and not from a stopwatch: a choice that can fall
+differently in two runs would make them differ in bits, and a resumed run must not.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,8 +22,9 @@ import torch
 from nanothink.config import TrainConfig
 from nanothink.errors import UsageError
 
+_CPU_REASON = "16-bit products are no faster on a CPU without AMX"
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_WORTH_IT = 1.5  # below this gain a 16-bit type costs accuracy for nothing
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,10 @@ def choose_precision(config: TrainConfig, device: torch.device) -> Precision:
         return Precision(device, torch.float32, "use_amp is off")
     if config.amp_dtype != "auto":
         dtype = DTYPES[config.amp_dtype]
-        if dtype is torch.float16 and device.type == "cpu":
-            return Precision(device, torch.float32, "float16 is for GPUs; on a CPU float32 takes its place")
+        if device.type == "cpu" and dtype not in fast_cpu_types():
+            return Precision(
+                device, torch.float32, f"{config.amp_dtype} is slower on this CPU: {_CPU_REASON}"
+            )
         return Precision(device, dtype, "as configured")
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -99,18 +105,36 @@ def choose_precision(config: TrainConfig, device: torch.device) -> Precision:
         )
     if device.type == "mps":
         return Precision(device, torch.float32, "float32 is the exact choice on MPS")
-    gain = bfloat16_gain()
-    if gain >= _WORTH_IT:
-        return Precision(
-            device,
-            torch.bfloat16,
-            f"this CPU multiplies bfloat16 matrices {gain:.1f} times as fast as float32 (measured)",
-        )
-    return Precision(
-        device,
-        torch.float32,
-        f"this CPU multiplies bfloat16 matrices at {gain:.1f} times the speed of float32 (measured)",
+    if torch.bfloat16 in fast_cpu_types():
+        return Precision(device, torch.bfloat16, "this CPU has AMX tiles for bfloat16")
+    return Precision(device, torch.float32, _CPU_REASON)
+
+
+@functools.cache
+def fast_cpu_types() -> frozenset[torch.dtype]:
+    """Types in which this CPU multiplies matrices faster than, or as fast as, in float32."""
+    capabilities = torch.cpu.get_capabilities()
+    tiles = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
+    return frozenset({torch.float32, *(dtype for dtype, name in tiles.items() if capabilities.get(name))})
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type in which matrix products on ``x`` are to run just now."""
+    device = x.device.type
+    if x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    dtype: torch.dtype = torch.get_autocast_dtype(device)
+    return torch.float32 if device == "cpu" and dtype not in fast_cpu_types() else dtype
+
+
+def products(device: str) -> AbstractContextManager[Any]:
+    """A context in which autocast is off where its type would slow this device down."""
+    slow = (
+        device == "cpu"
+        and torch.is_autocast_enabled(device)
+        and torch.get_autocast_dtype(device) not in fast_cpu_types()
     )
+    return torch.autocast(device, enabled=False) if slow else nullcontext()
 
 
 def bfloat16_gain(rows: int = 1024, width: int = 384, columns: int = 1536, repeats: int = 9) -> float:

@@ -30,11 +30,11 @@ from nanothink.models.layers import (
     RMSNorm,
     Rotary,
     SwiGLU,
-    compute_dtype,
     embedding,
     linear,
 )
 from nanothink.models.loss import CHUNK_ROWS
+from nanothink.models.precision import product_dtype, products
 
 
 class Block(nn.Module):
@@ -51,7 +51,7 @@ class Block(nn.Module):
         self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None = None, layer: int = 0
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        dtype = compute_dtype(x)
+        dtype = product_dtype(x)
         x = x + self.attention(self.attention_norm(x, dtype), rotation, cache, layer)
         update: Tensor = self.feed_forward(self.feed_forward_norm(x, dtype))
         return x + update
@@ -102,9 +102,10 @@ class Transformer(LanguageModel):
             )
         rotation = self.rotary(0, n_tokens)
         x = self.embedding(tokens)  # (B, T, D)
-        for block in self.blocks:
-            x = block(x, rotation)
-        states: Tensor = self.norm(x)
+        with products(x.device.type):
+            for block in self.blocks:
+                x = block(x, rotation)
+            states: Tensor = self.norm(x)
         return states
 
     def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
@@ -123,7 +124,7 @@ class Transformer(LanguageModel):
         """See ``LanguageModel.step``."""
         assert isinstance(state, KeyValueCache)
         state.check_room(tokens)
-        with torch.no_grad():
+        with torch.no_grad(), products(tokens.device.type):
             rotation = self.rotary(state.length, tokens.shape[1])
             x = self.embedding(tokens)  # (B, T, D)
             for layer, block in enumerate(self.blocks):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanothink.models import loss as loss_module
+from nanothink.models import precision
 from nanothink.models.contract import IGNORE
 from nanothink.models.loss import linear_cross_entropy, linear_log_likelihood
 
@@ -143,7 +144,7 @@ def test_huge_logits_do_not_overflow() -> None:
 @pytest.mark.parametrize("narrow_products", [False, True])
 def test_under_autocast(dtype: torch.dtype, narrow_products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if narrow_products:  # as on a processor that is fast at them
-        monkeypatch.setattr(loss_module, "_fast_cpu_types", lambda: {torch.float32, dtype})
+        monkeypatch.setattr(precision, "fast_cpu_types", lambda: {torch.float32, dtype})
     n = 257
     hidden, weight, targets = problem(n, ignored=30)
     nats, reference_hidden, reference_weight = plain(hidden, weight, targets)
@@ -170,7 +171,7 @@ def test_under_autocast(dtype: torch.dtype, narrow_products: bool, monkeypatch: 
 
 
 def test_tiny_incoming_gradients_survive_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "_fast_cpu_types", lambda: {torch.float32, torch.float16})
+    monkeypatch.setattr(precision, "fast_cpu_types", lambda: {torch.float32, torch.float16})
     hidden, weight, targets = problem(40)
     nats, reference_hidden, _ = plain(hidden, weight, targets)
     (nats.sum() * 1e-9).backward()

@@ -6,21 +6,40 @@ import torch
 from nanothink.config import TrainExpertConfig
 from nanothink.errors import UsageError
 from nanothink.models import precision
-from nanothink.models.precision import bfloat16_gain, choose_device, choose_precision
+from nanothink.models.precision import (
+    bfloat16_gain,
+    choose_device,
+    choose_precision,
+    product_dtype,
+    products,
+)
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("gain", "dtype"), [(0.8, torch.float32), (1.1, torch.float32), (2.5, torch.bfloat16)]
-)
-def test_a_cpu_computes_in_what_it_is_fast_at(
-    gain: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(precision, "bfloat16_gain", lambda: gain)
-    chosen = choose_precision(TrainExpertConfig(), CPU)
-    assert chosen.dtype is dtype
-    assert f"{gain:.1f}" in chosen.reason
+@pytest.fixture(params=[False, True], ids=["without AMX", "with AMX"])
+def amx(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    types = {torch.float32, torch.bfloat16} if request.param else {torch.float32}
+    monkeypatch.setattr(precision, "fast_cpu_types", lambda: frozenset(types))
+    return bool(request.param)
+
+
+def test_a_cpu_computes_in_what_it_is_fast_at(amx: bool) -> None:
+    wanted = torch.bfloat16 if amx else torch.float32
+    for settings in (TrainExpertConfig(), TrainExpertConfig(amp_dtype="bfloat16")):
+        assert choose_precision(settings, CPU).dtype is wanted
+    assert "AMX" in choose_precision(TrainExpertConfig(), CPU).reason
+
+
+def test_autocast_that_would_slow_a_cpu_down_is_switched_off(amx: bool) -> None:
+    matrix = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = torch.bfloat16 if amx else torch.float32
+        assert product_dtype(matrix) is wanted
+        with products("cpu"):
+            assert (matrix @ matrix).dtype is wanted
+    assert product_dtype(matrix) is torch.float32
+    assert product_dtype(matrix.double()) is torch.float64
 
 
 def test_the_gain_is_a_measured_ratio() -> None:
@@ -28,7 +47,6 @@ def test_the_gain_is_a_measured_ratio() -> None:
 
 
 def test_what_is_configured_decides() -> None:
-    assert choose_precision(TrainExpertConfig(amp_dtype="bfloat16"), CPU).dtype is torch.bfloat16
     assert (
         choose_precision(TrainExpertConfig(use_amp=False, amp_dtype="bfloat16"), CPU).dtype is torch.float32
     )
@@ -36,12 +54,12 @@ def test_what_is_configured_decides() -> None:
 
 
 def test_only_half_precision_scales_its_loss() -> None:
-    assert not choose_precision(TrainExpertConfig(amp_dtype="bfloat16"), CPU).needs_scaler
+    assert not precision.Precision(CPU, torch.bfloat16, "").needs_scaler
     assert precision.Precision(CPU, torch.float16, "").needs_scaler
 
 
 def test_autocast_covers_matrix_products() -> None:
-    half = choose_precision(TrainExpertConfig(amp_dtype="bfloat16"), CPU)
+    half = precision.Precision(CPU, torch.bfloat16, "")
     full = choose_precision(TrainExpertConfig(use_amp=False), CPU)
     matrix = torch.ones(2, 2)
     with half.autocast():
