@@ -1,8 +1,10 @@
 # Everything a fresh machine needs: Python with venv, and this file.
-PYTHON ?= python3
-VENV   ?= .venv
-BIN    := $(VENV)/bin
-DEMO   ?= demo
+PYTHON    ?= python3
+VENV      ?= .venv
+BIN       := $(VENV)/bin
+DEMO      ?= demo
+DATA      ?= $(DEMO)/data
+TOKENIZER ?= $(DEMO)/tokenizer
 
 .PHONY: help install demo test check bench clean
 
@@ -32,9 +34,9 @@ check: install   ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install   ## side by side with what people would use instead; prints the tables of docs/benchmarks.md
+bench: install   ## side by side with what people would use instead; prints the tables of docs/benchmarks.md (DATA=..., TOKENIZER=...)
 	$(BIN)/python benchmarks/training_step.py
-	$(BIN)/python benchmarks/tokenising.py
+	$(BIN)/python benchmarks/tokenising.py --data-dir $(DATA) --tokenizer $(TOKENIZER)
 	$(BIN)/python benchmarks/startup.py
 
 clean:           ## forget the demo and all caches, keep .venv
