@@ -231,6 +231,7 @@ def test_utf16_is_one_error_for_the_whole_file(tmp_path, encoding):
 @pytest.mark.parametrize(
     ("content", "name"),
     [(gzip.compress(b'{"text": "a"}'), ".jsonl.gz"), (zstandard.compress(b'{"text": "a"}'), ".jsonl.zst")],
+    ids=["gzip", "zstandard"],
 )
 def test_compressed_data_under_a_plain_name_is_one_error(tmp_path, content, name):
     assert name in only_problem(read(tmp_path, content)).reason

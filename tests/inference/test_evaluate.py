@@ -59,7 +59,10 @@ def test_it_equals_a_plain_sum_over_the_documents_tokens(
     """Bits per byte from first principles: read the files, find the held-out texts, add up by hand."""
     evaluation = score(model, tokens)
     for domain, stream in tokens.val.items():
-        texts = [json.loads(line)["text"] for line in (tiny_corpus / domain / "texts.jsonl").open()]
+        texts = [
+            json.loads(line)["text"]
+            for line in (tiny_corpus / domain / "texts.jsonl").read_text().splitlines()
+        ]
         held_out, sequence = [], []
         wanted = [stream.block(i, LENGTH)[1] for i in range(stream.n_blocks(LENGTH))]
         joined = [int(t) for block in wanted for t in block if t >= 0]
