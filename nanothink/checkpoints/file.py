@@ -287,7 +287,10 @@ def _not_found(path: Path) -> str:
 def _whats_in(folder: Path) -> str:
     names = _checkpoint_names(folder)
     if not names:
-        return f"{folder} holds no checkpoint; train one with `nanothink pretrain transformer`"
+        return (
+            f"The folder {folder.resolve()} holds no checkpoint; "
+            f"train one with `nanothink pretrain transformer`"
+        )
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return f"{folder} holds {', '.join(names[:12])}{more}"
 

@@ -80,10 +80,15 @@ class CheckpointStore:
     def newest(self, on_skip: Callable[[Path, str], None]) -> Path | None:
         """The latest state there is: interrupted, then the newest snapshot, then best.
 
-        Each candidate is verified to the last byte; one that fails is passed over, and ``on_skip`` gets
-        its path and the reason.
+        A best file that is further on than the newest snapshot, as a completed run may leave it, comes
+        before the snapshots. Each candidate is verified to the last byte; one that fails is passed
+        over, and ``on_skip`` gets its path and the reason.
         """
         files = self.existing()  # best, snapshots by number, interrupted
+        snapshots = [path for path in files if path not in (self.best, self.interrupted)]
+        if snapshots and _steps_done(self.best) > _steps_done(snapshots[-1]) >= 0:
+            files.remove(self.best)
+            files.insert(len(snapshots), self.best)
         for path in reversed(files):
             try:
                 verify_checkpoint(path)
@@ -174,6 +179,13 @@ class CheckpointStore:
         for path in old:
             path.rename(target / path.name)
         sync_folder(target)
+
+
+def _steps_done(path: Path) -> int:
+    """Steps of a readable checkpoint; -1 of anything else."""
+    with suppress(CheckpointError, StorageError):
+        return read_summary(path).step
+    return -1
 
 
 def list_checkpoints(folder: Path) -> list[CheckpointSummary | DamagedEntry]:

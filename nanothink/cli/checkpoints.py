@@ -28,26 +28,18 @@ def list_all(checkpoint_dir: CheckpointDir = Path("checkpoints"), as_json: Json 
         render.say(f"No checkpoints in {checkpoint_dir}.")
         return
     rows = []
+    damaged = []
     for entry in entries:
         if isinstance(entry, CheckpointSummary):
-            rows.append(
-                [
-                    entry.path.name,
-                    entry.kind,
-                    _role(entry.path),
-                    str(entry.epoch),
-                    str(entry.step),
-                    "-" if entry.best_loss is None else f"{entry.best_loss:.4f}",
-                    render.count(entry.n_parameters),
-                    render.size(entry.bytes),
-                    _when(entry.modified),
-                ]
-            )
+            loss = "-" if entry.best_loss is None else f"{entry.best_loss:.4f}"
+            found = [entry.kind, str(entry.epoch), str(entry.step), loss, render.count(entry.n_parameters)]
         else:
-            rows.append([entry.path.name, "damaged", entry.reason, "", "", "", "", "", ""])
-    render.table(
-        ["file", "kind", "role", ">epoch", ">step", ">best loss", ">parameters", ">size", "written"], rows
-    )
+            damaged.append(entry)
+            found = ["damaged", "", "", "", ""]
+        rows.append([entry.path.name, *found, render.size(entry.bytes), _when(entry.modified)])
+    render.table(["file", "kind", ">epoch", ">step", ">best loss", ">parameters", ">size", "written"], rows)
+    for entry in damaged:
+        render.warning(f"{entry.path}: {entry.reason}")
 
 
 @app.command(cls=ForgivingCommand)
@@ -108,7 +100,7 @@ def verify(
                 verify_checkpoint(path)
                 results[path] = None
             except CheckpointError as error:
-                results[path] = str(error)
+                results[path] = str(error).removeprefix(f"{path}: ")
     sound = not any(results.values())
     if as_json:
         files = [{"path": str(p), "ok": reason is None, "reason": reason} for p, reason in results.items()]
@@ -154,10 +146,3 @@ def _when(timestamp: float) -> str:
     import time
 
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(timestamp))
-
-
-def _role(path: Path) -> str:
-    from nanothink.checkpoints import parse_name
-
-    name = parse_name(path.name)
-    return name.role if name is not None else "?"

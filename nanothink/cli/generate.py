@@ -57,14 +57,10 @@ def generate(
     import sys
 
     from nanothink.cli import render
+    from nanothink.inference.sampling import sampling_config
     from nanothink.runs.evaluating import finished_checkpoints
     from nanothink.runs.loading import load
 
-    prompts = [sys.stdin.read() if text == "-" else text for text in prompt or [""]]
-    path = checkpoint or max(finished_checkpoints(checkpoint_dir), key=lambda p: p.stat().st_mtime_ns)
-    loaded = load(path, device=device)
-    for line in loaded.notes:
-        render.note(line)
     asked: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -74,7 +70,13 @@ def generate(
         "seed": seed,
         "stop_at_eos": False if ignore_eos else None,
     }
+    prompts = [sys.stdin.read() if text == "-" else text for text in prompt or [""]]
     sampling = {name: value for name, value in asked.items() if value is not None}
+    sampling_config(**sampling)  # a bad value is said before anything is loaded or printed
+    path = checkpoint or max(finished_checkpoints(checkpoint_dir), key=lambda p: p.stat().st_mtime_ns)
+    loaded = load(path, device=device)
+    for line in loaded.notes:
+        render.note(line)
     if as_json:
         texts = loaded.generate(prompts, **sampling)
         render.print_json(

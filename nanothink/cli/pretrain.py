@@ -99,7 +99,9 @@ def resume(
     ] = None,
     max_epochs: MaxEpochs = None,
     max_steps: MaxSteps = None,
-    data_dir: DataDir = None,
+    data_dir: Annotated[
+        str | None, typer.Option("--data-dir", help="Where the data is now. [default: where it was]")
+    ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     assignments: Set = None,

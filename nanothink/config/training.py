@@ -71,7 +71,7 @@ class TrainConfig(Settings):
     """Compute in a 16-bit type where that is faster on this device."""
 
     amp_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """The type under use_amp; 'auto' picks by device and, on a CPU, by measuring."""
+    """The type under use_amp; 'auto' picks the one this device is fastest at."""
 
     eval_every_steps: int | None = Field(None, ge=1)
     """Evaluate this often as well as at every epoch's end."""

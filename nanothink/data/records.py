@@ -295,7 +295,7 @@ def storage_error(path: Path, error: OSError) -> StorageError:
 def _refuse_existing(path: Path, overwrite: bool) -> None:
     if not overwrite and os.path.lexists(path):
         raise StorageError(
-            f"{shown(path)} exists already; choose another name, or allow it to be overwritten."
+            f"{shown(path)} exists already. Add --overwrite to replace it, or choose another domain."
         )
 
 

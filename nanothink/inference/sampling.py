@@ -11,13 +11,14 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from nanothink.config.base import Settings
-from nanothink.errors import NanoThinkError
+from nanothink.errors import NanoThinkError, UsageError
 
 
 class SamplingConfig(Settings):
@@ -26,8 +27,8 @@ class SamplingConfig(Settings):
     temperature: float = Field(0.8, ge=0, le=100)
     """Logits are divided by this: below 1 sharper, above 1 flatter, 0 always the likeliest token."""
 
-    top_k: int | None = Field(50, ge=1)
-    """Draw from the k likeliest tokens only; from all when empty."""
+    top_k: int | None = Field(50, ge=0)
+    """Draw from the k likeliest tokens only; from all when empty or 0."""
 
     top_p: float | None = Field(None, gt=0, le=1)
     """Draw from the fewest tokens whose probabilities reach this sum (Holtzman et al. 2020); from all when
@@ -47,6 +48,21 @@ class SamplingConfig(Settings):
 
     seed: int | None = Field(None, ge=0, lt=1 << 63)
     """The same seed gives the same text; fresh chance when empty. Row i of a batch uses seed + i."""
+
+
+def sampling_config(**values: Any) -> SamplingConfig:
+    """A SamplingConfig, or an error that a person can act on.
+
+    Raises:
+        UsageError: a value out of bounds, or a name that is not a sampling setting.
+    """
+    try:
+        return SamplingConfig(**values)
+    except ValidationError as error:
+        problems = [
+            f"{problem['loc'][0]}={problem['input']!r}: {problem['msg']}" for problem in error.errors()
+        ]
+        raise UsageError("; ".join(problems) + ".") from None
 
 
 def next_tokens(
@@ -99,7 +115,7 @@ def pick(probabilities: Tensor, draws: Tensor) -> Tensor:
 def filter_probabilities(scores: Tensor, config: SamplingConfig) -> Tensor:
     """Temperature, top-k and top-p: (B, V) logits to (B, V) probabilities, zero where filtered out."""
     scores = (scores - scores.amax(1, keepdim=True)) / config.temperature
-    if config.top_k is not None and config.top_k < scores.shape[1]:
+    if config.top_k and config.top_k < scores.shape[1]:
         best = scores.topk(config.top_k, dim=1)
         scores = torch.full_like(scores, -torch.inf).scatter_(1, best.indices, best.values)
     probabilities = scores.softmax(1)

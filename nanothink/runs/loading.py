@@ -14,7 +14,7 @@ from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.inference.generate import StreamDecoder, generate
-from nanothink.inference.sampling import SamplingConfig
+from nanothink.inference.sampling import sampling_config
 from nanothink.models import build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import DTYPES, Precision, choose_device
@@ -58,6 +58,7 @@ class LoadedModel:
         Returns:
             The continuation without the prompt: a string for a string, else a list of strings.
         """
+        config = sampling_config(**sampling)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         decoders = [StreamDecoder(self.tokenizer) for _ in prompts]
 
@@ -68,7 +69,7 @@ class LoadedModel:
         new = generate(
             self.model,
             [self.tokenizer.encode(p) for p in prompts],
-            SamplingConfig(**sampling),
+            config,
             eos_id=self.tokenizer.eos_id,
             on_token=on_token,
         )

@@ -162,8 +162,8 @@ def finished_marker(where: Where) -> Path:
     return where.checkpoint_dir / "runs" / where.stem / "finished.json"
 
 
-def is_finished(prepared: Prepared) -> str | None:
-    """Why there is nothing left to do for this run as configured; None when there is.
+def earlier_ending(prepared: Prepared) -> dict[str, Any] | None:
+    """How this run ended (reason, step, epoch, best_loss), if nothing is left to do; None if there is.
 
     A run that stopped early leaves its best epoch behind, from which training could go on. Whether it
     should is decided by whether anything that ends a run was changed since.
@@ -172,10 +172,10 @@ def is_finished(prepared: Prepared) -> str | None:
     if prepared.origin is None or prepared.where.store.interrupted.exists() or not marker.exists():
         return None
     try:
-        ending = json.loads(marker.read_text("utf-8"))
+        ending: dict[str, Any] = json.loads(marker.read_text("utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
-    return ending["reason"] if ending["settings"] == ending_settings(prepared.config) else None
+    return ending if ending.get("settings") == ending_settings(prepared.config) else None
 
 
 def ending_settings(config: Config) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from nanothink.checkpoints import (
     restore_model,
     unpack_rng,
 )
+from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream
 from nanothink.errors import DataError
 from nanothink.inference.evaluate import Evaluation, evaluate_model
@@ -36,9 +37,9 @@ from nanothink.runs.preparing import (
     Prepared,
     Watch,
     Where,
+    earlier_ending,
     ending_settings,
     finished_marker,
-    is_finished,
     prepare,
 )
 from nanothink.training.events import EvaluationProgress, Event, Note, Observer, RunFinished, RunStarted
@@ -64,16 +65,14 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
         stop = stack.enter_context(StopRequest())
         stack.enter_context(store.lock())
         if where.resume is None:
+            # A mistake in settings or data is said first: mending it must not need --overwrite.
+            data = configure(None).config.data
+            find_corpus(data.data_dir, data.domains)
             store.guard_new_run(overwrite=where.overwrite)
         prepared = prepare(where, configure, watch)
-        if (reason := is_finished(prepared)) is not None:
-            return RunFinished(
-                prepared.state.step,
-                prepared.state.epoch,
-                f"{reason}, some time ago",
-                prepared.state.best_loss,
-                0.0,
-            )
+        if (ending := earlier_ending(prepared)) is not None:
+            watch.note("This run is complete. To train on, raise --max-epochs or --max-steps.")
+            return RunFinished(ending["step"], ending["epoch"], ending["reason"], ending["best_loss"], 0.0)
         run = build_run(prepared, watch)
         recorder = RunRecorder(
             where.checkpoint_dir / "runs" / where.stem, _description(prepared, run.model), run.state
@@ -101,7 +100,13 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
         finished = train(run, _services(prepared, run, store, tell, stop))
         write_whole(
             finished_marker(where),
-            {"reason": finished.reason, "step": finished.step, "settings": ending_settings(prepared.config)},
+            {
+                "reason": finished.reason,
+                "step": finished.step,
+                "epoch": finished.epoch,
+                "best_loss": finished.best_loss,
+                "settings": ending_settings(prepared.config),
+            },
         )
         store.remove_interrupted()
         return finished
@@ -255,7 +260,7 @@ def _remarks(prepared: Prepared) -> list[str]:
     warmup = effective_warmup(train_config, plan.total_steps)
     if warmup != train_config.warmup_steps:
         remarks.append(
-            f"Warming up over {warmup} steps, a tenth of this run, instead of {train_config.warmup_steps}."
+            f"Warming up over a tenth of this run ({warmup} steps), not {train_config.warmup_steps} steps."
         )
     length = prepared.config.model.max_seq_len
     draws = plan.total_steps * plan.blocks_per_step / len(prepared.tokens.train)

@@ -67,6 +67,17 @@ def test_newest_goes_by_role_and_number(store, make_payload):
         order.pop().unlink()
 
 
+def test_newest_prefers_a_best_file_that_is_further_on_than_the_snapshots(store, make_payload):
+    store.write(store.epoch(5), make_payload(step=50))
+    store.write(store.best, make_payload(step=60))
+    assert store.newest(never) == store.best
+    store.write(store.interrupted, make_payload(step=55))
+    assert store.newest(never) == store.interrupted
+    store.interrupted.unlink()
+    store.write(store.epoch(7), make_payload(step=70))
+    assert store.newest(never) == store.epoch(7)
+
+
 def test_newest_passes_over_damaged_files_and_says_why(store, make_payload):
     for path in (store.best, store.epoch(9), store.epoch(10), store.interrupted):
         store.write(path, make_payload())

@@ -167,7 +167,7 @@ def test_logits_that_are_not_finite_are_an_error(bad: float, temperature: float)
     [
         {"temperature": -0.1},
         {"temperature": math.nan},
-        {"top_k": 0},
+        {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"repetition_penalty": 0.0},
