@@ -1,0 +1,347 @@
+"""The commands as a person and a script use them, on one small trained model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nanothink
+from nanothink.cli.app import run
+
+SMALL = [
+    *("--set", "model.d_model=32", "--set", "model.max_seq_len=32", "--set", "transformer.n_layers=1"),
+    *("--set", "transformer.n_heads=2", "--set", "train_expert.batch_size=4"),
+    *("--set", "train_expert.amp_dtype=float32", "--set", "train_expert.sample_tokens=0"),
+]
+
+
+@pytest.fixture(scope="module")
+def pretrain(tiny_corpus: Path, tiny_tokenizer: Path) -> Callable[..., int]:
+    def call(folder: Path, *more: str | Path, data: Path = tiny_corpus) -> int:
+        known = ("--data-dir", data, "--tokenizer", tiny_tokenizer, "--checkpoint-dir", folder)
+        return run(["pretrain", "transformer", *map(str, known), *SMALL, *map(str, more)])
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(pretrain: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model trained for 20 steps. Read only: copy it to change it."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert pretrain(folder, "--max-steps", "20") == 0
+    return folder
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+Said = Callable[[], tuple[str, str]]
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Said:
+    return lambda: tuple(capsys.readouterr())  # type: ignore[return-value]
+
+
+def as_json(said: Said) -> dict[str, Any]:
+    return dict(json.loads(said()[0]))
+
+
+def test_evaluation_as_json(trained: Path, said: Said) -> None:
+    path = trained / "transformer_expert.pt"
+    assert run(["eval", str(path), str(path), "--json"]) == 0
+    one, two = as_json(said)["checkpoints"]
+    assert one == two
+    assert (one["path"], one["kind"]) == (str(path), "transformer")
+    assert set(one["domains"]) == {"letters", "manuals", "tales"}
+    for scores in (one["overall"], *one["domains"].values()):
+        assert set(scores) == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}
+    assert one["overall"]["tokens"] == sum(d["tokens"] for d in one["domains"].values())
+
+
+def test_the_parts_of_the_split_add_up(trained: Path, said: Said) -> None:
+    path, sizes = trained / "transformer_expert.pt", {}
+    for split in ("train", "val", "all"):
+        assert run(["eval", str(path), "--json", "--split", split]) == 0
+        sizes[split] = as_json(said)["checkpoints"][0]["overall"]
+    for unit in ("tokens", "bytes"):
+        assert sizes["train"][unit] + sizes["val"][unit] == sizes["all"][unit]
+
+
+def test_evaluation_says_what_training_said(trained: Path, said: Said) -> None:
+    assert run(["eval", "--checkpoint-dir", str(trained), "--json"]) == 0
+    evaluated = as_json(said)["checkpoints"][0]["overall"]["loss"]
+    lines = (trained / "runs" / "transformer_expert" / "metrics.jsonl").read_text().splitlines()
+    assert evaluated == pytest.approx(json.loads(lines[-1])["loss"], rel=1e-6)
+
+
+def test_evaluation_as_a_table(trained: Path, said: Said) -> None:
+    path = str(trained / "transformer_expert.pt")
+    assert run(["eval", path]) == 0
+    single = said()[0]
+    assert "bits per byte" in single
+    assert "tales" in single
+    assert run(["eval", path, path, "--domains", "tales"]) == 0
+    several = said()[0]
+    assert several.count("transformer_expert.pt") == 2
+    assert "letters" not in several
+
+
+def test_generation_repeats_by_seed_and_works_anywhere(
+    trained: Path, said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "generate",
+        "time light",
+        "-c",
+        str(trained / "transformer_expert.pt"),
+        "-n",
+        "50",
+        "--ignore-eos",
+    ]
+    texts = set()
+    for _ in range(2):
+        assert run([*command, "--seed", "3"]) == 0
+        texts.add(said()[0])
+    assert len(texts) == 1
+    assert texts.pop().startswith("time light")  # 50 tokens reach past the context of 32
+    assert run([*command, "--seed", "4", "moon", "--json"]) == 0
+    samples = as_json(said)["samples"]
+    assert [s["prompt"] for s in samples] == ["time light", "moon"]
+    assert all(s["text"] for s in samples)
+
+
+@pytest.mark.parametrize(
+    "bad", [["--temperature", "-1"], ["--top-p", "2"], ["--top-k", "-3"], ["-n", "0"], ["--seed", "-1"]]
+)
+def test_a_bad_sampling_value_is_wrong_usage(bad: list[str], trained: Path, said: Said) -> None:
+    assert run(["generate", "x", "--checkpoint-dir", str(trained), *bad]) == 2
+    output, errors = said()
+    assert output == ""
+    assert errors.startswith("error: ")
+
+
+def test_the_python_interface(trained: Path) -> None:
+    loaded = nanothink.load(trained / "transformer_expert.pt")
+    assert loaded.kind == "transformer"
+    assert loaded.config.model.d_model == 32
+    tokens = torch.tensor([loaded.tokenizer.encode("time light stone")])
+    logits = loaded.logits(tokens)
+    assert logits.shape == (1, tokens.shape[1], loaded.tokenizer.vocab_size)
+    assert logits.dtype is torch.float32
+    one = loaded.generate("moon", max_new_tokens=5, seed=1)
+    assert loaded.generate(["moon"], max_new_tokens=5, seed=1) == [one]
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_no_checkpoint(
+    pretrain: Callable[..., int], said: Said, tmp_path: Path
+) -> None:
+    assert pretrain(tmp_path / "none", "--dry-run", "--json") == 0
+    estimate = as_json(said)
+    assert estimate["parameters"]["embeddings"] == estimate["parameters"]["head"] == 32 * 320
+    assert estimate["tokens_per_step"] == 4 * 32
+    assert estimate["peak_memory_bytes"] > 0
+    assert not (tmp_path / "none").exists()
+    assert pretrain(tmp_path / "none", "--dry-run") == 0
+    assert "peak memory" in said()[0]
+
+
+def test_a_new_run_refuses_to_replace_an_old_one(
+    pretrain: Callable[..., int], copied: Path, said: Said
+) -> None:
+    before = {p: p.read_bytes() for p in copied.glob("*.pt")}
+    assert pretrain(copied, "--max-steps", "3") == 2
+    errors = said()[1]
+    assert all(way in errors for way in ("--resume", "--name", "--overwrite"))
+    assert {p: p.read_bytes() for p in copied.glob("*.pt")} == before
+    assert pretrain(copied, "--max-steps", "3", "--overwrite") == 0
+    (kept,) = copied.glob("replaced/*/transformer_expert.pt")
+    assert kept.read_bytes() == before[copied / "transformer_expert.pt"]
+
+
+def test_a_complete_run_stays_complete_until_more_is_asked_of_it(
+    pretrain: Callable[..., int], copied: Path, said: Said
+) -> None:
+    best = copied / "transformer_expert.pt"
+    before = best.read_bytes()
+    assert pretrain(copied, "--max-steps", "20", "--resume") == 0
+    assert "This run is complete" in said()[1]
+    assert best.read_bytes() == before
+    assert pretrain(copied, "--max-steps", "30", "--resume") == 0
+    errors = said()[1]
+    assert "train_expert.max_steps was 20, now 30" in errors
+    assert "step 30/30" in errors
+    assert "step 20/30" not in errors  # it went on from there, not from the beginning
+
+
+def test_resuming_with_nothing_there_starts_anew(
+    pretrain: Callable[..., int], said: Said, tmp_path: Path
+) -> None:
+    assert pretrain(tmp_path, "--max-steps", "2", "--resume") == 0
+    assert "starting anew" in said()[1]
+
+
+def test_resuming_with_another_tokenizer_is_refused(
+    pretrain: Callable[..., int], copied: Path, tiny_corpus: Path, said: Said, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    assert (
+        run(
+            ["tokenizer", "train", "--data-dir", str(tiny_corpus), "--vocab-size", "290", "--out", str(other)]
+        )
+        == 0
+    )
+    assert pretrain(copied, "--resume", "--max-steps", "30", "--tokenizer", other) == 1
+    assert "was trained with the tokenizer" in said()[1]
+
+
+def test_what_does_not_fit_is_listed_and_a_stranger_refused(
+    pretrain: Callable[..., int], copied: Path, said: Said
+) -> None:
+    assert pretrain(copied, "--resume", "--max-steps", "25", "--set", "transformer.n_layers=2") == 0
+    assert "blocks.1" in said()[1]
+    assert pretrain(copied, "--resume", "--max-steps", "35", "--set", "model.d_model=64") == 1
+    assert "error:" in said()[1]
+
+
+def test_an_older_state_does_not_quietly_replace_a_later_one(
+    pretrain: Callable[..., int], copied: Path, said: Said
+) -> None:
+    best = copied / "transformer_expert.pt"
+    later = torch.load(best, weights_only=True)
+    later["step"] = 25
+    from nanothink.checkpoints import write_checkpoint
+
+    write_checkpoint(copied / "transformer_expert_interrupted.pt", later)
+    assert pretrain(copied, "--resume", best, "--max-steps", "22") == 2
+    assert "further on (step 25)" in said()[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["pretrain", "transfomer"], 2, "Did you mean 'transformer'?"),
+        (["pretrain", "transformer", "--data-dir", "nowhere"], 1, "nowhere"),
+        (["pretrain", "transformer", "--preset", "tinny"], 2, "Did you mean 'tiny'?"),
+        (["pretrain", "transformer", "--set", "train_expert.lrr=1"], 2, "Did you mean 'train_expert.lr'?"),
+        (["pretrian", "transformer"], 2, "Did you mean 'pretrain'?"),
+        (["resume"], 1, "was interrupted"),
+        (["resume", "no.pt"], 1, "no.pt"),
+        (["eval"], 1, "nanothink pretrain"),
+        (["eval", "--split", "vall"], 2, "Did you mean 'val'?"),
+        (["generate", "x"], 1, "nanothink pretrain"),
+        (["checkpoints", "show", "no.pt"], 1, "no.pt"),
+        (["data", "validate", "nowhere"], 1, "nowhere"),
+        (["config", "show", "modle"], 2, "Did you mean 'model'?"),
+    ],
+)
+def test_mistakes_get_one_clear_line(
+    arguments: list[str], code: int, words: str, said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) == code
+    errors = said()[1]
+    assert words in errors
+    assert errors.count("error:") == 1
+    assert "Traceback" not in errors
+
+
+def test_misspelt_domains_are_named(pretrain: Callable[..., int], said: Said, tmp_path: Path) -> None:
+    assert pretrain(tmp_path, "--domains", "leters") == 2
+    assert "Did you mean 'letters'?" in said()[1]
+
+
+def test_bad_records_stop_training_unless_skipped(
+    pretrain: Callable[..., int], tiny_corpus: Path, said: Said, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_corpus, data, ignore=shutil.ignore_patterns(".nanothink"))
+    with (data / "tales" / "texts.jsonl").open("a") as file:
+        file.write('{"text": ""}\n{"text": NaN}\n')
+    assert pretrain(tmp_path / "a", "--max-steps", "2", data=data) == 1
+    errors = said()[1]
+    assert "texts.jsonl:21:" in errors
+    assert "--skip-bad-records" in errors
+    assert pretrain(tmp_path / "a", "--max-steps", "2", "--skip-bad-records", data=data) == 0
+    assert "2 bad records are left out" in said()[1]
+
+    assert run(["data", "validate", str(data), "--json"]) == 1
+    report = as_json(said)
+    assert report["ok"] is False
+    assert (report["files"], report["records"]) == (3, 110)
+    assert [(e["line"], sorted(e)) for e in report["errors"]] == [
+        (21, ["column", "file", "line", "reason"]),
+        (22, ["column", "file", "line", "reason"]),
+    ]
+
+
+def test_checkpoints_are_listed_shown_verified_and_pruned(copied: Path, said: Said) -> None:
+    where = ["--checkpoint-dir", str(copied)]
+    shutil.copy(copied / "transformer_expert.pt", copied / "transformer_expert_epoch1.pt")
+    shutil.copy(copied / "transformer_expert.pt", copied / "transformer_expert_epoch2.pt")
+    assert run(["checkpoints", "ls", *where]) == 0
+    assert "transformer_expert_epoch2.pt" in said()[0]
+    assert run(["checkpoints", "show", str(copied / "transformer_expert.pt")]) == 0
+    assert "blocks.0" in said()[0]
+    assert run(["checkpoints", "verify", *where]) == 0
+    damaged = copied / "transformer_expert_epoch2.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    said()
+    assert run(["checkpoints", "verify", *where, "--json"]) == 1
+    assert [f["ok"] for f in as_json(said)["files"]].count(False) == 1
+    assert run(["checkpoints", "ls", *where]) == 0
+    assert "damaged" in said()[0]
+    damaged.unlink()
+    shutil.copy(copied / "transformer_expert.pt", damaged)
+    assert run(["checkpoints", "prune", *where, "--json"]) == 0
+    assert as_json(said)["removed"] == [str(copied / "transformer_expert_epoch1.pt")]
+
+
+def test_the_corpus_in_numbers(tiny_corpus: Path, tiny_tokenizer: Path, said: Said) -> None:
+    command = ["data", "inspect", str(tiny_corpus), "--tokenizer", str(tiny_tokenizer)]
+    assert run([*command, "--json"]) == 0
+    summary = as_json(said)
+    letters = summary["domains"]["letters"]
+    assert (letters["n_files"], letters["n_records"], letters["n_duplicates"]) == (1, 60, 0)
+    assert letters["n_train_tokens"] + letters["n_val_tokens"] == letters["n_tokens"]
+    assert sum(summary["record_lengths"]["counts"]) == summary["total"]["n_records"] == 110
+    assert run(command) == 0
+    assert "letters" in said()[0]
+
+
+def test_settings_and_where_they_come_from(
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nanothink.toml").write_text("[train_expert]\nlr = 0.001\n")
+    monkeypatch.setenv("NANOTHINK_TRAIN_EXPERT__SEED", "7")
+    assert run(["config", "show", "--preset", "tiny", "--json"]) == 0
+    shown = as_json(said)
+    assert shown["train_expert.lr"]["source"].endswith("nanothink.toml")
+    assert shown["train_expert.seed"] == shown["train_expert.seed"] | {
+        "value": 7,
+        "source": "NANOTHINK_TRAIN_EXPERT__SEED",
+    }
+    assert shown["model.d_model"]["source"] == "preset tiny"
+    assert run(["config", "presets"]) == 0
+    assert "tiny" in said()[0]
+
+
+def test_underscores_of_older_scripts_are_understood(tiny_corpus: Path, said: Said) -> None:
+    assert run(["data", "validate", "--data_dir", str(tiny_corpus)]) == 0
+    assert "all valid" in said()[0]
+
+
+def test_the_doctor_answers(said: Said, tmp_path: Path) -> None:
+    assert run(["doctor", "--json", "--checkpoint-dir", str(tmp_path)]) == 0
+    assert {"device", "precision", "torch", "disk"} <= set(as_json(said))
