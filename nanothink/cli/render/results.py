@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
 
 def training_summary(name: str, finished: RunFinished, best: Path, view: TrainingView) -> None:
-    say(
-        f"{name}: {finished.reason}, {finished.epoch} epochs, {finished.step} steps, "
-        f"{duration(finished.seconds)}."
-    )
+    say(f"{name}: {finished.reason}, {finished.epoch} whole epochs, {duration(finished.seconds)}.")
     if view.last_validation is not None:
         table(
             ["domain", ">loss", ">perplexity", ">bits per byte", ">tokens"],
