@@ -53,17 +53,25 @@ def settings(only: str) -> Iterator[dict[str, Any]]:
 
 
 def one(
-    arguments: dict[str, Any], tokens: TokenisedCorpus, vocabulary: int, steps: int, schedule: str, seed: int
+    arguments: dict[str, Any],
+    tokens: TokenisedCorpus,
+    vocabulary: int,
+    steps: int,
+    schedule: str,
+    seed: int,
+    more: list[str],
+    preset: str,
 ) -> float:
     """Validation bits per byte after ``steps`` steps."""
     names = {"matrices": "lr_matrices", "embeddings": "lr_embeddings", "head": "lr_head", "other": "lr_other"}
     config = resolve_config(
-        preset="tiny",
+        preset=preset,
         assignments=[
             f"train_expert.lr={PEAK}",
             f"train_expert.optimizer={arguments['optimizer']}",
             f"train_expert.schedule={schedule}",
             *(f"train_expert.{name}={arguments[key]}" for key, name in names.items()),
+            *more,
         ],
     ).config
     torch.manual_seed(seed)
@@ -103,6 +111,10 @@ def main() -> None:
     parser.add_argument("--schedule", nargs="+", default=["cosine"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--settings", help="JSON list of settings to compare instead of the built-in ones")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument(
+        "--set", action="append", default=[], help="section.key=value, as for nanothink itself"
+    )
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args()
     if options.threads:
@@ -116,7 +128,17 @@ def main() -> None:
     for arguments, schedule in itertools.product(compared, options.schedule):
         start = time.perf_counter()
         scores = [
-            one(arguments, tokens, tokenizer.vocab_size, n, schedule, options.seed) for n in options.steps
+            one(
+                arguments,
+                tokens,
+                tokenizer.vocab_size,
+                n,
+                schedule,
+                options.seed,
+                options.set,
+                options.preset,
+            )
+            for n in options.steps
         ]
         seconds = (time.perf_counter() - start) / sum(options.steps)
         rates = " | ".join(

@@ -18,16 +18,16 @@ class TrainConfig(Settings):
     lr: float = Field(3e-4, gt=0, le=10)
     """Peak learning rate. Every parameter group has this rate times its own multiplier below."""
 
-    lr_matrices: float = Field(10.0, ge=0)
+    lr_matrices: float = Field(20.0, ge=0)
     """Multiplier of lr for hidden matrices (with Muon, whose update is scaled to AdamW's RMS)."""
 
-    lr_embeddings: float = Field(100.0, ge=0)
+    lr_embeddings: float = Field(300.0, ge=0)
     """Multiplier of lr for token embeddings (AdamW)."""
 
-    lr_head: float = Field(10.0, ge=0)
+    lr_head: float = Field(30.0, ge=0)
     """Multiplier of lr for the LM head (AdamW)."""
 
-    lr_other: float = Field(10.0, ge=0)
+    lr_other: float = Field(30.0, ge=0)
     """Multiplier of lr for norms, biases, convolutions and everything else (AdamW)."""
 
     optimizer: Literal["muon", "adamw"] = "muon"
