@@ -67,10 +67,8 @@ def run(args: list[str]) -> int:
     except NanoThinkError as error:
         _print_error(str(error))
         return error.exit_code
-    except typer.Abort:
-        return InterruptedRun.exit_code
-    except KeyboardInterrupt:
-        _print_error("Interrupted.")
+    except (typer.Abort, KeyboardInterrupt):
+        _print_error("Interrupted; there was nothing to save.")
         return InterruptedRun.exit_code
     except BrokenPipeError:
         # The reader (head, less) has gone; that is its right. Keep Python from complaining at exit.

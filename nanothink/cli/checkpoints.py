@@ -63,6 +63,7 @@ def show(
         render.print_json({**facts, "config": payload["config"], "tensors": shapes})
         return
     state = facts.pop("run")
+    facts["modified"] = _when(summary.modified)
     rows = [[k.replace("_", " "), str(v)] for k, v in facts.items()]
     rows += [[k.replace("_", " "), str(v)] for k, v in state.get("state", {}).items() if k not in facts]
     render.table(["", "value"], rows, title=str(checkpoint))

@@ -27,6 +27,10 @@ DataDirArgument = Annotated[
 
 
 def _folder(argument: str | None, option: str | None) -> str:
+    from nanothink.errors import UsageError
+
+    if argument and option and Path(argument) != Path(option):
+        raise UsageError(f"Two data folders were given: {argument} and {option}. Leave one out.")
     return argument or option or "data"
 
 
@@ -62,7 +66,11 @@ def inspect(
         for problem in corpus.warnings:
             bars.note(str(problem))
         resolved = resolve_tokenizer(
-            tokenizer or settings.tokenizer, corpus, val_split=settings.val_split, note=bars.note
+            tokenizer or settings.tokenizer,
+            corpus,
+            val_split=settings.val_split,
+            skip_bad_records=skip_bad_records,
+            note=bars.note,
         )
         tokens = tokenise(
             corpus,
@@ -147,9 +155,9 @@ def validate(
         )
         return 0 if report.ok else 1
     for problem in report.warnings:
-        render.warning(str(problem))
+        render.say(f"warning: {problem}", style="yellow")
     for problem in report.errors:
-        render.error(str(problem))
+        render.say(f"error: {problem}", style="red")
     seconds = max(report.seconds, 1e-9)
     verdict = "all valid" if report.ok else f"{render.count(len(report.errors))} errors"
     render.say(
@@ -211,7 +219,7 @@ def import_text(
 ) -> int:
     """Bring other formats in.
 
-    txt, md, csv, tsv, json, jsonl, parquet, folders of these, or a Hugging Face dataset (hf:NAME).
+    txt, md, csv, tsv, json, jsonl, parquet, a folder of texts (txt, md), or a Hugging Face dataset (hf:NAME).
     """
     from nanothink.cli import render
     from nanothink.data.importing import import_source

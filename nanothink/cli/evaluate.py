@@ -49,7 +49,7 @@ def evaluate(
     from nanothink.runs.evaluating import evaluate_checkpoints, finished_checkpoints
     from nanothink.training.recording import score_as_dict
 
-    paths = checkpoint or finished_checkpoints(checkpoint_dir)
+    paths = checkpoint or finished_checkpoints(checkpoint_dir, render.note)
     with render.progress() as bars:
         results = evaluate_checkpoints(
             paths,

@@ -73,7 +73,9 @@ def generate(
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt or [""]]
     sampling = {name: value for name, value in asked.items() if value is not None}
     sampling_config(**sampling)  # a bad value is said before anything is loaded or printed
-    path = checkpoint or max(finished_checkpoints(checkpoint_dir), key=lambda p: p.stat().st_mtime_ns)
+    path = checkpoint or max(
+        finished_checkpoints(checkpoint_dir, render.note), key=lambda p: p.stat().st_mtime_ns
+    )
     loaded = load(path, device=device)
     for line in loaded.notes:
         render.note(line)

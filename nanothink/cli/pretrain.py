@@ -69,8 +69,12 @@ def pretrain(
 
     For example: nanothink pretrain transformer --domains my_domain --preset tiny
     """
+    from nanothink.errors import UsageError
     from nanothink.models import known_kind
     from nanothink.runs.preparing import Where
+
+    if name == "" or (domains and not any(part.strip(" ,") for part in domains)):
+        raise UsageError("--name and --domains need a value; leave the option out for the default.")
 
     where = Where(
         kind=known_kind(kind),

@@ -51,7 +51,7 @@ class Config(Settings):
             fitting = [h for h in range(1, width // 2 + 1) if width % h == 0 and width // h % 2 == 0]
             raise ValueError(
                 f"transformer.n_heads={heads} does not split model.d_model={width} into heads of even width; "
-                f"use one of {', '.join(map(str, fitting[:12]))}"
+                + (f"use one of {', '.join(map(str, fitting[:12]))}" if fitting else "make d_model even")
             )
         return self
 

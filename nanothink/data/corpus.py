@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from nanothink.config.data import SPLIT_SEED
 from nanothink.data.lines import SUFFIXES, Problem, shown
 from nanothink.data.records import iter_records
-from nanothink.errors import DataError, UsageError, did_you_mean
+from nanothink.errors import BadRecordsError, DataError, UsageError, did_you_mean
 
 Keys = NDArray[np.uint64]
 Sides = NDArray[np.bool_]
@@ -173,6 +173,22 @@ def assign_sides(keys: Mapping[str, Keys], val_split: float) -> dict[str, Sides]
                     settled = False
                     break
     return {name: sides.get(name, np.zeros(0, np.bool_)) for name in keys}
+
+
+_NAMED_PROBLEMS = 5
+
+
+def bad_records_error(root: Path, problems: Sequence[Problem], n_bad: int) -> BadRecordsError:
+    """The error for a corpus with ``n_bad`` bad lines, naming the first few of ``problems``."""
+    named = sorted(problems, key=lambda problem: (problem.file, problem.line))[:_NAMED_PROBLEMS]
+    lines = [f"{n_bad:,} bad line{'s' * (n_bad > 1)} in the corpus:"]
+    lines += [f"  {problem}" for problem in named]
+    if n_bad > len(named):
+        lines.append(f"  and {n_bad - len(named):,} more")
+    lines.append(
+        f"`nanothink data validate {root}` lists all of them; --skip-bad-records goes on without them."
+    )
+    return BadRecordsError("\n".join(lines))
 
 
 def validate_corpus(

@@ -293,7 +293,7 @@ def _refuse_data(root: Path, name: str, overwrite: bool) -> None:
     if taken:
         raise StorageError(
             f"{shown(folder)} holds data already ({shown(taken[0])}). Choose another folder for the starter "
-            "corpus, or allow a starter corpus that is there to be overwritten."
+            "corpus, or add --overwrite to replace an earlier starter corpus."
         )
 
 

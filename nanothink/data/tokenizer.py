@@ -24,7 +24,14 @@ from numpy.typing import NDArray
 
 from nanothink.data.byte_level import ByteLevelEncoder, is_byte_level, rounds
 from nanothink.data.cache import cache_folder, locked, storage_error, write_whole
-from nanothink.data.corpus import Corpus, assign_sides, find_corpus, text_key
+from nanothink.data.corpus import (
+    Corpus,
+    assign_sides,
+    bad_records_error,
+    find_corpus,
+    text_key,
+    validate_corpus,
+)
 from nanothink.data.hub import TokenizerUnreachableError, hub_folder
 from nanothink.data.records import Problem, iter_records
 from nanothink.data.split import head_and_tail, single_texts
@@ -42,6 +49,8 @@ __all__ = [
 
 EOS = "<|endoftext|>"
 _KNOWN_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<｜end▁of▁sentence｜>")
+REPLACEABLE = "gpt2"
+"""The name that a tokenizer trained here may stand in for: the default of ``DataConfig``."""
 _PROBE = "Hello world"
 _MAX_TRAINING_BYTES = 256 * 2**20  # counts of words have settled long before
 _STANDS_FOR = "nanothink_stands_for"
@@ -399,9 +408,17 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, stands_for: str | None
 
 
 def resolve_tokenizer(
-    name: str, corpus: Corpus, *, val_split: float, note: Callable[[str], None]
+    name: str,
+    corpus: Corpus,
+    *,
+    val_split: float,
+    skip_bad_records: bool = False,
+    note: Callable[[str], None],
 ) -> Tokenizer:
-    """``load_tokenizer``, or a stand-in trained here when the Hub is needed and cannot be reached.
+    """``load_tokenizer``, or a stand-in trained here when the default ``gpt2`` cannot be had.
+
+    Only the default is ever replaced: a name that was asked for by hand may be a slip, and a quiet
+    stand-in would train the wrong vocabulary.
 
     The stand-in is trained on the training split of every domain in the data root, not only of those
     selected, and is used for that name from then on, whatever becomes of the corpus or the network:
@@ -416,7 +433,12 @@ def resolve_tokenizer(
     try:
         return load_tokenizer(name)
     except TokenizerUnreachableError:
-        pass
+        if name != REPLACEABLE:
+            raise
+    if not skip_bad_records and (problems := validate_corpus(corpus).errors):
+        raise bad_records_error(
+            corpus.root, problems, len(problems)
+        )  # a refused corpus leaves nothing behind
     with locked(cache, note):
         if kept := _stand_in(folder, name, note):
             return kept

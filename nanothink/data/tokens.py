@@ -22,7 +22,7 @@ import orjson
 from numpy.typing import NDArray
 
 from nanothink.data.cache import Note, cache_folder, locked, silent
-from nanothink.data.corpus import Corpus, assign_sides, text_key
+from nanothink.data.corpus import Corpus, assign_sides, bad_records_error, text_key
 from nanothink.data.records import Problem, iter_records
 from nanothink.data.split import head_and_tail, single_texts
 from nanothink.data.token_files import (
@@ -36,7 +36,7 @@ from nanothink.data.token_files import (
     stamp,
 )
 from nanothink.data.tokenizer import Tokenizer
-from nanothink.errors import BadRecordsError, DataError, StorageError
+from nanothink.errors import DataError, StorageError
 
 IGNORE = -100
 """Target that is not to be predicted (PyTorch's own convention)."""
@@ -239,7 +239,7 @@ def tokenise(
         val=val,
         fingerprint=hashlib.blake2b(orjson.dumps(identity), digest_size=32).hexdigest(),
         tokenizer_fingerprint=tokenizer.fingerprint,
-        skipped_records=sum(file.n_bad for own in files.values() for _, file in own),
+        skipped_records=builder.n_unreadable + sum(file.n_bad for own in files.values() for _, file in own),
     )
 
 
@@ -265,6 +265,7 @@ class _Builder:
         self._done = 0
         self._problems: list[Problem] = []
         self._n_bad = 0
+        self.n_unreadable = 0
 
     def files(self) -> dict[str, list[tuple[str, TokenFile]]]:
         """Digest and tokens of every file, by domain, in the corpus's order."""
@@ -274,6 +275,8 @@ class _Builder:
         ready: dict[str, TokenFile] = {}
         missing: dict[str, Path] = {}
         for _, path in self._corpus.files:
+            if self._is_unreadable(path):
+                continue
             try:
                 stamps[path] = stamp(path)
                 digest = digests[path] = manifest.digest(path, self._corpus.root, time.time_ns())
@@ -299,7 +302,7 @@ class _Builder:
                         ready[digest] = made
         self._refuse_bad_records(ready, digests)
         return {
-            domain: [(digests[path], ready[digests[path]]) for path in paths]
+            domain: [(digests[path], ready[digests[path]]) for path in paths if path in digests]
             for domain, paths in self._corpus.domains.items()
         }
 
@@ -360,6 +363,20 @@ class _Builder:
         self._advance(before[0])
         return found
 
+    def _is_unreadable(self, path: Path) -> bool:
+        """Whether a path is a folder, a pipe or gone; if so it counts as one bad line of the corpus."""
+        if path.is_file():
+            return False
+        problems: list[Problem] = []
+        for _ in iter_records(path, on_problem=problems.append):
+            pass
+        self._problems += problems
+        self._n_bad += len(problems)
+        self.n_unreadable += len(problems)
+        for problem in problems if self._skip else ():
+            self._note(f"Left out: {problem}")
+        return True
+
     def _refuse_bad_records(self, ready: Mapping[str, TokenFile], digests: Mapping[Path, str]) -> None:
         if self._skip:
             return
@@ -370,16 +387,7 @@ class _Builder:
                 n_bad += ready[digest].n_bad
         if not n_bad:
             return
-        named = sorted(problems, key=lambda problem: (problem.file, problem.line))[:NAMED_PROBLEMS]
-        lines = [f"{n_bad:,} bad line{'s' * (n_bad > 1)} in the corpus:"]
-        lines += [f"  {problem}" for problem in named]
-        if n_bad > len(named):
-            lines.append(f"  and {n_bad - len(named):,} more")
-        lines.append(
-            f"`nanothink data validate {self._corpus.root}` lists all of them; --skip-bad-records goes on "
-            "without them."
-        )
-        raise BadRecordsError("\n".join(lines))
+        raise bad_records_error(self._corpus.root, problems, n_bad)
 
     def _reopened(self, folder: Path) -> TokenFile:
         made = open_token_file(folder)

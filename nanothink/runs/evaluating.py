@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanothink.checkpoints import CheckpointSummary, list_checkpoints, parse_name
+from nanothink.checkpoints import list_checkpoints, parse_name, verify_checkpoint
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream, tokenise
-from nanothink.errors import CheckpointNotFoundError, DataError, UsageError
+from nanothink.errors import CheckpointError, CheckpointNotFoundError, DataError, UsageError
 from nanothink.inference.evaluate import Evaluation, Score, evaluate_model
 from nanothink.runs.loading import load
 
@@ -115,19 +115,23 @@ def _add(evaluations: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(totals)
 
 
-def finished_checkpoints(checkpoint_dir: Path) -> list[Path]:
-    """The best checkpoint of every model in a folder.
+def finished_checkpoints(checkpoint_dir: Path, note: Callable[[str], None]) -> list[Path]:
+    """The best checkpoint of every model in a folder; ``note`` hears of damaged ones, which are left out.
 
     Raises:
         CheckpointNotFoundError: there is none.
     """
-    found = [
-        entry.path
-        for entry in list_checkpoints(checkpoint_dir)
-        if isinstance(entry, CheckpointSummary)
-        and (name := parse_name(entry.path.name)) is not None
-        and name.role == "best"
-    ]
+    found = []
+    for entry in list_checkpoints(checkpoint_dir):
+        name = parse_name(entry.path.name)
+        if name is None or name.role != "best":
+            continue
+        try:
+            verify_checkpoint(entry.path)
+        except CheckpointError as error:
+            note(f"Passing over {error}")
+        else:
+            found.append(entry.path)
     if not found:
         raise CheckpointNotFoundError(
             f"No trained model in {checkpoint_dir}. Train one (nanothink pretrain transformer), or name a "

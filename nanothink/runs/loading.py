@@ -13,6 +13,7 @@ from nanothink.checkpoints import read_checkpoint, restore_model
 from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.tokenizer import Tokenizer
+from nanothink.errors import UsageError
 from nanothink.inference.generate import StreamDecoder, generate
 from nanothink.inference.sampling import sampling_config
 from nanothink.models import build_model
@@ -38,6 +39,14 @@ class LoadedModel:
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Next-token logits: (B, T) int64 -> (B, T, V) float32, on the device of ``tokens``."""
+        if tokens.ndim != 2 or not tokens.numel():
+            raise UsageError(f"tokens must be (B, T) with at least one token, got {tuple(tokens.shape)}.")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.model.vocab_size:
+            raise UsageError(
+                f"token ids must lie in 0 to {self.model.vocab_size - 1}, got {low} to {high}. Tokens of "
+                "another tokenizer? This model's own is .tokenizer."
+            )
         with torch.inference_mode():
             return self.model.logits(tokens.to(self.precision.device)).to(tokens.device)
 

@@ -15,7 +15,7 @@ from nanothink.data.batches import TrainingBatches
 from nanothink.data.corpus import Corpus, find_corpus
 from nanothink.data.tokenizer import Tokenizer, resolve_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
-from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, UsageError
+from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, DataError, UsageError
 from nanothink.models.precision import Precision, choose_device, choose_precision
 from nanothink.training.state import Plan, TrainState
 
@@ -88,18 +88,25 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
         for line in _changes(payload["config"], resolved.config):
             watch.note(line)
     config = resolved.config
-    device = choose_device(where.device)
-    precision = choose_precision(config.train_expert, device)
-    watch.note(f"Computing in {precision.name} on {device}: {precision.reason}.")
-
+    precision = choose_precision(config.train_expert, choose_device(where.device))
+    if origin is not None and not Path(config.data.data_dir).is_dir():
+        raise DataError(
+            f"The folder this run was trained on, {config.data.data_dir}, is not there. "
+            "Say where it is now: --data-dir DIR."
+        )
     corpus = find_corpus(config.data.data_dir, config.data.domains)
     for warning in corpus.warnings:
         watch.note(str(warning))
+    watch.note(f"Computing in {precision.name} on {precision.device}: {precision.reason}.")
     if origin is not None:
         tokenizer = _tokenizer_of(origin, resolved, corpus)
     else:
         tokenizer = resolve_tokenizer(
-            config.data.tokenizer, corpus, val_split=config.data.val_split, note=watch.note
+            config.data.tokenizer,
+            corpus,
+            val_split=config.data.val_split,
+            skip_bad_records=config.data.skip_bad_records,
+            note=watch.note,
         )
     tokens = tokenise(
         corpus,

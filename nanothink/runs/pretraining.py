@@ -32,6 +32,7 @@ from nanothink.inference.generate import generate
 from nanothink.inference.sampling import SamplingConfig
 from nanothink.models import build_model
 from nanothink.models.contract import LanguageModel
+from nanothink.models.precision import choose_device
 from nanothink.runs.preparing import (
     Configure,
     Prepared,
@@ -62,11 +63,11 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
     """
     store = where.store
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
         stack.enter_context(store.lock())
         if where.resume is None:
             # A mistake in settings or data is said first: mending it must not need --overwrite.
             data = configure(None).config.data
+            choose_device(where.device)
             find_corpus(data.data_dir, data.domains)
             store.guard_new_run(overwrite=where.overwrite)
         prepared = prepare(where, configure, watch)
@@ -74,6 +75,8 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
             watch.note("This run is complete. To train on, raise --max-epochs or --max-steps.")
             return RunFinished(ending["step"], ending["epoch"], ending["reason"], ending["best_loss"], 0.0)
         run = build_run(prepared, watch)
+        # Only from here on is there a state to save; a signal during the preparation just ends it.
+        stop = stack.enter_context(StopRequest())
         recorder = RunRecorder(
             where.checkpoint_dir / "runs" / where.stem, _description(prepared, run.model), run.state
         )
@@ -92,7 +95,7 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
                 step=run.state.step,
                 total_steps=run.plan.total_steps,
                 epoch=run.state.epoch,
-                epochs=run.plan.total_steps * run.plan.blocks_per_step / run.plan.n_blocks,
+                epochs=run.plan.epochs,
                 n_blocks=run.plan.n_blocks,
                 blocks_per_step=run.plan.blocks_per_step,
             )

@@ -16,8 +16,8 @@ class RunStarted:
     step: int
     total_steps: int
     epoch: int
-    epochs: float
-    """Length of the whole run in epochs."""
+    epochs: int
+    """Epochs that the whole run takes, a last one that is not completed counted in."""
     n_blocks: int
     """Training blocks in an epoch."""
     blocks_per_step: int

@@ -48,5 +48,6 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
+            os.write(2, b"\nStopped at once, without saving: a resume goes on from the last state on disk.\n")
             os._exit(InterruptedRun.exit_code)
         self._signal = signal.Signals(number)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class RunRecorder:
         self._tensorboard: Any = None
         try:
             if state.step == 0 and folder.exists():
-                shutil.rmtree(folder)
+                _set_aside(folder)
             folder.mkdir(parents=True, exist_ok=True)
             for name in _FILES:
                 _drop_lines_beyond(folder / name, state)
@@ -134,6 +134,18 @@ def score_as_dict(score: Score) -> dict[str, float]:
         "tokens": score.tokens,
         "bytes": score.n_bytes,
     }
+
+
+def _set_aside(folder: Path) -> None:
+    """Move the records of an earlier run of this name beside the checkpoints that --overwrite sets aside."""
+    replaced = folder.parent.parent / "replaced"
+    replaced.mkdir(exist_ok=True)
+    stem = f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}-records"
+    target, attempt = replaced / stem, 1
+    while target.exists():
+        attempt += 1
+        target = replaced / f"{stem}-{attempt}"
+    folder.rename(target)
 
 
 def _drop_lines_beyond(path: Path, state: TrainState) -> None:

@@ -52,6 +52,12 @@ class Plan:
         total = config.max_steps or state.step + -(-remaining // blocks_per_step)
         return cls(n_blocks, blocks_per_step, total)
 
+    @property
+    def epochs(self) -> int:
+        """Epochs that the run takes; the blocks by which its last step overshoots do not begin another."""
+        consumed = (self.total_steps - 1) * self.blocks_per_step + 1
+        return max(1, -(-consumed // self.n_blocks))
+
     def epoch_is_over(self, state: TrainState) -> bool:
         return state.position >= (state.epoch + 1) * self.n_blocks
 

@@ -32,7 +32,7 @@ from nanothink.data.tokenizer import (
     train_on_corpus,
     train_tokenizer,
 )
-from nanothink.errors import DataError, TokenizerError
+from nanothink.errors import BadRecordsError, DataError, TokenizerError
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog's day is done. Hello world! " * 20
 HOSTILE = st.text(
@@ -431,7 +431,7 @@ def test_downloaded_once_then_from_the_cache(trained: Tokenizer, tmp_path: Path)
     handler = type("Handler", (_Hub,), {"files": files})
     script = (
         "import sys\nfrom nanothink.data.tokenizer import load_tokenizer\n"
-        "from nanothink.errors import TokenizerError\n"
+        "from nanothink.errors import BadRecordsError, TokenizerError\n"
         "try: print(load_tokenizer(sys.argv[1]).fingerprint)\n"
         "except TokenizerError as error: print(type(error).__name__, error)"
     )
@@ -460,8 +460,12 @@ def test_downloaded_once_then_from_the_cache(trained: Tokenizer, tmp_path: Path)
 # --- the stand-in ------------------------------------------------------------------------------
 
 
+NAME = "gpt2-is-not-here"  # gpt2 itself may lie in the cache of whoever runs the tests
+
+
 @pytest.fixture
-def corpus_root(tmp_path: Path) -> Path:
+def corpus_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("nanothink.data.tokenizer.REPLACEABLE", NAME)
     for domain, word in (("a", "apple"), ("b", "banana")):
         _domain(tmp_path, domain, [f"{word} number {i} is a {word} indeed. " * 3 for i in range(30)])
     return tmp_path
@@ -469,31 +473,45 @@ def corpus_root(tmp_path: Path) -> Path:
 
 def test_offline_a_stand_in_is_trained_and_kept(corpus_root: Path) -> None:
     notes: list[str] = []
-    one = resolve_tokenizer(
-        "gpt2-is-not-here", find_corpus(corpus_root, ["a"]), val_split=0.1, note=notes.append
-    )
+    one = resolve_tokenizer(NAME, find_corpus(corpus_root, ["a"]), val_split=0.1, note=notes.append)
     assert len(notes) == 1
     assert "'gpt2-is-not-here' is neither cached nor reachable" in notes[0]
     assert len(one.encode(" banana")) == 1  # of the domain that was not selected
     folder = corpus_root / ".nanothink" / "tokenizer"
     assert load_tokenizer(str(folder)).fingerprint == one.fingerprint
 
-    # From then on it is that one, for other domains, for a corpus that has changed, for another name.
+    # From then on it is that one, for other domains and for a corpus that has changed.
     _domain(corpus_root, "c", [f"cherry {i} " * 50 for i in range(50)])
     before = (folder / "tokenizer.json").stat().st_mtime_ns
-    for name, domains in (("gpt2-is-not-here", ["b"]), ("gpt2-is-not-here", None), ("me/another", ["c"])):
+    for name, domains in ((NAME, ["b"]), (NAME, None), (NAME, ["c"])):
         again = resolve_tokenizer(name, find_corpus(corpus_root, domains), val_split=0.2, note=notes.append)
         assert again.fingerprint == one.fingerprint
         assert str(folder) in notes[-1]
     assert (folder / "tokenizer.json").stat().st_mtime_ns == before
 
 
+def test_only_the_default_is_ever_replaced(corpus_root: Path) -> None:
+    with pytest.raises(TokenizerError, match="tokenzer"):
+        resolve_tokenizer("tokenzer", find_corpus(corpus_root), val_split=0.1, note=lambda _: None)
+    assert not (corpus_root / ".nanothink" / "tokenizer").exists()
+
+
+def test_a_refused_corpus_leaves_no_stand_in(corpus_root: Path) -> None:
+    with (corpus_root / "a" / "broken.jsonl").open("w") as file:
+        file.write('{"text": ""}\n')
+    corpus, notes = find_corpus(corpus_root), []
+    with pytest.raises(BadRecordsError, match=r"broken\.jsonl:1"):
+        resolve_tokenizer(NAME, corpus, val_split=0.1, note=notes.append)
+    assert not (corpus_root / ".nanothink" / "tokenizer").exists()
+    assert resolve_tokenizer(NAME, corpus, val_split=0.1, skip_bad_records=True, note=notes.append)
+
+
 def test_a_damaged_stand_in_is_trained_again(corpus_root: Path) -> None:
     notes: list[str] = []
     corpus = find_corpus(corpus_root)
-    one = resolve_tokenizer("gpt2-is-not-here", corpus, val_split=0.1, note=notes.append)
+    one = resolve_tokenizer(NAME, corpus, val_split=0.1, note=notes.append)
     (corpus_root / ".nanothink" / "tokenizer" / "tokenizer.json").write_text("{")
-    again = resolve_tokenizer("gpt2-is-not-here", corpus, val_split=0.1, note=notes.append)
+    again = resolve_tokenizer(NAME, corpus, val_split=0.1, note=notes.append)
     assert again.fingerprint == one.fingerprint
     assert any("damaged" in note for note in notes)
 
@@ -519,8 +537,8 @@ def test_a_data_root_that_cannot_be_written_to(corpus_root: Path, monkeypatch: p
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     notes: list[str] = []
     corpus = find_corpus(corpus_root)
-    one = resolve_tokenizer("gpt2-is-not-here", corpus, val_split=0.1, note=notes.append)
+    one = resolve_tokenizer(NAME, corpus, val_split=0.1, note=notes.append)
     assert str(cache) in notes[-1]
-    again = resolve_tokenizer("gpt2-is-not-here", corpus, val_split=0.1, note=notes.append)
+    again = resolve_tokenizer(NAME, corpus, val_split=0.1, note=notes.append)
     assert again.fingerprint == one.fingerprint
     assert (corpus_root / ".nanothink").read_text() == "in the way"

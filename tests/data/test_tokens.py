@@ -310,7 +310,7 @@ def test_nothing_valid(root: Path, tokenizer: Tokenizer) -> None:
 def test_a_file_that_has_gone(root: Path, tokenizer: Tokenizer) -> None:
     corpus = find_corpus(root)
     (root / "b" / "1.jsonl").unlink()
-    with pytest.raises(DataError, match=r"Cannot read .*b/1\.jsonl"):
+    with pytest.raises(DataError, match=r"b/1\.jsonl:1:1: the file is gone"):
         tokenise(corpus, tokenizer, val_split=0.1)
 
 
@@ -633,3 +633,19 @@ def test_real_text_has_the_tokens_gpt2_gives_it(shared_data: Path, linked_corpor
             for size, end in zip(stream.documents().n_tokens, own, strict=True)
         ]
         assert sorted(found) == expected
+
+
+def test_what_is_no_file_is_a_bad_line_and_can_be_skipped(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A folder, a pipe and a dangling link called like data: named, not hung on, not silently left out."""
+    _write(tmp_path / "d" / "good.jsonl", _texts("d", 20))
+    (tmp_path / "d" / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "d" / "pipe.jsonl")
+    (tmp_path / "d" / "link.jsonl").symlink_to("nowhere")
+    corpus = find_corpus(tmp_path)
+    with pytest.raises(BadRecordsError, match="3 bad lines") as caught:
+        tokenise(corpus, tokenizer, val_split=0.1)
+    assert all(name in str(caught.value) for name in ("folder.jsonl", "pipe.jsonl", "link.jsonl"))
+    notes: list[str] = []
+    tokens = tokenise(corpus, tokenizer, val_split=0.1, skip_bad_records=True, note=notes.append)
+    assert tokens.skipped_records == 3
+    assert sum("Left out" in note for note in notes) == 3

@@ -63,12 +63,19 @@ def test_what_lies_beyond_the_checkpoint_is_dropped(tmp_path: Path) -> None:
     assert kept == [("train", 1), ("validation", 1), ("train", 2), ("validation", 2), ("train", 3)]
 
 
-def test_a_new_run_begins_with_an_empty_folder(tmp_path: Path) -> None:
-    first = RunRecorder(tmp_path / "run", {}, TrainState())
+def test_a_new_run_begins_with_an_empty_folder_and_sets_the_old_one_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "mine"
+    first = RunRecorder(folder, {}, TrainState())
     first(step(1))
     first.close()
-    RunRecorder(tmp_path / "run", {}, TrainState()).close()
-    assert lines(tmp_path / "run") == []
+    for _ in range(2):
+        RunRecorder(folder, {}, TrainState()).close()
+        assert lines(folder) == []
+    earliest, latest = sorted(
+        (tmp_path / "replaced").iterdir(), key=lambda path: len(lines(path)), reverse=True
+    )
+    assert earliest.name.startswith("mine-")
+    assert [len(lines(earliest)), len(lines(latest))] == [1, 0]
 
 
 def test_a_loss_that_is_not_a_number_is_null(tmp_path: Path) -> None:

@@ -16,6 +16,13 @@ def test_it_does_not_change_on_the_way() -> None:
     assert totals == {14}
 
 
+def test_the_last_steps_overshoot_is_no_epoch_of_its_own() -> None:
+    config = TrainExpertConfig(batch_size=4, max_epochs=3)
+    assert Plan.make(config, 573, TrainState()).epochs == 3
+    assert Plan.make(config, 4, TrainState()).epochs == 3
+    assert Plan.make(config.model_copy(update={"max_steps": 1}), 573, TrainState()).epochs == 1
+
+
 def test_max_steps_decides() -> None:
     config = TrainExpertConfig(batch_size=1, max_epochs=2, max_steps=1000)
     assert Plan.make(config, 10, TrainState()).total_steps == 1000

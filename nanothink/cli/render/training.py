@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -87,7 +86,7 @@ class PlainTrainingView(TrainingView):
         super().__call__(event)
         if isinstance(event, events.RunStarted):
             note(
-                f"{event.name}: from step {event.step} to {event.total_steps}, {event.epochs:.1f} epochs of "
+                f"{event.name}: from step {event.step} to {event.total_steps}, epochs of "
                 f"{count(event.n_blocks)} blocks"
             )
         elif isinstance(event, events.StepDone) and (event.logged or event.skipped):
@@ -176,7 +175,7 @@ class LiveTrainingView(TrainingView):
         if step is not None:
             facts = Table.grid(padding=(0, 2))
             numbers = {
-                "epoch": f"{step.epoch + 1} of {math.ceil(self._started.epochs)}",
+                "epoch": f"{step.epoch + 1} of {self._started.epochs}",
                 "loss": f"{self._losses[-1]:.4f}" if self._losses else "-",
                 "learning rate": f"{step.learning_rate:.2e}",
                 "gradient norm": f"{step.gradient_norm:.2f}",
