@@ -77,6 +77,10 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
         run = build_run(prepared, watch)
         # Only from here on is there a state to save; a signal during the preparation just ends it.
         stop = stack.enter_context(StopRequest())
+        if prepared.origin is None:
+            # Before the first step, so that a disk without room says so now, and so that what --overwrite
+            # replaces is set aside all at once: the files here, the records just below.
+            store.write(store.interrupted, checkpoint_payload(prepared, run))
         recorder = RunRecorder(
             where.checkpoint_dir / "runs" / where.stem, _description(prepared, run.model), run.state
         )
