@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,10 @@ import pytest
 # Tests run beside one another and compare bits: one thread, no network, no settings from outside.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["COLUMNS"] = "200"  # pytest-xdist sets its own, and tables would be cut to it
+if threading.current_thread() is threading.main_thread():
+    # A shell that starts the tests in the background leaves SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 for name in [name for name in os.environ if name.startswith("NANOTHINK_")]:
     del os.environ[name]
 

@@ -27,17 +27,23 @@ def list_all(checkpoint_dir: CheckpointDir = Path("checkpoints"), as_json: Json 
     if not entries:
         render.say(f"No checkpoints in {checkpoint_dir}.")
         return
+    wide = render.width() >= 120  # what a narrower terminal has no room for stands in `checkpoints show`
+    columns = ["file", ">epoch", ">step", ">best loss", ">size"]
+    columns = ["file", "kind", *columns[1:], ">parameters", "written"] if wide else columns
     rows = []
     damaged = []
     for entry in entries:
         if isinstance(entry, CheckpointSummary):
             loss = "-" if entry.best_loss is None else f"{entry.best_loss:.4f}"
-            found = [entry.kind, str(entry.epoch), str(entry.step), loss, render.count(entry.n_parameters)]
+            found = [str(entry.epoch), str(entry.step), loss, render.size(entry.bytes)]
+            kind, parameters = entry.kind, render.count(entry.n_parameters)
         else:
             damaged.append(entry)
-            found = ["damaged", "", "", "", ""]
-        rows.append([entry.path.name, *found, render.size(entry.bytes), _when(entry.modified)])
-    render.table(["file", "kind", ">epoch", ">step", ">best loss", ">parameters", ">size", "written"], rows)
+            found = ["", "", "damaged", render.size(entry.bytes)]
+            kind, parameters = "", ""
+        found = [kind, *found, parameters, _when(entry.modified)] if wide else found
+        rows.append([entry.path.name, *found])
+    render.table(columns, rows)
     for entry in damaged:
         render.warning(f"{entry.path}: {entry.reason}")
 

@@ -47,7 +47,7 @@ from nanothink.training.events import EvaluationProgress, Event, Note, Observer,
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Run, Services, train
 from nanothink.training.objectives import next_token
-from nanothink.training.optimizer import GroupedOptimizer, effective_warmup
+from nanothink.training.optimizer import GroupedOptimizer, effective_warmup, learning_rate_fraction
 from nanothink.training.recording import RunRecorder, write_whole
 from nanothink.training.state import TrainState
 
@@ -148,6 +148,10 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
             scaler.load_state_dict(dict(payload["amp_scaler"]))
         for line in unpack_rng(payload["rng"]):
             watch.note(line)
+    # The rates of the last step taken, as a run that was never interrupted would hold them: a checkpoint
+    # written before the next step must not differ in them.
+    last_step = max(0, state.step - 1)
+    optimizer.set_fraction(learning_rate_fraction(last_step, prepared.plan.total_steps, train_config))
     return Run(
         model=model,
         optimizer=optimizer,

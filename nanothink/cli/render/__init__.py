@@ -4,7 +4,7 @@ Results go to standard output, so that they can be piped; notes, progress and er
 error. Where standard error is not a terminal there are no bars and no colours, only plain lines.
 """
 
-from nanothink.cli.render.console import count, duration, error, note, print_json, say, size, warning
+from nanothink.cli.render.console import count, duration, error, note, print_json, say, size, warning, width
 from nanothink.cli.render.progress import progress
 from nanothink.cli.render.results import estimate, evaluations, samples, streaming, training_summary
 from nanothink.cli.render.tables import histogram, table
@@ -28,4 +28,5 @@ __all__ = [
     "training_summary",
     "training_view",
     "warning",
+    "width",
 ]

@@ -56,6 +56,11 @@ def _jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def width() -> int:
+    """Columns that a result may take."""
+    return out.width
+
+
 def count(number: float) -> str:
     """1234567 -> 1,234,567."""
     return f"{number:,.0f}"
