@@ -345,3 +345,22 @@ def test_underscores_of_older_scripts_are_understood(tiny_corpus: Path, said: Sa
 def test_the_doctor_answers(said: Said, tmp_path: Path) -> None:
     assert run(["doctor", "--json", "--checkpoint-dir", str(tmp_path)]) == 0
     assert {"device", "precision", "torch", "disk"} <= set(as_json(said))
+
+
+def test_a_resumed_run_holds_the_rates_of_its_last_step(copied: Path) -> None:
+    """A checkpoint written before the next step, as at an epoch's end, must not differ in them."""
+    from nanothink.config.run import resolve_config
+    from nanothink.runs.preparing import Watch, Where, prepare
+    from nanothink.runs.pretraining import build_run
+    from nanothink.training.optimizer import learning_rate_fraction
+
+    watch = Watch(note=lambda message: None, progress=lambda label, done, total: None)
+    where = Where(kind="transformer", checkpoint_dir=copied, resume="newest")
+    prepared = prepare(
+        where, lambda base: resolve_config(base=base, assignments=["train_expert.max_steps=30"]), watch
+    )
+    resumed = build_run(prepared, watch)
+    fraction = learning_rate_fraction(19, 30, prepared.config.train_expert)
+    groups = [g for o in resumed.optimizer.optimizers.values() for g in o.param_groups]
+    assert resumed.state.step == 20
+    assert [g["lr"] for g in groups] == pytest.approx([g["peak_lr"] * fraction for g in groups])
