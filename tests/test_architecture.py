@@ -90,10 +90,6 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 
 
 def test_public_names() -> None:
-    assert nanothink.__all__ == sorted(nanothink.__all__, key=str.lower) or set(nanothink.__all__) == {
-        "Config",
-        "__version__",
-        "load",
-    }
+    assert nanothink.__all__ == ["Config", "__version__", "load"]
     for name in nanothink.__all__:
         assert getattr(nanothink, name) is not None

@@ -111,8 +111,9 @@ class Transformer(LanguageModel):
     def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
         """See ``LanguageModel.activation_bytes``; the factors were counted with saved-tensor hooks."""
         width, inner = self.d_model, inner_width(self.d_model, self.shape.ffn_mult)
-        per_width, per_inner = (60, 16) if value_bytes == 4 else (48, 10)
-        per_token = len(self.blocks) * (per_width * width + per_inner * inner) + 12 * width
+        per_width, per_inner = (41, 8) if value_bytes == 4 else (24, 4)
+        in_flight = value_bytes * (4 * width + 3 * inner)  # gradients of the block being worked on
+        per_token = len(self.blocks) * (per_width * width + per_inner * inner) + 12 * width + in_flight
         head = self.vocab_size * (4 * width + CHUNK_ROWS * 8)  # the head's gradient and one chunk of logits
         return batch_size * length * per_token + head
 

@@ -34,7 +34,7 @@ def test_every_parameter_is_in_exactly_one_group() -> None:
     groups = _groups()
     optimizer = GroupedOptimizer(groups, TrainExpertConfig())
     expected = {id(p) for named in groups.values() for _, p in named}
-    assert [id(p) for p in optimizer.parameters].sort() == list(expected).sort()
+    assert {id(p) for p in optimizer.parameters} == expected
     assert len(optimizer.parameters) == len(expected)
 
 
