@@ -23,8 +23,8 @@ from pydantic import ValidationError, model_validator
 
 from nanothink.config.base import Settings
 from nanothink.config.data import DataConfig
-from nanothink.config.model import ModelConfig, TransformerConfig
-from nanothink.config.training import TrainExpertConfig
+from nanothink.config.model import DiffuserConfig, ModelConfig, TransformerConfig
+from nanothink.config.training import TrainConfig, TrainDiffuserConfig, TrainExpertConfig
 from nanothink.errors import ConfigError, did_you_mean
 
 if sys.version_info >= (3, 11):
@@ -41,8 +41,15 @@ class Config(Settings):
 
     model: ModelConfig = ModelConfig()
     transformer: TransformerConfig = TransformerConfig()
+    diffuser: DiffuserConfig = DiffuserConfig()
     data: DataConfig = DataConfig()
     train_expert: TrainExpertConfig = TrainExpertConfig()
+    train_diffuser: TrainDiffuserConfig = TrainDiffuserConfig()
+
+    def training_of(self, kind: str) -> TrainConfig:
+        """How models of this kind are trained."""
+        settings: TrainConfig = getattr(self, training_section(kind))
+        return settings
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Config:
@@ -54,6 +61,20 @@ class Config(Settings):
                 + (f"use one of {', '.join(map(str, fitting[:12]))}" if fitting else "make d_model even")
             )
         return self
+
+    @model_validator(mode="after")
+    def _sampling_visits_trained_levels(self) -> Config:
+        if self.diffuser.inference_steps > self.diffuser.training_steps:
+            raise ValueError(
+                f"diffuser.inference_steps={self.diffuser.inference_steps} is more than "
+                f"diffuser.training_steps={self.diffuser.training_steps}, the noise levels there are"
+            )
+        return self
+
+
+def training_section(kind: str) -> str:
+    """The section of ``Config`` that says how models of this kind are trained."""
+    return TrainDiffuserConfig.section if kind == "diffuser" else TrainExpertConfig.section
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from nanothink.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from nanothink.models.contract import LanguageModel
 
-MODEL_KINDS: tuple[str, ...] = ("transformer",)
+MODEL_KINDS: tuple[str, ...] = ("transformer", "diffuser")
 
 
 def build_model(kind: str, config: Config, vocab_size: int) -> LanguageModel:
@@ -20,6 +20,10 @@ def build_model(kind: str, config: Config, vocab_size: int) -> LanguageModel:
         UsageError: no model is called ``kind``.
     """
     known_kind(kind)
+    if kind == "diffuser":
+        from nanothink.models.diffuser import Diffuser
+
+        return Diffuser(vocab_size, config.model, config.transformer, config.diffuser)
     from nanothink.models.transformer import Transformer
 
     return Transformer(vocab_size, config.model, config.transformer)

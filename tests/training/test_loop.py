@@ -17,7 +17,7 @@ from nanothink.models.precision import Precision
 from nanothink.training.events import Evaluated, RunFinished, StepDone
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Run, Services, train
-from nanothink.training.objectives import next_token
+from nanothink.training.objectives import Batch, Loss, next_token
 from nanothink.training.optimizer import GroupedOptimizer
 from nanothink.training.state import Plan, TrainState
 
@@ -278,9 +278,9 @@ class TestNotFinite:
     def _poisoned(self, steps: set[int], **settings: Any) -> Harness:
         harness = Harness(**settings)
 
-        def objective(model: Any, inputs: Any, targets: Any, scale: float) -> torch.Tensor:
-            loss = next_token(model, inputs, targets, scale)
-            return loss * math.nan if harness.run.state.step in steps else loss
+        def objective(model: Any, batch: Batch, scale: float) -> Loss:
+            loss = next_token(model, batch, scale)
+            return Loss(loss.total * math.nan) if harness.run.state.step in steps else loss
 
         object.__setattr__(harness.run, "objective", objective)
         return harness
