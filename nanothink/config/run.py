@@ -211,7 +211,7 @@ def _check_known(name: str, source: str) -> None:
     # A bare key is the commonest slip, so suggest by key as well as by full name.
     suggestion = did_you_mean(name, candidates)
     if not suggestion:
-        keys = {full.partition(".")[2]: full for full in candidates}
+        keys = {full.partition(".")[2]: full for full in reversed(candidates)}  # the first section wins
         hint = did_you_mean(key or section, keys)
         for short, full in keys.items():
             hint = hint.replace(f"'{short}'", f"'{full}'")

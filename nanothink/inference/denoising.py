@@ -5,7 +5,7 @@ Shapes: B batch, T time, D width, N noise levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +23,10 @@ from nanothink.models.transformer import Transformer
 MEASURED_FRACTIONS = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 """Noise levels at which the error is measured, as fractions of N."""
 
-MEASURED_TOKENS = 8192
+MEASURED_TOKENS = 4096
 """Tokens over which it is measured, shared by all domains."""
+
+_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -62,33 +64,31 @@ def denoising_errors(
         streams: text, by domain; the beginning of each is used.
         length: tokens a block.
         transformer: needed where the targets are its hidden states.
-        n_tokens: about how many tokens to measure on, in all.
+        n_tokens: about how many tokens to measure on, in all; whole documents.
     """
     levels = measured_levels(model.shape.training_steps)
     sums, n_values = dict.fromkeys(levels, 0.0), 0
+    share = max(1, n_tokens // max(1, len(streams)))
+    batches = (
+        batch
+        for stream in streams.values()
+        if stream.n_tokens
+        for batch in validation_batches(stream, length, max(1, _BATCH_TOKENS // length), share)
+    )
     with evaluating(model), torch.inference_mode():
-        for number, stream in enumerate(streams.values()):
-            if not stream.n_tokens:
-                continue
-            share = max(1, n_tokens // len(streams))
-            # A block at a time, cut to what is still wanted: the cost must not follow the batch size.
-            for inputs, targets in validation_batches(stream, length, 1):
-                inputs, targets = inputs.to(precision.device), targets.to(precision.device)
-                valid = (targets != IGNORE).unsqueeze(-1)
-                with precision.autocast():
-                    condition = model.condition(model.encode(inputs))
-                    clean = model.clean_targets(targets, transformer).float()
-                    for level in levels:
-                        generator = block_generator(number, "measured noise", level, inputs.device)
-                        noise = torch.randn(clean.shape, generator=generator, device=inputs.device)
-                        noisy = diffuse(clean, noise, model.alpha_bars[level])
-                        guess, _ = model.denoise(condition, noisy, level)
-                        sums[level] += float(((guess - clean).square() * valid).sum())
-                count = int(valid.sum())
-                n_values += count * model.d_model
-                share -= count
-                if share <= 0:
-                    break
+        for number, (inputs, targets) in enumerate(batches):
+            inputs, targets = inputs.to(precision.device), targets.to(precision.device)
+            valid = (targets != IGNORE).unsqueeze(-1)
+            with precision.autocast():
+                condition = model.condition(model.encode(inputs))
+                clean = model.clean_targets(targets, transformer).float()
+                for level in levels:
+                    generator = block_generator(number, "measured noise", level, inputs.device)
+                    noise = torch.randn(clean.shape, generator=generator, device=inputs.device)
+                    noisy = diffuse(clean, noise, model.alpha_bars[level])
+                    guess, _ = model.denoise(condition, noisy, level)
+                    sums[level] += float(((guess - clean).square() * valid).sum())
+            n_values += int(valid.sum()) * model.d_model
     return {level: total / max(1, n_values) for level, total in sums.items()}
 
 
@@ -99,7 +99,6 @@ def reconstruct(
     *,
     seed: int = 0,
     n_steps: int = 1,
-    on_level: Callable[[Reconstruction], None] | None = None,
 ) -> list[Reconstruction]:
     """Hide every token of a passage behind noise, level by level, and let the model find it again.
 
@@ -111,7 +110,6 @@ def reconstruct(
         levels: 1 to N.
         seed: of the noise.
         n_steps: evaluations on the way down from each level.
-        on_level: called with each result as soon as it is there.
 
     Raises:
         UsageError: a passage or level out of bounds, or targets that need the transformer.
@@ -138,6 +136,4 @@ def reconstruct(
             likeliest = F.linear(hidden, model.head_weight).argmax(-1)
             right = float((likeliest == targets).float().mean())
             found.append(Reconstruction(level, likeliest[0].tolist(), right))
-            if on_level is not None:
-                on_level(found[-1])
     return found
