@@ -127,8 +127,8 @@ class Denoiser(nn.Module):
         Returns:
             What is predicted, and the last normalised state, (..., D) float32 each.
         """
-        x = condition.stream
-        dtype = product_dtype(x.float())
+        x = condition.stream.float()
+        dtype = product_dtype(x)
         if noisy is not None:
             x = x + self.noisy_in(noisy.to(dtype))
         if guess is not None:
@@ -139,7 +139,7 @@ class Denoiser(nn.Module):
         for i, (norm, feed_forward) in enumerate(zip(self.norms, self.feed_forwards, strict=True)):
             shift, scale, gate = terms[3 * i : 3 * i + 3]
             inside = torch.addcmul(shift, norm(x, dtype), 1 + scale)
-            x = torch.addcmul(x, feed_forward(inside), 1 + gate)
+            x = torch.addcmul(x, feed_forward(inside).float(), (1 + gate).float())
         hidden = self.norm(x)
         return self.output(hidden.to(dtype)).float(), hidden
 
@@ -281,7 +281,8 @@ class Diffuser(LanguageModel):
             predicted, hidden = self.denoiser(condition, noisy, levels, guess)
         if self.shape.prediction == "velocity":
             alpha_bar = self.alpha_bars[levels].unsqueeze(-1)
-            predicted = clean_from_velocity(0.0 if noisy is None else noisy, predicted, alpha_bar)  # type: ignore[arg-type]
+            null = predicted.new_zeros(()) if noisy is None else noisy
+            predicted = clean_from_velocity(null, predicted, alpha_bar)
         return predicted, hidden
 
     def denoise_by_ddim(

@@ -105,5 +105,5 @@ def _digest(payload: CheckpointPayload) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(payload["model_state"].items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
