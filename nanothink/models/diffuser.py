@@ -420,8 +420,9 @@ class Diffuser(LanguageModel):
         in_flight = value_bytes * (4 * width + 3 * inner)  # gradients of the block being worked on
         encoder = len(self.blocks) * (per_width * width + per_inner * inner) + 12 * width
         denoiser_inner = inner_width(width, self.shape.denoiser_mult)
-        a_block = value_bytes * (10 * width + 2 * denoiser_inner)
-        denoiser = self.shape.evaluations * (self.shape.denoiser_layers * a_block + 36 * width)
+        a_block = value_bytes * (6 * width + 2 * denoiser_inner)
+        denoiser = self.shape.evaluations * (self.shape.denoiser_layers * a_block + 20 * width)
+        denoiser += 40 * width  # targets, noise and what is shared by the evaluations
         head = self.vocab_size * (4 * width + CHUNK_ROWS * 8)  # the head's gradient and one chunk of logits
         return batch_size * length * (encoder + denoiser + in_flight) + head
 

@@ -436,3 +436,21 @@ def test_it_learns_to_predict_and_to_denoise() -> None:
     after = errors()
     assert all(new < 0.6 * old for new, old in zip(after, before, strict=True)), (before, after)
     assert after[0] < after[-1]
+
+
+@pytest.mark.parametrize("evaluations", [1, 2])
+@pytest.mark.parametrize("denoiser_layers", [1, 3])
+def test_the_memory_estimate_covers_what_backward_keeps(evaluations: int, denoiser_layers: int) -> None:
+    model = build(evaluations=evaluations, denoiser_layers=denoiser_layers)
+    batch, kept = batch_of(8, length=CONTEXT), {}
+    own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        Denoising(5)(model, batch, 1.0)
+    assert 1.0 < model.activation_bytes(8, CONTEXT, 4) / sum(kept.values()) < 1.8
