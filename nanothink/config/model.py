@@ -57,7 +57,7 @@ class DiffuserConfig(Settings):
     """What is denoised of the frozen transformer: the next token's row in its embedding table or in its LM
     head, or its final state once it has read that token (computed at every step, not looked up)."""
 
-    prediction: Literal["clean", "velocity"] = "clean"
+    prediction: Literal["clean", "velocity"] = "velocity"
     """What the network gives: the clean target, or the velocity, from which it follows."""
 
     evaluations: Literal[1, 2] = 2
