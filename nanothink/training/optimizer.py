@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
 from nanothink.config import TrainConfig
-from nanothink.training.muon import Muon
 
 GroupedParameters = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
 
@@ -61,7 +60,9 @@ class GroupedOptimizer:
             fused = all(p.device.type in {"cpu", "cuda"} for g in adamw_groups for p in g["params"])
             self.optimizers["adamw"] = AdamW(adamw_groups, betas=config.betas, eps=1e-8, fused=fused)
         if muon_groups:
-            self.optimizers["muon"] = Muon(muon_groups, momentum=config.momentum)
+            self.optimizers["muon"] = Muon(
+                muon_groups, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"
+            )
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from nanothink.config import TrainExpertConfig
-from nanothink.training.muon import Muon, orthogonalised
 from nanothink.training.optimizer import GroupedOptimizer, effective_warmup, learning_rate_fraction
 
 
@@ -145,51 +144,3 @@ class TestSchedule:
         assert effective_warmup(TrainExpertConfig(warmup_steps=100), 1000) == 100
         assert effective_warmup(TrainExpertConfig(warmup_steps=0), 5) == 0
         assert learning_rate_fraction(0, 5, TrainExpertConfig(warmup_steps=100)) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("shape", [(12, 12), (8, 40), (40, 8)])
-def test_muon_in_float32_takes_the_steps_of_torch_s(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As far as bfloat16, in which torch's iterates, lets one tell."""
-    monkeypatch.setattr("nanothink.training.muon.fast_cpu_types", lambda: frozenset({torch.float32}))
-    torch.manual_seed(0)
-    ours = torch.nn.Parameter(torch.randn(shape))
-    theirs = torch.nn.Parameter(ours.detach().clone())
-    start = ours.detach().clone()
-    settings = {"lr": 0.02, "weight_decay": 0.1}
-    optimizers = [
-        Muon([{"params": [ours], **settings}], momentum=0.9),
-        torch.optim.Muon([theirs], momentum=0.9, adjust_lr_fn="match_rms_adamw", **settings),
-    ]
-    for _ in range(5):
-        gradient = torch.randn(shape)
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    moved = theirs.detach() - start
-    assert float((ours.detach() - theirs.detach()).norm() / moved.norm()) < 0.02
-    buffers = [o.state[p]["momentum_buffer"] for o, p in zip(optimizers, (ours, theirs), strict=True)]
-    torch.testing.assert_close(*buffers)
-
-
-def test_orthogonalised_keeps_the_singular_vectors() -> None:
-    torch.manual_seed(0)
-    matrix = torch.randn(6, 20)
-    found = orthogonalised(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    inner = u.t() @ found @ v.t()
-    assert ((inner.diagonal() > 0.5) & (inner.diagonal() < 1.5)).all()
-    torch.testing.assert_close(inner - inner.diagonal().diag(), torch.zeros(6, 6), rtol=0, atol=1e-4)
-
-
-def test_where_bfloat16_is_fast_muon_is_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanothink.training.muon.fast_cpu_types", lambda: frozenset({torch.bfloat16}))
-    torch.manual_seed(0)
-    ours = torch.nn.Parameter(torch.randn(6, 9))
-    theirs = torch.nn.Parameter(ours.detach().clone())
-    ours.grad = torch.randn(6, 9)
-    theirs.grad = ours.grad.clone()
-    Muon([{"params": [ours], "lr": 0.1}], momentum=0.9).step()
-    torch.optim.Muon([theirs], lr=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw").step()
-    assert torch.equal(ours, theirs)
