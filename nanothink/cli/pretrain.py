@@ -37,7 +37,9 @@ def register(app: typer.Typer) -> None:
 
 
 def pretrain(
-    kind: Annotated[str, typer.Argument(help="What to train: transformer.", show_default=False)],
+    kind: Annotated[
+        str, typer.Argument(help="What to train: transformer or state_space.", show_default=False)
+    ],
     data_dir: DataDir = None,
     domains: Domains = None,
     preset: Preset = None,

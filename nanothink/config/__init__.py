@@ -1,7 +1,7 @@
 """Settings: pydantic classes, presets, and where each value came from."""
 
 from nanothink.config.data import DataConfig
-from nanothink.config.model import ModelConfig, TransformerConfig
+from nanothink.config.model import ModelConfig, StateSpaceConfig, TransformerConfig
 from nanothink.config.run import Config
 from nanothink.config.training import TrainConfig, TrainExpertConfig
 
@@ -9,6 +9,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "ModelConfig",
+    "StateSpaceConfig",
     "TrainConfig",
     "TrainExpertConfig",
     "TransformerConfig",

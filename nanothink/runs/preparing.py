@@ -17,6 +17,7 @@ from nanothink.data.tokenizer import Tokenizer, resolve_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
 from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, DataError, UsageError
 from nanothink.models.precision import Precision, choose_device, choose_precision
+from nanothink.models.selective_scan import choose_scan
 from nanothink.training.state import Plan, TrainState
 
 NEWEST = "newest"
@@ -98,6 +99,7 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     for warning in corpus.warnings:
         watch.note(str(warning))
     watch.note(f"Computing in {precision.name} on {precision.device}: {precision.reason}.")
+    config = _settled(config, precision, where.kind, watch)
     if origin is not None:
         tokenizer = _tokenizer_of(origin, resolved, corpus)
     else:
@@ -125,7 +127,7 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     state = TrainState.from_dict(payload["run"]["state"]) if payload is not None else TrainState()
     return Prepared(
         where=where,
-        config=_settled(config, precision),
+        config=config,
         sources=resolved.sources,
         origin=origin,
         corpus=corpus,
@@ -264,8 +266,13 @@ def _tokenizer_of(origin: Origin, resolved: ResolvedConfig, corpus: Corpus) -> T
     return own
 
 
-def _settled(config: Config, precision: Precision) -> Config:
-    """The config as it is saved: what was measured or relative is now fixed."""
+def _settled(config: Config, precision: Precision, kind: str, watch: Watch) -> Config:
+    """The config as it is saved: what was measured, relative or left to this machine is now fixed."""
     train = config.train_expert.model_copy(update={"amp_dtype": precision.name})
     data = config.data.model_copy(update={"data_dir": str(Path(config.data.data_dir).resolve())})
-    return config.model_copy(update={"train_expert": train, "data": data})
+    settled: dict[str, Any] = {"train_expert": train, "data": data}
+    if kind == "state_space":
+        scan = choose_scan(precision.device.type, config.state_space.scan)
+        watch.note(f"Selective scan: {scan.name} ({scan.reason}).")
+        settled["state_space"] = config.state_space.model_copy(update={"scan": scan.name})
+    return config.model_copy(update=settled)

@@ -73,6 +73,9 @@ def selective_scan(
     return implementation(name)(u, delta, A, B, C, D, state)
 
 
+RULE = "The rule: compiled on a CPU, triton on CUDA, plain where those cannot be had."
+
+
 @functools.cache
 def choose_scan(device: str, asked: str = "auto") -> ScanChoice:
     """The one rule: on a CPU compiled, on CUDA triton, where they are to be had; else plain.
