@@ -1,6 +1,6 @@
 """The sweep behind the learning rates of the presets: AdamW against Muon at two budgets.
 
-Trains the transformer of the ``tiny`` preset on a corpus, one setting after the other, on the same blocks
+Trains a model of the ``tiny`` preset on a corpus, one setting after the other, on the same blocks
 in the same order, and prints validation bits per byte as a table for docs/log.md.
 
     python benchmarks/optimizers.py --data-dir DATA --tokenizer TOKENIZER --steps 150 300 --only muon
@@ -25,7 +25,7 @@ from nanothink.data.corpus import find_corpus
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
 from nanothink.inference.evaluate import evaluate_model
-from nanothink.models import build_model
+from nanothink.models import MODEL_KINDS, build_model
 from nanothink.models.precision import Precision
 from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fraction
 
@@ -61,6 +61,7 @@ def one(
     seed: int,
     more: list[str],
     preset: str,
+    kind: str,
 ) -> float:
     """Validation bits per byte after ``steps`` steps."""
     names = {"matrices": "lr_matrices", "embeddings": "lr_embeddings", "head": "lr_head", "other": "lr_other"}
@@ -75,7 +76,7 @@ def one(
         ],
     ).config
     torch.manual_seed(seed)
-    model = build_model("transformer", config, vocabulary)
+    model = build_model(kind, config, vocabulary)
     optimizer = GroupedOptimizer(model.parameter_groups(), config.train_expert)
     batches = TrainingBatches(tokens.train, config.model.max_seq_len, seed)
     size = config.train_expert.batch_size
@@ -104,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--kind", default="transformer", choices=MODEL_KINDS)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--steps", type=int, nargs="+", default=[150, 300])
@@ -137,6 +139,7 @@ def main() -> None:
                 options.seed,
                 options.set,
                 options.preset,
+                options.kind,
             )
             for n in options.steps
         ]

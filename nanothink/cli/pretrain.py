@@ -37,7 +37,9 @@ def register(app: typer.Typer) -> None:
 
 
 def pretrain(
-    kind: Annotated[str, typer.Argument(help="What to train: transformer, diffuser.", show_default=False)],
+    kind: Annotated[
+        str, typer.Argument(help="What to train: transformer, state_space or diffuser.", show_default=False)
+    ],
     data_dir: DataDir = None,
     domains: Domains = None,
     preset: Preset = None,

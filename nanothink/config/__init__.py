@@ -1,7 +1,7 @@
 """Settings: pydantic classes, presets, and where each value came from."""
 
 from nanothink.config.data import DataConfig
-from nanothink.config.model import DiffuserConfig, ModelConfig, TransformerConfig
+from nanothink.config.model import DiffuserConfig, ModelConfig, StateSpaceConfig, TransformerConfig
 from nanothink.config.run import Config
 from nanothink.config.training import TrainConfig, TrainDiffuserConfig, TrainExpertConfig
 
@@ -10,6 +10,7 @@ __all__ = [
     "DataConfig",
     "DiffuserConfig",
     "ModelConfig",
+    "StateSpaceConfig",
     "TrainConfig",
     "TrainDiffuserConfig",
     "TrainExpertConfig",

@@ -35,6 +35,29 @@ class TransformerConfig(Settings):
     """Base of the rotary position frequencies."""
 
 
+class StateSpaceConfig(Settings):
+    n_layers: int = Field(6, ge=1, le=256)
+    """Number of layers, each a norm and a mixer."""
+
+    d_state: int = Field(16, ge=1, le=1024)
+    """Numbers that the state keeps for each channel."""
+
+    expand: int = Field(2, ge=1, le=16)
+    """Channels of a mixer, as a multiple of d_model."""
+
+    conv_width: int = Field(4, ge=2, le=16)
+    """Steps that the causal convolution before the scan spans."""
+
+    delta_rank: int | None = Field(None, ge=1)
+    """Rank of the projection that gives each token its step sizes; d_model / 16 when empty."""
+
+    tie_embeddings: bool = False
+    """Share one matrix between token embeddings and LM head."""
+
+    scan: Literal["auto", "plain", "compiled", "triton"] = "auto"
+    """How the selective scan is computed; 'auto' takes the fastest that this machine has."""
+
+
 class DiffuserConfig(Settings):
     """Heads, feed-forward and rotary base of its blocks are those of the ``transformer`` section."""
 

@@ -23,7 +23,7 @@ from pydantic import ValidationError, model_validator
 
 from nanothink.config.base import Settings
 from nanothink.config.data import DataConfig
-from nanothink.config.model import DiffuserConfig, ModelConfig, TransformerConfig
+from nanothink.config.model import DiffuserConfig, ModelConfig, StateSpaceConfig, TransformerConfig
 from nanothink.config.training import TrainConfig, TrainDiffuserConfig, TrainExpertConfig
 from nanothink.errors import ConfigError, did_you_mean
 
@@ -41,6 +41,7 @@ class Config(Settings):
 
     model: ModelConfig = ModelConfig()
     transformer: TransformerConfig = TransformerConfig()
+    state_space: StateSpaceConfig = StateSpaceConfig()
     diffuser: DiffuserConfig = DiffuserConfig()
     data: DataConfig = DataConfig()
     train_expert: TrainExpertConfig = TrainExpertConfig()

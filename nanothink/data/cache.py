@@ -41,7 +41,7 @@ def cache_folder(root: Path, note: Note = silent) -> Path:
     if _writable(first):
         return first
     name = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()
-    others = [base / "nanothink" / name for base in _user_folders()]
+    others = [base / "nanothink" / name for base in user_folders()]
     for folder in others:
         if _writable(folder):
             note(f"{root} cannot be written to; tokens are kept in {folder} instead.")
@@ -53,7 +53,7 @@ def cache_folder(root: Path, note: Note = silent) -> Path:
     )
 
 
-def _user_folders() -> Iterator[Path]:
+def user_folders() -> Iterator[Path]:
     if os.environ.get("XDG_CACHE_HOME"):
         yield Path(os.environ["XDG_CACHE_HOME"])
     else:

@@ -10,7 +10,7 @@ from nanothink.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from nanothink.models.contract import LanguageModel
 
-MODEL_KINDS: tuple[str, ...] = ("transformer", "diffuser")
+MODEL_KINDS: tuple[str, ...] = ("transformer", "state_space", "diffuser")
 
 
 def build_model(kind: str, config: Config, vocab_size: int) -> LanguageModel:
@@ -19,7 +19,11 @@ def build_model(kind: str, config: Config, vocab_size: int) -> LanguageModel:
     Raises:
         UsageError: no model is called ``kind``.
     """
-    known_kind(kind)
+    kind = known_kind(kind)
+    if kind == "state_space":
+        from nanothink.models.state_space import StateSpace
+
+        return StateSpace(vocab_size, config.model, config.state_space)
     if kind == "diffuser":
         from nanothink.models.diffuser import Diffuser
 

@@ -249,13 +249,17 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        gate, up = self.gate(x), self.up(x)  # (B, T, F)
-        y: Tensor = _GatedProduct.apply(gate, up, self.down.weight.to(gate.dtype))  # type: ignore[no-untyped-call]
-        return y
+        return gated_product(self.gate(x), self.up(x), self.down.weight)
+
+
+def gated_product(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    """``(silu(gate) * up) @ weight.T``: (..., F), (..., F), (D, F) -> (..., D), in the type of ``gate``."""
+    y: Tensor = _GatedProduct.apply(gate, up.to(gate.dtype), weight.to(gate.dtype))  # type: ignore[no-untyped-call]
+    return y
 
 
 class _GatedProduct(torch.autograd.Function):
-    """``(silu(gate) * up) @ weight.T``; keeps gate and up, and computes what is between again in backward."""
+    """Keeps gate and up, and computes what is between again in backward."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:

@@ -13,12 +13,14 @@ import torch
 import nanothink
 from nanothink.config import TrainExpertConfig
 from nanothink.models.precision import bfloat16_gain, choose_device, choose_precision
+from nanothink.models.selective_scan import RULE, choose_scan
 
 
 def examine(device_name: str | None, checkpoint_dir: Path) -> dict[str, str]:
     """Findings by topic, each one a sentence a person can act on."""
     device = choose_device(device_name)
     precision = choose_precision(TrainExpertConfig(), device)
+    scan = choose_scan(device.type)
     folder = checkpoint_dir.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -30,6 +32,7 @@ def examine(device_name: str | None, checkpoint_dir: Path) -> dict[str, str]:
         "precision": f"{precision.name}: {precision.reason}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
         "bfloat16 on this CPU": f"{bfloat16_gain():.2f} times the speed of float32",
+        "selective scan": f"{scan.name}: {scan.reason}. {RULE}",
         "disk": f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free at {folder}"
         + ("" if os.access(folder, os.W_OK) else ", and not writable: choose another --checkpoint-dir"),
         "Hugging Face Hub": "offline (HF_HUB_OFFLINE is set)"

@@ -21,6 +21,7 @@ from nanothink.models import build_model
 from nanothink.models.contract import LanguageModel, State
 from nanothink.models.diffuser import Ddim, Diffuser
 from nanothink.models.precision import DTYPES, Precision, choose_device
+from nanothink.models.selective_scan import choose_scan
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,11 @@ def load(path: str | Path, *, device: str | None = None) -> LoadedModel:
         CheckpointError: it is missing, damaged, or holds something else.
     """
     payload = read_checkpoint(Path(path), mmap=True)
-    config = resolve_config(base=payload["config"]).config
+    chosen = choose_device(device)
+    config = _scan_that_runs(resolve_config(base=payload["config"]).config, chosen)
     tokenizer = Tokenizer.from_state(payload["tokenizer"])
     model = build_model(payload["kind"], config, tokenizer.vocab_size)
     report = restore_model(model, payload, expect_kind=payload["kind"], path=Path(path))
-    chosen = choose_device(device)
     model.to(chosen).eval().requires_grad_(False)
     return LoadedModel(
         Path(path),
@@ -172,3 +173,15 @@ def _same_precision(config: Config, kind: str, device: torch.device) -> Precisio
     if name == "auto" or (name == "float16" and device.type == "cpu"):
         name = "float32"
     return Precision(device, DTYPES[name], "as trained")
+
+
+def _scan_that_runs(config: Config, device: torch.device) -> Config:
+    """The selective scan of training where this machine has it, else the one that is chosen here."""
+    if config.state_space.scan == "auto":  # not settled: there is no such model in this checkpoint
+        return config
+    try:
+        choose_scan(device.type, config.state_space.scan)
+    except UsageError:
+        scan = config.state_space.model_copy(update={"scan": "auto"})
+        return config.model_copy(update={"state_space": scan})
+    return config

@@ -17,6 +17,7 @@ from nanothink.data.tokenizer import Tokenizer, resolve_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
 from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, DataError, UsageError
 from nanothink.models.precision import Precision, choose_device, choose_precision
+from nanothink.models.selective_scan import choose_scan
 from nanothink.runs.frozen import FrozenTransformer, check_same_transformer, find_transformer
 from nanothink.training.state import Plan, TrainState
 
@@ -108,6 +109,7 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     for warning in corpus.warnings:
         watch.note(str(warning))
     watch.note(f"Computing in {precision.name} on {precision.device}: {precision.reason}.")
+    config = _settled(config, precision, where.kind, frozen, watch)
     if origin is not None:
         tokenizer = _tokenizer_of(origin, resolved, corpus)
     elif frozen is not None:
@@ -138,7 +140,7 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     state = TrainState.from_dict(payload["run"]["state"]) if payload is not None else TrainState()
     return Prepared(
         where=where,
-        config=_settled(config, where.kind, precision, frozen),
+        config=config,
         sources=resolved.sources,
         origin=origin,
         corpus=corpus,
@@ -313,17 +315,20 @@ def _tokenizer_of_transformer(
     return frozen.tokenizer
 
 
-def _settled(config: Config, kind: str, precision: Precision, frozen: FrozenTransformer | None) -> Config:
-    """The config as it is saved: what was measured or relative is now fixed."""
+def _settled(
+    config: Config, precision: Precision, kind: str, frozen: FrozenTransformer | None, watch: Watch
+) -> Config:
+    """The config as it is saved: what was measured, relative or left to this machine is now fixed."""
     train = config.training_of(kind)
-    changed: dict[str, Any] = {
-        train.section: train.model_copy(update={"amp_dtype": precision.name}),
-        "data": config.data.model_copy(update={"data_dir": str(Path(config.data.data_dir).resolve())}),
-    }
+    data = config.data.model_copy(update={"data_dir": str(Path(config.data.data_dir).resolve())})
+    settled: dict[str, Any] = {train.section: train.model_copy(update={"amp_dtype": precision.name})}
+    if kind == "state_space":
+        scan = choose_scan(precision.device.type, config.state_space.scan)
+        watch.note(f"Selective scan: {scan.name} ({scan.reason}).")
+        settled["state_space"] = config.state_space.model_copy(update={"scan": scan.name})
     if frozen is not None:
-        changed["data"] = changed["data"].model_copy(update={"tokenizer": frozen.tokenizer_setting})
+        data = data.model_copy(update={"tokenizer": frozen.tokenizer_setting})
         if config.diffuser.transformer is not None:
-            changed["diffuser"] = config.diffuser.model_copy(
-                update={"transformer": str(Path(config.diffuser.transformer).resolve())}
-            )
-    return config.model_copy(update=changed)
+            named = str(Path(config.diffuser.transformer).resolve())
+            settled["diffuser"] = config.diffuser.model_copy(update={"transformer": named})
+    return config.model_copy(update={**settled, "data": data})

@@ -26,6 +26,7 @@ SETTINGS = {
     "model.max_seq_len": 32,
     "transformer.n_layers": 2,
     "transformer.n_heads": 2,
+    "state_space.n_layers": 2,
     "train_expert.batch_size": 4,
     "train_expert.grad_accum_steps": 2,
     "train_expert.max_epochs": LAST_EPOCH,
@@ -37,14 +38,16 @@ SETTINGS = {
 }
 
 
-def command(corpus: Path, tokenizer: Path, folder: Path, *more: str, **changed: Any) -> list[str]:
+def command(
+    corpus: Path, tokenizer: Path, folder: Path, *more: str, kind: str = "transformer", **changed: Any
+) -> list[str]:
     settings = SETTINGS | {f"train_expert.{key}": value for key, value in changed.items()}
     return [
         sys.executable,
         "-m",
         "nanothink",
         "pretrain",
-        "transformer",
+        kind,
         *("--data-dir", str(corpus), "--tokenizer", str(tokenizer), "--checkpoint-dir", str(folder)),
         *(part for name, value in settings.items() for part in ("--set", f"{name}={value}")),
         *more,
@@ -70,13 +73,13 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
         time.sleep(0.0005)
 
 
-def steps_logged(folder: Path) -> int:
-    path = folder / "runs" / STEM / "metrics.jsonl"
+def steps_logged(folder: Path, stem: str = STEM) -> int:
+    path = folder / "runs" / stem / "metrics.jsonl"
     return path.read_bytes().count(b'"train"') if path.exists() else 0
 
 
-def comparable_metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "runs" / STEM / "metrics.jsonl").read_text().splitlines()
+def comparable_metrics(folder: Path, stem: str = STEM) -> list[dict[str, Any]]:
+    lines = (folder / "runs" / stem / "metrics.jsonl").read_text().splitlines()
     return [
         {k: v for k, v in json.loads(line).items() if k not in {"seconds", "tokens_per_second"}}
         for line in lines
@@ -100,13 +103,13 @@ def assert_same(left: Any, right: Any, where: str = "") -> None:
         assert left == right, where
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    for name in [f"{STEM}.pt", *(f"{STEM}_epoch{n}.pt" for n in range(1, LAST_EPOCH + 1))]:
+def assert_same_run(one: Path, other: Path, stem: str = STEM) -> None:
+    for name in [f"{stem}.pt", *(f"{stem}_epoch{n}.pt" for n in range(1, LAST_EPOCH + 1))]:
         assert_same(dict(read_checkpoint(one / name)), dict(read_checkpoint(other / name)), name)
-    assert comparable_metrics(one) == comparable_metrics(other)
-    samples = f"runs/{STEM}/samples.jsonl"
+    assert comparable_metrics(one, stem) == comparable_metrics(other, stem)
+    samples = f"runs/{stem}/samples.jsonl"
     assert (one / samples).read_text() == (other / samples).read_text()
-    assert not (other / f"{STEM}_interrupted.pt").exists()
+    assert not (other / f"{stem}_interrupted.pt").exists()
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +271,26 @@ def test_a_second_run_of_the_same_name_is_refused(
         assert str(running.pid) in done.stderr
         assert "Traceback" not in done.stderr
     assert running.poll() is None
+
+
+@pytest.mark.parametrize("scan", ["plain", "auto"])
+def test_the_state_space_expert_is_resumed_as_exactly(
+    scan: str, tiny_corpus: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Killed, interrupted, killed again: the same bits as without, whichever scan computes."""
+    stem, whole, struck = "state_space_expert", tmp_path / "whole", tmp_path / "struck"
+    scanning = ["--set", f"state_space.scan={scan}"]
+    finish([*command(tiny_corpus, tiny_tokenizer, whole, kind="state_space"), *scanning])
+    process = start([*command(tiny_corpus, tiny_tokenizer, struck, kind="state_space"), *scanning])
+    resume = [sys.executable, "-m", "nanothink", "resume", "--checkpoint-dir", str(struck)]
+    for target, sent in ((6, signal.SIGINT), (17, signal.SIGKILL), (29, signal.SIGTERM)):
+        wait_until(lambda target=target: steps_logged(struck, stem) >= target, process)  # type: ignore[misc]
+        process.send_signal(sent)
+        process.communicate(timeout=60)
+        assert process.returncode == (-signal.SIGKILL if sent is signal.SIGKILL else 130)
+        process = start(resume)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert_same_run(whole, struck, stem)
+    settled = read_checkpoint(struck / f"{stem}.pt")["config"]["state_space"]["scan"]
+    assert settled in ({"plain"} if scan == "plain" else {"plain", "compiled", "triton"})

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from nanothink.config import TrainExpertConfig
-from nanothink.training.optimizer import GroupedOptimizer, effective_warmup, learning_rate_fraction
+from nanothink.training import optimizer as optimizer_module
+from nanothink.training.optimizer import (
+    FastMuon,
+    GroupedOptimizer,
+    effective_warmup,
+    learning_rate_fraction,
+    orthogonalised,
+)
 
 
 def _groups() -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -52,6 +59,47 @@ def test_rates_are_lr_times_multiplier_times_schedule() -> None:
     optimizer.set_fraction(0.5)
     rates = {g["role"]: g["lr"] for o in optimizer.optimizers.values() for g in o.param_groups}
     assert rates == pytest.approx({"matrices": 1e-3, "embeddings": 1.5e-3, "head": 2e-3, "other": 2.5e-3})
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_our_muon_is_torchs_muon_in_another_type(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit where both compute in bfloat16, within its rounding where ours computes in float32."""
+    types = frozenset({torch.float32, *([torch.bfloat16] if narrow else [])})
+    monkeypatch.setattr(optimizer_module, "fast_cpu_types", lambda: types)
+    torch.manual_seed(0)
+    start = [torch.randn(24, 40), torch.randn(40, 24), torch.randn(16, 16), torch.randn(4, 4)]
+    made = []
+    for cls in (FastMuon, torch.optim.Muon):
+        parameters = [nn.Parameter(p.clone()) for p in start]
+        muon = cls(parameters, lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            for p in parameters[:-1]:  # the last has no gradient, and must stay
+                p.grad = torch.randn(p.shape, generator=generator)
+            muon.step()
+        made.append((parameters, muon.state_dict()))
+    (ours, our_state), (theirs, their_state) = made
+    for one, other, before in zip(ours, theirs, start, strict=True):
+        if narrow:
+            assert torch.equal(one, other)
+        else:
+            moved = float((other - before).detach().norm())
+            assert float((one - other).detach().norm()) <= 0.02 * moved
+    assert torch.equal(ours[-1], start[-1])
+    assert our_state["param_groups"] == their_state["param_groups"]
+    for index, entry in their_state["state"].items():
+        assert torch.equal(our_state["state"][index]["momentum_buffer"], entry["momentum_buffer"])
+
+
+def test_orthogonalised_brings_every_singular_value_near_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((30, 12), (12, 30)):
+        matrix = torch.randn(shape)
+        before = matrix.clone()
+        values = torch.linalg.svdvals(orthogonalised(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7).float())
+        assert torch.equal(matrix, before)
+        assert float(values.min()) > 0.6
+        assert float(values.max()) < 1.3
 
 
 def test_a_muon_update_has_the_size_of_an_adamw_update() -> None:

@@ -1,0 +1,352 @@
+"""The state-space expert: Mamba-1 (Gu & Dao 2023, "Mamba", section 3.4 and figure 3), of S6 layers.
+
+A layer widens its input to E channels and a gate, mixes each channel over the last few steps by a
+causal convolution, runs the selective scan, whose step sizes Δ, inputs B and outputs C depend on the token,
+and closes with the gate and a projection. Weights exchange one to one with ``transformers``'
+``MambaForCausalLM``, the reference that tests compare logits and gradients with.
+
+The start follows the paper where the state is concerned: A = -(1 .. N) (S4D-Real, section 3.6), D = 1, and a
+bias of Δ through the inverse of softplus so that Δ begins log-uniform in [0.001, 0.1] (section 3.6 and
+appendix E.2). Elsewhere it is that of our transformer: embeddings of standard deviation 1 (0.02 when tied),
+output projections and head at zero.
+
+What the layer keeps of the past has one size whatever the length, so there is no context to run out of: a
+forward pass takes any T, and memory grows with T and no faster.
+
+Shapes: B batch, T time, D model width, V vocabulary; E = expand x D channels, N state, R rank of Δ, W width
+of the convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nanothink.config import ModelConfig, StateSpaceConfig
+from nanothink.errors import CheckpointMismatchError, UsageError
+from nanothink.models.contract import LanguageModel, State
+from nanothink.models.layers import NORM_EPS, RMSNorm, embedding, gated_product, linear
+from nanothink.models.loss import CHUNK_ROWS
+from nanothink.models.precision import product_dtype, products
+from nanothink.models.selective_scan import selective_scan
+
+_DELTA_MIN, _DELTA_MAX, _DELTA_FLOOR = 0.001, 0.1, 1e-4
+
+_STEPS_BETWEEN_STATES = 16  # the scan keeps every 16th (compiled.py) or 32nd (plain.py) for its backward pass
+
+_PIECE = 8192
+"""Tokens of a long prompt read at a time, so that its length does not decide how much memory it takes."""
+
+
+class Recurrence(State):
+    """What the layers remember: the last W - 1 inputs of each convolution, and the state of each scan.
+
+    Args:
+        n_layers: how many layers write to it.
+        batch_size: B.
+    """
+
+    def __init__(self, n_layers: int, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.tails: list[Tensor | None] = [None] * n_layers  # (B, W - 1, E) each
+        self.states: list[Tensor | None] = [None] * n_layers  # (B, N, E) each
+
+
+class Mixer(nn.Module):
+    """Projection, causal convolution, selective scan, gate, projection."""
+
+    def __init__(self, width: int, shape: StateSpaceConfig) -> None:
+        super().__init__()
+        channels, rank = shape.expand * width, delta_rank(width, shape)
+        self.splits = [rank, shape.d_state, shape.d_state]
+        self.scan = shape.scan
+        self.input = linear(width, 2 * channels)  # the channels, then their gates
+        self.filter = nn.Parameter(torch.empty(channels, shape.conv_width).uniform_(-0.5, 0.5))
+        self.filter_bias = nn.Parameter(torch.zeros(channels))
+        self.select = linear(channels, sum(self.splits))  # Δ (of low rank), B and C of each token
+        self.delta = nn.Linear(rank, channels)
+        self.log_rate = nn.Parameter(torch.arange(1.0, shape.d_state + 1).log().repeat(channels, 1))  # A
+        self.skip = nn.Parameter(torch.ones(channels))  # D
+        self.output = linear(channels, width, zero=True)
+        with torch.no_grad():
+            nn.init.uniform_(self.delta.weight, -(rank**-0.5), rank**-0.5)
+            low, high = math.log(_DELTA_MIN), math.log(_DELTA_MAX)
+            start = torch.empty(channels).uniform_(low, high).exp_().clamp_(min=_DELTA_FLOOR)
+            self.delta.bias.copy_(start + torch.log(-torch.expm1(-start)))  # softplus of it is start
+
+    def forward(self, x: Tensor, memory: Recurrence | None = None, layer: int = 0) -> Tensor:
+        """(B, T, D) -> (B, T, D). With a memory, the T tokens follow those it has seen, and it moves on."""
+        x, gate = self.input(x).chunk(2, dim=-1)  # (B, T, E)
+        tail = None if memory is None else memory.tails[layer]
+        if memory is not None:
+            memory.tails[layer] = self._tail(tail, x)
+        u = self._convolve(x, tail)
+        rank, B, C = self.select(u).split(self.splits, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
+        delta = _Softplus.apply(F.linear(rank, self.delta.weight), self.delta.bias)  # type: ignore[no-untyped-call]
+        A = -self.log_rate.float().exp()  # (E, N)
+        state = None if memory is None else memory.states[layer]
+        y, last = selective_scan(u, delta, A, B, C, self.skip, state, name=self.scan)
+        if memory is not None:
+            memory.states[layer] = last
+        return gated_product(gate, y, self.output.weight)
+
+    def _convolve(self, x: Tensor, tail: Tensor | None) -> Tensor:
+        """``silu`` of the weighted sum of each channel's last W inputs, with zeros or the tail before x."""
+        if tail is None:
+            y: Tensor = _Convolution.apply(x, self.filter, self.filter_bias)  # type: ignore[no-untyped-call]
+            return y
+        whole = torch.cat([tail, x], 1)  # (B, W - 1 + T, E)
+        return F.silu(_filtered(whole, self.filter, self.filter_bias)[:, tail.shape[1] :]).to(x.dtype)
+
+    def _tail(self, tail: Tensor | None, x: Tensor) -> Tensor:
+        kept = self.filter.shape[1] - 1
+        if tail is None:
+            tail = x.new_zeros(x.shape[0], kept, x.shape[2])
+        return torch.cat([tail, x[:, -kept:]], 1)[:, -kept:]
+
+
+class _Convolution(torch.autograd.Function):
+    """Causal convolution and ``silu``; keeps its input alone and computes the sum again in backward.
+
+    On a CPU one sequence at a time, which stays in the cache: four times the speed of ``F.conv1d``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for rows in _cache_rows(x):
+            y[rows] = F.silu(_filtered(x[rows], weight, bias))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, weight, bias = ctx.saved_tensors
+        n_tokens, width = x.shape[1], weight.shape[1]
+        taps = weight.t().contiguous()  # (W, E)
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        grad_taps, grad_bias = torch.zeros_like(taps), torch.zeros_like(bias)
+        for rows in _cache_rows(x):
+            before = _filtered(x[rows], weight, bias)
+            inner = torch.ops.aten.silu_backward(grad[rows].to(before.dtype), before)  # (b, T, E)
+            part = inner * taps[-1]
+            grad_bias += inner.sum((0, 1))
+            for back in range(min(width, n_tokens)):  # the tap that looks `back` steps back
+                after, source = inner[:, back:], x[rows, : n_tokens - back]
+                if back:
+                    part[:, : n_tokens - back].addcmul_(after, taps[-1 - back])
+                grad_taps[-1 - back] += (after * source).sum((0, 1))
+            grad_x[rows] = part
+        return grad_x, grad_taps.t(), grad_bias
+
+
+def _filtered(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(B, T, E) -> (B, T, E) float32: bias plus the last W inputs, weighted by (E, W), oldest first."""
+    taps = weight.t().contiguous()  # (W, E)
+    y = torch.addcmul(bias, x, taps[-1])
+    for back in range(1, min(taps.shape[0], x.shape[1])):
+        y[:, back:].addcmul_(x[:, :-back], taps[-1 - back])
+    return y
+
+
+def _cache_rows(x: Tensor) -> Iterator[slice]:
+    size = 1 if x.device.type == "cpu" else x.shape[0]
+    for start in range(0, x.shape[0], size):
+        yield slice(start, start + size)
+
+
+class _Softplus(torch.autograd.Function):
+    """``softplus(x + bias)`` in float32; its slope follows from its value, so the value alone is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        y = F.softplus(x.float() + bias)
+        ctx.save_for_backward(y)
+        ctx.dtype = x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (y,) = ctx.saved_tensors
+        grad = torch.expm1(-y).neg_().mul_(grad)  # sigmoid(x) = 1 - exp(-softplus(x))
+        return grad.to(ctx.dtype), grad.flatten(0, -2).sum(0)
+
+
+class Layer(nn.Module):
+    """A mixer on a normalised copy of the stream."""
+
+    def __init__(self, width: int, shape: StateSpaceConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.mixer = Mixer(width, shape)
+
+    def forward(self, x: Tensor, memory: Recurrence | None = None, layer: int = 0) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        update: Tensor = self.mixer(self.norm(x, product_dtype(x)), memory, layer)
+        return x + update
+
+
+class StateSpace(LanguageModel):
+    """See the head of this file.
+
+    Args:
+        vocab_size: V.
+        model: width.
+        shape: layers, state, convolution, scan, tying.
+    """
+
+    kind: ClassVar[str] = "state_space"
+    context_length = None
+
+    def __init__(self, vocab_size: int, model: ModelConfig, shape: StateSpaceConfig) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.d_model = width = model.d_model
+        self.shape = shape
+        self.embedding = embedding(vocab_size, width, std=0.02 if shape.tie_embeddings else 1.0)
+        self.layers = nn.ModuleList(Layer(width, shape) for _ in range(shape.n_layers))
+        self.norm = RMSNorm(width)
+        self.head = None if shape.tie_embeddings else linear(width, vocab_size, zero=True)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """(V, D): the LM head, or the embedding table when tied."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return cast(nn.Parameter, weight)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, D) float32, for any T."""
+        x = self.embedding(tokens)  # (B, T, D)
+        with products(x.device.type):
+            for layer in self.layers:
+                x = layer(x)
+            states: Tensor = self.norm(x)
+        return states
+
+    def start(self, batch_size: int) -> Recurrence:
+        """A memory of nothing."""
+        return Recurrence(len(self.layers), batch_size)
+
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """See ``LanguageModel.step``. Many tokens are read by one scan, which hands on its last state."""
+        assert isinstance(state, Recurrence)
+        if tokens.shape[0] != state.batch_size:
+            raise UsageError(
+                f"this decoding state is for {state.batch_size} sequences, but {tokens.shape[0]} were given"
+            )
+        with torch.no_grad(), products(tokens.device.type):
+            for piece in torch.split(tokens, _PIECE, 1):
+                x = self.embedding(piece)  # (B, T, D)
+                for i, layer in enumerate(self.layers):
+                    x = layer(x, state, i)
+            return F.linear(self.norm(x[:, -1]), self.head_weight).float()
+
+    def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
+        """See ``LanguageModel.activation_bytes``; what is kept was listed with saved-tensor hooks."""
+        width, n_states = self.d_model, self.shape.d_state
+        channels, rank = self.shape.expand * width, delta_rank(width, self.shape)
+        in_products = width + 4 * channels + rank + 4 * n_states  # norm; u, y, channels and gates; Δ, B, C
+        in_float32 = width + channels + channels * n_states // _STEPS_BETWEEN_STATES  # stream; Δ; states
+        in_flight = 4 * 8 * channels  # gradients of the layer being worked on
+        per_token = len(self.layers) * (value_bytes * in_products + 4 * in_float32) + 12 * width + in_flight
+        head = self.vocab_size * (4 * width + CHUNK_ROWS * 8)  # the head's gradient and one chunk of logits
+        return batch_size * length * per_token + head
+
+
+def delta_rank(width: int, shape: StateSpaceConfig) -> int:
+    """R: as set, else a sixteenth of the model width, rounded up (the paper's default)."""
+    return shape.delta_rank or -(-width // 16)
+
+
+_OUTER_NAMES = {
+    "embedding.weight": "backbone.embeddings.weight",
+    "norm.weight": "backbone.norm_f.weight",
+    "head.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "norm.weight": "norm.weight",
+    "mixer.input.weight": "mixer.in_proj.weight",
+    "mixer.filter": "mixer.conv1d.weight",
+    "mixer.filter_bias": "mixer.conv1d.bias",
+    "mixer.select.weight": "mixer.x_proj.weight",
+    "mixer.delta.weight": "mixer.dt_proj.weight",
+    "mixer.delta.bias": "mixer.dt_proj.bias",
+    "mixer.log_rate": "mixer.A_log",
+    "mixer.skip": "mixer.D",
+    "mixer.output.weight": "mixer.out_proj.weight",
+}
+
+
+def _mamba_names(n_layers: int) -> dict[str, str]:
+    """Our name -> Mamba's name, for every parameter."""
+    names = dict(_OUTER_NAMES)
+    for i in range(n_layers):
+        names |= {
+            f"layers.{i}.{ours}": f"backbone.layers.{i}.{theirs}" for ours, theirs in _LAYER_NAMES.items()
+        }
+    return names
+
+
+def to_mamba_state_dict(model: StateSpace) -> dict[str, Tensor]:
+    """The model's weights under the names and in the shapes of ``MambaForCausalLM``. Shared, not copied.
+
+    A tied model has no ``lm_head.weight``; ``transformers`` ties it on loading.
+    """
+    names = _mamba_names(len(model.layers))
+    return {
+        names[name]: tensor.unsqueeze(1) if name.endswith(".filter") else tensor
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def from_mamba_state_dict(state: Mapping[str, Tensor], *, tied: bool = False) -> dict[str, Tensor]:
+    """The inverse: weights of a ``MambaForCausalLM`` under the names of ``StateSpace``.
+
+    Args:
+        state: by Mamba's names.
+        tied: leave out the head, which is the embedding table.
+
+    Raises:
+        CheckpointMismatchError: a weight that this shape does not have, such as a bias.
+    """
+    layers = [int(name.split(".")[2]) for name in state if name.startswith("backbone.layers.")]
+    names = {theirs: ours for ours, theirs in _mamba_names(max(layers, default=-1) + 1).items()}
+    unknown = sorted(set(state) - set(names))
+    if unknown:
+        raise CheckpointMismatchError(
+            f"not the weights of a Mamba model of this shape: {', '.join(unknown[:5])} "
+            f"({len(unknown)} of {len(state)}) have no place here"
+        )
+    return {
+        names[name]: tensor.squeeze(1) if name.endswith("conv1d.weight") else tensor
+        for name, tensor in state.items()
+        if not (tied and name == "lm_head.weight")
+    }
+
+
+def to_mamba_config(model: StateSpace) -> dict[str, Any]:
+    """Keyword arguments of ``transformers.MambaConfig`` that describe this model."""
+    shape = model.shape
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "state_size": shape.d_state,
+        "num_hidden_layers": shape.n_layers,
+        "layer_norm_epsilon": NORM_EPS,
+        "expand": shape.expand,
+        "conv_kernel": shape.conv_width,
+        "time_step_rank": delta_rank(model.d_model, shape),
+        "use_bias": False,
+        "use_conv_bias": True,
+        "hidden_act": "silu",
+        "residual_in_fp32": True,
+        "tie_word_embeddings": shape.tie_embeddings,
+    }
