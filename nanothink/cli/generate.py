@@ -105,7 +105,7 @@ def generate(
         render.note(line)
     if denoise:
         found = loaded.denoise(
-            prompts[0], levels or None, seed=seed or 0, ddim_steps=sampling.get("ddim_steps") or 1
+            prompts[0], levels or None, seed=seed or 0, ddim_steps=sampling.get("ddim_steps", 1)
         )
         if as_json:
             shown = [

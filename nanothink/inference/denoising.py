@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
+import torch.nn.functional as F
 
 from nanothink.data.batches import validation_batches
 from nanothink.data.tokens import IGNORE, TokenStream

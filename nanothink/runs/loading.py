@@ -123,14 +123,15 @@ class LoadedModel:
             passage: at most a context of text.
             levels: noise levels, 1 to ``diffuser.training_steps``; a spread of them when left out.
             seed: of the noise.
-            ddim_steps: evaluations on the way down from each level.
+            ddim_steps: evaluations on the way down from each level; 0 for ``diffuser.inference_steps``.
 
         Raises:
             UsageError: not a diffuser, or a passage or level that it cannot take.
         """
         model = self._diffuser()
         levels = measured_levels(model.shape.training_steps) if levels is None else levels
-        return reconstruct(model, self.tokenizer.encode(passage), levels, seed=seed, n_steps=ddim_steps)
+        n_steps = ddim_steps or model.shape.inference_steps
+        return reconstruct(model, self.tokenizer.encode(passage), levels, seed=seed, n_steps=n_steps)
 
     def _start_by_ddim(self, n_steps: int) -> Callable[[Sequence[int]], State]:
         model = self._diffuser()
