@@ -21,6 +21,7 @@ from nanothink.models.selective_scan import compiled, plain, reference
 SHAPES = {  # batch, T, channels, N
     "the default preset": (4, 512, 768, 16),
     "one long text": (1, 2048, 768, 16),
+    "the large preset": (1, 1024, 1536, 16),
     "the tiny preset": (8, 256, 256, 16),
 }
 NAIVE = "the default preset"
