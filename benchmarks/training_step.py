@@ -12,19 +12,13 @@ process each, as the peak resident size of one step.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from side_by_side import last_number, machine, print_peak, rows, take_turns
 
 VOCABULARY, LENGTH = 50_257, 512
 
@@ -75,27 +69,6 @@ def nanothink_step(batch: int, dtype: torch.dtype) -> Callable[[], None]:
 SIDES = {"nanothink": nanothink_step, "gpt2": gpt2_step}
 
 
-def speed(batch: int, rounds: int, dtype: torch.dtype) -> dict[str, list[float]]:
-    """Seconds a step, by side, the sides taking turns."""
-    steps = {name: make(batch, dtype) for name, make in SIDES.items()}
-    for step in steps.values():
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def peak_memory(side: str, batch: int, dtype: torch.dtype) -> float:
-    """Peak resident bytes of a process that takes two steps of one side."""
-    arguments = ["--child", side, "--memory-batch", str(batch), "--dtype", str(dtype).removeprefix("torch.")]
-    done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
-    return float(json.loads(done.stdout.splitlines()[-1])["peak"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -113,27 +86,17 @@ def main() -> None:
         step = SIDES[options.child](options.memory_batch, dtype)
         step()
         step()
-        print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+        print_peak()
         return
 
-    seconds = speed(options.batch, options.rounds, dtype)
-    tokens = options.batch * LENGTH
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratios = [theirs / ours for ours, theirs in zip(seconds["nanothink"], seconds["gpt2"], strict=True)]
-    print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.dtype}"
-    )
-    print(f"\n| step of {options.batch} x {LENGTH} tokens | seconds (median) | min | max | tokens/s |")
-    print("|---|---:|---:|---:|---:|")
-    for name, median in medians.items():
-        low, high = min(seconds[name]), max(seconds[name])
-        print(f"| {name} | {median:.2f} | {low:.2f} | {high:.2f} | {tokens / median:,.0f} |")
-    print(
-        f"\ntokens/s against gpt2, pair by pair: median {statistics.median(ratios):.2f}, "
-        f"min {min(ratios):.2f}, max {max(ratios):.2f}"
-    )
+    seconds = take_turns({name: make(options.batch, dtype) for name, make in SIDES.items()}, options.rounds)
+    print(f"a step of {options.batch} x {LENGTH} tokens, {options.dtype}, {machine()}\n")
+    print("| side | seconds (median) | min | max | tokens/s | tokens/s against gpt2 | min to max |")
+    print("|---|---:|---:|---:|---:|---:|---|")
+    print(rows(seconds, "gpt2", tokens=options.batch * LENGTH))
     if options.memory_batch:
-        peaks = {name: peak_memory(name, options.memory_batch, dtype) for name in SIDES}
+        child = (__file__, "--memory-batch", str(options.memory_batch), "--dtype", options.dtype, "--child")
+        peaks = {name: last_number(*child, name) for name in SIDES}
         print(f"\n| step of {options.memory_batch} x {LENGTH} tokens | peak memory |\n|---|---:|")
         for name, peak in peaks.items():
             print(f"| {name} | {peak / 1e9:.2f} GB |")

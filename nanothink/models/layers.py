@@ -55,7 +55,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """(..., width) -> (..., width) in ``dtype``."""
-        if x.device.type == "cuda":  # one kernel there, which keeps no more than ours
+        if (
+            x.device.type == "cuda" or not torch.is_grad_enabled()
+        ):  # one kernel, which keeps no more than ours
             return F.rms_norm(x.float(), self.weight.shape, self.weight, NORM_EPS).to(dtype)
         y: Tensor = _RMSNormFunction.apply(x, self.weight, dtype)  # type: ignore[no-untyped-call]
         return y
@@ -254,6 +256,8 @@ class SwiGLU(nn.Module):
 
 def gated_product(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     """``(silu(gate) * up) @ weight.T``: (..., F), (..., F), (D, F) -> (..., D), in the type of ``gate``."""
+    if not torch.is_grad_enabled():
+        return F.linear(F.silu(gate).mul_(up), weight)
     y: Tensor = _GatedProduct.apply(gate, up.to(gate.dtype), weight.to(gate.dtype))  # type: ignore[no-untyped-call]
     return y
 

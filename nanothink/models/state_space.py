@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -45,7 +46,7 @@ _PIECE = 8192
 
 
 class Recurrence(State):
-    """What the layers remember: the last W - 1 inputs of each convolution, and the state of each scan.
+    """What the layers remember. Its size does not depend on how much was read.
 
     Args:
         n_layers: how many layers write to it.
@@ -54,8 +55,17 @@ class Recurrence(State):
 
     def __init__(self, n_layers: int, batch_size: int) -> None:
         self.batch_size = batch_size
-        self.tails: list[Tensor | None] = [None] * n_layers  # (B, W - 1, E) each
-        self.states: list[Tensor | None] = [None] * n_layers  # (B, N, E) each
+        self.layers: list[LayerMemory | None] = [None] * n_layers  # None before the first token
+
+
+@dataclass
+class LayerMemory:
+    """One layer's part, and two tables of its weights in the layout that a step reads fastest."""
+
+    tail: Tensor  # (B, W - 1, E): the last inputs of the convolution
+    state: Tensor  # (B, N, E): the state of the scan
+    taps: Tensor  # (W, E): the weights of the convolution
+    rates: Tensor  # (N, E): A log2 e, for exp(delta A) = 2^(delta A log2 e)
 
 
 class Mixer(nn.Module):
@@ -82,33 +92,40 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, memory: Recurrence | None = None, layer: int = 0) -> Tensor:
         """(B, T, D) -> (B, T, D). With a memory, the T tokens follow those it has seen, and it moves on."""
+        before = None if memory is None else memory.layers[layer]
+        if before is not None and x.shape[1] == 1:
+            return self._step(x, before)
         x, gate = self.input(x).chunk(2, dim=-1)  # (B, T, E)
-        tail = None if memory is None else memory.tails[layer]
-        if memory is not None:
-            memory.tails[layer] = self._tail(tail, x)
-        u = self._convolve(x, tail)
+        whole = x if before is None else torch.cat([before.tail, x], 1)
+        convolved: Tensor = _Convolution.apply(whole, self.filter, self.filter_bias)  # type: ignore[no-untyped-call]
+        u = convolved[:, -x.shape[1] :]
         rank, B, C = self.select(u).split(self.splits, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
-        delta = _Softplus.apply(F.linear(rank, self.delta.weight), self.delta.bias)  # type: ignore[no-untyped-call]
-        A = -self.log_rate.float().exp()  # (E, N)
-        state = None if memory is None else memory.states[layer]
-        y, last = selective_scan(u, delta, A, B, C, self.skip, state, name=self.scan)
+        delta: Tensor = _Softplus.apply(F.linear(rank, self.delta.weight), self.delta.bias)  # type: ignore[no-untyped-call]
+        state = None if before is None else before.state
+        y, last = selective_scan(u, delta, self._rates(), B, C, self.skip, state, name=self.scan)
         if memory is not None:
-            memory.states[layer] = last
+            kept = self.filter.shape[1] - 1
+            padded = F.pad(whole, (0, 0, max(0, kept - whole.shape[1]), 0))
+            taps, rates = self.filter.t().contiguous(), (self._rates() / math.log(2)).t().contiguous()
+            memory.layers[layer] = LayerMemory(padded[:, -kept:].clone(), last, taps, rates)
         return gated_product(gate, y, self.output.weight)
 
-    def _convolve(self, x: Tensor, tail: Tensor | None) -> Tensor:
-        """``silu`` of the weighted sum of each channel's last W inputs, with zeros or the tail before x."""
-        if tail is None:
-            y: Tensor = _Convolution.apply(x, self.filter, self.filter_bias)  # type: ignore[no-untyped-call]
-            return y
-        whole = torch.cat([tail, x], 1)  # (B, W - 1 + T, E)
-        return F.silu(_filtered(whole, self.filter, self.filter_bias)[:, tail.shape[1] :]).to(x.dtype)
+    def _rates(self) -> Tensor:
+        """(E, N): A, below zero."""
+        return -self.log_rate.float().exp()
 
-    def _tail(self, tail: Tensor | None, x: Tensor) -> Tensor:
-        kept = self.filter.shape[1] - 1
-        if tail is None:
-            tail = x.new_zeros(x.shape[0], kept, x.shape[2])
-        return torch.cat([tail, x[:, -kept:]], 1)[:, -kept:]
+    def _step(self, x: Tensor, memory: LayerMemory) -> Tensor:
+        """(B, 1, D) -> (B, 1, D): one step of the recurrence, a fixed number of small operations."""
+        x, gate = self.input(x).chunk(2, dim=-1)  # (B, 1, E)
+        window = torch.cat([memory.tail, x], 1)  # (B, W, E)
+        memory.tail = window[:, 1:]
+        u = F.silu((window * memory.taps).sum(1, keepdim=True).add_(self.filter_bias)).to(x.dtype)
+        rank, B, C = self.select(u).split(self.splits, dim=-1)
+        delta = F.softplus(F.linear(rank, self.delta.weight).float().add_(self.delta.bias))
+        decay = (delta * memory.rates).exp2_()  # (B, N, E)
+        memory.state = decay.mul_(memory.state).addcmul_(B.float().mT, delta * u)
+        y = (C.float() @ memory.state).addcmul_(self.skip, u).to(gate.dtype)
+        return gated_product(gate, y, self.output.weight)
 
 
 class _Convolution(torch.autograd.Function):

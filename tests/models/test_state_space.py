@@ -182,9 +182,10 @@ def test_the_memory_has_one_size_and_no_end() -> None:
     assert model.context_length is None
     state = model.start(2)
     sizes = set()
+    model.step(tokens(2, 3), state)
     for t in range(200):
         model.step(tokens(2, 1, seed=t), state)
-        kept = [z for z in (*state.tails, *state.states) if z is not None]
+        kept = [z for layer in state.layers if layer is not None for z in (layer.tail, layer.state)]
         sizes.add(sum(z.untyped_storage().nbytes() for z in kept))
     assert len(sizes) == 1
     assert model.hidden(tokens(1, 300)).shape == (1, 300, 24)
@@ -270,7 +271,8 @@ def test_the_state_is_float32_under_autocast() -> None:
     state = model.start(1)
     with torch.autocast("cpu", torch.bfloat16):
         model.step(tokens(1, 9), state)
-    assert [s.dtype for s in state.states if s is not None] == [torch.float32] * 2
+        model.step(tokens(1, 1), state)
+    assert [layer.state.dtype for layer in state.layers if layer is not None] == [torch.float32] * 2
 
 
 def test_loss_and_log_likelihood_agree_with_the_logits() -> None:
