@@ -76,7 +76,7 @@ class DiffuserConfig(Settings):
     inference_steps: int = Field(10, ge=1, le=10_000)
     """Evaluations of the denoiser for each token when text is sampled by DDIM; at most training_steps."""
 
-    target: Literal["input_embedding", "head_row", "hidden_state"] = "input_embedding"
+    target: Literal["input_embedding", "head_row", "hidden_state"] = "head_row"
     """What is denoised of the frozen transformer: the next token's row in its embedding table or in its LM
     head, or its final state once it has read that token (computed at every step, not looked up)."""
 
