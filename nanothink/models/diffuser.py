@@ -1,20 +1,21 @@
 """The diffuser expert: denoises representations of a frozen transformer, position by position.
 
-For position i the *clean target* y is the row of token i+1 in the frozen transformer's LM head, RMS-normalised
-and standardised; its row in the embedding table, or the hidden state, are a setting. A causal *context encoder*, transformer
-blocks over the tokens up to i, gives z; a *denoiser*, feed-forward blocks with adaptive normalisation
-(Peebles & Xie 2023, section 3.2; per position and conditioned on z as in MAR, Li et al. 2024, section
-3.3), predicts y from x_t, z and the noise level t, with self-conditioning (Chen et al. 2023). No position
-ever sees a target of another, noised or clean, so the model is causal by construction.
+For position i the *clean target* y is the row of token i+1 in the frozen transformer's LM head,
+RMS-normalised and standardised; its row in the embedding table, or the hidden state, are a setting. A
+causal *context encoder*, transformer blocks over the tokens up to i, gives z; a *denoiser*, feed-forward
+blocks with adaptive normalisation (Peebles & Xie 2023, section 3.2; per position and conditioned on z as
+in MAR, Li et al. 2024, section 3.3), predicts y from x_t, z and the noise level t, with self-conditioning
+(Chen et al. 2023). No position ever sees a target of another, noised or clean, so the model is causal by
+construction.
 
 As a language model its distribution is that of its LM head on the denoiser's last state, from the null
 noise x_N = 0 at the last level, in one evaluation: exact, and what loss, perplexity and generation use.
 The head's cross-entropy is part of the loss (the rounding loss of Diffusion-LM, Li et al. 2022, section
 4.2). Text can also be sampled by DDIM from drawn noise.
 
-It differs from MAR in predicting the velocity (or the clean target), in causal attention over tokens, in the null
-noise, and in modulation that is a sum of a term of z and a term of t, so that the first is computed once
-for all evaluations.
+It differs from MAR in predicting the velocity (or the clean target), in causal attention over tokens, in
+the null noise, and in modulation that is a sum of a term of z and a term of t, so that the first is
+computed once for all evaluations.
 
 Shapes: B batch, T time, D model width, V vocabulary, N noise levels, M = 3 D numbers a denoiser block.
 """
