@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,34 +33,47 @@ class LanguageModel(nn.Module, ABC):
     """The name that commands, configs and checkpoints use."""
 
     vocab_size: int
+
     d_model: int
+    """Width of the residual stream, and of ``hidden`` too in every model but the combined one."""
 
     context_length: int | None
     """Most tokens that one forward pass or one decoding state can hold; None: no limit."""
 
     @abstractmethod
     def hidden(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, D): the final normalised states, which the head reads."""
+        """(B, T) int64 -> (B, T, D): the final states, which the head reads."""
 
     @property
     @abstractmethod
     def head_weight(self) -> nn.Parameter:
-        """(V, D): the LM head."""
+        """(V, D): the LM head. Its D is that of ``hidden``."""
 
     @abstractmethod
     def start(self, batch_size: int) -> State:
         """An empty decoding state for ``batch_size`` sequences."""
 
     @abstractmethod
-    def step(self, tokens: Tensor, state: State) -> Tensor:
-        """Read (B, T) more tokens, T >= 1, and predict the one after them: (B, V) float32 logits.
+    def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
+        """Read (B, T) more tokens, T >= 1: what ``hidden`` gives for them, (B, T, D) float32.
 
-        Advances ``state`` in place. However a sequence is cut into steps, the logits are the same. No
-        gradients.
+        Advances ``state`` in place. However a sequence is cut up, the states are the same. No gradients.
+
+        Args:
+            last_only: give the last token's alone, (B, 1, D), which can be cheaper.
 
         Raises:
             UsageError: the state would hold more than ``context_length`` tokens.
         """
+
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """Read (B, T) more tokens, T >= 1, and predict the one after them: (B, V) float32 logits.
+
+        Advances ``state`` as ``read`` does.
+        """
+        last = self.read(tokens, state, last_only=True)[:, -1]  # (B, D)
+        with torch.no_grad(), products(last.device.type):
+            return F.linear(last, self.head_weight).float()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The same as ``logits``."""

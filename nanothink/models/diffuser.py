@@ -321,8 +321,8 @@ class Diffuser(LanguageModel):
             state.ddim = ddim
         return state
 
-    def step(self, tokens: Tensor, state: State) -> Tensor:
-        """See ``LanguageModel.step``."""
+    def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
+        """See ``LanguageModel.read``."""
         assert isinstance(state, DiffuserState)
         state.check_room(tokens)
         with torch.no_grad(), products(tokens.device.type):
@@ -331,19 +331,19 @@ class Diffuser(LanguageModel):
             for layer, block in enumerate(self.blocks):
                 x = block(x, rotation, state, layer)
             state.advance(tokens.shape[1])
-            condition = self.condition(self.norm(x[:, -1]))  # (B, D)
+            x = x[:, -1:] if last_only else x
+            condition = self.condition(self.norm(x))
             if state.ddim is None:
-                _, hidden = self.denoise(condition, None, self.shape.training_steps)
-            else:
-                noise = [
-                    torch.randn(self.d_model, generator=generator, device=tokens.device)
-                    for seed in state.ddim.seeds
-                    for generator in [block_generator(seed, "sampling noise", state.length, tokens.device)]
-                ]
-                _, hidden = self.denoise_by_ddim(
-                    condition, torch.stack(noise), self.shape.training_steps, state.ddim.n_steps
-                )
-            return F.linear(hidden, self.head_weight).float()
+                return self.denoise(condition, None, self.shape.training_steps)[1]
+            noise = [
+                torch.randn(self.d_model, generator=generator, device=tokens.device)
+                for seed in state.ddim.seeds
+                for n_read in range(state.length - x.shape[1] + 1, state.length + 1)
+                for generator in [block_generator(seed, "sampling noise", n_read, tokens.device)]
+            ]
+            return self.denoise_by_ddim(
+                condition, torch.stack(noise).view_as(x), self.shape.training_steps, state.ddim.n_steps
+            )[1]
 
     # -----------------------------------------------------------------------------------------------
     # Training

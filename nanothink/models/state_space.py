@@ -252,19 +252,23 @@ class StateSpace(LanguageModel):
         """A memory of nothing."""
         return Recurrence(len(self.layers), batch_size)
 
-    def step(self, tokens: Tensor, state: State) -> Tensor:
-        """See ``LanguageModel.step``. Many tokens are read by one scan, which hands on its last state."""
+    def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
+        """See ``LanguageModel.read``. Many tokens are read by one scan, which hands on its last state."""
         assert isinstance(state, Recurrence)
         if tokens.shape[0] != state.batch_size:
             raise UsageError(
                 f"this decoding state is for {state.batch_size} sequences, but {tokens.shape[0]} were given"
             )
         with torch.no_grad(), products(tokens.device.type):
+            pieces = []
             for piece in torch.split(tokens, _PIECE, 1):
                 x = self.embedding(piece)  # (B, T, D)
                 for i, layer in enumerate(self.layers):
                     x = layer(x, state, i)
-            return F.linear(self.norm(x[:, -1]), self.head_weight).float()
+                if not last_only:
+                    pieces.append(self.norm(x))
+            states: Tensor = self.norm(x[:, -1:]) if last_only else torch.cat(pieces, 1)
+            return states
 
     def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
         """See ``LanguageModel.activation_bytes``; what is kept was listed with saved-tensor hooks."""

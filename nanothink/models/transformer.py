@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanothink.config import ModelConfig, TransformerConfig
@@ -121,8 +120,8 @@ class Transformer(LanguageModel):
         """An empty key-value cache, which grows as it fills."""
         return KeyValueCache(len(self.blocks), batch_size, self.context_length)
 
-    def step(self, tokens: Tensor, state: State) -> Tensor:
-        """See ``LanguageModel.step``."""
+    def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
+        """See ``LanguageModel.read``."""
         assert isinstance(state, KeyValueCache)
         state.check_room(tokens)
         with torch.no_grad(), products(tokens.device.type):
@@ -131,7 +130,8 @@ class Transformer(LanguageModel):
             for layer, block in enumerate(self.blocks):
                 x = block(x, rotation, state, layer)
             state.advance(tokens.shape[1])
-            return F.linear(self.norm(x[:, -1]), self.head_weight).float()
+            states: Tensor = self.norm(x[:, -1:] if last_only else x)
+            return states
 
 
 def inner_width(width: int, ffn_mult: float) -> int:
