@@ -1,18 +1,20 @@
 """Settings: pydantic classes, presets, and where each value came from."""
 
 from nanothink.config.data import DataConfig
-from nanothink.config.model import DiffuserConfig, ModelConfig, StateSpaceConfig, TransformerConfig
+from nanothink.config.model import DiffuserConfig, MLAConfig, ModelConfig, StateSpaceConfig, TransformerConfig
 from nanothink.config.run import Config
-from nanothink.config.training import TrainConfig, TrainDiffuserConfig, TrainExpertConfig
+from nanothink.config.training import TrainConfig, TrainDiffuserConfig, TrainExpertConfig, TrainMLAConfig
 
 __all__ = [
     "Config",
     "DataConfig",
     "DiffuserConfig",
+    "MLAConfig",
     "ModelConfig",
     "StateSpaceConfig",
     "TrainConfig",
     "TrainDiffuserConfig",
     "TrainExpertConfig",
+    "TrainMLAConfig",
     "TransformerConfig",
 ]

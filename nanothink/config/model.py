@@ -105,3 +105,38 @@ class DiffuserConfig(Settings):
 
     transformer: str | None = None
     """The checkpoint of the frozen transformer; transformer_expert.pt in the checkpoint folder when empty."""
+
+
+class MLAConfig(Settings):
+    """NanoThink itself: latent attention, router and head over frozen experts."""
+
+    n_experts: int = Field(3, ge=1, le=64)
+    """Experts that are combined; follows from the --expert options."""
+
+    n_layers: int = Field(2, ge=0, le=256)
+    """Number of blocks, each latent attention plus feed-forward. 0: the router reads the experts' states
+    and the token alone."""
+
+    n_heads: int = Field(6, ge=1, le=256)
+    """Attention heads."""
+
+    head_dim: int | None = Field(None, ge=1)
+    """Width of a head's value, and of the part of its query and key that has no position; d_model / n_heads,
+    rounded up, when empty."""
+
+    rope_dim: int | None = Field(None, ge=2, multiple_of=2)
+    """Width of a head's rotary query and of the rotary key that all heads share; half of head_dim when
+    empty."""
+
+    kv_latent_dim: int | None = Field(None, ge=1)
+    """Width of the latent that keys and values come from, which decoding caches beside the rotary key;
+    d_model / 3, rounded up to a multiple of 8, when empty."""
+
+    ffn_mult: float = Field(4.0, gt=0, le=64)
+    """Inner width of the SwiGLU feed-forward, as a multiple of d_model."""
+
+    rope_theta: float = Field(10_000.0, gt=1)
+    """Base of the rotary position frequencies."""
+
+    router: Literal["token", "global"] = "token"
+    """Weights of the experts: for each token from its state, or one learned set for all tokens."""

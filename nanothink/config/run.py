@@ -23,8 +23,8 @@ from pydantic import ValidationError, model_validator
 
 from nanothink.config.base import Settings
 from nanothink.config.data import DataConfig
-from nanothink.config.model import DiffuserConfig, ModelConfig, StateSpaceConfig, TransformerConfig
-from nanothink.config.training import TrainConfig, TrainDiffuserConfig, TrainExpertConfig
+from nanothink.config.model import DiffuserConfig, MLAConfig, ModelConfig, StateSpaceConfig, TransformerConfig
+from nanothink.config.training import TrainConfig, TrainDiffuserConfig, TrainExpertConfig, TrainMLAConfig
 from nanothink.errors import ConfigError, did_you_mean
 
 if sys.version_info >= (3, 11):
@@ -43,9 +43,11 @@ class Config(Settings):
     transformer: TransformerConfig = TransformerConfig()
     state_space: StateSpaceConfig = StateSpaceConfig()
     diffuser: DiffuserConfig = DiffuserConfig()
+    mla: MLAConfig = MLAConfig()
     data: DataConfig = DataConfig()
     train_expert: TrainExpertConfig = TrainExpertConfig()
     train_diffuser: TrainDiffuserConfig = TrainDiffuserConfig()
+    train_mla: TrainMLAConfig = TrainMLAConfig()
 
     def training_of(self, kind: str) -> TrainConfig:
         """How models of this kind are trained."""
@@ -75,7 +77,8 @@ class Config(Settings):
 
 def training_section(kind: str) -> str:
     """The section of ``Config`` that says how models of this kind are trained."""
-    return TrainDiffuserConfig.section if kind == "diffuser" else TrainExpertConfig.section
+    special = {"diffuser": TrainDiffuserConfig.section, "nanothink_mla": TrainMLAConfig.section}
+    return special.get(kind, TrainExpertConfig.section)
 
 
 @dataclass(frozen=True)

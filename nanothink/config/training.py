@@ -132,3 +132,36 @@ class TrainDiffuserConfig(TrainConfig):
 
     batch_size: int = Field(64, ge=1)
     """Blocks per forward and backward pass."""
+
+
+class TrainMLAConfig(TrainConfig):
+    """Phase 2: NanoThink over frozen experts."""
+
+    section: ClassVar[str] = "train_mla"
+
+    lr: float = Field(1e-4, gt=0, le=10)
+    """Peak learning rate. Every parameter group has this rate times its own multiplier below."""
+
+    lr_matrices: float = Field(40.0, ge=0)
+    """Multiplier of lr for hidden matrices (with Muon, whose update is scaled to AdamW's RMS)."""
+
+    lr_embeddings: float = Field(300.0, ge=0)
+    """Multiplier of lr for token embeddings (AdamW)."""
+
+    lr_head: float = Field(10.0, ge=0)
+    """Multiplier of lr for the LM head, which starts as the experts' heads (AdamW)."""
+
+    lr_other: float = Field(40.0, ge=0)
+    """Multiplier of lr for norms, router and everything else (AdamW)."""
+
+    batch_size: int = Field(16, ge=1)
+    """Blocks per forward and backward pass."""
+
+    grad_accum_steps: int = Field(4, ge=1)
+    """Forward and backward passes per optimizer step."""
+
+    max_epochs: int = Field(30, ge=1)
+    """Passes over the training blocks."""
+
+    entropy_reg: float = Field(0.01, ge=0)
+    """Weight of log E - H(w) in the loss: what the routing weights lack to being equal."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nanothink.config import Config
@@ -10,15 +12,39 @@ from nanothink.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from nanothink.models.contract import LanguageModel
 
-MODEL_KINDS: tuple[str, ...] = ("transformer", "state_space", "diffuser")
+EXPERT_KINDS: tuple[str, ...] = ("transformer", "state_space", "diffuser")
+
+COMBINED = "nanothink_mla"
+"""The kind of a model that combines experts."""
+
+MODEL_KINDS: tuple[str, ...] = (*EXPERT_KINDS, COMBINED)
 
 
-def build_model(kind: str, config: Config, vocab_size: int) -> LanguageModel:
+@dataclass(frozen=True)
+class ExpertDescription:
+    """An expert inside a combined model: all that is needed to build it, but for its weights."""
+
+    name: str
+    kind: str
+    config: Config
+
+
+def build_model(
+    kind: str, config: Config, vocab_size: int, experts: Sequence[ExpertDescription] = ()
+) -> LanguageModel:
     """A freshly initialised model, on the CPU, in training mode. Its weights follow torch's global seed.
+
+    Args:
+        experts: what a combined model combines, built here too.
 
     Raises:
         UsageError: no model is called ``kind``.
     """
+    if kind == COMBINED:
+        from nanothink.models.nanothink import NanoThink
+
+        parts = {e.name: build_model(e.kind, e.config, vocab_size) for e in experts}
+        return NanoThink(vocab_size, config.model, config.mla, parts)
     kind = known_kind(kind)
     if kind == "state_space":
         from nanothink.models.state_space import StateSpace
@@ -34,15 +60,17 @@ def build_model(kind: str, config: Config, vocab_size: int) -> LanguageModel:
 
 
 def known_kind(kind: str) -> str:
-    """The name of a kind as everything else spells it; ``state-space`` and ``state_space`` are the same.
+    """The name of a kind of expert as everything else spells it; ``state-space`` is ``state_space`` too.
 
     Raises:
-        UsageError: no model is called ``kind``.
+        UsageError: no expert is called ``kind``.
     """
     name = kind.replace("-", "_")
-    if name not in MODEL_KINDS:
+    if name == COMBINED:
+        raise UsageError("NanoThink itself is trained over finished experts: nanothink train-mla")
+    if name not in EXPERT_KINDS:
         raise UsageError(
-            f"There is no model called '{kind}'. The kinds are {', '.join(MODEL_KINDS)}."
-            f"{did_you_mean(name, MODEL_KINDS)}"
+            f"There is no model called '{kind}'. The kinds are {', '.join(EXPERT_KINDS)}."
+            f"{did_you_mean(name, EXPERT_KINDS)}"
         )
     return name

@@ -10,7 +10,7 @@ import torch
 
 from nanothink.config import Config, ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
-from nanothink.models import MODEL_KINDS, build_model
+from nanothink.models import EXPERT_KINDS, build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.transformer import Transformer
 
@@ -20,7 +20,7 @@ def config(*, tied: bool = False) -> Config:
     return Config(model=ModelConfig(d_model=16, max_seq_len=8), transformer=shape)
 
 
-@pytest.mark.parametrize("kind", MODEL_KINDS)
+@pytest.mark.parametrize("kind", EXPERT_KINDS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_groups_hold_each_parameter_once(kind: str, tied: bool) -> None:
     model = build_model(kind, config(tied=tied), 50)
