@@ -8,7 +8,7 @@ while it adds no byte. So the figure does not depend on the tokenizer and can be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from nanothink.data.batches import validation_batches
 from nanothink.data.tokens import IGNORE, TokenStream
 from nanothink.models.contract import LanguageModel
+from nanothink.models.nanothink import NanoThink, routing_entropy
 from nanothink.models.precision import Precision
 
 
@@ -42,10 +43,36 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How far each expert of a combined model was trusted over some text."""
+
+    totals: Mapping[str, float]
+    """By expert: its weights, summed over the tokens."""
+    entropy_total: float
+    tokens: int
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Mean weight of each expert."""
+        return {name: total / self.tokens for name, total in self.totals.items()}
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of a token's weights, in nats: the logarithm of their number where all are equal."""
+        return self.entropy_total / self.tokens
+
+    def __add__(self, other: Routing) -> Routing:
+        totals = {name: total + other.totals[name] for name, total in self.totals.items()}
+        return Routing(totals, self.entropy_total + other.entropy_total, self.tokens + other.tokens)
+
+
+@dataclass(frozen=True)
 class Evaluation:
     domains: Mapping[str, Score]
     denoising: Mapping[int, float] = field(default_factory=dict)
     """Mean squared error by noise level, of a model that denoises; see inference/denoising.py."""
+    routing: Mapping[str, Routing] = field(default_factory=dict)
+    """By domain, of a model that combines experts."""
 
     @property
     def overall(self) -> Score:
@@ -84,6 +111,7 @@ def evaluate_model(
     total = sum(tokens for tokens, _ in planned.values())
     done = 0
     scores: dict[str, Score] = {}
+    routing: dict[str, Routing] = {}
     was_training = model.training
     model.eval()
     try:
@@ -93,8 +121,14 @@ def evaluate_model(
                 for inputs, targets in validation_batches(streams[name], length, batch_size, max_tokens):
                     if should_stop is not None and should_stop():
                         raise EvaluationStopped
+                    inputs, targets = inputs.to(precision.device), targets.to(precision.device)
                     with precision.autocast():
-                        loss = model.loss(inputs.to(precision.device), targets.to(precision.device))
+                        if isinstance(model, NanoThink):
+                            loss, weights = model.loss_and_routing(inputs, targets)
+                            seen = _routing_over(weights[targets != IGNORE], model.names)
+                            routing[name] = routing[name] + seen if name in routing else seen
+                        else:
+                            loss = model.loss(inputs, targets)
                     nats += float(loss)
                     done += int((targets != IGNORE).sum())
                     if on_progress is not None:
@@ -102,4 +136,11 @@ def evaluate_model(
                 scores[name] = Score(nats, n_tokens, n_bytes)
     finally:
         model.train(was_training)
-    return Evaluation(scores)
+    return Evaluation(scores, routing=routing)
+
+
+def _routing_over(weights: torch.Tensor, names: Sequence[str]) -> Routing:
+    """Of (N, E) weights."""
+    totals = weights.double().sum(0).tolist()
+    entropy = float(routing_entropy(weights).double().sum())
+    return Routing(dict(zip(names, totals, strict=True)), entropy, len(weights))

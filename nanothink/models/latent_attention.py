@@ -96,7 +96,8 @@ class LatentAttention(nn.Module):
             later = torch.ones(n_new, n_keys, dtype=torch.bool, device=scores.device).triu(n_keys - n_new + 1)
             scores = scores.masked_fill(later, -torch.inf)
         seen = scores.softmax(-1).to(latent.dtype).flatten(1, 2) @ latent  # (B, H * T, C)
-        return seen.view(batch, self.n_heads, n_new, self.latent_dim) @ to_value.mT
+        values: Tensor = seen.view(batch, self.n_heads, n_new, self.latent_dim) @ to_value.mT
+        return values
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, H * n) -> (B, H, T, n)."""

@@ -34,7 +34,7 @@ from nanothink.errors import UsageError
 from nanothink.models.contract import LanguageModel, State
 from nanothink.models.latent_attention import LatentBlock, latent_widths
 from nanothink.models.layers import KeyValueCache, RMSNorm, Rotary, linear
-from nanothink.models.loss import CHUNK_ROWS
+from nanothink.models.loss import CHUNK_ROWS, linear_cross_entropy
 from nanothink.models.precision import product_dtype, products
 from nanothink.models.transformer import Transformer, inner_width
 
@@ -158,6 +158,14 @@ class NanoThink(LanguageModel):
         with torch.no_grad():
             states = [cast(LanguageModel, expert).hidden(tokens) for expert in self.experts]
         return self._combine(tokens, states, self.rotary(0, n_tokens), None)
+
+    def loss_and_routing(
+        self, inputs: Tensor, targets: Tensor, *, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """``loss``, and the weights (B, T, E), from one pass."""
+        states, weights = self.routed(inputs)
+        loss = linear_cross_entropy(states.flatten(0, 1), self.head_weight, targets.flatten(), scale=scale)
+        return loss, weights
 
     def start(self, batch_size: int) -> JointState:
         """Empty states of all experts, and an empty cache of latents."""

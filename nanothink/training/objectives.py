@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 
-from nanothink.models.contract import LanguageModel
+from nanothink.models.contract import IGNORE, LanguageModel
 from nanothink.models.diffuser import Diffuser
+from nanothink.models.nanothink import NanoThink, routing_entropy
 from nanothink.models.noise import Draws
 from nanothink.models.transformer import Transformer
 
@@ -80,3 +82,29 @@ class Denoising:
             of_head = of_head + parts["rounding"] / shape.rounding_every
         total = total + (shape.cross_entropy_weight or 1.0) * of_head
         return Loss(total, {name: part.detach() for name, part in parts.items()})
+
+
+WEIGHT_PART = "weight_"
+"""Before an expert's name: the part of the loss's record that is its mean weight."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """NanoThink's objective: cross-entropy of the next token, and a pull towards weights that are equal.
+
+    Total = cross_entropy + entropy_reg (log E - H(w)), with H the entropy of each token's weights. Beside
+    them the parts have ``routing_entropy``, H, and the mean weight of each expert.
+    """
+
+    entropy_reg: float
+
+    def __call__(self, model: LanguageModel, batch: Batch, scale: float) -> Loss:
+        assert isinstance(model, NanoThink)
+        cross_entropy, weights = model.loss_and_routing(batch.inputs, batch.targets, scale=scale)
+        valid = (batch.targets != IGNORE).float() * scale  # (B, T)
+        entropy = (routing_entropy(weights) * valid).sum()
+        lacking = math.log(len(model.names)) * valid.sum() - entropy
+        means = torch.einsum("bte,bt->e", weights.detach(), valid)
+        parts = {"cross_entropy": cross_entropy.detach(), "routing_entropy": entropy.detach()}
+        parts |= {f"{WEIGHT_PART}{name}": mean for name, mean in zip(model.names, means, strict=True)}
+        return Loss(cross_entropy + self.entropy_reg * lacking, parts)
