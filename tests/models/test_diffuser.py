@@ -389,7 +389,8 @@ def test_it_starts_uniform_and_knowing_nothing() -> None:
     variance = (clean.square().mean(-1) * (batch.targets != IGNORE)).sum() / n_targets
     assert float(found["cross_entropy"]) == pytest.approx(math.log(VOCAB), rel=1e-5)
     assert float(found["rounding"]) == pytest.approx(math.log(VOCAB), rel=0.5)  # some positions only
-    assert float(found["mse_pure"]) == pytest.approx(float(variance), rel=1e-5)
+    # a velocity of zero leaves sqrt(alpha-bar) of the noise in the guess: nearly nothing at the last level
+    assert float(found["mse_pure"]) == pytest.approx(float(variance), rel=1e-3)
     assert model.loss(batch.inputs, batch.targets, scale=1 / n_targets).item() == pytest.approx(
         math.log(VOCAB), rel=1e-5
     )
@@ -407,9 +408,10 @@ def test_every_parameter_has_the_role_it_should() -> None:
     }
 
 
-def test_it_learns_to_predict_and_to_denoise() -> None:
-    """A text that repeats: cross-entropy falls, and so does the error at every level."""
-    model = build(trained=False)
+@pytest.mark.parametrize("prediction", ["clean", "velocity"])
+def test_it_learns_to_predict_and_to_denoise(prediction: str) -> None:
+    """A text that repeats: cross-entropy falls, and so does the error wherever there is something to find."""
+    model = build(trained=False, prediction=prediction)
     text = torch.arange(17).repeat(4, 1)
     text = (text * torch.tensor([[1], [2], [3], [5]])) % 23
     objective = Denoising(5)
@@ -434,7 +436,12 @@ def test_it_learns_to_predict_and_to_denoise() -> None:
         optimizer.zero_grad()
     assert model.loss(text[:, :-1], text[:, 1:], scale=1 / 64).item() < 0.5 * math.log(VOCAB)
     after = errors()
-    assert all(new < 0.6 * old for new, old in zip(after, before, strict=True)), (before, after)
+    assert after[1] < 0.7 * before[1]
+    assert after[2] < 0.7 * before[2]
+    if prediction == "clean":
+        assert after[0] < 0.6 * before[0]
+    else:  # it begins as the noisy target itself, which is hardly noisy at level 1
+        assert after[0] < 0.05
     assert after[0] < after[-1]
 
 
