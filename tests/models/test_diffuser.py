@@ -42,7 +42,7 @@ def teacher() -> Transformer:
 
 def build(*, trained: bool = True, **shape: Any) -> Diffuser:
     torch.manual_seed(0)
-    shape = {"n_layers": 2, "training_steps": LEVELS, "inference_steps": 4} | shape
+    shape = {"n_layers": 2, "training_steps": LEVELS, "inference_steps": 4, "self_conditioning": 0.5} | shape
     model = Diffuser(VOCAB, SIZES, BLOCKS, DiffuserConfig(**shape))
     model.adopt(teacher(), tokens(8, CONTEXT, seed=11))
     if trained:
@@ -379,6 +379,36 @@ def test_velocity_is_turned_into_the_clean_target() -> None:
 
 # ---------------------------------------------------------------------------------------------------
 # The start, the roles, and that it learns
+
+
+def test_without_self_conditioning_there_is_nothing_that_takes_a_guess() -> None:
+    model = build(self_conditioning=0.0)
+    assert not [name for name, _ in model.named_parameters() if "guess" in name]
+    condition, noisy = model.condition(model.encode(tokens(1, 5))), torch.randn(1, 5, WIDTH)
+    alone, _ = model.denoise(condition, noisy, 3)
+    assert torch.equal(model.denoise(condition, noisy, 3, torch.ones(1, 5, WIDTH))[0], alone)
+
+
+def test_in_sampling_the_guess_is_the_one_from_pure_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    condition = model.condition(model.encode(tokens(1, 5)))
+    seen: list[tuple[int, Tensor | None]] = []
+    given: list[Tensor] = []
+    denoise = model.denoise
+
+    def spy(condition: Any, noisy: Tensor, level: int, guess: Tensor | None) -> tuple[Tensor, Tensor]:
+        seen.append((level, guess))
+        given.append(denoise(condition, noisy, level, guess)[0])
+        return given[-1], given[-1]
+
+    monkeypatch.setattr(model, "denoise", spy)
+    model.denoise_by_ddim(condition, torch.randn(1, 5, WIDTH), LEVELS, 3)
+    assert [(level, guess is None) for level, guess in seen] == [(12, True), (8, False), (4, False)]
+    assert seen[1][1] is given[0]
+    assert seen[2][1] is given[0]
+    seen.clear()
+    model.denoise_by_ddim(condition, torch.randn(1, 5, WIDTH), 6, 2)
+    assert [guess for _, guess in seen] == [None, None]
 
 
 def test_it_starts_uniform_and_knowing_nothing() -> None:
