@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
@@ -31,7 +32,7 @@ from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.batches import TrainingBatches
 from nanothink.data.corpus import find_corpus
-from nanothink.data.tokens import TokenisedCorpus, tokenise
+from nanothink.data.tokens import IGNORE, TokenisedCorpus, tokenise
 from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import evaluate_model
 from nanothink.models import build_model
@@ -201,12 +202,12 @@ def report(
     for prompt, text in zip(prompts, texts, strict=True):
         whole = torch.tensor([prompt + text])
         targets = whole[:, 1:].clone()
-        targets[:, : len(prompt) - 1] = -100
+        targets[:, : len(prompt) - 1] = IGNORE
         with torch.no_grad():
             nats -= float(frozen.model.log_likelihood(whole[:, :-1], targets).sum())
         n_bytes += len(frozen.tokenizer.decode(text).encode())
     distinct = " / ".join(f"{distinct_share(texts, n):.3f}" for n in (1, 2, 3))
-    bits = nats / 0.6931471805599453 / n_bytes
+    bits = nats / math.log(2) / n_bytes
     print(f"| {name} | {temperature} | {bits:.3f} | {distinct} | {ms:.2f} |", flush=True)
 
 

@@ -95,10 +95,10 @@ class DiffuserConfig(Settings):
     learns, but nothing below it does by it."""
 
     null_fraction: float = Field(0.5, ge=0, le=1)
-    """Blocks whose evaluation from pure noise starts from zero instead, as the language model does."""
+    """Share of the blocks whose evaluation from pure noise starts from zero, as the language model does."""
 
-    self_conditioning: float = Field(0.5, ge=0, le=1)
-    """Blocks whose evaluation at a random level sees the guess that was made from pure noise."""
+    self_conditioning: float = Field(0.0, ge=0, le=1)
+    """Share of the blocks whose evaluation at a random level sees the guess that was made from pure noise."""
 
     rounding_every: int = Field(4, ge=0)
     """Train the head at a random level too, at every this many tokens, for sampling by DDIM; 0: never."""

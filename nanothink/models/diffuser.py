@@ -5,8 +5,8 @@ RMS-normalised and standardised; its row in the embedding table, or the hidden s
 causal *context encoder*, transformer blocks over the tokens up to i, gives z; a *denoiser*, feed-forward
 blocks with adaptive normalisation (Peebles & Xie 2023, section 3.2; per position and conditioned on z as
 in MAR, Li et al. 2024, section 3.3), predicts y from x_t, z and the noise level t, with self-conditioning
-(Chen et al. 2023). No position ever sees a target of another, noised or clean, so the model is causal by
-construction.
+as a setting (after Chen et al. 2023). No position ever sees a target of another, noised or clean, so the
+model is causal by construction.
 
 As a language model its distribution is that of its LM head on the denoiser's last state, from the null
 noise x_N = 0 at the last level, in one evaluation: exact, and what loss, perplexity and generation use.
@@ -88,15 +88,16 @@ class Denoiser(nn.Module):
         n_layers: blocks.
         inner: inner width of a block.
         n_levels: N.
+        guided: whether it takes an earlier guess.
     """
 
     level_features: Tensor
 
-    def __init__(self, width: int, n_layers: int, inner: int, n_levels: int) -> None:
+    def __init__(self, width: int, n_layers: int, inner: int, n_levels: int, *, guided: bool) -> None:
         super().__init__()
         self.context_in = linear(width, width)
         self.noisy_in = linear(width, width)
-        self.guess_in = linear(width, width, zero=True)
+        self.guess_in = linear(width, width, zero=True) if guided else None
         self.context_modulation = linear(width, n_layers * 3 * width, zero=True)
         self.level_in = linear(_LEVEL_FEATURES, width)
         self.level_modulation = linear(width, n_layers * 3 * width, zero=True)
@@ -132,7 +133,7 @@ class Denoiser(nn.Module):
         dtype = product_dtype(x)
         if noisy is not None:
             x = x + self.noisy_in(noisy.to(dtype))
-        if guess is not None:
+        if guess is not None and self.guess_in is not None:
             x = x + self.guess_in(guess.to(dtype))
         by_level = self.level_modulation(F.silu(self.level_in(self.level_features)))  # (N + 1, layers * M)
         of_level = by_level[levels] if isinstance(levels, int) else F.embedding(levels, by_level)
@@ -178,7 +179,11 @@ class Diffuser(LanguageModel):
         self.norm = RMSNorm(width)
         self.rotary = Rotary(width // blocks.n_heads, model.max_seq_len, blocks.rope_theta)
         self.denoiser = Denoiser(
-            width, shape.denoiser_layers, inner_width(width, shape.denoiser_mult), shape.training_steps
+            width,
+            shape.denoiser_layers,
+            inner_width(width, shape.denoiser_mult),
+            shape.training_steps,
+            guided=shape.self_conditioning > 0,
         )
         self.head = linear(width, vocab_size, zero=True)
         looked_up = vocab_size if shape.target != "hidden_state" else 0
@@ -289,17 +294,21 @@ class Diffuser(LanguageModel):
     def denoise_by_ddim(
         self, condition: Condition, noisy: Tensor, level: int, n_steps: int
     ) -> tuple[Tensor, Tensor]:
-        """From x at ``level`` to level 0 in at most ``n_steps`` evaluations, each seeing the guess before it.
+        """From x at ``level`` to level 0 in at most ``n_steps`` evaluations.
+
+        With self-conditioning all but the first see the guess from pure noise, as in training; a later guess
+        in its place took away more tokens with every step (docs/log.md).
 
         Returns:
             The last guess at the clean target, and the state of that evaluation, (..., D) float32 each.
         """
         visited = ddim_levels(level, min(n_steps, level))
-        guess = None
+        from_pure: Tensor | None = None
         for current, following in zip(visited, [*visited[1:], 0], strict=True):
-            guess, hidden = self.denoise(condition, noisy, current, guess)
+            guess, hidden = self.denoise(condition, noisy, current, from_pure)
+            if current == self.shape.training_steps:
+                from_pure = guess
             noisy = ddim_step(noisy, guess, self.alpha_bars[current], self.alpha_bars[following])
-        assert guess is not None
         return guess, hidden
 
     # -----------------------------------------------------------------------------------------------
