@@ -12,7 +12,17 @@ from typing import Annotated
 
 import typer
 
-from nanothink.cli import checkpoints, config, data, doctor, evaluate, generate, pretrain, tokenizer
+from nanothink.cli import (
+    checkpoints,
+    config,
+    data,
+    doctor,
+    evaluate,
+    generate,
+    pretrain,
+    tokenizer,
+    train_mla,
+)
 from nanothink.errors import InterruptedRun, NanoThinkError, did_you_mean
 
 app = typer.Typer(
@@ -45,6 +55,7 @@ def root(
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 pretrain.register(app)
+train_mla.register(app)
 evaluate.register(app)
 generate.register(app)
 app.add_typer(checkpoints.app, name="checkpoints")
@@ -77,7 +88,7 @@ def run(args: list[str]) -> int:
     except MemoryError:
         _print_error(
             "Out of memory. Lower train_expert.batch_size and raise train_expert.grad_accum_steps "
-            "(of a diffuser: train_diffuser) by the same factor."
+            "(of a diffuser: train_diffuser; of NanoThink: train_mla) by the same factor."
         )
         return 1
     except Exception as error:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json
+
+if TYPE_CHECKING:
+    from nanothink.runs.loading import LoadedModel
 
 
 def register(app: typer.Typer) -> None:
@@ -61,6 +64,10 @@ def generate(
         list[int] | None,
         typer.Option("--level", help="Noise level for --denoise; repeatable. [default: a spread of them]"),
     ] = None,
+    show_routing: Annotated[
+        bool,
+        typer.Option("--show-routing", help="A combined model: which expert each token was drawn by."),
+    ] = False,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     as_json: Json = False,
@@ -93,6 +100,8 @@ def generate(
         raise UsageError(
             '--denoise needs one passage to rebuild: nanothink generate --denoise "Some text ..."'
         )
+    if show_routing and (denoise or ddim or ddim_steps is not None):
+        raise UsageError("--show-routing is for models that combine experts; --denoise and --ddim are not.")
     if levels and not denoise:
         raise UsageError("--level is for --denoise.")
     if ddim or ddim_steps is not None:
@@ -114,6 +123,8 @@ def generate(
             render.print_json({"checkpoint": str(path), "passage": prompts[0], "levels": shown})
         else:
             render.reconstructions(found, loaded.tokenizer.decode)
+    elif show_routing:
+        _generate_routed(loaded, path, prompts, sampling, as_json=as_json)
     elif as_json:
         texts = loaded.generate(prompts, **sampling)
         render.print_json(
@@ -128,3 +139,25 @@ def generate(
             loaded.generate(prompts, on_text=lambda _, piece: write(piece), **sampling)
     else:
         render.samples(prompts, loaded.generate(prompts, **sampling))
+
+
+def _generate_routed(
+    loaded: LoadedModel, path: Path, prompts: list[str], sampling: dict[str, Any], *, as_json: bool
+) -> None:
+    from nanothink.cli import render
+
+    shown = []
+    for row, prompt in enumerate(prompts):
+        own = {**sampling, **({"seed": sampling["seed"] + row} if "seed" in sampling else {})}
+        if as_json:
+            pieces = loaded.generate_routed(prompt, **own)
+            tokens = [
+                {"text": p.text, "token": p.token, "expert": p.trusted, "weights": p.weights} for p in pieces
+            ]
+            text = loaded.tokenizer.decode([p.token for p in pieces])
+            shown.append({"prompt": prompt, "text": text, "tokens": tokens})
+        else:
+            with render.routing(prompt) as show:
+                loaded.generate_routed(prompt, on_piece=show, **own)
+    if as_json:
+        render.print_json({"checkpoint": str(path), "kind": loaded.kind, "samples": shown})

@@ -94,6 +94,14 @@ Preset = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; repeatable.")
 ]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        "--resume",
+        metavar="[PATH]",
+        help="Go on from the latest state, or from PATH; starts anew if there is none.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Give up an earlier run of the same name.")]
 SkipBadRecords = Annotated[
     bool, typer.Option("--skip-bad-records", help="Go on without lines that are not valid records.")

@@ -20,6 +20,7 @@ from nanothink.cli.options import (
     MaxSteps,
     Overwrite,
     Preset,
+    Resume,
     Seed,
     Set,
     SkipBadRecords,
@@ -54,14 +55,7 @@ def pretrain(
     ] = None,
     max_epochs: MaxEpochs = None,
     max_steps: MaxSteps = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            "--resume",
-            metavar="[PATH]",
-            help="Go on from the latest state, or from PATH; starts anew if there is none.",
-        ),
-    ] = None,
+    resume: Resume = None,
     name: Annotated[
         str | None, typer.Option("--name", help="Name of this expert; its checkpoint is NAME_expert.pt.")
     ] = None,
@@ -109,7 +103,7 @@ def pretrain(
         f"{section}.seed": ("--seed", seed),
     }
     configure = configure_from(preset=preset, config_file=config_file, assignments=assignments, flags=flags)
-    return _train(where, configure, dry_run=dry_run, as_json=as_json)
+    return train(where, configure, dry_run=dry_run, as_json=as_json)
 
 
 def resume(
@@ -146,10 +140,11 @@ def resume(
         f"{section}.max_steps": ("--max-steps", max_steps),
     }
     configure = configure_from(preset=None, config_file=None, assignments=assignments, flags=flags)
-    return _train(where, configure, dry_run=dry_run, as_json=as_json)
+    return train(where, configure, dry_run=dry_run, as_json=as_json)
 
 
-def _train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -> int:
+def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -> int:
+    """Train what ``where`` names and show how it goes; or say what it would take."""
     from nanothink.cli import render
     from nanothink.runs.preparing import Watch, prepare
 
@@ -167,10 +162,10 @@ def _train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) 
             render.estimate(where.stem, estimate)
         return 0
 
-    from nanothink.runs.pretraining import pretrain as train_expert
+    from nanothink.runs.pretraining import pretrain as run_training
 
     with render.training_view() as view:
-        finished = train_expert(
+        finished = run_training(
             where, configure, observe=view, watch=Watch(note=view.note, progress=view.progress)
         )
     best = where.store.best

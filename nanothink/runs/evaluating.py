@@ -12,7 +12,7 @@ from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream, tokenise
 from nanothink.errors import CheckpointError, CheckpointNotFoundError, DataError, UsageError
 from nanothink.inference.denoising import denoising_errors
-from nanothink.inference.evaluate import Evaluation, Score, evaluate_model
+from nanothink.inference.evaluate import Evaluation, Routing, Score, evaluate_model
 from nanothink.models.diffuser import Diffuser
 from nanothink.runs.loading import load
 
@@ -111,13 +111,16 @@ def evaluate_checkpoints(
 
 def _add(evaluations: Sequence[Evaluation]) -> Evaluation:
     totals: dict[str, Score] = {}
+    routing: dict[str, Routing] = {}
     for evaluation in evaluations:
         for name, score in evaluation.domains.items():
             known = totals.get(name, Score(0.0, 0, 0))
             totals[name] = Score(
                 known.nats + score.nats, known.tokens + score.tokens, known.n_bytes + score.n_bytes
             )
-    return Evaluation(totals)
+        for name, seen in evaluation.routing.items():
+            routing[name] = routing[name] + seen if name in routing else seen
+    return Evaluation(totals, routing=routing)
 
 
 def finished_checkpoints(checkpoint_dir: Path, note: Callable[[str], None]) -> list[Path]:

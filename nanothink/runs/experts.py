@@ -48,10 +48,13 @@ class FrozenExpert:
         """Of its weights."""
         return weights_digest(self.payload)
 
+    def describe(self, device: torch.device) -> ExpertDescription:
+        """As it runs on ``device``."""
+        return ExpertDescription(self.name, self.kind, scan_that_runs(self.config, device))
+
     def build(self, device: torch.device, on_difference: Callable[[str], None]) -> LanguageModel:
         """The model, on the CPU, to run on ``device``; hears of weights that did not fit."""
-        config = scan_that_runs(self.config, device)
-        model = build_model(self.kind, config, self.tokenizer.vocab_size)
+        model = build_model(self.kind, self.describe(device).config, self.tokenizer.vocab_size)
         report = restore_model(model, self.payload, expect_kind=self.kind, path=self.path)
         for line in report.lines():
             on_difference(f"{self.path}: {line}")
@@ -68,8 +71,8 @@ def find_experts(paths: Sequence[Path] | None, checkpoint_dir: Path) -> tuple[Fr
     """
     defaults = [checkpoint_dir / f"{kind}{_ENDING}.pt" for kind in EXPERT_KINDS]
     chosen = list(paths or defaults)
-    if twice := [path for i, path in enumerate(chosen) if path.resolve() in {p.resolve() for p in chosen[:i]}]:
-        raise UsageError(f"--expert {twice[0]} is named twice.")
+    if len({path.resolve() for path in chosen}) < len(chosen):
+        raise UsageError(f"--expert names a checkpoint twice: {', '.join(map(str, chosen))}.")
     if missing := [path for path in chosen if not path.exists()]:
         others = "" if paths else " Or name the experts you have: --expert PATH, repeated."
         raise CheckpointNotFoundError(
@@ -127,12 +130,14 @@ def shaped_by(experts: Sequence[FrozenExpert], resolved: ResolvedConfig) -> Conf
             f"mla.n_experts={config.mla.n_experts} was asked for, and there are {len(experts)} experts: "
             f"{', '.join(str(expert.path) for expert in experts)}. Name as many by --expert."
         )
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"d_model": width, "max_seq_len": length}),
-            "mla": config.mla.model_copy(update={"n_experts": len(experts)}),
-        }
-    )
+    settled: dict[str, Any] = {
+        "model": config.model.model_copy(update={"d_model": width, "max_seq_len": length}),
+        "mla": config.mla.model_copy(update={"n_experts": len(experts)}),
+    }
+    for kind in EXPERT_KINDS:  # they describe no part of this model, but must go with its width
+        example = next((e for e in experts if e.kind == kind), experts[0])
+        settled[kind] = getattr(example.config, kind)
+    return config.model_copy(update=settled)
 
 
 def described(payload: CheckpointPayload, device: torch.device) -> tuple[ExpertDescription, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,25 @@ from nanothink.inference.sampling import sampling_config
 from nanothink.models import build_model
 from nanothink.models.contract import LanguageModel, State
 from nanothink.models.diffuser import Ddim, Diffuser
+from nanothink.models.nanothink import JointState, NanoThink
 from nanothink.models.precision import DTYPES, Precision, choose_device
-from nanothink.models.selective_scan import choose_scan
+from nanothink.runs.experts import described, scan_that_runs
+
+
+@dataclass(frozen=True)
+class RoutedPiece:
+    """A token that a combined model has drawn."""
+
+    text: str
+    """What became final with it: nothing while a character is unfinished."""
+    token: int
+    weights: Mapping[str, float]
+    """By expert: how far it was trusted in predicting this token."""
+
+    @property
+    def trusted(self) -> str:
+        """The expert with the most weight."""
+        return max(self.weights, key=self.weights.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -42,16 +59,23 @@ class LoadedModel:
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Next-token logits: (B, T) int64 -> (B, T, V) float32, on the device of ``tokens``."""
-        if tokens.ndim != 2 or not tokens.numel():
-            raise UsageError(f"tokens must be (B, T) with at least one token, got {tuple(tokens.shape)}.")
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.model.vocab_size:
-            raise UsageError(
-                f"token ids must lie in 0 to {self.model.vocab_size - 1}, got {low} to {high}. Tokens of "
-                "another tokenizer? This model's own is .tokenizer."
-            )
+        self._check_tokens(tokens)
         with torch.inference_mode():
             return self.model.logits(tokens.to(self.precision.device)).to(tokens.device)
+
+    def routing(self, tokens: torch.Tensor) -> torch.Tensor:
+        """How far a combined model trusts each expert: (B, T) int64 -> (B, T, E) float32, in rows of sum 1.
+
+        The weights at position t are those of the prediction of token t + 1. The experts' names, in their
+        order, are ``.model.names``.
+
+        Raises:
+            UsageError: this model combines no experts, or the tokens are not its own.
+        """
+        model = self._combined()
+        self._check_tokens(tokens)
+        with torch.inference_mode():
+            return model.routing(tokens.to(self.precision.device)).to(tokens.device)
 
     def generate(
         self,
@@ -109,6 +133,51 @@ class LoadedModel:
             start=self._start_by_ddim(ddim_steps) if ddim_steps is not None else None,
         )
 
+    def generate_routed(
+        self, prompt: str, *, on_piece: Callable[[RoutedPiece], None] | None = None, **sampling: Any
+    ) -> list[RoutedPiece]:
+        """``generate`` of a combined model, token by token with the weights that each was drawn by.
+
+        Args:
+            prompt: text to continue.
+            on_piece: hears of each piece as soon as it is drawn.
+            sampling: as of ``generate``.
+
+        Raises:
+            UsageError: this model combines no experts.
+        """
+        model = self._combined()
+        decoder = StreamDecoder(self.tokenizer)
+        states: list[JointState] = []
+        pieces: list[RoutedPiece] = []
+
+        def start(seeds: Sequence[int]) -> State:
+            states[:] = [model.start(len(seeds))]
+            return states[0]
+
+        def say(text: str, token: int) -> None:
+            weights = states[0].weights
+            assert weights is not None
+            trust = dict(zip(model.names, weights[0].tolist(), strict=True))
+            pieces.append(RoutedPiece(text, token, trust))
+            if on_piece is not None:
+                on_piece(pieces[-1])
+
+        generate(
+            model,
+            [self.tokenizer.encode(prompt)],
+            sampling_config(**sampling),
+            eos_id=self.tokenizer.eos_id,
+            on_token=lambda _, token: say(decoder.push(token), token),
+            start=start,
+        )
+        if rest := decoder.flush():  # a character that was never finished belongs to its last token
+            last = pieces.pop()
+            pieces.append(replace(last, text=last.text + rest))
+            if on_piece is not None:
+                on_piece(replace(last, text=rest))
+        return pieces
+
     def denoise(
         self,
         passage: str,
@@ -139,6 +208,24 @@ class LoadedModel:
         model.start(1, Ddim(n_steps, (0,)))  # a number out of bounds is said before anything is computed
         return lambda seeds: model.start(len(seeds), Ddim(n_steps, tuple(seeds)))
 
+    def _check_tokens(self, tokens: torch.Tensor) -> None:
+        if tokens.ndim != 2 or not tokens.numel():
+            raise UsageError(f"tokens must be (B, T) with at least one token, got {tuple(tokens.shape)}.")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.model.vocab_size:
+            raise UsageError(
+                f"token ids must lie in 0 to {self.model.vocab_size - 1}, got {low} to {high}. Tokens of "
+                "another tokenizer? This model's own is .tokenizer."
+            )
+
+    def _combined(self) -> NanoThink:
+        if not isinstance(self.model, NanoThink):
+            raise UsageError(
+                f"{self.path} holds a {self.kind}, and only a model that combines experts routes between "
+                "them: nanothink train-mla makes one."
+            )
+        return self.model
+
     def _diffuser(self) -> Diffuser:
         if not isinstance(self.model, Diffuser):
             raise UsageError(f"{self.path} holds a {self.kind}; only a diffuser can denoise.")
@@ -153,9 +240,9 @@ def load(path: str | Path, *, device: str | None = None) -> LoadedModel:
     """
     payload = read_checkpoint(Path(path), mmap=True)
     chosen = choose_device(device)
-    config = _scan_that_runs(resolve_config(base=payload["config"]).config, chosen)
+    config = scan_that_runs(resolve_config(base=payload["config"]).config, chosen)
     tokenizer = Tokenizer.from_state(payload["tokenizer"])
-    model = build_model(payload["kind"], config, tokenizer.vocab_size)
+    model = build_model(payload["kind"], config, tokenizer.vocab_size, described(payload, chosen))
     report = restore_model(model, payload, expect_kind=payload["kind"], path=Path(path))
     model.to(chosen).eval().requires_grad_(False)
     return LoadedModel(
@@ -174,15 +261,3 @@ def _same_precision(config: Config, kind: str, device: torch.device) -> Precisio
     if name == "auto" or (name == "float16" and device.type == "cpu"):
         name = "float32"
     return Precision(device, DTYPES[name], "as trained")
-
-
-def _scan_that_runs(config: Config, device: torch.device) -> Config:
-    """The selective scan of training where this machine has it, else the one that is chosen here."""
-    if config.state_space.scan == "auto":  # not settled: there is no such model in this checkpoint
-        return config
-    try:
-        choose_scan(device.type, config.state_space.scan)
-    except UsageError:
-        scan = config.state_space.model_copy(update={"scan": "auto"})
-        return config.model_copy(update={"state_space": scan})
-    return config

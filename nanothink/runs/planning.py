@@ -18,6 +18,9 @@ class RunEstimate:
     """Sizes in bytes, counts in units of their name."""
 
     parameters: dict[str, int]
+    """Trained ones, by their role for the optimizer."""
+    frozen_parameters: int
+    """Numbers that travel in the checkpoint and are not trained."""
     train_tokens: dict[str, int]
     validation_tokens: dict[str, int]
     tokens_per_step: int
@@ -40,7 +43,7 @@ class RunEstimate:
 def estimate_run(prepared: Prepared) -> RunEstimate:
     """Count what can be counted and estimate the rest, without a step of training."""
     config, train_config, plan = prepared.config, prepared.training, prepared.plan
-    model = build_model(prepared.where.kind, config, prepared.tokenizer.vocab_size)
+    model = build_model(prepared.where.kind, config, prepared.tokenizer.vocab_size, prepared.inside)
     groups = model.parameter_groups()
     parameters = {role: sum(p.numel() for _, p in named) for role, named in groups.items() if named}
     n_parameters = sum(parameters.values())
@@ -49,8 +52,8 @@ def estimate_run(prepared: Prepared) -> RunEstimate:
         count * (1 if role == "matrices" and train_config.optimizer == "muon" else 2)
         for role, count in parameters.items()
     )
-    # what travels in the checkpoint but is not trained, such as a diffuser's table of targets
-    trained = dict(model.named_parameters())
+    # what travels in the checkpoint but is not trained: a diffuser's table of targets, NanoThink's experts
+    trained = {name for named in groups.values() for name, _ in named}
     n_fixed = sum(t.numel() for name, t in model.state_dict().items() if name not in trained)
     value_bytes = 2 if prepared.precision.dtype.itemsize == 2 else 4
     length = config.model.max_seq_len
@@ -66,6 +69,7 @@ def estimate_run(prepared: Prepared) -> RunEstimate:
     snapshots = int(epochs) // train_config.snapshot_every_epochs
     return RunEstimate(
         parameters=parameters,
+        frozen_parameters=n_fixed,
         train_tokens={name: stream.n_tokens for name, stream in prepared.tokens.train.items()},
         validation_tokens={name: stream.n_tokens for name, stream in prepared.tokens.val.items()},
         tokens_per_step=plan.blocks_per_step * length,

@@ -16,8 +16,16 @@ from nanothink.data.corpus import Corpus, find_corpus
 from nanothink.data.tokenizer import Tokenizer, resolve_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
 from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, DataError, UsageError
+from nanothink.models import COMBINED, ExpertDescription
 from nanothink.models.precision import Precision, choose_device, choose_precision
 from nanothink.models.selective_scan import choose_scan
+from nanothink.runs.experts import (
+    FrozenExpert,
+    check_same_experts,
+    described,
+    find_experts,
+    shaped_by,
+)
 from nanothink.runs.frozen import FrozenTransformer, check_same_transformer, find_transformer
 from nanothink.training.state import Plan, TrainState
 
@@ -39,9 +47,13 @@ class Where:
     """None: start anew. NEWEST: the latest state of this name, or anew if there is none. Else a path."""
     overwrite: bool = False
     device: str | None = None
+    experts: tuple[Path, ...] = ()
+    """Checkpoints that a combined model combines; none: the three experts in ``checkpoint_dir``."""
 
     @property
     def stem(self) -> str:
+        if self.kind == COMBINED:
+            return f"{self.name}_{COMBINED}" if self.name else COMBINED
         return f"{self.name or self.kind}_expert"
 
     @property
@@ -81,6 +93,10 @@ class Prepared:
     plan: Plan
     frozen: FrozenTransformer | None = None
     """The transformer that a diffuser learns from, where this run still needs it."""
+    experts: tuple[FrozenExpert, ...] = ()
+    """What a combined model starts from; none in a run that goes on, whose checkpoint has them inside."""
+    inside: tuple[ExpertDescription, ...] = ()
+    """The experts inside a combined model."""
 
     @property
     def training(self) -> TrainConfig:
@@ -100,6 +116,9 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     training = config.training_of(where.kind)
     precision = choose_precision(training, choose_device(where.device))
     frozen = frozen_transformer(where, config, origin)
+    experts = experts_to_combine(where, resolved, origin)
+    if experts:
+        config = shaped_by(experts, resolved)
     if origin is not None and not Path(config.data.data_dir).is_dir():
         raise DataError(
             f"The folder this run was trained on, {config.data.data_dir}, is not there. "
@@ -109,12 +128,15 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     for warning in corpus.warnings:
         watch.note(str(warning))
     watch.note(f"Computing in {precision.name} on {precision.device}: {precision.reason}.")
-    config = _settled(config, precision, where.kind, frozen, watch)
+    lender = frozen or (experts[0] if experts else None)
+    config = _settled(config, precision, where.kind, lender, watch)
     if origin is not None:
         tokenizer = _tokenizer_of(origin, resolved, corpus)
-    elif frozen is not None:
-        tokenizer = _tokenizer_of_transformer(frozen, resolved, corpus)
-        watch.note(f"Learning from {frozen.path}, with its tokenizer '{tokenizer.name}'.")
+    elif lender is not None:
+        tokenizer = _tokenizer_lent(lender, resolved, corpus)
+        named = " and ".join(f"{e.name} ({e.path})" for e in experts)
+        what = f"Combining {named}" if experts else f"Learning from {lender.path}"
+        watch.note(f"{what}, with the tokenizer '{tokenizer.name}' of its training.")
     else:
         tokenizer = resolve_tokenizer(
             config.data.tokenizer,
@@ -137,6 +159,8 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
             "equal a run that had either all along."
         )
     batches = TrainingBatches(tokens.train, config.model.max_seq_len, training.seed)
+    device = precision.device
+    inside = described(payload, device) if payload is not None else tuple(e.describe(device) for e in experts)
     state = TrainState.from_dict(payload["run"]["state"]) if payload is not None else TrainState()
     return Prepared(
         where=where,
@@ -151,7 +175,29 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
         state=state,
         plan=Plan.make(training, batches.n_blocks, state),
         frozen=frozen,
+        experts=experts,
+        inside=inside,
     )
+
+
+def experts_to_combine(
+    where: Where, resolved: ResolvedConfig, origin: Origin | None
+) -> tuple[FrozenExpert, ...]:
+    """The experts that a new NanoThink starts from; none for another kind, or where a run goes on.
+
+    Raises:
+        CheckpointError: one is missing or does not fit, or is not the one inside ``origin``.
+    """
+    if where.kind != COMBINED:
+        return ()
+    if origin is not None:
+        if where.experts:
+            named = find_experts(where.experts, where.checkpoint_dir)
+            check_same_experts(named, origin.payload["run"], origin.path)
+        return ()
+    experts = find_experts(where.experts, where.checkpoint_dir)
+    shaped_by(experts, resolved)
+    return experts
 
 
 def frozen_transformer(where: Where, config: Config, origin: Origin | None) -> FrozenTransformer | None:
@@ -190,11 +236,12 @@ def locate(checkpoint: str | None, checkpoint_dir: Path) -> Where:
         checkpoint = str(max(paths, key=lambda path: path.stat().st_mtime_ns))
     path = Path(checkpoint)
     payload = read_checkpoint(path, mmap=True)
-    stem = payload["run"]["name"]
+    stem: str = payload["run"]["name"]
+    ending = COMBINED if payload["kind"] == COMBINED else "_expert"
     return Where(
         kind=payload["kind"],
         checkpoint_dir=path.parent,
-        name=stem.removesuffix("_expert"),
+        name=stem.removesuffix(ending).rstrip("_") or None,
         resume=str(path),
     )
 
@@ -297,26 +344,31 @@ def _tokenizer_of(origin: Origin, resolved: ResolvedConfig, corpus: Corpus) -> T
     return own
 
 
-def _tokenizer_of_transformer(
-    frozen: FrozenTransformer, resolved: ResolvedConfig, corpus: Corpus
+def _tokenizer_lent(
+    lender: FrozenTransformer | FrozenExpert, resolved: ResolvedConfig, corpus: Corpus
 ) -> Tokenizer:
-    """The transformer's tokenizer, whose tokens the targets belong to; another one asked for is refused."""
+    """The tokenizer of the frozen model that this one builds on; another one asked for is refused."""
     data = resolved.config.data
     asked_for = resolved.sources["data.tokenizer"] != "default"
-    if asked_for and data.tokenizer != frozen.tokenizer_setting:
+    if asked_for and data.tokenizer != lender.tokenizer_setting:
         asked = resolve_tokenizer(data.tokenizer, corpus, val_split=data.val_split, note=lambda _: None)
-        if asked.fingerprint != frozen.tokenizer.fingerprint:
+        if asked.fingerprint != lender.tokenizer.fingerprint:
+            kind = lender.payload["kind"]
             raise CheckpointMismatchError(
-                f"{frozen.path} was trained with the tokenizer '{frozen.tokenizer.name}' "
-                f"({frozen.tokenizer.vocab_size} tokens), not with '{asked.name}' ({asked.vocab_size}). "
-                "Leave --tokenizer out: the transformer's own is used. Or train a transformer with this one: "
-                f"nanothink pretrain transformer --tokenizer {data.tokenizer} --name OTHER"
+                f"{lender.path} was trained with the tokenizer '{lender.tokenizer.name}' "
+                f"({lender.tokenizer.vocab_size} tokens), not with '{asked.name}' ({asked.vocab_size}). "
+                f"Leave --tokenizer out: the {kind}'s own is used. Or train a {kind} with this one: "
+                f"nanothink pretrain {kind} --tokenizer {data.tokenizer} --name OTHER"
             )
-    return frozen.tokenizer
+    return lender.tokenizer
 
 
 def _settled(
-    config: Config, precision: Precision, kind: str, frozen: FrozenTransformer | None, watch: Watch
+    config: Config,
+    precision: Precision,
+    kind: str,
+    lender: FrozenTransformer | FrozenExpert | None,
+    watch: Watch,
 ) -> Config:
     """The config as it is saved: what was measured, relative or left to this machine is now fixed."""
     train = config.training_of(kind)
@@ -326,9 +378,9 @@ def _settled(
         scan = choose_scan(precision.device.type, config.state_space.scan)
         watch.note(f"Selective scan: {scan.name} ({scan.reason}).")
         settled["state_space"] = config.state_space.model_copy(update={"scan": scan.name})
-    if frozen is not None:
-        data = data.model_copy(update={"tokenizer": frozen.tokenizer_setting})
-        if config.diffuser.transformer is not None:
+    if lender is not None:
+        data = data.model_copy(update={"tokenizer": lender.tokenizer_setting})
+        if kind == "diffuser" and config.diffuser.transformer is not None:
             named = str(Path(config.diffuser.transformer).resolve())
             settled["diffuser"] = config.diffuser.model_copy(update={"transformer": named})
     return config.model_copy(update={**settled, "data": data})

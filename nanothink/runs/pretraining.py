@@ -1,4 +1,4 @@
-"""Train an expert: from prepared data to a finished, or safely interrupted, run."""
+"""Train an expert or NanoThink: from prepared data to a finished, or safely interrupted, run."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from nanothink.checkpoints import (
     restore_model,
     unpack_rng,
 )
+from nanothink.config import TrainMLAConfig
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream
 from nanothink.errors import DataError
@@ -34,7 +35,9 @@ from nanothink.inference.sampling import SamplingConfig
 from nanothink.models import build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.diffuser import Diffuser
+from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import choose_device
+from nanothink.runs.experts import as_entries
 from nanothink.runs.preparing import (
     Configure,
     Prepared,
@@ -42,6 +45,7 @@ from nanothink.runs.preparing import (
     Where,
     earlier_ending,
     ending_settings,
+    experts_to_combine,
     finished_marker,
     frozen_transformer,
     prepare,
@@ -49,9 +53,10 @@ from nanothink.runs.preparing import (
 from nanothink.training.events import EvaluationProgress, Event, Note, Observer, RunFinished, RunStarted
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Run, Services, train
-from nanothink.training.objectives import Denoising, Objective, next_token
+from nanothink.training.objectives import Denoising, Objective, Routed, next_token
 from nanothink.training.optimizer import GroupedOptimizer, effective_warmup, learning_rate_fraction
 from nanothink.training.recording import RunRecorder, write_whole
+from nanothink.training.routing import RoutingWatch
 from nanothink.training.state import TrainState
 
 TARGET_SAMPLE_BLOCKS = 64
@@ -62,7 +67,7 @@ EVALUATION_TOKENS = 8192
 
 
 def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Watch) -> RunFinished:
-    """Train the expert that ``where`` names, or go on with it.
+    """Train what ``where`` names, or go on with it.
 
     Raises:
         NanoThinkError: anything a person can mend, said so; see nanothink.errors.
@@ -72,9 +77,11 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
         stack.enter_context(store.lock())
         if where.resume is None:
             # A mistake in settings or data is said first: mending it must not need --overwrite.
-            config = configure(None).config
+            resolved = configure(None)
+            config = resolved.config
             choose_device(where.device)
             frozen_transformer(where, config, None)
+            experts_to_combine(where, resolved, None)
             find_corpus(config.data.data_dir, config.data.domains)
             store.guard_new_run(overwrite=where.overwrite)
         prepared = prepare(where, configure, watch)
@@ -97,6 +104,9 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
         def tell(event: Event) -> None:
             recorder(event)
             observe(event)
+            watch_routing(event)
+
+        watch_routing = RoutingWatch(tell)
 
         for line in _remarks(prepared):
             tell(Note(line))
@@ -128,13 +138,13 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
 
 def build_run(prepared: Prepared, watch: Watch) -> Run:
     """Model, optimizer and where they stand: fresh, or as the checkpoint has them."""
-    config, train_config = prepared.config, prepared.training
+    train_config = prepared.training
     device = prepared.precision.device
     # Nothing here draws from Python or numpy, but an objective may, and then it must repeat.
     random.seed(train_config.seed)
     np.random.seed(train_config.seed % 2**32)
     torch.manual_seed(train_config.seed)
-    model = build_model(prepared.where.kind, config, prepared.tokenizer.vocab_size)
+    model = _build_model(prepared, watch)
     scaler = torch.amp.GradScaler(device.type) if prepared.precision.needs_scaler else None
     state = replace(prepared.state)
     if prepared.origin is not None:
@@ -176,7 +186,18 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
     )
 
 
+def _build_model(prepared: Prepared, watch: Watch) -> LanguageModel:
+    """A new one, or one whose weights are still to be restored."""
+    config, vocab_size = prepared.config, prepared.tokenizer.vocab_size
+    if not prepared.experts:
+        return build_model(prepared.where.kind, config, vocab_size, prepared.inside)
+    experts = {e.name: e.build(prepared.precision.device, watch.note) for e in prepared.experts}
+    return NanoThink(vocab_size, config.model, config.mla, experts)
+
+
 def _objective(prepared: Prepared, watch: Watch) -> Objective:
+    if isinstance(prepared.training, TrainMLAConfig):
+        return Routed(prepared.training.entropy_reg)
     if prepared.where.kind != "diffuser":
         return next_token
     transformer = None
@@ -258,18 +279,21 @@ def checkpoint_payload(prepared: Prepared, run: Run) -> CheckpointPayload:
             "name": prepared.where.stem,
             "state": state.to_dict(),
             "nanothink_version": __version__,
-            **_learnt_from(prepared),
+            **_built_on(prepared),
         },
     }
 
 
-def _learnt_from(prepared: Prepared) -> dict[str, str]:
-    """The digest of the transformer that a diffuser's run began with."""
+def _built_on(prepared: Prepared) -> dict[str, Any]:
+    """The digest of the transformer that a diffuser's run began with; the experts that are combined."""
     if prepared.frozen is not None:
         return {"transformer": prepared.frozen.digest}
-    if prepared.origin is not None and "transformer" in prepared.origin.payload["run"]:
-        return {"transformer": prepared.origin.payload["run"]["transformer"]}
-    return {}
+    if prepared.experts:
+        return {"experts": as_entries(prepared.experts)}
+    if prepared.origin is None:
+        return {}
+    earlier = prepared.origin.payload["run"]
+    return {name: earlier[name] for name in ("transformer", "experts") if name in earlier}
 
 
 def _description(prepared: Prepared, model: LanguageModel) -> dict[str, Any]:

@@ -94,6 +94,7 @@ class RunRecorder:
                     "epoch": event.epoch,
                     **score_as_dict(event.evaluation.overall),
                     **denoising_as_dict(event.evaluation),
+                    **routing_as_dict(event.evaluation),
                     "best": event.best,
                     "domains": {name: score_as_dict(s) for name, s in event.evaluation.domains.items()},
                 },
@@ -125,6 +126,8 @@ class RunRecorder:
         overall = evaluation.overall
         self._scalars("validation", {"loss": overall.loss, "bits_per_byte": overall.bits_per_byte}, step)
         self._scalars("bits_per_byte", {n: s.bits_per_byte for n, s in evaluation.domains.items()}, step)
+        for domain, routing in evaluation.routing.items():
+            self._scalars(f"routing/{domain}", {**routing.weights, "entropy": routing.entropy}, step)
         self._scalars("denoising_mse", {f"level {n}": mse for n, mse in evaluation.denoising.items()}, step)
 
 
@@ -144,6 +147,18 @@ def denoising_as_dict(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     if not evaluation.denoising:
         return {}
     return {"denoising_mse": {str(level): mse for level, mse in evaluation.denoising.items()}}
+
+
+def routing_as_dict(evaluation: Evaluation) -> dict[str, Any]:
+    """Mean weight of each expert and mean entropy by domain, of a model that combines experts."""
+    if not evaluation.routing:
+        return {}
+    return {
+        "routing": {
+            domain: {"weights": routing.weights, "entropy": routing.entropy}
+            for domain, routing in evaluation.routing.items()
+        }
+    }
 
 
 def _set_aside(folder: Path) -> None:

@@ -40,17 +40,10 @@ class RoutingWatch:
             self._tokens, self._totals = 0, {}
 
     def _say(self, name: str, mean: float) -> None:
+        held = f"Warning: expert '{name}' held {100 * mean:.1f} % of the weight over epoch {self._epoch}"
         if mean > ALONE:
-            self._tell(
-                Note(
-                    f"Warning: expert '{name}' held {100 * mean:.1f} % of the weight over epoch {self._epoch}: "
-                    "the others hardly count. Raise train_mla.entropy_reg, or lower train_mla.lr_other."
-                )
-            )
+            advice = "the others hardly count. Raise train_mla.entropy_reg, or lower train_mla.lr_other."
+            self._tell(Note(f"{held}: {advice}"))
         elif mean < IDLE:
-            self._tell(
-                Note(
-                    f"Warning: expert '{name}' held {100 * mean:.1f} % of the weight over epoch {self._epoch}: "
-                    "it hardly counts. Leave it out, or raise train_mla.entropy_reg."
-                )
-            )
+            advice = "it hardly counts. Leave it out, or raise train_mla.entropy_reg."
+            self._tell(Note(f"{held}: {advice}"))

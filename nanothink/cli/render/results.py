@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from nanothink.inference.denoising import Reconstruction
     from nanothink.inference.evaluate import Evaluation
     from nanothink.runs.evaluating import CheckpointEvaluation
+    from nanothink.runs.loading import RoutedPiece
     from nanothink.runs.planning import RunEstimate
     from nanothink.training.events import RunFinished
 
@@ -32,6 +34,7 @@ def training_summary(name: str, finished: RunFinished, best: Path, view: Trainin
             total=True,
         )
         _errors_by_level(view.last_validation)
+        _trust(view.last_validation)
     if best.exists():
         say(f"Best model: {best}")
         say(f'Try it: nanothink generate "Once upon a time" --checkpoint {best}')
@@ -46,6 +49,20 @@ def _errors_by_level(evaluation: Evaluation) -> None:
         )
 
 
+def _trust(evaluation: Evaluation) -> None:
+    """Of a model that combines experts: mean weight of each and mean entropy, by domain."""
+    if not evaluation.routing:
+        return
+    names = next(iter(evaluation.routing.values())).weights
+    table(
+        ["weight of the experts", *(f">{name}" for name in names), ">entropy"],
+        [
+            [domain, *(f"{weight:.3f}" for weight in routing.weights.values()), f"{routing.entropy:.3f}"]
+            for domain, routing in evaluation.routing.items()
+        ],
+    )
+
+
 def _score_rows(evaluation: Evaluation) -> list[list[str]]:
     scores = {**evaluation.domains, "all": evaluation.overall}
     return [
@@ -56,10 +73,14 @@ def _score_rows(evaluation: Evaluation) -> list[list[str]]:
 
 def estimate(name: str, estimate: RunEstimate) -> None:
     """What ``--dry-run`` has found out."""
-    total = sum(estimate.parameters.values())
+    total = sum(estimate.parameters.values()) + estimate.frozen_parameters
     table(
         ["parameters", ">count"],
-        [*([role, count(n)] for role, n in estimate.parameters.items()), ["all", count(total)]],
+        [
+            *([role, count(n)] for role, n in estimate.parameters.items()),
+            *([["frozen", count(estimate.frozen_parameters)]] if estimate.frozen_parameters else []),
+            ["all", count(total)],
+        ],
         title=name,
         total=True,
     )
@@ -114,6 +135,7 @@ def evaluations(results: Sequence[CheckpointEvaluation], split: str) -> None:
             total=True,
         )
         _errors_by_level(results[0].evaluation)
+        _trust(results[0].evaluation)
         return
     domains = list(dict.fromkeys(d for r in results for d in r.evaluation.domains))
     lowest = {
@@ -144,6 +166,10 @@ def evaluations(results: Sequence[CheckpointEvaluation], split: str) -> None:
         ],
         title=f"Bits per byte, {split} split",
     )
+    for r in results:
+        if r.evaluation.routing:
+            say(str(r.path), "bold")
+            _trust(r.evaluation)
 
 
 @contextmanager
@@ -169,6 +195,46 @@ def samples(prompts: Sequence[str], texts: Sequence[str]) -> None:
             out.print(Text("─" * min(40, out.width) if out.is_terminal else "---", style="dim"))
         with streaming(prompt) as write:
             write(text)
+
+
+_COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@contextmanager
+def routing(prompt: str) -> Iterator[Callable[[RoutedPiece], None]]:
+    """Text as it comes, each token in the colour of the expert it trusts most, with that weight in percent.
+
+    Piped: a plain line a token, with the weight of every expert.
+    """
+    totals: dict[str, float] = {}
+    n_tokens = 0
+    if out.is_terminal:
+        out.print(Text(_printable(prompt), style="dim"), end="", soft_wrap=True)
+
+    def show(piece: RoutedPiece) -> None:
+        nonlocal n_tokens
+        if not n_tokens and not out.is_terminal:
+            sys.stdout.write("\t".join(["token", "expert", *piece.weights]) + "\n")
+        n_tokens += 1
+        for name, weight in piece.weights.items():
+            totals[name] = totals.get(name, 0.0) + weight
+        if not out.is_terminal:
+            numbers = (f"{weight:.3f}" for weight in piece.weights.values())
+            line = "\t".join([json.dumps(piece.text, ensure_ascii=False), piece.trusted, *numbers])
+            sys.stdout.write(line + "\n")
+            return
+        colour = _COLOURS[list(piece.weights).index(piece.trusted) % len(_COLOURS)]
+        percent = f"{100 * piece.weights[piece.trusted]:.0f}".translate(_RAISED)
+        out.print(Text.assemble((_printable(piece.text), colour), (percent, "dim")), end="", soft_wrap=True)
+
+    yield show
+    if out.is_terminal and n_tokens:
+        legend = [
+            (f"{name} {100 * total / n_tokens:.0f} %   ", _COLOURS[i % len(_COLOURS)])
+            for i, (name, total) in enumerate(totals.items())
+        ]
+        out.print(Text.assemble("\n\nMean weight: ", *legend), soft_wrap=True)
 
 
 def reconstructions(found: Sequence[Reconstruction], decode: Callable[[list[int]], str]) -> None:

@@ -50,12 +50,13 @@ class TrainingView:
     def last_validation_as_dict(self) -> dict[str, Any] | None:
         if self.last_validation is None:
             return None
-        from nanothink.training.recording import denoising_as_dict, score_as_dict
+        from nanothink.training.recording import denoising_as_dict, routing_as_dict, score_as_dict
 
         return {
             "overall": score_as_dict(self.last_validation.overall),
             "domains": {name: score_as_dict(s) for name, s in self.last_validation.domains.items()},
             **denoising_as_dict(self.last_validation),
+            **routing_as_dict(self.last_validation),
         }
 
     def eta_seconds(self, step: int, total_steps: int) -> float:
@@ -71,6 +72,16 @@ def _bits_by_domain(evaluation: Evaluation) -> str:
 def errors_by_level(evaluation: Evaluation) -> str:
     """The squared error of a model that denoises, by noise level."""
     return "  ".join(f"{level}: {mse:.3f}" for level, mse in evaluation.denoising.items())
+
+
+def trust_by_domain(evaluation: Evaluation) -> str:
+    """Mean weight of each expert of a combined model, and their entropy, by domain."""
+    return ";  ".join(
+        f"{domain}: "
+        + ", ".join(f"{name} {100 * weight:.0f} %" for name, weight in routing.weights.items())
+        + f" (entropy {routing.entropy:.3f})"
+        for domain, routing in evaluation.routing.items()
+    )
 
 
 class PlainTrainingView(TrainingView):
@@ -114,6 +125,8 @@ class PlainTrainingView(TrainingView):
             )
             if event.evaluation.denoising:
                 note(f"squared error by noise level  {errors_by_level(event.evaluation)}")
+            if event.evaluation.routing:
+                note(f"weight of the experts  {trust_by_domain(event.evaluation)}")
         elif isinstance(event, events.Sampled):
             for prompt, text in event.texts.items():
                 note(f"sample: {prompt + text!r}")
@@ -176,6 +189,8 @@ class LiveTrainingView(TrainingView):
             )
             if event.evaluation.denoising:
                 self.note(f"squared error by noise level  {errors_by_level(event.evaluation)}")
+            if event.evaluation.routing:
+                self.note(f"weight of the experts  {trust_by_domain(event.evaluation)}")
         elif isinstance(event, events.Sampled) and event.texts:
             self._sample = next(iter(event.texts.items()))
         elif isinstance(event, events.CheckpointSaved) and event.role != "interrupted":

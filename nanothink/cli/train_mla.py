@@ -1,0 +1,97 @@
+"""``nanothink train-mla``: combine trained experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nanothink.cli.options import (
+    CheckpointDir,
+    ConfigFile,
+    DataDir,
+    Device,
+    Domains,
+    DryRun,
+    ForgivingCommand,
+    Json,
+    MaxEpochs,
+    MaxSteps,
+    Overwrite,
+    Preset,
+    Resume,
+    Seed,
+    Set,
+    SkipBadRecords,
+    TokenizerName,
+    configure_from,
+)
+from nanothink.cli.pretrain import train
+
+
+def register(app: typer.Typer) -> None:
+    app.command("train-mla", cls=ForgivingCommand)(train_mla)
+
+
+def train_mla(
+    expert: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--expert",
+            metavar="PATH",
+            help="An expert to combine; repeatable. [default: transformer_expert.pt, state_space_expert.pt "
+            "and diffuser_expert.pt in --checkpoint-dir]",
+        ),
+    ] = None,
+    data_dir: DataDir = None,
+    domains: Domains = None,
+    preset: Preset = None,
+    tokenizer: TokenizerName = None,
+    max_epochs: MaxEpochs = None,
+    max_steps: MaxSteps = None,
+    resume: Resume = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="Name of this model; its checkpoint is NAME_nanothink_mla.pt."),
+    ] = None,
+    overwrite: Overwrite = False,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    device: Device = None,
+    seed: Seed = None,
+    config_file: ConfigFile = None,
+    assignments: Set = None,
+    skip_bad_records: SkipBadRecords = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> int:
+    """Train NanoThink: latent attention, router and head over frozen experts.
+
+    For example: nanothink train-mla --expert checkpoints/code_expert.pt --expert checkpoints/tales_expert.pt
+    """
+    from nanothink.errors import UsageError
+    from nanothink.models import COMBINED
+    from nanothink.runs.preparing import Where
+
+    if name == "" or (domains and not any(part.strip(" ,") for part in domains)):
+        raise UsageError("--name and --domains need a value; leave the option out for the default.")
+    where = Where(
+        kind=COMBINED,
+        checkpoint_dir=checkpoint_dir,
+        name=name,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+        experts=tuple(expert or ()),
+    )
+    flags = {
+        "data.data_dir": ("--data-dir", data_dir),
+        "data.domains": ("--domains", domains or None),
+        "data.tokenizer": ("--tokenizer", tokenizer),
+        "data.skip_bad_records": ("--skip-bad-records", skip_bad_records or None),
+        "train_mla.max_epochs": ("--max-epochs", max_epochs),
+        "train_mla.max_steps": ("--max-steps", max_steps),
+        "train_mla.seed": ("--seed", seed),
+    }
+    configure = configure_from(preset=preset, config_file=config_file, assignments=assignments, flags=flags)
+    return train(where, configure, dry_run=dry_run, as_json=as_json)

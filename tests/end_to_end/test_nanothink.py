@@ -1,0 +1,374 @@
+"""NanoThink as a person uses it: refused or trained over experts, killed and resumed, used by itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nanothink as package
+from nanothink.checkpoints.file import read_checkpoint
+from nanothink.cli.app import run
+from nanothink.errors import UsageError
+from nanothink.models.nanothink import NanoThink
+
+STEM = "nanothink_mla"
+KINDS = ("transformer", "state_space", "diffuser")
+SHAPE = {
+    "model.d_model": 32,
+    "model.max_seq_len": 32,
+    "transformer.n_layers": 1,
+    "transformer.n_heads": 2,
+    "state_space.n_layers": 1,
+    "state_space.scan": "plain",
+    "diffuser.n_layers": 1,
+    "diffuser.training_steps": 20,
+    **{f"train_{phase}.batch_size": 4 for phase in ("expert", "diffuser")},
+    **{f"train_{phase}.sample_tokens": 0 for phase in ("expert", "diffuser")},
+    **{f"train_{phase}.amp_dtype": "float32" for phase in ("expert", "diffuser")},
+    **{f"train_{phase}.eval_max_tokens": 500 for phase in ("expert", "diffuser")},
+}
+PHASE = {
+    "mla.n_heads": 2,
+    "train_mla.batch_size": 4,
+    "train_mla.grad_accum_steps": 2,
+    "train_mla.warmup_steps": 3,
+    "train_mla.sample_tokens": 4,
+    "train_mla.amp_dtype": "float32",
+    "train_mla.log_every_steps": 1,
+    "train_mla.eval_every_steps": 10,
+    "train_mla.eval_max_tokens": 300,
+    "train_mla.snapshot_every_epochs": 1,
+}
+N_STEPS = 30
+
+
+def settings(values: dict[str, Any]) -> list[str]:
+    return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+
+
+def pretrain(corpus: Path, tokenizer: Path, folder: Path, kind: str, *more: str, **changed: Any) -> None:
+    where = ("--data-dir", corpus, "--checkpoint-dir", folder, "--max-steps", "30")
+    own = [] if kind == "diffuser" else ["--tokenizer", str(tokenizer)]
+    shape = settings(SHAPE | {name.replace("__", "."): value for name, value in changed.items()})
+    assert run(["pretrain", kind, *map(str, where), *own, *shape, *more]) == 0
+
+
+@pytest.fixture(scope="module")
+def experts(tiny_corpus: Path, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the three experts. Read only: copy it to change it."""
+    folder = tmp_path_factory.mktemp("experts")
+    for kind in KINDS:
+        pretrain(tiny_corpus, tiny_tokenizer, folder, kind)
+    return folder
+
+
+def expert_options(folder: Path, *names: str) -> list[str]:
+    return [part for name in names or KINDS for part in ("--expert", str(folder / f"{name}_expert.pt"))]
+
+
+@pytest.fixture(scope="module")
+def typed(tiny_corpus: Path, experts: Path) -> Callable[..., list[str]]:
+    """What to type to train NanoThink into a folder, over the three experts elsewhere."""
+
+    def command(folder: Path, *more: str | Path, **changed: Any) -> list[str]:
+        values = PHASE | {name.replace("__", "."): value for name, value in changed.items()}
+        where = ("--data-dir", str(tiny_corpus), "--checkpoint-dir", str(folder), "--max-steps", str(N_STEPS))
+        given = [] if "--expert" in more else expert_options(experts)
+        return ["train-mla", *where, *given, *settings(values), *map(str, more)]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def trained(typed: Callable[..., list[str]], experts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never interrupted. Its experts are the same to the byte afterwards."""
+    folder = tmp_path_factory.mktemp("nanothink")
+    before = {path.name: path.read_bytes() for path in experts.glob("*.pt")}
+    assert run(typed(folder)) == 0
+    assert {path.name: path.read_bytes() for path in experts.glob("*.pt")} == before
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "runs" / STEM / "metrics.jsonl").read_text().splitlines()
+    timed = {"seconds", "tokens_per_second"}
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def assert_same(left: Any, right: Any, where: str = "") -> None:
+    """Bit-equal, all the way down."""
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), where
+        for i, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert left == right, where
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_training_lowers_the_loss_below_the_ensemble_and_shows_the_routing(trained: Path) -> None:
+    entries = metrics(trained)
+    steps = [entry for entry in entries if entry["event"] == "train"]
+    assert len(steps) == N_STEPS
+    for entry in steps:
+        weights = [entry[f"weight_{kind}"] for kind in KINDS]
+        assert sum(weights) == pytest.approx(1, abs=1e-5)
+        lacking = math.log(3) - entry["routing_entropy"]
+        assert entry["loss"] == pytest.approx(entry["cross_entropy"] + 0.01 * lacking, rel=1e-5)
+    assert steps[0]["routing_entropy"] == pytest.approx(math.log(3), rel=1e-5)
+    assert steps[-1]["routing_entropy"] < math.log(3) - 1e-5
+    validations = [entry for entry in entries if entry["event"] == "validation"]
+    for entry in validations:
+        assert entry["routing"].keys() == {"letters", "manuals", "tales"}
+        for domain in entry["routing"].values():
+            assert sum(domain["weights"].values()) == pytest.approx(1, abs=1e-6)
+            assert 0 < domain["entropy"] <= math.log(3) + 1e-6
+    assert validations[-1]["loss"] < validations[0]["loss"] < steps[0]["cross_entropy"]
+
+
+def test_experts_are_bit_equal_inside_and_stay_out_of_the_optimizer(trained: Path, experts: Path) -> None:
+    payload = read_checkpoint(trained / f"{STEM}.pt")
+    for i, kind in enumerate(KINDS):
+        prefix = f"experts.{i}."
+        inside = {
+            n.removeprefix(prefix): t for n, t in payload["model_state"].items() if n.startswith(prefix)
+        }
+        assert_same(inside, dict(read_checkpoint(experts / f"{kind}_expert.pt")["model_state"]))
+    optimized = {
+        name
+        for state in payload["optimizer_state"].values()
+        for group in state["param_groups"]
+        for name in group["names"]
+    }
+    assert optimized == {name for name in payload["model_state"] if not name.startswith("experts.")}
+
+
+def test_interrupted_then_killed_and_resumed_it_ends_in_the_same_bits(
+    typed: Callable[..., list[str]], trained: Path, tmp_path: Path
+) -> None:
+    arguments = typed(tmp_path, train_mla__save_every_seconds=0.1)
+    records = tmp_path / "runs" / STEM / "metrics.jsonl"
+    again = ["resume", "--checkpoint-dir", str(tmp_path)]
+    strikes = ((arguments, 7, signal.SIGINT), (again, 16, signal.SIGKILL))
+    for command, after_steps, sent in strikes:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nanothink", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 120
+        while not records.exists() or records.read_bytes().count(b'"train"') < after_steps:
+            assert process.poll() is None, process.communicate()[1][-2000:]
+            assert time.monotonic() < deadline, "the moment to strike never came"
+            time.sleep(0.0005)
+        process.send_signal(sent)
+        process.communicate(timeout=60)
+        assert process.returncode == (130 if sent is signal.SIGINT else -signal.SIGKILL)
+        assert 0 < sum(entry["event"] == "train" for entry in metrics(tmp_path)) < N_STEPS
+    assert run([*arguments, "--resume"]) == 0
+    for path in trained.glob("*.pt"):
+        whole, other = (dict(read_checkpoint(folder / path.name)) for folder in (trained, tmp_path))
+        del other["config"]["train_mla"]["save_every_seconds"]
+        del whole["config"]["train_mla"]["save_every_seconds"]
+        assert_same(whole, other, path.name)
+    assert metrics(trained) == metrics(tmp_path)
+    assert not (tmp_path / f"{STEM}_interrupted.pt").exists()
+
+
+def test_going_on_needs_no_expert_and_takes_no_other(
+    trained: Path, experts: Path, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(trained / f"{STEM}.pt", tmp_path)
+    path = tmp_path / f"{STEM}.pt"
+    step = read_checkpoint(path)["step"]
+    where = ["--data-dir", str(tiny_corpus), "--checkpoint-dir", str(tmp_path)]
+    assert run(["train-mla", *where, "--resume", str(path), "--max-steps", str(step + 2)]) == 0
+    capsys.readouterr()
+    others = expert_options(experts, "state_space", "transformer")
+    assert run(["train-mla", *where, *others, "--resume", str(path), "--max-steps", str(step + 4)]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "carries its own experts (transformer, state_space, diffuser)" in said
+    assert run(["resume", str(path), "--max-steps", str(step + 4)]) == 0
+
+
+def test_dry_run_counts_what_is_trained_and_what_is_frozen(
+    typed: Callable[..., list[str]], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(typed(tmp_path, "--dry-run", "--json")) == 0
+    estimate = json.loads(capsys.readouterr().out)
+    state = read_checkpoint(trained / f"{STEM}.pt")["model_state"]
+    frozen = sum(t.numel() for n, t in state.items() if n.startswith("experts."))
+    assert estimate["frozen_parameters"] == frozen
+    assert sum(estimate["parameters"].values()) == sum(t.numel() for t in state.values()) - frozen
+    assert estimate["tokens_per_step"] == 4 * 2 * 32
+    assert estimate["checkpoint_bytes"] == pytest.approx((trained / f"{STEM}.pt").stat().st_size, rel=0.1)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Which experts
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 1) -> str:
+    capsys.readouterr()
+    assert run(arguments) == code
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_missing_experts_are_refused_with_the_commands_to_run(
+    tiny_corpus: Path, experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(experts / "state_space_expert.pt", tmp_path)
+    where = ["--data-dir", str(tiny_corpus), "--checkpoint-dir", str(tmp_path)]
+    said = refused(capsys, ["train-mla", *where])
+    assert f"{tmp_path / 'transformer_expert.pt'} and {tmp_path / 'diffuser_expert.pt'} are not there" in said
+    assert f"nanothink pretrain transformer --checkpoint-dir {tmp_path}" in said
+    assert f"nanothink pretrain diffuser --checkpoint-dir {tmp_path}" in said
+    assert "pretrain state_space" not in said
+    said = refused(capsys, ["train-mla", *where, "--expert", str(tmp_path / "code_expert.pt")])
+    assert "code_expert.pt is not there" in said
+    assert "nanothink pretrain KIND --name code" in said
+    twice = expert_options(tmp_path, "state_space", "state_space")
+    assert "twice" in refused(capsys, ["train-mla", *where, *twice], code=2)
+    assert not (tmp_path / f"{STEM}_interrupted.pt").exists()
+
+
+def test_experts_that_do_not_fit_are_refused_by_name(
+    typed: Callable[..., list[str]],
+    trained: Path,
+    experts: Path,
+    tiny_corpus: Path,
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good = str(experts / "transformer_expert.pt")
+    pretrain(tiny_corpus, tiny_tokenizer, tmp_path, "transformer", "--name", "wide", model__d_model=48)
+    other = tmp_path / "tokenizer"
+    assert (
+        run(
+            ["tokenizer", "train", "--data-dir", str(tiny_corpus), "--vocab-size", "280", "--out", str(other)]
+        )
+        == 0
+    )
+    pretrain(tiny_corpus, other, tmp_path, "transformer", "--name", "foreign")
+    target = tmp_path / "nowhere"
+    for expert, words in {
+        tmp_path / "wide_expert.pt": "wide_expert.pt has width 48, and",
+        tmp_path / "foreign_expert.pt": "foreign_expert.pt was trained with the tokenizer",
+        trained / f"{STEM}.pt": f"{STEM}.pt holds a nanothink_mla, which is no expert",
+    }.items():
+        said = refused(capsys, typed(target, "--expert", good, "--expert", expert))
+        assert words in said
+    said = refused(capsys, typed(target, "--tokenizer", other))
+    assert "Leave --tokenizer out: the transformer's own is used" in said
+    for changed, words in (
+        ({"model__d_model": 48}, "transformer_expert.pt has width 32, and model.d_model=48 was asked for"),
+        ({"model__max_seq_len": 64}, "has a context of 32 tokens, and model.max_seq_len=64"),
+        ({"mla__n_experts": 2}, "mla.n_experts=2 was asked for, and there are 3 experts"),
+    ):
+        assert words in refused(capsys, typed(target, **changed))
+    assert "nanothink train-mla" in refused(capsys, ["pretrain", "nanothink_mla"], code=2)
+    assert not list(target.glob("*.pt"))
+
+
+def test_any_number_of_experts_of_any_kind_by_name(
+    typed: Callable[..., list[str]], experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tales", "manuals"):
+        shutil.copy(experts / "transformer_expert.pt", tmp_path / f"{name}_expert.pt")
+    shutil.copy(experts / "state_space_expert.pt", tmp_path / "tales.pt")
+    shutil.copy(experts / "state_space_expert.pt", tmp_path / "letters_expert_epoch3.pt")
+    chosen = ["tales_expert.pt", "manuals_expert.pt", "tales.pt", "letters_expert_epoch3.pt"]
+    given = [part for file in chosen for part in ("--expert", tmp_path / file)]
+    more = ("--name", "mine", "--max-steps", "2", *given)
+    assert run(typed(tmp_path, *more, model__max_seq_len=16)) == 0
+    model = package.load(tmp_path / f"mine_{STEM}.pt")
+    assert isinstance(model.model, NanoThink)
+    assert model.model.names == ("tales", "manuals", "tales-2", "letters")
+    assert (model.config.mla.n_experts, model.config.model.max_seq_len) == (4, 16)
+    assert run(["resume", str(tmp_path / f"mine_{STEM}.pt"), "--max-steps", "3"]) == 0
+    assert run([*typed(tmp_path, *more), "--resume"]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Using it, by itself
+
+
+@pytest.fixture
+def alone(trained: Path, tmp_path: Path) -> Path:
+    """Its checkpoint in a folder of its own."""
+    return Path(shutil.copy(trained / f"{STEM}.pt", tmp_path))
+
+
+def test_it_is_loaded_and_scored_by_itself(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = package.load(alone)
+    assert (model.kind, model.notes) == (STEM, ())
+    x = torch.tensor([model.tokenizer.encode("time light stone water")] * 2)
+    weights = model.routing(x)
+    assert weights.shape == (*x.shape, 3)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(x.shape))
+    assert model.logits(x).shape == (*x.shape, model.tokenizer.vocab_size)
+    with pytest.raises(UsageError, match="token ids must lie in"):
+        model.routing(x + 10_000)
+    assert run(["eval", str(alone), "--split", "all", "--json"]) == 0
+    (scored,) = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert scored["routing"].keys() == scored["domains"].keys()
+    for domain in scored["routing"].values():
+        assert sum(domain["weights"].values()) == pytest.approx(1, abs=1e-6)
+    assert run(["eval", str(alone)]) == 0
+    shown = capsys.readouterr().out
+    assert "weight of the experts" in shown
+    assert "entropy" in shown
+
+
+def test_an_expert_routes_nothing(experts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = experts / "transformer_expert.pt"
+    with pytest.raises(UsageError, match="only a model that combines experts"):
+        package.load(path).routing(torch.zeros(1, 1, dtype=torch.int64))
+    assert run(["generate", "x", "--show-routing", "-c", str(path)]) == 2
+    assert run(["generate", "x", "--show-routing", "--ddim", "-c", str(path)]) == 2
+
+
+def test_routing_is_shown_token_by_token(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = package.load(alone)
+    prompt = "time light"
+    told = ["-c", str(alone), "-n", "50", "--seed", "3", "--ignore-eos", "--show-routing"]
+    capsys.readouterr()
+    assert run(["generate", prompt, *told, "--json"]) == 0
+    (sample,) = json.loads(capsys.readouterr().out)["samples"]
+    plain = model.generate(prompt, max_new_tokens=50, seed=3, stop_at_eos=False)
+    assert sample["text"] == plain == "".join(token["text"] for token in sample["tokens"])
+    # The weights of the parallel pass, up to where the context (32 tokens) is full.
+    x = torch.tensor([[*model.tokenizer.encode(prompt), *(t["token"] for t in sample["tokens"])]])
+    first, context = len(model.tokenizer.encode(prompt)), 32
+    routing = model.routing(x[:, :context])[0, first - 1 :]
+    for token, weights in zip(sample["tokens"], routing, strict=False):
+        assert list(token["weights"].values()) == pytest.approx(weights.tolist(), abs=1e-5)
+        assert token["expert"] == max(token["weights"], key=token["weights"].get)
+    assert run(["generate", prompt, *told]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("\t") == ["token", "expert", *KINDS]
+    assert "".join(json.loads(line.split("\t")[0]) for line in lines[1:]) == plain
+    assert "\x1b" not in "".join(lines)
