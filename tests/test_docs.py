@@ -198,7 +198,7 @@ def commands_of_the_program() -> list[tuple[str, Any]]:
 
 def test_the_reference_names_every_command_and_option() -> None:
     page = (ROOT / "docs" / "commands.md").read_text("utf-8")
-    section = re.compile(r"^### `nanothink ([a-z ]+?)(?: [A-Z\[][^\n]*)?`\n(.*?)(?=^##|\Z)", re.M | re.S)
+    section = re.compile(r"^### `nanothink ([a-z -]+?)(?: [A-Z\[][^\n]*)?`\n(.*?)(?=^##|\Z)", re.M | re.S)
     sections = dict(section.findall(page))
     for path, command in commands_of_the_program():
         assert path in sections, f"docs/commands.md has no section on nanothink {path}"
