@@ -12,6 +12,7 @@ from nanothink.config import Config, ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
 from nanothink.models import EXPERT_KINDS, build_model
 from nanothink.models.contract import LanguageModel
+from nanothink.models.diffuser import Ddim, Diffuser
 from nanothink.models.transformer import Transformer
 
 
@@ -76,6 +77,39 @@ def test_calling_a_model_gives_logits() -> None:
     assert isinstance(model, LanguageModel)
     assert torch.equal(model(tokens), model.logits(tokens))
     assert model(tokens).shape == (1, 6, 50)
+
+
+@pytest.mark.parametrize("kind", EXPERT_KINDS)
+def test_reading_gives_the_states_of_the_parallel_pass(kind: str) -> None:
+    torch.manual_seed(3)
+    model = build_model(kind, config(), 50).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    tokens = torch.arange(14).view(2, 7)
+    states = model.hidden(tokens).detach()
+    state = model.start(2)
+    found = [model.read(tokens[:, a:b], state) for a, b in ((0, 3), (3, 4), (4, 7))]
+    torch.testing.assert_close(torch.cat(found, 1), states, rtol=1e-4, atol=1e-5)
+    last = model.read(tokens, model.start(2), last_only=True)
+    assert last.shape == (2, 1, 16)
+    torch.testing.assert_close(last, states[:, -1:], rtol=1e-4, atol=1e-5)
+    assert not last.requires_grad
+
+
+def test_a_diffuser_reads_by_ddim_the_same_however_it_is_cut() -> None:
+    torch.manual_seed(3)
+    model = build_model("diffuser", config(), 50).eval()
+    assert isinstance(model, Diffuser)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    tokens, ddim = torch.arange(14).view(2, 7), Ddim(4, (5, 6))
+    whole = model.read(tokens, model.start(2, ddim))
+    state = model.start(2, ddim)
+    found = [model.read(tokens[:, t : t + 1], state, last_only=True) for t in range(7)]
+    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(whole, model.hidden(tokens), atol=1e-2)
 
 
 def test_naming_the_kinds_does_not_import_torch() -> None:
