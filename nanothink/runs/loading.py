@@ -91,8 +91,9 @@ class LoadedModel:
             prompt: one string, or a sequence of them, continued side by side.
             on_text: called with (row, piece of text) as text becomes final.
             ddim_steps: for a diffuser: denoise each token by DDIM in this many evaluations, from drawn noise;
-                0 for as many as its ``diffuser.inference_steps``. Else it is the head's, from the null noise,
-                whose distribution is the one that loss and perplexity are of.
+                0 for as many as its ``diffuser.inference_steps``. The noise then is the chance, and the
+                temperature is 0 unless it is given. Else the token is the head's, from the null noise, whose
+                distribution is the one that loss and perplexity are of.
             sampling: fields of ``SamplingConfig``: temperature, top_k, top_p, max_new_tokens, seed ...
 
         Returns:
@@ -124,6 +125,8 @@ class LoadedModel:
         **sampling: Any,
     ) -> list[list[int]]:
         """``generate`` on token ids: the new ones of each prompt. ``on_token`` hears of (row, token)."""
+        if ddim_steps is not None:
+            sampling = {"temperature": 0.0, **sampling}
         return generate(
             self.model,
             prompts,

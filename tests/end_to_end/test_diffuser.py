@@ -251,7 +251,6 @@ def test_records_show_what_the_loss_is_made_of_and_the_error_by_noise_level(trai
     first, last = validations[0]["denoising_mse"], validations[-1]["denoising_mse"]
     assert list(first) == ["1", "2", "5", "10", "15", "18", "20"]
     assert sum(last.values()) < sum(first.values())
-    assert last["1"] < last["10"] < last["20"]
     assert validations[-1]["loss"] < validations[0]["loss"]
 
 
@@ -279,6 +278,7 @@ def test_it_writes_by_its_head_and_by_ddim(alone: Path, capsys: pytest.CaptureFi
     by_ddim = {n: model.generate("time light", ddim_steps=n, **told) for n in (1, 5, 20)}
     assert by_ddim[5] == model.generate("time light", ddim_steps=5, **told)
     assert len({by_head, *by_ddim.values()}) > 1
+    assert by_ddim[5] == model.generate("time light", ddim_steps=5, temperature=0, **told)
     together = model.generate(["a garden", "time light"], ddim_steps=5, max_new_tokens=30, seed=2)
     assert together[1] == by_ddim[5]  # row 1 has seed 2 + 1
     assert model.generate("time light", ddim_steps=0, **told) == model.generate(

@@ -246,6 +246,7 @@ def test_training_leaves_the_transformer_as_it_was(target: str) -> None:
     frozen = teacher()
     before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
     model = build(target=target, trained=False)
+    model.adopt(frozen, tokens(8, CONTEXT, seed=11))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     table = model.target_table.clone()
     objective = Denoising(5, frozen if target == "hidden_state" else None)
