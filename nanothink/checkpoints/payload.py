@@ -67,7 +67,8 @@ class CheckpointPayload(TypedDict):
     """Fingerprint of the tokenised corpus that the positions refer to."""
 
     run: dict[str, Any]
-    """Plain values about the run: its name, the ``TrainState``, what a diffuser learnt from."""
+    """Plain values about the run: its name, the ``TrainState``, what a diffuser learnt from,
+    the names, kinds and settings of the experts inside a combined model."""
 
 
 _REQUIRED: dict[str, tuple[type, ...]] = {

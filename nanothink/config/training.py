@@ -148,7 +148,7 @@ class TrainMLAConfig(TrainConfig):
     lr_embeddings: float = Field(300.0, ge=0)
     """Multiplier of lr for token embeddings (AdamW)."""
 
-    lr_head: float = Field(10.0, ge=0)
+    lr_head: float = Field(30.0, ge=0)
     """Multiplier of lr for the LM head, which starts as the experts' heads (AdamW)."""
 
     lr_other: float = Field(40.0, ge=0)

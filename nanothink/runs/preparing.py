@@ -237,11 +237,11 @@ def locate(checkpoint: str | None, checkpoint_dir: Path) -> Where:
     path = Path(checkpoint)
     payload = read_checkpoint(path, mmap=True)
     stem: str = payload["run"]["name"]
-    ending = COMBINED if payload["kind"] == COMBINED else "_expert"
+    ending = f"_{COMBINED}" if payload["kind"] == COMBINED else "_expert"
     return Where(
         kind=payload["kind"],
         checkpoint_dir=path.parent,
-        name=stem.removesuffix(ending).rstrip("_") or None,
+        name=None if stem == COMBINED else stem.removesuffix(ending),
         resume=str(path),
     )
 
