@@ -141,6 +141,6 @@ def evaluate_model(
 
 def _routing_over(weights: torch.Tensor, names: Sequence[str]) -> Routing:
     """Of (N, E) weights."""
-    totals = weights.double().sum(0).tolist()
-    entropy = float(routing_entropy(weights).double().sum())
+    totals = weights.sum(0).tolist()
+    entropy = float(routing_entropy(weights).sum())
     return Routing(dict(zip(names, totals, strict=True)), entropy, len(weights))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import nanothink as package
-from nanothink.checkpoints.file import read_checkpoint
+from nanothink.checkpoints.file import read_checkpoint, write_checkpoint
 from nanothink.cli.app import run
 from nanothink.errors import UsageError
 from nanothink.models.nanothink import NanoThink
@@ -223,6 +223,8 @@ def test_dry_run_counts_what_is_trained_and_what_is_frozen(
     assert sum(estimate["parameters"].values()) == sum(t.numel() for t in state.values()) - frozen
     assert estimate["tokens_per_step"] == 4 * 2 * 32
     assert estimate["checkpoint_bytes"] == pytest.approx((trained / f"{STEM}.pt").stat().st_size, rel=0.1)
+    assert run(typed(tmp_path, "--preset", "tiny", "--dry-run", "--json")) == 0  # its width gives way
+    assert json.loads(capsys.readouterr().out)["tokens_per_step"] == 4 * 2 * 32
     assert not list(tmp_path.glob("*.pt"))
 
 
@@ -320,6 +322,18 @@ def test_any_number_of_experts_of_any_kind_by_name(
 def alone(trained: Path, tmp_path: Path) -> Path:
     """Its checkpoint in a folder of its own."""
     return Path(shutil.copy(trained / f"{STEM}.pt", tmp_path))
+
+
+def test_a_scan_that_is_not_here_gives_way_inside_too(alone: Path) -> None:
+    payload = read_checkpoint(alone)
+    for entry in payload["run"]["experts"]:
+        entry["config"]["state_space"]["scan"] = "triton"
+    foreign = alone.with_name("foreign.pt")
+    write_checkpoint(foreign, payload)
+    x = torch.arange(20).view(2, 10)
+    torch.testing.assert_close(
+        package.load(foreign, device="cpu").logits(x), package.load(alone).logits(x), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_it_is_loaded_and_scored_by_itself(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
