@@ -1,8 +1,10 @@
 """The selective scan on a CUDA device: Triton's kernel against plain PyTorch, torch.compile and mamba_ssm.
 
 Every side is first compared with the sequential reference in float64, outputs and gradients, and then
-measured in turns, forward alone and forward with backward: the median of several rounds. The table's ratio is the
+measured in turns, forward alone and forward with backward: the median of several rounds. A ratio is the
 time of a side over that of Triton's kernel on the same line, so above 1 is slower than ours.
+
+torch.compile unrolls the loop over time, one operation a step, and is measured up to --compiled-steps only.
 
     python benchmarks/selective_scan_gpu.py
     python benchmarks/selective_scan_gpu.py --rounds 50 --sides triton mamba_ssm
@@ -106,9 +108,18 @@ def milliseconds(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[s
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def cell(times: Mapping[str, float], name: str) -> str:
+    if name not in times:
+        return "–"
+    own = times.get("triton")
+    ratio = f" ({times[name] / own:.2f}×)" if own and name != "triton" else ""
+    return f"{times[name]:.3f}{ratio}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--compiled-steps", type=int, default=512, help="longest T for torch.compile")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -125,18 +136,15 @@ def main() -> int:
         for dtype in LIMITS:
             tensors = inputs(size, dtype)
             for way, backward in WAYS.items():
-                calls = {name: call(scan, tensors, backward) for name, scan in found.items()}
+                calls = {
+                    name: call(scan, tensors, backward)
+                    for name, scan in found.items()
+                    if name != "compile" or size[1] <= options.compiled_steps
+                }
                 times = milliseconds(calls, options.rounds)
-                own = times.get("triton")
-                cells = [
-                    f"{ms:.3f}" + (f" ({ms / own:.2f}×)" if own and name != "triton" else "")
-                    for name, ms in times.items()
-                ]
-                kind = str(dtype).removeprefix("torch.")
-                print(
-                    f"| {', '.join(map(str, size))} | {kind} | {way} | " + " | ".join(cells) + " |",
-                    flush=True,
-                )
+                cells = [cell(times, name) for name in found]
+                first = [", ".join(map(str, size)), str(dtype).removeprefix("torch."), way]
+                print(f"| {' | '.join([*first, *cells])} |", flush=True)
     return 0
 
 

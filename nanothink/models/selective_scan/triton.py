@@ -39,6 +39,8 @@ GROUP = 4
 """Steps whose inputs are loaded together while the group before is worked off, and whose states the
 backward pass holds in registers at once. Divides CHUNK."""
 
+_SIZES = ["batch", "length", "n_states"]  # a size of 1 would else become a constant, and a kernel of its own
+
 _LOG2_E: float = 1 / math.log(2)  # exp(x) = 2^(x log2 e), which is one instruction
 
 
@@ -83,7 +85,7 @@ class _TritonScan(torch.autograd.Function):
         with _on(u.device):
             _forward_kernel[grid](
                 *(u, delta, rates, B, C, skip, first, y, last, starts),
-                *(length, width, rates.shape[0]),
+                *(batch, length, width, rates.shape[0]),
                 *_strides(u, delta, B, C),
                 KEEP=keep,
                 **tile,
@@ -180,10 +182,10 @@ def _load_group(matrix, first, stop, stride, columns, n_columns, GROUP: tl.const
 # no gradient. States beyond N and channels beyond D stay zero in the same way.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
     u, delta, rates, B, C, skip, state, y, last, starts,
-    length, width, n_states,
+    batch, length, width, n_states,
     u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t,
     KEEP: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -226,7 +228,7 @@ def _forward_kernel(
     tl.store(last + row * size + tile, h, mask=tile_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
     u, delta, rates, B, C, skip, starts, inner, grad_y, grad_last,
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_state,

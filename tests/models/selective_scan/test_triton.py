@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -229,6 +234,76 @@ def test_equal_inputs_give_equal_bits() -> None:
 
 
 @needs_triton
+def test_nothing_is_written_beside_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer gets a fence before and behind it; T, D and N fill neither group nor block nor tile."""
+    width_of_fence, mark = 4096, -7.0
+    buffers: list[Tensor] = []
+    full, new_empty = torch.full, torch.Tensor.new_empty
+
+    def fenced(*shape: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+        size = torch.Size(shape[0] if isinstance(shape[0], (tuple, torch.Size)) else shape)
+        buffer = full((size.numel() + 2 * width_of_fence,), mark, dtype=dtype or torch.float32, device=DEVICE)
+        buffers.append(buffer)
+        return buffer[width_of_fence:-width_of_fence].view(size)
+
+    def new_fenced(z: Tensor, *shape: Any, **options: Any) -> Tensor:
+        return (
+            new_empty(z, *shape, **options) if options else fenced(*shape, dtype=z.dtype)
+        )  # the interpreter's
+
+    tensors = on_device(inputs(2, 5, 19, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", fenced)
+        patch.setattr(torch, "empty_like", lambda z: fenced(z.shape, dtype=z.dtype))
+        patch.setattr(torch.Tensor, "new_empty", new_fenced)
+        y, last = triton_scan.scan(*(z.requires_grad_() for z in tensors))
+        node = y.grad_fn
+        triton_scan._TritonScan.backward(node, torch.ones_like(y), torch.ones_like(last))
+    assert len(buffers) == 3 + 8  # y, last, starts; all but the states of the backward pass
+    for buffer in buffers:
+        assert (buffer[:width_of_fence] == mark).all()
+        assert (buffer[-width_of_fence:] == mark).all()
+
+
+_COMPILE = """
+import subprocess, sys, torch, triton
+from nanothink.models.selective_scan import triton as scan
+
+options = scan._launch(torch.empty(1, 1, 64), torch.empty(16, 64))[1]
+build = {name: options.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+for kernel in (scan._forward_kernel, scan._backward_kernel):
+    constants = {k: v for k, v in (options | {"KEEP": True}).items() if k in kernel.arg_names}
+    first_size = kernel.arg_names.index("batch")
+    types, hints = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        wide = name in {"rates", "skip", "state", "last", "starts", "inner", "grad_last", "grad_state"}
+        wide = wide or name in {"grad_A", "grad_B", "grad_C", "grad_D"}
+        kind = "i32" if i >= first_size else "*fp32" if wide else "*" + sys.argv[1]
+        types[name] = "constexpr" if name in constants else kind
+        if name not in constants and name not in scan._SIZES:
+            hints[(i,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(kernel, types, constexprs=constants, attrs=hints)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    built = triton.compile(source, target=target, options=build)
+    with open(sys.argv[2], "wb") as file:
+        file.write(built.asm["cubin"])
+    dump = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", sys.argv[2]]
+    print(subprocess.run(dump, capture_output=True, text=True, check=True).stdout)
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_the_kernels_compile_for_a_card_and_spill_nothing(kind: str, tmp_path: Path) -> None:
+    """Needs no card, and sees what the interpreter lets pass, such as a method of a constant."""
+    child = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", _COMPILE, kind, str(tmp_path / "kernel.cubin")]
+    run = subprocess.run(command, env=child, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert re.findall(r"STACK:(\d+)", run.stdout) == ["0", "0"], run.stdout
+
+
+@needs_triton
 def test_float64_takes_the_plain_path() -> None:
     tensors = doubled(inputs(1, 3, 2, 2))
     got, expected = results(triton_scan.scan, tensors), results(plain.scan, tensors)
@@ -367,6 +442,12 @@ def test_the_stopwatch_takes_the_best_of_turns_and_waits_for_the_device() -> Non
     assert best == {"triton": 1.0, "mamba_ssm": 2.0}  # the first call of each compiles and does not count
     turns = ["wait", "triton", "wait", "wait", "mamba_ssm", "wait"]
     assert log == ["triton", "mamba_ssm", *3 * turns]
+
+
+@needs_triton
+@pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is not None, reason="mamba_ssm is installed")
+def test_on_cuda_without_mamba_ssm_it_is_triton() -> None:
+    assert choose_scan("cuda") == ScanChoice("triton", "the fastest on cuda")
 
 
 def test_on_a_cpu_neither_is_offered() -> None:
