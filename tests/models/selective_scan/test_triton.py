@@ -314,14 +314,22 @@ def test_float64_takes_the_plain_path() -> None:
 
 
 @needs_triton
-def test_only_a_run_that_trains_keeps_states() -> None:
+def test_only_a_run_that_trains_keeps_states(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = on_device(inputs(1, 3, 2, 2))
     leaves = [z.requires_grad_() for z in tensors]
     y, _ = triton_scan.scan(*leaves)
     starts = y.grad_fn.saved_tensors[-1]
     assert starts.shape == (1, 1, 2, 2)  # one chunk
+    shapes, new_empty = [], torch.Tensor.new_empty
+
+    def noted(z: Tensor, *shape: Any, **options: Any) -> Tensor:
+        shapes.append(shape)
+        return new_empty(z, *shape, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", noted)
     with torch.no_grad():
-        assert triton_scan.scan(*leaves)[0].grad_fn is None
+        triton_scan.scan(*leaves)
+    assert shapes[0] == (1, 0, 2, 2)
 
 
 # ---------------------------------------------------------------------------------------------------
