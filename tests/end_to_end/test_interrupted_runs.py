@@ -300,7 +300,7 @@ def test_the_state_space_expert_is_resumed_as_exactly(
 def test_a_scan_that_is_gone_ends_the_resume_but_not_the_model(
     tiny_corpus: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
-    """Trained with the compiled scan, then no compiler: resuming would change bits, so one has to ask for it."""
+    """Trained with the compiled scan, then no compiler: resuming would change bits, so it is refused."""
     if compiled.unavailable():
         pytest.skip("no compiler")
     folder = tmp_path / "checkpoints"
