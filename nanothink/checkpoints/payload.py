@@ -67,7 +67,7 @@ class CheckpointPayload(TypedDict):
     """Fingerprint of the tokenised corpus that the positions refer to."""
 
     run: dict[str, Any]
-    """Plain values about the run: its name, and the ``TrainState``."""
+    """Plain values about the run: its name, the ``TrainState``, what a diffuser learnt from."""
 
 
 _REQUIRED: dict[str, tuple[type, ...]] = {

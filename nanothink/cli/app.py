@@ -77,7 +77,7 @@ def run(args: list[str]) -> int:
     except MemoryError:
         _print_error(
             "Out of memory. Lower train_expert.batch_size and raise train_expert.grad_accum_steps "
-            "by the same factor."
+            "(of a diffuser: train_diffuser) by the same factor."
         )
         return 1
     except Exception as error:

@@ -47,7 +47,7 @@ def evaluate(
             f"--split {split}: use train, val or all.{did_you_mean(split, ('train', 'val', 'all'))}"
         )
     from nanothink.runs.evaluating import evaluate_checkpoints, finished_checkpoints
-    from nanothink.training.recording import score_as_dict
+    from nanothink.training.recording import denoising_as_dict, score_as_dict
 
     paths = checkpoint or finished_checkpoints(checkpoint_dir, render.note)
     with render.progress() as bars:
@@ -69,6 +69,7 @@ def evaluate(
                 "kind": result.kind,
                 "overall": score_as_dict(result.evaluation.overall),
                 "domains": {name: score_as_dict(s) for name, s in result.evaluation.domains.items()},
+                **denoising_as_dict(result.evaluation),
             }
             for result in results
         ]

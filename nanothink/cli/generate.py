@@ -46,6 +46,21 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Write on past the end of a text.")
     ] = False,
+    ddim: Annotated[
+        bool, typer.Option("--ddim", help="A diffuser: denoise every token from drawn noise.")
+    ] = False,
+    ddim_steps: Annotated[
+        int | None,
+        typer.Option("--ddim-steps", min=1, help="The same, in this many evaluations a token. [default: 10]"),
+    ] = None,
+    denoise: Annotated[
+        bool,
+        typer.Option("--denoise", help="A diffuser: hide the prompt behind noise and rebuild it, by level."),
+    ] = False,
+    levels: Annotated[
+        list[int] | None,
+        typer.Option("--level", help="Noise level for --denoise; repeatable. [default: a spread of them]"),
+    ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     as_json: Json = False,
@@ -57,6 +72,7 @@ def generate(
     import sys
 
     from nanothink.cli import render
+    from nanothink.errors import UsageError
     from nanothink.inference.sampling import sampling_config
     from nanothink.runs.evaluating import finished_checkpoints
     from nanothink.runs.loading import load
@@ -73,13 +89,32 @@ def generate(
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt or [""]]
     sampling = {name: value for name, value in asked.items() if value is not None}
     sampling_config(**sampling)  # a bad value is said before anything is loaded or printed
+    if denoise and (len(prompts) > 1 or not prompts[0]):
+        raise UsageError(
+            '--denoise needs one passage to rebuild: nanothink generate --denoise "Some text ..."'
+        )
+    if levels and not denoise:
+        raise UsageError("--level is for --denoise.")
+    if ddim or ddim_steps is not None:
+        sampling["ddim_steps"] = ddim_steps or 0
     path = checkpoint or max(
         finished_checkpoints(checkpoint_dir, render.note), key=lambda p: p.stat().st_mtime_ns
     )
     loaded = load(path, device=device)
     for line in loaded.notes:
         render.note(line)
-    if as_json:
+    if denoise:
+        found = loaded.denoise(
+            prompts[0], levels or None, seed=seed or 0, ddim_steps=sampling.get("ddim_steps", 1)
+        )
+        if as_json:
+            shown = [
+                {"level": r.level, "right": r.right, "text": loaded.tokenizer.decode(r.tokens)} for r in found
+            ]
+            render.print_json({"checkpoint": str(path), "passage": prompts[0], "levels": shown})
+        else:
+            render.reconstructions(found, loaded.tokenizer.decode)
+    elif as_json:
         texts = loaded.generate(prompts, **sampling)
         render.print_json(
             {

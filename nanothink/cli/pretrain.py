@@ -38,12 +38,20 @@ def register(app: typer.Typer) -> None:
 
 def pretrain(
     kind: Annotated[
-        str, typer.Argument(help="What to train: transformer or state_space.", show_default=False)
+        str, typer.Argument(help="What to train: transformer, state_space or diffuser.", show_default=False)
     ],
     data_dir: DataDir = None,
     domains: Domains = None,
     preset: Preset = None,
     tokenizer: TokenizerName = None,
+    transformer: Annotated[
+        str | None,
+        typer.Option(
+            "--transformer",
+            metavar="PATH",
+            help="What a diffuser learns from. [default: transformer_expert.pt in --checkpoint-dir]",
+        ),
+    ] = None,
     max_epochs: MaxEpochs = None,
     max_steps: MaxSteps = None,
     resume: Annotated[
@@ -71,6 +79,7 @@ def pretrain(
 
     For example: nanothink pretrain transformer --domains my_domain --preset tiny
     """
+    from nanothink.config.run import training_section
     from nanothink.errors import UsageError
     from nanothink.models import known_kind
     from nanothink.runs.preparing import Where
@@ -86,14 +95,18 @@ def pretrain(
         overwrite=overwrite,
         device=device,
     )
+    if transformer is not None and where.kind != "diffuser":
+        raise UsageError(f"--transformer names what a diffuser learns from; a {where.kind} learns from text.")
+    section = training_section(where.kind)
     flags = {
         "data.data_dir": ("--data-dir", data_dir),
         "data.domains": ("--domains", domains or None),
         "data.tokenizer": ("--tokenizer", tokenizer),
         "data.skip_bad_records": ("--skip-bad-records", skip_bad_records or None),
-        "train_expert.max_epochs": ("--max-epochs", max_epochs),
-        "train_expert.max_steps": ("--max-steps", max_steps),
-        "train_expert.seed": ("--seed", seed),
+        "diffuser.transformer": ("--transformer", transformer),
+        f"{section}.max_epochs": ("--max-epochs", max_epochs),
+        f"{section}.max_steps": ("--max-steps", max_steps),
+        f"{section}.seed": ("--seed", seed),
     }
     configure = configure_from(preset=preset, config_file=config_file, assignments=assignments, flags=flags)
     return _train(where, configure, dry_run=dry_run, as_json=as_json)
@@ -121,14 +134,16 @@ def resume(
     """
     from dataclasses import replace
 
+    from nanothink.config.run import training_section
     from nanothink.runs.preparing import locate
 
     where = locate(str(checkpoint) if checkpoint else None, checkpoint_dir)
     where = replace(where, device=device, overwrite=overwrite)
+    section = training_section(where.kind)
     flags = {
         "data.data_dir": ("--data-dir", data_dir),
-        "train_expert.max_epochs": ("--max-epochs", max_epochs),
-        "train_expert.max_steps": ("--max-steps", max_steps),
+        f"{section}.max_epochs": ("--max-epochs", max_epochs),
+        f"{section}.max_steps": ("--max-steps", max_steps),
     }
     configure = configure_from(preset=None, config_file=None, assignments=assignments, flags=flags)
     return _train(where, configure, dry_run=dry_run, as_json=as_json)

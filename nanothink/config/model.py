@@ -56,3 +56,52 @@ class StateSpaceConfig(Settings):
 
     scan: Literal["auto", "plain", "compiled", "triton", "mamba_ssm"] = "auto"
     """How the selective scan is computed; 'auto' takes the fastest that this machine has."""
+
+
+class DiffuserConfig(Settings):
+    """Heads, feed-forward and rotary base of its blocks are those of the ``transformer`` section."""
+
+    n_layers: int = Field(4, ge=1, le=256)
+    """Number of transformer blocks in the context encoder."""
+
+    denoiser_layers: int = Field(2, ge=1, le=64)
+    """Number of feed-forward blocks in the denoiser."""
+
+    denoiser_mult: float = Field(2.0, gt=0, le=64)
+    """Inner width of the denoiser's feed-forward, as a multiple of d_model."""
+
+    training_steps: int = Field(100, ge=2, le=10_000)
+    """Noise levels that it is trained at."""
+
+    inference_steps: int = Field(10, ge=1, le=10_000)
+    """Evaluations of the denoiser for each token when text is sampled by DDIM; at most training_steps."""
+
+    target: Literal["input_embedding", "head_row", "hidden_state"] = "head_row"
+    """What is denoised of the frozen transformer: the next token's row in its embedding table or in its LM
+    head, or its final state once it has read that token (computed at every step, not looked up)."""
+
+    prediction: Literal["clean", "velocity"] = "velocity"
+    """What the network gives: the clean target, or the velocity, from which it follows."""
+
+    evaluations: Literal[1, 2] = 2
+    """Evaluations of the denoiser in a training step: one from pure noise and one at a random level, or one
+    that is either for half of the blocks."""
+
+    mse_weight: float = Field(1.0, ge=0)
+    """Weight of the mean squared errors in the loss."""
+
+    cross_entropy_weight: float = Field(1.0, ge=0)
+    """Weight of the LM head's cross-entropy in the loss. 0 is the objective of MSE alone: the head still
+    learns, but nothing below it does by it."""
+
+    null_fraction: float = Field(0.5, ge=0, le=1)
+    """Share of the blocks whose evaluation from pure noise starts from zero, as the language model does."""
+
+    self_conditioning: float = Field(0.0, ge=0, le=1)
+    """Share of the blocks whose evaluation at a random level sees the guess that was made from pure noise."""
+
+    rounding_every: int = Field(4, ge=0)
+    """Train the head at a random level too, at every this many tokens, for sampling by DDIM; 0: never."""
+
+    transformer: str | None = None
+    """The checkpoint of the frozen transformer; transformer_expert.pt in the checkpoint folder when empty."""

@@ -23,8 +23,8 @@ from pydantic import ValidationError, model_validator
 
 from nanothink.config.base import Settings
 from nanothink.config.data import DataConfig
-from nanothink.config.model import ModelConfig, StateSpaceConfig, TransformerConfig
-from nanothink.config.training import TrainExpertConfig
+from nanothink.config.model import DiffuserConfig, ModelConfig, StateSpaceConfig, TransformerConfig
+from nanothink.config.training import TrainConfig, TrainDiffuserConfig, TrainExpertConfig
 from nanothink.errors import ConfigError, did_you_mean
 
 if sys.version_info >= (3, 11):
@@ -42,8 +42,15 @@ class Config(Settings):
     model: ModelConfig = ModelConfig()
     transformer: TransformerConfig = TransformerConfig()
     state_space: StateSpaceConfig = StateSpaceConfig()
+    diffuser: DiffuserConfig = DiffuserConfig()
     data: DataConfig = DataConfig()
     train_expert: TrainExpertConfig = TrainExpertConfig()
+    train_diffuser: TrainDiffuserConfig = TrainDiffuserConfig()
+
+    def training_of(self, kind: str) -> TrainConfig:
+        """How models of this kind are trained."""
+        settings: TrainConfig = getattr(self, training_section(kind))
+        return settings
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Config:
@@ -55,6 +62,20 @@ class Config(Settings):
                 + (f"use one of {', '.join(map(str, fitting[:12]))}" if fitting else "make d_model even")
             )
         return self
+
+    @model_validator(mode="after")
+    def _sampling_visits_trained_levels(self) -> Config:
+        if self.diffuser.inference_steps > self.diffuser.training_steps:
+            raise ValueError(
+                f"diffuser.inference_steps={self.diffuser.inference_steps} is more than "
+                f"diffuser.training_steps={self.diffuser.training_steps}, the noise levels there are"
+            )
+        return self
+
+
+def training_section(kind: str) -> str:
+    """The section of ``Config`` that says how models of this kind are trained."""
+    return TrainDiffuserConfig.section if kind == "diffuser" else TrainExpertConfig.section
 
 
 @dataclass(frozen=True)
@@ -191,7 +212,7 @@ def _check_known(name: str, source: str) -> None:
     # A bare key is the commonest slip, so suggest by key as well as by full name.
     suggestion = did_you_mean(name, candidates)
     if not suggestion:
-        keys = {full.partition(".")[2]: full for full in candidates}
+        keys = {full.partition(".")[2]: full for full in reversed(candidates)}  # the first section wins
         hint = did_you_mean(key or section, keys)
         for short, full in keys.items():
             hint = hint.replace(f"'{short}'", f"'{full}'")

@@ -108,3 +108,27 @@ class TrainExpertConfig(TrainConfig):
     """Phase 1, transformer and state-space expert."""
 
     section: ClassVar[str] = "train_expert"
+
+
+class TrainDiffuserConfig(TrainConfig):
+    """Phase 1, diffuser: a third of the other experts' ``lr``, with multipliers that make up for it."""
+
+    section: ClassVar[str] = "train_diffuser"
+
+    lr: float = Field(1e-4, gt=0, le=10)
+    """Peak learning rate. Every parameter group has this rate times its own multiplier below."""
+
+    lr_matrices: float = Field(60.0, ge=0)
+    """Multiplier of lr for hidden matrices (with Muon, whose update is scaled to AdamW's RMS)."""
+
+    lr_embeddings: float = Field(900.0, ge=0)
+    """Multiplier of lr for token embeddings (AdamW)."""
+
+    lr_head: float = Field(90.0, ge=0)
+    """Multiplier of lr for the LM head (AdamW)."""
+
+    lr_other: float = Field(90.0, ge=0)
+    """Multiplier of lr for norms, biases, convolutions and everything else (AdamW)."""
+
+    batch_size: int = Field(64, ge=1)
+    """Blocks per forward and backward pass."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -44,6 +44,8 @@ class Score:
 @dataclass(frozen=True)
 class Evaluation:
     domains: Mapping[str, Score]
+    denoising: Mapping[int, float] = field(default_factory=dict)
+    """Mean squared error by noise level, of a model that denoises; see inference/denoising.py."""
 
     @property
     def overall(self) -> Score:

@@ -20,7 +20,7 @@ import torch
 
 from nanothink.errors import UsageError
 from nanothink.inference.sampling import SamplingConfig, next_tokens
-from nanothink.models.contract import LanguageModel
+from nanothink.models.contract import LanguageModel, State
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_PART = 3  # bytes an unfinished UTF-8 character can have, each decoded as one replacement character
@@ -39,6 +39,7 @@ def generate(
     *,
     eos_id: int,
     on_token: Callable[[int, int], None] | None = None,
+    start: Callable[[Sequence[int]], State] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt.
 
@@ -48,6 +49,8 @@ def generate(
         config: see its fields. Row i draws from a generator seeded with seed + i.
         eos_id: ends a document.
         on_token: called with (row, token) for each new token as soon as it is drawn.
+        start: makes a decoding state, given the seed of each of its rows, for models that can decode in more
+            ways than one; ``model.start`` when left out.
 
     Returns:
         The new tokens of each prompt, without the prompt and without EOS.
@@ -61,7 +64,9 @@ def generate(
     texts = [list(prompt) or [eos_id] for prompt in prompts]
     prompt_lengths = [len(text) for text in texts]
     seed = secrets.randbits(62) if config.seed is None else config.seed
-    generators = [torch.Generator().manual_seed((seed + row) % (1 << 63)) for row in range(len(texts))]
+    seeds = [(seed + row) % (1 << 63) for row in range(len(texts))]
+    generators = [torch.Generator().manual_seed(row_seed) for row_seed in seeds]
+    begin = start or (lambda of_rows: model.start(len(of_rows)))
     device = model.head_weight.device
     with evaluating(model), torch.inference_mode():
         unfinished = set(range(len(texts)))
@@ -70,7 +75,7 @@ def generate(
         )  # rows the state holds; the finished ones leave with the next new state
         read = min(prompt_lengths)
         first = window_start(read, model.context_length)
-        state = model.start(len(rows))
+        state = begin(seeds)
         logits = model.step(_window(texts, rows, first, read, device), state)
         while True:
             drawing = [i for i, row in enumerate(rows) if row in unfinished and len(texts[row]) == read]
@@ -94,11 +99,11 @@ def generate(
             if not unfinished:
                 break
             read += 1
-            start = window_start(read, model.context_length)
-            if start != first:
-                first = start
+            new_first = window_start(read, model.context_length)
+            if new_first != first:
+                first = new_first
                 rows = sorted(unfinished)
-                state = model.start(len(rows))
+                state = begin([seeds[row] for row in rows])
                 logits = model.step(_window(texts, rows, first, read, device), state)
             else:
                 logits = model.step(_window(texts, rows, read - 1, read, device), state)

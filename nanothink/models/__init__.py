@@ -10,7 +10,7 @@ from nanothink.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from nanothink.models.contract import LanguageModel
 
-MODEL_KINDS: tuple[str, ...] = ("transformer", "state_space")
+MODEL_KINDS: tuple[str, ...] = ("transformer", "state_space", "diffuser")
 
 
 def build_model(kind: str, config: Config, vocab_size: int) -> LanguageModel:
@@ -24,6 +24,10 @@ def build_model(kind: str, config: Config, vocab_size: int) -> LanguageModel:
         from nanothink.models.state_space import StateSpace
 
         return StateSpace(vocab_size, config.model, config.state_space)
+    if kind == "diffuser":
+        from nanothink.models.diffuser import Diffuser
+
+        return Diffuser(vocab_size, config.model, config.transformer, config.diffuser)
     from nanothink.models.transformer import Transformer
 
     return Transformer(vocab_size, config.model, config.transformer)

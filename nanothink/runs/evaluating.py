@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,9 @@ from nanothink.checkpoints import list_checkpoints, parse_name, verify_checkpoin
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream, tokenise
 from nanothink.errors import CheckpointError, CheckpointNotFoundError, DataError, UsageError
+from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Evaluation, Score, evaluate_model
+from nanothink.models.diffuser import Diffuser
 from nanothink.runs.loading import load
 
 Split = Literal["train", "val", "all"]
@@ -100,6 +102,9 @@ def evaluate_checkpoints(
         combined = _add(evaluations)
         if not combined.domains:
             raise DataError(f"There is no text in the {split} part of {data_dir}.")
+        if isinstance(model.model, Diffuser) and model.config.diffuser.target != "hidden_state":
+            errors = denoising_errors(model.model, parts[0], length=length, precision=model.precision)
+            combined = replace(combined, denoising=errors)
         results.append(CheckpointEvaluation(model.path, model.kind, combined))
     return results
 

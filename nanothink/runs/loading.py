@@ -14,10 +14,12 @@ from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.errors import UsageError
+from nanothink.inference.denoising import Reconstruction, measured_levels, reconstruct
 from nanothink.inference.generate import StreamDecoder, generate
 from nanothink.inference.sampling import sampling_config
 from nanothink.models import build_model
-from nanothink.models.contract import LanguageModel
+from nanothink.models.contract import LanguageModel, State
+from nanothink.models.diffuser import Ddim, Diffuser
 from nanothink.models.precision import DTYPES, Precision, choose_device
 from nanothink.models.selective_scan import choose_scan
 
@@ -56,6 +58,7 @@ class LoadedModel:
         prompt: str | Sequence[str],
         *,
         on_text: Callable[[int, str], None] | None = None,
+        ddim_steps: int | None = None,
         **sampling: Any,
     ) -> Any:
         """Continue a prompt, or each of several.
@@ -63,12 +66,15 @@ class LoadedModel:
         Args:
             prompt: one string, or a sequence of them, continued side by side.
             on_text: called with (row, piece of text) as text becomes final.
+            ddim_steps: for a diffuser: denoise each token by DDIM in this many evaluations, from drawn noise;
+                0 for as many as its ``diffuser.inference_steps``. The noise then is the chance, and the
+                temperature is 0 unless it is given. Else the token is the head's, from the null noise, whose
+                distribution is the one that loss and perplexity are of.
             sampling: fields of ``SamplingConfig``: temperature, top_k, top_p, max_new_tokens, seed ...
 
         Returns:
             The continuation without the prompt: a string for a string, else a list of strings.
         """
-        config = sampling_config(**sampling)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         decoders = [StreamDecoder(self.tokenizer) for _ in prompts]
 
@@ -76,12 +82,8 @@ class LoadedModel:
             if on_text is not None and (piece := decoders[row].push(token)):
                 on_text(row, piece)
 
-        new = generate(
-            self.model,
-            [self.tokenizer.encode(p) for p in prompts],
-            config,
-            eos_id=self.tokenizer.eos_id,
-            on_token=on_token,
+        new = self.continue_tokens(
+            [self.tokenizer.encode(p) for p in prompts], on_token=on_token, ddim_steps=ddim_steps, **sampling
         )
         if on_text is not None:
             for row, decoder in enumerate(decoders):
@@ -89,6 +91,61 @@ class LoadedModel:
                     on_text(row, piece)
         texts = [self.tokenizer.decode(tokens) for tokens in new]
         return texts[0] if isinstance(prompt, str) else texts
+
+    def continue_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        on_token: Callable[[int, int], None] | None = None,
+        ddim_steps: int | None = None,
+        **sampling: Any,
+    ) -> list[list[int]]:
+        """``generate`` on token ids: the new ones of each prompt. ``on_token`` hears of (row, token)."""
+        if ddim_steps is not None:
+            sampling = {"temperature": 0.0, **sampling}
+        return generate(
+            self.model,
+            prompts,
+            sampling_config(**sampling),
+            eos_id=self.tokenizer.eos_id,
+            on_token=on_token,
+            start=self._start_by_ddim(ddim_steps) if ddim_steps is not None else None,
+        )
+
+    def denoise(
+        self,
+        passage: str,
+        levels: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+        ddim_steps: int = 1,
+    ) -> list[Reconstruction]:
+        """For a diffuser: hide every token of a passage behind noise and let the model find it again.
+
+        Args:
+            passage: at most a context of text.
+            levels: noise levels, 1 to ``diffuser.training_steps``; a spread of them when left out.
+            seed: of the noise.
+            ddim_steps: evaluations on the way down from each level; 0 for ``diffuser.inference_steps``.
+
+        Raises:
+            UsageError: not a diffuser, or a passage or level that it cannot take.
+        """
+        model = self._diffuser()
+        levels = measured_levels(model.shape.training_steps) if levels is None else levels
+        n_steps = ddim_steps or model.shape.inference_steps
+        return reconstruct(model, self.tokenizer.encode(passage), levels, seed=seed, n_steps=n_steps)
+
+    def _start_by_ddim(self, n_steps: int) -> Callable[[Sequence[int]], State]:
+        model = self._diffuser()
+        n_steps = n_steps or model.shape.inference_steps
+        model.start(1, Ddim(n_steps, (0,)))  # a number out of bounds is said before anything is computed
+        return lambda seeds: model.start(len(seeds), Ddim(n_steps, tuple(seeds)))
+
+    def _diffuser(self) -> Diffuser:
+        if not isinstance(self.model, Diffuser):
+            raise UsageError(f"{self.path} holds a {self.kind}; only a diffuser can denoise.")
+        return self.model
 
 
 def load(path: str | Path, *, device: str | None = None) -> LoadedModel:
@@ -105,13 +162,18 @@ def load(path: str | Path, *, device: str | None = None) -> LoadedModel:
     report = restore_model(model, payload, expect_kind=payload["kind"], path=Path(path))
     model.to(chosen).eval().requires_grad_(False)
     return LoadedModel(
-        Path(path), model, config, tokenizer, _same_precision(config, chosen), tuple(report.lines())
+        Path(path),
+        model,
+        config,
+        tokenizer,
+        _same_precision(config, model.kind, chosen),
+        tuple(report.lines()),
     )
 
 
-def _same_precision(config: Config, device: torch.device) -> Precision:
+def _same_precision(config: Config, kind: str, device: torch.device) -> Precision:
     """The type of training where this device has it: nothing is measured, so figures repeat."""
-    name = config.train_expert.amp_dtype
+    name = config.training_of(kind).amp_dtype
     if name == "auto" or (name == "float16" and device.type == "cpu"):
         name = "float32"
     return Precision(device, DTYPES[name], "as trained")

@@ -39,7 +39,7 @@ class RunEstimate:
 
 def estimate_run(prepared: Prepared) -> RunEstimate:
     """Count what can be counted and estimate the rest, without a step of training."""
-    config, train_config, plan = prepared.config, prepared.config.train_expert, prepared.plan
+    config, train_config, plan = prepared.config, prepared.training, prepared.plan
     model = build_model(prepared.where.kind, config, prepared.tokenizer.vocab_size)
     groups = model.parameter_groups()
     parameters = {role: sum(p.numel() for _, p in named) for role, named in groups.items() if named}
@@ -49,16 +49,19 @@ def estimate_run(prepared: Prepared) -> RunEstimate:
         count * (1 if role == "matrices" and train_config.optimizer == "muon" else 2)
         for role, count in parameters.items()
     )
+    # what travels in the checkpoint but is not trained, such as a diffuser's table of targets
+    trained = dict(model.named_parameters())
+    n_fixed = sum(t.numel() for name, t in model.state_dict().items() if name not in trained)
     value_bytes = 2 if prepared.precision.dtype.itemsize == 2 else 4
     length = config.model.max_seq_len
     memory = {
-        "weights": _FLOAT32 * n_parameters,
+        "weights": _FLOAT32 * (n_parameters + n_fixed),
         "gradients": _FLOAT32 * n_parameters,
         "optimizer": _FLOAT32 * moments,
         "activations": model.activation_bytes(train_config.batch_size, length, value_bytes),
         "process": _PROCESS_BYTES,
     }
-    checkpoint = _FLOAT32 * (n_parameters + moments)
+    checkpoint = _FLOAT32 * (n_parameters + n_fixed + moments)
     epochs = plan.total_steps * plan.blocks_per_step / plan.n_blocks
     snapshots = int(epochs) // train_config.snapshot_every_epochs
     return RunEstimate(

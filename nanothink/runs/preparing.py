@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanothink.checkpoints import CheckpointPayload, CheckpointStore, list_checkpoints, read_checkpoint
-from nanothink.config import Config
+from nanothink.config import Config, TrainConfig
 from nanothink.config.run import ResolvedConfig, flatten
 from nanothink.data.batches import TrainingBatches
 from nanothink.data.corpus import Corpus, find_corpus
@@ -18,6 +18,7 @@ from nanothink.data.tokens import TokenisedCorpus, tokenise
 from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, DataError, UsageError
 from nanothink.models.precision import Precision, choose_device, choose_precision
 from nanothink.models.selective_scan import choose_scan
+from nanothink.runs.frozen import FrozenTransformer, check_same_transformer, find_transformer
 from nanothink.training.state import Plan, TrainState
 
 NEWEST = "newest"
@@ -78,6 +79,13 @@ class Prepared:
     precision: Precision
     state: TrainState
     plan: Plan
+    frozen: FrozenTransformer | None = None
+    """The transformer that a diffuser learns from, where this run still needs it."""
+
+    @property
+    def training(self) -> TrainConfig:
+        """How this kind of model is trained."""
+        return self.config.training_of(self.where.kind)
 
 
 def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
@@ -89,7 +97,9 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
         for line in _changes(payload["config"], resolved.config):
             watch.note(line)
     config = resolved.config
-    precision = choose_precision(config.train_expert, choose_device(where.device))
+    training = config.training_of(where.kind)
+    precision = choose_precision(training, choose_device(where.device))
+    frozen = frozen_transformer(where, config, origin)
     if origin is not None and not Path(config.data.data_dir).is_dir():
         raise DataError(
             f"The folder this run was trained on, {config.data.data_dir}, is not there. "
@@ -99,9 +109,12 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     for warning in corpus.warnings:
         watch.note(str(warning))
     watch.note(f"Computing in {precision.name} on {precision.device}: {precision.reason}.")
-    config = _settled(config, precision, where.kind, watch)
+    config = _settled(config, precision, where.kind, frozen, watch)
     if origin is not None:
         tokenizer = _tokenizer_of(origin, resolved, corpus)
+    elif frozen is not None:
+        tokenizer = _tokenizer_of_transformer(frozen, resolved, corpus)
+        watch.note(f"Learning from {frozen.path}, with its tokenizer '{tokenizer.name}'.")
     else:
         tokenizer = resolve_tokenizer(
             config.data.tokenizer,
@@ -123,7 +136,7 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
             "The training data is not what this run began with. It goes on with the new data, but will not "
             "equal a run that had either all along."
         )
-    batches = TrainingBatches(tokens.train, config.model.max_seq_len, config.train_expert.seed)
+    batches = TrainingBatches(tokens.train, config.model.max_seq_len, training.seed)
     state = TrainState.from_dict(payload["run"]["state"]) if payload is not None else TrainState()
     return Prepared(
         where=where,
@@ -136,8 +149,27 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
         batches=batches,
         precision=precision,
         state=state,
-        plan=Plan.make(config.train_expert, batches.n_blocks, state),
+        plan=Plan.make(training, batches.n_blocks, state),
+        frozen=frozen,
     )
+
+
+def frozen_transformer(where: Where, config: Config, origin: Origin | None) -> FrozenTransformer | None:
+    """The transformer that this run learns from; None for one that needs none (any more).
+
+    A diffuser's checkpoint carries its targets, unless they are hidden states.
+
+    Raises:
+        CheckpointError: it is missing, or does not fit.
+    """
+    if where.kind != "diffuser":
+        return None
+    if origin is not None and config.diffuser.target != "hidden_state":
+        return None
+    frozen = find_transformer(config, where.checkpoint_dir)
+    if origin is not None:
+        check_same_transformer(frozen, origin.payload["run"], origin.path)
+    return frozen
 
 
 def locate(checkpoint: str | None, checkpoint_dir: Path) -> Where:
@@ -184,11 +216,10 @@ def earlier_ending(prepared: Prepared) -> dict[str, Any] | None:
         ending: dict[str, Any] = json.loads(marker.read_text("utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
-    return ending if ending.get("settings") == ending_settings(prepared.config) else None
+    return ending if ending.get("settings") == ending_settings(prepared.training) else None
 
 
-def ending_settings(config: Config) -> dict[str, Any]:
-    train = config.train_expert
+def ending_settings(train: TrainConfig) -> dict[str, Any]:
     return {
         "max_epochs": train.max_epochs,
         "max_steps": train.max_steps,
@@ -266,13 +297,38 @@ def _tokenizer_of(origin: Origin, resolved: ResolvedConfig, corpus: Corpus) -> T
     return own
 
 
-def _settled(config: Config, precision: Precision, kind: str, watch: Watch) -> Config:
+def _tokenizer_of_transformer(
+    frozen: FrozenTransformer, resolved: ResolvedConfig, corpus: Corpus
+) -> Tokenizer:
+    """The transformer's tokenizer, whose tokens the targets belong to; another one asked for is refused."""
+    data = resolved.config.data
+    asked_for = resolved.sources["data.tokenizer"] != "default"
+    if asked_for and data.tokenizer != frozen.tokenizer_setting:
+        asked = resolve_tokenizer(data.tokenizer, corpus, val_split=data.val_split, note=lambda _: None)
+        if asked.fingerprint != frozen.tokenizer.fingerprint:
+            raise CheckpointMismatchError(
+                f"{frozen.path} was trained with the tokenizer '{frozen.tokenizer.name}' "
+                f"({frozen.tokenizer.vocab_size} tokens), not with '{asked.name}' ({asked.vocab_size}). "
+                "Leave --tokenizer out: the transformer's own is used. Or train a transformer with this one: "
+                f"nanothink pretrain transformer --tokenizer {data.tokenizer} --name OTHER"
+            )
+    return frozen.tokenizer
+
+
+def _settled(
+    config: Config, precision: Precision, kind: str, frozen: FrozenTransformer | None, watch: Watch
+) -> Config:
     """The config as it is saved: what was measured, relative or left to this machine is now fixed."""
-    train = config.train_expert.model_copy(update={"amp_dtype": precision.name})
+    train = config.training_of(kind)
     data = config.data.model_copy(update={"data_dir": str(Path(config.data.data_dir).resolve())})
-    settled: dict[str, Any] = {"train_expert": train, "data": data}
+    settled: dict[str, Any] = {train.section: train.model_copy(update={"amp_dtype": precision.name})}
     if kind == "state_space":
         scan = choose_scan(precision.device.type, config.state_space.scan)
         watch.note(f"Selective scan: {scan.name} ({scan.reason}).")
         settled["state_space"] = config.state_space.model_copy(update={"scan": scan.name})
-    return config.model_copy(update=settled)
+    if frozen is not None:
+        data = data.model_copy(update={"tokenizer": frozen.tokenizer_setting})
+        if config.diffuser.transformer is not None:
+            named = str(Path(config.diffuser.transformer).resolve())
+            settled["diffuser"] = config.diffuser.model_copy(update={"transformer": named})
+    return config.model_copy(update={**settled, "data": data})

@@ -27,11 +27,13 @@ from nanothink.checkpoints import (
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream
 from nanothink.errors import DataError
+from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Evaluation, evaluate_model
 from nanothink.inference.generate import generate
 from nanothink.inference.sampling import SamplingConfig
 from nanothink.models import build_model
 from nanothink.models.contract import LanguageModel
+from nanothink.models.diffuser import Diffuser
 from nanothink.models.precision import choose_device
 from nanothink.runs.preparing import (
     Configure,
@@ -41,15 +43,19 @@ from nanothink.runs.preparing import (
     earlier_ending,
     ending_settings,
     finished_marker,
+    frozen_transformer,
     prepare,
 )
 from nanothink.training.events import EvaluationProgress, Event, Note, Observer, RunFinished, RunStarted
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Run, Services, train
-from nanothink.training.objectives import next_token
+from nanothink.training.objectives import Denoising, Objective, next_token
 from nanothink.training.optimizer import GroupedOptimizer, effective_warmup, learning_rate_fraction
 from nanothink.training.recording import RunRecorder, write_whole
 from nanothink.training.state import TrainState
+
+TARGET_SAMPLE_BLOCKS = 64
+"""Training blocks over whose targets a diffuser takes their mean and spread."""
 
 EVALUATION_TOKENS = 8192
 """Tokens per evaluation batch: enough to fill two cores, little enough to answer a signal at once."""
@@ -66,9 +72,10 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
         stack.enter_context(store.lock())
         if where.resume is None:
             # A mistake in settings or data is said first: mending it must not need --overwrite.
-            data = configure(None).config.data
+            config = configure(None).config
             choose_device(where.device)
-            find_corpus(data.data_dir, data.domains)
+            frozen_transformer(where, config, None)
+            find_corpus(config.data.data_dir, config.data.domains)
             store.guard_new_run(overwrite=where.overwrite)
         prepared = prepare(where, configure, watch)
         if (ending := earlier_ending(prepared)) is not None:
@@ -112,7 +119,7 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
                 "step": finished.step,
                 "epoch": finished.epoch,
                 "best_loss": finished.best_loss,
-                "settings": ending_settings(prepared.config),
+                "settings": ending_settings(prepared.training),
             },
         )
         store.remove_interrupted()
@@ -121,7 +128,7 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
 
 def build_run(prepared: Prepared, watch: Watch) -> Run:
     """Model, optimizer and where they stand: fresh, or as the checkpoint has them."""
-    config, train_config = prepared.config, prepared.config.train_expert
+    config, train_config = prepared.config, prepared.training
     device = prepared.precision.device
     # Nothing here draws from Python or numpy, but an objective may, and then it must repeat.
     random.seed(train_config.seed)
@@ -135,6 +142,10 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
         report = restore_model(model, payload, expect_kind=prepared.where.kind, path=prepared.origin.path)
         for line in report.lines():
             watch.note(line)
+    elif isinstance(model, Diffuser):
+        assert prepared.frozen is not None
+        _, targets = prepared.batches.read(0, TARGET_SAMPLE_BLOCKS)
+        model.adopt(prepared.frozen.build(watch.note), targets.clamp_min(0))
     model.to(device)
     optimizer = GroupedOptimizer(model.parameter_groups(), train_config)
     if prepared.origin is not None:
@@ -156,7 +167,7 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
         model=model,
         optimizer=optimizer,
         scaler=scaler,
-        objective=next_token,
+        objective=_objective(prepared, watch),
         batches=prepared.batches,
         precision=prepared.precision,
         config=train_config,
@@ -165,10 +176,20 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
     )
 
 
+def _objective(prepared: Prepared, watch: Watch) -> Objective:
+    if prepared.where.kind != "diffuser":
+        return next_token
+    transformer = None
+    if prepared.config.diffuser.target == "hidden_state":
+        assert prepared.frozen is not None
+        transformer = prepared.frozen.build(watch.note).to(prepared.precision.device)
+    return Denoising(prepared.training.seed, transformer)
+
+
 def _services(
     prepared: Prepared, run: Run, store: CheckpointStore, tell: Observer, stop: StopRequest
 ) -> Services:
-    config, train_config = prepared.config, prepared.config.train_expert
+    config, train_config = prepared.config, prepared.training
     length = config.model.max_seq_len
     if not any(stream.n_tokens for stream in prepared.tokens.val.values()):
         raise DataError("There is no validation text: every domain needs at least two characters of text.")
@@ -176,7 +197,7 @@ def _services(
     sampling = SamplingConfig(max_new_tokens=max(1, train_config.sample_tokens), seed=train_config.seed)
 
     def evaluate() -> Evaluation:
-        return evaluate_model(
+        evaluation = evaluate_model(
             run.model,
             validation,
             length=length,
@@ -186,6 +207,16 @@ def _services(
             on_progress=lambda done, total: tell(EvaluationProgress(done, total)),
             should_stop=stop,
         )
+        if isinstance(run.objective, Denoising) and isinstance(run.model, Diffuser):
+            errors = denoising_errors(
+                run.model,
+                validation,
+                length=length,
+                precision=run.precision,
+                transformer=run.objective.transformer,
+            )
+            evaluation = replace(evaluation, denoising=errors)
+        return evaluation
 
     def sample() -> Mapping[str, str]:
         prompts = list(train_config.sample_prompts)
@@ -227,8 +258,18 @@ def checkpoint_payload(prepared: Prepared, run: Run) -> CheckpointPayload:
             "name": prepared.where.stem,
             "state": state.to_dict(),
             "nanothink_version": __version__,
+            **_learnt_from(prepared),
         },
     }
+
+
+def _learnt_from(prepared: Prepared) -> dict[str, str]:
+    """The digest of the transformer that a diffuser's run began with."""
+    if prepared.frozen is not None:
+        return {"transformer": prepared.frozen.digest}
+    if prepared.origin is not None and "transformer" in prepared.origin.payload["run"]:
+        return {"transformer": prepared.origin.payload["run"]["transformer"]}
+    return {}
 
 
 def _description(prepared: Prepared, model: LanguageModel) -> dict[str, Any]:
@@ -267,7 +308,7 @@ def _description(prepared: Prepared, model: LanguageModel) -> dict[str, Any]:
 def _remarks(prepared: Prepared) -> list[str]:
     """What would surprise a person later, said before the first step."""
     remarks = []
-    train_config, plan = prepared.config.train_expert, prepared.plan
+    train_config, plan = prepared.training, prepared.plan
     warmup = effective_warmup(train_config, plan.total_steps)
     if warmup != train_config.warmup_steps:
         remarks.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,7 +25,7 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimizer step. ``loss`` is the mean in nats over all targets of its accumulation window."""
+    """One optimizer step. ``loss`` is the mean over all targets of its accumulation window, as minimised."""
 
     step: int
     total_steps: int
@@ -37,6 +37,8 @@ class StepDone:
     seconds: float
     skipped: bool
     logged: bool
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """What the loss is made of, by name, where an objective has several parts."""
 
 
 @dataclass(frozen=True)

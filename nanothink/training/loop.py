@@ -33,7 +33,7 @@ from nanothink.training.events import (
     StepDone,
 )
 from nanothink.training.interruption import StopRequest
-from nanothink.training.objectives import Objective
+from nanothink.training.objectives import Batch, Objective
 from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fraction
 from nanothink.training.state import Plan, TrainState
 
@@ -107,7 +107,7 @@ def train(run: Run, services: Services) -> RunFinished:
         step_started = time.monotonic()
         fraction = learning_rate_fraction(state.step, plan.total_steps, config)
         run.optimizer.set_fraction(fraction)
-        loss, n_targets = _accumulate(run)
+        loss, parts, n_targets = _accumulate(run)
         if run.scaler is not None:
             run.optimizer.unscale(run.scaler)
         norm = float(torch.nn.utils.clip_grad_norm_(run.optimizer.parameters, config.grad_clip, foreach=True))
@@ -136,6 +136,7 @@ def train(run: Run, services: Services) -> RunFinished:
                 seconds=time.monotonic() - step_started,
                 skipped=not finite,
                 logged=state.step % config.log_every_steps == 0 or state.step in {1, plan.total_steps},
+                parts=parts,
             )
         )
         if state.skipped_in_a_row >= config.max_skipped_steps:
@@ -153,25 +154,31 @@ def train(run: Run, services: Services) -> RunFinished:
     return finished
 
 
-def _accumulate(run: Run) -> tuple[float, int]:
-    """Gradients of one accumulation window. Returns the mean loss over all its targets, and their number.
+def _accumulate(run: Run) -> tuple[float, dict[str, float], int]:
+    """Gradients of one accumulation window.
+
+    Returns the mean loss over all its targets, the same of its parts, and the number of targets.
 
     The targets are counted before the first forward pass, so that every one has the same weight
     however they are spread over micro-batches.
     """
     config, device = run.config, run.precision.device
-    window = [
-        run.batches.read(run.state.position + i * config.batch_size, config.batch_size)
-        for i in range(config.grad_accum_steps)
-    ]
-    n_targets = sum(int((targets != IGNORE).sum()) for _, targets in window)
+    window = []
+    for i in range(config.grad_accum_steps):
+        first = run.state.position + i * config.batch_size
+        inputs, targets = run.batches.read(first, config.batch_size)
+        window.append(Batch(inputs, targets, range(first, first + config.batch_size)))
+    n_targets = sum(int((batch.targets != IGNORE).sum()) for batch in window)
     losses = []
-    for inputs, targets in window:
+    for batch in window:
+        here = Batch(batch.inputs.to(device), batch.targets.to(device), batch.positions)
         with run.precision.autocast():
-            loss = run.objective(run.model, inputs.to(device), targets.to(device), 1.0 / n_targets)
-        (loss if run.scaler is None else run.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-    return float(torch.stack(losses).sum()), n_targets
+            loss = run.objective(run.model, here, 1.0 / n_targets)
+        total = loss.total
+        (total if run.scaler is None else run.scaler.scale(total)).backward()  # type: ignore[no-untyped-call]
+        losses.append({"": total.detach(), **loss.parts})
+    sums = {name: float(torch.stack([part[name] for part in losses]).sum()) for name in losses[0]}
+    return sums.pop(""), sums, n_targets
 
 
 def _evaluation_is_due(run: Run) -> bool:

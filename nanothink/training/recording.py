@@ -67,6 +67,7 @@ class RunRecorder:
             speed = event.tokens / event.seconds if event.seconds else 0.0
             numbers = {
                 "loss": event.loss,
+                **event.parts,
                 "learning_rate": event.learning_rate,
                 "gradient_norm": event.gradient_norm,
                 "tokens": event.tokens,
@@ -92,6 +93,7 @@ class RunRecorder:
                     "step": event.step,
                     "epoch": event.epoch,
                     **score_as_dict(event.evaluation.overall),
+                    **denoising_as_dict(event.evaluation),
                     "best": event.best,
                     "domains": {name: score_as_dict(s) for name, s in event.evaluation.domains.items()},
                 },
@@ -123,6 +125,7 @@ class RunRecorder:
         overall = evaluation.overall
         self._scalars("validation", {"loss": overall.loss, "bits_per_byte": overall.bits_per_byte}, step)
         self._scalars("bits_per_byte", {n: s.bits_per_byte for n, s in evaluation.domains.items()}, step)
+        self._scalars("denoising_mse", {f"level {n}": mse for n, mse in evaluation.denoising.items()}, step)
 
 
 def score_as_dict(score: Score) -> dict[str, float]:
@@ -134,6 +137,13 @@ def score_as_dict(score: Score) -> dict[str, float]:
         "tokens": score.tokens,
         "bytes": score.n_bytes,
     }
+
+
+def denoising_as_dict(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """The squared error by noise level as scripts read it; nothing for a model that does not denoise."""
+    if not evaluation.denoising:
+        return {}
+    return {"denoising_mse": {str(level): mse for level, mse in evaluation.denoising.items()}}
 
 
 def _set_aside(folder: Path) -> None:

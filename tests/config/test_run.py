@@ -25,6 +25,33 @@ def test_defaults_are_those_of_the_design() -> None:
     assert (config.data.tokenizer, config.data.val_split, config.data.domains) == ("gpt2", 0.1, None)
 
 
+def test_the_diffuser_has_a_training_section_of_its_own() -> None:
+    config = Config()
+    assert (config.diffuser.n_layers, config.diffuser.training_steps, config.diffuser.inference_steps) == (
+        4,
+        100,
+        10,
+    )
+    assert (config.train_diffuser.lr, config.train_diffuser.batch_size) == (1e-4, 64)
+    assert config.training_of("diffuser") is config.train_diffuser
+    assert config.training_of("transformer") is config.train_expert
+    for name in preset_names():  # three times the multipliers make up for a third of the rate
+        config = resolve_config(preset=name).config
+        for group in ("matrices", "embeddings", "head", "other"):
+            ours, theirs = (
+                train.lr * getattr(train, f"lr_{group}")
+                for train in (config.train_diffuser, config.train_expert)
+            )
+            assert ours == pytest.approx(theirs), (name, group)
+    tiny = resolve_config(preset="tiny").config
+    assert tiny.train_diffuser.batch_size == tiny.train_expert.batch_size
+
+
+def test_more_sampling_steps_than_noise_levels_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"inference_steps=10 is more than diffuser\.training_steps=5"):
+        resolve_config(assignments=["diffuser.training_steps=5"])
+
+
 def test_each_layer_wins_over_the_one_before(tmp_path: Path) -> None:
     file = tmp_path / "nanothink.toml"
     file.write_text("[train_expert]\nlr = 0.003\nbatch_size = 3\nmax_epochs = 3\nwarmup_steps = 3\n")

@@ -17,7 +17,7 @@ from nanothink.models.precision import Precision
 from nanothink.training.events import Evaluated, RunFinished, StepDone
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Run, Services, train
-from nanothink.training.objectives import next_token
+from nanothink.training.objectives import Batch, Loss, next_token
 from nanothink.training.optimizer import GroupedOptimizer
 from nanothink.training.state import Plan, TrainState
 
@@ -152,6 +152,26 @@ def test_accumulation_gives_the_gradient_of_the_whole_window(batch: int, windows
         assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-4)
 
 
+def test_an_objective_hears_the_positions_of_its_blocks_and_its_parts_are_summed() -> None:
+    """However the window is cut, each block is known by its place in the run."""
+    heard: dict[int, list[int]] = {}
+    for batch_size, windows in ((4, 1), (2, 2), (1, 4)):
+        harness = Harness(batch_size=batch_size, grad_accum_steps=windows, max_steps=2, n_blocks=100)
+        seen: list[int] = []
+
+        def objective(model: Any, batch: Batch, scale: float, seen: list[int] = seen) -> Loss:
+            expected, _ = Blocks().read(batch.positions[0], len(batch.positions))
+            assert torch.equal(batch.inputs, expected)
+            seen += batch.positions
+            return Loss(next_token(model, batch, scale).total, {"places": torch.tensor(sum(batch.positions))})
+
+        object.__setattr__(harness.run, "objective", objective)
+        harness.go()
+        heard[batch_size] = seen
+        assert [step.parts for step in harness.steps] == [{"places": 6.0}, {"places": 22.0}]
+    assert heard == {4: list(range(8)), 2: list(range(8)), 1: list(range(8))}
+
+
 def test_gradients_are_clipped() -> None:
     free = Harness(max_steps=1, grad_clip=1e9, optimizer="adamw")
     free.go()
@@ -278,9 +298,9 @@ class TestNotFinite:
     def _poisoned(self, steps: set[int], **settings: Any) -> Harness:
         harness = Harness(**settings)
 
-        def objective(model: Any, inputs: Any, targets: Any, scale: float) -> torch.Tensor:
-            loss = next_token(model, inputs, targets, scale)
-            return loss * math.nan if harness.run.state.step in steps else loss
+        def objective(model: Any, batch: Batch, scale: float) -> Loss:
+            loss = next_token(model, batch, scale)
+            return Loss(loss.total * math.nan) if harness.run.state.step in steps else loss
 
         object.__setattr__(harness.run, "objective", objective)
         return harness

@@ -6,7 +6,14 @@ error. Where standard error is not a terminal there are no bars and no colours, 
 
 from nanothink.cli.render.console import count, duration, error, note, print_json, say, size, warning, width
 from nanothink.cli.render.progress import progress
-from nanothink.cli.render.results import estimate, evaluations, samples, streaming, training_summary
+from nanothink.cli.render.results import (
+    estimate,
+    evaluations,
+    reconstructions,
+    samples,
+    streaming,
+    training_summary,
+)
 from nanothink.cli.render.tables import histogram, table
 from nanothink.cli.render.training import training_view
 
@@ -20,6 +27,7 @@ __all__ = [
     "note",
     "print_json",
     "progress",
+    "reconstructions",
     "samples",
     "say",
     "size",

@@ -15,6 +15,7 @@ from nanothink.cli.render.tables import table
 
 if TYPE_CHECKING:
     from nanothink.cli.render.training import TrainingView
+    from nanothink.inference.denoising import Reconstruction
     from nanothink.inference.evaluate import Evaluation
     from nanothink.runs.evaluating import CheckpointEvaluation
     from nanothink.runs.planning import RunEstimate
@@ -30,9 +31,19 @@ def training_summary(name: str, finished: RunFinished, best: Path, view: Trainin
             title="Validation at the end",
             total=True,
         )
+        _errors_by_level(view.last_validation)
     if best.exists():
         say(f"Best model: {best}")
         say(f'Try it: nanothink generate "Once upon a time" --checkpoint {best}')
+
+
+def _errors_by_level(evaluation: Evaluation) -> None:
+    """Of a model that denoises: what is left of the clean target's variance, by noise level."""
+    if evaluation.denoising:
+        table(
+            ["noise level", *(f">{level}" for level in evaluation.denoising)],
+            [["squared error", *(f"{mse:.4f}" for mse in evaluation.denoising.values())]],
+        )
 
 
 def _score_rows(evaluation: Evaluation) -> list[list[str]]:
@@ -102,6 +113,7 @@ def evaluations(results: Sequence[CheckpointEvaluation], split: str) -> None:
             title=f"{results[0].path} ({results[0].kind}), {split} split",
             total=True,
         )
+        _errors_by_level(results[0].evaluation)
         return
     domains = list(dict.fromkeys(d for r in results for d in r.evaluation.domains))
     lowest = {
@@ -157,6 +169,13 @@ def samples(prompts: Sequence[str], texts: Sequence[str]) -> None:
             out.print(Text("─" * min(40, out.width) if out.is_terminal else "---", style="dim"))
         with streaming(prompt) as write:
             write(text)
+
+
+def reconstructions(found: Sequence[Reconstruction], decode: Callable[[list[int]], str]) -> None:
+    """What came back from each noise level; the first token of a passage is never hidden."""
+    for result in found:
+        say(f"level {result.level}: {100 * result.right:.0f} % of the tokens found again")
+        out.print(Text(_printable(decode(result.tokens)), style="dim"), soft_wrap=True)
 
 
 def _printable(text: str) -> str:

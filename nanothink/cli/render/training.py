@@ -50,11 +50,12 @@ class TrainingView:
     def last_validation_as_dict(self) -> dict[str, Any] | None:
         if self.last_validation is None:
             return None
-        from nanothink.training.recording import score_as_dict
+        from nanothink.training.recording import denoising_as_dict, score_as_dict
 
         return {
             "overall": score_as_dict(self.last_validation.overall),
             "domains": {name: score_as_dict(s) for name, s in self.last_validation.domains.items()},
+            **denoising_as_dict(self.last_validation),
         }
 
     def eta_seconds(self, step: int, total_steps: int) -> float:
@@ -65,6 +66,11 @@ class TrainingView:
 
 def _bits_by_domain(evaluation: Evaluation) -> str:
     return ", ".join(f"{name} {score.bits_per_byte:.3f}" for name, score in evaluation.domains.items())
+
+
+def errors_by_level(evaluation: Evaluation) -> str:
+    """The squared error of a model that denoises, by noise level."""
+    return "  ".join(f"{level}: {mse:.3f}" for level, mse in evaluation.denoising.items())
 
 
 class PlainTrainingView(TrainingView):
@@ -92,8 +98,10 @@ class PlainTrainingView(TrainingView):
         elif isinstance(event, events.StepDone) and (event.logged or event.skipped):
             eta = duration(self.eta_seconds(event.step, event.total_steps))
             skipped = "  not finite: skipped" if event.skipped else ""
+            named = ", ".join(f"{name.replace('_', ' ')} {part:.3f}" for name, part in event.parts.items())
+            parts = f"({named})  " if named else ""
             note(
-                f"step {event.step}/{event.total_steps}  epoch {event.epoch}  loss {event.loss:.4f}  "
+                f"step {event.step}/{event.total_steps}  epoch {event.epoch}  loss {event.loss:.4f}  {parts}"
                 f"lr {event.learning_rate:.2e}  grad {event.gradient_norm:.2f}  "
                 f"{count(event.tokens / max(event.seconds, 1e-9))} tok/s  ETA {eta}{skipped}"
             )
@@ -104,6 +112,8 @@ class PlainTrainingView(TrainingView):
                 f"validation at step {event.step}  epoch {event.epoch}  loss {overall.loss:.4f}  "
                 f"bits per byte {overall.bits_per_byte:.4f} ({_bits_by_domain(event.evaluation)}){best}"
             )
+            if event.evaluation.denoising:
+                note(f"squared error by noise level  {errors_by_level(event.evaluation)}")
         elif isinstance(event, events.Sampled):
             for prompt, text in event.texts.items():
                 note(f"sample: {prompt + text!r}")
@@ -164,6 +174,8 @@ class LiveTrainingView(TrainingView):
                 f"epoch {event.epoch}  step {event.step}  validation loss {overall.loss:.4f}  "
                 f"bits per byte {overall.bits_per_byte:.4f}  {mark}"
             )
+            if event.evaluation.denoising:
+                self.note(f"squared error by noise level  {errors_by_level(event.evaluation)}")
         elif isinstance(event, events.Sampled) and event.texts:
             self._sample = next(iter(event.texts.items()))
         elif isinstance(event, events.CheckpointSaved) and event.role != "interrupted":

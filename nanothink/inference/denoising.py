@@ -1,0 +1,139 @@
+"""The diffuser as a diffusion model: squared error by noise level, and passages rebuilt from noise.
+
+Shapes: B batch, T time, D width, N noise levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from nanothink.data.batches import validation_batches
+from nanothink.data.tokens import IGNORE, TokenStream
+from nanothink.errors import UsageError
+from nanothink.inference.generate import evaluating
+from nanothink.models.diffuser import Diffuser
+from nanothink.models.noise import block_generator, diffuse
+from nanothink.models.precision import Precision
+from nanothink.models.transformer import Transformer
+
+MEASURED_FRACTIONS = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+"""Noise levels at which the error is measured, as fractions of N."""
+
+MEASURED_TOKENS = 4096
+"""Tokens over which it is measured, shared by all domains."""
+
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A passage whose every token was hidden in noise and found again, given the tokens before it."""
+
+    level: int
+    """0 to N; what was left of each target is √ᾱ of it."""
+    tokens: list[int]
+    """The likeliest token at each position, but for the first, which nothing comes before."""
+    right: float
+    """Share of the tokens that are those of the passage."""
+
+
+def measured_levels(n_levels: int) -> list[int]:
+    """The levels at which a diffuser's error is measured; the last is N."""
+    return sorted({max(1, round(fraction * n_levels)) for fraction in MEASURED_FRACTIONS})
+
+
+def denoising_errors(
+    model: Diffuser,
+    streams: Mapping[str, TokenStream],
+    *,
+    length: int,
+    precision: Precision,
+    transformer: Transformer | None = None,
+    n_tokens: int = MEASURED_TOKENS,
+) -> dict[int, float]:
+    """Mean squared error of the guess at the clean target, by noise level, in one evaluation each.
+
+    The clean targets have variance 1 or so, so a model that knows nothing has an error of 1. Each level sees
+    the same noise in every call, and no earlier guess.
+
+    Args:
+        streams: text, by domain; the beginning of each is used.
+        length: tokens a block.
+        transformer: needed where the targets are its hidden states.
+        n_tokens: about how many tokens to measure on, in all; whole documents.
+    """
+    levels = measured_levels(model.shape.training_steps)
+    sums, n_values = dict.fromkeys(levels, 0.0), 0
+    share = max(1, n_tokens // max(1, len(streams)))
+    batches = (
+        batch
+        for stream in streams.values()
+        if stream.n_tokens
+        for batch in validation_batches(stream, length, max(1, _BATCH_TOKENS // length), share)
+    )
+    with evaluating(model), torch.inference_mode():
+        for number, (inputs, targets) in enumerate(batches):
+            inputs, targets = inputs.to(precision.device), targets.to(precision.device)
+            valid = (targets != IGNORE).unsqueeze(-1)
+            with precision.autocast():
+                condition = model.condition(model.encode(inputs))
+                clean = model.clean_targets(targets, transformer).float()
+                for level in levels:
+                    generator = block_generator(number, "measured noise", level, inputs.device)
+                    noise = torch.randn(clean.shape, generator=generator, device=inputs.device)
+                    noisy = diffuse(clean, noise, model.alpha_bars[level])
+                    guess, _ = model.denoise(condition, noisy, level)
+                    sums[level] += float(((guess - clean).square() * valid).sum())
+            n_values += int(valid.sum()) * model.d_model
+    return {level: total / max(1, n_values) for level, total in sums.items()}
+
+
+def reconstruct(
+    model: Diffuser,
+    passage: Sequence[int],
+    levels: Sequence[int],
+    *,
+    seed: int = 0,
+    n_steps: int = 1,
+) -> list[Reconstruction]:
+    """Hide every token of a passage behind noise, level by level, and let the model find it again.
+
+    Each position is denoised given the true tokens before it; at level N nothing is left of the target, and
+    what comes back is a next-token prediction.
+
+    Args:
+        passage: token ids, 2 to context_length + 1 of them.
+        levels: 1 to N.
+        seed: of the noise.
+        n_steps: evaluations on the way down from each level.
+
+    Raises:
+        UsageError: a passage or level out of bounds, or targets that need the transformer.
+    """
+    n_levels = model.shape.training_steps
+    if not 2 <= len(passage) <= model.context_length + 1:
+        raise UsageError(
+            f"the passage has {len(passage)} tokens; 2 to {model.context_length + 1} can be denoised at once"
+        )
+    if bad := [level for level in levels if not 1 <= level <= n_levels]:
+        raise UsageError(f"noise level {bad[0]}: this diffuser has levels 1 to {n_levels}")
+    device = model.head_weight.device
+    tokens = torch.tensor([list(passage)], dtype=torch.int64, device=device)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    found = []
+    with evaluating(model), torch.inference_mode():
+        condition = model.condition(model.encode(inputs))
+        clean = model.clean_targets(targets)
+        generator = block_generator(seed, "reconstruction", 0, device)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        for level in levels:
+            noisy = diffuse(clean, noise, model.alpha_bars[level])
+            _, hidden = model.denoise_by_ddim(condition, noisy, level, n_steps)
+            likeliest = F.linear(hidden, model.head_weight).argmax(-1)
+            right = float((likeliest == targets).float().mean())
+            found.append(Reconstruction(level, likeliest[0].tolist(), right))
+    return found

@@ -1,0 +1,442 @@
+"""The diffuser expert: denoises representations of a frozen transformer, position by position.
+
+For position i the *clean target* y is the row of token i+1 in the frozen transformer's LM head,
+RMS-normalised and standardised; its row in the embedding table, or the hidden state, are a setting. A
+causal *context encoder*, transformer blocks over the tokens up to i, gives z; a *denoiser*, feed-forward
+blocks with adaptive normalisation (Peebles & Xie 2023, section 3.2; per position and conditioned on z as
+in MAR, Li et al. 2024, section 3.3), predicts y from x_t, z and the noise level t, with self-conditioning
+as a setting (after Chen et al. 2023). No position ever sees a target of another, noised or clean, so the
+model is causal by construction.
+
+As a language model its distribution is that of its LM head on the denoiser's last state, from the null
+noise x_N = 0 at the last level, in one evaluation: exact, and what loss, perplexity and generation use.
+The head's cross-entropy is part of the loss (the rounding loss of Diffusion-LM, Li et al. 2022, section
+4.2). Text can also be sampled by DDIM from drawn noise.
+
+It differs from MAR in predicting the velocity (or the clean target), in causal attention over tokens, in
+the null noise, and in modulation that is a sum of a term of z and a term of t, so that the first is
+computed once for all evaluations.
+
+Shapes: B batch, T time, D model width, V vocabulary, N noise levels, M = 3 D numbers a denoiser block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanothink.config import DiffuserConfig, ModelConfig, TransformerConfig
+from nanothink.errors import UsageError
+from nanothink.models.contract import IGNORE, LanguageModel, State
+from nanothink.models.layers import KeyValueCache, RMSNorm, Rotary, SwiGLU, embedding, linear
+from nanothink.models.loss import CHUNK_ROWS, linear_cross_entropy
+from nanothink.models.noise import (
+    Draws,
+    block_generator,
+    clean_from_velocity,
+    cosine_alpha_bars,
+    ddim_levels,
+    ddim_step,
+    diffuse,
+)
+from nanothink.models.precision import product_dtype, products
+from nanothink.models.transformer import Block, Transformer, inner_width
+
+_LEVEL_FEATURES = (
+    32  # cosines of the noise level: smooth over 100 levels, fine enough to tell neighbours apart
+)
+_SMALLEST_SCALE = 1e-3  # a feature that hardly varies is not blown up
+
+
+@dataclass(frozen=True)
+class Ddim:
+    """How text is sampled by DDIM: evaluations a token, and a seed for each sequence."""
+
+    n_steps: int
+    seeds: Sequence[int]
+
+
+class DiffuserState(KeyValueCache):
+    """The encoder's keys and values, and how the next token is denoised: None, by the null noise."""
+
+    ddim: Ddim | None = None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the denoiser knows of the context, computed once for all evaluations at its positions."""
+
+    stream: Tensor
+    """(..., D): where the denoiser's stream begins."""
+    modulation: Tensor
+    """(..., layers * M): shift, scale and gate of each block, short of the level's term."""
+
+
+class Denoiser(nn.Module):
+    """Feed-forward blocks whose norms are shifted, scaled and gated by context and noise level.
+
+    All blocks begin as the identity and the output at zero.
+
+    Args:
+        width: D.
+        n_layers: blocks.
+        inner: inner width of a block.
+        n_levels: N.
+        guided: whether it takes an earlier guess.
+    """
+
+    level_features: Tensor
+
+    def __init__(self, width: int, n_layers: int, inner: int, n_levels: int, *, guided: bool) -> None:
+        super().__init__()
+        self.context_in = linear(width, width)
+        self.noisy_in = linear(width, width)
+        self.guess_in = linear(width, width, zero=True) if guided else None
+        self.context_modulation = linear(width, n_layers * 3 * width, zero=True)
+        self.level_in = linear(_LEVEL_FEATURES, width)
+        self.level_modulation = linear(width, n_layers * 3 * width, zero=True)
+        self.norms = nn.ModuleList(RMSNorm(width) for _ in range(n_layers))
+        self.feed_forwards = nn.ModuleList(SwiGLU(width, inner) for _ in range(n_layers))
+        self.norm = RMSNorm(width)
+        self.output = linear(width, width, zero=True)
+        angles = torch.outer(
+            torch.arange(n_levels + 1, dtype=torch.float64) / n_levels,
+            math.pi * torch.arange(_LEVEL_FEATURES, dtype=torch.float64),
+        )  # (N + 1, features)
+        self.register_buffer("level_features", 2**0.5 * angles.cos().float(), persistent=False)
+
+    def condition(self, states: Tensor) -> Condition:
+        """(..., D) states of the encoder."""
+        return Condition(self.context_in(states), self.context_modulation(states))
+
+    def forward(
+        self, condition: Condition, noisy: Tensor | None, levels: Tensor | int, guess: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One evaluation.
+
+        Args:
+            condition: of (..., D) positions.
+            noisy: x_t, (..., D); None stands for zeros.
+            levels: t, (...) int64, or one for all.
+            guess: an earlier guess at the clean target, (..., D); None stands for zeros.
+
+        Returns:
+            What is predicted, and the last normalised state, (..., D) float32 each.
+        """
+        x = condition.stream.float()
+        dtype = product_dtype(x)
+        if noisy is not None:
+            x = x + self.noisy_in(noisy.to(dtype))
+        if guess is not None and self.guess_in is not None:
+            x = x + self.guess_in(guess.to(dtype))
+        by_level = self.level_modulation(F.silu(self.level_in(self.level_features)))  # (N + 1, layers * M)
+        of_level = by_level[levels] if isinstance(levels, int) else F.embedding(levels, by_level)
+        terms = (condition.modulation + of_level).chunk(3 * len(self.norms), dim=-1)
+        for i, (norm, feed_forward) in enumerate(zip(self.norms, self.feed_forwards, strict=True)):
+            shift, scale, gate = terms[3 * i : 3 * i + 3]
+            inside = torch.addcmul(shift, norm(x, dtype), 1 + scale)
+            x = torch.addcmul(x, feed_forward(inside).float(), (1 + gate).float())
+        hidden = self.norm(x)
+        return self.output(hidden.to(dtype)).float(), hidden
+
+
+class Diffuser(LanguageModel):
+    """See the head of this file.
+
+    A fresh one has no targets yet: ``adopt`` takes them from a transformer, a checkpoint brings them along.
+
+    Args:
+        vocab_size: V.
+        model: width and context.
+        blocks: heads, feed-forward and rotary base of the encoder's blocks.
+        shape: layers, denoiser, noise levels, target, objective.
+    """
+
+    kind: ClassVar[str] = "diffuser"
+    context_length: int
+    target_table: Tensor
+    target_mean: Tensor
+    target_scale: Tensor
+    alpha_bars: Tensor
+
+    def __init__(
+        self, vocab_size: int, model: ModelConfig, blocks: TransformerConfig, shape: DiffuserConfig
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.d_model = width = model.d_model
+        self.context_length = model.max_seq_len
+        self.shape = shape
+        self.inner = inner_width(width, blocks.ffn_mult)
+        self.embedding = embedding(vocab_size, width, std=1.0)
+        self.blocks = nn.ModuleList(Block(width, blocks.n_heads, self.inner) for _ in range(shape.n_layers))
+        self.norm = RMSNorm(width)
+        self.rotary = Rotary(width // blocks.n_heads, model.max_seq_len, blocks.rope_theta)
+        self.denoiser = Denoiser(
+            width,
+            shape.denoiser_layers,
+            inner_width(width, shape.denoiser_mult),
+            shape.training_steps,
+            guided=shape.self_conditioning > 0,
+        )
+        self.head = linear(width, vocab_size, zero=True)
+        looked_up = vocab_size if shape.target != "hidden_state" else 0
+        self.register_buffer("target_table", torch.zeros(looked_up, width))
+        self.register_buffer("target_mean", torch.zeros(width))
+        self.register_buffer("target_scale", torch.ones(width))
+        self.register_buffer(
+            "alpha_bars", cosine_alpha_bars(shape.training_steps).float(), persistent=False
+        )  # (N + 1,)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """(V, D): the LM head, read from the denoiser's last state."""
+        return cast(nn.Parameter, self.head.weight)
+
+    # -----------------------------------------------------------------------------------------------
+    # Targets
+
+    @torch.no_grad()
+    def adopt(self, transformer: Transformer, tokens: Tensor) -> None:
+        """Start from a frozen transformer: its embeddings, its targets, and their mean and spread.
+
+        Args:
+            transformer: of the same vocabulary and width.
+            tokens: (B, T), a sample of training targets to take mean and spread over.
+        """
+        self.embedding.weight.copy_(transformer.embedding.weight)
+        if self.shape.target == "hidden_state":
+            sample = transformer.hidden(tokens).flatten(0, 1)
+        else:
+            table = transformer.embedding.weight
+            if self.shape.target == "head_row":
+                table = transformer.head_weight
+                table = table - table.mean(0)
+            table = F.rms_norm(table, (self.d_model,))
+            sample = table[tokens.flatten()]
+        self.target_mean.copy_(sample.mean(0))
+        self.target_scale.copy_(sample.std(0).clamp_min(_SMALLEST_SCALE))
+        if self.shape.target != "hidden_state":
+            self.target_table.copy_((table - self.target_mean) / self.target_scale)
+
+    @torch.no_grad()
+    def clean_targets(self, targets: Tensor, transformer: Transformer | None = None) -> Tensor:
+        """(B, T) tokens that follow -> (B, T, D) clean targets; where the token is IGNORE they mean nothing.
+
+        Args:
+            targets: token i+1 at position i.
+            transformer: needed where the target is its hidden state: position i's is the state that has read
+                tokens 1 to i+1.
+        """
+        known = targets.clamp_min(0)
+        if self.shape.target != "hidden_state":
+            return F.embedding(known, self.target_table)
+        if transformer is None:
+            raise UsageError(
+                "this diffuser's targets are hidden states of its transformer, which is needed to make them"
+            )
+        return (transformer.hidden(known) - self.target_mean) / self.target_scale
+
+    # -----------------------------------------------------------------------------------------------
+    # The two parts
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """z: (B, T) int64, T <= context_length -> (B, T, D) float32.
+
+        Raises:
+            UsageError: more tokens than the context holds.
+        """
+        n_tokens = tokens.shape[1]
+        if n_tokens > self.context_length:
+            raise UsageError(
+                f"{n_tokens} tokens were given, but this model's context is {self.context_length}; "
+                f"cut the text or train with a larger model.max_seq_len"
+            )
+        rotation = self.rotary(0, n_tokens)
+        x = self.embedding(tokens)  # (B, T, D)
+        with products(x.device.type):
+            for block in self.blocks:
+                x = block(x, rotation)
+            states: Tensor = self.norm(x)
+        return states
+
+    def condition(self, states: Tensor) -> Condition:
+        """What the denoiser knows of (..., D) states of the encoder."""
+        with products(states.device.type):
+            return self.denoiser.condition(states.to(product_dtype(states)))
+
+    def denoise(
+        self,
+        condition: Condition,
+        noisy: Tensor | None,
+        levels: Tensor | int,
+        guess: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One evaluation of the denoiser; see ``Denoiser.forward``.
+
+        Returns:
+            The guess at the clean target, and the state that the head reads, (..., D) float32 each.
+        """
+        with products(condition.stream.device.type):
+            predicted, hidden = self.denoiser(condition, noisy, levels, guess)
+        if self.shape.prediction == "velocity":
+            alpha_bar = self.alpha_bars[levels].unsqueeze(-1)
+            null = predicted.new_zeros(()) if noisy is None else noisy
+            predicted = clean_from_velocity(null, predicted, alpha_bar)
+        return predicted, hidden
+
+    def denoise_by_ddim(
+        self, condition: Condition, noisy: Tensor, level: int, n_steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """From x at ``level`` to level 0 in at most ``n_steps`` evaluations.
+
+        With self-conditioning all but the first see the guess from pure noise, as in training; a later guess
+        in its place took away more tokens with every step (docs/log.md).
+
+        Returns:
+            The last guess at the clean target, and the state of that evaluation, (..., D) float32 each.
+        """
+        visited = ddim_levels(level, min(n_steps, level))
+        from_pure: Tensor | None = None
+        for current, following in zip(visited, [*visited[1:], 0], strict=True):
+            guess, hidden = self.denoise(condition, noisy, current, from_pure)
+            if current == self.shape.training_steps:
+                from_pure = guess
+            noisy = ddim_step(noisy, guess, self.alpha_bars[current], self.alpha_bars[following])
+        return guess, hidden
+
+    # -----------------------------------------------------------------------------------------------
+    # The language model
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64, T <= context_length -> (B, T, D) float32: the denoiser's from null noise."""
+        return self.denoise(self.condition(self.encode(tokens)), None, self.shape.training_steps)[1]
+
+    def start(self, batch_size: int, ddim: Ddim | None = None) -> DiffuserState:
+        """An empty decoding state; with ``ddim``, steps give the logits at the end of DDIM sampling."""
+        state = DiffuserState(len(self.blocks), batch_size, self.context_length)
+        if ddim is not None:
+            if not 1 <= ddim.n_steps <= self.shape.training_steps:
+                raise UsageError(
+                    f"DDIM in {ddim.n_steps} steps: this diffuser has {self.shape.training_steps} noise "
+                    "levels; use 1 to as many steps"
+                )
+            state.ddim = ddim
+        return state
+
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """See ``LanguageModel.step``."""
+        assert isinstance(state, DiffuserState)
+        state.check_room(tokens)
+        with torch.no_grad(), products(tokens.device.type):
+            rotation = self.rotary(state.length, tokens.shape[1])
+            x = self.embedding(tokens)  # (B, T, D)
+            for layer, block in enumerate(self.blocks):
+                x = block(x, rotation, state, layer)
+            state.advance(tokens.shape[1])
+            condition = self.condition(self.norm(x[:, -1]))  # (B, D)
+            if state.ddim is None:
+                _, hidden = self.denoise(condition, None, self.shape.training_steps)
+            else:
+                noise = [
+                    torch.randn(self.d_model, generator=generator, device=tokens.device)
+                    for seed in state.ddim.seeds
+                    for generator in [block_generator(seed, "sampling noise", state.length, tokens.device)]
+                ]
+                _, hidden = self.denoise_by_ddim(
+                    condition, torch.stack(noise), self.shape.training_steps, state.ddim.n_steps
+                )
+            return F.linear(hidden, self.head_weight).float()
+
+    # -----------------------------------------------------------------------------------------------
+    # Training
+
+    def denoising_losses(
+        self, inputs: Tensor, targets: Tensor, clean: Tensor, draws: Draws, scale: float
+    ) -> Mapping[str, Tensor]:
+        """The parts of the loss: sums over the targets that are not IGNORE, times ``scale``.
+
+        Args:
+            inputs: (B, T) tokens.
+            targets: (B, T) the tokens that follow.
+            clean: (B, T, D) their clean targets.
+            draws: what chance has decided for these blocks.
+            scale: such as 1 / number of targets for means.
+
+        Returns:
+            ``mse_pure``, ``mse_noised``: squared error, mean over the D features, from pure noise and at a
+            random level. ``cross_entropy``: of the head on the states of the former, in nats.
+            ``rounding``: of the head on those of the latter, at every ``rounding_every``-th token and times
+            that number. Where only some blocks or tokens have a part, it is scaled up to stand for all.
+        """
+        shape, last = self.shape, self.shape.training_steps
+        condition = self.condition(self.encode(inputs))
+        valid = targets != IGNORE
+        if shape.evaluations == 1:
+            return self._one_evaluation(condition, targets, clean, draws, scale)
+        pure = draws.pure if shape.null_fraction < 1 else None
+        guess, states = self.denoise(condition, pure, last)
+        noisy = diffuse(clean, draws.noise, self.alpha_bars[draws.levels].unsqueeze(-1))
+        earlier = guess.detach() * draws.guided if shape.self_conditioning > 0 else None
+        second, rounding_states = self.denoise(condition, noisy, draws.levels, earlier)
+        parts = {
+            "cross_entropy": self._cross_entropy(states, targets, scale),
+            "mse_pure": _squared_error(guess, clean, valid, scale),
+            "mse_noised": _squared_error(second, clean, valid, scale),
+        }
+        if shape.rounding_every:
+            every, length = shape.rounding_every, targets.shape[1]
+            chosen = torch.arange(0, length, every, device=targets.device)  # (T / every,)
+            chosen = (draws.offset.unsqueeze(1) + chosen) % length  # (B, T / every)
+            picked = rounding_states.gather(1, chosen.unsqueeze(-1).expand(-1, -1, self.d_model))
+            parts["rounding"] = self._cross_entropy(picked, targets.gather(1, chosen), scale * every)
+        return parts
+
+    def _one_evaluation(
+        self, condition: Condition, targets: Tensor, clean: Tensor, draws: Draws, scale: float
+    ) -> Mapping[str, Tensor]:
+        """Half of the blocks from pure noise, half at random levels; each counts twice."""
+        pure = draws.split.view(-1, 1)  # (B, 1)
+        levels = torch.where(pure, self.shape.training_steps, draws.levels)
+        noisy = diffuse(clean, draws.noise, self.alpha_bars[levels].unsqueeze(-1))
+        noisy = torch.where(pure.unsqueeze(-1), draws.pure, noisy)
+        guess, states = self.denoise(condition, noisy, levels)
+        here = torch.where(pure, targets, IGNORE)
+        there = torch.where(pure, IGNORE, targets)
+        parts = {
+            "cross_entropy": self._cross_entropy(states, here, 2 * scale),
+            "mse_pure": _squared_error(guess, clean, here != IGNORE, 2 * scale),
+            "mse_noised": _squared_error(guess, clean, there != IGNORE, 2 * scale),
+        }
+        if self.shape.rounding_every:
+            parts["rounding"] = self._cross_entropy(states, there, 2 * scale)
+        return parts
+
+    def _cross_entropy(self, states: Tensor, targets: Tensor, scale: float) -> Tensor:
+        if not self.shape.cross_entropy_weight:
+            states = states.detach()  # the head alone learns by it
+        return linear_cross_entropy(states.flatten(0, 1), self.head_weight, targets.flatten(), scale=scale)
+
+    def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
+        """See ``LanguageModel.activation_bytes``; the factors were counted with saved-tensor hooks."""
+        width, inner = self.d_model, self.inner
+        per_width, per_inner = (41, 8) if value_bytes == 4 else (24, 4)
+        in_flight = value_bytes * (4 * width + 3 * inner)  # gradients of the block being worked on
+        encoder = len(self.blocks) * (per_width * width + per_inner * inner) + 12 * width
+        denoiser_inner = inner_width(width, self.shape.denoiser_mult)
+        a_block = value_bytes * (6 * width + 2 * denoiser_inner)
+        denoiser = self.shape.evaluations * (self.shape.denoiser_layers * a_block + 20 * width)
+        denoiser += 40 * width  # targets, noise and what is shared by the evaluations
+        head = self.vocab_size * (4 * width + CHUNK_ROWS * 8)  # the head's gradient and one chunk of logits
+        return batch_size * length * (encoder + denoiser + in_flight) + head
+
+
+def _squared_error(guess: Tensor, clean: Tensor, valid: Tensor, scale: float) -> Tensor:
+    """Mean over features, summed over valid positions, times ``scale``."""
+    return ((guess - clean).square().mean(-1) * valid).sum() * scale

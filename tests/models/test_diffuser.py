@@ -1,0 +1,494 @@
+"""The diffuser: causal in use and in training, the same step by step, exact targets, a loss as written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanothink.config import DiffuserConfig, ModelConfig, TransformerConfig
+from nanothink.errors import UsageError
+from nanothink.models.contract import IGNORE
+from nanothink.models.diffuser import Ddim, Diffuser
+from nanothink.models.noise import Draws, clean_from_velocity, diffuse
+from nanothink.models.transformer import Transformer
+from nanothink.training.objectives import Batch, Denoising, Loss
+
+VOCAB, WIDTH, CONTEXT, LEVELS = 61, 24, 40, 12
+SIZES = ModelConfig(d_model=WIDTH, max_seq_len=CONTEXT)
+BLOCKS = TransformerConfig(n_layers=2, n_heads=2)
+TARGETS = ("input_embedding", "head_row", "hidden_state")
+
+
+def shake(model: nn.Module, seed: int) -> None:
+    """Give every weight a random value, so that nothing is hidden by a zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.3 + (1.0 if parameter.ndim == 1 else 0.0))
+
+
+def teacher() -> Transformer:
+    model = Transformer(VOCAB, SIZES, BLOCKS)
+    shake(model, 7)
+    return model.eval().requires_grad_(False)
+
+
+def build(*, trained: bool = True, **shape: Any) -> Diffuser:
+    torch.manual_seed(0)
+    shape = {"n_layers": 2, "training_steps": LEVELS, "inference_steps": 4, "self_conditioning": 0.5} | shape
+    model = Diffuser(VOCAB, SIZES, BLOCKS, DiffuserConfig(**shape))
+    model.adopt(teacher(), tokens(8, CONTEXT, seed=11))
+    if trained:
+        shake(model, 1)
+    return model
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def draws(model: Diffuser, batch: int, length: int, first: int = 0) -> Draws:
+    return Draws.make(
+        5,
+        range(first, first + batch),
+        length,
+        WIDTH,
+        n_levels=model.shape.training_steps,
+        null_fraction=model.shape.null_fraction,
+        guided_fraction=model.shape.self_conditioning,
+        device=torch.device("cpu"),
+    )
+
+
+def batch_of(n_blocks: int, length: int = 16, first: int = 0) -> Batch:
+    text = torch.cat([tokens(1, length + 1, seed=100 + first + i) for i in range(n_blocks)])
+    targets = text[:, 1:].clone()
+    targets[first % 2 :: 2, length // 2 :] = IGNORE
+    return Batch(text[:, :-1].contiguous(), targets, range(first, first + n_blocks))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Causality
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.usefixtures("narrow_products")
+def test_in_use_tokens_after_t_change_nothing_at_or_before_t(training: bool, autocast: bool) -> None:
+    model = build().train(training)
+    generator = torch.Generator().manual_seed(5)
+    x, targets = tokens(3, 30), tokens(3, 30, seed=9)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = (model.hidden, model.logits, lambda t: model.log_likelihood(t, targets))
+        before = [output(x) for output in outputs]
+        for t in (0, 1, 13, 28):
+            changed = x.clone()
+            changed[:, t + 1 :] = torch.randint(VOCAB, (3, 29 - t), generator=generator)
+            for output, original in zip(outputs, before, strict=True):
+                found = output(changed)
+                torch.testing.assert_close(found[:, : t + 1], original[:, : t + 1], rtol=0, atol=1e-6)
+                assert not torch.equal(found[:, t + 1 :], original[:, t + 1 :])  # or nothing was tested
+
+
+@pytest.mark.parametrize("evaluations", [1, 2])
+@pytest.mark.parametrize("prediction", ["clean", "velocity"])
+@pytest.mark.parametrize("training", [False, True])
+def test_in_training_a_position_sees_neither_later_tokens_nor_targets_of_others(
+    evaluations: int, prediction: str, training: bool
+) -> None:
+    """All parts of the loss, with position t as the only one that counts."""
+    model = build(evaluations=evaluations, prediction=prediction, rounding_every=1).train(training)
+    length, t = 20, 9
+    x, y = tokens(4, length), tokens(4, length, seed=9)
+    clean, chance = model.clean_targets(y), draws(model, 4, length)
+    only = torch.full_like(y, IGNORE)
+    only[:, t] = y[:, t]
+
+    def parts(inputs: Tensor = x, clean: Tensor = clean, chance: Draws = chance) -> dict[str, float]:
+        with torch.no_grad():
+            return {
+                name: float(part)
+                for name, part in model.denoising_losses(inputs, only, clean, chance, 1.0).items()
+            }
+
+    before = parts()
+    assert set(before) == {"cross_entropy", "mse_pure", "mse_noised", "rounding"}
+    others = torch.arange(length) != t
+    later = x.clone()
+    later[:, t + 1 :] = (later[:, t + 1 :] + 1) % VOCAB
+    elsewhere = torch.where(others.view(-1, 1), clean + 3.0, clean)
+    noisier = replace(
+        chance,
+        noise=torch.where(others.view(-1, 1), chance.noise - 2.0, chance.noise),
+        pure=torch.where(others.view(-1, 1), chance.pure + 2.0, chance.pure),
+        levels=torch.where(others, LEVELS + 1 - chance.levels, chance.levels),
+    )
+    for changed in (parts(later), parts(clean=elsewhere), parts(chance=noisier)):
+        assert changed == pytest.approx(before, rel=1e-5)
+
+    # what it may see does matter, or nothing was tested
+    earlier = x.clone()
+    earlier[:, t - 3] = (earlier[:, t - 3] + 1) % VOCAB
+    assert all(parts(earlier)[name] != pytest.approx(value, rel=1e-4) for name, value in before.items())
+    own = parts(clean=torch.where(others.view(-1, 1), clean, clean + 3.0))
+    assert own["cross_entropy"] == pytest.approx(before["cross_entropy"], rel=1e-6)
+    for name in ("mse_pure", "mse_noised", "rounding"):
+        assert own[name] != pytest.approx(before[name], rel=1e-4), name
+
+
+# ---------------------------------------------------------------------------------------------------
+# One model, two ways
+
+
+@pytest.mark.parametrize("chunks", [(1,) * 40, (40,), (20, 1, 1, 7, 1, 10), (1, 39)])
+@pytest.mark.parametrize("prediction", ["clean", "velocity"])
+def test_stepwise_logits_equal_parallel_logits(chunks: tuple[int, ...], prediction: str) -> None:
+    model, x = build(prediction=prediction).eval(), tokens(3, 40)
+    parallel = model.logits(x).detach()
+    state = model.start(3)
+    position = 0
+    for size in chunks:
+        found = model.step(x[:, position : position + size], state)
+        position += size
+        assert found.dtype == torch.float32
+        assert not found.requires_grad
+        torch.testing.assert_close(found, parallel[:, position - 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 5, LEVELS])
+def test_ddim_by_steps_is_ddim_over_the_whole_text(n_steps: int) -> None:
+    """Cut into steps or not, and alone or with others, a sequence has the noise of its seed."""
+    model, x = build().eval(), tokens(2, 12)
+    together = model.start(2, Ddim(n_steps, (3, 4)))
+    model.step(x[:, :7], together)
+    found = model.step(x[:, 7:], together)
+    for row, seed in enumerate((3, 4)):
+        alone = model.step(x[row : row + 1], model.start(1, Ddim(n_steps, (seed,))))
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+    other = model.step(x, model.start(2, Ddim(n_steps, (5, 4))))
+    assert not torch.allclose(other[0], found[0], atol=1e-3)
+    torch.testing.assert_close(other[1], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_perfect_denoiser_is_recovered_by_the_model_s_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    clean = torch.randn(3, WIDTH)
+    monkeypatch.setattr(model, "denoise", lambda *_: (clean, clean))
+    condition = model.condition(model.encode(tokens(3, 1))[:, 0])
+    for level, n_steps in ((LEVELS, 5), (7, 100), (1, 1)):
+        guess, _ = model.denoise_by_ddim(condition, torch.randn(3, WIDTH), level, n_steps)
+        assert torch.equal(guess, clean)
+
+
+def test_sampling_in_more_steps_than_there_are_levels_is_refused() -> None:
+    for n_steps in (0, LEVELS + 1):
+        with pytest.raises(UsageError, match=rf"DDIM in {n_steps} steps: this diffuser has {LEVELS}"):
+            build().start(1, Ddim(n_steps, (0,)))
+
+
+def test_a_full_state_says_what_to_do() -> None:
+    model = build()
+    state = model.start(1)
+    model.step(tokens(1, CONTEXT), state)
+    with pytest.raises(UsageError, match="start a new state"):
+        model.step(tokens(1, 1), state)
+    with pytest.raises(UsageError, match="41 tokens were given"):
+        model.hidden(tokens(1, CONTEXT + 1))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Targets
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_targets_are_the_transformer_s_standardised_over_the_sample(target: str) -> None:
+    model, frozen, sample = build(target=target, trained=False), teacher(), tokens(8, CONTEXT, seed=11)
+    assert torch.equal(model.embedding.weight, frozen.embedding.weight)
+    found = model.clean_targets(sample, frozen)
+    assert not found.requires_grad
+    torch.testing.assert_close(found.mean((0, 1)), torch.zeros(WIDTH), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.flatten(0, 1).std(0), torch.ones(WIDTH), rtol=1e-3, atol=0)
+    raw = {
+        "input_embedding": F.rms_norm(frozen.embedding.weight, (WIDTH,))[sample],
+        "head_row": F.rms_norm(frozen.head_weight - frozen.head_weight.mean(0), (WIDTH,))[sample],
+        "hidden_state": frozen.hidden(sample),
+    }[target]
+    torch.testing.assert_close(found * model.target_scale + model.target_mean, raw, rtol=1e-4, atol=1e-4)
+
+
+def test_only_hidden_states_need_the_transformer_afterwards() -> None:
+    for target in ("input_embedding", "head_row"):
+        model = build(target=target)
+        state = model.state_dict()
+        assert not [name for name in state if "transformer" in name]
+        again = Diffuser(VOCAB, SIZES, BLOCKS, model.shape)
+        again.load_state_dict(state)
+        x = tokens(2, 10)
+        assert torch.equal(again.logits(x), model.logits(x))
+        assert torch.equal(again.clean_targets(x), model.clean_targets(x))
+    with pytest.raises(UsageError, match="hidden states of its transformer"):
+        build(target="hidden_state").clean_targets(tokens(1, 4))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The objective
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_training_leaves_the_transformer_as_it_was(target: str) -> None:
+    frozen = teacher()
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
+    model = build(target=target, trained=False)
+    model.adopt(frozen, tokens(8, CONTEXT, seed=11))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    table = model.target_table.clone()
+    objective = Denoising(5, frozen if target == "hidden_state" else None)
+    weights = model.head_weight.detach().clone()
+    for step in range(4):
+        objective(model, batch_of(2, first=2 * step), 1.0).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(model.head_weight, weights)
+    assert torch.equal(model.target_table, table)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in frozen.state_dict().items())
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in frozen.parameters()}
+    assert not shared
+
+
+def by_hand(model: Diffuser, batch: Batch, chance: Draws) -> dict[str, Tensor]:
+    """The parts of the loss for two evaluations, one position at a time, from the equations."""
+    clean, n_levels = model.clean_targets(batch.targets), model.shape.training_steps
+    states = model.encode(batch.inputs)
+    every = model.shape.rounding_every
+    sums = {name: torch.zeros(()) for name in ("cross_entropy", "mse_pure", "mse_noised", "rounding")}
+    for b in range(len(states)):
+        chosen = {int(chance.offset[b] + i) % states.shape[1] for i in range(0, states.shape[1], every)}
+        for t in range(states.shape[1]):
+            y = batch.targets[b, t]
+            if y == IGNORE:
+                continue
+            condition = model.condition(states[b, t : t + 1])  # (1, D)
+            guess, hidden = model.denoise(condition, chance.pure[b, t : t + 1], n_levels)
+            level = int(chance.levels[b, t])
+            alpha_bar = model.alpha_bars[level]
+            noisy = alpha_bar.sqrt() * clean[b, t] + (1 - alpha_bar).sqrt() * chance.noise[b, t]
+            earlier = guess.detach() if chance.guided[b] else torch.zeros(1, WIDTH)
+            second, rounded = model.denoise(condition, noisy.unsqueeze(0), level, earlier)
+            sums["mse_pure"] += F.mse_loss(guess[0], clean[b, t])
+            sums["mse_noised"] += F.mse_loss(second[0], clean[b, t])
+            sums["cross_entropy"] += F.cross_entropy(model.head(hidden)[0], y)
+            if t in chosen:
+                sums["rounding"] += every * F.cross_entropy(model.head(rounded)[0], y)
+    return sums
+
+
+@pytest.mark.parametrize("prediction", ["clean", "velocity"])
+@pytest.mark.parametrize("every", [1, 4, 5])
+def test_the_loss_and_all_its_gradients_are_those_of_the_equations(prediction: str, every: int) -> None:
+    shape = {
+        "mse_weight": 0.7,
+        "cross_entropy_weight": 1.3,
+        "prediction": prediction,
+        "rounding_every": every,
+    }
+    model, batch = build(**shape), batch_of(3, first=1)
+    chance = draws(model, 3, 16, first=1)
+    null = (chance.pure == 0).flatten(1).all(1)
+    assert 0 < int(null.sum()) < 3
+    assert 0 < int(chance.guided.sum()) < 3
+    found = Denoising(5)(model, batch, 0.25)
+    found.total.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    parts = by_hand(model, batch, chance)
+    total = 0.7 * (parts["mse_pure"] + parts["mse_noised"])
+    total = total + 1.3 * (parts["cross_entropy"] + parts["rounding"] / every)
+    (0.25 * total).backward()
+    torch.testing.assert_close(found.total, 0.25 * total, rtol=1e-4, atol=1e-4)
+    for name, part in parts.items():
+        torch.testing.assert_close(found.parts[name], 0.25 * part.detach(), rtol=1e-4, atol=1e-4)
+    for name, parameter in model.named_parameters():
+        expected, gradient = parameter.grad, gradients[name]
+        assert expected is not None, name
+        assert gradient is not None, name
+        assert expected.any(), f"{name}: a gradient of zero compares nothing"
+        tolerance = 1e-4 * float(expected.abs().max())
+        torch.testing.assert_close(
+            gradient, expected, rtol=1e-3, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_with_one_evaluation_each_block_is_either_pure_or_noised_and_counts_twice() -> None:
+    model, batch = build(evaluations=1, rounding_every=1), batch_of(6)
+    chance = draws(model, 6, 16)
+    assert 0 < int(chance.split.sum()) < 6
+    clean = model.clean_targets(batch.targets)
+    found = Denoising(5)(model, batch, 1.0).parts
+    condition = model.condition(model.encode(batch.inputs))
+    valid = batch.targets != IGNORE
+    noisy = diffuse(clean, chance.noise, model.alpha_bars[chance.levels].unsqueeze(-1))
+    for part, rows, x, levels in (
+        ("mse_pure", chance.split, chance.pure, torch.full_like(chance.levels, LEVELS)),
+        ("mse_noised", ~chance.split, noisy, chance.levels),
+    ):
+        guess, hidden = model.denoise(condition, x, levels)
+        error = ((guess - clean).square().mean(-1) * valid)[rows].sum()
+        torch.testing.assert_close(found[part], 2 * error.detach(), rtol=1e-4, atol=1e-4)
+        nats = F.cross_entropy(
+            model.head(hidden[rows]).flatten(0, 1), batch.targets[rows].flatten(), reduction="sum"
+        )
+        head = "cross_entropy" if part == "mse_pure" else "rounding"
+        torch.testing.assert_close(found[head], 2 * nats.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("evaluations", [1, 2])
+def test_a_batch_can_be_cut_into_micro_batches(evaluations: int) -> None:
+    model, objective = build(evaluations=evaluations), Denoising(5)
+    whole = batch_of(4)
+    losses: list[Loss] = [objective(model, whole, 0.5)]
+    losses += [
+        objective(model, Batch(whole.inputs[i : i + 1], whole.targets[i : i + 1], [i]), 0.5) for i in range(4)
+    ]
+    for name in losses[0].parts:
+        summed = sum(loss.parts[name] for loss in losses[1:])
+        torch.testing.assert_close(losses[0].parts[name], summed, rtol=1e-4, atol=1e-4)
+
+
+def test_by_mse_alone_the_head_learns_and_nothing_below_it_does_by_it() -> None:
+    model = build(cross_entropy_weight=0.0, mse_weight=0.0)
+    Denoising(5)(model, batch_of(3), 1.0).total.backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert moved == {"head.weight"}
+
+
+def test_velocity_is_turned_into_the_clean_target() -> None:
+    model = build(prediction="velocity")
+    condition = model.condition(model.encode(tokens(2, 6)))
+    noisy, level = torch.randn(2, 6, WIDTH), 5
+    predicted, _ = model.denoiser(condition, noisy, level, None)
+    guess, _ = model.denoise(condition, noisy, level)
+    torch.testing.assert_close(guess, clean_from_velocity(noisy, predicted, model.alpha_bars[level]))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The start, the roles, and that it learns
+
+
+def test_without_self_conditioning_there_is_nothing_that_takes_a_guess() -> None:
+    model = build(self_conditioning=0.0)
+    assert not [name for name, _ in model.named_parameters() if "guess" in name]
+    condition, noisy = model.condition(model.encode(tokens(1, 5))), torch.randn(1, 5, WIDTH)
+    alone, _ = model.denoise(condition, noisy, 3)
+    assert torch.equal(model.denoise(condition, noisy, 3, torch.ones(1, 5, WIDTH))[0], alone)
+
+
+def test_in_sampling_the_guess_is_the_one_from_pure_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    condition = model.condition(model.encode(tokens(1, 5)))
+    seen: list[tuple[int, Tensor | None]] = []
+    given: list[Tensor] = []
+    denoise = model.denoise
+
+    def spy(condition: Any, noisy: Tensor, level: int, guess: Tensor | None) -> tuple[Tensor, Tensor]:
+        seen.append((level, guess))
+        given.append(denoise(condition, noisy, level, guess)[0])
+        return given[-1], given[-1]
+
+    monkeypatch.setattr(model, "denoise", spy)
+    model.denoise_by_ddim(condition, torch.randn(1, 5, WIDTH), LEVELS, 3)
+    assert [(level, guess is None) for level, guess in seen] == [(12, True), (8, False), (4, False)]
+    assert seen[1][1] is given[0]
+    assert seen[2][1] is given[0]
+    seen.clear()
+    model.denoise_by_ddim(condition, torch.randn(1, 5, WIDTH), 6, 2)
+    assert [guess for _, guess in seen] == [None, None]
+
+
+def test_it_starts_uniform_and_knowing_nothing() -> None:
+    model, batch = build(trained=False), batch_of(4)
+    n_targets = int((batch.targets != IGNORE).sum())
+    found = Denoising(5)(model, batch, 1 / n_targets).parts
+    clean = model.clean_targets(batch.targets)
+    variance = (clean.square().mean(-1) * (batch.targets != IGNORE)).sum() / n_targets
+    assert float(found["cross_entropy"]) == pytest.approx(math.log(VOCAB), rel=1e-5)
+    assert float(found["rounding"]) == pytest.approx(math.log(VOCAB), rel=0.5)  # some positions only
+    # a velocity of zero leaves sqrt(alpha-bar) of the noise in the guess: nearly nothing at the last level
+    assert float(found["mse_pure"]) == pytest.approx(float(variance), rel=1e-3)
+    assert model.loss(batch.inputs, batch.targets, scale=1 / n_targets).item() == pytest.approx(
+        math.log(VOCAB), rel=1e-5
+    )
+
+
+def test_every_parameter_has_the_role_it_should() -> None:
+    groups = {role: [name for name, _ in named] for role, named in build().parameter_groups().items()}
+    assert groups["embeddings"] == ["embedding.weight"]
+    assert groups["head"] == ["head.weight"]
+    assert all(name.endswith("norm.weight") or ".norms." in name for name in groups["other"])
+    assert {name.rpartition(".")[0] for name in groups["matrices"] if name.startswith("denoiser.")} == {
+        *(f"denoiser.{name}" for name in ("context_in", "noisy_in", "guess_in", "context_modulation")),
+        *(f"denoiser.{name}" for name in ("level_in", "level_modulation", "output")),
+        *(f"denoiser.feed_forwards.{i}.{name}" for i in (0, 1) for name in ("gate", "up", "down")),
+    }
+
+
+@pytest.mark.parametrize("prediction", ["clean", "velocity"])
+def test_it_learns_to_predict_and_to_denoise(prediction: str) -> None:
+    """A text that repeats: cross-entropy falls, and so does the error wherever there is something to find."""
+    model = build(trained=False, prediction=prediction)
+    text = torch.arange(17).repeat(4, 1)
+    text = (text * torch.tensor([[1], [2], [3], [5]])) % 23
+    objective = Denoising(5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def errors() -> list[float]:
+        with torch.no_grad():
+            clean = model.clean_targets(text[:, 1:])
+            condition = model.condition(model.encode(text[:, :-1]))
+            noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+            return [
+                float(F.mse_loss(model.denoise(condition, diffuse(clean, noise, a), level)[0], clean))
+                for level in (1, 6, LEVELS)
+                for a in [model.alpha_bars[level]]
+            ]
+
+    before = errors()
+    for step in range(60):
+        batch = Batch(text[:, :-1], text[:, 1:], range(4 * step, 4 * step + 4))
+        objective(model, batch, 1 / 64).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.loss(text[:, :-1], text[:, 1:], scale=1 / 64).item() < 0.5 * math.log(VOCAB)
+    after = errors()
+    assert after[1] < 0.7 * before[1]
+    assert after[2] < 0.7 * before[2]
+    if prediction == "clean":
+        assert after[0] < 0.6 * before[0]
+    else:  # it begins as the noisy target itself, which is hardly noisy at level 1
+        assert after[0] < 0.05
+    assert after[0] < after[-1]
+
+
+@pytest.mark.parametrize("evaluations", [1, 2])
+@pytest.mark.parametrize("denoiser_layers", [1, 3])
+def test_the_memory_estimate_covers_what_backward_keeps(evaluations: int, denoiser_layers: int) -> None:
+    model = build(evaluations=evaluations, denoiser_layers=denoiser_layers)
+    batch, kept = batch_of(8, length=CONTEXT), {}
+    own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        Denoising(5)(model, batch, 1.0)
+    assert 1.0 < model.activation_bytes(8, CONTEXT, 4) / sum(kept.values()) < 1.8
