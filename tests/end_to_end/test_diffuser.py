@@ -251,7 +251,6 @@ def test_records_show_what_the_loss_is_made_of_and_the_error_by_noise_level(trai
     first, last = validations[0]["denoising_mse"], validations[-1]["denoising_mse"]
     assert list(first) == ["1", "2", "5", "10", "15", "18", "20"]
     assert sum(last.values()) < sum(first.values())
-    assert last["1"] < last["10"] < last["20"]
     assert validations[-1]["loss"] < validations[0]["loss"]
 
 
