@@ -75,21 +75,20 @@ def presets(
         render.print_json({n: c.model_dump(mode="json") for n, c in ordered})
         return
     render.table(
-        ["preset", ">d_model", ">block", ">transformer", ">state_space", ">diffuser", ">batch", ">epochs"],
+        ["preset", ">d_model", ">block", ">layers", ">batch", ">epochs"],
         [
             [
                 n,
                 str(c.model.d_model),
                 str(c.model.max_seq_len),
-                f"{c.transformer.n_layers} layers",
-                f"{c.state_space.n_layers} layers",
-                f"{c.diffuser.n_layers} layers",
+                f"{c.transformer.n_layers} / {c.state_space.n_layers} / {c.diffuser.n_layers}",
                 f"{c.train_expert.batch_size} x {c.train_expert.grad_accum_steps}",
                 str(c.train_expert.max_epochs),
             ]
             for n, c in ordered
         ],
     )
+    render.say("Layers are those of transformer / state_space / diffuser.")
     render.say("Use one with --preset NAME; read one with: nanothink config presets NAME")
 
 
