@@ -6,7 +6,7 @@ DEMO      ?= demo
 DATA      ?= $(DEMO)/data
 TOKENIZER ?= $(DEMO)/tokenizer
 
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test check bench bench-gpu clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -38,6 +38,9 @@ bench: install   ## side by side with what people would use instead; prints the 
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/tokenising.py --data-dir $(DATA) --tokenizer $(TOKENIZER)
 	$(BIN)/python benchmarks/startup.py
+
+bench-gpu: install  ## the selective scan on this machine's CUDA device: ours, mamba_ssm's, plain and torch.compile
+	$(BIN)/python benchmarks/selective_scan_gpu.py
 
 clean:           ## forget the demo and all caches, keep .venv
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

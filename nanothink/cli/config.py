@@ -75,20 +75,20 @@ def presets(
         render.print_json({n: c.model_dump(mode="json") for n, c in ordered})
         return
     render.table(
-        ["preset", ">layers", ">d_model", ">heads", ">block", ">batch", ">epochs"],
+        ["preset", ">d_model", ">block", ">layers", ">batch", ">epochs"],
         [
             [
                 n,
-                str(c.transformer.n_layers),
                 str(c.model.d_model),
-                str(c.transformer.n_heads),
                 str(c.model.max_seq_len),
+                f"{c.transformer.n_layers} / {c.state_space.n_layers} / {c.diffuser.n_layers}",
                 f"{c.train_expert.batch_size} x {c.train_expert.grad_accum_steps}",
                 str(c.train_expert.max_epochs),
             ]
             for n, c in ordered
         ],
     )
+    render.say("Layers are those of transformer / state_space / diffuser.")
     render.say("Use one with --preset NAME; read one with: nanothink config presets NAME")
 
 

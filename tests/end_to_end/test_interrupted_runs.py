@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from nanothink.checkpoints.file import read_checkpoint
+from nanothink.models.selective_scan import compiled
 
 STEM = "transformer_expert"
 LAST_EPOCH = 4
@@ -294,3 +295,28 @@ def test_the_state_space_expert_is_resumed_as_exactly(
     assert_same_run(whole, struck, stem)
     settled = read_checkpoint(struck / f"{stem}.pt")["config"]["state_space"]["scan"]
     assert settled in ({"plain"} if scan == "plain" else {"plain", "compiled", "triton"})
+
+
+def test_a_scan_that_is_gone_ends_the_resume_but_not_the_model(
+    tiny_corpus: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Trained with the compiled scan, then no compiler: resuming would change bits, so it is refused."""
+    if compiled.unavailable():
+        pytest.skip("no compiler")
+    folder = tmp_path / "checkpoints"
+    finish(command(tiny_corpus, tiny_tokenizer, folder, kind="state_space", max_epochs=1))
+    best = str(folder / "state_space_expert.pt")
+    nanothink = [sys.executable, "-m", "nanothink"]
+    bare = {**os.environ, "PATH": str(tmp_path)}
+    more = [*nanothink, "resume", best, "--max-epochs", "2"]
+
+    refused = subprocess.run(more, capture_output=True, text=True, check=False, env=bare)
+    assert refused.returncode == 2
+    assert "scan=compiled cannot be had here: no C++ compiler found" in refused.stderr
+    assert "--set state_space.scan=auto" in refused.stderr
+    used = [*nanothink, "generate", "The", "-n", "3", "--checkpoint", best]
+    assert subprocess.run(used, capture_output=True, check=False, env=bare).returncode == 0
+    gone_on = [*more, "--set", "state_space.scan=auto"]
+    done = subprocess.run(gone_on, capture_output=True, text=True, check=False, env=bare)
+    assert done.returncode == 0, done.stderr
+    assert "Selective scan: plain (no compiled scan: no C++ compiler found" in done.stderr
