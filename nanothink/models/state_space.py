@@ -39,7 +39,7 @@ from nanothink.models.selective_scan import selective_scan
 
 _DELTA_MIN, _DELTA_MAX, _DELTA_FLOOR = 0.001, 0.1, 1e-4
 
-_STEPS_BETWEEN_STATES = 16  # the scan keeps every 16th (compiled.py) or 32nd (plain.py) for its backward pass
+_STEPS_BETWEEN_STATES = 32  # of those that the scan keeps for its backward pass (plain.py, compiled.py)
 
 _PIECE = 8192
 """Tokens of a long prompt read at a time, so that its length does not decide how much memory it takes."""

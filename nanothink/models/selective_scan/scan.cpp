@@ -25,7 +25,7 @@ constexpr int W = 8;
 #else
 constexpr int W = 4;
 #endif
-constexpr int CHUNK = 16;     // steps between saved states
+constexpr int CHUNK = 32;     // steps between saved states
 constexpr int SEGMENT = 128;  // channels of a unit of work
 static_assert(SEGMENT % W == 0, "a segment is whole vectors");
 
