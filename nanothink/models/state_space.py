@@ -60,10 +60,11 @@ class Recurrence(State):
 
 @dataclass
 class LayerMemory:
-    """One layer's part, and two tables of its weights in the layout that a step reads fastest."""
+    """One layer's part, and weights of it in the layout that a step reads fastest."""
 
     tail: Tensor  # (B, W - 1, E): the last inputs of the convolution
     state: Tensor  # (B, N, E): the state of the scan
+    entry: Tensor  # (D, 2 E): the input projection; one row times this takes half the time of its transpose
     taps: Tensor  # (W, E): the weights of the convolution
     rates: Tensor  # (N, E): A log2 e, for exp(delta A) = 2^(delta A log2 e)
 
@@ -106,8 +107,12 @@ class Mixer(nn.Module):
         if memory is not None:
             kept = self.filter.shape[1] - 1
             padded = F.pad(whole, (0, 0, max(0, kept - whole.shape[1]), 0))
-            taps, rates = self.filter.t().contiguous(), (self._rates() / math.log(2)).t().contiguous()
-            memory.layers[layer] = LayerMemory(padded[:, -kept:].clone(), last, taps, rates)
+            if before is None:
+                entry = self.input.weight.t().to(x.dtype).contiguous()
+                taps, rates = self.filter.t().contiguous(), (self._rates() / math.log(2)).t().contiguous()
+            else:
+                entry, taps, rates = before.entry, before.taps, before.rates
+            memory.layers[layer] = LayerMemory(padded[:, -kept:].clone(), last, entry, taps, rates)
         return gated_product(gate, y, self.output.weight)
 
     def _rates(self) -> Tensor:
@@ -116,7 +121,7 @@ class Mixer(nn.Module):
 
     def _step(self, x: Tensor, memory: LayerMemory) -> Tensor:
         """(B, 1, D) -> (B, 1, D): one step of the recurrence, a fixed number of small operations."""
-        x, gate = self.input(x).chunk(2, dim=-1)  # (B, 1, E)
+        x, gate = (x @ memory.entry).chunk(2, dim=-1)  # (B, 1, E)
         window = torch.cat([memory.tail, x], 1)  # (B, W, E)
         memory.tail = window[:, 1:]
         u = F.silu((window * memory.taps).sum(1, keepdim=True).add_(self.filter_bias)).to(x.dtype)
