@@ -27,7 +27,7 @@ demo: install    ## the main job on text that Python itself carries: data, token
 	$(BIN)/nanothink generate "The function returns" --checkpoint-dir $(DEMO)/checkpoints --seed 1 -n 80
 
 test: install    ## the default test suite, under ten minutes on two cores
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: install   ## lint, format, types
 	$(BIN)/ruff check .
