@@ -35,7 +35,12 @@ check: install   ## lint, format, types
 	$(BIN)/mypy
 
 bench: install   ## side by side with what people would use instead; prints the tables of docs/benchmarks.md (DATA=..., TOKENIZER=...)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/selective_scan.py
+	$(BIN)/python benchmarks/state_space.py step --threads 1
+	$(BIN)/python benchmarks/state_space.py memory --batch 16
+	$(BIN)/python benchmarks/state_space.py decode --threads 1
 	$(BIN)/python benchmarks/tokenising.py --data-dir $(DATA) --tokenizer $(TOKENIZER)
 	$(BIN)/python benchmarks/startup.py
 
