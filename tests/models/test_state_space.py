@@ -237,6 +237,9 @@ def test_it_starts_as_designed() -> None:
             assert float(value.abs().max()) == pytest.approx(0.5, rel=0.02)
         else:
             assert float(value.std()) == pytest.approx(0.6 * parameter.shape[1] ** -0.5, rel=0.05), name
+    # The logarithm instead of the inverse of softplus would end at log(1.1) = 0.0953.
+    steps = torch.cat([nn.functional.softplus(layer.mixer.delta.bias.detach()) for layer in model.layers])
+    assert 0.0955 < float(steps.max()) < 0.1 * 1.001
     x = tokens(2, 20)
     assert model.loss(x, x, scale=1 / x.numel()).item() == pytest.approx(math.log(VOCAB), rel=1e-5)
 
