@@ -16,6 +16,7 @@ from nanothink.cli import (
     checkpoints,
     config,
     data,
+    demo,
     doctor,
     evaluate,
     generate,
@@ -61,6 +62,7 @@ generate.register(app)
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(config.app, name="config")
 doctor.register(app)
+demo.register(app)
 
 
 def main(args: list[str] | None = None) -> None:
