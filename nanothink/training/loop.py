@@ -214,9 +214,7 @@ def _evaluate(run: Run, services: Services) -> None:
     if best:
         state.best_loss = loss
     epoch_parts = state.end_epoch() if epoch_over else {}
-    services.observe(
-        Evaluated(state.step, state.epoch, evaluation, best, state.bad_evaluations, epoch_parts)
-    )
+    services.observe(Evaluated(state.step, state.epoch, evaluation, best, state.bad_evaluations, epoch_parts))
     if config.sample_tokens:
         services.observe(Sampled(state.step, state.epoch, services.sample()))
     if best:
