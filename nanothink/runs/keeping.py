@@ -28,8 +28,8 @@ def kept_bytes(prepared: Prepared) -> int:
 def _shape(prepared: Prepared) -> Shape | None:
     """Blocks, experts, length and width of the states that are to be kept; None where none are.
 
-    Only on a CPU. On a faster device the experts' share of a step is small, and nobody has shown there that
-    a block's states are the same bits whatever stands beside it.
+    Only on a CPU: elsewhere nobody has shown that a block's states are the same bits whatever stands beside
+    it, or that it pays.
     """
     training = prepared.training
     if not isinstance(training, TrainMLAConfig) or not training.states_disk_gb:
