@@ -273,7 +273,7 @@ def test_a_killed_run_leaves_nothing_that_is_trusted_and_not_whole(model: Counte
     shape = (2000, 3, 64, 64)
     root = place.root / "data"
     root.mkdir()
-    seen = 0
+    seen, partly = 0, False
     for wait in (0.005, 0.02, 0.05):
         process = subprocess.Popen([sys.executable, str(script), str(root)], stdout=subprocess.PIPE)
         assert process.stdout is not None
@@ -285,6 +285,7 @@ def test_a_killed_run_leaves_nothing_that_is_trusted_and_not_whole(model: Counte
         n_filled = states.n_filled()
         assert n_filled >= seen
         seen = n_filled
+        partly |= 0 < n_filled < 2000
         into = torch.empty(3, 64, 64)
         whole = 0
         for number in range(2000):
@@ -293,7 +294,7 @@ def test_a_killed_run_leaves_nothing_that_is_trusted_and_not_whole(model: Counte
                 whole += 1
         assert whole == n_filled
         states.close()
-    assert 0 < seen < 2000, "the moment to strike never came"
+    assert partly, "the moment to strike never came"
 
 
 def test_what_does_not_fit_is_left_alone_with_one_line(place: Place) -> None:
