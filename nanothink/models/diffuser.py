@@ -46,7 +46,7 @@ from nanothink.models.noise import (
     diffuse,
 )
 from nanothink.models.precision import product_dtype, products
-from nanothink.models.transformer import Block, Transformer, inner_width
+from nanothink.models.transformer import Block, Transformer, block_reading_bytes, inner_width
 
 _LEVEL_FEATURES = (
     32  # cosines of the noise level: smooth over 100 levels, fine enough to tell neighbours apart
@@ -445,6 +445,15 @@ class Diffuser(LanguageModel):
         denoiser += 40 * width  # targets, noise and what is shared by the evaluations
         head = self.vocab_size * (4 * width + CHUNK_ROWS * 8)  # the head's gradient and one chunk of logits
         return batch_size * length * (encoder + denoiser + in_flight) + head
+
+    def reading_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
+        """See ``LanguageModel.reading_bytes``; the factors were counted by torch's profiler."""
+        width, terms = self.d_model, 3 * self.shape.denoiser_layers * self.d_model
+        inner = inner_width(width, self.shape.denoiser_mult)
+        denoiser = 4 * width + value_bytes * (2 * terms + 3 * width + 3 * inner)
+        per_token = max(block_reading_bytes(width, self.inner, value_bytes), denoiser)
+        by_level = value_bytes * (self.shape.training_steps + 1) * terms
+        return batch_size * length * per_token + by_level
 
 
 def _squared_error(guess: Tensor, clean: Tensor, valid: Tensor, weight: Tensor | float) -> Tensor:

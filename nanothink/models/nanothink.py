@@ -147,24 +147,33 @@ class NanoThink(LanguageModel):
         """(B, T) int64 -> (B, T, E) float32: the weight of each expert in the prediction after each token."""
         return self.routed(tokens)[1]
 
-    def routed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """``hidden`` and ``routing`` of the same tokens, from one pass."""
+    def expert_states(self, tokens: Tensor) -> list[Tensor]:
+        """(B, T) int64 -> h_e of every expert, (B, T, D) float32 each. Without gradients."""
+        with torch.no_grad():
+            return [cast(LanguageModel, expert).hidden(tokens) for expert in self.experts]
+
+    def routed(self, tokens: Tensor, states: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """``hidden`` and ``routing`` of the same tokens, from one pass.
+
+        Args:
+            states: what ``expert_states`` gives for these tokens, where it is known already.
+        """
         n_tokens = tokens.shape[1]
         if n_tokens > self.context_length:
             raise UsageError(
                 f"{n_tokens} tokens were given, but this model's context is {self.context_length}; "
                 f"cut the text or combine experts with a longer one"
             )
-        with torch.no_grad():
-            states = [cast(LanguageModel, expert).hidden(tokens) for expert in self.experts]
+        if states is None:
+            states = self.expert_states(tokens)
         return self._combine(tokens, states, self.rotary(0, n_tokens), None)
 
     def loss_and_routing(
-        self, inputs: Tensor, targets: Tensor, *, scale: float = 1.0
+        self, inputs: Tensor, targets: Tensor, *, scale: float = 1.0, states: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``loss``, and the weights (B, T, E), from one pass."""
-        states, weights = self.routed(inputs)
-        loss = linear_cross_entropy(states.flatten(0, 1), self.head_weight, targets.flatten(), scale=scale)
+        """``loss``, and the weights (B, T, E), from one pass; ``states`` as for ``routed``."""
+        read, weights = self.routed(inputs, states)
+        loss = linear_cross_entropy(read.flatten(0, 1), self.head_weight, targets.flatten(), scale=scale)
         return loss, weights
 
     def start(self, batch_size: int) -> JointState:
@@ -221,7 +230,16 @@ class NanoThink(LanguageModel):
         columns = (n_experts + 1) * width
         per_token = len(self.blocks) * a_block + joined + 12 * width + in_flight + 4 * columns
         head = self.vocab_size * (4 * columns + CHUNK_ROWS * 8)  # the head's gradient and a chunk of logits
-        return batch_size * length * per_token + head
+        training = batch_size * length * per_token + head
+        return max(training, self.reading_bytes(batch_size, length, value_bytes))
+
+    def reading_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
+        """See ``LanguageModel.reading_bytes``: the experts read one after another, before anything else."""
+        a_state = 4 * self.d_model * batch_size * length
+        return max(
+            i * a_state + cast(LanguageModel, expert).reading_bytes(batch_size, length, value_bytes)
+            for i, expert in enumerate(self.experts)
+        )
 
 
 def _first_transformer(experts: Sequence[LanguageModel]) -> Tensor:

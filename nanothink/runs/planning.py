@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 
 from nanothink.models import build_model
+from nanothink.runs.keeping import kept_bytes
 from nanothink.runs.preparing import Prepared
 from nanothink.training.optimizer import effective_warmup
 
@@ -32,6 +33,8 @@ class RunEstimate:
     checkpoint_bytes: int
     disk_bytes: int
     disk_free_bytes: int
+    states_bytes: int
+    """The experts' states that are kept beside the tokens; 0 where none are, or they may not take so much."""
     precision: str
     precision_reason: str
 
@@ -82,6 +85,7 @@ def estimate_run(prepared: Prepared) -> RunEstimate:
         # best, rolling, snapshots, and the temporary file of the one being written
         disk_bytes=checkpoint * (3 + snapshots),
         disk_free_bytes=_free_bytes(prepared),
+        states_bytes=kept_bytes(prepared),
         precision=prepared.precision.name,
         precision_reason=prepared.precision.reason,
     )

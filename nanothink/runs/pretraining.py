@@ -38,6 +38,7 @@ from nanothink.models.diffuser import Diffuser
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import choose_device
 from nanothink.runs.experts import as_entries
+from nanothink.runs.keeping import keep_states
 from nanothink.runs.preparing import (
     Configure,
     Prepared,
@@ -89,6 +90,8 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
             watch.note("This run is complete. To train on, raise --max-epochs or --max-steps.")
             return RunFinished(ending["step"], ending["epoch"], ending["reason"], ending["best_loss"], 0.0)
         run = build_run(prepared, watch)
+        if isinstance(run.objective, Routed) and run.objective.states is not None:
+            stack.callback(run.objective.states.close)
         # Only from here on is there a state to save; a signal during the preparation just ends it.
         stop = stack.enter_context(StopRequest())
         if prepared.origin is None:
@@ -177,7 +180,7 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
         model=model,
         optimizer=optimizer,
         scaler=scaler,
-        objective=_objective(prepared, watch),
+        objective=_objective(prepared, model, watch),
         batches=prepared.batches,
         precision=prepared.precision,
         config=train_config,
@@ -195,9 +198,10 @@ def _build_model(prepared: Prepared, watch: Watch) -> LanguageModel:
     return NanoThink(vocab_size, config.model, config.mla, experts)
 
 
-def _objective(prepared: Prepared, watch: Watch) -> Objective:
+def _objective(prepared: Prepared, model: LanguageModel, watch: Watch) -> Objective:
     if isinstance(prepared.training, TrainMLAConfig):
-        return Routed(prepared.training.entropy_reg)
+        assert isinstance(model, NanoThink)
+        return Routed(prepared.training.entropy_reg, keep_states(prepared, model, watch))
     if prepared.where.kind != "diffuser":
         return next_token
     transformer = None

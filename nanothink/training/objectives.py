@@ -14,6 +14,7 @@ from nanothink.models.diffuser import Diffuser
 from nanothink.models.nanothink import NanoThink, routing_entropy
 from nanothink.models.noise import Draws
 from nanothink.models.transformer import Transformer
+from nanothink.training.expert_states import ExpertStates
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,15 @@ class Routed:
     """
 
     entropy_reg: float
+    states: ExpertStates | None = None
+    """Where the experts' states are kept; None: they are computed each time. The loss is the same."""
 
     def __call__(self, model: LanguageModel, batch: Batch, scale: float) -> Loss:
         assert isinstance(model, NanoThink)
-        cross_entropy, weights = model.loss_and_routing(batch.inputs, batch.targets, scale=scale)
+        known = self.states.of(model, batch.inputs, batch.positions) if self.states is not None else None
+        cross_entropy, weights = model.loss_and_routing(
+            batch.inputs, batch.targets, scale=scale, states=known
+        )
         valid = (batch.targets != IGNORE).float() * scale  # (B, T)
         entropy = (routing_entropy(weights) * valid).sum()
         lacking = math.log(len(model.names)) * valid.sum() - entropy
