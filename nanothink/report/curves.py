@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from nanothink.training.records import Curve
 
 MAX_POINTS = 800
@@ -46,9 +48,10 @@ def thinned(curve: Curve, max_points: int = MAX_POINTS) -> Curve:
     if n <= max_points:
         return curve
     kept = {0, n - 1}
+    values = np.frombuffer(curve.values)
     for bucket in range(n_buckets):
-        rows = range(bucket * n // n_buckets, (bucket + 1) * n // n_buckets)
-        kept |= {min(rows, key=curve.values.__getitem__), max(rows, key=curve.values.__getitem__)}
+        first, end = bucket * n // n_buckets, (bucket + 1) * n // n_buckets
+        kept |= {first + int(values[first:end].argmin()), first + int(values[first:end].argmax())}
     result = Curve()
     for row in sorted(kept):
         result.append(curve.steps[row], curve.values[row])

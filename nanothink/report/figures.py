@@ -146,8 +146,8 @@ def denoising_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
     figures = [
         Figure(
             "Squared error by noise level",
-            "Of the guess at the clean target, at the best validation. About 1 is what knowing nothing costs; at "
-            "the last level nothing is left of the target.",
+            "Of the guess at the clean target, at the best validation. About 1 is what knowing "
+            "nothing costs; at the last level nothing is left of the target.",
             "mean squared error",
             tuple(lines),
             x="noise level",

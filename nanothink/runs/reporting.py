@@ -184,7 +184,9 @@ def _passages(
         remarks = () if same else ("The data has changed since; its passages come from the data of today.",)
         if isinstance(loaded.model, Diffuser):
             return _rebuilt(loaded, streams), remarks
-        return _routed(loaded, streams), remarks
+        if isinstance(loaded.model, NanoThink):
+            return _routed(loaded, streams), remarks
+        return Missing(f"{path} holds a {loaded.kind}: it is of another run."), ()
     except NanoThinkError as error:
         return Missing(str(error)), ()
 

@@ -94,7 +94,9 @@ def read_run(folder: Path) -> RunRecords:
         n_skipped += bool(row.get("skipped"))
         for name in row.keys() - _NOT_CURVES:
             if (value := finite(row[name])) is not None:
-                training.setdefault(name, Curve()).append(step, value)
+                if name not in training:
+                    training[name] = Curve()
+                training[name].append(step, value)
     samples = []
     for row in _rows(folder / "samples.jsonl"):
         if row is not None and isinstance(row.get("samples"), dict):

@@ -24,8 +24,8 @@ from nanothink.training.events import Evaluated, Sampled, StepDone
 from nanothink.training.recording import RunRecorder
 from nanothink.training.state import TrainState
 
-HOSTILE = '</script><img src="x" onerror="document.body.id=\'broken\'"><b>bold</b> & "quoted" \u2028 \ud83d'
-"""What a sample may hold: HTML, a line separator that ends a statement in old JavaScript, half a character."""
+HOSTILE = '</script><img src="x" onerror="document.body.id=\'broken\'"><b>bold</b> & "quoted" \u2028'
+"""What a sample may hold: HTML, and a line separator that old JavaScript takes for the end of a statement."""
 
 MakeRun = Callable[..., Path]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -45,4 +46,4 @@ def test_a_moving_average_starts_at_the_first_value_and_keeps_a_constant() -> No
     average = smoothed(curve_of([5.0] + [1.0] * 999)).values
     assert average[0] == pytest.approx(5.0)
     assert average[-1] == pytest.approx(1.0, abs=1e-6)
-    assert all(high >= low for high, low in zip(average[:-1], average[1:], strict=True))
+    assert all(high >= low for high, low in itertools.pairwise(average))
