@@ -169,12 +169,15 @@ def denoising_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
     return _drawn(*figures)
 
 
-def routing_figures(run: ReportedRun) -> list[Figure]:
-    """A combined model's weights over time: in training, and by domain on held-out text."""
+def routing_figures(run: ReportedRun, colors: Sequence[int]) -> list[Figure]:
+    """A combined model's weights over time: in training, and by domain on held-out text.
+
+    ``colors`` are those of ``experts_of(run)``.
+    """
     experts = experts_of(run)
     by_step = [
         line(name, color, smoothed(curve))
-        for color, name in enumerate(experts)
+        for color, name in zip(colors, experts, strict=True)
         if (curve := run.records.training.get(WEIGHT_PART + name))
     ]
     figures = [
@@ -192,7 +195,11 @@ def routing_figures(run: ReportedRun) -> list[Figure]:
             for name, weight in row.get("routing", {}).get(domain, {}).get("weights", {}).items():
                 if (value := finite(weight)) is not None:
                     curves.setdefault(name, Curve()).append(row["step"], value)
-        own = (line(name, i, curves[name]) for i, name in enumerate(experts) if name in curves)
+        own = (
+            line(name, color, curves[name])
+            for color, name in zip(colors, experts, strict=True)
+            if name in curves
+        )
         figures.append(Figure(domain, "On held-out text.", "weight", tuple(own), from_zero=True))
     return _drawn(*figures)
 
@@ -205,6 +212,15 @@ def experts_of(run: ReportedRun) -> list[str]:
     return sorted(
         name.removeprefix(WEIGHT_PART) for name in run.records.training if name.startswith(WEIGHT_PART)
     )
+
+
+def expert_colors(run: ReportedRun, runs: Sequence[ReportedRun]) -> list[int]:
+    """Those of the experts' own runs where all of them are on the page; else one after the other."""
+    experts, labels = experts_of(run), [other.label for other in runs]
+    own = [f"{name}_expert" for name in experts]
+    if all(label in labels for label in own):
+        return [labels.index(label) for label in own]
+    return list(range(len(experts)))
 
 
 def _parts(run: ReportedRun) -> Figure:

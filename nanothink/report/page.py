@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -83,7 +83,7 @@ def page(runs: Sequence[ReportedRun], *, made: str, version: str) -> str:
         domain_figures=figures.domain_figures(runs, names[:MAX_DOMAINS]),
         n_domains_left_out=max(0, len(names) - MAX_DOMAINS),
         denoising=figures.denoising_figures(runs),
-        routed=[_routed(run) for run in runs if figures.experts_of(run)],
+        routed=[_routed(run, runs) for run in runs if figures.experts_of(run)],
         rebuilt=[
             (run.label, run.passages)
             for run in runs
@@ -98,30 +98,34 @@ def page(runs: Sequence[ReportedRun], *, made: str, version: str) -> str:
     )
 
 
-def _routed(run: ReportedRun) -> dict[str, Any]:
+def _routed(run: ReportedRun, runs: Sequence[ReportedRun]) -> dict[str, Any]:
     """A combined model's weights: by domain, over time, and token by token."""
-    experts = figures.experts_of(run)
+    experts, colors = figures.experts_of(run), figures.expert_colors(run, runs)
     routing = (run.records.best or {}).get("routing", {})
     passages = () if isinstance(run.passages, Missing) else run.passages
     return {
         "label": run.label,
-        "experts": experts,
+        "experts": list(zip(experts, colors, strict=True)),
         "by_domain": [
             (name, [of.get("weights", {}).get(expert) for expert in experts], of.get("entropy"))
             for name, of in sorted(routing.items())
         ],
-        "figures": figures.routing_figures(run),
-        "passages": [_tinted(p) for p in passages if isinstance(p, RoutedPassage)],
+        "figures": figures.routing_figures(run, colors),
+        "passages": [
+            _tinted(p, dict(zip(experts, colors, strict=True)))
+            for p in passages
+            if isinstance(p, RoutedPassage)
+        ],
     }
 
 
-def _tinted(passage: RoutedPassage) -> dict[str, Any]:
+def _tinted(passage: RoutedPassage, colors: Mapping[str, int]) -> dict[str, Any]:
     """A passage with the strength of each token's colour, 0 to 1 between its weakest and strongest trust."""
     held = [max(token.weights) for token in passage.tokens]
     low, high = min(held, default=0.0), max(held, default=0.0)
     return {
         "domain": passage.domain,
-        "experts": passage.experts,
+        "experts": [(name, colors.get(name, i)) for i, name in enumerate(passage.experts)],
         "shares": passage.shares(),
         "low": low,
         "high": high,

@@ -80,7 +80,7 @@ def overview(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "label": run.label,
-                "kind": records.kind.replace("_", " "),
+                "kind": {"nanothink_mla": "NanoThink"}.get(records.kind, records.kind.replace("_", "-")),
                 "state": str(ending.get("reason", "finished")) if ending else "not finished",
                 "finished": ending is not None,
                 "step": records.last_step,

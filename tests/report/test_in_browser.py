@@ -121,6 +121,16 @@ def test_a_plot_is_read_off_by_keyboard(browser: Browser, report: Path) -> None:
     assert browser.script(reading) == "1.779"
 
 
+def test_a_passage_is_read_off_by_keyboard(browser: Browser, report: Path) -> None:
+    browser.open(report)
+    browser.script("document.querySelector('.passage').focus()")
+    for key in ("ArrowRight", "ArrowRight", "End"):
+        browser.press(key)
+        assert browser.script("document.querySelectorAll('.passage .at').length") == 1
+    said = browser.script("document.querySelector('.weights').textContent")
+    assert said.endswith("W”: one 70 %, two 30 %")
+
+
 def test_a_line_is_hidden_by_its_button_and_comes_back(browser: Browser, report: Path) -> None:
     browser.open(report)
     button = "document.querySelectorAll('.legend button')[3]"

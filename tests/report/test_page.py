@@ -15,7 +15,7 @@ import pytest
 
 from nanothink.errors import CheckpointNotFoundError, StorageError, UsageError
 from nanothink.report import ReportedRun, RoutedPassage, RoutedToken, page
-from nanothink.report.figures import domain_figures, progress_figures
+from nanothink.report.figures import domain_figures, expert_colors, experts_of, progress_figures
 from nanothink.report.tables import number, settings
 from nanothink.runs.reporting import Report, find_runs, write_report
 from nanothink.training.records import read_run
@@ -187,6 +187,21 @@ def test_settings_of_another_version_are_shown_too(make_run: MakeRun) -> None:
     rows = {row.name: row for row in settings([run])}
     assert rows["model.forgotten"].differs
     assert rows["model.forgotten"].default == ""
+
+
+def test_experts_have_the_colours_of_their_runs(make_run: MakeRun) -> None:
+    runs = [
+        ReportedRun(name, read_run(make_run(name, kind)))
+        for name, kind in (
+            ("all", "nanothink_mla"),
+            ("two_expert", "transformer"),
+            ("one_expert", "diffuser"),
+        )
+    ]
+    assert experts_of(runs[0]) == ["one", "two"]
+    assert expert_colors(runs[0], runs) == [2, 1]
+    assert expert_colors(runs[0], runs[:2]) == [0, 1]
+    assert experts_of(runs[1]) == []
 
 
 def test_a_routed_passage_says_whom_it_trusts() -> None:

@@ -150,7 +150,32 @@
     }).observe(element);
   }
 
+  // The weights behind a token of a coloured passage, by pointer, touch or arrow keys.
+  function readTokens(passage) {
+    const tokens = [...passage.querySelectorAll(".token")];
+    const said = passage.nextElementSibling;
+    let at = -1;
+    const show = (index) => {
+      tokens[at]?.classList.remove("at");
+      at = Math.min(tokens.length - 1, Math.max(0, index));
+      tokens[at].classList.add("at");
+      said.textContent = "\u201c" + tokens[at].textContent.trim() + "\u201d: " + tokens[at].title;
+    };
+    passage.addEventListener("keydown", (event) => {
+      const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tokens.length - 1 }[event.key];
+      if (to === undefined) return;
+      event.preventDefault();
+      show(to);
+    });
+    for (const kind of ["pointerover", "click"])
+      passage.addEventListener(kind, (event) => {
+        const index = tokens.indexOf(event.target);
+        if (index >= 0) show(index);
+      });
+  }
+
   document.querySelectorAll(".plot").forEach(draw);
+  document.querySelectorAll(".passage").forEach(readTokens);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   dark.addEventListener("change", () => plots.forEach((plot) => plot.redraw(false, true)));
   document.documentElement.dataset.drawn = String(plots.length);
