@@ -301,5 +301,5 @@ def summary(run: ReportedRun) -> dict[str, Any]:
         "step": records.last_step,
         "epoch": records.last_epoch,
         "best": {key: best.get(key) for key in ("step", "loss", "bits_per_byte")} if best else None,
-        "passages": not isinstance(run.passages, Missing) and len(run.passages),
+        "passages": 0 if isinstance(run.passages, Missing) else len(run.passages),
     }
