@@ -57,7 +57,7 @@ def test_the_whole_page(trained: Path, capsys: pytest.CaptureFixture[str]) -> No
     ]
     html = out.read_text("utf-8")
     # The coloured passage is the beginning of a text that is there, its weights are those of the experts.
-    passages = re.findall(r'<p class="text passage">(.*?)</p>', html, re.S)
+    passages = re.findall(r'<p class="text passage"[^>]*>(.*?)</p>', html, re.S)
     assert len(passages) == 3
     for passage, domain in zip(passages, ("letters", "manuals", "tales"), strict=True):
         assert any(text.startswith(text_of(passage)) for text in held_out(trained, domain))
