@@ -21,6 +21,7 @@ from nanothink.cli import (
     evaluate,
     generate,
     pretrain,
+    report,
     tokenizer,
     train_mla,
 )
@@ -59,6 +60,7 @@ pretrain.register(app)
 train_mla.register(app)
 evaluate.register(app)
 generate.register(app)
+report.register(app)
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(config.app, name="config")
 doctor.register(app)
