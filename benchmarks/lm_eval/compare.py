@@ -1,14 +1,14 @@
-"""An exported transformer in lm-eval (its own ``hf`` model) against ``nanothink eval``, on the same held-out text.
+"""An exported transformer in lm-eval (its own ``hf`` model) against ``nanothink eval``, on the same text.
 
     python benchmarks/lm_eval/compare.py checkpoints/transformer_expert.pt --lm-eval VENV/bin/lm_eval
 
-The two programs read documents differently. ``nanothink eval`` strings the documents of a domain together, EOS
-between them, and cuts the whole into blocks; EOS is predicted too. lm-eval reads every document from an EOS on and
-never predicts one. Inside a document both cut alike: blocks of the context, one token of context before each
-(lm-eval fills its last one up with tokens before). So the text is scored twice:
+The two programs read documents differently. ``nanothink eval`` strings the documents of a domain together,
+EOS between them, and cuts the whole into blocks; EOS is predicted too. lm-eval reads every document from an
+EOS on and never predicts one. Inside a document both cut alike: blocks of the context, one token of context
+before each (lm-eval fills its last one up with tokens before). So the held-out text is scored twice:
 
-    one text a domain    its held-out documents, a blank line between them: both read the same, and must agree
-    document by document the same documents, a record each: what the habits of the two programs make of them
+    one text a domain    its documents with a blank line between them: both read the same, and must agree
+    document by document a record each: what the habits of the two programs make of them
 
 Exits with 1 where the first differs by more than half a percent. lm-eval needs an environment of its own:
 ``pip install 'lm-eval[hf]'``.
