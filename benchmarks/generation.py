@@ -5,8 +5,9 @@
 Whole calls as a person makes them: ``nanothink.inference.generate`` here, ``model.generate`` there, a prompt
 of 16 tokens and ``--tokens`` new ones, greedy and drawn (temperature 0.8, top-k 50), at each batch size,
 float32. The transformer is compared with Qwen3 and the state-space model with Mamba of the very same weights,
-and greedy tokens are checked to be equal first; GPT-2 has the same depth and width. The diffuser and NanoThink
-have no counterpart and stand alone. Shapes are those of the default preset, vocabulary 8,192, weights random.
+and greedy tokens are checked to be equal first; GPT-2 has the same depth and width. The diffuser and
+NanoThink have no counterpart and stand alone. Shapes are those of the default preset, vocabulary 8,192,
+weights random.
 """
 
 from __future__ import annotations
