@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--turn", type=int, default=20, help="steps of a side at a time, then an evaluation")
     parser.add_argument("--eval-tokens", type=int, default=4_000, help="of each domain")
     parser.add_argument("--tuned-rate", type=float, default=3e-3)
