@@ -1,10 +1,11 @@
 """A whole training step against ``transformers``' GPT-2 and Qwen3 of the same width and depth.
 
 All sides: six layers of width 384, vocabulary 50,257, blocks of 512 tokens, AdamW-family optimizer step
-and gradient clipping included, bfloat16 autocast (or float32 with --dtype). Qwen3 is the very same model as
-NanoThink's transformer, parameter for parameter; GPT-2 is smaller (30.1 against 52.8 million), having a tied
-head and a feed-forward of two matrices. Speed is measured in one process with the sides taking turns, so that
-a slow moment of the machine hits all; memory in a fresh process each, as the peak resident size of one step.
+and gradient clipping included, in the type that NanoThink picks for this processor (or in that of --dtype).
+Qwen3 is the very same model as NanoThink's transformer, parameter for parameter; GPT-2 is smaller (30.1
+against 52.8 million), having a tied head and a feed-forward of two matrices. Speed is measured in one process
+with the sides taking turns, so that a slow moment of the machine hits all; memory in a fresh process each, as
+the peak resident size of one step.
 
     python benchmarks/training_step.py
     python benchmarks/training_step.py --batch 8 --rounds 5 --dtype float32
@@ -22,6 +23,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from side_by_side import last_number, machine, print_peak, ratios, take_turns
+
+from nanothink.config import TrainExpertConfig
+from nanothink.models.precision import choose_precision
 
 VOCABULARY, LENGTH = 50_257, 512
 
@@ -65,7 +69,7 @@ def foreign_step(model: Any, batch: int, dtype: torch.dtype) -> Callable[[], Non
 
 
 def nanothink_step(batch: int, dtype: torch.dtype) -> Callable[[], None]:
-    from nanothink.config import Config, TrainExpertConfig
+    from nanothink.config import Config
     from nanothink.models import build_model
     from nanothink.training.optimizer import GroupedOptimizer
 
@@ -99,9 +103,11 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES))
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--child", choices=tuple(SIDES), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.dtype == "auto":  # bfloat16 only where it pays, so that no side is held back by it
+        options.dtype = choose_precision(TrainExpertConfig(), torch.device("cpu")).name
     dtype = getattr(torch, options.dtype)
     if options.child:
         step = SIDES[options.child](options.memory_batch, dtype)
