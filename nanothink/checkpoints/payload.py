@@ -21,17 +21,31 @@ _MAX_NODES = 2_000_000
 """Values in a payload. Shared containers let a small pickle unfold to more than any memory holds."""
 
 
-class CheckpointPayload(TypedDict):
-    """Everything that changes the next step. Tensors and plain Python values only."""
-
-    format_version: int
-    """``FORMAT_VERSION`` of the NanoThink that wrote it."""
+class ModelPayload(TypedDict):
+    """What a model is, without what trains it further."""
 
     kind: str
     """Kind of model, as in ``models.MODEL_KINDS``."""
 
     model_state: dict[str, Tensor]
     """Parameters and persistent buffers, without wrapper prefixes. Tied ones appear under each name."""
+
+    config: dict[str, Any]
+    """The resolved config as plain JSON values."""
+
+    tokenizer: dict[str, str]
+    """``Tokenizer.to_state()``."""
+
+    run: dict[str, Any]
+    """Plain values about the run: its name, the ``TrainState``, what a diffuser learnt from,
+    the names, kinds and settings of the experts inside a combined model."""
+
+
+class CheckpointPayload(ModelPayload):
+    """Everything that changes the next step. Tensors and plain Python values only."""
+
+    format_version: int
+    """``FORMAT_VERSION`` of the NanoThink that wrote it."""
 
     optimizer_state: dict[str, Any]
     """Nested dicts and lists of tensors and scalars."""
@@ -57,18 +71,8 @@ class CheckpointPayload(TypedDict):
     best_loss: float | None
     """Lowest validation loss so far, in nats per token."""
 
-    config: dict[str, Any]
-    """The resolved config as plain JSON values."""
-
-    tokenizer: dict[str, str]
-    """``Tokenizer.to_state()``."""
-
     data_fingerprint: str
     """Fingerprint of the tokenised corpus that the positions refer to."""
-
-    run: dict[str, Any]
-    """Plain values about the run: its name, the ``TrainState``, what a diffuser learnt from,
-    the names, kinds and settings of the experts inside a combined model."""
 
 
 _REQUIRED: dict[str, tuple[type, ...]] = {

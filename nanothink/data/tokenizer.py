@@ -380,8 +380,13 @@ def _texts(paths: Sequence[Path], on_bytes: Callable[[int], None]) -> Iterator[s
             yield record.text
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, stands_for: str | None = None) -> Path:
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: Path, *, stands_for: str | None = None, context: int | None = None
+) -> Path:
     """Writes tokenizer.json and tokenizer_config.json; ``load_tokenizer`` and transformers read them.
+
+    Both give the same ids. A text begins after EOS, as in GPT-2, so that is the BOS of those that ask for
+    one; nothing puts it there unasked. ``context`` is the most tokens that a model of this tokenizer takes.
 
     Whole or not at all: while the configuration changes there is no tokenizer.json, so an old one is
     never read with a new EOS.
@@ -389,9 +394,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, stands_for: str | None
     state = tokenizer.to_state()
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": state["eos_token"],
         "eos_token": state["eos_token"],
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # text that spells EOS is text
     }
+    if context is not None:
+        settings["model_max_length"] = context
     if stands_for is not None:
         settings[_STANDS_FOR] = stands_for
     content = orjson.dumps(settings, option=orjson.OPT_INDENT_2)

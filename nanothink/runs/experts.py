@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nanothink.checkpoints import CheckpointPayload, parse_name, read_checkpoint, restore_model
+from nanothink.checkpoints import CheckpointPayload, ModelPayload, parse_name, read_checkpoint, restore_model
 from nanothink.config import Config
 from nanothink.config.run import ResolvedConfig, resolve_config
 from nanothink.data.tokenizer import Tokenizer
@@ -140,7 +140,7 @@ def shaped_by(experts: Sequence[FrozenExpert], resolved: ResolvedConfig) -> Conf
     return config.model_copy(update=settled)
 
 
-def described(payload: CheckpointPayload, device: torch.device) -> tuple[ExpertDescription, ...]:
+def described(payload: ModelPayload, device: torch.device) -> tuple[ExpertDescription, ...]:
     """The experts inside a checkpoint; none in one of a single model."""
     if payload["kind"] != COMBINED:
         return ()

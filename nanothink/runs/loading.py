@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nanothink.checkpoints import read_checkpoint, restore_model
+from nanothink.checkpoints import ModelPayload, is_export, read_checkpoint, read_export, restore_model
 from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.tokenizer import Tokenizer
@@ -236,20 +236,26 @@ class LoadedModel:
 
 
 def load(path: str | Path, *, device: str | None = None) -> LoadedModel:
-    """Open a checkpoint for use.
+    """Open a checkpoint, or a folder that ``checkpoints export`` wrote, for use.
 
     Raises:
         CheckpointError: it is missing, damaged, or holds something else.
     """
-    payload = read_checkpoint(Path(path), mmap=True)
+    path = Path(path)
+    payload: ModelPayload = read_export(path) if is_export(path) else read_checkpoint(path, mmap=True)
+    return opened(path, payload, device=device)
+
+
+def opened(path: Path, payload: ModelPayload, *, device: str | None = None) -> LoadedModel:
+    """The model of a payload that was read from ``path``."""
     chosen = choose_device(device)
     config = scan_that_runs(resolve_config(base=payload["config"]).config, chosen)
     tokenizer = Tokenizer.from_state(payload["tokenizer"])
     model = build_model(payload["kind"], config, tokenizer.vocab_size, described(payload, chosen))
-    report = restore_model(model, payload, expect_kind=payload["kind"], path=Path(path))
+    report = restore_model(model, payload, expect_kind=payload["kind"], path=path)
     model.to(chosen).eval().requires_grad_(False)
     return LoadedModel(
-        Path(path),
+        path,
         model,
         config,
         tokenizer,
