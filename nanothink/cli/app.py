@@ -6,6 +6,7 @@ Nothing heavy is imported until a command runs, so ``--help`` is instant.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -71,6 +72,9 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     # Said before numpy and torch start their thread pools: libraries must not fork warnings at users.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is shown as '?'
+            stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:] if args is None else args))
 
 

@@ -61,7 +61,7 @@ def show(
     shapes = {name: list(tensor.shape) for name, tensor in payload["model_state"].items()}
     facts: dict[str, Any] = {
         **_as_dict(summary),
-        "tokenizer": payload["tokenizer"]["name"],
+        "tokenizer": payload["tokenizer"].get("name"),
         "data_fingerprint": payload["data_fingerprint"],
         "run": payload["run"],
     }
@@ -71,7 +71,9 @@ def show(
     state = facts.pop("run")
     facts["modified"] = _when(summary.modified)
     rows = [[k.replace("_", " "), str(v)] for k, v in facts.items()]
-    rows += [[k.replace("_", " "), str(v)] for k, v in state.get("state", {}).items() if k not in facts]
+    stood = state.get("state")
+    if isinstance(stood, dict):
+        rows += [[str(k).replace("_", " "), str(v)] for k, v in stood.items() if k not in facts]
     render.table(["", "value"], rows, title=str(checkpoint))
     settings = [
         [f"{section}.{key}", str(value)]

@@ -14,13 +14,20 @@ from nanothink.checkpoints import CheckpointPayload, ModelPayload, parse_name, r
 from nanothink.config import Config
 from nanothink.config.run import ResolvedConfig, resolve_config
 from nanothink.data.tokenizer import Tokenizer
-from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, UsageError
-from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription, build_model
+from nanothink.errors import (
+    CheckpointDamagedError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    UsageError,
+)
+from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription
 from nanothink.models.contract import LanguageModel
 from nanothink.models.selective_scan import choose_scan
 from nanothink.runs.frozen import weights_digest
+from nanothink.runs.rebuilding import rebuild
 
 _ENDING = "_expert"
+MAX_EXPERTS = 64
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,7 @@ class FrozenExpert:
     @property
     def tokenizer_setting(self) -> str:
         """What ``data.tokenizer`` was when it was trained."""
-        setting: str = self.payload["config"]["data"]["tokenizer"]
-        return setting
+        return self.config.data.tokenizer
 
     @cached_property
     def digest(self) -> str:
@@ -54,7 +60,8 @@ class FrozenExpert:
 
     def build(self, device: torch.device, on_difference: Callable[[str], None]) -> LanguageModel:
         """The model, on the CPU, to run on ``device``; hears of weights that did not fit."""
-        model = build_model(self.kind, self.describe(device).config, self.tokenizer.vocab_size)
+        config, vocab_size = self.describe(device).config, self.tokenizer.vocab_size
+        model = rebuild(self.kind, config, vocab_size, payload=self.payload, path=self.path)
         report = restore_model(model, self.payload, expect_kind=self.kind, path=self.path)
         for line in report.lines():
             on_difference(f"{self.path}: {line}")
@@ -140,18 +147,34 @@ def shaped_by(experts: Sequence[FrozenExpert], resolved: ResolvedConfig) -> Conf
     return config.model_copy(update=settled)
 
 
-def described(payload: ModelPayload, device: torch.device) -> tuple[ExpertDescription, ...]:
-    """The experts inside a checkpoint; none in one of a single model."""
+def described(payload: ModelPayload, device: torch.device, path: Path) -> tuple[ExpertDescription, ...]:
+    """The experts inside a checkpoint; none in one of a single model.
+
+    Raises:
+        CheckpointDamagedError: they are not described as ``as_entries`` does.
+    """
     if payload["kind"] != COMBINED:
         return ()
-    return tuple(
-        ExpertDescription(
-            entry["name"],
-            entry["kind"],
-            scan_that_runs(resolve_config(base=entry["config"]).config, device),
-        )
-        for entry in payload["run"]["experts"]
+    match payload["run"].get("experts"):
+        case [_, *_] as entries if len(entries) <= MAX_EXPERTS and all(map(_is_entry, entries)):
+            return tuple(
+                ExpertDescription(
+                    entry["name"],
+                    entry["kind"],
+                    scan_that_runs(resolve_config(base=entry["config"]).config, device),
+                )
+                for entry in entries
+            )
+    raise CheckpointDamagedError(
+        f"{path}: what it says of the experts inside it makes no sense. Use another checkpoint"
     )
+
+
+def _is_entry(entry: Any) -> bool:
+    match entry:
+        case {"name": str(), "kind": str(kind), "config": dict(), "digest": str()}:
+            return kind in EXPERT_KINDS
+    return False
 
 
 def as_entries(experts: Sequence[FrozenExpert]) -> list[dict[str, Any]]:

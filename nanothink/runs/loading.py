@@ -17,12 +17,12 @@ from nanothink.errors import UsageError
 from nanothink.inference.denoising import Reconstruction, measured_levels, reconstruct
 from nanothink.inference.generate import StreamDecoder, generate
 from nanothink.inference.sampling import sampling_config
-from nanothink.models import build_model
 from nanothink.models.contract import LanguageModel, State
 from nanothink.models.diffuser import Ddim, Diffuser
 from nanothink.models.nanothink import JointState, NanoThink
 from nanothink.models.precision import DTYPES, Precision, choose_device
 from nanothink.runs.experts import described, scan_that_runs
+from nanothink.runs.rebuilding import rebuild
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,8 @@ def opened(path: Path, payload: ModelPayload, *, device: str | None = None) -> L
     chosen = choose_device(device)
     config = scan_that_runs(resolve_config(base=payload["config"]).config, chosen)
     tokenizer = Tokenizer.from_state(payload["tokenizer"])
-    model = build_model(payload["kind"], config, tokenizer.vocab_size, described(payload, chosen))
+    inside = described(payload, chosen, path)
+    model = rebuild(payload["kind"], config, tokenizer.vocab_size, inside, payload=payload, path=path)
     report = restore_model(model, payload, expect_kind=payload["kind"], path=path)
     model.to(chosen).eval().requires_grad_(False)
     return LoadedModel(

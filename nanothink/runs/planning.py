@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 
-from nanothink.models import build_model
 from nanothink.runs.keeping import kept_bytes
 from nanothink.runs.preparing import Prepared
 from nanothink.training.optimizer import effective_warmup
@@ -46,7 +45,7 @@ class RunEstimate:
 def estimate_run(prepared: Prepared) -> RunEstimate:
     """Count what can be counted and estimate the rest, without a step of training."""
     config, train_config, plan = prepared.config, prepared.training, prepared.plan
-    model = build_model(prepared.where.kind, config, prepared.tokenizer.vocab_size, prepared.inside)
+    model = prepared.build_model()
     groups = model.parameter_groups()
     parameters = {role: sum(p.numel() for _, p in named) for role, named in groups.items() if named}
     n_parameters = sum(parameters.values())

@@ -15,8 +15,15 @@ from nanothink.data.batches import TrainingBatches
 from nanothink.data.corpus import Corpus, find_corpus
 from nanothink.data.tokenizer import Tokenizer, resolve_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
-from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, DataError, UsageError
-from nanothink.models import COMBINED, ExpertDescription
+from nanothink.errors import (
+    CheckpointDamagedError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    DataError,
+    UsageError,
+)
+from nanothink.models import COMBINED, ExpertDescription, build_model
+from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision, choose_device, choose_precision
 from nanothink.models.selective_scan import choose_scan
 from nanothink.runs.experts import (
@@ -27,6 +34,7 @@ from nanothink.runs.experts import (
     shaped_by,
 )
 from nanothink.runs.frozen import FrozenTransformer, check_same_transformer, find_transformer
+from nanothink.runs.rebuilding import rebuild
 from nanothink.training.state import Plan, TrainState
 
 NEWEST = "newest"
@@ -103,6 +111,14 @@ class Prepared:
         """How this kind of model is trained."""
         return self.config.training_of(self.where.kind)
 
+    def build_model(self) -> LanguageModel:
+        """A freshly initialised model, into which the weights of ``origin`` are still to be restored."""
+        kind, config, vocab_size = self.where.kind, self.config, self.tokenizer.vocab_size
+        if self.origin is None:
+            return build_model(kind, config, vocab_size, self.inside)
+        payload, path = self.origin.payload, self.origin.path
+        return rebuild(kind, config, vocab_size, self.inside, payload=payload, path=path)
+
 
 def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     """Find the checkpoint to go on from, settle the settings, read and tokenise the data."""
@@ -160,8 +176,11 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
         )
     batches = TrainingBatches(tokens.train, config.model.max_seq_len, training.seed)
     device = precision.device
-    inside = described(payload, device) if payload is not None else tuple(e.describe(device) for e in experts)
-    state = TrainState.from_dict(payload["run"]["state"]) if payload is not None else TrainState()
+    if origin is not None:
+        inside = described(origin.payload, device, origin.path)
+    else:
+        inside = tuple(expert.describe(device) for expert in experts)
+    state = TrainState.from_dict(payload["run"].get("state")) if payload is not None else TrainState()
     return Prepared(
         where=where,
         config=config,
@@ -236,7 +255,9 @@ def locate(checkpoint: str | None, checkpoint_dir: Path) -> Where:
         checkpoint = str(max(paths, key=lambda path: path.stat().st_mtime_ns))
     path = Path(checkpoint)
     payload = read_checkpoint(path, mmap=True)
-    stem: str = payload["run"]["name"]
+    stem = payload["run"].get("name")
+    if not isinstance(stem, str):
+        raise CheckpointDamagedError(f"{path}: does not say which run it is of. Use another checkpoint")
     ending = f"_{COMBINED}" if payload["kind"] == COMBINED else "_expert"
     return Where(
         kind=payload["kind"],
@@ -332,7 +353,7 @@ def _changes(before: Mapping[str, Any], config: Config) -> list[str]:
 def _tokenizer_of(origin: Origin, resolved: ResolvedConfig, corpus: Corpus) -> Tokenizer:
     """The tokenizer inside the checkpoint; another one asked for by hand is refused, not swapped in."""
     own = Tokenizer.from_state(origin.payload["tokenizer"])
-    if resolved.config.data.tokenizer != origin.payload["config"]["data"]["tokenizer"]:
+    if resolved.config.data.tokenizer != origin.payload["config"].get("data", {}).get("tokenizer"):
         data = resolved.config.data
         asked = resolve_tokenizer(data.tokenizer, corpus, val_split=data.val_split, note=lambda _: None)
         if asked.fingerprint != own.fingerprint:

@@ -32,7 +32,6 @@ from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Evaluation, evaluate_model
 from nanothink.inference.generate import generate
 from nanothink.inference.sampling import SamplingConfig
-from nanothink.models import build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.nanothink import NanoThink
@@ -191,9 +190,9 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
 
 def _build_model(prepared: Prepared, watch: Watch) -> LanguageModel:
     """A new one, or one whose weights are still to be restored."""
-    config, vocab_size = prepared.config, prepared.tokenizer.vocab_size
     if not prepared.experts:
-        return build_model(prepared.where.kind, config, vocab_size, prepared.inside)
+        return prepared.build_model()
+    config, vocab_size = prepared.config, prepared.tokenizer.vocab_size
     experts = {e.name: e.build(prepared.precision.device, watch.note) for e in prepared.experts}
     return NanoThink(vocab_size, config.model, config.mla, experts)
 
