@@ -172,7 +172,7 @@ def described(payload: ModelPayload, device: torch.device, path: Path) -> tuple[
 
 def _is_entry(entry: Any) -> bool:
     match entry:
-        case {"name": str(), "kind": str(kind), "config": dict(), "digest": str()}:
+        case {"name": str(), "kind": str(kind), "config": dict()}:
             return kind in EXPERT_KINDS
     return False
 
@@ -187,7 +187,7 @@ def as_entries(experts: Sequence[FrozenExpert]) -> list[dict[str, Any]]:
 
 def check_same_experts(experts: Sequence[FrozenExpert], run: Mapping[str, Any], path: Path) -> None:
     """Refuse to go on from ``path`` when other experts are named than those inside it."""
-    inside = [entry["digest"] for entry in run["experts"]]
+    inside = [entry.get("digest") for entry in run["experts"]]
     if [expert.digest for expert in experts] != inside:
         raise CheckpointMismatchError(
             f"{path} carries its own experts ({', '.join(entry['name'] for entry in run['experts'])}), and "
