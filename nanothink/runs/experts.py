@@ -17,6 +17,7 @@ from nanothink.data.tokenizer import Tokenizer
 from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, UsageError
 from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
+from nanothink.models.recall import MEMORY
 from nanothink.models.selective_scan import choose_scan
 from nanothink.runs.frozen import weights_digest
 
@@ -202,11 +203,11 @@ def _check_alike(expert: FrozenExpert, first: FrozenExpert) -> None:
 
 
 def _name_of(path: Path, taken: Sequence[str]) -> str:
-    """``code`` of ``code_expert.pt``; numbered where two experts are called the same."""
+    """``code`` of ``code_expert.pt``; numbered where two speakers would be called the same."""
     parsed = parse_name(path.name)
     name = (parsed.stem if parsed else path.stem).removesuffix(_ENDING) or path.stem
     number, unique = 1, name
-    while unique in taken:
+    while unique in taken or unique == MEMORY:
         number += 1
         unique = f"{name}-{number}"
     return unique
