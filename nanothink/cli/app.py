@@ -19,6 +19,7 @@ from nanothink.cli import (
     doctor,
     evaluate,
     generate,
+    memory,
     pretrain,
     tokenizer,
     train_mla,
@@ -58,6 +59,7 @@ pretrain.register(app)
 train_mla.register(app)
 evaluate.register(app)
 generate.register(app)
+app.add_typer(memory.app, name="memory")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(config.app, name="config")
 doctor.register(app)

@@ -309,7 +309,9 @@ class _Builder:
                         ready[digest] = made
         self._refuse_bad_records(ready, digests)
         return {
-            domain: [(digests[path], self._named(ready[digests[path]], path)) for path in paths if path in digests]
+            domain: [
+                (digests[path], self._named(ready[digests[path]], path)) for path in paths if path in digests
+            ]
             for domain, paths in self._corpus.domains.items()
         }
 

@@ -136,7 +136,11 @@ def plan_build(
     read = sum(len(intake.blocks) for intake in intakes)
     n_keys = round(n_fresh * read / max(1, n_blocks))
     total = n_old + n_keys
-    kind = store.index.kind if store is not None and store.index.kind != "exact" else choose_kind(settings, total)
+    kind = (
+        store.index.kind
+        if store is not None and store.index.kind != "exact"
+        else choose_kind(settings, total)
+    )
     sample = sample_size(kind, total)
     lists = 0 if kind == "exact" else choose_lists(total)
     per_key = bytes_per_key(kind, owner.width)
@@ -224,13 +228,13 @@ def _prepared_index(
     if wanted:
         sample = [keys for _, keys in old]
         missing = wanted - sum(map(len, sample))
-        every = np.concatenate([np.stack([np.full(len(i.blocks), n), i.blocks]) for n, i in _numbered(plan)], 1)
+        every = np.concatenate(
+            [np.stack([np.full(len(i.blocks), n), i.blocks]) for n, i in _numbered(plan)], 1
+        )
         some = _evenly(np.arange(every.shape[1]), -(-missing // owner.block_length))
         read = 0
         for n, intake in _numbered(plan):
-            for keys, _, _ in _keys(
-                intake, every[1, some[every[0, some] == n]], owner.block_length, states
-            ):
+            for keys, _, _ in _keys(intake, every[1, some[every[0, some] == n]], owner.block_length, states):
                 sample.append(keys)
                 read += len(keys)
                 progress("sample for the index", min(read, missing), missing)
@@ -257,9 +261,7 @@ def _keys(
             yield states(torch.from_numpy(inputs))[wanted], targets[wanted], documents[wanted]
 
 
-def _rows(
-    intake: Intake, documents: Int64, number: int, domain: int, sources: list[int]
-) -> NDArray[Any]:
+def _rows(intake: Intake, documents: Int64, number: int, domain: int, sources: list[int]) -> NDArray[Any]:
     """A row for each stretch of one document in a batch that begins at key ``number``."""
     last = np.flatnonzero(np.diff(documents, append=-1))
     own = documents[last]

@@ -22,9 +22,7 @@ from nanothink.memory.store import Contents, VectorStore
 _AT_ONCE = 4096  # keys of a group compared at a time: a matrix of 64 MB
 
 
-def merge_duplicates(
-    store: VectorStore, similarity: float, progress: Callable[[int, int], None]
-) -> Contents:
+def merge_duplicates(store: VectorStore, similarity: float, progress: Callable[[int, int], None]) -> Contents:
     """Merge keys at least so similar (0 to 1) that have the same token; the index of ``store`` changes.
 
     Returns the contents to be written with it.

@@ -174,7 +174,10 @@ class NeighbourIndex:
         if self.kind == "exact":
             numbers = faiss.vector_to_array(index.id_map).copy()
             flat = faiss.downcast_index(index.index)
-            yield numbers, flat.reconstruct_n(0, len(numbers)) if len(numbers) else np.empty((0, index.d), "f")
+            yield (
+                numbers,
+                flat.reconstruct_n(0, len(numbers)) if len(numbers) else np.empty((0, index.d), "f"),
+            )
             return
         lists = index.invlists
         for i in range(index.nlist):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,9 +88,7 @@ class TrainingNeighbours:
                     read = [stream.block(int(index), self._length) for index in some]
                     inputs, targets = (np.stack(part) for part in zip(*read, strict=True))  # (B, T)
                     places = some[:, None] * self._length + np.arange(self._length)
-                    own = documents.keys[
-                        np.searchsorted(ends, places, side="right").clip(max=len(ends) - 1)
-                    ]
+                    own = documents.keys[np.searchsorted(ends, places, side="right").clip(max=len(ends) - 1)]
                     near, which = self._store.search_elsewhere(
                         states(torch.from_numpy(inputs)).reshape(-1, self._store.owner.width),
                         own.reshape(-1),

@@ -376,9 +376,16 @@ def _verified(folder: Path, role: str, facts: Mapping[str, Any]) -> Path:
 
 def _map(path: Path) -> NDArray[Any]:
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError:  # an empty stretch cannot be mapped
-        array = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+            shape, _, dtype = read(file) if read is not None else ((), False, np.dtype(object))
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+    if dtype.hasobject or len(shape) not in (1, 2):
+        raise _damaged(path, "it holds something else than numbers")
+    # An empty stretch cannot be mapped.
+    array: NDArray[Any] = np.load(path, mmap_mode="r" if all(shape) else None, allow_pickle=False)
     return array
 
 

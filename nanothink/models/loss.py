@@ -260,9 +260,7 @@ class _ChunkedHead:
             yield chunk, product, product if wide is buffer else wide[:size].copy_(product)
 
 
-def _softmax_gradient_(
-    logits: Tensor, targets: Tensor, factor: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _softmax_gradient_(logits: Tensor, targets: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     """Negative log-likelihoods, and logarithms of the greatest probabilities, (R,) each.
 
     ``logits`` (R, V) becomes ``factor * (softmax - one_hot)`` in place. Without a factor (R, 1) the logits are left as scratch.

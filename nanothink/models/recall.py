@@ -88,17 +88,17 @@ class RecallGate(nn.Module):
     def distribution(self, neighbours: Neighbours) -> Tensor:
         """(..., K) weights of the neighbours, with sum 1; all 0 where there is none."""
         with torch.autocast(neighbours.tokens.device.type, enabled=False):
-            scores = neighbours.similarities.float() * torch.exp(-self.log_temperature)
+            there = neighbours.tokens != NO_TOKEN
+            # Zero first: an infinite similarity would make the temperature's gradient NaN, masked or not.
+            similarities = neighbours.similarities.float().masked_fill(~there, 0.0)
+            scores = similarities * torch.exp(-self.log_temperature)
             if neighbours.counts is not None:
                 scores = scores + neighbours.counts.log()
-            there = neighbours.tokens != NO_TOKEN
             none = ~there.any(-1, keepdim=True)
             weights = scores.masked_fill(~there, -torch.inf).masked_fill(none, 0.0).softmax(-1)
             return weights.masked_fill(none, 0.0)
 
-    def log_odds(
-        self, stream: Tensor, neighbours: Neighbours, weights: Tensor, peak: Tensor
-    ) -> Tensor:
+    def log_odds(self, stream: Tensor, neighbours: Neighbours, weights: Tensor, peak: Tensor) -> Tensor:
         """(...) log g / (1 - g); meaningless where there are no neighbours.
 
         Args:
@@ -143,7 +143,7 @@ class RecallGate(nn.Module):
             return torch.where(there, mixed, log_likelihood), share
 
     def mix_logits(self, logits: Tensor, stream: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:
-        """log p over the whole vocabulary, (..., V) float32, and g, (...), given p_model's logits."""
+        """Log p over the whole vocabulary, (..., V) float32, and g, (...), given p_model's logits."""
         own = logits.float().log_softmax(-1)
         weights = self.distribution(neighbours)
         odds = self.log_odds(stream, neighbours, weights, own.amax(-1))

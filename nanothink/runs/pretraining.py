@@ -207,9 +207,7 @@ def _remember(
     from nanothink.runs.remembering import key_expert, remember
 
     config, batches, plan = prepared.config, prepared.batches, prepared.plan
-    expert = key_expert(
-        model, _built_on(prepared)["experts"], config, prepared.tokenizer, prepared.precision
-    )
+    expert = key_expert(model, _built_on(prepared)["experts"], config, prepared.tokenizer, prepared.precision)
 
     def blocks_ahead() -> Iterator[tuple[str, int]]:
         """What the run will read, each block once."""

@@ -322,7 +322,9 @@ def folder_of(checkpoint: Path) -> Path:
     return memory_folder(checkpoint.parent, name.stem if name is not None else checkpoint.stem)
 
 
-def attach(model: NanoThink, path: Path, run: Mapping[str, Any], config: Config, tokenizer: Tokenizer) -> None:
+def attach(
+    model: NanoThink, path: Path, run: Mapping[str, Any], config: Config, tokenizer: Tokenizer
+) -> None:
     """Give a trained model the memory that lies beside its checkpoint.
 
     Raises:
@@ -366,9 +368,7 @@ def facts_of(store: VectorStore) -> MemoryFacts:
     by_domain = {
         name: int(sizes[contents.documents["domain"] == i].sum()) for i, name in enumerate(contents.domains)
     }
-    kept = sum(
-        path.stat().st_blocks * 512 for path in store.folder.glob("neighbours-*/*") if path.is_file()
-    )
+    kept = sum(path.stat().st_blocks * 512 for path in store.folder.glob("neighbours-*/*") if path.is_file())
     return MemoryFacts(
         folder=store.folder,
         owner=store.owner,
@@ -531,7 +531,9 @@ def compact_memory(
 
     store = found.open(writable=True)
     before, scored_before = facts_of(store), score("evaluating before")
-    contents = merge_duplicates(store, similarity, lambda done, total: progress("comparing keys", done, total))
+    contents = merge_duplicates(
+        store, similarity, lambda done, total: progress("comparing keys", done, total)
+    )
     write_store(found.folder, found.expert.owner, store.index, contents, note=note)
     after = facts_of(found.open())
     return Compaction(before, after, scored_before, score("evaluating after"))

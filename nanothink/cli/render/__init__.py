@@ -5,6 +5,7 @@ error. Where standard error is not a terminal there are no bars and no colours, 
 """
 
 from nanothink.cli.render.console import count, duration, error, note, print_json, say, size, warning, width
+from nanothink.cli.render.memory import compaction, memory_facts, recalled
 from nanothink.cli.render.progress import progress
 from nanothink.cli.render.results import (
     estimate,
@@ -19,15 +20,18 @@ from nanothink.cli.render.tables import histogram, table
 from nanothink.cli.render.training import training_view
 
 __all__ = [
+    "compaction",
     "count",
     "duration",
     "error",
     "estimate",
     "evaluations",
     "histogram",
+    "memory_facts",
     "note",
     "print_json",
     "progress",
+    "recalled",
     "reconstructions",
     "routing",
     "samples",
