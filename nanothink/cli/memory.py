@@ -83,8 +83,8 @@ def build(
     )
     if exists(found.folder) and not overwrite and not dry_run:
         raise UsageError(
-            f"{found.folder} is there already. Look at it: nanothink memory info. Put more text in: nanothink "
-            "memory add DATA_DIR. Build it anew: --overwrite"
+            f"{found.folder} is there already. Look at it: nanothink memory info. Put more text in: "
+            "nanothink memory add DATA_DIR. Build it anew: --overwrite"
         )
     with render.progress() as bars:
         tokens = found.tokens(

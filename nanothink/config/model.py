@@ -156,8 +156,8 @@ class VectorStoreConfig(Settings):
     """Keys that are recalled for each token."""
 
     index: Literal["auto", "exact", "sq8", "pq"] = "auto"
-    """How keys are kept: as they are; in inverted lists, a byte for each number; in inverted lists, a byte for
-    each four numbers. 'auto' goes by their number."""
+    """How keys are kept: as they are; in inverted lists, a byte for each number; or a byte for each four
+    numbers. 'auto' goes by their number."""
 
     exact_below: int = Field(50_000, ge=0)
     """Under 'auto': keys up to which the search is exact."""

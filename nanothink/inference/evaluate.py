@@ -58,7 +58,7 @@ class Routing:
 
     @property
     def entropy(self) -> float:
-        """Mean entropy of the router's weights, in nats: the logarithm of their number where all are equal."""
+        """Mean entropy of the router's weights, in nats: log E where all are equal."""
         return self.entropy_total / self.tokens
 
     def __add__(self, other: Routing) -> Routing:

@@ -1,9 +1,9 @@
 """Text into a store: which documents, which keys, in a stream.
 
-A document that the store has, or that any data it was made from holds out for validation, is never let in; a
-text that stands in several places is let in once. Keys are computed block by block, as training reads the text:
-once for a sample, spread evenly, that the index is trained on, and once for all, each batch going into the
-index and out of memory. So beside the index, which holds compressed keys, memory depends on the sample alone.
+A document that the store has, or that any data it was made from holds out for validation, is never let in;
+a text that stands in several places is let in once. Keys are computed block by block, as training reads the
+text: once for a sample, spread evenly, that the index is trained on, and once for all, each batch going into
+the index and out of memory. So beside the index, which holds compressed keys, memory depends on the sample.
 
 Shapes: B blocks, T tokens of a block, N tokens, D width.
 """
@@ -277,7 +277,8 @@ def _rows(intake: Intake, documents: Int64, number: int, domain: int, sources: l
 def _joined(rows: NDArray[Any]) -> NDArray[Any]:
     """Neighbouring rows of one document as one."""
     last = np.append(rows["key"][1:] != rows["key"][:-1], True) if len(rows) else np.empty(0, np.bool_)
-    return rows[last]
+    joined: NDArray[Any] = rows[last]
+    return joined
 
 
 def _place(names: list[str], name: str) -> int:

@@ -76,4 +76,5 @@ def _leaders(keys: Float32, similarity: float) -> Int64:
 def _unit(keys: Float32) -> Float32:
     """Codes lose a little of a key's length."""
     lengths = np.linalg.norm(keys, axis=1, keepdims=True)
-    return (keys / np.maximum(lengths, 1e-12)).astype(np.float32)
+    unit: Float32 = (keys / np.maximum(lengths, 1e-12)).astype(np.float32)
+    return unit

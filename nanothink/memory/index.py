@@ -3,8 +3,8 @@
 The choice follows FAISS's own guidance ("Guidelines to choose an index", its wiki): exact search needs no
 training and is fast enough for tens of thousands; beyond that an inverted file (Jégou, Douze and Schmid 2011)
 with 8-bit scalar quantisation, and with product quantisation once memory is what counts. The number of lists
-is the power of two at or below 4 √N, a little under what the guidance gives for large N: lists are then longer,
-so that a fixed number of probes finds more, and training them takes a fraction of the time.
+is the power of two at or below 4 √N, a little under what the guidance gives for large N: lists are then
+longer, so that a fixed number of probes finds more, and training them takes a fraction of the time.
 
 Keys and queries have length 1, and the similarity is their inner product.
 
@@ -110,8 +110,8 @@ class NeighbourIndex:
         faiss = import_faiss()
         if kind == "pq" and width % _PQ_DIMENSIONS:
             raise UsageError(
-                f"vector_store.index=pq keeps {_PQ_DIMENSIONS} numbers in a byte, and the width {width} cannot "
-                f"be divided by it; use sq8."
+                f"vector_store.index=pq keeps {_PQ_DIMENSIONS} numbers in a byte, and the width {width} "
+                f"cannot be divided by it; use sq8."
             )
         code = {"exact": "Flat", "sq8": "SQ8", "pq": f"PQ{width // _PQ_DIMENSIONS}"}[kind]
         factory = f"IDMap2,{code}" if kind == "exact" else f"IVF{choose_lists(n_keys)},{code}"
@@ -155,7 +155,7 @@ class NeighbourIndex:
         )
 
     def search(self, queries: Float32, n_neighbours: int) -> tuple[Float32, Int64]:
-        """(Q, D) -> similarities (Q, K) and numbers (Q, K), nearest first; number -1 where there are fewer."""
+        """(Q, D) -> similarities (Q, K) and numbers (Q, K), nearest first; -1 where there are fewer."""
         similarities, numbers = self._index.search(
             np.ascontiguousarray(queries, dtype=np.float32), n_neighbours
         )

@@ -1,9 +1,9 @@
-"""Neighbours of the training blocks, found once and kept on the disk: the experts are frozen, and so are they.
+"""Neighbours of the training blocks, found once and kept: the experts are frozen, and so are they.
 
-For each domain a row of numbers and one of similarities for every block of its stream, in sparse files (a block
-that was never searched takes no space), and a flag that is set once both are on the disk. So a search that was
-stopped goes on where it was, and a longer run only searches what it reads in addition. A token's own document,
-and copies of it, are never among its neighbours.
+For each domain a row of numbers and one of similarities for every block of its stream, in sparse files (a
+block that was never searched takes no space), and a flag that is set once both are on the disk. So a search
+that was stopped goes on where it was, and a longer run only searches what it reads in addition. A token's own
+document, and copies of it, are never among its neighbours.
 
 Similarities are kept in 16 bits, in steps of 1/32767.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -128,7 +128,7 @@ class TrainingNeighbours:
         except OSError as error:
             raise storage_error(error, self.folder) from error
 
-    def _open(self, domain: str, mode: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    def _open(self, domain: str, mode: Literal["r", "r+"]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Numbers, similarities and flags of a domain, memory-mapped; made when they are to be written."""
         named = hashlib.blake2b(domain.encode(), digest_size=6).hexdigest()
         n = self._streams[domain].n_blocks(self._length)
@@ -143,9 +143,9 @@ class TrainingNeighbours:
             if mode == "r+" and not path.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 made = path.with_suffix(f".tmp{os.getpid()}")
-                np.lib.format.open_memmap(made, "w+", dtype, of_shape).flush()  # type: ignore[no-untyped-call]
+                np.lib.format.open_memmap(made, "w+", dtype, of_shape).flush()
                 made.rename(path)
-            opened.append(np.load(path, mmap_mode=mode))  # type: ignore[call-overload]
+            opened.append(np.load(path, mmap_mode=mode))
         return opened[0], opened[1], opened[2]
 
 
@@ -155,7 +155,7 @@ def _coded(similarities: Float32) -> NDArray[np.int16]:
 
 
 class RepeatedSearch:
-    """A ``Memory`` that remembers what it was asked: a run validates on the same text at every epoch's end."""
+    """A ``Memory`` that remembers what it was asked: a run validates on the same text again and again."""
 
     _LEAST_ROWS = 64  # fewer are a sample being written, which nobody asks again
     _MOST_ROWS = 500_000  # about 200 MB at 32 neighbours

@@ -404,6 +404,5 @@ def _digest_of(manifest: Mapping[str, Any]) -> str:
 
 def _damaged(path: Path, reason: str) -> VectorStoreDamagedError:
     return VectorStoreDamagedError(
-        f"{path} is damaged: {reason}. Build the memory again (nanothink memory build --overwrite), or go on "
-        "without it (--no-memory)."
+        f"{path} is damaged: {reason}. Build the memory again: nanothink memory build --overwrite"
     )

@@ -263,7 +263,8 @@ class _ChunkedHead:
 def _softmax_gradient_(logits: Tensor, targets: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     """Negative log-likelihoods, and logarithms of the greatest probabilities, (R,) each.
 
-    ``logits`` (R, V) becomes ``factor * (softmax - one_hot)`` in place. Without a factor (R, 1) the logits are left as scratch.
+    ``logits`` (R, V) becomes ``factor * (softmax - one_hot)`` in place.
+    Without a factor (R, 1) the logits are left as scratch.
     """
     rows, vocab = logits.shape
     nats, peaks = logits.new_empty(2, rows)

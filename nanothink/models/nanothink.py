@@ -99,7 +99,7 @@ class NanoThink(LanguageModel):
     kind: ClassVar[str] = "nanothink_mla"
     context_length: int
     memory: Memory | None = None
-    """What neighbours are looked up in, and None to predict without. No part of the weights: it is attached."""
+    """Where neighbours are looked up; None to predict without. Attached, and no part of the weights."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class NanoThink(LanguageModel):
         states, weights, queries = self._passed(tokens)
         if queries is None:
             return weights
-        assert self.recall is not None and self.memory is not None
+        assert self.recall is not None
         neighbours = self._recalled(queries)
         with torch.no_grad(), products(states.device.type):
             logits = F.linear(states, self.head_weight)
@@ -218,13 +218,10 @@ class NanoThink(LanguageModel):
     def _recalled(self, queries: Tensor) -> Neighbours:
         """(B, T, D) -> neighbours (B, T, K)."""
         assert self.memory is not None
+        shape = (*queries.shape[:2], -1)
         found = self.memory.search(queries.flatten(0, 1))
-        counts = None if found.counts is None else found.counts.unflatten(0, queries.shape[:2])
-        return Neighbours(
-            found.similarities.unflatten(0, queries.shape[:2]),
-            found.tokens.unflatten(0, queries.shape[:2]),
-            counts,
-        )
+        counts = None if found.counts is None else found.counts.view(shape)
+        return Neighbours(found.similarities.view(shape), found.tokens.view(shape), counts)
 
     def loss_and_routing(
         self,
@@ -288,8 +285,10 @@ class NanoThink(LanguageModel):
         assert isinstance(state, JointState)
         if state.query is None:
             return logits
-        assert self.recall is not None and self.memory is not None
-        assert state.stream is not None and state.weights is not None
+        assert self.recall is not None
+        assert self.memory is not None
+        assert state.stream is not None
+        assert state.weights is not None
         with torch.no_grad():
             neighbours = self.memory.search(state.query)
             logits, share = self.recall.mix_logits(logits, state.stream, neighbours)

@@ -168,8 +168,8 @@ def choose_key_expert(kinds: Mapping[str, str], asked: str | None) -> str:
     if asked is not None:
         if asked not in kinds:
             raise UsageError(
-                f"vector_store.expert={asked}: there is no such expert.{did_you_mean(asked, kinds)} There are: "
-                f"{', '.join(kinds)}."
+                f"vector_store.expert={asked}: there is no such expert.{did_you_mean(asked, kinds)} "
+                f"There are: {', '.join(kinds)}."
             )
         return asked
     for kind in ("state_space", "transformer"):

@@ -91,8 +91,8 @@ def evaluate_checkpoints(
         }[split]
         if (recalled := _inside_memory(model, parts)) > 0:
             note(
-                f"Warning: {recalled:,} of these documents are in the memory of {model.path}, which knows them by "
-                "heart: these figures say nothing about other text."
+                f"Warning: {recalled:,} of these documents are in the memory of {model.path}, which knows "
+                "them by heart: these figures say nothing about other text."
             )
         label = f"evaluating {model.path.name}"
         evaluations = [

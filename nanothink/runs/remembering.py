@@ -1,4 +1,4 @@
-"""The vector store where it meets checkpoints, corpora and runs: built, attached, added to, compacted, asked."""
+"""The vector store where it meets checkpoints, corpora and runs: built, attached, grown, compacted, asked."""
 
 from __future__ import annotations
 
@@ -159,8 +159,8 @@ def remember(
             n_queries, store.index.n_keys, store.index.kind, settings.n_probe, expert.owner.width
         )
         note(
-            f"Looking up the neighbours of {n_queries:,} training tokens, once: about {_duration(seconds)} and "
-            f"{_size(known.n_bytes(missing))} on the disk."
+            f"Looking up the neighbours of {n_queries:,} training tokens, once: about {_duration(seconds)} "
+            f"and {_size(known.n_bytes(missing))} on the disk."
         )
         known.find(missing, expert.states, progress)
     model.memory = RepeatedSearch(store)
@@ -180,8 +180,8 @@ def _cost(folder: Path, plan: BuildPlan) -> str:
     }[plan.kind]
     return (
         f"Building the memory {folder}: {plan.n_keys:,} keys, kept {kept}. That takes about "
-        f"{_duration(plan.seconds)}, {_size(plan.memory_bytes)} of memory and {_size(plan.disk_bytes)} on the "
-        "disk."
+        f"{_duration(plan.seconds)}, {_size(plan.memory_bytes)} of memory and {_size(plan.disk_bytes)} on "
+        "the disk."
     )
 
 
@@ -336,9 +336,7 @@ def attach(
         model.memory = open_store(folder, config.vector_store, owner=_owner(entry, config, tokenizer))
     except VectorStoreError as error:
         raise type(error)(
-            f"{path} was trained with a memory. {error} Or leave it out: --no-memory (memory=False in Python)."
-            if "--no-memory" not in str(error)
-            else f"{path} was trained with a memory. {error}"
+            f"{path} was trained with a memory. {error} To leave it out: --no-memory (in Python: memory=False)."
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""The vector store as a person uses it: trained with, added to, asked, made smaller, left out, lost, damaged."""
+"""The vector store as a person uses it: trained with, added to, asked, compacted, left out, lost, damaged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nanothink.memory.store import VectorStore, read_manifest
 from nanothink.models.nanothink import NanoThink
 
 STEM = "nanothink_mla"
-WORDS = "time light stone water letter garden river wind moon house question answer winter".split()
+WORDS = ["time", "light", "stone", "water", "letter", "garden", "river", "wind", "moon", "winter"]
 SHAPE = {
     "model.d_model": 32,
     "model.max_seq_len": 32,

@@ -129,7 +129,7 @@ def test_without_faiss_the_message_says_what_to_install(monkeypatch: pytest.Monk
     "first", ["import torch, faiss", "import faiss, torch", "import nanothink.memory.index"]
 )
 def test_faiss_and_torch_work_in_one_process_and_its_threads(first: str) -> None:
-    """Two OpenMP runtimes: whoever is loaded first, products, k-means and searches of both end, and are right."""
+    """Two OpenMP runtimes: whoever comes first, products, k-means and searches end, and are right."""
     code = f"""
         {first}
         import threading
@@ -138,7 +138,8 @@ def test_faiss_and_torch_work_in_one_process_and_its_threads(first: str) -> None
         torch.set_num_threads(2)
         faiss = import_faiss()
         assert faiss.omp_get_max_threads() == 2
-        x = torch.nn.functional.normalize(torch.randn(20000, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+        x = torch.randn(20000, 32, generator=torch.Generator().manual_seed(0))
+        x = torch.nn.functional.normalize(x, dim=1)
 
         def both():
             index = NeighbourIndex.create("sq8", 32, 20000, 8)

@@ -1,9 +1,9 @@
-"""The memory's part of the model: a mixture that adds up, causal, the same step by step, and off without trace."""
+"""The memory's part of the model: adds up, causal, the same step by step, and without trace when off."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -264,7 +264,12 @@ def test_neighbours_that_are_known_are_not_searched() -> None:
     known = Neighbours(found.similarities.view(3, 20, K), found.tokens.view(3, 20, K))
     asked = memory.asked
     torch.testing.assert_close(model.loss_and_routing(x, y, neighbours=known), expected)
-    objective = Routed(0.5, lambda positions: known if list(positions) == [7, 8, 9] else pytest.fail())
+
+    def known_at(positions: Sequence[int]) -> Neighbours:
+        assert list(positions) == [7, 8, 9]
+        return known
+
+    objective = Routed(0.5, known_at)
     loss = objective(model, Batch(x, y, (7, 8, 9)), 1 / 60)
     assert memory.asked == asked
     assert set(loss.parts) == {
@@ -287,7 +292,7 @@ def outputs(model: NanoThink, x: Tensor, targets: Tensor) -> Iterator[tuple[str,
     yield "logits", model.logits(x)
     yield "routing", model.routing(x)
     yield "log-likelihood", model.log_likelihood(x, targets)
-    states, _, queries = model._passed(x)
+    _, _, queries = model._passed(x)
     assert queries is not None
     yield "queries", queries
 
