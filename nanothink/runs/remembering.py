@@ -336,7 +336,7 @@ def attach(
         model.memory = open_store(folder, config.vector_store, owner=_owner(entry, config, tokenizer))
     except VectorStoreError as error:
         raise type(error)(
-            f"{path} was trained with a memory. {error} To leave it out: --no-memory (in Python: memory=False)."
+            f"{path} was trained with a memory. {error} To go without: --no-memory (in Python: memory=False)."
         ) from None
 
 
