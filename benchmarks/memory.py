@@ -194,9 +194,7 @@ def scale(options: argparse.Namespace) -> None:
     keys, numbers = drawn(options.keys), np.arange(options.keys)
     kind: Kind = options.index
     index = NeighbourIndex.create(kind, options.width, options.keys, VectorStoreConfig().n_probe)
-    print(
-        f"{options.keys:,} keys of width {options.width}, {index.n_lists} lists, {torch.get_num_threads()} threads"
-    )
+    print(f"{options.keys:,} keys of width {options.width}, {index.n_lists} lists")
     with timed("lists and codes"):
         index.train(keys[:: max(1, options.keys // sample_size(kind, options.keys))])
     with timed("adding"):

@@ -90,6 +90,11 @@ def build(
         tokens = found.tokens(
             data_dir, _listed(domains), skip_bad_records=skip_bad_records, note=bars.note, progress=bars
         )
+        if found.checkpoint is not None and not found.settings.enabled:
+            bars.note(
+                f"{found.checkpoint} was trained without a memory and cannot ask one. Train it on with one: "
+                f"nanothink resume {found.checkpoint} --set vector_store.enabled=true --max-steps N"
+            )
         plan = plan_memory(found, tokens)
         if not dry_run:
             store = build_memory(found, plan, tokens, note=bars.note, progress=bars)

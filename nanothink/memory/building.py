@@ -184,7 +184,7 @@ def build(
     number = len(old.tokens)
     done, n_blocks = 0, sum(len(intake.blocks) for intake in plan.intakes)
     for intake in plan.intakes:
-        sources = [_place(files, f"{intake.domain}: {path}") for path in intake.documents.paths]
+        sources = [_place(files, path) for path in intake.documents.paths]
         for keys, targets, documents in _keys(intake, intake.blocks, owner.block_length, states):
             index.add(keys, number + np.arange(len(keys)))
             parts.append(targets.astype(old.tokens.dtype))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from nanothink.data.cache import storage_error
 from nanothink.data.tokens import IGNORE, TokenisedCorpus
+from nanothink.errors import StorageError
 from nanothink.memory.building import BATCH_TOKENS, Progress, States
 from nanothink.memory.index import Float32, Int64
 from nanothink.memory.store import VectorStore
@@ -75,6 +77,13 @@ class TrainingNeighbours:
         Raises:
             StorageError: the disk refused.
         """
+        # Writing past the end of a full disk through a mapped file would end the process, not raise.
+        needed, free = self.n_bytes(missing), shutil.disk_usage(self._store.folder).free
+        if needed > free:
+            raise StorageError(
+                f"Keeping the neighbours of the training text takes {needed / 1e9:.2f} GB in {self.folder}, "
+                f"and {free / 1e9:.2f} GB are free. Make room, or lower vector_store.n_neighbours."
+            )
         done, total = 0, sum(map(len, missing.values()))
         at_once = max(1, BATCH_TOKENS // self._length)
         for domain, blocks in missing.items():
@@ -113,7 +122,13 @@ class TrainingNeighbours:
         which = np.empty((len(places), self._length, self._k), np.int64)
         for row, (domain, block) in enumerate(places):
             if domain not in self._files:
-                self._files[domain] = self._open(domain, "r")
+                try:
+                    self._files[domain] = self._open(domain, "r")
+                except OSError as error:
+                    raise StorageError(
+                        f"{self.folder} is gone or cannot be read: was the memory built anew meanwhile? Go "
+                        "on with --resume, which looks its neighbours up again."
+                    ) from error
             numbers, coded, _ = self._files[domain]
             which[row] = np.where(numbers[block] == _MISSING, -1, numbers[block].astype(np.int64))
             similarities[row] = coded[block].astype(np.float32) / _SCALE

@@ -460,7 +460,7 @@ def search_memory(
         if number < 0:
             break
         document = store.contents.documents[int(store.document(np.array([number]))[0])]
-        path = store.contents.files[int(document["file"])].partition(": ")[2]
+        path = store.contents.files[int(document["file"])]
         recalled.append(
             Recalled(
                 similarity=float(similarities[0, i]),

@@ -349,3 +349,18 @@ def test_the_text_that_is_validated_on_must_not_be_in_it(
     build = ["memory", "build", "--checkpoint-dir", str(copied), "--overwrite"]
     assert run([*build, "--set", "data.val_split=0.4"]) == 0
     assert run(typed(copied, *told)) == 0
+
+
+def test_a_model_without_one_is_trained_on_with_one(
+    typed: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([part for part in typed(tmp_path) if part != "--use-vector-store"]) == 0
+    path = str(tmp_path / f"{STEM}.pt")
+    before = set(read_checkpoint(Path(path))["model_state"])
+    capsys.readouterr()
+    assert run(["memory", "build", "-c", path]) == 0
+    assert f"resume {path} --set vector_store.enabled=true" in capsys.readouterr().err
+    assert run(["resume", path, "--set", "vector_store.enabled=true", "--max-steps", "40"]) == 0
+    after = set(read_checkpoint(Path(path))["model_state"])
+    assert {name.partition(".")[0] for name in after - before} == {"recall"}
+    assert package.load(path).model.speakers[-1] == "memory"  # type: ignore[union-attr]

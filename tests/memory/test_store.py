@@ -161,7 +161,7 @@ def test_every_document_is_known_by_its_place(
         begin = int(documents["end"][i - 1]) if i else 0
         text = tokenizer.decode([int(t) for t in store.contents.tokens[begin : documents["end"][i] - 1]])
         domain = store.contents.domains[documents["domain"][i]]
-        path = store.contents.files[documents["file"][i]].partition(": ")[2]
+        path = store.contents.files[documents["file"][i]]
         line = (corpus_folder / path).read_text().splitlines()[documents["line"][i] - 1]
         assert json.loads(line)["text"] == text
         assert path == f"{domain}/texts.jsonl"
@@ -577,3 +577,22 @@ def test_what_was_asked_before_is_remembered(read: Read, make: Make) -> None:
     assert calls == [100, 100, 3, 3]
     assert torch.equal(found[2].tokens, store.search(one).tokens)
     assert torch.equal(found[3].similarities, store.search(two).similarities)
+
+
+def test_a_disk_without_room_is_said_before_the_search(
+    read: Read, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = read()
+    known = TrainingNeighbours(make(tokens), tokens, LENGTH)
+    usage = shutil.disk_usage(known.folder.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(StorageError, match="Make room"):
+        known.find(known.missing(all_places(tokens)), states, lambda *_: None)
+    assert not known.folder.exists()
+
+
+def test_neighbours_that_are_gone_are_no_traceback(read: Read, make: Make) -> None:
+    tokens = read()
+    known = TrainingNeighbours(make(tokens), tokens, LENGTH)
+    with pytest.raises(StorageError, match="built anew meanwhile"):
+        known.read(all_places(tokens)[:1])

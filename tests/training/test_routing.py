@@ -65,3 +65,10 @@ def test_nothing_is_said_where_there_is_nothing_to_choose_or_to_count() -> None:
     nan = float("nan")
     assert heard(START, step(1, a=0.5, b=0.5), step(2, skipped=True, a=nan, b=nan), evaluated(1)) == []
     assert heard(START, evaluated(1)) == []
+
+
+def test_a_memory_takes_nothing_from_how_experts_are_judged() -> None:
+    alone, idle = heard(START, step(1, a=0.198, b=0.002, memory=0.8), evaluated(1))
+    assert "expert 'a' held 99.0 % of the weight" in alone
+    assert "expert 'b' held 1.0 % of the weight" in idle
+    assert heard(START, step(1, a=0.5, b=0.49, memory=0.01), evaluated(1)) == []
