@@ -6,7 +6,7 @@ DEMO      ?= demo
 DATA      ?= $(DEMO)/data
 TOKENIZER ?= $(DEMO)/tokenizer
 
-.PHONY: help install demo test check bench bench-gpu clean
+.PHONY: help install demo test check docs bench bench-gpu clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -18,13 +18,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: install    ## the main job on text that Python itself carries: data, tokenizer, expert, evaluation, sample
-	$(BIN)/nanothink data sample $(DEMO)/data --overwrite
-	$(BIN)/nanothink tokenizer train --data-dir $(DEMO)/data --vocab-size 4096 --out $(DEMO)/tokenizer --overwrite
-	$(BIN)/nanothink pretrain transformer --data-dir $(DEMO)/data --tokenizer $(DEMO)/tokenizer --preset tiny \
-	  --max-steps 400 --checkpoint-dir $(DEMO)/checkpoints --overwrite
-	$(BIN)/nanothink eval --checkpoint-dir $(DEMO)/checkpoints
-	$(BIN)/nanothink generate "The function returns" --checkpoint-dir $(DEMO)/checkpoints --seed 1 -n 80
+demo: install    ## the whole story on text that Python itself carries: data, four models, evaluation, a sample
+	$(BIN)/nanothink demo --out $(DEMO) --overwrite
 
 test: install    ## the default test suite, under ten minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
@@ -33,6 +28,9 @@ check: install   ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install    ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: install   ## side by side with what people would use instead; prints the tables of docs/benchmarks.md (DATA=..., TOKENIZER=...)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
@@ -48,4 +46,4 @@ bench-gpu: install  ## the selective scan on this machine's CUDA device: ours, m
 	$(BIN)/python benchmarks/selective_scan_gpu.py
 
 clean:           ## forget the demo and all caches, keep .venv
-	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(DEMO) site .pytest_cache .mypy_cache .ruff_cache build *.egg-info

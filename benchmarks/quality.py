@@ -170,27 +170,34 @@ def shared(bench: Bench) -> Table:
     table["  without its diffuser"] = bench.score(load(bench.combine("no-diffuser", two)))
     if not options.no_single:
         size = sum(p.numel() for p in load(bench.folder / "NanoThink_nanothink_mla.pt").model.parameters())
-        layers = layers_of_size(bench, size)
+        shape = shape_of_size(bench, size)
         steps = 3 * options.expert_steps + options.steps * options.accumulate
-        options.set.append(f"transformer.n_layers={layers}")
+        options.set += shape
         path = bench.expert("transformer", "single", steps=steps)
-        options.set.pop()
-        table[f"one transformer of {layers} layers, all tokens"] = bench.score(load(path))
+        del options.set[-len(shape) :]
+        table["one transformer of its size, all tokens"] = bench.score(load(path))
     return table
 
 
-def layers_of_size(bench: Bench, size: int) -> int:
-    """Layers of a transformer of the preset that has about as many parameters."""
+def shape_of_size(bench: Bench, size: int) -> list[str]:
+    """Settings of a transformer with about as many parameters: twice as wide, and as deep as it takes."""
     config = resolve_config(preset=bench.options.preset, assignments=bench.options.set).config
     vocabulary = load(bench.any_expert).tokenizer.vocab_size
+    model = config.model.model_copy(update={"d_model": 2 * config.model.d_model})
+    heads = 2 * config.transformer.n_heads
 
     def parameters(layers: int) -> int:
-        shape = config.transformer.model_copy(update={"n_layers": layers})
-        model = build_model("transformer", config.model_copy(update={"transformer": shape}), vocabulary)
-        return sum(p.numel() for p in model.parameters())
+        shape = config.transformer.model_copy(update={"n_layers": layers, "n_heads": heads})
+        wide = config.model_copy(update={"model": model, "transformer": shape})
+        return sum(p.numel() for p in build_model("transformer", wide, vocabulary).parameters())
 
     one, two = parameters(1), parameters(2)
-    return max(1, 1 + round((size - one) / (two - one)))
+    layers = max(1, 1 + round((size - one) / (two - one)))
+    return [
+        f"model.d_model={model.d_model}",
+        f"transformer.n_heads={heads}",
+        f"transformer.n_layers={layers}",
+    ]
 
 
 def domains(bench: Bench) -> Table:

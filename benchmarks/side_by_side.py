@@ -24,15 +24,17 @@ def machine() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def take_turns(sides: Mapping[str, Callable[[], object]], rounds: int) -> Seconds:
+def take_turns(
+    sides: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> Seconds:
     """Seconds a call, by side; one round more to warm up, which does not count."""
     seconds: Seconds = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, call in sides.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -22,7 +22,10 @@ MAY_IMPORT = {
     "checkpoints": {"errors", "config", "data", "models"},
     "inference": {"errors", "config", "data", "models"},
     "training": {"errors", "config", "data", "models", "inference"},
-    "runs": {"errors", "config", "data", "models", "memory", "inference", "training", "checkpoints"},
+    "report": {"errors", "config", "training"},
+    "runs": {
+        *("errors", "config", "data", "models", "memory", "inference", "training", "checkpoints", "report"),
+    },
     "cli": {"errors", "config", "data", "models", "memory", "inference", "training", "checkpoints", "runs"},
 }
 

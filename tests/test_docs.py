@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -233,8 +234,6 @@ def test_the_readme_is_among_the_pages_that_run() -> None:
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_marked_examples_run_in_order(page: Path, tiny_corpus: Path, tmp_path: Path) -> None:
-    import os
-
     shutil.copytree(tiny_corpus, tmp_path / "data")  # somebody's own text
     bin_folder = tmp_path / ".bin"
     bin_folder.mkdir()
@@ -336,7 +335,23 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 6. Nothing of one machine
+# 6. The site
+
+
+def test_the_site_builds_and_holds_every_page(tmp_path: Path) -> None:
+    # Strict: a page outside the navigation, or a link that leads nowhere, is an error.
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {p.relative_to(ROOT / "docs") for p in (ROOT / "docs").rglob("*.md")}
+    for page in pages:
+        folder = page.parent if page.stem in {"index", "README"} else page.with_suffix("")
+        assert (tmp_path / folder / "index.html").is_file(), page
+
+
+# ---------------------------------------------------------------------------------------------------
+# 7. Nothing of one machine
 
 
 def tracked_text_files() -> Iterator[tuple[str, str]]:

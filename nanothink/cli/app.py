@@ -16,11 +16,13 @@ from nanothink.cli import (
     checkpoints,
     config,
     data,
+    demo,
     doctor,
     evaluate,
     generate,
     memory,
     pretrain,
+    report,
     tokenizer,
     train_mla,
 )
@@ -60,9 +62,11 @@ train_mla.register(app)
 evaluate.register(app)
 generate.register(app)
 app.add_typer(memory.app, name="memory")
+report.register(app)
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(config.app, name="config")
 doctor.register(app)
+demo.register(app)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -165,3 +165,8 @@ class TrainMLAConfig(TrainConfig):
 
     entropy_reg: float = Field(0.01, ge=0)
     """Weight of log E - H(w) in the loss: what the routing weights lack to being equal."""
+
+    states_disk_gb: float = Field(4.0, ge=0)
+    """GB on the disk, beside the tokens, for the experts' states over the training blocks, which then are
+    computed once and not in every epoch (on a CPU, if all of them fit). The result is the same. 0 keeps
+    none."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +36,7 @@ class TrainingBatches:
         self._sizes = {domain: stream.n_blocks(length) for domain, stream in self._streams.items()}
         self.n_blocks = sum(self._sizes.values())
         """Blocks of all domains together: as many positions are one epoch."""
+        self._firsts = dict(zip(self._domains, accumulate(self._sizes.values(), initial=0), strict=False))
         self._passes: dict[str, tuple[int, NDArray[np.int64]]] = {}
 
     def place(self, position: int) -> tuple[str, int]:
@@ -44,6 +46,11 @@ class TrainingBatches:
         domain = self._domains[order[slot]]
         number, place = divmod(group, self._sizes[domain])
         return domain, int(self._shuffled(domain, number)[place])
+
+    def number(self, position: int) -> int:
+        """Which of the ``n_blocks`` blocks comes at ``position``; they are numbered domain by domain."""
+        domain, index = self.place(position)
+        return self._firsts[domain] + index
 
     def _shuffled(self, domain: str, number: int) -> NDArray[np.int64]:
         """Order of a domain's blocks in a pass; kept until another pass is asked for."""

@@ -4,6 +4,7 @@
         lock                           held by whoever is writing here
         tokenizer/                     trained when the one asked for could not be reached (tokenizer.py)
         tokens/                        tokenised files (token_files.py)
+        states/                        states of frozen experts (training/expert_states.py)
 
 Everything here can be deleted at any time; the next run makes it again.
 """

@@ -109,6 +109,10 @@ class LanguageModel(nn.Module, ABC):
             value_bytes: size of a value in the type that matrix products run in, 4 or 2.
         """
 
+    @abstractmethod
+    def reading_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
+        """About the most that ``hidden`` holds at a time where no gradients are wanted, in bytes."""
+
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters by the role they play for the optimizer, each exactly once, with names.
 

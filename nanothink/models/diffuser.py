@@ -46,7 +46,7 @@ from nanothink.models.noise import (
     diffuse,
 )
 from nanothink.models.precision import product_dtype, products
-from nanothink.models.transformer import Block, Transformer, inner_width
+from nanothink.models.transformer import Block, Transformer, block_reading_bytes, inner_width
 
 _LEVEL_FEATURES = (
     32  # cosines of the noise level: smooth over 100 levels, fine enough to tell neighbours apart
@@ -370,8 +370,9 @@ class Diffuser(LanguageModel):
             scale: such as 1 / number of targets for means.
 
         Returns:
-            ``mse_pure``, ``mse_noised``: squared error, mean over the D features, from pure noise and at a
-            random level. ``cross_entropy``: of the head on the states of the former, in nats.
+            ``mse_pure``: squared error of the guess from pure noise, mean over the D features.
+            ``mse_noised``: the same at a random level, of what the network predicts there: the clean
+            target or the velocity. ``cross_entropy``: of the head on the states of the former, in nats.
             ``rounding``: of the head on those of the latter, at every ``rounding_every``-th token and times
             that number. Where only some blocks or tokens have a part, it is scaled up to stand for all.
         """
@@ -388,7 +389,7 @@ class Diffuser(LanguageModel):
         parts = {
             "cross_entropy": self._cross_entropy(states, targets, scale),
             "mse_pure": _squared_error(guess, clean, valid, scale),
-            "mse_noised": _squared_error(second, clean, valid, scale),
+            "mse_noised": self._noised_error(second, clean, draws.levels, valid, scale),
         }
         if shape.rounding_every:
             every, length = shape.rounding_every, targets.shape[1]
@@ -412,11 +413,20 @@ class Diffuser(LanguageModel):
         parts = {
             "cross_entropy": self._cross_entropy(states, here, 2 * scale),
             "mse_pure": _squared_error(guess, clean, here != IGNORE, 2 * scale),
-            "mse_noised": _squared_error(guess, clean, there != IGNORE, 2 * scale),
+            "mse_noised": self._noised_error(guess, clean, draws.levels, there != IGNORE, 2 * scale),
         }
         if self.shape.rounding_every:
             parts["rounding"] = self._cross_entropy(states, there, 2 * scale)
         return parts
+
+    def _noised_error(
+        self, guess: Tensor, clean: Tensor, levels: Tensor, valid: Tensor, scale: float
+    ) -> Tensor:
+        """``_squared_error`` of what the network predicts: the velocity's is the guess's over 1 − ᾱ."""
+        weight: Tensor | float = scale
+        if self.shape.prediction == "velocity":
+            weight = scale / (1 - self.alpha_bars[levels])  # (B, T)
+        return _squared_error(guess, clean, valid, weight)
 
     def _cross_entropy(self, states: Tensor, targets: Tensor, scale: float) -> Tensor:
         if not self.shape.cross_entropy_weight:
@@ -436,7 +446,16 @@ class Diffuser(LanguageModel):
         head = self.vocab_size * (4 * width + CHUNK_ROWS * 8)  # the head's gradient and one chunk of logits
         return batch_size * length * (encoder + denoiser + in_flight) + head
 
+    def reading_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
+        """See ``LanguageModel.reading_bytes``; the factors were counted by torch's profiler."""
+        width, terms = self.d_model, 3 * self.shape.denoiser_layers * self.d_model
+        inner = inner_width(width, self.shape.denoiser_mult)
+        denoiser = 4 * width + value_bytes * (2 * terms + 3 * width + 3 * inner)
+        per_token = max(block_reading_bytes(width, self.inner, value_bytes), denoiser)
+        by_level = value_bytes * (self.shape.training_steps + 1) * terms
+        return batch_size * length * per_token + by_level
 
-def _squared_error(guess: Tensor, clean: Tensor, valid: Tensor, scale: float) -> Tensor:
-    """Mean over features, summed over valid positions, times ``scale``."""
-    return ((guess - clean).square().mean(-1) * valid).sum() * scale
+
+def _squared_error(guess: Tensor, clean: Tensor, valid: Tensor, weight: Tensor | float) -> Tensor:
+    """Mean over features, times ``weight``, summed over valid positions."""
+    return ((guess - clean).square().mean(-1) * valid * weight).sum()

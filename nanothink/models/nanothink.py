@@ -192,11 +192,22 @@ class NanoThink(LanguageModel):
         of_experts = trust[..., : len(self.names)]
         return of_experts / of_experts.sum(-1, keepdim=True)
 
-    def routed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """``hidden`` and the router's weights (B, T, E) of the same tokens, from one pass."""
-        return self._passed(tokens)[:2]
+    def expert_states(self, tokens: Tensor) -> list[Tensor]:
+        """(B, T) int64 -> h_e of every expert, (B, T, D) float32 each. Without gradients."""
+        with torch.no_grad():
+            return [cast(LanguageModel, expert).hidden(tokens) for expert in self.experts]
 
-    def _passed(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def routed(self, tokens: Tensor, states: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """``hidden`` and the router's weights (B, T, E) of the same tokens, from one pass.
+
+        Args:
+            states: what ``expert_states`` gives for these tokens, where it is known already.
+        """
+        return self._passed(tokens, states)[:2]
+
+    def _passed(
+        self, tokens: Tensor, states: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """``routed``, and what the memory is to be asked, (B, T, D), where there is one."""
         n_tokens = tokens.shape[1]
         if n_tokens > self.context_length:
@@ -204,8 +215,8 @@ class NanoThink(LanguageModel):
                 f"{n_tokens} tokens were given, but this model's context is {self.context_length}; "
                 f"cut the text or combine experts with a longer one"
             )
-        with torch.no_grad():
-            states = [cast(LanguageModel, expert).hidden(tokens) for expert in self.experts]
+        if states is None:
+            states = self.expert_states(tokens)
         combined = self._combine(tokens, states, self.rotary(0, n_tokens), None)
         return *combined, self._query(states)
 
@@ -229,20 +240,20 @@ class NanoThink(LanguageModel):
         targets: Tensor,
         *,
         scale: float = 1.0,
+        states: Sequence[Tensor] | None = None,
         neighbours: Neighbours | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``loss``, and ``routing`` of the inputs, from one pass.
 
         Args:
+            states: as for ``routed``.
             neighbours: of each input, (B, T, K), where they are known; else the memory is asked.
         """
-        states, weights, queries = self._passed(inputs)
+        read, weights, queries = self._passed(inputs, states)
         if queries is None:
-            loss = linear_cross_entropy(
-                states.flatten(0, 1), self.head_weight, targets.flatten(), scale=scale
-            )
+            loss = linear_cross_entropy(read.flatten(0, 1), self.head_weight, targets.flatten(), scale=scale)
             return loss, weights
-        mixed, share = self._mixed(states, targets, neighbours or self._recalled(queries))
+        mixed, share = self._mixed(read, targets, neighbours or self._recalled(queries))
         return -mixed.sum() * scale, _shared(weights, share)
 
     def loss(self, inputs: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -353,7 +364,16 @@ class NanoThink(LanguageModel):
         if self.recall is not None:
             per_token += 32 * self.n_neighbours + 4 * columns
         head = self.vocab_size * (4 * columns + CHUNK_ROWS * 8)  # the head's gradient and a chunk of logits
-        return batch_size * length * per_token + head
+        training = batch_size * length * per_token + head
+        return max(training, self.reading_bytes(batch_size, length, value_bytes))
+
+    def reading_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
+        """See ``LanguageModel.reading_bytes``: the experts read one after another, before anything else."""
+        a_state = 4 * self.d_model * batch_size * length
+        return max(
+            i * a_state + cast(LanguageModel, expert).reading_bytes(batch_size, length, value_bytes)
+            for i, expert in enumerate(self.experts)
+        )
 
 
 def _shared(weights: Tensor, share: Tensor) -> Tensor:

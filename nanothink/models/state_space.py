@@ -286,6 +286,12 @@ class StateSpace(LanguageModel):
         head = self.vocab_size * (4 * width + CHUNK_ROWS * 8)  # the head's gradient and one chunk of logits
         return batch_size * length * per_token + head
 
+    def reading_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
+        """See ``LanguageModel.reading_bytes``; counted by torch's profiler, with a scan in one kernel."""
+        channels = self.shape.expand * self.d_model
+        per_token = 8 * self.d_model + value_bytes * 2 * channels + 4 * 5 * channels
+        return batch_size * length * per_token
+
 
 def delta_rank(width: int, shape: StateSpaceConfig) -> int:
     """R: as set, else a sixteenth of the model width, rounded up (the paper's default)."""

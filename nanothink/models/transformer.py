@@ -116,6 +116,11 @@ class Transformer(LanguageModel):
         head = self.vocab_size * (4 * width + CHUNK_ROWS * 8)  # the head's gradient and one chunk of logits
         return batch_size * length * per_token + head
 
+    def reading_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
+        """See ``LanguageModel.reading_bytes``; the factors were counted by torch's profiler."""
+        inner = inner_width(self.d_model, self.shape.ffn_mult)
+        return batch_size * length * block_reading_bytes(self.d_model, inner, value_bytes)
+
     def start(self, batch_size: int) -> KeyValueCache:
         """An empty key-value cache, which grows as it fills."""
         return KeyValueCache(len(self.blocks), batch_size, self.context_length)
@@ -132,6 +137,11 @@ class Transformer(LanguageModel):
             state.advance(tokens.shape[1])
             states: Tensor = self.norm(x[:, -1:] if last_only else x)
             return states
+
+
+def block_reading_bytes(width: int, inner: int, value_bytes: int) -> int:
+    """Bytes a token that a block holds without gradients: the stream, its norm, and the feed-forward."""
+    return 8 * width + value_bytes * (2 * width + 3 * inner)
 
 
 def inner_width(width: int, ffn_mult: float) -> int:

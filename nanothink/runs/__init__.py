@@ -2,6 +2,7 @@
 
 preparing.py   what a run will consist of: data, tokenizer, precision, where to go on from
 pretraining.py train an expert
+keeping.py     the experts' states on the disk: whether, and for what
 planning.py    the same, only estimated: --dry-run
 loading.py     a trained model as a Python object
 evaluating.py  checkpoints side by side on held-out text

@@ -47,7 +47,7 @@ class FrozenExpert:
     @cached_property
     def digest(self) -> str:
         """Of its weights."""
-        return weights_digest(self.payload)
+        return weights_digest(self.payload["model_state"])
 
     def describe(self, device: torch.device) -> ExpertDescription:
         """As it runs on ``device``."""

@@ -88,7 +88,7 @@ def find_transformer(config: Config, checkpoint_dir: Path) -> FrozenTransformer:
         config=own,
         tokenizer=Tokenizer.from_state(payload["tokenizer"]),
         tokenizer_setting=payload["config"]["data"]["tokenizer"],
-        digest=weights_digest(payload),
+        digest=weights_digest(payload["model_state"]),
     )
 
 
@@ -101,10 +101,10 @@ def check_same_transformer(frozen: FrozenTransformer, run: Mapping[str, Any], pa
         )
 
 
-def weights_digest(payload: CheckpointPayload) -> str:
-    """Tells two models apart by their weights."""
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """Tells two models apart by their weights, which lie on the CPU."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(payload["model_state"].items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from nanothink.memory.index import bytes_per_key, choose_kind
 from nanothink.memory.neighbours import BYTES_PER_NEIGHBOUR
 from nanothink.models import COMBINED, build_model
+from nanothink.runs.keeping import kept_bytes
 from nanothink.runs.preparing import Prepared
 from nanothink.training.optimizer import effective_warmup
 
@@ -34,6 +35,8 @@ class RunEstimate:
     checkpoint_bytes: int
     disk_bytes: int
     disk_free_bytes: int
+    states_bytes: int
+    """The experts' states that are kept beside the tokens; 0 where none are, or they may not take so much."""
     precision: str
     precision_reason: str
 
@@ -87,6 +90,7 @@ def estimate_run(prepared: Prepared) -> RunEstimate:
         # best, rolling, snapshots, and the temporary file of the one being written
         disk_bytes=checkpoint * (3 + snapshots) + store_disk,
         disk_free_bytes=_free_bytes(prepared),
+        states_bytes=kept_bytes(prepared),
         precision=prepared.precision.name,
         precision_reason=prepared.precision.reason,
     )

@@ -39,6 +39,7 @@ from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import choose_device
 from nanothink.models.recall import Neighbours
 from nanothink.runs.experts import as_entries
+from nanothink.runs.keeping import keep_states
 from nanothink.runs.preparing import (
     Configure,
     Prepared,
@@ -90,6 +91,8 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
             watch.note("This run is complete. To train on, raise --max-epochs or --max-steps.")
             return RunFinished(ending["step"], ending["epoch"], ending["reason"], ending["best_loss"], 0.0)
         run = build_run(prepared, watch)
+        if isinstance(run.objective, Routed) and run.objective.states is not None:
+            stack.callback(run.objective.states.close)
         # Only from here on is there a state to save; a signal during the preparation just ends it.
         stop = stack.enter_context(StopRequest())
         if prepared.origin is None:
@@ -179,7 +182,7 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
         model=model,
         optimizer=optimizer,
         scaler=scaler,
-        objective=_objective(prepared, watch, neighbours),
+        objective=_objective(prepared, model, watch, neighbours),
         batches=prepared.batches,
         precision=prepared.precision,
         config=train_config,
@@ -236,10 +239,14 @@ def _remember(
 
 
 def _objective(
-    prepared: Prepared, watch: Watch, neighbours: Callable[[Sequence[int]], Neighbours] | None
+    prepared: Prepared,
+    model: LanguageModel,
+    watch: Watch,
+    neighbours: Callable[[Sequence[int]], Neighbours] | None,
 ) -> Objective:
     if isinstance(prepared.training, TrainMLAConfig):
-        return Routed(prepared.training.entropy_reg, neighbours)
+        assert isinstance(model, NanoThink)
+        return Routed(prepared.training.entropy_reg, keep_states(prepared, model, watch), neighbours)
     if prepared.where.kind != "diffuser":
         return next_token
     transformer = None

@@ -54,6 +54,8 @@ class Evaluated:
     evaluation: Evaluation
     best: bool
     bad_evaluations: int
+    epoch_parts: Mapping[str, float] = field(default_factory=dict)
+    """Where an epoch ends here: mean of each part of the loss over it, steps before a resume counted in."""
 
 
 @dataclass(frozen=True)

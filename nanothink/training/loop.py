@@ -124,6 +124,8 @@ def train(run: Run, services: Services) -> RunFinished:
         state.position += plan.blocks_per_step
         state.skipped_steps += not finite
         state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+        if finite:
+            state.count(parts, n_targets)
         services.observe(
             StepDone(
                 step=state.step,
@@ -211,7 +213,8 @@ def _evaluate(run: Run, services: Services) -> None:
     state.bad_evaluations = 0 if best else state.bad_evaluations + 1
     if best:
         state.best_loss = loss
-    services.observe(Evaluated(state.step, state.epoch, evaluation, best, state.bad_evaluations))
+    epoch_parts = state.end_epoch() if epoch_over else {}
+    services.observe(Evaluated(state.step, state.epoch, evaluation, best, state.bad_evaluations, epoch_parts))
     if config.sample_tokens:
         services.observe(Sampled(state.step, state.epoch, services.sample()))
     if best:

@@ -15,6 +15,7 @@ from nanothink.models.nanothink import NanoThink, routing_entropy
 from nanothink.models.noise import Draws
 from nanothink.models.recall import Neighbours
 from nanothink.models.transformer import Transformer
+from nanothink.training.expert_states import ExpertStates
 
 
 @dataclass(frozen=True)
@@ -98,16 +99,19 @@ class Routed:
     """
 
     entropy_reg: float
+    states: ExpertStates | None = None
+    """Where the experts' states are kept; None: they are computed each time. The loss is the same."""
     neighbours: Callable[[Sequence[int]], Neighbours] | None = None
     """What a memory recalls at each token of the blocks at these positions, (B, T, K); None without one."""
 
     def __call__(self, model: LanguageModel, batch: Batch, scale: float) -> Loss:
         assert isinstance(model, NanoThink)
-        known = None
+        known = self.states.of(model, batch.inputs, batch.positions) if self.states is not None else None
+        recalled = None
         if self.neighbours is not None:
-            known = self.neighbours(batch.positions).to(batch.inputs.device)
+            recalled = self.neighbours(batch.positions).to(batch.inputs.device)
         cross_entropy, trust = model.loss_and_routing(
-            batch.inputs, batch.targets, scale=scale, neighbours=known
+            batch.inputs, batch.targets, scale=scale, states=known, neighbours=recalled
         )
         weights = model.router_weights(trust)
         valid = (batch.targets != IGNORE).float() * scale  # (B, T)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanothink.models.recall import MEMORY
-from nanothink.training.events import Evaluated, Event, Note, Observer, RunStarted, StepDone
+from nanothink.training.events import Evaluated, Event, Note, Observer
 from nanothink.training.objectives import WEIGHT_PART
 
 ALONE, IDLE = 0.95, 0.02
@@ -14,33 +14,27 @@ class RoutingWatch:
     """An observer.
 
     Args:
-        tell: hears a ``Note`` for each expert that stood out over an epoch (over what was trained of it since
-            the run was resumed).
+        tell: hears a ``Note`` for each expert that stood out over an epoch.
     """
 
     def __init__(self, tell: Observer) -> None:
         self._tell = tell
-        self._epoch = 0
-        self._totals: dict[str, float] = {}
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, RunStarted):
-            self._epoch = event.epoch
-        elif isinstance(event, StepDone) and not event.skipped:
-            for part, mean in event.parts.items():
-                if part.startswith(WEIGHT_PART) and part != WEIGHT_PART + MEMORY:
-                    name = part.removeprefix(WEIGHT_PART)
-                    self._totals[name] = self._totals.get(name, 0.0) + mean * event.tokens
-        elif isinstance(event, Evaluated) and event.epoch > self._epoch:
-            self._epoch = event.epoch
-            if len(self._totals) > 1:  # a single expert has all there is
-                of_all = sum(self._totals.values())  # a memory has the rest
-                for name, total in self._totals.items():
-                    self._say(name, total / of_all)
-            self._totals = {}
+        if not isinstance(event, Evaluated):
+            return
+        means = {
+            part.removeprefix(WEIGHT_PART): mean
+            for part, mean in event.epoch_parts.items()
+            if part.startswith(WEIGHT_PART) and part != WEIGHT_PART + MEMORY
+        }
+        of_experts = sum(means.values())  # a memory has the rest
+        if len(means) > 1:  # a single expert has all there is
+            for name, mean in means.items():
+                self._say(name, mean / of_experts, event.epoch)
 
-    def _say(self, name: str, mean: float) -> None:
-        held = f"Warning: expert '{name}' held {100 * mean:.1f} % of the weight over epoch {self._epoch}"
+    def _say(self, name: str, mean: float, epoch: int) -> None:
+        held = f"Warning: expert '{name}' held {100 * mean:.1f} % of the weight over epoch {epoch}"
         if mean > ALONE:
             advice = "the others hardly count. Raise train_mla.entropy_reg, or lower train_mla.lr_other."
             self._tell(Note(f"{held}: {advice}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nanothink.config import TrainConfig
@@ -26,13 +26,30 @@ class TrainState:
     skipped_steps: int = 0
     """Steps skipped because loss or gradient were not finite, in all."""
     skipped_in_a_row: int = 0
+    epoch_targets: int = 0
+    """Targets trained on since the epoch began, in steps that were not skipped."""
+    epoch_parts: dict[str, float] = field(default_factory=dict)
+    """Sums over those targets of each part of the loss."""
+
+    def count(self, parts: Mapping[str, float], n_targets: int) -> None:
+        """Take in a step: means of the parts of its loss over its targets."""
+        self.epoch_targets += n_targets
+        self.epoch_parts = {
+            name: self.epoch_parts.get(name, 0.0) + mean * n_targets for name, mean in parts.items()
+        }
+
+    def end_epoch(self) -> dict[str, float]:
+        """Mean of each part over the epoch that ends here; the next one begins with nothing."""
+        means = {name: total / self.epoch_targets for name, total in self.epoch_parts.items()}
+        self.epoch_targets, self.epoch_parts = 0, {}
+        return means
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 @dataclass(frozen=True)

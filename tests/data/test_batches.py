@@ -174,3 +174,19 @@ def test_validation_reads_in_order_up_to_the_cap(
     inputs = torch.cat([inputs for inputs, _ in batches]).flatten()
     assert inputs[:limit].tolist() == [EOS, *range(1, limit)]
     assert all((targets != IGNORE).any(dim=1).all() for _, targets in batches)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=sizes, seeds=st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1)))
+def test_every_block_has_a_number_whatever_the_order(sizes: list[int], seeds: tuple[int, int]) -> None:
+    contents: dict[int, bytes] = {}
+    for seed in seeds:
+        batches = TrainingBatches(_streams(*sizes), LENGTH, seed)
+        seen = set()
+        for position in range(len(sizes) * max(sizes)):
+            number = batches.number(position)
+            inputs, _ = batches.read(position, 1)
+            assert contents.setdefault(number, inputs.numpy().tobytes()) == inputs.numpy().tobytes()
+            seen.add(number)
+        assert seen == set(range(batches.n_blocks))
+    assert len(set(contents.values())) == len(contents)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,13 @@ import torch
 import nanothink as package
 from nanothink.checkpoints.file import read_checkpoint, write_checkpoint
 from nanothink.cli.app import run
-from nanothink.errors import UsageError
+from nanothink.config.run import resolve_config
+from nanothink.errors import InterruptedRun, UsageError
+from nanothink.models import COMBINED
 from nanothink.models.nanothink import NanoThink
+from nanothink.runs.preparing import Watch, Where
+from nanothink.runs.pretraining import pretrain as pretrain_run
+from nanothink.training.events import Event, RunStarted, StepDone
 
 STEM = "nanothink_mla"
 KINDS = ("transformer", "state_space", "diffuser")
@@ -194,6 +200,105 @@ def test_interrupted_then_killed_and_resumed_it_ends_in_the_same_bits(
         assert_same(whole, other, path.name)
     assert metrics(trained) == metrics(tmp_path)
     assert not (tmp_path / f"{STEM}_interrupted.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The experts' states on the disk
+
+
+class Phase2:
+    """Phase 2 over a copy of the data, so that what is kept beside it is known."""
+
+    per_epoch = 7
+    """Steps of 64 blocks."""
+
+    def __init__(self, corpus: Path, experts: Path, root: Path) -> None:
+        self.data, self.root = root / "data", root
+        shutil.copytree(corpus, self.data, ignore=shutil.ignore_patterns(".nanothink"))
+        self.experts = tuple(experts / f"{kind}_expert.pt" for kind in KINDS)
+
+    def train(
+        self, name: str, *, stop_after: int | None = None, resume: str | None = None, gb: float = 4
+    ) -> str:
+        """What was said. ``stop_after``: SIGINT after so many steps."""
+        said: list[str] = []
+        values = PHASE | {
+            "data.data_dir": self.data,
+            "train_mla.batch_size": 64,
+            "train_mla.grad_accum_steps": 1,
+            "train_mla.max_steps": 2 * self.per_epoch + 2,
+            "train_mla.sample_tokens": 0,
+            "train_mla.states_disk_gb": gb,
+        }
+
+        def observe(event: Event) -> None:
+            if isinstance(event, RunStarted):
+                assert math.ceil(event.n_blocks / 64) == self.per_epoch
+                assert event.epochs == 3
+            if isinstance(event, StepDone) and event.step == stop_after:
+                signal.raise_signal(signal.SIGINT)
+
+        where = Where(
+            COMBINED, self.root / name, resume=resume, device="cpu", experts=() if resume else self.experts
+        )
+        assignments = [f"{name}={value}" for name, value in values.items()]
+        with nullcontext() if stop_after is None else pytest.raises(InterruptedRun):
+            pretrain_run(
+                where,
+                lambda base: resolve_config(base=base, assignments=assignments),
+                observe=observe,
+                watch=Watch(said.append, lambda what, done, total: None),
+            )
+        return "\n".join(said)
+
+    @property
+    def kept(self) -> list[Path]:
+        return sorted((self.data / ".nanothink" / "states").glob("*"))
+
+    def assert_same(self, name: str, other: str) -> None:
+        ours, theirs = (dict(read_checkpoint(self.root / n / f"{STEM}.pt")) for n in (name, other))
+        assert ours.pop("config") is not None
+        assert theirs.pop("config") is not None
+        assert_same(ours, theirs)
+        assert metrics(self.root / name) == metrics(self.root / other)
+
+
+@pytest.fixture
+def phase2(tiny_corpus: Path, experts: Path, tmp_path: Path) -> Phase2:
+    return Phase2(tiny_corpus, experts, tmp_path)
+
+
+def test_kept_states_change_no_bit(phase2: Phase2) -> None:
+    """Three epochs without, with, and again over what is there."""
+    assert "states" not in phase2.train("without", gb=0)
+    assert phase2.kept == []
+    said = phase2.train("within")
+    (folder,) = phase2.kept
+    assert f"The experts' states are kept in {folder}: 391 blocks" in said
+    phase2.assert_same("within", "without")
+    assert "391 of 391 blocks are there already" in phase2.train("again")
+    phase2.assert_same("again", "without")
+    assert phase2.kept == [folder]
+    assert "The experts' states take" in phase2.train("tight", gb=0.001)
+    phase2.assert_same("tight", "without")
+
+
+def test_states_lost_or_damaged_between_two_halves_of_a_run_change_no_bit(phase2: Phase2) -> None:
+    """Stopped within the first epoch, then lost; stopped within the second, then half of it damaged."""
+    phase2.train("without", gb=0)
+    phase2.train("cut", stop_after=phase2.per_epoch // 2)
+    (folder,) = phase2.kept
+    assert (folder / "marks.u64").read_bytes().count(1) >= 64  # a mark's bit that says that it is there
+    shutil.rmtree(folder)
+    phase2.train("cut", stop_after=phase2.per_epoch + 2, resume="newest")
+    states = folder / "states.f32"
+    content = states.read_bytes()
+    assert any(content)
+    states.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    said = phase2.train("cut", resume="newest")
+    assert "blocks are there already" in said
+    assert "damaged; they are made again" in said
+    phase2.assert_same("cut", "without")
 
 
 def test_going_on_needs_no_expert_and_takes_no_other(

@@ -283,11 +283,19 @@ def by_hand(model: Diffuser, batch: Batch, chance: Draws) -> dict[str, Tensor]:
             earlier = guess.detach() if chance.guided[b] else torch.zeros(1, WIDTH)
             second, rounded = model.denoise(condition, noisy.unsqueeze(0), level, earlier)
             sums["mse_pure"] += F.mse_loss(guess[0], clean[b, t])
-            sums["mse_noised"] += F.mse_loss(second[0], clean[b, t])
+            sums["mse_noised"] += noised_error(model, second[0], noisy, clean[b, t], alpha_bar)
             sums["cross_entropy"] += F.cross_entropy(model.head(hidden)[0], y)
             if t in chosen:
                 sums["rounding"] += every * F.cross_entropy(model.head(rounded)[0], y)
     return sums
+
+
+def noised_error(model: Diffuser, guess: Tensor, noisy: Tensor, clean: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Of what the network predicts: the squared error of the velocity behind this guess, or of the guess."""
+    if model.shape.prediction == "clean":
+        return F.mse_loss(guess, clean)
+    true = (alpha_bar.sqrt() * noisy - clean) / (1 - alpha_bar).sqrt()
+    return F.mse_loss((alpha_bar.sqrt() * noisy - guess) / (1 - alpha_bar).sqrt(), true)
 
 
 @pytest.mark.parametrize("prediction", ["clean", "velocity"])
@@ -340,7 +348,8 @@ def test_with_one_evaluation_each_block_is_either_pure_or_noised_and_counts_twic
         ("mse_noised", ~chance.split, noisy, chance.levels),
     ):
         guess, hidden = model.denoise(condition, x, levels)
-        error = ((guess - clean).square().mean(-1) * valid)[rows].sum()
+        weight = 1.0 if part == "mse_pure" else 1 / (1 - model.alpha_bars[levels])
+        error = ((guess - clean).square().mean(-1) * valid * weight)[rows].sum()
         torch.testing.assert_close(found[part], 2 * error.detach(), rtol=1e-4, atol=1e-4)
         nats = F.cross_entropy(
             model.head(hidden[rows]).flatten(0, 1), batch.targets[rows].flatten(), reduction="sum"

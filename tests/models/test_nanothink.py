@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from nanothink.config import (
     TrainMLAConfig,
     TransformerConfig,
 )
+from nanothink.config.run import resolve_config
 from nanothink.errors import UsageError
 from nanothink.models import COMBINED, ExpertDescription, build_model
 from nanothink.models.contract import IGNORE, LanguageModel
@@ -340,3 +342,47 @@ def test_the_memory_estimate_is_near_what_autograd_keeps(
     head = VOCAB * (4 * 4 * 96 + 512 * 8)
     estimated = model.activation_bytes(8, 64, value_bytes) - in_flight - head
     assert estimated == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most that torch's allocator held at a time during the call, on top of what it held before."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as watched:
+        call()
+    found = watched.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]")
+    return max(accumulate(change for _, change in changes))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, COMBINED])
+@pytest.mark.parametrize(("dtype", "value_bytes"), [(torch.float32, 4), (torch.bfloat16, 2)])
+@pytest.mark.usefixtures("narrow_products")
+def test_the_estimate_of_reading_is_near_what_is_allocated(
+    dtype: torch.dtype, value_bytes: int, kind: str
+) -> None:
+    whole = resolve_config(
+        assignments=["model.d_model=96", "model.max_seq_len=64", "mla.n_layers=0", "state_space.scan=auto"]
+    ).config
+    parts = [ExpertDescription(k, k, whole) for k in KINDS]
+    model = build_model(kind, whole, VOCAB, parts).eval()
+    x = tokens(8, 64)
+    read = model.expert_states if isinstance(model, NanoThink) else model.hidden
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        read(x)  # the first call sets things up
+        peak = peak_bytes(lambda: read(x))
+    assert model.reading_bytes(8, 64, value_bytes) == pytest.approx(peak, rel=0.15)
+
+
+def test_the_memory_estimate_counts_the_experts_where_they_need_most() -> None:
+    """Large experts under a small model: their reading is the peak, though nothing is kept of it."""
+    wide = ["model.d_model=96", "model.max_seq_len=64", "mla.n_layers=0", "transformer.ffn_mult=64"]
+    whole = resolve_config(assignments=wide).config
+    parts = [ExpertDescription("transformer", "transformer", whole)]
+    model = build_model(COMBINED, whole, VOCAB, parts)
+    expert = build_model("transformer", whole, VOCAB)
+    reading = expert.reading_bytes(8, 64, 4)
+    assert model.activation_bytes(8, 64, 4) == reading
+    x = tokens(8, 64)
+    model.loss(x, x).backward()  # the gradients are there from now on
+    assert reading == pytest.approx(peak_bytes(lambda: model.loss(x, x).backward()), rel=0.15)

@@ -269,7 +269,7 @@ def test_neighbours_that_are_known_are_not_searched() -> None:
         assert list(positions) == [7, 8, 9]
         return known
 
-    objective = Routed(0.5, known_at)
+    objective = Routed(0.5, neighbours=known_at)
     loss = objective(model, Batch(x, y, (7, 8, 9)), 1 / 60)
     assert memory.asked == asked
     assert set(loss.parts) == {

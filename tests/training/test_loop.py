@@ -332,3 +332,44 @@ class TestNotFinite:
         harness = self._poisoned({1, 2, 4, 5}, max_steps=8, max_skipped_steps=3)
         harness.go()
         assert harness.run.state.skipped_steps == 4
+
+
+def test_an_epochs_means_count_its_steps_before_a_resume_too() -> None:
+    """Three steps an epoch; the run is stopped within the second epoch and goes on elsewhere."""
+
+    def objective(model: Any, batch: Batch, scale: float) -> Loss:
+        valid = (batch.targets != IGNORE).float().sum(1)
+        places = torch.tensor([float(p) for p in batch.positions])
+        return Loss(next_token(model, batch, scale).total, {"place": (places * valid).sum() * scale})
+
+    def means(events: list[Any]) -> list[dict[str, float]]:
+        return [dict(e.epoch_parts) for e in events if isinstance(e, Evaluated)]
+
+    def harness() -> Harness:
+        made = Harness(batch_size=4, n_blocks=12, max_epochs=2, eval_every_steps=2)
+        object.__setattr__(made.run, "objective", objective)
+        return made
+
+    whole = harness()
+    whole.go()
+    per_block = [LENGTH // 2 if p % 3 == 0 else LENGTH for p in range(24)]
+    expected = [
+        sum(p * per_block[p] for p in own) / sum(per_block[p] for p in own)
+        for own in (range(12), range(12, 24))
+    ]
+    found = means(whole.events)
+    assert [len(parts) for parts in found] == [0, 1, 0, 1]  # steps 2, 3, 4 and 6: the epochs end at 3 and 6
+    assert [parts["place"] for parts in found if parts] == pytest.approx(expected)
+
+    first, second = harness(), harness()
+
+    def observe(event: Any) -> None:
+        first.events.append(event)
+        if isinstance(event, StepDone) and event.step == 5:
+            first.stop._on_signal(2, None)
+
+    with pytest.raises(InterruptedRun):
+        train(first.run, Services(first.evaluate, dict, first.save, observe, first.stop))
+    object.__setattr__(second.run, "state", TrainState.from_dict(first.run.state.to_dict()))
+    second.go()
+    assert means(first.events) + means(second.events) == found

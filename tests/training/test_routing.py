@@ -2,73 +2,53 @@
 
 from __future__ import annotations
 
+import pytest
+
 from nanothink.inference.evaluate import Evaluation, Score
-from nanothink.training.events import Evaluated, Event, Note, RunStarted, StepDone
+from nanothink.training.events import Evaluated, Note
 from nanothink.training.routing import RoutingWatch
+from nanothink.training.state import TrainState
 
 
-def step(number: int, tokens: int = 100, *, skipped: bool = False, **weights: float) -> StepDone:
-    parts = {f"weight_{name}": weight for name, weight in weights.items()}
-    return StepDone(
-        step=number,
-        total_steps=10,
-        epoch=0,
-        loss=1.0,
-        learning_rate=0.1,
-        gradient_norm=1.0,
-        tokens=tokens,
-        seconds=1.0,
-        skipped=skipped,
-        logged=False,
-        parts=parts | {"cross_entropy": 1.0},
-    )
-
-
-def evaluated(epoch: int) -> Evaluated:
-    return Evaluated(5, epoch, Evaluation({"a": Score(1.0, 1, 1)}), best=True, bad_evaluations=0)
-
-
-def heard(*events: Event) -> list[str]:
+def heard(epoch: int, **weights: float) -> list[str]:
+    """What is said when an epoch ends with these mean weights."""
     notes: list[str] = []
 
-    def tell(event: Event) -> None:
+    def tell(event: object) -> None:
         assert isinstance(event, Note)
         notes.append(event.message)
 
-    watch = RoutingWatch(tell)
-    for event in events:
-        watch(event)
+    parts = {f"weight_{name}": weight for name, weight in weights.items()} | {"cross_entropy": 1.0}
+    evaluation = Evaluation({"a": Score(1.0, 1, 1)})
+    RoutingWatch(tell)(Evaluated(5, epoch, evaluation, best=True, bad_evaluations=0, epoch_parts=parts))
     return notes
 
 
-START = RunStarted("nanothink_mla", 0, 10, 0, 2, 10, 1)
-
-
 def test_the_mean_over_the_epoch_decides() -> None:
-    steps = [step(1, 100, a=0.90, b=0.09, c=0.01), step(2, 300, a=0.98, b=0.01, c=0.01)]
-    alone, idle = heard(START, *steps, evaluated(1))
+    alone, idle = heard(1, a=0.96, b=0.03, c=0.01)
     assert "expert 'a' held 96.0 % of the weight over epoch 1" in alone
     assert "expert 'c' held 1.0 % of the weight over epoch 1" in idle
-    # Once is not an epoch, and an evaluation within one is none.
-    assert heard(START, *steps, evaluated(0)) == []
-    assert heard(START, steps[0], evaluated(1)) == [idle]
+    assert heard(2, a=0.95, b=0.02, c=0.03) == []
 
 
-def test_each_epoch_is_judged_by_itself() -> None:
-    uneven, even = step(1, a=0.99, b=0.01), step(2, a=0.5, b=0.5)
-    assert len(heard(START, uneven, evaluated(1), even, evaluated(2))) == 2
-    assert len(heard(START, uneven, evaluated(1), uneven, evaluated(2))) == 4
+def test_nothing_is_said_where_there_is_nothing_to_choose_or_no_epoch_ended() -> None:
+    assert heard(1, only=1.0) == []
+    assert heard(1) == []
 
 
-def test_nothing_is_said_where_there_is_nothing_to_choose_or_to_count() -> None:
-    assert heard(START, step(1, only=1.0), evaluated(1)) == []
-    nan = float("nan")
-    assert heard(START, step(1, a=0.5, b=0.5), step(2, skipped=True, a=nan, b=nan), evaluated(1)) == []
-    assert heard(START, evaluated(1)) == []
+def test_the_epoch_counts_targets_and_not_steps() -> None:
+    state = TrainState()
+    state.count({"weight_a": 0.9, "weight_b": 0.1}, 100)
+    state.count({"weight_a": 0.98, "weight_b": 0.02}, 300)
+    resumed = TrainState.from_dict(state.to_dict())
+    assert resumed == state
+    resumed.count({"weight_a": 0.5, "weight_b": 0.5}, 400)
+    assert resumed.end_epoch() == pytest.approx({"weight_a": 0.73, "weight_b": 0.27})
+    assert resumed.end_epoch() == {}  # each epoch is judged by itself
 
 
 def test_a_memory_takes_nothing_from_how_experts_are_judged() -> None:
-    alone, idle = heard(START, step(1, a=0.198, b=0.002, memory=0.8), evaluated(1))
+    alone, idle = heard(1, a=0.198, b=0.002, memory=0.8)
     assert "expert 'a' held 99.0 % of the weight" in alone
     assert "expert 'b' held 1.0 % of the weight" in idle
-    assert heard(START, step(1, a=0.5, b=0.49, memory=0.01), evaluated(1)) == []
+    assert heard(1, a=0.5, b=0.49, memory=0.01) == []

@@ -4,7 +4,18 @@ Results go to standard output, so that they can be piped; notes, progress and er
 error. Where standard error is not a terminal there are no bars and no colours, only plain lines.
 """
 
-from nanothink.cli.render.console import count, duration, error, note, print_json, say, size, warning, width
+from nanothink.cli.render.console import (
+    chapter,
+    count,
+    duration,
+    error,
+    note,
+    print_json,
+    say,
+    size,
+    warning,
+    width,
+)
 from nanothink.cli.render.memory import compaction, memory_facts, recalled
 from nanothink.cli.render.progress import progress
 from nanothink.cli.render.results import (
@@ -20,6 +31,7 @@ from nanothink.cli.render.tables import histogram, table
 from nanothink.cli.render.training import training_view
 
 __all__ = [
+    "chapter",
     "compaction",
     "count",
     "duration",

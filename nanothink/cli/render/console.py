@@ -41,6 +41,14 @@ def say(message: str = "", style: str = "") -> None:
     out.print(Text(message, style=style), soft_wrap=True)
 
 
+def chapter(title: str, command: str) -> None:
+    """A heading among the results, and the command that it is about."""
+    out.print()
+    out.print(Text(title, style="bold"), soft_wrap=True)
+    if command:
+        out.print(Text(command, style="cyan"), soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """One JSON object on standard output. What JSON cannot say (NaN, infinity) becomes null."""
     sys.stdout.write(json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -113,6 +113,8 @@ def estimate(name: str, estimate: RunEstimate) -> None:
         ["one checkpoint", size(estimate.checkpoint_bytes)],
         ["disk, at most about", f"{size(estimate.disk_bytes)} of {size(estimate.disk_free_bytes)} free"],
     ]
+    if estimate.states_bytes:
+        rows.append(["experts' states beside the tokens, at most", size(estimate.states_bytes)])
     table(["run", ""], rows)
     if estimate.disk_bytes > estimate.disk_free_bytes:
         warning("The disk may not hold all checkpoints of this run.")

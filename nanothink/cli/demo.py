@@ -1,0 +1,86 @@
+"""``nanothink demo``: the whole story in a few minutes, by the commands that a person would type."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nanothink.cli.options import ForgivingCommand
+
+_SHAPE = ("transformer.n_layers=2", "state_space.n_layers=3", "diffuser.n_layers=2")
+"""Half of the ``tiny`` preset's layers: four models have to be ready within minutes."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command(cls=ForgivingCommand)(demo)
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where its data and checkpoints go.")
+    ] = Path("demo"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew instead of going on with an earlier demo.")
+    ] = False,
+) -> int:
+    """Starter corpus, tokenizer, three experts, NanoThink, evaluation and a sample; no network needed.
+
+    A few minutes on two cores. Each command is shown before it runs; one that was interrupted goes on when
+    the demo is started again.
+    """
+    import time
+
+    from nanothink.cli import render
+    from nanothink.cli.app import run
+
+    start = time.monotonic()
+    steps = list(_steps(out, overwrite=overwrite))
+    for number, (title, command) in enumerate(steps, start=1):
+        render.chapter(f"{number}/{len(steps)}  {title}", f"$ nanothink {shlex.join(command)}")
+        code = run(command)
+        if code:
+            return code
+    render.chapter(f"Done in {render.duration(time.monotonic() - start)}. What to type next", "")
+    for line in _next_commands(out):
+        render.say(f"  {line}")
+    return 0
+
+
+def _steps(out: Path, *, overwrite: bool) -> Iterator[tuple[str, list[str]]]:
+    """What each chapter is called, and its command."""
+    data, tokenizer, checkpoints = str(out / "data"), out / "tokenizer", str(out / "checkpoints")
+    again = ["--overwrite"] if overwrite else ["--resume"]
+    shape = [part for assignment in _SHAPE for part in ("--set", assignment)]
+    common = ["--preset", "tiny", "--data-dir", data, "--checkpoint-dir", checkpoints, *shape, *again]
+    text = ["--tokenizer", str(tokenizer), *common]
+
+    yield "Text that every Python installation carries", ["data", "sample", data, "--overwrite"]
+    if overwrite or not tokenizer.exists():
+        train = ["tokenizer", "train", "--data-dir", data, "--vocab-size", "2048", "--out", str(tokenizer)]
+        yield "A byte-level BPE of its own", [*train, *(["--overwrite"] if overwrite else [])]
+    yield "First expert: a transformer", ["pretrain", "transformer", "--max-steps", "150", *text]
+    yield "Second expert: a state-space model", ["pretrain", "state_space", "--max-steps", "150", *text]
+    yield (
+        "Third expert: a diffuser, against the frozen transformer",
+        ["pretrain", "diffuser", "--max-steps", "150", *common],
+    )
+    yield "NanoThink over the three, frozen", ["train-mla", "--max-steps", "100", *common]
+    held_out = ["--checkpoint-dir", checkpoints, "--max-tokens", "20000"]
+    yield "All four on held-out text", ["eval", *held_out]
+    combined = str(out / "checkpoints" / "nanothink_mla.pt")
+    prompt = ["generate", "def main(", "--checkpoint", combined, "-n", "80", "--seed", "1", "--show-routing"]
+    yield "What it writes, and which expert is trusted", prompt
+
+
+def _next_commands(out: Path) -> Iterator[str]:
+    combined = shlex.quote(str(out / "checkpoints" / "nanothink_mla.pt"))
+    checkpoints = shlex.quote(str(out / "checkpoints"))
+    yield f'nanothink generate "The module" --checkpoint {combined}   # let it write'
+    yield f"nanothink report --checkpoint-dir {checkpoints}   # curves, domains, routing as one HTML page"
+    yield f"nanothink checkpoints ls --checkpoint-dir {checkpoints}   # what there is"
+    yield "nanothink data import notes.csv --domain notes   # your own text, one folder a domain"
+    yield "nanothink pretrain transformer --dry-run   # what training on it would take"

@@ -1,0 +1,297 @@
+"""States of frozen experts over the training blocks, kept on the disk so that each is computed once.
+
+    <cache>/states/<key>/
+        identity.json     what the states depend on; a folder that says anything else is not used
+        states.f32        (E, T, D) float32 a block, block after block; a hole where none was written yet
+        marks.u64         a number a block: 0, or 2^32 plus the CRC-32 of its states
+
+Nothing is computed ahead: a block's states are written when it first comes by, and its mark after them. Every
+block is held against its mark whenever it is read. So a killed process, a power cut or a damaged file costs
+that the blocks in question are computed again, and runs that share a folder cannot harm one another.
+
+The numbers are those that the experts give, bit for bit, so a run ends in the same weights with this and
+without it, or with a part of it. The one thing this rests on, that a block's states do not depend on the
+blocks beside it in a batch, is tried on the first batch of every run.
+
+The files are read and written, not mapped: a disk that is full or a file that was cut off is an error which
+can be answered, where touching a mapped page would kill the process.
+
+Shapes: B blocks of a batch, T time, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import math
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+from torch import Tensor
+
+from nanothink.data.cache import Note, cache_folder, locked, write_whole
+from nanothink.errors import StorageError
+from nanothink.models.nanothink import NanoThink
+
+SPARE_BYTES = 10**9
+"""Room that is left on the disk for everything else, checkpoints above all."""
+
+_FORMAT = 1
+_FOLDER = "states"
+_TEMPORARY = "tmp-"
+_FILLED = 1 << 32
+_IN_VAIN = "so they are computed in every epoch"
+
+Shape = tuple[int, int, int, int]
+"""Blocks, E, T, D."""
+
+
+def states_bytes(shape: Shape) -> int:
+    """What the states of all blocks take on the disk."""
+    return 4 * int(np.prod(shape, dtype=np.int64)) + 8 * shape[0]
+
+
+class ExpertStates:
+    """The states of one set of experts over one set of blocks.
+
+    Args:
+        folder: made by ``open_states``.
+        shape: how much it holds.
+        number: which block comes at a position of the run.
+        note: hears when the states are given up, and why.
+    """
+
+    def __init__(self, folder: Path, shape: Shape, number: Callable[[int], int], note: Note) -> None:
+        self.folder = folder
+        self._shape, self._number, self._note = shape, number, note
+        self._block_bytes = 4 * shape[1] * shape[2] * shape[3]
+        self._tried = self._told = False
+        self._files: list[int] = []
+        try:
+            for name in ("states.f32", "marks.u64"):
+                self._files.append(os.open(folder / name, os.O_RDWR | os.O_CLOEXEC))
+            fcntl.flock(self._files[1], fcntl.LOCK_SH)  # until it is closed: _make_room leaves it alone
+        except OSError:
+            self.close()
+            raise
+
+    def n_filled(self) -> int:
+        """Blocks that are there already."""
+        return int(np.count_nonzero(np.fromfile(self.folder / "marks.u64", "u8")))
+
+    def of(self, model: NanoThink, inputs: Tensor, positions: Sequence[int]) -> list[Tensor]:
+        """What ``model.expert_states(inputs)`` gives, read where it is known and kept where it is not.
+
+        Args:
+            inputs: (B, T) int64, on the CPU.
+            positions: of its blocks in the run.
+        """
+        if not self._files:
+            return model.expert_states(inputs)
+        numbers = [self._number(position) for position in positions]
+        states = torch.empty(self._shape[1], len(numbers), *self._shape[2:])  # (E, B, T, D)
+        try:
+            missing = [i for i, number in enumerate(numbers) if not self._read(number, states[:, i])]
+            if not self._tried:
+                return self._try_out(model, inputs, numbers, states, missing)
+            if missing:
+                for own, made in zip(states, model.expert_states(inputs[missing]), strict=True):
+                    own[missing] = made
+                self._write(numbers, states, missing)
+        except OSError as error:
+            self._give_up(f"{self.folder} failed ({error.strerror or error})")
+            return model.expert_states(inputs)
+        return list(states)
+
+    def close(self) -> None:
+        for file in self._files:
+            os.close(file)
+        self._files = []
+
+    def _try_out(
+        self, model: NanoThink, inputs: Tensor, numbers: list[int], known: Tensor, missing: list[int]
+    ) -> list[Tensor]:
+        """The first batch is computed as if nothing were known, and compared with what is."""
+        self._tried = True
+        made = model.expert_states(inputs)
+        alone = model.expert_states(inputs[-1:])
+        there = [i for i in range(len(numbers)) if i not in missing]
+        if not all(torch.equal(one[0], own[-1]) for one, own in zip(alone, made, strict=True)):
+            self._give_up("here a block's states depend on those beside it in a batch")
+        elif not all(torch.equal(own[there], new[there]) for own, new in zip(known, made, strict=True)):
+            self._give_up(f"those in {self.folder} are not what the experts compute here")
+        else:
+            self._write(numbers, torch.stack(made), missing)
+        return made
+
+    def _read(self, number: int, into: Tensor) -> bool:
+        """Fill (E, T, D) with the states of a block, if they are there and whole."""
+        mark = int.from_bytes(os.pread(self._files[1], 8, 8 * number), sys.byteorder)
+        if not mark:  # asked of the file each time: another run may be filling it too
+            return False
+        parts = [part.numpy() for part in into]
+        n_read = os.preadv(self._files[0], parts, number * self._block_bytes)
+        if n_read == self._block_bytes and _mark(number, parts) == mark:
+            return True
+        if not self._told:
+            self._told = True
+            self._note(f"Some of the states in {self.folder} are damaged; they are made again.")
+        return False
+
+    def _write(self, numbers: Sequence[int], states: Tensor, rows: Sequence[int]) -> None:
+        for row in rows:
+            number, parts = numbers[row], [part.numpy() for part in states[:, row]]
+            if os.pwritev(self._files[0], parts, number * self._block_bytes) != self._block_bytes:
+                raise OSError("the disk is full")
+            os.pwrite(self._files[1], _mark(number, parts).to_bytes(8, sys.byteorder), 8 * number)
+
+    def _give_up(self, why: str) -> None:
+        """Make room: what is left of the disk belongs to the checkpoints."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._note(f"The experts' states are no longer kept: {why}, {_IN_VAIN}.")
+
+
+def open_states(
+    root: Path,
+    identity: Mapping[str, Any],
+    shape: Shape,
+    *,
+    budget_bytes: int,
+    begin: bool,
+    number: Callable[[int], int],
+    note: Note,
+) -> ExpertStates | None:
+    """The states kept under this identity, or an empty place for them; None, and a line, if neither.
+
+    Args:
+        root: the data's folder, beside whose tokens they are kept.
+        identity: plain values, everything that a bit of the states depends on.
+        budget_bytes: what all states in the folder may take together. Older ones give way, least recently
+            used first, unless a run is using them.
+        begin: whether to make a place if there is none.
+        number: which block comes at a position of the run.
+        note: hears where they are kept, or why not.
+    """
+    needed = states_bytes(shape)
+    if needed > budget_bytes:
+        note(
+            f"The experts' states take {_size(needed)}, and train_mla.states_disk_gb allows "
+            f"{_size(budget_bytes)}, {_IN_VAIN}. To keep them: --set train_mla.states_disk_gb="
+            f"{math.ceil(needed / 1e8) / 10:g}"
+        )
+        return None
+    described = orjson.dumps(
+        {"format": _FORMAT, "order": sys.byteorder, "shape": shape, **identity}, option=orjson.OPT_SORT_KEYS
+    )
+    key = hashlib.blake2b(described, digest_size=16).hexdigest()
+    try:
+        cache = cache_folder(root)
+        folder = cache / _FOLDER / key
+        if not (begin or folder.exists()):
+            return None
+        with locked(cache, note):
+            folder.parent.mkdir(exist_ok=True)
+            for left in folder.parent.glob(_TEMPORARY + "*"):
+                shutil.rmtree(left, ignore_errors=True)
+            whole = _is_whole(folder, described, shape)
+            if folder.exists() and not whole:
+                note(f"The states kept in {folder} are damaged; they are made again.")
+                shutil.rmtree(folder)
+            if not _make_room(folder, budget_bytes - needed):
+                note(
+                    f"The experts' states take {_size(needed)}, and other runs just now use what "
+                    f"train_mla.states_disk_gb allows beside that, {_IN_VAIN}."
+                )
+                return None
+            missing = needed - (_taken(folder) if whole else 0)
+            free = shutil.disk_usage(cache).free
+            if free < missing + SPARE_BYTES:
+                note(
+                    f"The experts' states take {_size(needed)}, and {cache} has {_size(free)} free, of which "
+                    f"{_size(SPARE_BYTES)} are left for checkpoints, {_IN_VAIN}."
+                )
+                return None
+            if not whole:
+                _make(folder, described, shape)
+            os.utime(folder)
+            states = ExpertStates(folder, shape, number, note)
+            n_filled = states.n_filled()
+    except (OSError, StorageError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        note(f"The experts' states cannot be kept beside {root} ({why}), {_IN_VAIN}.")
+        return None
+    there = f"{n_filled} of {shape[0]} blocks are there already" if n_filled else f"{shape[0]} blocks"
+    note(f"The experts' states are kept in {folder}: {there}, {_size(needed)} for all.")
+    return states
+
+
+def _mark(number: int, parts: Sequence[np.ndarray[Any, Any]]) -> int:
+    """Never 0, and another for the same bytes in another place."""
+    check = number
+    for part in parts:
+        check = zlib.crc32(part.data, check)
+    return _FILLED | check
+
+
+def _make(folder: Path, described: bytes, shape: Shape) -> None:
+    work = folder.with_name(f"{_TEMPORARY}{os.getpid()}")
+    work.mkdir()
+    for name, size in _sizes(shape).items():
+        with open(work / name, "wb") as file:
+            file.truncate(size)
+    write_whole(work / "identity.json", described)
+    os.rename(work, folder)
+
+
+def _is_whole(folder: Path, described: bytes, shape: Shape) -> bool:
+    try:
+        same = (folder / "identity.json").read_bytes() == described
+        return same and all((folder / n).stat().st_size == size for n, size in _sizes(shape).items())
+    except OSError:
+        return False
+
+
+def _sizes(shape: Shape) -> dict[str, int]:
+    return {"states.f32": states_bytes(shape) - 8 * shape[0], "marks.u64": 8 * shape[0]}
+
+
+def _make_room(own: Path, allowed_bytes: int) -> bool:
+    """Delete states of others, the longest unused first, until the rest takes no more; whether it does."""
+    others = [path for path in own.parent.iterdir() if path != own and path.is_dir()]
+    used = {path for path in others if _in_use(path)}
+    allowed_bytes -= sum(map(_taken, used))
+    for path in sorted(set(others) - used, key=lambda path: path.stat().st_mtime, reverse=True):
+        allowed_bytes -= (taken := _taken(path))
+        if allowed_bytes < 0:
+            allowed_bytes += taken
+            shutil.rmtree(path, ignore_errors=True)
+    return allowed_bytes >= 0
+
+
+def _in_use(folder: Path) -> bool:
+    try:
+        with open(folder / "marks.u64", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _taken(folder: Path) -> int:
+    """Bytes on the disk, holes left out."""
+    return sum(512 * path.stat().st_blocks for path in folder.iterdir())
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e7 else f"{n_bytes / 1e6:.2f} MB"
