@@ -169,5 +169,5 @@ class VectorStoreConfig(Settings):
     """Inverted lists that a search looks into."""
 
     max_keys: int | None = Field(None, ge=1)
-    """Keep at most about this many keys, from blocks spread evenly over the text; one for each training token
-    when empty."""
+    """Build with at most about this many keys, from blocks spread evenly over the text; with one for each
+    training token when empty. What is added later is added in full."""

@@ -127,8 +127,8 @@ def plan_build(
     n_fresh = sum(int(documents.n_tokens[fresh].sum()) for _, _, documents, _, fresh, _ in chosen)
     n_old = store.index.n_keys if store is not None else 0
     share = 1.0
-    if settings.max_keys is not None and n_fresh:
-        share = min(1.0, max(0, settings.max_keys - n_old) / n_fresh)
+    if settings.max_keys is not None and store is None:  # what is added to one, somebody wants in it
+        share = min(1.0, settings.max_keys / max(1, n_fresh))
     intakes = tuple(
         Intake(domain, stream, documents, ends, fresh, _evenly(touched, round(share * len(touched))))
         for domain, stream, documents, ends, fresh, touched in chosen

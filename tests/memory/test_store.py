@@ -295,6 +295,14 @@ def test_a_bound_on_keys_spreads_them_over_the_text(read: Read, make: Make) -> N
         assert own == pytest.approx(stream.n_tokens / 3, rel=0.25)
 
 
+def test_what_is_added_is_added_in_full_whatever_the_bound(read: Read, make: Make) -> None:
+    bounded = EXACT.model_copy(update={"max_keys": 500})
+    before = make(read("letters"), bounded)
+    tokens = read("tales")
+    after = make(tokens, bounded, open_store(before.folder, bounded, writable=True))
+    assert after.index.n_keys - before.index.n_keys == tokens.train["tales"].n_tokens
+
+
 # ---------------------------------------------------------------------------------------------------
 # Whole or not at all
 
