@@ -141,8 +141,10 @@ def plan_build(
         if store is not None and store.index.kind != "exact"
         else choose_kind(settings, total)
     )
-    sample = sample_size(kind, total)
-    lists = 0 if kind == "exact" else choose_lists(total)
+    if store is not None and store.index.kind == kind:  # its lists are those it has
+        sample, lists = 0, store.index.n_lists
+    else:
+        sample, lists = sample_size(kind, total), 0 if kind == "exact" else choose_lists(total)
     per_key = bytes_per_key(kind, owner.width)
     return BuildPlan(
         intakes=intakes,

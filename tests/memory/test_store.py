@@ -256,6 +256,7 @@ def test_a_new_domain_is_added_and_known_text_is_not(corpus_folder: Path, read: 
         tokens = read("letters", "tales")
         plan = plan_build(tokens, settings, before.owner, states, writable)
         assert plan.n_known == tokens.train["letters"].n_documents
+        assert plan.n_lists == before.index.n_lists  # they are not trained again
         after = make(tokens, settings, writable)
         assert after.contents.domains == ("letters", "tales")
         assert len(after.contents.tokens) == len(before.contents.tokens) + tokens.train["tales"].n_tokens
