@@ -21,6 +21,7 @@ from nanothink.cli import (
     doctor,
     evaluate,
     generate,
+    memory,
     pretrain,
     report,
     tokenizer,
@@ -61,6 +62,7 @@ pretrain.register(app)
 train_mla.register(app)
 evaluate.register(app)
 generate.register(app)
+app.add_typer(memory.app, name="memory")
 report.register(app)
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(config.app, name="config")

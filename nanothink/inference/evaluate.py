@@ -8,7 +8,7 @@ while it adds no byte. So the figure does not depend on the tokenizer and can be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -47,7 +47,7 @@ class Routing:
     """How far each expert of a combined model was trusted over some text."""
 
     totals: Mapping[str, float]
-    """By expert: its weights, summed over the tokens."""
+    """By expert, and "memory" where there is one: its weights, summed over the tokens."""
     entropy_total: float
     tokens: int
 
@@ -58,7 +58,7 @@ class Routing:
 
     @property
     def entropy(self) -> float:
-        """Mean entropy of a token's weights, in nats: the logarithm of their number where all are equal."""
+        """Mean entropy of the router's weights, in nats: log E where all are equal."""
         return self.entropy_total / self.tokens
 
     def __add__(self, other: Routing) -> Routing:
@@ -125,7 +125,7 @@ def evaluate_model(
                     with precision.autocast():
                         if isinstance(model, NanoThink):
                             loss, weights = model.loss_and_routing(inputs, targets)
-                            seen = _routing_over(weights[targets != IGNORE], model.names)
+                            seen = _routing_over(weights[targets != IGNORE], model)
                             routing[name] = routing[name] + seen if name in routing else seen
                         else:
                             loss = model.loss(inputs, targets)
@@ -139,8 +139,8 @@ def evaluate_model(
     return Evaluation(scores, routing=routing)
 
 
-def _routing_over(weights: torch.Tensor, names: Sequence[str]) -> Routing:
-    """Of (N, E) weights."""
+def _routing_over(weights: torch.Tensor, model: NanoThink) -> Routing:
+    """Of (N, E) weights, or (N, E + 1) with a memory."""
     totals = weights.sum(0).tolist()
-    entropy = float(routing_entropy(weights).sum())
-    return Routing(dict(zip(names, totals, strict=True)), entropy, len(weights))
+    entropy = float(routing_entropy(model.router_weights(weights)).sum())
+    return Routing(dict(zip(model.speakers, totals, strict=True)), entropy, len(weights))

@@ -22,6 +22,7 @@ from nanothink.errors import (
 )
 from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription
 from nanothink.models.contract import LanguageModel
+from nanothink.models.recall import MEMORY
 from nanothink.models.selective_scan import choose_scan
 from nanothink.runs.frozen import weights_digest
 from nanothink.runs.rebuilding import rebuild
@@ -225,11 +226,11 @@ def _check_alike(expert: FrozenExpert, first: FrozenExpert) -> None:
 
 
 def _name_of(path: Path, taken: Sequence[str]) -> str:
-    """``code`` of ``code_expert.pt``; numbered where two experts are called the same."""
+    """``code`` of ``code_expert.pt``; numbered where two speakers would be called the same."""
     parsed = parse_name(path.name)
     name = (parsed.stem if parsed else path.stem).removesuffix(_ENDING) or path.stem
     number, unique = 1, name
-    while unique in taken:
+    while unique in taken or unique == MEMORY:
         number += 1
         unique = f"{name}-{number}"
     return unique

@@ -56,7 +56,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, overwrite: bool = False
     """
     check_place(folder, overwrite=overwrite)  # before a large file is read
     payload = read_checkpoint(checkpoint, mmap=True)
-    loaded = opened(checkpoint, payload, device="cpu")
+    loaded = opened(checkpoint, payload, device="cpu", memory=False)
     model = loaded.model
     foreign, weights = _foreign(model)
     architecture = foreign["architectures"][0] if foreign else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from nanothink.models.contract import LanguageModel
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import choose_device
+from nanothink.models.recall import Neighbours
 from nanothink.runs.experts import as_entries
 from nanothink.runs.keeping import keep_states
 from nanothink.runs.preparing import (
@@ -159,6 +160,7 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
         _, targets = prepared.batches.read(0, TARGET_SAMPLE_BLOCKS)
         model.adopt(prepared.frozen.build(watch.note), targets.clamp_min(0))
     model.to(device)
+    neighbours = _remember(prepared, model, watch)
     optimizer = GroupedOptimizer(model.parameter_groups(), train_config)
     if prepared.origin is not None:
         fresh = optimizer.load_state_dict(payload["optimizer_state"])
@@ -179,7 +181,7 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
         model=model,
         optimizer=optimizer,
         scaler=scaler,
-        objective=_objective(prepared, model, watch),
+        objective=_objective(prepared, model, watch, neighbours),
         batches=prepared.batches,
         precision=prepared.precision,
         config=train_config,
@@ -194,13 +196,56 @@ def _build_model(prepared: Prepared, watch: Watch) -> LanguageModel:
         return prepared.build_model()
     config, vocab_size = prepared.config, prepared.tokenizer.vocab_size
     experts = {e.name: e.build(prepared.precision.device, watch.note) for e in prepared.experts}
-    return NanoThink(vocab_size, config.model, config.mla, experts)
+    return NanoThink(vocab_size, config.model, config.mla, experts, config.vector_store)
 
 
-def _objective(prepared: Prepared, model: LanguageModel, watch: Watch) -> Objective:
+def _remember(
+    prepared: Prepared, model: LanguageModel, watch: Watch
+) -> Callable[[Sequence[int]], Neighbours] | None:
+    """Attach the memory of a run that has one, and give the neighbours of the blocks at some positions."""
+    if not isinstance(model, NanoThink) or model.recall is None:
+        return None
+    from nanothink.memory.store import memory_folder
+    from nanothink.runs.remembering import key_expert, remember
+
+    config, batches, plan = prepared.config, prepared.batches, prepared.plan
+    expert = key_expert(model, _built_on(prepared)["experts"], config, prepared.tokenizer, prepared.precision)
+
+    def blocks_ahead() -> Iterator[tuple[str, int]]:
+        """What the run will read, each block once."""
+        seen: set[tuple[str, int]] = set()
+        remaining = max(0, plan.total_steps - prepared.state.step) * plan.blocks_per_step
+        for position in range(prepared.state.position, prepared.state.position + remaining):
+            if (place := batches.place(position)) not in seen:
+                seen.add(place)
+                yield place
+            if len(seen) == batches.n_blocks:
+                return
+
+    known = remember(
+        memory_folder(prepared.where.checkpoint_dir, prepared.where.stem),
+        model,
+        expert,
+        config.vector_store,
+        prepared.tokens,
+        blocks_ahead,
+        vocab_size=prepared.tokenizer.vocab_size,
+        replace_other=prepared.where.overwrite,
+        note=watch.note,
+        progress=watch.progress,
+    )
+    return lambda positions: known.read([batches.place(position) for position in positions])
+
+
+def _objective(
+    prepared: Prepared,
+    model: LanguageModel,
+    watch: Watch,
+    neighbours: Callable[[Sequence[int]], Neighbours] | None,
+) -> Objective:
     if isinstance(prepared.training, TrainMLAConfig):
         assert isinstance(model, NanoThink)
-        return Routed(prepared.training.entropy_reg, keep_states(prepared, model, watch))
+        return Routed(prepared.training.entropy_reg, keep_states(prepared, model, watch), neighbours)
     if prepared.where.kind != "diffuser":
         return next_token
     transformer = None
