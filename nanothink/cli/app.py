@@ -7,7 +7,9 @@ Nothing heavy is imported until a command runs, so ``--help`` is instant.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -25,6 +27,8 @@ from nanothink.cli import (
     train_mla,
 )
 from nanothink.errors import InterruptedRun, NanoThinkError, did_you_mean
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 app = typer.Typer(
     name="nanothink",
@@ -69,7 +73,20 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     # Said before numpy and torch start their thread pools: libraries must not fork warnings at users.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for number in _STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell leaves it for a command behind "&"
+            signal.signal(number, _unwind)
     sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a command as Ctrl-C does: half-made files go. A second signal does not wait for that.
+
+    Training has its own way to stop (training/interruption.py).
+    """
+    for each in _STOPPING:
+        signal.signal(each, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 def run(args: list[str]) -> int:
