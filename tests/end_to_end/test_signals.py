@@ -17,7 +17,7 @@ from nanothink.checkpoints import read_checkpoint
 
 STEM = "transformer_expert"
 BOTH = ("SIGINT", "SIGTERM")
-SOON_SECONDS = 10.0
+SOON_SECONDS = 20.0
 """For a step, a validation batch or a token of these runs, and one save, on a machine that is busy."""
 
 WHILE_TRAINING: dict[str, dict[str, Any]] = {
