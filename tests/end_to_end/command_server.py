@@ -93,12 +93,13 @@ def write_slowly(seconds: float) -> None:
 
 def mount(folder: str, options: str, content: str | None) -> None:
     """A small file system of this process's own, gone when it ends; it begins with a copy of ``content``."""
-    user, libc = os.getuid(), ctypes.CDLL(None, use_errno=True)
+    user, group, libc = os.getuid(), os.getgid(), ctypes.CDLL(None, use_errno=True)
     new_user, new_mounts = 0x10000000, 0x00020000
     if libc.unshare(new_user | new_mounts):
         raise OSError(ctypes.get_errno(), "unshare")
-    with open("/proc/self/uid_map", "w") as file:
-        file.write(f"0 {user} 1")
+    for name, content_of in (("uid_map", f"0 {user} 1"), ("setgroups", "deny"), ("gid_map", f"0 {group} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(content_of)
     mount = ["mount", "-t", "tmpfs", "-o"]
     subprocess.run([*mount, options, "tmpfs", folder], check=True)
     if content is not None:

@@ -26,13 +26,18 @@ def said(ended: Ended, code: int = 1) -> str:
     return " ".join(ended.stderr.partition("error: ")[2].split())
 
 
-@pytest.fixture
-def interrupted(ground: Ground, tmp_path: Path) -> Path:
-    """Folder of a run that was stopped at step 14, in its second epoch: best, snapshot, rolling file."""
-    folder = tmp_path / "checkpoints"
+@pytest.fixture(scope="module")
+def stopped(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
     strike = {"event": "StepDone", "having": {"step": 14}, "signals": ["SIGINT"]}
     assert ground.server.run(ground.typed("transformer", folder), strike=strike).code == 130
     return folder
+
+
+@pytest.fixture
+def interrupted(stopped: Path, tmp_path: Path) -> Path:
+    """Folder of a run that was stopped at step 14, in its second epoch: best, snapshot, rolling file."""
+    return Path(shutil.copytree(stopped, tmp_path / "checkpoints"))
 
 
 def content(folder: Path) -> dict[str, bytes]:
