@@ -69,6 +69,10 @@ doctor.register(app)
 demo.register(app)
 
 
+class _Interrupted(BaseException):
+    """A signal, on its way out. Typer turns a KeyboardInterrupt into an exit without a word."""
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     # Said before numpy and torch start their thread pools: libraries must not fork warnings at users.
@@ -86,7 +90,7 @@ def _unwind(number: int, frame: FrameType | None) -> None:
     """
     for each in _STOPPING:
         signal.signal(each, signal.SIG_DFL)
-    raise KeyboardInterrupt
+    raise _Interrupted
 
 
 def run(args: list[str]) -> int:
@@ -97,7 +101,7 @@ def run(args: list[str]) -> int:
     except NanoThinkError as error:
         _print_error(str(error))
         return error.exit_code
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt, _Interrupted):
         _print_error("Interrupted; there was nothing to save.")
         return InterruptedRun.exit_code
     except BrokenPipeError:

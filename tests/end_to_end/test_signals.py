@@ -97,7 +97,9 @@ def test_reading_commands_leave_too(
     arguments = ["eval", path] if command == "eval" else ["generate", "time", "-c", path, "-n", "500"]
     called = "loss" if command == "eval" else "step"
     strike = {"call": f"nanothink.models.transformer:Transformer.{called}", "signals": [sent]}
-    check_left(ground.server.run(arguments, strike=strike))
+    ended = ground.server.run(arguments, strike=strike)
+    check_left(ended)
+    assert "there was nothing to save" in ended.stderr
 
 
 def test_a_second_signal_does_not_wait_for_a_command_that_unwinds() -> None:
