@@ -170,6 +170,7 @@ def run_campaign(
                 return campaign
             fresh = len(campaign.of(kind)) < n_fresh
             before = chain.state()
+            started = time.monotonic()
             process = chain.start(fresh=fresh)
             starting_up = ground.server.start_up_seconds if fresh else 0.0
             ended = chain.n_kills >= LONGEST_CHAIN or process.has_ended(
@@ -183,6 +184,8 @@ def run_campaign(
                 on_kill(campaign)
             else:
                 chain.finish(process, before)
+                if not (chain.n_kills or fresh):  # the machine is busier, or less, than it was
+                    seconds = time.monotonic() - started
                 chain = next(chains)
         if chain.n_kills:
             before = chain.state()

@@ -141,7 +141,7 @@ class Running(Protocol):
 
     def send(self, sent: signal.Signals) -> None: ...
     def has_ended(self, within_seconds: float = 0.0) -> bool: ...
-    def wait(self, seconds: float = 120.0) -> Ended: ...
+    def wait(self, seconds: float = 600.0) -> Ended: ...
 
 
 class FreshProcess:
@@ -167,7 +167,7 @@ class FreshProcess:
             return False
         return True
 
-    def wait(self, seconds: float = 240.0) -> Ended:
+    def wait(self, seconds: float = 600.0) -> Ended:
         out, err = self._process.communicate(timeout=seconds)
         return Ended(self._process.returncode, out, err)
 
@@ -189,7 +189,7 @@ class Process:
             self._code, self._ended = answer["code"], time.monotonic()
         return self._code is not None
 
-    def wait(self, seconds: float = 120.0) -> Ended:
+    def wait(self, seconds: float = 600.0) -> Ended:
         if not self.has_ended(seconds):
             self.send(signal.SIGKILL)
             self.has_ended(10)
