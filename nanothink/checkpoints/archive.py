@@ -80,6 +80,8 @@ class DigestingWriter:
     def _write_all(self, view: memoryview) -> None:
         while view:
             written = os.write(self._descriptor, view[:_CHUNK])
+            if not written:  # no disk should; trying again for ever would be worse
+                raise OSError(errno.EIO, "a write took no bytes")
             self._digest.update(view[:written])
             view = view[written:]
 

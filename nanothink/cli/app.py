@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -28,6 +30,8 @@ from nanothink.cli import (
     train_mla,
 )
 from nanothink.errors import InterruptedRun, NanoThinkError, did_you_mean
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 app = typer.Typer(
     name="nanothink",
@@ -70,6 +74,10 @@ doctor.register(app)
 demo.register(app)
 
 
+class _Interrupted(BaseException):
+    """A signal, on its way out. Typer turns a KeyboardInterrupt into an exit without a word."""
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     # Said before numpy and torch start their thread pools: libraries must not fork warnings at users.
@@ -77,7 +85,20 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is shown as '?'
             stream.reconfigure(errors="replace")
+    for number in _STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell leaves it for a command behind "&"
+            signal.signal(number, _unwind)
     sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a command as Ctrl-C does: half-made files go. A second signal does not wait for that.
+
+    Training has its own way to stop (training/interruption.py).
+    """
+    for each in _STOPPING:
+        signal.signal(each, signal.SIG_DFL)
+    raise _Interrupted
 
 
 def run(args: list[str]) -> int:
@@ -88,7 +109,7 @@ def run(args: list[str]) -> int:
     except NanoThinkError as error:
         _print_error(str(error))
         return error.exit_code
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt, _Interrupted):
         _print_error("Interrupted; there was nothing to save.")
         return InterruptedRun.exit_code
     except BrokenPipeError:

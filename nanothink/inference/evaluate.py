@@ -84,7 +84,7 @@ class Evaluation:
 
 
 class EvaluationStopped(Exception):
-    """Raised out of ``evaluate_model`` when ``should_stop`` says so; nothing was changed."""
+    """Raised out of an evaluation when ``should_stop`` says so; nothing was changed."""
 
 
 def evaluate_model(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanothink.checkpoints import CheckpointPayload, CheckpointStore, list_checkpoints, read_checkpoint
+from nanothink.checkpoints import (
+    CheckpointPayload,
+    CheckpointStore,
+    list_checkpoints,
+    read_checkpoint,
+    verify_checkpoint,
+)
 from nanothink.config import Config, TrainConfig
 from nanothink.config.run import ResolvedConfig, flatten
 from nanothink.data.batches import TrainingBatches
@@ -35,6 +41,7 @@ from nanothink.runs.experts import (
 )
 from nanothink.runs.frozen import FrozenTransformer, check_same_transformer, find_transformer
 from nanothink.runs.rebuilding import rebuild
+from nanothink.training.recording import ENDING
 from nanothink.training.state import Plan, TrainState
 
 NEWEST = "newest"
@@ -237,8 +244,11 @@ def frozen_transformer(where: Where, config: Config, origin: Origin | None) -> F
     return frozen
 
 
-def locate(checkpoint: str | None, checkpoint_dir: Path) -> Where:
+def locate(checkpoint: str | None, checkpoint_dir: Path, note: Callable[[str], None]) -> Where:
     """Which run ``nanothink resume [CHECKPOINT]`` means.
+
+    Without a checkpoint it is the run that was interrupted last, from its latest state that verifies;
+    ``note`` gets a line for each file that is passed over.
 
     Raises:
         CheckpointNotFoundError: nothing there to go on with.
@@ -252,7 +262,13 @@ def locate(checkpoint: str | None, checkpoint_dir: Path) -> Where:
                 f"Nothing in {checkpoint_dir} was interrupted (there: {there}). To train a finished model "
                 "further, name its checkpoint and raise --max-epochs or --max-steps."
             )
-        checkpoint = str(max(paths, key=lambda path: path.stat().st_mtime_ns))
+        newest = _newest_of(sorted(paths, key=_modified_ns, reverse=True), note)
+        if newest is None:
+            raise CheckpointNotFoundError(
+                f"Runs in {checkpoint_dir} were interrupted, but no file of theirs verifies. "
+                "nanothink checkpoints ls shows what there is."
+            )
+        checkpoint = str(newest)
     path = Path(checkpoint)
     payload = read_checkpoint(path, mmap=True)
     stem = payload["run"].get("name")
@@ -267,8 +283,22 @@ def locate(checkpoint: str | None, checkpoint_dir: Path) -> Where:
     )
 
 
-def finished_marker(where: Where) -> Path:
-    return where.checkpoint_dir / "runs" / where.stem / "finished.json"
+def _newest_of(interrupted: Sequence[Path], note: Callable[[str], None]) -> Path | None:
+    """The latest state that verifies of the first of these runs that has any."""
+    for path in interrupted:
+        stem = path.name.removesuffix("_interrupted.pt")
+        store = CheckpointStore(path.parent, stem)
+        newest = store.newest(on_skip=lambda p, why: note(f"Passing over {p}: {why}"))
+        if newest is not None:
+            return newest
+    return None
+
+
+def _modified_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # a run that has just ended
+        return 0
 
 
 def earlier_ending(prepared: Prepared) -> dict[str, Any] | None:
@@ -277,14 +307,16 @@ def earlier_ending(prepared: Prepared) -> dict[str, Any] | None:
     A run that stopped early leaves its best epoch behind, from which training could go on. Whether it
     should is decided by whether anything that ends a run was changed since.
     """
-    marker = finished_marker(prepared.where)
-    if prepared.origin is None or prepared.where.store.interrupted.exists() or not marker.exists():
+    where = prepared.where
+    marker = where.checkpoint_dir / "runs" / where.stem / ENDING
+    if prepared.origin is None or where.store.interrupted.exists() or not marker.exists():
         return None
     try:
         ending: dict[str, Any] = json.loads(marker.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
-    return ending if ending.get("settings") == ending_settings(prepared.training) else None
+    whole = isinstance(ending, dict) and {"step", "epoch", "reason", "best_loss"} <= ending.keys()
+    return ending if whole and ending.get("settings") == ending_settings(prepared.training) else None
 
 
 def ending_settings(train: TrainConfig) -> dict[str, Any]:
@@ -328,8 +360,8 @@ def _find_start(where: Where, watch: Watch) -> Origin | None:
 
 def _steps_of(path: Path) -> int | None:
     try:
-        return int(read_checkpoint(path, mmap=True)["step"])
-    except Exception:  # a damaged file is nothing that could be lost
+        return verify_checkpoint(path).step
+    except (CheckpointDamagedError, CheckpointNotFoundError):  # nothing that could be lost
         return None
 
 

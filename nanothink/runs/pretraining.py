@@ -29,7 +29,7 @@ from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream
 from nanothink.errors import DataError
 from nanothink.inference.denoising import denoising_errors
-from nanothink.inference.evaluate import Evaluation, evaluate_model
+from nanothink.inference.evaluate import Evaluation, EvaluationStopped, evaluate_model
 from nanothink.inference.generate import generate
 from nanothink.inference.sampling import SamplingConfig
 from nanothink.models.contract import LanguageModel
@@ -47,7 +47,6 @@ from nanothink.runs.preparing import (
     earlier_ending,
     ending_settings,
     experts_to_combine,
-    finished_marker,
     frozen_transformer,
     prepare,
 )
@@ -56,7 +55,7 @@ from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Run, Services, train
 from nanothink.training.objectives import Denoising, Objective, Routed, next_token
 from nanothink.training.optimizer import GroupedOptimizer, effective_warmup, learning_rate_fraction
-from nanothink.training.recording import RunRecorder, write_whole
+from nanothink.training.recording import RunRecorder
 from nanothink.training.routing import RoutingWatch
 from nanothink.training.state import TrainState
 
@@ -102,7 +101,7 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
             where.checkpoint_dir / "runs" / where.stem, _description(prepared, run.model), run.state
         )
         stack.callback(recorder.close)
-        finished_marker(where).unlink(missing_ok=True)
+        recorder.forget_ending()
 
         def tell(event: Event) -> None:
             recorder(event)
@@ -125,15 +124,14 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
             )
         )
         finished = train(run, _services(prepared, run, store, tell, stop))
-        write_whole(
-            finished_marker(where),
+        recorder.keep_ending(
             {
                 "reason": finished.reason,
                 "step": finished.step,
                 "epoch": finished.epoch,
                 "best_loss": finished.best_loss,
                 "settings": ending_settings(prepared.training),
-            },
+            }
         )
         store.remove_interrupted()
         return finished
@@ -283,6 +281,7 @@ def _services(
                 length=length,
                 precision=run.precision,
                 transformer=run.objective.transformer,
+                should_stop=stop,
             )
             evaluation = replace(evaluation, denoising=errors)
         return evaluation
@@ -290,8 +289,17 @@ def _services(
     def sample() -> Mapping[str, str]:
         prompts = list(train_config.sample_prompts)
         tokenizer = prepared.tokenizer
+
+        def leave_if_asked(row: int, token: int) -> None:
+            if stop():
+                raise EvaluationStopped
+
         continued = generate(
-            run.model, [tokenizer.encode(p) for p in prompts], sampling, eos_id=tokenizer.eos_id
+            run.model,
+            [tokenizer.encode(p) for p in prompts],
+            sampling,
+            eos_id=tokenizer.eos_id,
+            on_token=leave_if_asked,
         )
         return {prompt: tokenizer.decode(new) for prompt, new in zip(prompts, continued, strict=True)}
 

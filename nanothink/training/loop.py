@@ -66,7 +66,7 @@ class Services:
     """What the loop asks of the outside.
 
     evaluate: score the validation text; may raise EvaluationStopped.
-    sample: text by prompt, leaving every random state as it was.
+    sample: text by prompt, leaving every random state as it was; may raise EvaluationStopped.
     save: write a checkpoint of ``state`` in a role ("best", "epoch", "interrupted"), return its path.
     """
 
@@ -204,6 +204,8 @@ def _evaluate(run: Run, services: Services) -> None:
     """Evaluate, keep the best, sample, snapshot."""
     config, plan, state = run.config, run.plan, run.state
     evaluation = services.evaluate()
+    # Here already, since a stop must leave the state as it was: the resumed run would miss these samples.
+    samples = services.sample() if config.sample_tokens else {}
     epoch_over = plan.epoch_is_over(state)
     while plan.epoch_is_over(state):  # a corpus that shrank between two runs can end several at once
         state.epoch += 1
@@ -216,7 +218,7 @@ def _evaluate(run: Run, services: Services) -> None:
     epoch_parts = state.end_epoch() if epoch_over else {}
     services.observe(Evaluated(state.step, state.epoch, evaluation, best, state.bad_evaluations, epoch_parts))
     if config.sample_tokens:
-        services.observe(Sampled(state.step, state.epoch, services.sample()))
+        services.observe(Sampled(state.step, state.epoch, samples))
     if best:
         _save("best", run, services)
     if epoch_over and state.epoch % config.snapshot_every_epochs == 0:
