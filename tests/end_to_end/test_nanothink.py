@@ -203,7 +203,7 @@ class Phase2:
         assert ours.pop("config") is not None
         assert theirs.pop("config") is not None
         assert_same(ours, theirs)
-        assert metrics(self.root / name) == metrics(self.root / other)
+        assert metrics(self.root / name, STEM) == metrics(self.root / other, STEM)
 
 
 @pytest.fixture
