@@ -192,7 +192,7 @@ def draw() -> list[float]:
     return [
         float(torch.rand(())),
         random.random(),
-        random.gauss(),
+        random.gauss(0, 1),
         float(np.random.rand()),
         float(np.random.randn()),
     ]
