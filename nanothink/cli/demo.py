@@ -15,6 +15,10 @@ _SHAPE = ("transformer.n_layers=2", "state_space.n_layers=3", "diffuser.n_layers
 """Half of the ``tiny`` preset's layers: four models have to be ready within minutes."""
 
 
+_KEYS = 200_000
+"""Of the memory; to look up neighbours for every token would take minutes more."""
+
+
 def register(app: typer.Typer) -> None:
     app.command(cls=ForgivingCommand)(demo)
 
@@ -27,7 +31,7 @@ def demo(
         bool, typer.Option("--overwrite", help="Start anew instead of going on with an earlier demo.")
     ] = False,
 ) -> int:
-    """Starter corpus, tokenizer, three experts, NanoThink, evaluation and a sample; no network needed.
+    """Starter corpus, tokenizer, three experts, NanoThink with a memory, evaluation and a sample; offline.
 
     A few minutes on two cores. Each command is shown before it runs; one that was interrupted goes on when
     the demo is started again.
@@ -68,7 +72,11 @@ def _steps(out: Path, *, overwrite: bool) -> Iterator[tuple[str, list[str]]]:
         "Third expert: a diffuser, against the frozen transformer",
         ["pretrain", "diffuser", "--max-steps", "150", *common],
     )
-    yield "NanoThink over the three, frozen", ["train-mla", "--max-steps", "100", *common]
+    memory = ["--use-vector-store", "--set", f"vector_store.max_keys={_KEYS}"]
+    yield (
+        "NanoThink over the three, frozen, with a memory of the text",
+        ["train-mla", "--max-steps", "100", *memory, *common],
+    )
     held_out = ["--checkpoint-dir", checkpoints, "--max-tokens", "20000"]
     yield "All four on held-out text", ["eval", *held_out]
     combined = str(out / "checkpoints" / "nanothink_mla.pt")
@@ -81,6 +89,7 @@ def _next_commands(out: Path) -> Iterator[str]:
     checkpoints = shlex.quote(str(out / "checkpoints"))
     yield f'nanothink generate "The module" --checkpoint {combined}   # let it write'
     yield f"nanothink report --checkpoint-dir {checkpoints}   # curves, domains, routing as one HTML page"
+    yield f'nanothink memory search "return the" --checkpoint {combined}   # what it recalls'
     yield f"nanothink checkpoints ls --checkpoint-dir {checkpoints}   # what there is"
     yield "nanothink data import notes.csv --domain notes   # your own text, one folder a domain"
     yield "nanothink pretrain transformer --dry-run   # what training on it would take"
