@@ -24,7 +24,8 @@ from nanothink.cli import (
     tokenizer,
     train_mla,
 )
-from nanothink.errors import InterruptedRun, NanoThinkError, did_you_mean
+from nanothink.cli.options import is_first_process
+from nanothink.errors import InterruptedRun, NanoThinkError, RankError, did_you_mean
 
 app = typer.Typer(
     name="nanothink",
@@ -78,10 +79,12 @@ def run(args: list[str]) -> int:
         result = app(args=args, standalone_mode=False, prog_name="nanothink")
         return result if isinstance(result, int) else 0
     except NanoThinkError as error:
-        _print_error(str(error))
+        if isinstance(error, RankError) or is_first_process():
+            _print_error(str(error))
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        _print_error("Interrupted; there was nothing to save.")
+        if is_first_process():
+            _print_error("Interrupted; there was nothing to save.")
         return InterruptedRun.exit_code
     except BrokenPipeError:
         # The reader (head, less) has gone; that is its right. Keep Python from complaining at exit.
@@ -100,6 +103,8 @@ def run(args: list[str]) -> int:
 
 
 def _usage_error(error: Exception) -> int:
+    if not is_first_process():
+        return 2
     message = error.format_message()  # type: ignore[attr-defined]
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(message)

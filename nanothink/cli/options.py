@@ -110,6 +110,16 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would take,
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
 
 
+def is_first_process() -> bool:
+    """Whether this process is to speak: the only one, or the first of those that torchrun started."""
+    import os
+
+    from nanothink.training.distributed import Launch
+
+    launch = Launch.of(os.environ)
+    return launch is None or launch.rank == 0
+
+
 def configure_from(
     *,
     preset: str | None,

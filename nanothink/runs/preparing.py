@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from nanothink.runs.experts import (
     shaped_by,
 )
 from nanothink.runs.frozen import FrozenTransformer, check_same_transformer, find_transformer
+from nanothink.training.events import RunFinished
+from nanothink.training.recording import write_whole
 from nanothink.training.state import Plan, TrainState
 
 NEWEST = "newest"
@@ -250,8 +252,15 @@ def finished_marker(where: Where) -> Path:
     return where.checkpoint_dir / "runs" / where.stem / "finished.json"
 
 
-def earlier_ending(prepared: Prepared) -> dict[str, Any] | None:
-    """How this run ended (reason, step, epoch, best_loss), if nothing is left to do; None if there is.
+def write_ending(where: Where, finished: RunFinished, train: TrainConfig) -> None:
+    """Keep how a run ended, for ``earlier_ending``."""
+    ending = asdict(finished) | {"settings": _ending_settings(train)}
+    del ending["seconds"]
+    write_whole(finished_marker(where), ending)
+
+
+def earlier_ending(prepared: Prepared) -> RunFinished | None:
+    """How this run ended, if nothing is left to do; None if there is.
 
     A run that stopped early leaves its best epoch behind, from which training could go on. Whether it
     should is decided by whether anything that ends a run was changed since.
@@ -263,10 +272,12 @@ def earlier_ending(prepared: Prepared) -> dict[str, Any] | None:
         ending: dict[str, Any] = json.loads(marker.read_text("utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
-    return ending if ending.get("settings") == ending_settings(prepared.training) else None
+    if ending.get("settings") != _ending_settings(prepared.training):
+        return None
+    return RunFinished(ending["step"], ending["epoch"], ending["reason"], ending["best_loss"], 0.0)
 
 
-def ending_settings(train: TrainConfig) -> dict[str, Any]:
+def _ending_settings(train: TrainConfig) -> dict[str, Any]:
     return {
         "max_epochs": train.max_epochs,
         "max_steps": train.max_steps,
