@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 import signal
 import socket
 import threading
@@ -366,10 +367,11 @@ def _peers(
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()
+        # Without where in the library's source it was raised, and its advice.
+        lines = re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()
+        reason = lines[0].split(". ")[0] if lines else type(error).__name__
         raise DistributedError(
-            f"{what} ({reason[-1] if reason else type(error).__name__}). The last checkpoint is untouched: "
-            "start all processes again, with --resume."
+            f"{what} ({reason}). The last checkpoint is untouched: start all processes again, with --resume."
         ) from error
 
 
