@@ -1,4 +1,4 @@
-"""One of the processes of test_distributed.py: does everything that is asked about, writes down what it saw."""
+"""One of the processes of test_distributed.py: does what is asked about, writes down what it saw."""
 
 from __future__ import annotations
 

@@ -83,8 +83,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [sys.executable, str(child), str(folder)],
             env={
                 **os.environ,
-                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(N_PROCESSES)},
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(N_PROCESSES),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
