@@ -317,7 +317,10 @@ class _Bucket:
 
         present = [p.grad is not None for p in self.parameters]
         with torch.no_grad():
-            self._present.copy_(torch.tensor(present))
+            if all(present):
+                self._present.fill_(1.0)  # as always, and without a copy from the processor
+            else:
+                self._present.copy_(torch.tensor(present))
             for parameter, view in zip(self.parameters, self._views, strict=True):
                 if parameter.grad is None:
                     view.zero_()
@@ -377,8 +380,9 @@ def _peers(
 
 def _leave_together() -> None:
     """Wait until all are here: the first may still be writing, and torchrun ends all with the first to go."""
+    import torch
     import torch.distributed as dist
 
     with suppress(RuntimeError):  # one was lost after all was done
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))
         dist.destroy_process_group()

@@ -21,6 +21,7 @@ from nanothink.checkpoints.file import read_checkpoint
 from nanothink.cli.app import run
 
 STEM = "transformer_expert"
+KINDS = ("transformer", "state_space", "diffuser")
 N_STEPS = 14
 PATIENCE = 250  # seconds for a command; they take a few, but tests may share a machine
 PHASE = {
@@ -134,36 +135,45 @@ def phases(settings: list[str], folder: Path, *, experts: Path) -> list[list[str
     ]
 
 
-KINDS = ("transformer", "state_space", "diffuser")
-
-
-def test_two_processes_train_every_kind_as_one_does(
-    by_one: Path, settings: list[str], tmp_path: Path
-) -> None:
-    """The commands run one after the other in the same two processes, which spares three starts."""
-    script = tmp_path / "commands.py"
-    commands = phases(settings, tmp_path, experts=by_one)
+@pytest.fixture(scope="module")
+def by_two(by_one: Path, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by two processes, one command after the other in the same two, which spares three starts."""
+    folder = tmp_path_factory.mktemp("two")
+    script = folder / "commands.py"
+    commands = phases(settings, folder, experts=by_one)
     script.write_text(
         f"import sys\nfrom nanothink.cli.app import run\nsys.exit(max(run(c) for c in {commands!r}))\n"
     )
-    at = torchrun().index("-m", 3)
+    command = torchrun()
     done = subprocess.run(
-        [*torchrun()[:at], str(script)], capture_output=True, text=True, timeout=PATIENCE, check=False
+        [*command[: command.index("nanothink") - 1], str(script)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    for stem in (*(f"{kind}_expert" for kind in KINDS), "nanothink_mla"):
-        assert_as_one(by_one, tmp_path, stem)
-    # One process speaks, and one writes.
-    assert done.stderr.count(f"step {N_STEPS}/{N_STEPS}") == 4
-    assert done.stdout.count("Best model:") == 4
-    assert json.loads((tmp_path / "runs" / STEM / "config.json").read_text())["machine"]["processes"] == 2
-    assert not list(tmp_path.rglob("*.tmp"))
-    assert not list(tmp_path.rglob("*.holder"))
+    (folder / "err").write_text(done.stderr)
+    (folder / "out").write_text(done.stdout)
+    return folder
+
+
+@pytest.mark.parametrize("stem", [*(f"{kind}_expert" for kind in KINDS), "nanothink_mla"])
+def test_two_processes_train_every_kind_as_one_does(stem: str, by_one: Path, by_two: Path) -> None:
+    assert_as_one(by_one, by_two, stem)
+
+
+def test_one_of_two_processes_speaks_and_writes(by_two: Path) -> None:
+    assert (by_two / "err").read_text().count(f"step {N_STEPS}/{N_STEPS}") == 4
+    assert (by_two / "out").read_text().count("Best model:") == 4
+    assert json.loads((by_two / "runs" / STEM / "config.json").read_text())["machine"]["processes"] == 2
+    assert not list(by_two.rglob("*.tmp"))
+    assert not list(by_two.rglob("*.holder"))
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_two_processes_stop_together_and_one_goes_on(
-    sent: signal.Signals, by_one: Path, settings: list[str], tmp_path: Path
+def test_two_processes_stop_together_and_two_or_one_go_on(
+    sent: signal.Signals, by_one: Path, by_two: Path, settings: list[str], tmp_path: Path
 ) -> None:
     """SIGINT to torchrun, which hands it on to both; SIGTERM to the second process alone."""
     command = phases(settings, tmp_path, experts=by_one)[0]
@@ -184,8 +194,15 @@ def test_two_processes_stop_together_and_one_goes_on(
         assert re.search(r"exitcode\s*: 130", said)
     assert "without saving" not in said
     assert "nanothink.errors" not in said
-    assert run(["resume", "--checkpoint-dir", str(tmp_path)]) == 0
-    assert_as_one(by_one, tmp_path)
+    if sent is signal.SIGTERM:
+        assert run(["resume", "--checkpoint-dir", str(tmp_path)]) == 0
+        assert_as_one(by_one, tmp_path)
+        return
+    finished("resume", "--checkpoint-dir", tmp_path)
+    resumed, whole = (read_checkpoint(folder / f"{STEM}.pt") for folder in (tmp_path, by_two))
+    assert resumed["run"]["state"] == whole["run"]["state"]
+    for name, tensor in whole["model_state"].items():
+        assert torch.equal(resumed["model_state"][name], tensor), f"{name}: as many processes, so bit-equal"
 
 
 def test_one_process_stops_and_two_go_on(by_one: Path, settings: list[str], tmp_path: Path) -> None:
