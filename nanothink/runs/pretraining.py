@@ -6,11 +6,11 @@ import json
 import platform
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -61,6 +61,8 @@ from nanothink.training.optimizer import GroupedOptimizer, effective_warmup, lea
 from nanothink.training.recording import RunRecorder
 from nanothink.training.routing import RoutingWatch
 from nanothink.training.state import TrainState
+
+T = TypeVar("T")
 
 TARGET_SAMPLE_BLOCKS = 64
 """Training blocks over whose targets a diffuser takes their mean and spread."""
@@ -281,27 +283,20 @@ def _services(
 
     processes = run.processes
 
-    def evaluate() -> Evaluation:
-        if processes.size > 1:
-            processes.require_same(f"weights after step {run.state.step}", weights_checksum(run.model))
-        own = None
-        with suppress(EvaluationStopped):
-            own = evaluate_model(
-                run.model,
-                validation,
-                length=length,
-                batch_size=max(1, EVALUATION_TOKENS // length),
-                precision=run.precision,
-                max_tokens=train_config.eval_max_tokens,
-                on_progress=lambda done, total: tell(EvaluationProgress(done, total)),
-                should_stop=stop,
-                share=(processes.rank, processes.size),
-            )
-        if processes.any(own is None) or own is None:
-            raise EvaluationStopped
-        evaluation = own.added(processes.total)
+    def evaluate_share() -> Evaluation:
+        evaluation = evaluate_model(
+            run.model,
+            validation,
+            length=length,
+            batch_size=max(1, EVALUATION_TOKENS // length),
+            precision=run.precision,
+            max_tokens=train_config.eval_max_tokens,
+            on_progress=lambda done, total: tell(EvaluationProgress(done, total)),
+            should_stop=stop,
+            share=(processes.rank, processes.size),
+        )
         if isinstance(run.objective, Denoising) and isinstance(run.model, Diffuser):
-            errors = denoising_errors(
+            errors = denoising_errors(  # so few tokens that every process measures them all
                 run.model,
                 validation,
                 length=length,
@@ -311,7 +306,12 @@ def _services(
             evaluation = replace(evaluation, denoising=errors)
         return evaluation
 
-    def sample() -> Mapping[str, str]:
+    def evaluate() -> Evaluation:
+        if processes.size > 1:
+            processes.require_same(f"weights after step {run.state.step}", weights_checksum(run.model))
+        return _unless_stopped(processes, evaluate_share).added(processes.total)
+
+    def sample_here() -> Mapping[str, str]:
         if not processes.is_first:
             return {}
         prompts = list(train_config.sample_prompts)
@@ -320,6 +320,9 @@ def _services(
             run.model, [tokenizer.encode(p) for p in prompts], sampling, eos_id=tokenizer.eos_id
         )
         return {prompt: tokenizer.decode(new) for prompt, new in zip(prompts, continued, strict=True)}
+
+    def sample() -> Mapping[str, str]:
+        return _unless_stopped(processes, sample_here)
 
     def save(role: str) -> Path:
         path = {"best": store.best, "interrupted": store.interrupted}.get(role) or store.epoch(
@@ -330,6 +333,16 @@ def _services(
         return path
 
     return Services(evaluate=evaluate, sample=sample, save=save, observe=tell, stop=stop)
+
+
+def _unless_stopped(processes: Processes, work: Callable[[], T]) -> T:
+    """What ``work`` gives; EvaluationStopped if it was stopped in any of the processes."""
+    done = None
+    with suppress(EvaluationStopped):
+        done = work()
+    if processes.any(done is None) or done is None:
+        raise EvaluationStopped
+    return done
 
 
 def checkpoint_payload(prepared: Prepared, run: Run) -> CheckpointPayload:

@@ -100,7 +100,7 @@ class Processes:
     def one_after_first(self, first: Callable[[], tuple[T, str]], others: Callable[[str], T]) -> T:
         """Let the first process do something, and the others only then, with the word that it returned.
 
-        However long the first takes; if it fails, the others end.
+        However long the first takes; if it fails, the others end. All must call it.
         """
         return first()[0]
 
@@ -172,7 +172,7 @@ class _Several(Processes):
         super().__init__(device)
         self.rank, self.size = launch.rank, launch.size
         self._store = store
-        self._beginning = f"beginning of run {next(_RUNS)}"
+        self._run, self._turn = next(_RUNS), 0
         self._gradients: _GradientSum | None = None
 
     def total(self, values: Sequence[float]) -> list[float]:
@@ -186,23 +186,25 @@ class _Several(Processes):
         return numbers
 
     def one_after_first(self, first: Callable[[], tuple[T, str]], others: Callable[[str], T]) -> T:
+        self._turn += 1
+        key = f"run {self._run}, turn {self._turn}"
         if self.is_first:
             try:
                 done, word = first()
             except BaseException:
-                self._store.set(self._beginning, "failed")
+                self._store.set(key, "failed")
                 raise
-            self._store.set(self._beginning, "done:" + word)
+            self._store.set(key, "done:" + word)
             return done
         while True:
             # Not a wait inside the store: there a signal would not reach Python.
             with _peers():
-                if self._store.check([self._beginning]):
+                if self._store.check([key]):
                     break
             time.sleep(_POLL_SECONDS)
-        verdict = self._store.get(self._beginning).decode()
+        verdict = self._store.get(key).decode()
         if verdict == "failed":
-            raise DistributedError("The first process of this run could not begin, and says why.")
+            raise DistributedError("The first process of this run failed, and says why.")
         return others(verdict.removeprefix("done:"))
 
     def require_same(self, what: str, value: str) -> None:
