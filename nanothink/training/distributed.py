@@ -143,11 +143,12 @@ def join(device: str | None = None) -> Iterator[Processes]:
         yield Processes(device)
         return
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     own = _own_device(device, launch)
     with _peers("The processes of this run did not find each other"):
         # The store first: it is where the others wait, without a time limit, for what the first prepares.
-        store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, store=store, rank=launch.rank, world_size=launch.size, timeout=TIMEOUT
@@ -262,7 +263,7 @@ class _GradientSum:
         self._buckets.append(bucket)
         for parameter in parameters:
             self._of[parameter] = bucket
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+            parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def adding(self) -> Iterator[None]:
