@@ -49,7 +49,7 @@ BUCKET_BYTES = 25 << 20
 
 _ALIGNMENT = 16  # floats: every gradient begins at a multiple of 64 bytes, as a tensor of its own would
 _POLL_SECONDS = 0.1
-_RUNS = itertools.count()  # of this process: the store outlives a run
+_RUNS = itertools.count()  # that this process has joined
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,8 @@ def join(device: str | None = None) -> Iterator[Processes]:
     with _peers("The processes of this run did not find each other"):
         # The store first: it is where the others wait, without a time limit, for what the first prepares.
         store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        # torchrun keeps it: an earlier run of these processes has left addresses there.
+        store = dist.PrefixStore(f"run {next(_RUNS)}", store)
         backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, store=store, rank=launch.rank, world_size=launch.size, timeout=TIMEOUT
@@ -173,7 +175,7 @@ class _Several(Processes):
         super().__init__(device)
         self.rank, self.size = launch.rank, launch.size
         self._store = store
-        self._run, self._turn = next(_RUNS), 0
+        self._turn = 0
         self._gradients: _GradientSum | None = None
 
     def total(self, values: Sequence[float]) -> list[float]:
@@ -188,7 +190,7 @@ class _Several(Processes):
 
     def one_after_first(self, first: Callable[[], tuple[T, str]], others: Callable[[str], T]) -> T:
         self._turn += 1
-        key = f"run {self._run}, turn {self._turn}"
+        key = f"turn {self._turn}"
         if self.is_first:
             try:
                 done, word = first()
