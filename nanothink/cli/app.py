@@ -24,7 +24,7 @@ from nanothink.cli import (
     tokenizer,
     train_mla,
 )
-from nanothink.cli.options import is_first_process
+from nanothink.cli.options import is_first_process, launch
 from nanothink.errors import InterruptedRun, NanoThinkError, RankError, did_you_mean
 
 app = typer.Typer(
@@ -70,7 +70,13 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     # Said before numpy and torch start their thread pools: libraries must not fork warnings at users.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    sys.exit(run(sys.argv[1:] if args is None else args))
+    code = run(sys.argv[1:] if args is None else args)
+    if code and launch() is not None:
+        # The others may be gone, and libraries wait for them as they are taken down; torchrun does not wait.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(args: list[str]) -> int:

@@ -230,7 +230,7 @@ def test_a_killed_process_ends_the_run_and_the_last_checkpoint_is_usable(
         os.kill(ranks[rank], signal.SIGKILL)
         struck = time.monotonic()
         _, said = process.communicate(timeout=PATIENCE)
-    assert time.monotonic() - struck < 40
+    assert time.monotonic() - struck < 60  # torchrun kills what is left after 30 seconds
     assert process.returncode != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     if rank == 1:
