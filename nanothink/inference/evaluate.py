@@ -81,8 +81,8 @@ class Evaluation:
             total: adds numbers over all who have a share; each gives as many.
         """
         parts = [score.nats for score in self.domains.values()]
-        for routing in self.routing.values():
-            parts += [*routing.totals.values(), routing.entropy_total, routing.tokens]
+        for own in self.routing.values():
+            parts += [*own.totals.values(), own.entropy_total, own.tokens]
         sums = iter(total(parts))
         domains = {name: replace(score, nats=next(sums)) for name, score in self.domains.items()}
         routing = {

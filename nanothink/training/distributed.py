@@ -143,6 +143,7 @@ def join(device: str | None = None) -> Iterator[Processes]:
         yield Processes(device)
         return
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     own = _own_device(device, launch)
@@ -150,7 +151,7 @@ def join(device: str | None = None) -> Iterator[Processes]:
         # The store first: it is where the others wait, without a time limit, for what the first prepares.
         store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
         # torchrun keeps it: an earlier run of these processes has left addresses there.
-        store = dist.PrefixStore(f"run {next(_RUNS)}", store)
+        store = PrefixStore(f"run {next(_RUNS)}", store)
         backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, store=store, rank=launch.rank, world_size=launch.size, timeout=TIMEOUT
