@@ -1,9 +1,13 @@
-"""The state-space expert: training against mambapy, decoding against ``transformers``, and long texts.
+"""The state-space expert: training against mambapy and ``transformers``, decoding, and long texts.
 
-    python benchmarks/state_space.py step       a whole training step, bfloat16 autocast on both sides
+    python benchmarks/state_space.py step       a whole training step, bfloat16 autocast on all sides
     python benchmarks/state_space.py memory     its peak memory, a fresh process a side
     python benchmarks/state_space.py decode     tokens/s at batch 1, and a step's cost far into a text
     python benchmarks/state_space.py length     memory and time of a step by length, and the plot of both
+
+``--sides`` picks what is compared; ``transformers`` is MambaForCausalLM as it comes, whose backward on a CPU
+is quadratic in length (``--length 128`` is about what it can bear), ``transformers+mambapy`` the same with
+``use_mambapy=True``, ``plain`` and ``compiled`` are NanoThink's. Ratios are against the first side.
 
 Six layers of width 384, vocabulary 8,192, clipping and optimizer step included (Muon with AdamW here, AdamW
 there). ``pip install -e '.[bench]'`` brings mambapy and matplotlib.
@@ -87,34 +91,59 @@ def mambapy_step(batch: int, length: int, dtype: torch.dtype) -> Step:
     return step
 
 
+def transformers_step(batch: int, length: int, dtype: torch.dtype, *, use_mambapy: bool) -> Step:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    from nanothink.models.state_space import StateSpace, to_mamba_config
+
+    ours = expert("state_space")
+    assert isinstance(ours, StateSpace)
+    model = MambaForCausalLM(MambaConfig(**to_mamba_config(ours), use_mambapy=use_mambapy)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    inputs, targets = tokens(batch, length)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            logits = model(inputs).logits
+        F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 def make(side: str, batch: int, length: int, dtype: torch.dtype) -> Step:
     if side == "mambapy":
         return mambapy_step(batch, length, dtype)
+    if side.startswith("transformers"):
+        return transformers_step(batch, length, dtype, use_mambapy=side.endswith("mambapy"))
     return nanothink_step(side, batch, length, dtype)
 
 
 def sides() -> list[str]:
-    return ["mambapy", "plain", *(["compiled"] if choose_scan("cpu").name == "compiled" else [])]
+    fast = ["compiled"] if choose_scan("cpu").name == "compiled" else []
+    return ["mambapy", "transformers+mambapy", "plain", *fast]
 
 
-def training_speed(batch: int, length: int, rounds: int, dtype: torch.dtype) -> None:
-    seconds = take_turns({side: make(side, batch, length, dtype) for side in sides()}, rounds)
+def training_speed(names: list[str], batch: int, length: int, rounds: int, dtype: torch.dtype) -> None:
+    seconds = take_turns({side: make(side, batch, length, dtype) for side in names}, rounds)
     name = str(dtype).removeprefix("torch.")
     print(f"\na training step of {batch} x {length} tokens, {name}, {machine()}\n")
-    print("| side | seconds (median) | min | max | tokens/s | tokens/s against mambapy | min to max |")
+    print(f"| side | seconds (median) | min | max | tokens/s | tokens/s against {names[0]} | min to max |")
     print("|---|---:|---:|---:|---:|---:|---|")
-    print(rows(seconds, "mambapy", tokens=batch * length))
+    print(rows(seconds, names[0], tokens=batch * length))
 
 
-def training_memory(batch: int, length: int, dtype: torch.dtype) -> None:
+def training_memory(names: list[str], batch: int, length: int, dtype: torch.dtype) -> None:
     print(f"\npeak memory of a training step of {batch} x {length} tokens\n")
-    print("| side | peak memory | against mambapy |\n|---|---:|---:|")
+    print(f"| side | peak memory | against {names[0]} |\n|---|---:|---:|")
     peaks: dict[str, float] = {}
     name = str(dtype).removeprefix("torch.")
-    for side in sides():
+    for side in names:
         child = (__file__, "child", "--side", side, "--batch", str(batch), "--length", str(length))
         peaks[side] = last_number(*child, "--dtype", name)
-        print(f"| {side} | {peaks[side] / 1e9:.2f} GB | {peaks[side] / peaks['mambapy']:.3f} |", flush=True)
+        print(f"| {side} | {peaks[side] / 1e9:.2f} GB | {peaks[side] / peaks[names[0]]:.3f} |", flush=True)
 
 
 def decoding(rounds: int, n_tokens: int, far: int) -> None:
@@ -240,6 +269,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--figure", type=Path, default=Path("docs/figures/state_space_length.svg"))
+    every = ("mambapy", "transformers", "transformers+mambapy", "plain", "compiled")
+    parser.add_argument("--sides", nargs="+", choices=every, default=None)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--time-only", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -247,9 +278,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     if options.what == "step":
-        training_speed(options.batch, options.length, options.rounds, dtype)
+        training_speed(options.sides or sides(), options.batch, options.length, options.rounds, dtype)
     elif options.what == "memory":
-        training_memory(options.batch, options.length, dtype)
+        training_memory(options.sides or sides(), options.batch, options.length, dtype)
     elif options.what == "decode":
         decoding(options.rounds, options.tokens, options.far)
     elif options.what == "length":

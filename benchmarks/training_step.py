@@ -1,9 +1,11 @@
-"""A whole training step against ``transformers``' GPT-2 of the same width and depth.
+"""A whole training step against ``transformers``' GPT-2 and Qwen3 of the same width and depth.
 
-Both sides: six layers of width 384, vocabulary 50,257, blocks of 512 tokens, AdamW-family optimizer step
-and gradient clipping included, bfloat16 autocast (or float32 with --dtype). Speed is measured in one
-process with the two sides taking turns, so that a slow moment of the machine hits both; memory in a fresh
-process each, as the peak resident size of one step.
+All sides: six layers of width 384, vocabulary 50,257, blocks of 512 tokens, AdamW-family optimizer step
+and gradient clipping included, in the type that NanoThink picks for this processor (or in that of --dtype).
+Qwen3 is the very same model as NanoThink's transformer, parameter for parameter; GPT-2 is smaller (30.1
+against 52.8 million), having a tied head and a feed-forward of two matrices. Speed is measured in one process
+with the sides taking turns, so that a slow moment of the machine hits all; memory in a fresh process each, as
+the peak resident size of one step.
 
     python benchmarks/training_step.py
     python benchmarks/training_step.py --batch 8 --rounds 5 --dtype float32
@@ -13,12 +15,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from side_by_side import last_number, machine, print_peak, rows, take_turns
+from side_by_side import last_number, machine, print_peak, ratios, take_turns
+
+from nanothink.config import TrainExpertConfig
+from nanothink.models.precision import choose_precision
 
 VOCABULARY, LENGTH = 50_257, 512
 
@@ -27,9 +34,26 @@ def gpt2_step(batch: int, dtype: torch.dtype) -> Callable[[], None]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=384, n_layer=6, n_head=6)
-    ).train()
+    shape = GPT2Config(vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=384, n_layer=6, n_head=6)
+    return foreign_step(GPT2LMHeadModel(shape), batch, dtype)
+
+
+def qwen3_step(batch: int, dtype: torch.dtype) -> Callable[[], None]:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from nanothink.config import Config
+    from nanothink.models import build_model
+    from nanothink.models.transformer import Transformer, to_qwen3_config
+
+    ours = build_model("transformer", Config(), VOCABULARY)
+    assert isinstance(ours, Transformer)
+    torch.manual_seed(0)
+    return foreign_step(Qwen3ForCausalLM(Qwen3Config(**to_qwen3_config(ours))), batch, dtype)
+
+
+def foreign_step(model: Any, batch: int, dtype: torch.dtype) -> Callable[[], None]:
+    """As the documentation of transformers has it: the model computes its own loss; AdamW."""
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     tokens = torch.randint(0, VOCABULARY, (batch, LENGTH))
 
@@ -45,7 +69,7 @@ def gpt2_step(batch: int, dtype: torch.dtype) -> Callable[[], None]:
 
 
 def nanothink_step(batch: int, dtype: torch.dtype) -> Callable[[], None]:
-    from nanothink.config import Config, TrainExpertConfig
+    from nanothink.config import Config
     from nanothink.models import build_model
     from nanothink.training.optimizer import GroupedOptimizer
 
@@ -66,7 +90,7 @@ def nanothink_step(batch: int, dtype: torch.dtype) -> Callable[[], None]:
     return step
 
 
-SIDES = {"nanothink": nanothink_step, "gpt2": gpt2_step}
+SIDES = {"nanothink": nanothink_step, "gpt2": gpt2_step, "qwen3": qwen3_step}
 
 
 def main() -> None:
@@ -75,12 +99,15 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=8, help="blocks per step for speed")
     parser.add_argument(
-        "--memory-batch", type=int, default=32, help="blocks per step for peak memory; 0 leaves it out"
+        "--memory-batch", type=int, default=16, help="blocks per step for peak memory; 0 leaves it out"
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES))
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--child", choices=tuple(SIDES), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.dtype == "auto":  # bfloat16 only where it pays, so that no side is held back by it
+        options.dtype = choose_precision(TrainExpertConfig(), torch.device("cpu")).name
     dtype = getattr(torch, options.dtype)
     if options.child:
         step = SIDES[options.child](options.memory_batch, dtype)
@@ -89,18 +116,26 @@ def main() -> None:
         print_peak()
         return
 
-    seconds = take_turns({name: make(options.batch, dtype) for name, make in SIDES.items()}, options.rounds)
+    seconds = take_turns({name: SIDES[name](options.batch, dtype) for name in options.sides}, options.rounds)
+    peers = [name for name in options.sides if name != "nanothink"]
     print(f"a step of {options.batch} x {LENGTH} tokens, {options.dtype}, {machine()}\n")
-    print("| side | seconds (median) | min | max | tokens/s | tokens/s against gpt2 | min to max |")
-    print("|---|---:|---:|---:|---:|---:|---|")
-    print(rows(seconds, "gpt2", tokens=options.batch * LENGTH))
+    print("| side | seconds (median) | min | max | tokens/s |\n|---|---:|---:|---:|---:|")
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        spread = f"{min(values):.2f} | {max(values):.2f}"
+        print(f"| {name} | {median:.2f} | {spread} | {options.batch * LENGTH / median:,.0f} |")
+    for peer in peers:
+        found = ratios(seconds, "nanothink", peer)
+        spread = f"{min(found):.2f} to {max(found):.2f}"
+        print(f"\nnanothink's tokens/s against {peer}: median {statistics.median(found):.2f} ({spread})")
     if options.memory_batch:
         child = (__file__, "--memory-batch", str(options.memory_batch), "--dtype", options.dtype, "--child")
-        peaks = {name: last_number(*child, name) for name in SIDES}
+        peaks = {name: last_number(*child, name) for name in options.sides}
         print(f"\n| step of {options.memory_batch} x {LENGTH} tokens | peak memory |\n|---|---:|")
         for name, peak in peaks.items():
             print(f"| {name} | {peak / 1e9:.2f} GB |")
-        print(f"\npeak memory against gpt2: {peaks['nanothink'] / peaks['gpt2']:.2f}")
+        for peer in peers:
+            print(f"\npeak memory against {peer}: {peaks['nanothink'] / peaks[peer]:.2f}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@
     │   ├── CheckpointDamagedError     truncated, flipped bytes, not a checkpoint at all
     │   ├── CheckpointMismatchError    a sound file that belongs to something else
     │   └── CheckpointBusyError        another run holds this name
+    ├── VectorStoreError
+    │   ├── VectorStoreNotFoundError
+    │   ├── VectorStoreDamagedError    a file of it is missing, cut off or changed
+    │   └── VectorStoreMismatchError   a sound one that belongs to another model
     ├── StorageError                   the disk said no: full, read-only, not permitted
     ├── TrainingDivergedError          too many non-finite losses or gradients in a row, or such weights
     ├── DistributedError               the processes of one run lost each other, or differ
@@ -70,6 +74,22 @@ class CheckpointMismatchError(CheckpointError):
 
 
 class CheckpointBusyError(CheckpointError):
+    pass
+
+
+class VectorStoreError(NanoThinkError):
+    pass
+
+
+class VectorStoreNotFoundError(VectorStoreError):
+    pass
+
+
+class VectorStoreDamagedError(VectorStoreError):
+    pass
+
+
+class VectorStoreMismatchError(VectorStoreError):
     pass
 
 

@@ -8,9 +8,10 @@ comment at the end of the zip, where every zip reader, ``torch.load`` included, 
 
 A zip without the comment (saved again by a tool of somebody's own) is held to its CRCs instead.
 
-Nothing here unpickles. ``check_pickle`` reads the opcodes and refuses every name but the few that a dict
-of tensors needs, so that hostile files are turned away before ``torch.load(weights_only=True)``, which is
-the second wall, sees them.
+Nothing here unpickles. contents.py follows the pickle's instructions and refuses all but what a dict of
+tensors needs, so that hostile files are turned away before ``torch.load(weights_only=True)``, which is the
+second wall, sees them. And what is checked is what will be loaded: files that two readers of zip could
+read differently (another directory in front, names that differ in case alone) are refused too.
 """
 
 from __future__ import annotations
@@ -18,30 +19,29 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import pickletools
+import re
 import struct
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-
+from nanothink.checkpoints.contents import MAX_PICKLE_BYTES, check_pickle
 from nanothink.errors import CheckpointDamagedError
 
 _MARK = b"nanothink-sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
+_COMMENT = re.compile(re.escape(_MARK) + b"[0-9a-f]{64}")
+_NOT_TORCH = "is a zip file, but not one that torch.save wrote"
 _END_RECORD = 22
 """Bytes of the zip's end-of-central-directory record; its last two are the length of the comment."""
 
-_CHUNK = 1 << 22
+_MAX_DIRECTORY_BYTES = 16 * 2**20
+"""Of the zip's directory: some hundred thousand tensors."""
 
-_SAFE_GLOBALS = {
-    "collections OrderedDict",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_tensor_v3",
-    "torch._utils _rebuild_parameter",
-    "torch.storage UntypedStorage",
-}
+_NAME = re.compile(r"(data\.pkl|version|byteorder|data/[0-9]+|\.[a-z_]+|\.data/serialization_id)")
+"""What ``torch.save`` calls its parts, inside their folder."""
+
+_CHUNK = 1 << 22
 
 
 class DigestingWriter:
@@ -80,6 +80,8 @@ class DigestingWriter:
     def _write_all(self, view: memoryview) -> None:
         while view:
             written = os.write(self._descriptor, view[:_CHUNK])
+            if not written:  # no disk should; trying again for ever would be worse
+                raise OSError(errno.EIO, "a write took no bytes")
             self._digest.update(view[:written])
             view = view[written:]
 
@@ -101,17 +103,22 @@ def check_archive(file: BinaryIO, path: Path, *, thorough: bool) -> None:
     digest = _read_digest(file, path, n_bytes)
     if thorough and digest is not None and _digest_of(file, n_bytes) != digest:
         raise damaged(path, "its content is not what was written (the SHA-256 digest differs)")
+    _check_directory(file, path, n_bytes, 0 if digest is None else _COMMENT_BYTES)
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-            _check_members(members, path, n_bytes)
-            pickles = [member for member in members if member.filename.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise damaged(path, "it is a zip file, but not one that torch.save wrote")
+            sizes = _check_members(members, path, n_bytes)
+            if sizes.get("data.pkl", MAX_PICKLE_BYTES + 1) > MAX_PICKLE_BYTES:
+                what = "has a list of contents beyond all measure" if "data.pkl" in sizes else _NOT_TORCH
+                raise damaged(path, f"it {what}")
             if thorough and digest is None:
                 _check_crcs(archive, path)
-            # bounded: members are stored uncompressed, so this is at most the size of the file
-            check_pickle(archive.read(pickles[0]), path)
+            root = members[0].filename.partition("/")[0]
+            check_pickle(
+                archive.read(f"{root}/data.pkl"),
+                {name.removeprefix("data/"): size for name, size in sizes.items()},
+                lambda reason: damaged(path, reason),
+            )
     except (zipfile.BadZipFile, struct.error, ValueError, LookupError, EOFError, ArithmeticError) as error:
         raise damaged(path, f"its zip structure is damaged ({error})") from None
     except (RuntimeError, NotImplementedError) as error:  # zip features that torch.save never uses
@@ -121,32 +128,6 @@ def check_archive(file: BinaryIO, path: Path, *, thorough: bool) -> None:
             raise
         raise damaged(path, "its zip structure is damaged (an offset outside of the file)") from None
     file.seek(0)
-
-
-def check_pickle(data: bytes, path: Path) -> None:
-    """Refuse a pickle that names anything but tensors, their storages and OrderedDict."""
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "GLOBAL" and not _is_safe(str(argument)):
-                name = str(argument).replace(" ", ".")
-                raise damaged(
-                    path, f"loading it would run code: it calls {name!r}, which no checkpoint needs"
-                )
-            if opcode.name in {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"}:
-                raise damaged(
-                    path, f"loading it would run code: it uses the pickle instruction {opcode.name}"
-                )
-    except (ValueError, IndexError, struct.error) as error:
-        raise damaged(path, f"its list of contents is damaged ({error})") from None
-
-
-def _is_safe(name: str) -> bool:
-    if name in _SAFE_GLOBALS:
-        return True
-    module, _, attribute = name.partition(" ")
-    return module == "torch" and (
-        attribute.endswith("Storage") or isinstance(getattr(torch, attribute, None), torch.dtype)
-    )
 
 
 def _read_digest(file: BinaryIO, path: Path, n_bytes: int) -> bytes | None:
@@ -166,7 +147,7 @@ def _read_digest(file: BinaryIO, path: Path, n_bytes: int) -> bytes | None:
     file.seek(max(0, n_bytes - _END_RECORD - _COMMENT_BYTES))
     tail = file.read()
     end, comment = tail[:_END_RECORD], tail[_END_RECORD:]
-    if end[:4] == b"PK\5\6" and end[20:] == struct.pack("<H", _COMMENT_BYTES) and comment.startswith(_MARK):
+    if end[:4] == b"PK\5\6" and end[20:] == struct.pack("<H", _COMMENT_BYTES) and _COMMENT.fullmatch(comment):
         return comment.removeprefix(_MARK)
     if tail[-_END_RECORD:][:4] == b"PK\5\6" and tail[-2:] == b"\0\0":
         return None
@@ -185,8 +166,34 @@ def _digest_of(file: BinaryIO, n_bytes: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def _check_members(members: list[zipfile.ZipInfo], path: Path, n_bytes: int) -> None:
-    names = set()
+def _check_directory(file: BinaryIO, path: Path, n_bytes: int, comment_bytes: int) -> None:
+    """Refuse a directory that is elsewhere than right before the end, or too large to be read.
+
+    Python's reader looks for it before the end, PyTorch's where the end record says: both must agree.
+    """
+    end = n_bytes - _END_RECORD - comment_bytes
+    file.seek(end)
+    record = struct.unpack("<4s4H2LH", file.read(_END_RECORD))
+    size, start = record[5], record[6]
+    if end >= 20 + 56:
+        file.seek(end - 20)
+        mark, _, end_64, _ = struct.unpack("<4sLQL", file.read(20))
+        if mark == b"PK\6\7":  # a file of more than 4 GB has a second end record, and its place after it
+            end -= 20 + 56
+            file.seek(end)
+            record = struct.unpack("<4sQ2H2L4Q", file.read(56))
+            if record[0] != b"PK\6\6" or end_64 != end:
+                raise damaged(path, "its zip structure is damaged (the end records do not agree)")
+            size, start = record[8], record[9]
+    if start + size != end:
+        raise damaged(path, "its zip structure is damaged (the directory is not where it should be)")
+    if size > _MAX_DIRECTORY_BYTES:
+        raise damaged(path, f"its zip directory takes {size:,} bytes, which no checkpoint's does")
+
+
+def _check_members(members: list[zipfile.ZipInfo], path: Path, n_bytes: int) -> dict[str, int]:
+    """Sizes of the parts by their names inside the folder that ``torch.save`` puts them in."""
+    sizes: dict[str, int] = {}
     for member in members:
         name = member.filename
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
@@ -195,14 +202,20 @@ def _check_members(members: list[zipfile.ZipInfo], path: Path, n_bytes: int) -> 
             raise damaged(path, f"its part {name!r} is encrypted, which no checkpoint is")
         if name.startswith("/") or "\\" in name or ".." in name.split("/"):
             raise damaged(path, f"its part {name!r} has a name that leads out of the file")
-        if name.endswith("/constants.pkl") or "/code/" in name:
+        _, _, inside = name.partition("/")
+        if inside == "constants.pkl" or inside.startswith("code/"):
             raise damaged(path, "it is a TorchScript program, not a checkpoint")
-        if name in names:
+        if inside in sizes:
             raise damaged(path, f"its part {name!r} is there twice")
-        names.add(name)
+        sizes[inside] = member.file_size
     total = sum(member.file_size for member in members)
     if total > n_bytes:
         raise damaged(path, f"its parts claim {total:,} bytes, but the file has {n_bytes:,} (a zip bomb?)")
+    for name in (member.filename for member in members):
+        root, _, inside = name.partition("/")
+        if root != members[0].filename.partition("/")[0] or not _NAME.fullmatch(inside):
+            raise damaged(path, f"it {_NOT_TORCH}: it has a part {name!r}")
+    return sizes
 
 
 def _check_crcs(archive: zipfile.ZipFile, path: Path) -> None:

@@ -32,7 +32,7 @@ FOREIGN_TEMPORARY_SECONDS = 24 * 3600.0
 
 _SUFFIX = re.compile(r"(?P<stem>.+?)(?:_epoch(?P<epoch>0|[1-9][0-9]*)|(?P<interrupted>_interrupted))?\.pt")
 _RESERVED_END = re.compile(r"_epoch[0-9]+$|_interrupted$")
-_TEMPORARY = re.compile(r"\.(?P<file>.+\.pt)\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>[0-9]+)\.tmp")
+_TEMPORARY = re.compile(r"\.(?P<file>.+)\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>[0-9]+)\.tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +104,25 @@ def orphaned_temporaries(folder: Path, file_name: str | None = None) -> list[Pat
     A writer on another host can't be asked whether it lives; its file counts as left behind when nothing
     was written to it for a day. Raises OSError when the folder can't be listed.
     """
-    orphans = []
-    for entry in os.scandir(folder):
-        match = _TEMPORARY.fullmatch(entry.name)
-        if match is None or file_name not in (None, match["file"]):
-            continue
-        try:
-            age_seconds = time.time() - entry.stat(follow_symlinks=False).st_mtime
-        except FileNotFoundError:  # its writer has just finished
-            continue
-        writer_lives = match["host"] != _host() or _is_alive(int(match["pid"]))
-        if not writer_lives or age_seconds > FOREIGN_TEMPORARY_SECONDS:
-            orphans.append(Path(entry.path))
-    return sorted(orphans)
+    found = ((Path(entry.path), left_behind(entry)) for entry in os.scandir(folder) if not entry.is_dir())
+    return sorted(
+        path
+        for path, name in found
+        if name is not None and name.endswith(".pt") and file_name in (None, name)
+    )
+
+
+def left_behind(entry: os.DirEntry[str]) -> str | None:
+    """The name of what a dead writer was writing here; None of anything else."""
+    match = _TEMPORARY.fullmatch(entry.name)
+    if match is None:
+        return None
+    try:
+        age_seconds = time.time() - entry.stat(follow_symlinks=False).st_mtime
+    except FileNotFoundError:  # its writer has just finished
+        return None
+    writer_lives = match["host"] != _host() or _is_alive(int(match["pid"]))
+    return None if writer_lives and age_seconds <= FOREIGN_TEMPORARY_SECONDS else match["file"]
 
 
 def _host() -> str:

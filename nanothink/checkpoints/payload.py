@@ -21,17 +21,31 @@ _MAX_NODES = 2_000_000
 """Values in a payload. Shared containers let a small pickle unfold to more than any memory holds."""
 
 
-class CheckpointPayload(TypedDict):
-    """Everything that changes the next step. Tensors and plain Python values only."""
-
-    format_version: int
-    """``FORMAT_VERSION`` of the NanoThink that wrote it."""
+class ModelPayload(TypedDict):
+    """What a model is, without what trains it further."""
 
     kind: str
     """Kind of model, as in ``models.MODEL_KINDS``."""
 
     model_state: dict[str, Tensor]
     """Parameters and persistent buffers, without wrapper prefixes. Tied ones appear under each name."""
+
+    config: dict[str, Any]
+    """The resolved config as plain JSON values."""
+
+    tokenizer: dict[str, str]
+    """``Tokenizer.to_state()``."""
+
+    run: dict[str, Any]
+    """Plain values about the run: its name, the ``TrainState``, what a diffuser learnt from,
+    the names, kinds and settings of the experts inside a combined model."""
+
+
+class CheckpointPayload(ModelPayload):
+    """Everything that changes the next step. Tensors and plain Python values only."""
+
+    format_version: int
+    """``FORMAT_VERSION`` of the NanoThink that wrote it."""
 
     optimizer_state: dict[str, Any]
     """Nested dicts and lists of tensors and scalars."""
@@ -57,18 +71,8 @@ class CheckpointPayload(TypedDict):
     best_loss: float | None
     """Lowest validation loss so far, in nats per token."""
 
-    config: dict[str, Any]
-    """The resolved config as plain JSON values."""
-
-    tokenizer: dict[str, str]
-    """``Tokenizer.to_state()``."""
-
     data_fingerprint: str
     """Fingerprint of the tokenised corpus that the positions refer to."""
-
-    run: dict[str, Any]
-    """Plain values about the run: its name, the ``TrainState``, what a diffuser learnt from,
-    the names, kinds and settings of the experts inside a combined model."""
 
 
 _REQUIRED: dict[str, tuple[type, ...]] = {
@@ -109,13 +113,41 @@ def wrong_entry(payload: dict[Any, Any]) -> str | None:
             return f"its entry '{key}' has keys that are not strings"
     if not all(isinstance(value, str) for value in payload["tokenizer"].values()):
         return "its entry 'tokenizer' holds something that is no text"
+    if not all(isinstance(section, dict) for section in payload["config"].values()):
+        return "its entry 'config' is not made of sections"
     return None
 
 
 def check_values(path: Path, payload: dict[str, Any]) -> None:
-    """Refuse tensors larger than their bytes in the file, and containers that unfold without end."""
+    """Refuse values that are no plain ones or tensors, and containers that unfold without end."""
+    try:
+        for value in _values(payload):
+            if isinstance(value, Tensor):
+                if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
+                    raise damaged(
+                        path, f"it holds a tensor of an unknown sort ({value.layout}, {value.device})"
+                    )
+                if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                    raise damaged(
+                        path, f"it holds a tensor of shape {tuple(value.shape)} but not the data for it"
+                    )
+            elif not isinstance(value, (str, int, float, dict, list, tuple, type(None))):
+                raise damaged(path, f"it holds a {type(value).__name__}, which no checkpoint does")
+    except _Endless:
+        raise damaged(path, "its values are nested or repeated without end") from None
+    for key in ("config", "run", "early_stopping"):
+        if any(isinstance(value, Tensor) for value in _values(payload[key])):
+            raise damaged(path, f"its entry '{key}' holds a tensor, which is due elsewhere")
+
+
+class _Endless(Exception):
+    pass
+
+
+def _values(root: Any) -> Iterator[Any]:
+    """``root`` and all that is in it, down to what is no container."""
     # A stack of iterators: a list that holds itself, or one repeated a billion times, grows no list here.
-    pending: list[Iterator[Any]] = [iter((payload,))]
+    pending: list[Iterator[Any]] = [iter((root,))]
     n_nodes, end = 0, object()
     while pending:
         value = next(pending[-1], end)
@@ -124,20 +156,12 @@ def check_values(path: Path, payload: dict[str, Any]) -> None:
             continue
         n_nodes += 1
         if n_nodes > _MAX_NODES or len(pending) > 100:
-            raise damaged(path, "its values are nested or repeated without end")
-        if isinstance(value, Tensor):
-            if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
-                raise damaged(path, f"it holds a tensor of an unknown sort ({value.layout}, {value.device})")
-            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise damaged(
-                    path, f"it holds a tensor of shape {tuple(value.shape)} but not the data for it"
-                )
-        elif isinstance(value, dict):
+            raise _Endless
+        yield value
+        if isinstance(value, dict):
             pending.append(iter(value.values()))
         elif isinstance(value, (list, tuple)):
             pending.append(iter(value))
-        elif not isinstance(value, (str, int, float, type(None))):
-            raise damaged(path, f"it holds a {type(value).__name__}, which no checkpoint does")
 
 
 def plain(value: Any, where: str) -> Any:

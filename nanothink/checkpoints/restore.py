@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanothink.checkpoints.payload import CheckpointPayload
+from nanothink.checkpoints.payload import ModelPayload
 from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError
 
 _LISTED = 8
@@ -73,9 +73,7 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def restore_model(
-    model: nn.Module, payload: CheckpointPayload, *, expect_kind: str, path: Path
-) -> LoadReport:
+def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, path: Path) -> LoadReport:
     """Load what fits, as ``strict=False`` does but also past other shapes, and report the rest.
 
     Nothing is changed unless everything below holds. ``path`` is for the messages.

@@ -31,7 +31,14 @@ from nanothink.checkpoints.names import (
     validate_name,
 )
 from nanothink.checkpoints.payload import CheckpointPayload
-from nanothink.errors import CheckpointBusyError, CheckpointError, StorageError, UsageError
+from nanothink.errors import (
+    CheckpointBusyError,
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    StorageError,
+    UsageError,
+)
 
 REPLACED_FOLDER = "replaced"
 """Folder inside the checkpoint folder that takes the files of runs overwritten on request."""
@@ -81,8 +88,11 @@ class CheckpointStore:
         """The latest state there is: interrupted, then the newest snapshot, then best.
 
         A best file that is further on than the newest snapshot, as a completed run may leave it, comes
-        before the snapshots. Each candidate is verified to the last byte; one that fails is passed
-        over, and ``on_skip`` gets its path and the reason.
+        before the snapshots. Each candidate is verified to the last byte; a damaged one is passed over,
+        and ``on_skip`` gets its path and the reason.
+
+        Raises StorageError, CheckpointMismatchError: a candidate cannot be read, or belongs to a newer
+        version or another program. It may be sound, and going on without it would write over it.
         """
         files = self.existing()  # best, snapshots by number, interrupted
         snapshots = [path for path in files if path not in (self.best, self.interrupted)]
@@ -92,8 +102,10 @@ class CheckpointStore:
         for path in reversed(files):
             try:
                 verify_checkpoint(path)
-            except (CheckpointError, StorageError) as error:
+            except CheckpointDamagedError as error:
                 on_skip(path, _reason(path, error))
+            except CheckpointNotFoundError:
+                continue  # removed meanwhile
             else:
                 return path
         return None

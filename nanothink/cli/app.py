@@ -6,8 +6,11 @@ Nothing heavy is imported until a command runs, so ``--help`` is instant.
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -20,12 +23,16 @@ from nanothink.cli import (
     doctor,
     evaluate,
     generate,
+    memory,
     pretrain,
+    report,
     tokenizer,
     train_mla,
 )
 from nanothink.cli.options import is_first_process, launch
 from nanothink.errors import InterruptedRun, NanoThinkError, RankError, did_you_mean
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 app = typer.Typer(
     name="nanothink",
@@ -60,16 +67,28 @@ pretrain.register(app)
 train_mla.register(app)
 evaluate.register(app)
 generate.register(app)
+app.add_typer(memory.app, name="memory")
+report.register(app)
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(config.app, name="config")
 doctor.register(app)
 demo.register(app)
 
 
+class _Interrupted(BaseException):
+    """A signal, on its way out. Typer turns a KeyboardInterrupt into an exit without a word."""
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     # Said before numpy and torch start their thread pools: libraries must not fork warnings at users.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is shown as '?'
+            stream.reconfigure(errors="replace")
+    for number in _STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell leaves it for a command behind "&"
+            signal.signal(number, _unwind)
     code = run(sys.argv[1:] if args is None else args)
     if code and launch() is not None:
         # The others may be gone, and libraries wait for them as they are taken down; torchrun does not wait.
@@ -77,6 +96,16 @@ def main(args: list[str] | None = None) -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a command as Ctrl-C does: half-made files go. A second signal does not wait for that.
+
+    Training has its own way to stop (training/interruption.py).
+    """
+    for each in _STOPPING:
+        signal.signal(each, signal.SIG_DFL)
+    raise _Interrupted
 
 
 def run(args: list[str]) -> int:
@@ -88,7 +117,7 @@ def run(args: list[str]) -> int:
         if isinstance(error, RankError) or is_first_process():
             _print_error(str(error))
         return error.exit_code
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt, _Interrupted):
         if is_first_process():
             _print_error("Interrupted; there was nothing to save.")
         return InterruptedRun.exit_code

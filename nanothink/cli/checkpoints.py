@@ -10,7 +10,7 @@ import typer
 from nanothink.cli.options import CheckpointDir, ForgivingCommand, Json
 
 app = typer.Typer(
-    help="List, look into, verify and prune checkpoints.", no_args_is_help=True, rich_markup_mode=None
+    help="List, look into, verify, prune and export checkpoints.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
@@ -61,7 +61,7 @@ def show(
     shapes = {name: list(tensor.shape) for name, tensor in payload["model_state"].items()}
     facts: dict[str, Any] = {
         **_as_dict(summary),
-        "tokenizer": payload["tokenizer"]["name"],
+        "tokenizer": payload["tokenizer"].get("name"),
         "data_fingerprint": payload["data_fingerprint"],
         "run": payload["run"],
     }
@@ -71,7 +71,9 @@ def show(
     state = facts.pop("run")
     facts["modified"] = _when(summary.modified)
     rows = [[k.replace("_", " "), str(v)] for k, v in facts.items()]
-    rows += [[k.replace("_", " "), str(v)] for k, v in state.get("state", {}).items() if k not in facts]
+    stood = state.get("state")
+    if isinstance(stood, dict):
+        rows += [[str(k).replace("_", " "), str(v)] for k, v in stood.items() if k not in facts]
     render.table(["", "value"], rows, title=str(checkpoint))
     settings = [
         [f"{section}.{key}", str(value)]
@@ -141,6 +143,45 @@ def prune(
         render.say(f"{'would remove' if dry_run else 'removed'} {path}")
     if not removed:
         render.say(f"Nothing to prune in {checkpoint_dir}.")
+
+
+@app.command(cls=ForgivingCommand)
+def export(
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write; made if need be.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help="A checkpoint file. [default: the newest best one in --checkpoint-dir]"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    as_json: Json = False,
+) -> None:
+    """A model as a folder for other programs: safetensors, config.json, tokenizer, model card.
+
+    transformers opens a transformer (as Qwen3) and a state-space model (as Mamba) without further code.
+    """
+    from nanothink.cli import render
+    from nanothink.runs.evaluating import finished_checkpoints
+    from nanothink.runs.exporting import export_checkpoint
+
+    path = checkpoint or max(
+        finished_checkpoints(checkpoint_dir, render.note), key=lambda p: p.stat().st_mtime_ns
+    )
+    done = export_checkpoint(path, to, overwrite=overwrite)
+    for line in done.notes:
+        render.warning(f"{path}: {line}")
+    if as_json:
+        render.print_json(_as_dict(done))
+        return
+    rows = [
+        ["checkpoint", str(done.checkpoint)],
+        ["kind", done.kind],
+        ["opens as", done.architecture or "nothing but NanoThink"],
+        ["parameters", f"{render.count(done.n_parameters)}, float32"],
+        ["files", f"{', '.join(done.files)} ({render.size(done.bytes)})"],
+        ["from Python", done.how_to_load],
+    ]
+    render.table(["", "value"], rows, title=str(done.folder))
 
 
 def _as_dict(entry: Any) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def _next_commands(out: Path) -> Iterator[str]:
     combined = shlex.quote(str(out / "checkpoints" / "nanothink_mla.pt"))
     checkpoints = shlex.quote(str(out / "checkpoints"))
     yield f'nanothink generate "The module" --checkpoint {combined}   # let it write'
+    yield f"nanothink report --checkpoint-dir {checkpoints}   # curves, domains, routing as one HTML page"
     yield f"nanothink checkpoints ls --checkpoint-dir {checkpoints}   # what there is"
     yield "nanothink data import notes.csv --domain notes   # your own text, one folder a domain"
     yield "nanothink pretrain transformer --dry-run   # what training on it would take"

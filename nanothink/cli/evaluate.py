@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from nanothink.cli.options import CheckpointDir, Device, Domains, ForgivingCommand, Json, SkipBadRecords
+from nanothink.cli.options import (
+    CheckpointDir,
+    Device,
+    Domains,
+    ForgivingCommand,
+    Json,
+    NoMemory,
+    SkipBadRecords,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -32,6 +40,7 @@ def evaluate(
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     skip_bad_records: SkipBadRecords = False,
+    no_memory: NoMemory = False,
     as_json: Json = False,
 ) -> None:
     """Score checkpoints on held-out text.
@@ -59,6 +68,7 @@ def evaluate(
             max_tokens=max_tokens,
             device=device,
             skip_bad_records=skip_bad_records,
+            memory=not no_memory,
             note=bars.note,
             progress=bars,
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json
+from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json, NoMemory
 
 if TYPE_CHECKING:
     from nanothink.runs.loading import LoadedModel
@@ -66,8 +66,11 @@ def generate(
     ] = None,
     show_routing: Annotated[
         bool,
-        typer.Option("--show-routing", help="A combined model: which expert each token was drawn by."),
+        typer.Option(
+            "--show-routing", help="A combined model: which expert, or its memory, each token was drawn by."
+        ),
     ] = False,
+    no_memory: NoMemory = False,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     as_json: Json = False,
@@ -109,7 +112,7 @@ def generate(
     path = checkpoint or max(
         finished_checkpoints(checkpoint_dir, render.note), key=lambda p: p.stat().st_mtime_ns
     )
-    loaded = load(path, device=device)
+    loaded = load(path, device=device, memory=not no_memory)
     for line in loaded.notes:
         render.note(line)
     if denoise:

@@ -128,10 +128,11 @@ def resume(
     """
     from dataclasses import replace
 
+    from nanothink.cli import render
     from nanothink.config.run import training_section
     from nanothink.runs.preparing import locate
 
-    where = locate(str(checkpoint) if checkpoint else None, checkpoint_dir)
+    where = locate(str(checkpoint) if checkpoint else None, checkpoint_dir, note=render.note)
     where = replace(where, device=device, overwrite=overwrite)
     section = training_section(where.kind)
     flags = {

@@ -55,6 +55,13 @@ def train_mla(
         str | None,
         typer.Option("--name", help="Name of this model; its checkpoint is NAME_nanothink_mla.pt."),
     ] = None,
+    use_vector_store: Annotated[
+        bool,
+        typer.Option(
+            "--use-vector-store",
+            help="Train with a memory of the training text beside the experts; built if it is missing.",
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
@@ -89,6 +96,7 @@ def train_mla(
         "data.domains": ("--domains", domains or None),
         "data.tokenizer": ("--tokenizer", tokenizer),
         "data.skip_bad_records": ("--skip-bad-records", skip_bad_records or None),
+        "vector_store.enabled": ("--use-vector-store", use_vector_store or None),
         "train_mla.max_epochs": ("--max-epochs", max_epochs),
         "train_mla.max_steps": ("--max-steps", max_steps),
         "train_mla.seed": ("--seed", seed),

@@ -1,7 +1,14 @@
 """Settings: pydantic classes, presets, and where each value came from."""
 
 from nanothink.config.data import DataConfig
-from nanothink.config.model import DiffuserConfig, MLAConfig, ModelConfig, StateSpaceConfig, TransformerConfig
+from nanothink.config.model import (
+    DiffuserConfig,
+    MLAConfig,
+    ModelConfig,
+    StateSpaceConfig,
+    TransformerConfig,
+    VectorStoreConfig,
+)
 from nanothink.config.run import Config
 from nanothink.config.training import TrainConfig, TrainDiffuserConfig, TrainExpertConfig, TrainMLAConfig
 
@@ -17,4 +24,5 @@ __all__ = [
     "TrainExpertConfig",
     "TrainMLAConfig",
     "TransformerConfig",
+    "VectorStoreConfig",
 ]

@@ -140,3 +140,34 @@ class MLAConfig(Settings):
 
     router: Literal["token", "global"] = "token"
     """Weights of the experts: for each token from its state, or one learned set for all tokens."""
+
+
+class VectorStoreConfig(Settings):
+    """The memory of a NanoThink: states of one frozen expert over the training text, searched by FAISS."""
+
+    enabled: bool = False
+    """Train with a memory beside the experts: --use-vector-store."""
+
+    expert: str | None = None
+    """Name of the expert whose states are keys and queries; when empty the first state-space expert, else the
+    first transformer, else the first."""
+
+    n_neighbours: int = Field(32, ge=1, le=1024)
+    """Keys that are recalled for each token."""
+
+    index: Literal["auto", "exact", "sq8", "pq"] = "auto"
+    """How keys are kept: as they are; in inverted lists, a byte for each number; or a byte for each four
+    numbers. 'auto' goes by their number."""
+
+    exact_below: int = Field(50_000, ge=0)
+    """Under 'auto': keys up to which the search is exact."""
+
+    pq_above: int = Field(20_000_000, ge=1)
+    """Under 'auto': keys beyond which each is kept in a quarter of a byte for each number."""
+
+    n_probe: int = Field(16, ge=1)
+    """Inverted lists that a search looks into."""
+
+    max_keys: int | None = Field(None, ge=1)
+    """Build with at most about this many keys, from blocks spread evenly over the text; with one for each
+    training token when empty. What is added later is added in full."""

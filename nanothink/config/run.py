@@ -23,7 +23,14 @@ from pydantic import ValidationError, model_validator
 
 from nanothink.config.base import Settings
 from nanothink.config.data import DataConfig
-from nanothink.config.model import DiffuserConfig, MLAConfig, ModelConfig, StateSpaceConfig, TransformerConfig
+from nanothink.config.model import (
+    DiffuserConfig,
+    MLAConfig,
+    ModelConfig,
+    StateSpaceConfig,
+    TransformerConfig,
+    VectorStoreConfig,
+)
 from nanothink.config.training import TrainConfig, TrainDiffuserConfig, TrainExpertConfig, TrainMLAConfig
 from nanothink.errors import ConfigError, did_you_mean
 
@@ -44,6 +51,7 @@ class Config(Settings):
     state_space: StateSpaceConfig = StateSpaceConfig()
     diffuser: DiffuserConfig = DiffuserConfig()
     mla: MLAConfig = MLAConfig()
+    vector_store: VectorStoreConfig = VectorStoreConfig()
     data: DataConfig = DataConfig()
     train_expert: TrainExpertConfig = TrainExpertConfig()
     train_diffuser: TrainDiffuserConfig = TrainDiffuserConfig()

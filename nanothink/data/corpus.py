@@ -228,7 +228,7 @@ def validate_corpus(
         n_records += n_valid
         if not n_valid:
             folder = paths[0].parent if paths else corpus.root / domain
-            errors.append(_whole(folder, f"the domain '{domain}' has no valid record"))
+            errors.append(_whole(folder, f"the domain '{shown(domain)}' has no valid record"))
 
     seconds = time.perf_counter() - began
     return ValidationReport(len(sizes), n_records, total, seconds, tuple(errors), tuple(warnings))

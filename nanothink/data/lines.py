@@ -51,8 +51,13 @@ ProblemSink = Callable[[Problem], None]
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """The path as it can be printed and written as JSON, also when its bytes are not UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """The path on one line, as it can be printed and written as JSON, whatever bytes are in it."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode()
 
 
 def column_at(line: bytes, offset: int) -> int:

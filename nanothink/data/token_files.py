@@ -57,6 +57,8 @@ class TokenFile:
     """Lines that were no records."""
     problems: tuple[tuple[int, int, str], ...]
     """The first of them: line, column, reason."""
+    path: str = ""
+    """The text file these are the tokens of, from the data root; empty where nobody has said."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -35,6 +35,7 @@ from nanothink.data.corpus import (
 from nanothink.data.hub import TokenizerUnreachableError, hub_folder
 from nanothink.data.records import Problem, iter_records
 from nanothink.data.split import head_and_tail, single_texts
+from nanothink.data.tokenizer_json import check_tokenizer_json, failures_told
 from nanothink.errors import DataError, TokenizerError
 
 __all__ = [
@@ -51,6 +52,7 @@ EOS = "<|endoftext|>"
 _KNOWN_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<｜end▁of▁sentence｜>")
 REPLACEABLE = "gpt2"
 """The name that a tokenizer trained here may stand in for: the default of ``DataConfig``."""
+_MAX_EOS_CHARS = 1000
 _PROBE = "Hello world"
 _MAX_TRAINING_BYTES = 256 * 2**20  # counts of words have settled long before
 _STANDS_FOR = "nanothink_stands_for"
@@ -77,15 +79,23 @@ class Tokenizer:
     """SHA-256, in hex, of the vocabulary, rules and EOS."""
 
     def __init__(self, backend: tokenizers.Tokenizer, name: str, eos_token: str | None = None) -> None:
+        where = f"tokenizer '{name:.100}'"
         eos = eos_token or EOS
+        if len(eos) > _MAX_EOS_CHARS or not eos.isprintable():
+            raise TokenizerError(
+                f"The EOS token of {where} is too long or holds odd characters: {eos!r:.60}."
+            )
         self.name, self._eos = name, eos
-        self._backend, canonical = _purified(backend, eos)
-        self._json = canonical.decode()
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.eos_id = self._backend.get_vocab(with_added_tokens=True)[eos]
-        self.fingerprint = hashlib.sha256(canonical + b"\0" + eos.encode()).hexdigest()
-        self._words = ByteLevelEncoder(self._encode_whole) if is_byte_level(orjson.loads(canonical)) else None
-        self._check()
+        with failures_told(where):
+            self._backend, canonical = _purified(backend, eos)
+            self._json = canonical.decode()
+            vocabulary = self._backend.get_vocab(with_added_tokens=True)
+            self.vocab_size = max(vocabulary.values()) + 1
+            self.eos_id = vocabulary[eos]
+            self.fingerprint = hashlib.sha256(canonical + b"\0" + eos.encode()).hexdigest()
+            byte_level = is_byte_level(orjson.loads(canonical))
+            self._words = ByteLevelEncoder(self._encode_whole) if byte_level else None
+            self._check()
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without EOS. Raises TokenizerError for a lone surrogate."""
@@ -287,10 +297,9 @@ def _read(path: Path) -> str:
 
 
 def _parse(text: str, where: str) -> tokenizers.Tokenizer:
-    try:
+    check_tokenizer_json(text, where)
+    with failures_told(where):
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:
-        raise TokenizerError(f"{where} is not a tokenizer that can be read: {error}.") from error
 
 
 def fitting_vocab_size(n_bytes: int) -> int:
@@ -380,8 +389,13 @@ def _texts(paths: Sequence[Path], on_bytes: Callable[[int], None]) -> Iterator[s
             yield record.text
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, stands_for: str | None = None) -> Path:
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: Path, *, stands_for: str | None = None, context: int | None = None
+) -> Path:
     """Writes tokenizer.json and tokenizer_config.json; ``load_tokenizer`` and transformers read them.
+
+    Both give the same ids. A text begins after EOS, as in GPT-2, so that is the BOS of those that ask for
+    one; nothing puts it there unasked. ``context`` is the most tokens that a model of this tokenizer takes.
 
     Whole or not at all: while the configuration changes there is no tokenizer.json, so an old one is
     never read with a new EOS.
@@ -389,9 +403,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, stands_for: str | None
     state = tokenizer.to_state()
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": state["eos_token"],
         "eos_token": state["eos_token"],
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # text that spells EOS is text
     }
+    if context is not None:
+        settings["model_max_length"] = context
     if stands_for is not None:
         settings[_STANDS_FOR] = stands_for
     content = orjson.dumps(settings, option=orjson.OPT_INDENT_2)

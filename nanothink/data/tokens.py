@@ -12,9 +12,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,10 @@ class Documents:
     """Hash of the text (corpus.text_key)."""
     lines: Int64
     """Line in its file."""
+    files: Int64
+    """Its file, as an index into ``paths``."""
+    paths: tuple[str, ...]
+    """Files, from the data root."""
 
 
 class TokenStream:
@@ -133,6 +138,8 @@ class TokenStream:
             n_bytes=found["n_bytes"].copy(),
             keys=found["key"].copy(),
             lines=found["line"].copy(),
+            files=np.repeat(np.arange(len(rows)), [len(of_file) for of_file in rows]),
+            paths=tuple(file.path for file, _ in self._parts),
         )
 
     def _read(self, start: int, stop: int) -> Int64:
@@ -302,7 +309,9 @@ class _Builder:
                         ready[digest] = made
         self._refuse_bad_records(ready, digests)
         return {
-            domain: [(digests[path], ready[digests[path]]) for path in paths if path in digests]
+            domain: [
+                (digests[path], self._named(ready[digests[path]], path)) for path in paths if path in digests
+            ]
             for domain, paths in self._corpus.domains.items()
         }
 
@@ -320,7 +329,10 @@ class _Builder:
                     writer.add(line, part)
                 writer.commit()
             found = self._reopened(self._folder / name)
-        return name, found
+        return name, self._named(found, paths[0])
+
+    def _named(self, file: TokenFile, path: Path) -> TokenFile:
+        return replace(file, path=os.path.relpath(path, self._corpus.root))
 
     def _find(self, key: int, paths: Sequence[Path]) -> tuple[int, str]:
         for path in paths:

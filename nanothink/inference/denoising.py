@@ -5,7 +5,7 @@ Shapes: B batch, T time, D width, N noise levels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from nanothink.data.batches import validation_batches
 from nanothink.data.tokens import IGNORE, TokenStream
 from nanothink.errors import UsageError
+from nanothink.inference.evaluate import EvaluationStopped
 from nanothink.inference.generate import evaluating
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.noise import block_generator, diffuse
@@ -54,6 +55,7 @@ def denoising_errors(
     precision: Precision,
     transformer: Transformer | None = None,
     n_tokens: int = MEASURED_TOKENS,
+    should_stop: Callable[[], bool] | None = None,
 ) -> dict[int, float]:
     """Mean squared error of the guess at the clean target, by noise level, in one evaluation each.
 
@@ -65,6 +67,7 @@ def denoising_errors(
         length: tokens a block.
         transformer: needed where the targets are its hidden states.
         n_tokens: about how many tokens to measure on, in all; whole documents.
+        should_stop: asked before each batch; EvaluationStopped is raised when it says so.
     """
     levels = measured_levels(model.shape.training_steps)
     sums, n_values = dict.fromkeys(levels, 0.0), 0
@@ -77,6 +80,8 @@ def denoising_errors(
     )
     with evaluating(model), torch.inference_mode():
         for number, (inputs, targets) in enumerate(batches):
+            if should_stop is not None and should_stop():
+                raise EvaluationStopped
             inputs, targets = inputs.to(precision.device), targets.to(precision.device)
             valid = (targets != IGNORE).unsqueeze(-1)
             with precision.autocast():

@@ -47,7 +47,7 @@ class Routing:
     """How far each expert of a combined model was trusted over some text."""
 
     totals: Mapping[str, float]
-    """By expert: its weights, summed over the tokens."""
+    """By expert, and "memory" where there is one: its weights, summed over the tokens."""
     entropy_total: float
     tokens: int
 
@@ -58,7 +58,7 @@ class Routing:
 
     @property
     def entropy(self) -> float:
-        """Mean entropy of a token's weights, in nats: the logarithm of their number where all are equal."""
+        """Mean entropy of the router's weights, in nats: log E where all are equal."""
         return self.entropy_total / self.tokens
 
     def __add__(self, other: Routing) -> Routing:
@@ -101,7 +101,7 @@ class Evaluation:
 
 
 class EvaluationStopped(Exception):
-    """Raised out of ``evaluate_model`` when ``should_stop`` says so; nothing was changed."""
+    """Raised out of an evaluation when ``should_stop`` says so; nothing was changed."""
 
 
 def evaluate_model(
@@ -139,7 +139,7 @@ def evaluate_model(
             for name, (n_tokens, n_bytes) in planned.items():
                 nats = 0.0
                 if isinstance(model, NanoThink):
-                    routing[name] = Routing(dict.fromkeys(model.names, 0.0), 0.0, 0)
+                    routing[name] = Routing(dict.fromkeys(model.speakers, 0.0), 0.0, 0)
                 for inputs, targets in validation_batches(streams[name], length, batch_size, max_tokens):
                     if should_stop is not None and should_stop():
                         raise EvaluationStopped
@@ -148,7 +148,7 @@ def evaluate_model(
                         with precision.autocast():
                             if isinstance(model, NanoThink):
                                 loss, weights = model.loss_and_routing(tokens, following)
-                                routing[name] += _routing_over(weights[following != IGNORE], model.names)
+                                routing[name] += _routing_over(weights[following != IGNORE], model)
                             else:
                                 loss = model.loss(tokens, following)
                         nats += float(loss)
@@ -162,8 +162,8 @@ def evaluate_model(
     return Evaluation(scores, routing=routing)
 
 
-def _routing_over(weights: torch.Tensor, names: Sequence[str]) -> Routing:
-    """Of (N, E) weights."""
+def _routing_over(weights: torch.Tensor, model: NanoThink) -> Routing:
+    """Of (N, E) weights, or (N, E + 1) with a memory."""
     totals = weights.sum(0).tolist()
-    entropy = float(routing_entropy(weights).sum())
-    return Routing(dict(zip(names, totals, strict=True)), entropy, len(weights))
+    entropy = float(routing_entropy(model.router_weights(weights)).sum())
+    return Routing(dict(zip(model.speakers, totals, strict=True)), entropy, len(weights))

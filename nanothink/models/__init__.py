@@ -44,7 +44,7 @@ def build_model(
         from nanothink.models.nanothink import NanoThink
 
         parts = {e.name: build_model(e.kind, e.config, vocab_size) for e in experts}
-        return NanoThink(vocab_size, config.model, config.mla, parts)
+        return NanoThink(vocab_size, config.model, config.mla, parts, config.vector_store)
     kind = known_kind(kind)
     if kind == "state_space":
         from nanothink.models.state_space import StateSpace

@@ -31,7 +31,7 @@ _FIRST_CAPACITY = 64  # tokens a new cache has room for; it doubles when full
 
 def linear(n_in: int, n_out: int, *, zero: bool = False) -> nn.Linear:
     """A linear layer without bias; normal of standard deviation 0.6 / sqrt(n_in), or zero."""
-    layer = nn.Linear(n_in, n_out, bias=False, device="meta").to_empty(device="cpu")  # filled only once
+    layer = _UndrawnLinear(n_in, n_out, bias=False)
     if zero:
         nn.init.zeros_(layer.weight)
     else:
@@ -41,9 +41,15 @@ def linear(n_in: int, n_out: int, *, zero: bool = False) -> nn.Linear:
 
 def embedding(vocab_size: int, width: int, *, std: float) -> nn.Embedding:
     """An embedding table, normal of standard deviation ``std``."""
-    table = nn.Embedding(vocab_size, width, device="meta").to_empty(device="cpu")
+    table = nn.Embedding(vocab_size, width, _weight=torch.empty(vocab_size, width))
     nn.init.normal_(table.weight, std=std)
     return table
+
+
+class _UndrawnLinear(nn.Linear):
+    # To be filled only once. PyTorch's own way, by the device "meta", imports its compiler: two seconds.
+    def reset_parameters(self) -> None:
+        pass
 
 
 class RMSNorm(nn.Module):

@@ -77,9 +77,20 @@ def linear_log_likelihood(
         (N,) nats, at most 0; exactly 0, with no gradient, where the target is IGNORE. float32 (float64 for
         float64 hidden states).
     """
+    return likelihood_and_peak(hidden, weight, targets, chunk_rows=chunk_rows)[0]
+
+
+def likelihood_and_peak(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int = CHUNK_ROWS
+) -> tuple[Tensor, Tensor]:
+    """``linear_log_likelihood``, and the logarithm of the greatest probability in each row.
+
+    The second is (N,) like the first, without gradients, and costs nothing: the sum that normalises a row
+    is taken relative to its greatest logit.
+    """
     need_hidden, need_weight = _needs_gradients(hidden, weight)
     _check_shapes(hidden, weight, targets, chunk_rows)
-    result: Tensor = _LogLikelihood.apply(  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _LogLikelihood.apply(  # type: ignore[no-untyped-call]
         hidden, weight, targets, chunk_rows, product_dtype(hidden), need_hidden, need_weight
     )
     return result
@@ -136,16 +147,19 @@ class _LogLikelihood(torch.autograd.Function):
         dtype: torch.dtype,
         need_hidden: bool,
         need_weight: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
             head = _ChunkedHead(hidden, weight, targets, chunk_rows, dtype)
             ctx.save_for_backward(hidden, weight, targets)
             ctx.options = chunk_rows, dtype, need_hidden, need_weight
-            return head.expand(head.nats().neg_())
+            nats, peaks = head.nats_and_peaks()
+            peak = head.expand(peaks)
+            ctx.mark_non_differentiable(peak)
+            return head.expand(nats.neg_()), peak
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _of_peak: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         chunk_rows, dtype, need_hidden, need_weight = ctx.options
         with torch.autocast(hidden.device.type, enabled=False):
@@ -205,10 +219,14 @@ class _ChunkedHead:
 
     def nats(self) -> Tensor:
         """(n,) negative log-likelihoods, 0 for ignored rows."""
-        nats = self.valid.new_empty(len(self.hidden))
+        return self.nats_and_peaks()[0]
+
+    def nats_and_peaks(self) -> tuple[Tensor, Tensor]:
+        """``nats()``, and (n,) logarithms of each row's greatest probability, 0 for ignored rows."""
+        nats, peaks = self.valid.new_empty(2, len(self.hidden))
         for chunk, _, logits in self._chunks():
-            nats[chunk] = _softmax_gradient_(logits, self.targets[chunk], None)
-        return nats.mul_(self.valid)
+            nats[chunk], peaks[chunk] = _softmax_gradient_(logits, self.targets[chunk], None)
+        return nats.mul_(self.valid), peaks.mul_(self.valid)
 
     def gradients(
         self, factor: Tensor, need_hidden: bool, need_weight: bool
@@ -220,7 +238,7 @@ class _ChunkedHead:
         grad_weight = self.valid.new_zeros(self.weight.shape) if need_weight else None
         narrow = self.hidden.dtype != self.wide
         for chunk, buffer, logits in self._chunks():
-            nats[chunk] = _softmax_gradient_(logits, self.targets[chunk], factor[chunk, None])
+            nats[chunk], _ = _softmax_gradient_(logits, self.targets[chunk], factor[chunk, None])
             grad_logits = buffer.copy_(logits) if narrow else logits  # (R, V) in the type of the products
             if grad_hidden is not None:
                 grad_hidden[chunk] = grad_logits @ self.weight
@@ -242,24 +260,27 @@ class _ChunkedHead:
             yield chunk, product, product if wide is buffer else wide[:size].copy_(product)
 
 
-def _softmax_gradient_(logits: Tensor, targets: Tensor, factor: Tensor | None) -> Tensor:
-    """Negative log-likelihoods (R,); ``logits`` (R, V) becomes ``factor * (softmax - one_hot)`` in place.
+def _softmax_gradient_(logits: Tensor, targets: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods, and logarithms of the greatest probabilities, (R,) each.
 
+    ``logits`` (R, V) becomes ``factor * (softmax - one_hot)`` in place.
     Without a factor (R, 1) the logits are left as scratch.
     """
     rows, vocab = logits.shape
-    nats = logits.new_empty(rows)
+    nats, peaks = logits.new_empty(2, rows)
     step = max(1, _CACHE_BYTES // (vocab * logits.element_size())) if logits.device.type == "cpu" else rows
     for start in range(0, rows, step):
         part, own = logits[start : start + step], targets[start : start + step]
         top = part.amax(1, keepdim=True)
         target_logit = part.gather(1, own)
         total = part.sub_(top).exp_().sum(1, keepdim=True)
-        nats[start : start + step] = (total.log() + (top - target_logit)).squeeze(1)
+        log_total = total.log()
+        nats[start : start + step] = (log_total + (top - target_logit)).squeeze(1)
+        peaks[start : start + step] = -log_total.squeeze(1)
         if factor is not None:
             weight = factor[start : start + step]
             part.mul_(weight / total).scatter_add_(1, own, -weight)
-    return nats
+    return nats, peaks
 
 
 def _can_drop_rows(targets: Tensor) -> bool:

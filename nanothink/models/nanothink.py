@@ -13,6 +13,9 @@ uniform log-linear ensemble of its experts (Hinton 2002, "Training products of e
 training goes on from there. A mixture of experts (Jacobs et al. 1991) gates outputs, or runs a few experts
 (Shazeer et al. 2017); here all experts speak, and every token decides anew how loud.
 
+With a memory (recall.py) that is p_model, and its prediction is mixed with what followed in the training text
+wherever one expert was in a like state.
+
 What the head reads, [w_1 h_1 ; ... ; norm(u)], is (E + 1) D wide: that is this model's ``hidden``, so that
 one chunked cross-entropy serves it as it serves the others.
 
@@ -29,13 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanothink.config import MLAConfig, ModelConfig
+from nanothink.config import MLAConfig, ModelConfig, VectorStoreConfig
 from nanothink.errors import UsageError
-from nanothink.models.contract import LanguageModel, State
+from nanothink.models.contract import IGNORE, LanguageModel, State
 from nanothink.models.latent_attention import LatentBlock, latent_widths
 from nanothink.models.layers import KeyValueCache, RMSNorm, Rotary, linear
-from nanothink.models.loss import CHUNK_ROWS, linear_cross_entropy
+from nanothink.models.loss import CHUNK_ROWS, likelihood_and_peak, linear_cross_entropy
 from nanothink.models.precision import product_dtype, products
+from nanothink.models.recall import MEMORY, Memory, Neighbours, RecallGate, choose_key_expert
 from nanothink.models.transformer import Transformer, inner_width
 
 
@@ -68,11 +72,14 @@ def routing_entropy(weights: Tensor) -> Tensor:
 
 @dataclass
 class JointState(State):
-    """What every expert remembers, the latents of the blocks, and the weights of the last token read."""
+    """What every expert remembers, the latents of the blocks, and of the last token read what the next one's
+    prediction needs."""
 
     experts: Sequence[State]
     latents: KeyValueCache
-    weights: Tensor | None = None  # (B, E)
+    weights: Tensor | None = None  # (B, E), or (B, E + 1) once a memory has been asked
+    query: Tensor | None = None  # (B, D)
+    stream: Tensor | None = None  # (B, D)
 
 
 class NanoThink(LanguageModel):
@@ -86,13 +93,21 @@ class NanoThink(LanguageModel):
         model: width and context.
         shape: blocks, latents, router.
         experts: by name, in the order of their weights. They become part of this model, and are frozen.
+        store: the memory's settings; where it is not enabled nothing of it is built.
     """
 
     kind: ClassVar[str] = "nanothink_mla"
     context_length: int
+    memory: Memory | None = None
+    """Where neighbours are looked up; None to predict without. Attached, and no part of the weights."""
 
     def __init__(
-        self, vocab_size: int, model: ModelConfig, shape: MLAConfig, experts: Mapping[str, LanguageModel]
+        self,
+        vocab_size: int,
+        model: ModelConfig,
+        shape: MLAConfig,
+        experts: Mapping[str, LanguageModel],
+        store: VectorStoreConfig | None = None,
     ) -> None:
         super().__init__()
         width, parts = model.d_model, list(experts.values())
@@ -123,6 +138,12 @@ class NanoThink(LanguageModel):
         own = torch.zeros(vocab_size, width, dtype=heads[0].dtype)
         self.head.weight = nn.Parameter(torch.cat([*heads, own], dim=1))  # O, (V, (E + 1) D)
         self.rotary = Rotary(latent_widths(width, shape)[1], self.context_length, shape.rope_theta)
+        self.recall: RecallGate | None = None
+        if store is not None and store.enabled:
+            self.recall = RecallGate(width)
+            kinds = {name: expert.kind for name, expert in experts.items()}
+            self.key_expert = self.names.index(choose_key_expert(kinds, store.expert))
+            self.n_neighbours = store.n_neighbours
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -143,9 +164,33 @@ class NanoThink(LanguageModel):
         """
         return self.routed(tokens)[0]
 
+    @property
+    def speakers(self) -> tuple[str, ...]:
+        """Who has a say in each prediction: the experts, and the memory where one is attached."""
+        return self.names if self.memory is None or self.recall is None else (*self.names, MEMORY)
+
     def routing(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, E) float32: the weight of each expert in the prediction after each token."""
-        return self.routed(tokens)[1]
+        """How far each of ``speakers`` is trusted in the prediction after each token: rows of sum 1.
+
+        (B, T) int64 -> (B, T, E) float32, the router's weights; with a memory (B, T, E + 1),
+        [(1 - g) w_1, ..., (1 - g) w_E, g].
+        """
+        states, weights, queries = self._passed(tokens)
+        if queries is None:
+            return weights
+        assert self.recall is not None
+        neighbours = self._recalled(queries)
+        with torch.no_grad(), products(states.device.type):
+            logits = F.linear(states, self.head_weight)
+            _, share = self.recall.mix_logits(logits, states[..., -self.d_model :], neighbours)
+        return _shared(weights, share)
+
+    def router_weights(self, trust: Tensor) -> Tensor:
+        """The router's own weights (B, T, E) in what ``routing`` gives."""
+        if trust.shape[-1] == len(self.names):
+            return trust
+        of_experts = trust[..., : len(self.names)]
+        return of_experts / of_experts.sum(-1, keepdim=True)
 
     def expert_states(self, tokens: Tensor) -> list[Tensor]:
         """(B, T) int64 -> h_e of every expert, (B, T, D) float32 each. Without gradients."""
@@ -153,11 +198,17 @@ class NanoThink(LanguageModel):
             return [cast(LanguageModel, expert).hidden(tokens) for expert in self.experts]
 
     def routed(self, tokens: Tensor, states: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """``hidden`` and ``routing`` of the same tokens, from one pass.
+        """``hidden`` and the router's weights (B, T, E) of the same tokens, from one pass.
 
         Args:
             states: what ``expert_states`` gives for these tokens, where it is known already.
         """
+        return self._passed(tokens, states)[:2]
+
+    def _passed(
+        self, tokens: Tensor, states: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``routed``, and what the memory is to be asked, (B, T, D), where there is one."""
         n_tokens = tokens.shape[1]
         if n_tokens > self.context_length:
             raise UsageError(
@@ -166,15 +217,94 @@ class NanoThink(LanguageModel):
             )
         if states is None:
             states = self.expert_states(tokens)
-        return self._combine(tokens, states, self.rotary(0, n_tokens), None)
+        combined = self._combine(tokens, states, self.rotary(0, n_tokens), None)
+        return *combined, self._query(states)
+
+    def _query(self, states: Sequence[Tensor]) -> Tensor | None:
+        """The direction of the key expert's state: keys and queries have length 1."""
+        if self.memory is None or self.recall is None:
+            return None
+        return F.normalize(states[self.key_expert].detach().float(), dim=-1)
+
+    def _recalled(self, queries: Tensor) -> Neighbours:
+        """(B, T, D) -> neighbours (B, T, K)."""
+        assert self.memory is not None
+        shape = (*queries.shape[:2], -1)
+        found = self.memory.search(queries.flatten(0, 1))
+        counts = None if found.counts is None else found.counts.view(shape)
+        return Neighbours(found.similarities.view(shape), found.tokens.view(shape), counts)
 
     def loss_and_routing(
-        self, inputs: Tensor, targets: Tensor, *, scale: float = 1.0, states: Sequence[Tensor] | None = None
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        scale: float = 1.0,
+        states: Sequence[Tensor] | None = None,
+        neighbours: Neighbours | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``loss``, and the weights (B, T, E), from one pass; ``states`` as for ``routed``."""
-        read, weights = self.routed(inputs, states)
-        loss = linear_cross_entropy(read.flatten(0, 1), self.head_weight, targets.flatten(), scale=scale)
-        return loss, weights
+        """``loss``, and ``routing`` of the inputs, from one pass.
+
+        Args:
+            states: as for ``routed``.
+            neighbours: of each input, (B, T, K), where they are known; else the memory is asked.
+        """
+        read, weights, queries = self._passed(inputs, states)
+        if queries is None:
+            loss = linear_cross_entropy(read.flatten(0, 1), self.head_weight, targets.flatten(), scale=scale)
+            return loss, weights
+        mixed, share = self._mixed(read, targets, neighbours or self._recalled(queries))
+        return -mixed.sum() * scale, _shared(weights, share)
+
+    def loss(self, inputs: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
+        """See ``LanguageModel.loss``."""
+        return self.loss_and_routing(inputs, targets, scale=scale)[0]
+
+    def log_likelihood(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """See ``LanguageModel.log_likelihood``."""
+        states, _, queries = self._passed(inputs)
+        if queries is None:
+            return likelihood_and_peak(states.flatten(0, 1), self.head_weight, targets.flatten())[0].view(
+                targets.shape
+            )
+        return self._mixed(states, targets, self._recalled(queries))[0]
+
+    def _mixed(self, states: Tensor, targets: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:
+        """(B, T) log-likelihoods, 0 where there is no target, and the memory's shares."""
+        assert self.recall is not None
+        own, peak = (
+            each.view(targets.shape)
+            for each in likelihood_and_peak(states.flatten(0, 1), self.head_weight, targets.flatten())
+        )
+        stream = states[..., -self.d_model :]
+        mixed, share = self.recall.mix(own, peak, stream, neighbours, targets)
+        return mixed.masked_fill(targets == IGNORE, 0.0), share
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """See ``LanguageModel.logits``. With a memory these are logarithms of probabilities."""
+        states, _, queries = self._passed(tokens)
+        with products(states.device.type):
+            logits = F.linear(states, self.head_weight).float()
+        if queries is None:
+            return logits
+        assert self.recall is not None
+        return self.recall.mix_logits(logits, states[..., -self.d_model :], self._recalled(queries))[0]
+
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """See ``LanguageModel.step``."""
+        logits = super().step(tokens, state)
+        assert isinstance(state, JointState)
+        if state.query is None:
+            return logits
+        assert self.recall is not None
+        assert self.memory is not None
+        assert state.stream is not None
+        assert state.weights is not None
+        with torch.no_grad():
+            neighbours = self.memory.search(state.query)
+            logits, share = self.recall.mix_logits(logits, state.stream, neighbours)
+        state.weights = _shared(state.weights, share)
+        return logits
 
     def start(self, batch_size: int) -> JointState:
         """Empty states of all experts, and an empty cache of latents."""
@@ -196,6 +326,8 @@ class NanoThink(LanguageModel):
             hidden, weights = self._combine(tokens, states, rotation, state.latents)
         state.latents.advance(tokens.shape[1])
         state.weights = weights[:, -1]
+        if (queries := self._query([of_expert[:, -1] for of_expert in states])) is not None:
+            state.query, state.stream = queries, hidden[:, -1, -self.d_model :]
         return hidden[:, -1:] if last_only else hidden
 
     def _combine(
@@ -229,6 +361,8 @@ class NanoThink(LanguageModel):
         in_flight = value_bytes * (4 * width + 3 * self.inner)
         columns = (n_experts + 1) * width
         per_token = len(self.blocks) * a_block + joined + 12 * width + in_flight + 4 * columns
+        if self.recall is not None:
+            per_token += 32 * self.n_neighbours + 4 * columns
         head = self.vocab_size * (4 * columns + CHUNK_ROWS * 8)  # the head's gradient and a chunk of logits
         training = batch_size * length * per_token + head
         return max(training, self.reading_bytes(batch_size, length, value_bytes))
@@ -240,6 +374,12 @@ class NanoThink(LanguageModel):
             i * a_state + cast(LanguageModel, expert).reading_bytes(batch_size, length, value_bytes)
             for i, expert in enumerate(self.experts)
         )
+
+
+def _shared(weights: Tensor, share: Tensor) -> Tensor:
+    """The experts' weights (..., E) and the memory's share (...) as one distribution, (..., E + 1)."""
+    share = share.unsqueeze(-1)
+    return torch.cat([weights * (1 - share), share], dim=-1)
 
 
 def _first_transformer(experts: Sequence[LanguageModel]) -> Tensor:

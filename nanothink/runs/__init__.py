@@ -6,4 +6,5 @@ keeping.py     the experts' states on the disk: whether, and for what
 planning.py    the same, only estimated: --dry-run
 loading.py     a trained model as a Python object
 evaluating.py  checkpoints side by side on held-out text
+exporting.py   a checkpoint as a folder for other programs
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,8 @@ from nanothink.errors import CheckpointError, CheckpointNotFoundError, DataError
 from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Evaluation, Routing, Score, evaluate_model
 from nanothink.models.diffuser import Diffuser
-from nanothink.runs.loading import load
+from nanothink.models.nanothink import NanoThink
+from nanothink.runs.loading import LoadedModel, load
 
 Split = Literal["train", "val", "all"]
 _BATCH_TOKENS = 8192
@@ -36,6 +37,7 @@ def evaluate_checkpoints(
     max_tokens: int | None = None,
     device: str | None = None,
     skip_bad_records: bool = False,
+    memory: bool = True,
     note: Callable[[str], None],
     progress: Callable[[str, int, int], None],
 ) -> list[CheckpointEvaluation]:
@@ -43,13 +45,14 @@ def evaluate_checkpoints(
 
     Without ``data_dir`` the text is what the checkpoints were trained on (its held-out part under
     ``split="val"``), and several checkpoints must agree on the folder. Each checkpoint cuts the text up
-    with its own tokenizer and reads it in blocks of its own ``max_seq_len``.
+    with its own tokenizer and reads it in blocks of its own ``max_seq_len``. A model that was trained with a
+    memory is scored with it unless ``memory`` is False.
 
     Raises:
         UsageError: the checkpoints come from different data, and none was given.
         DataError: there is no text to score.
     """
-    loaded = [load(path, device=device) for path in paths]
+    loaded = [load(path, device=device, memory=memory) for path in paths]
     for model in loaded:
         for line in model.notes:
             note(f"{model.path}: {line}")
@@ -86,6 +89,11 @@ def evaluate_checkpoints(
             "val": [tokens.val],
             "all": [tokens.train, tokens.val],
         }[split]
+        if (recalled := _inside_memory(model, parts)) > 0:
+            note(
+                f"Warning: {recalled:,} of these documents are in the memory of {model.path}, which knows "
+                "them by heart: these figures say nothing about other text."
+            )
         label = f"evaluating {model.path.name}"
         evaluations = [
             evaluate_model(
@@ -107,6 +115,17 @@ def evaluate_checkpoints(
             combined = replace(combined, denoising=errors)
         results.append(CheckpointEvaluation(model.path, model.kind, combined))
     return results
+
+
+def _inside_memory(model: LoadedModel, parts: Sequence[Mapping[str, TokenStream]]) -> int:
+    """Documents of these streams that the model has in its memory."""
+    if not isinstance(model.model, NanoThink) or model.model.memory is None:
+        return 0
+    from nanothink.memory.store import VectorStore
+    from nanothink.runs.remembering import held_out_inside
+
+    assert isinstance(model.model.memory, VectorStore)
+    return sum(held_out_inside(model.model.memory, streams.values()) for streams in parts)
 
 
 def _add(evaluations: Sequence[Evaluation]) -> Evaluation:

@@ -10,17 +10,25 @@ from typing import Any
 
 import torch
 
-from nanothink.checkpoints import CheckpointPayload, parse_name, read_checkpoint, restore_model
+from nanothink.checkpoints import CheckpointPayload, ModelPayload, parse_name, read_checkpoint, restore_model
 from nanothink.config import Config
 from nanothink.config.run import ResolvedConfig, resolve_config
 from nanothink.data.tokenizer import Tokenizer
-from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, UsageError
-from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription, build_model
+from nanothink.errors import (
+    CheckpointDamagedError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    UsageError,
+)
+from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription
 from nanothink.models.contract import LanguageModel
+from nanothink.models.recall import MEMORY
 from nanothink.models.selective_scan import choose_scan
 from nanothink.runs.frozen import weights_digest
+from nanothink.runs.rebuilding import rebuild
 
 _ENDING = "_expert"
+MAX_EXPERTS = 64
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,7 @@ class FrozenExpert:
     @property
     def tokenizer_setting(self) -> str:
         """What ``data.tokenizer`` was when it was trained."""
-        setting: str = self.payload["config"]["data"]["tokenizer"]
-        return setting
+        return self.config.data.tokenizer
 
     @cached_property
     def digest(self) -> str:
@@ -54,7 +61,8 @@ class FrozenExpert:
 
     def build(self, device: torch.device, on_difference: Callable[[str], None]) -> LanguageModel:
         """The model, on the CPU, to run on ``device``; hears of weights that did not fit."""
-        model = build_model(self.kind, self.describe(device).config, self.tokenizer.vocab_size)
+        config, vocab_size = self.describe(device).config, self.tokenizer.vocab_size
+        model = rebuild(self.kind, config, vocab_size, payload=self.payload, path=self.path)
         report = restore_model(model, self.payload, expect_kind=self.kind, path=self.path)
         for line in report.lines():
             on_difference(f"{self.path}: {line}")
@@ -140,18 +148,34 @@ def shaped_by(experts: Sequence[FrozenExpert], resolved: ResolvedConfig) -> Conf
     return config.model_copy(update=settled)
 
 
-def described(payload: CheckpointPayload, device: torch.device) -> tuple[ExpertDescription, ...]:
-    """The experts inside a checkpoint; none in one of a single model."""
+def described(payload: ModelPayload, device: torch.device, path: Path) -> tuple[ExpertDescription, ...]:
+    """The experts inside a checkpoint; none in one of a single model.
+
+    Raises:
+        CheckpointDamagedError: they are not described as ``as_entries`` does.
+    """
     if payload["kind"] != COMBINED:
         return ()
-    return tuple(
-        ExpertDescription(
-            entry["name"],
-            entry["kind"],
-            scan_that_runs(resolve_config(base=entry["config"]).config, device),
-        )
-        for entry in payload["run"]["experts"]
+    match payload["run"].get("experts"):
+        case [_, *_] as entries if len(entries) <= MAX_EXPERTS and all(map(_is_entry, entries)):
+            return tuple(
+                ExpertDescription(
+                    entry["name"],
+                    entry["kind"],
+                    scan_that_runs(resolve_config(base=entry["config"]).config, device),
+                )
+                for entry in entries
+            )
+    raise CheckpointDamagedError(
+        f"{path}: what it says of the experts inside it makes no sense. Use another checkpoint"
     )
+
+
+def _is_entry(entry: Any) -> bool:
+    match entry:
+        case {"name": str(), "kind": str(kind), "config": dict()}:
+            return kind in EXPERT_KINDS
+    return False
 
 
 def as_entries(experts: Sequence[FrozenExpert]) -> list[dict[str, Any]]:
@@ -164,7 +188,7 @@ def as_entries(experts: Sequence[FrozenExpert]) -> list[dict[str, Any]]:
 
 def check_same_experts(experts: Sequence[FrozenExpert], run: Mapping[str, Any], path: Path) -> None:
     """Refuse to go on from ``path`` when other experts are named than those inside it."""
-    inside = [entry["digest"] for entry in run["experts"]]
+    inside = [entry.get("digest") for entry in run["experts"]]
     if [expert.digest for expert in experts] != inside:
         raise CheckpointMismatchError(
             f"{path} carries its own experts ({', '.join(entry['name'] for entry in run['experts'])}), and "
@@ -202,11 +226,11 @@ def _check_alike(expert: FrozenExpert, first: FrozenExpert) -> None:
 
 
 def _name_of(path: Path, taken: Sequence[str]) -> str:
-    """``code`` of ``code_expert.pt``; numbered where two experts are called the same."""
+    """``code`` of ``code_expert.pt``; numbered where two speakers would be called the same."""
     parsed = parse_name(path.name)
     name = (parsed.stem if parsed else path.stem).removesuffix(_ENDING) or path.stem
     number, unique = 1, name
-    while unique in taken:
+    while unique in taken or unique == MEMORY:
         number += 1
         unique = f"{name}-{number}"
     return unique

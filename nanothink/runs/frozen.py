@@ -15,8 +15,8 @@ from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.errors import CheckpointError, CheckpointMismatchError, CheckpointNotFoundError
-from nanothink.models import build_model
 from nanothink.models.transformer import Transformer
+from nanothink.runs.rebuilding import rebuild
 
 DEFAULT_NAME = "transformer_expert.pt"
 
@@ -36,7 +36,8 @@ class FrozenTransformer:
 
     def build(self, on_difference: Callable[[str], None]) -> Transformer:
         """The model, in evaluation mode, without gradients, on the CPU; hears of weights that did not fit."""
-        model = build_model("transformer", self.config, self.tokenizer.vocab_size)
+        vocab_size = self.tokenizer.vocab_size
+        model = rebuild("transformer", self.config, vocab_size, payload=self.payload, path=self.path)
         assert isinstance(model, Transformer)
         report = restore_model(model, self.payload, expect_kind="transformer", path=self.path)
         for line in report.lines():
@@ -87,7 +88,7 @@ def find_transformer(config: Config, checkpoint_dir: Path) -> FrozenTransformer:
         payload=payload,
         config=own,
         tokenizer=Tokenizer.from_state(payload["tokenizer"]),
-        tokenizer_setting=payload["config"]["data"]["tokenizer"],
+        tokenizer_setting=own.data.tokenizer,
         digest=weights_digest(payload["model_state"]),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nanothink.checkpoints import read_checkpoint, restore_model
+from nanothink.checkpoints import ModelPayload, is_export, read_checkpoint, read_export, restore_model
 from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.tokenizer import Tokenizer
@@ -17,12 +17,12 @@ from nanothink.errors import UsageError
 from nanothink.inference.denoising import Reconstruction, measured_levels, reconstruct
 from nanothink.inference.generate import StreamDecoder, generate
 from nanothink.inference.sampling import sampling_config
-from nanothink.models import build_model
 from nanothink.models.contract import LanguageModel, State
 from nanothink.models.diffuser import Ddim, Diffuser
 from nanothink.models.nanothink import JointState, NanoThink
 from nanothink.models.precision import DTYPES, Precision, choose_device
 from nanothink.runs.experts import described, scan_that_runs
+from nanothink.runs.rebuilding import rebuild
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,17 @@ class RoutedPiece:
     """What became final with it: nothing while a character is unfinished."""
     token: int
     weights: Mapping[str, float]
-    """By expert: how far it was trusted in predicting this token."""
+    """By expert, and "memory": how far it was trusted in predicting this token."""
 
     @property
     def trusted(self) -> str:
-        """The expert with the most weight."""
+        """Who has the most weight."""
         return max(self.weights, key=self.weights.__getitem__)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model from a checkpoint, ready for use. Needs no other file than the checkpoint."""
+    """A model from a checkpoint, ready for use. Needs no other file than that, but for a vector store's."""
 
     path: Path
     model: LanguageModel
@@ -67,7 +67,8 @@ class LoadedModel:
         """How far a combined model trusts each expert: (B, T) int64 -> (B, T, E) float32, in rows of sum 1.
 
         The weights at position t are those of the prediction of token t + 1. The experts' names, in their
-        order, are ``.model.names``.
+        order, are ``.model.names``. With a memory there is one column more, its share of the prediction, and
+        the others have the rest; ``.model.speakers`` names them all.
 
         Raises:
             UsageError: this model combines no experts, or the tokens are not its own.
@@ -161,7 +162,7 @@ class LoadedModel:
         def say(text: str, token: int) -> None:
             weights = states[0].weights
             assert weights is not None
-            trust = dict(zip(model.names, weights[0].tolist(), strict=True))
+            trust = dict(zip(model.speakers, weights[0].tolist(), strict=True))
             pieces.append(RoutedPiece(text, token, trust))
             if on_piece is not None:
                 on_piece(pieces[-1])
@@ -235,21 +236,38 @@ class LoadedModel:
         return self.model
 
 
-def load(path: str | Path, *, device: str | None = None) -> LoadedModel:
-    """Open a checkpoint for use.
+def load(path: str | Path, *, device: str | None = None, memory: bool = True) -> LoadedModel:
+    """Open a checkpoint, or a folder that ``checkpoints export`` wrote, for use.
+
+    Args:
+        memory: open the vector store beside it too, where it was trained with one.
 
     Raises:
         CheckpointError: it is missing, damaged, or holds something else.
+        VectorStoreError: the vector store is.
     """
-    payload = read_checkpoint(Path(path), mmap=True)
+    path = Path(path)
+    payload: ModelPayload = read_export(path) if is_export(path) else read_checkpoint(path, mmap=True)
+    return opened(path, payload, device=device, memory=memory)
+
+
+def opened(
+    path: Path, payload: ModelPayload, *, device: str | None = None, memory: bool = True
+) -> LoadedModel:
+    """The model of a payload that was read from ``path``."""
     chosen = choose_device(device)
     config = scan_that_runs(resolve_config(base=payload["config"]).config, chosen)
     tokenizer = Tokenizer.from_state(payload["tokenizer"])
-    model = build_model(payload["kind"], config, tokenizer.vocab_size, described(payload, chosen))
-    report = restore_model(model, payload, expect_kind=payload["kind"], path=Path(path))
+    inside = described(payload, chosen, path)
+    model = rebuild(payload["kind"], config, tokenizer.vocab_size, inside, payload=payload, path=path)
+    report = restore_model(model, payload, expect_kind=payload["kind"], path=path)
     model.to(chosen).eval().requires_grad_(False)
+    if memory and isinstance(model, NanoThink) and model.recall is not None:
+        from nanothink.runs.remembering import attach
+
+        attach(model, path, payload["run"], config, tokenizer)
     return LoadedModel(
-        Path(path),
+        path,
         model,
         config,
         tokenizer,

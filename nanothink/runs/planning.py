@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 
-from nanothink.models import build_model
+from nanothink.memory.index import bytes_per_key, choose_kind
+from nanothink.memory.neighbours import BYTES_PER_NEIGHBOUR
+from nanothink.models import COMBINED
 from nanothink.runs.keeping import kept_bytes
 from nanothink.runs.preparing import Prepared
 from nanothink.training.optimizer import effective_warmup
@@ -46,7 +48,7 @@ class RunEstimate:
 def estimate_run(prepared: Prepared) -> RunEstimate:
     """Count what can be counted and estimate the rest, without a step of training."""
     config, train_config, plan = prepared.config, prepared.training, prepared.plan
-    model = build_model(prepared.where.kind, config, prepared.tokenizer.vocab_size, prepared.inside)
+    model = prepared.build_model()
     groups = model.parameter_groups()
     parameters = {role: sum(p.numel() for _, p in named) for role, named in groups.items() if named}
     n_parameters = sum(parameters.values())
@@ -67,6 +69,9 @@ def estimate_run(prepared: Prepared) -> RunEstimate:
         "activations": model.activation_bytes(train_config.batch_size, length, value_bytes),
         "process": _PROCESS_BYTES,
     }
+    store_disk = 0
+    if prepared.where.kind == COMBINED and config.vector_store.enabled:
+        memory["vector store"], store_disk = _vector_store(prepared)
     checkpoint = _FLOAT32 * (n_parameters + n_fixed + moments)
     epochs = plan.total_steps * plan.blocks_per_step / plan.n_blocks
     snapshots = int(epochs) // train_config.snapshot_every_epochs
@@ -83,12 +88,23 @@ def estimate_run(prepared: Prepared) -> RunEstimate:
         memory=memory,
         checkpoint_bytes=checkpoint,
         # best, rolling, snapshots, and the temporary file of the one being written
-        disk_bytes=checkpoint * (3 + snapshots),
+        disk_bytes=checkpoint * (3 + snapshots) + store_disk,
         disk_free_bytes=_free_bytes(prepared),
         states_bytes=kept_bytes(prepared),
         precision=prepared.precision.name,
         precision_reason=prepared.precision.reason,
     )
+
+
+def _vector_store(prepared: Prepared) -> tuple[int, int]:
+    """Memory and disk of the store once it is built, the neighbours of the training blocks included."""
+    settings, model = prepared.config.vector_store, prepared.config.model
+    n_tokens = sum(stream.n_tokens for stream in prepared.tokens.train.values())
+    n_keys = min(n_tokens, settings.max_keys or n_tokens)
+    index = n_keys * bytes_per_key(choose_kind(settings, n_keys), model.d_model)
+    looked_up = min(prepared.plan.n_blocks, prepared.plan.total_steps * prepared.plan.blocks_per_step)
+    kept = looked_up * model.max_seq_len * settings.n_neighbours * BYTES_PER_NEIGHBOUR
+    return index, index + 4 * n_keys + kept
 
 
 def _free_bytes(prepared: Prepared) -> int:

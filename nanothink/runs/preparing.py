@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanothink.checkpoints import CheckpointPayload, CheckpointStore, list_checkpoints, read_checkpoint
+from nanothink.checkpoints import (
+    CheckpointPayload,
+    CheckpointStore,
+    list_checkpoints,
+    read_checkpoint,
+    verify_checkpoint,
+)
 from nanothink.config import Config, TrainConfig
 from nanothink.config.run import ResolvedConfig, flatten
 from nanothink.data.batches import TrainingBatches
 from nanothink.data.corpus import Corpus, find_corpus
 from nanothink.data.tokenizer import Tokenizer, resolve_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
-from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, DataError, UsageError
-from nanothink.models import COMBINED, ExpertDescription
+from nanothink.errors import (
+    CheckpointDamagedError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    DataError,
+    UsageError,
+)
+from nanothink.models import COMBINED, ExpertDescription, build_model
+from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision, choose_device, choose_precision
 from nanothink.models.selective_scan import choose_scan
 from nanothink.runs.experts import (
@@ -27,8 +40,9 @@ from nanothink.runs.experts import (
     shaped_by,
 )
 from nanothink.runs.frozen import FrozenTransformer, check_same_transformer, find_transformer
+from nanothink.runs.rebuilding import rebuild
 from nanothink.training.events import RunFinished
-from nanothink.training.recording import write_whole
+from nanothink.training.recording import ENDING
 from nanothink.training.state import Plan, TrainState
 
 NEWEST = "newest"
@@ -105,6 +119,14 @@ class Prepared:
         """How this kind of model is trained."""
         return self.config.training_of(self.where.kind)
 
+    def build_model(self) -> LanguageModel:
+        """A freshly initialised model, into which the weights of ``origin`` are still to be restored."""
+        kind, config, vocab_size = self.where.kind, self.config, self.tokenizer.vocab_size
+        if self.origin is None:
+            return build_model(kind, config, vocab_size, self.inside)
+        payload, path = self.origin.payload, self.origin.path
+        return rebuild(kind, config, vocab_size, self.inside, payload=payload, path=path)
+
 
 def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     """Find the checkpoint to go on from, settle the settings, read and tokenise the data."""
@@ -162,8 +184,11 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
         )
     batches = TrainingBatches(tokens.train, config.model.max_seq_len, training.seed)
     device = precision.device
-    inside = described(payload, device) if payload is not None else tuple(e.describe(device) for e in experts)
-    state = TrainState.from_dict(payload["run"]["state"]) if payload is not None else TrainState()
+    if origin is not None:
+        inside = described(origin.payload, device, origin.path)
+    else:
+        inside = tuple(expert.describe(device) for expert in experts)
+    state = TrainState.from_dict(payload["run"].get("state")) if payload is not None else TrainState()
     return Prepared(
         where=where,
         config=config,
@@ -220,8 +245,11 @@ def frozen_transformer(where: Where, config: Config, origin: Origin | None) -> F
     return frozen
 
 
-def locate(checkpoint: str | None, checkpoint_dir: Path) -> Where:
+def locate(checkpoint: str | None, checkpoint_dir: Path, note: Callable[[str], None]) -> Where:
     """Which run ``nanothink resume [CHECKPOINT]`` means.
+
+    Without a checkpoint it is the run that was interrupted last, from its latest state that verifies;
+    ``note`` gets a line for each file that is passed over.
 
     Raises:
         CheckpointNotFoundError: nothing there to go on with.
@@ -235,10 +263,18 @@ def locate(checkpoint: str | None, checkpoint_dir: Path) -> Where:
                 f"Nothing in {checkpoint_dir} was interrupted (there: {there}). To train a finished model "
                 "further, name its checkpoint and raise --max-epochs or --max-steps."
             )
-        checkpoint = str(max(paths, key=lambda path: path.stat().st_mtime_ns))
+        newest = _newest_of(sorted(paths, key=_modified_ns, reverse=True), note)
+        if newest is None:
+            raise CheckpointNotFoundError(
+                f"Runs in {checkpoint_dir} were interrupted, but no file of theirs verifies. "
+                "nanothink checkpoints ls shows what there is."
+            )
+        checkpoint = str(newest)
     path = Path(checkpoint)
     payload = read_checkpoint(path, mmap=True)
-    stem: str = payload["run"]["name"]
+    stem = payload["run"].get("name")
+    if not isinstance(stem, str):
+        raise CheckpointDamagedError(f"{path}: does not say which run it is of. Use another checkpoint")
     ending = f"_{COMBINED}" if payload["kind"] == COMBINED else "_expert"
     return Where(
         kind=payload["kind"],
@@ -248,15 +284,22 @@ def locate(checkpoint: str | None, checkpoint_dir: Path) -> Where:
     )
 
 
-def finished_marker(where: Where) -> Path:
-    return where.checkpoint_dir / "runs" / where.stem / "finished.json"
+def _newest_of(interrupted: Sequence[Path], note: Callable[[str], None]) -> Path | None:
+    """The latest state that verifies of the first of these runs that has any."""
+    for path in interrupted:
+        stem = path.name.removesuffix("_interrupted.pt")
+        store = CheckpointStore(path.parent, stem)
+        newest = store.newest(on_skip=lambda p, why: note(f"Passing over {p}: {why}"))
+        if newest is not None:
+            return newest
+    return None
 
 
-def write_ending(where: Where, finished: RunFinished, train: TrainConfig) -> None:
-    """Keep how a run ended, for ``earlier_ending``."""
-    ending = asdict(finished) | {"settings": _ending_settings(train)}
-    del ending["seconds"]
-    write_whole(finished_marker(where), ending)
+def _modified_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # a run that has just ended
+        return 0
 
 
 def earlier_ending(prepared: Prepared) -> RunFinished | None:
@@ -265,19 +308,21 @@ def earlier_ending(prepared: Prepared) -> RunFinished | None:
     A run that stopped early leaves its best epoch behind, from which training could go on. Whether it
     should is decided by whether anything that ends a run was changed since.
     """
-    marker = finished_marker(prepared.where)
-    if prepared.origin is None or prepared.where.store.interrupted.exists() or not marker.exists():
+    where = prepared.where
+    marker = where.checkpoint_dir / "runs" / where.stem / ENDING
+    if prepared.origin is None or where.store.interrupted.exists() or not marker.exists():
         return None
     try:
         ending: dict[str, Any] = json.loads(marker.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
-    if ending.get("settings") != _ending_settings(prepared.training):
+    whole = isinstance(ending, dict) and {"step", "epoch", "reason", "best_loss"} <= ending.keys()
+    if not whole or ending.get("settings") != ending_settings(prepared.training):
         return None
     return RunFinished(ending["step"], ending["epoch"], ending["reason"], ending["best_loss"], 0.0)
 
 
-def _ending_settings(train: TrainConfig) -> dict[str, Any]:
+def ending_settings(train: TrainConfig) -> dict[str, Any]:
     return {
         "max_epochs": train.max_epochs,
         "max_steps": train.max_steps,
@@ -318,8 +363,8 @@ def _find_start(where: Where, watch: Watch) -> Origin | None:
 
 def _steps_of(path: Path) -> int | None:
     try:
-        return int(read_checkpoint(path, mmap=True)["step"])
-    except Exception:  # a damaged file is nothing that could be lost
+        return verify_checkpoint(path).step
+    except (CheckpointDamagedError, CheckpointNotFoundError):  # nothing that could be lost
         return None
 
 
@@ -343,7 +388,7 @@ def _changes(before: Mapping[str, Any], config: Config) -> list[str]:
 def _tokenizer_of(origin: Origin, resolved: ResolvedConfig, corpus: Corpus) -> Tokenizer:
     """The tokenizer inside the checkpoint; another one asked for by hand is refused, not swapped in."""
     own = Tokenizer.from_state(origin.payload["tokenizer"])
-    if resolved.config.data.tokenizer != origin.payload["config"]["data"]["tokenizer"]:
+    if resolved.config.data.tokenizer != origin.payload["config"].get("data", {}).get("tokenizer"):
         data = resolved.config.data
         asked = resolve_tokenizer(data.tokenizer, corpus, val_split=data.val_split, note=lambda _: None)
         if asked.fingerprint != own.fingerprint:

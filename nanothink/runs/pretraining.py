@@ -6,7 +6,7 @@ import json
 import platform
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,11 +33,11 @@ from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped, evaluate_model
 from nanothink.inference.generate import generate
 from nanothink.inference.sampling import SamplingConfig
-from nanothink.models import build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import choose_device
+from nanothink.models.recall import Neighbours
 from nanothink.runs.experts import as_entries
 from nanothink.runs.keeping import keep_states
 from nanothink.runs.preparing import (
@@ -46,11 +46,10 @@ from nanothink.runs.preparing import (
     Watch,
     Where,
     earlier_ending,
+    ending_settings,
     experts_to_combine,
-    finished_marker,
     frozen_transformer,
     prepare,
-    write_ending,
 )
 from nanothink.training.distributed import ALONE, Processes, join
 from nanothink.training.events import EvaluationProgress, Event, Note, Observer, RunFinished, RunStarted
@@ -126,7 +125,7 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
                 where.checkpoint_dir / "runs" / where.stem, _description(prepared, run), run.state
             )
             stack.callback(recorder.close)
-            finished_marker(where).unlink(missing_ok=True)
+            recorder.forget_ending()
 
             def tell(event: Event) -> None:
                 recorder(event)
@@ -150,7 +149,15 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
         )
         finished = train(run, _services(prepared, run, store, tell, stop))
         if processes.is_first:
-            write_ending(where, finished, prepared.training)
+            recorder.keep_ending(
+                {
+                    "reason": finished.reason,
+                    "step": finished.step,
+                    "epoch": finished.epoch,
+                    "best_loss": finished.best_loss,
+                    "settings": ending_settings(prepared.training),
+                }
+            )
             store.remove_interrupted()
         return finished
 
@@ -218,6 +225,7 @@ def build_run(prepared: Prepared, watch: Watch, processes: Processes = ALONE) ->
         _, targets = prepared.batches.read(0, TARGET_SAMPLE_BLOCKS)
         model.adopt(prepared.frozen.build(watch.note), targets.clamp_min(0))
     model.to(device)
+    neighbours = _remember(prepared, model, watch, processes)
     optimizer = GroupedOptimizer(model.parameter_groups(), train_config)
     if prepared.origin is not None:
         fresh = optimizer.load_state_dict(payload["optimizer_state"])
@@ -239,7 +247,7 @@ def build_run(prepared: Prepared, watch: Watch, processes: Processes = ALONE) ->
         model=model,
         optimizer=optimizer,
         scaler=scaler,
-        objective=_objective(prepared, model, watch),
+        objective=_objective(prepared, model, watch, neighbours),
         batches=prepared.batches,
         precision=prepared.precision,
         config=train_config,
@@ -251,17 +259,65 @@ def build_run(prepared: Prepared, watch: Watch, processes: Processes = ALONE) ->
 
 def _build_model(prepared: Prepared, watch: Watch) -> LanguageModel:
     """A new one, or one whose weights are still to be restored."""
-    config, vocab_size = prepared.config, prepared.tokenizer.vocab_size
     if not prepared.experts:
-        return build_model(prepared.where.kind, config, vocab_size, prepared.inside)
+        return prepared.build_model()
+    config, vocab_size = prepared.config, prepared.tokenizer.vocab_size
     experts = {e.name: e.build(prepared.precision.device, watch.note) for e in prepared.experts}
-    return NanoThink(vocab_size, config.model, config.mla, experts)
+    return NanoThink(vocab_size, config.model, config.mla, experts, config.vector_store)
 
 
-def _objective(prepared: Prepared, model: LanguageModel, watch: Watch) -> Objective:
+def _remember(
+    prepared: Prepared, model: LanguageModel, watch: Watch, processes: Processes
+) -> Callable[[Sequence[int]], Neighbours] | None:
+    """Attach the memory of a run that has one, and give the neighbours of the blocks at some positions."""
+    if not isinstance(model, NanoThink) or model.recall is None:
+        return None
+    from nanothink.memory.neighbours import TrainingNeighbours
+    from nanothink.memory.store import memory_folder
+    from nanothink.runs.remembering import key_expert, remember
+
+    config, batches, plan = prepared.config, prepared.batches, prepared.plan
+    expert = key_expert(model, _built_on(prepared)["experts"], config, prepared.tokenizer, prepared.precision)
+
+    def blocks_ahead() -> Iterator[tuple[str, int]]:
+        """What the run will read, each block once."""
+        seen: set[tuple[str, int]] = set()
+        remaining = max(0, plan.total_steps - prepared.state.step) * plan.blocks_per_step
+        for position in range(prepared.state.position, prepared.state.position + remaining):
+            if (place := batches.place(position)) not in seen:
+                seen.add(place)
+                yield place
+            if len(seen) == batches.n_blocks:
+                return
+
+    def remembered() -> TrainingNeighbours:
+        return remember(
+            memory_folder(prepared.where.checkpoint_dir, prepared.where.stem),
+            model,
+            expert,
+            config.vector_store,
+            prepared.tokens,
+            blocks_ahead,
+            vocab_size=prepared.tokenizer.vocab_size,
+            replace_other=prepared.where.overwrite,
+            note=watch.note,
+            progress=watch.progress,
+        )
+
+    # The others find the store that the first has built, and the neighbours that it has looked up.
+    known = processes.one_after_first(lambda: (remembered(), ""), lambda _: remembered())
+    return lambda positions: known.read([batches.place(position) for position in positions])
+
+
+def _objective(
+    prepared: Prepared,
+    model: LanguageModel,
+    watch: Watch,
+    neighbours: Callable[[Sequence[int]], Neighbours] | None,
+) -> Objective:
     if isinstance(prepared.training, TrainMLAConfig):
         assert isinstance(model, NanoThink)
-        return Routed(prepared.training.entropy_reg, keep_states(prepared, model, watch))
+        return Routed(prepared.training.entropy_reg, keep_states(prepared, model, watch), neighbours)
     if prepared.where.kind != "diffuser":
         return next_token
     transformer = None
@@ -302,6 +358,7 @@ def _services(
                 length=length,
                 precision=run.precision,
                 transformer=run.objective.transformer,
+                should_stop=stop,
             )
             evaluation = replace(evaluation, denoising=errors)
         return evaluation
@@ -316,8 +373,17 @@ def _services(
             return {}
         prompts = list(train_config.sample_prompts)
         tokenizer = prepared.tokenizer
+
+        def leave_if_asked(row: int, token: int) -> None:
+            if stop():
+                raise EvaluationStopped
+
         continued = generate(
-            run.model, [tokenizer.encode(p) for p in prompts], sampling, eos_id=tokenizer.eos_id
+            run.model,
+            [tokenizer.encode(p) for p in prompts],
+            sampling,
+            eos_id=tokenizer.eos_id,
+            on_token=leave_if_asked,
         )
         return {prompt: tokenizer.decode(new) for prompt, new in zip(prompts, continued, strict=True)}
 

@@ -70,7 +70,7 @@ class Services:
     Where several processes train, each calls all of them at the same point.
 
     evaluate: score the validation text; may raise EvaluationStopped, and then does so in all processes.
-    sample: text by prompt, leaving every random state as it was.
+    sample: text by prompt, leaving every random state as it was; may raise EvaluationStopped likewise.
     save: write a checkpoint of ``state`` in a role ("best", "epoch", "interrupted"), return its path.
     stop: whether this process was asked to stop; where one was, all do.
     """
@@ -210,6 +210,8 @@ def _evaluate(run: Run, services: Services) -> None:
     """Evaluate, keep the best, sample, snapshot."""
     config, plan, state = run.config, run.plan, run.state
     evaluation = services.evaluate()
+    # Here already, since a stop must leave the state as it was: the resumed run would miss these samples.
+    samples = services.sample() if config.sample_tokens else {}
     epoch_over = plan.epoch_is_over(state)
     while plan.epoch_is_over(state):  # a corpus that shrank between two runs can end several at once
         state.epoch += 1
@@ -222,7 +224,7 @@ def _evaluate(run: Run, services: Services) -> None:
     epoch_parts = state.end_epoch() if epoch_over else {}
     services.observe(Evaluated(state.step, state.epoch, evaluation, best, state.bad_evaluations, epoch_parts))
     if config.sample_tokens:
-        services.observe(Sampled(state.step, state.epoch, services.sample()))
+        services.observe(Sampled(state.step, state.epoch, samples))
     if not math.isfinite(loss):
         return  # nothing to go on from: the checkpoints stay as they are
     if best:

@@ -13,6 +13,7 @@ from nanothink.models.contract import IGNORE, LanguageModel
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.nanothink import NanoThink, routing_entropy
 from nanothink.models.noise import Draws
+from nanothink.models.recall import Neighbours
 from nanothink.models.transformer import Transformer
 from nanothink.training.expert_states import ExpertStates
 
@@ -94,23 +95,29 @@ class Routed:
     """NanoThink's objective: cross-entropy of the next token, and a pull towards weights that are equal.
 
     Total = cross_entropy + entropy_reg (log E - H(w)), with H the entropy of each token's weights. Beside
-    them the parts have ``routing_entropy``, H, and the mean weight of each expert.
+    them the parts have ``routing_entropy``, H, and the mean weight of each expert, and of a memory.
     """
 
     entropy_reg: float
     states: ExpertStates | None = None
     """Where the experts' states are kept; None: they are computed each time. The loss is the same."""
+    neighbours: Callable[[Sequence[int]], Neighbours] | None = None
+    """What a memory recalls at each token of the blocks at these positions, (B, T, K); None without one."""
 
     def __call__(self, model: LanguageModel, batch: Batch, scale: float) -> Loss:
         assert isinstance(model, NanoThink)
         known = self.states.of(model, batch.inputs, batch.positions) if self.states is not None else None
-        cross_entropy, weights = model.loss_and_routing(
-            batch.inputs, batch.targets, scale=scale, states=known
+        recalled = None
+        if self.neighbours is not None:
+            recalled = self.neighbours(batch.positions).to(batch.inputs.device)
+        cross_entropy, trust = model.loss_and_routing(
+            batch.inputs, batch.targets, scale=scale, states=known, neighbours=recalled
         )
+        weights = model.router_weights(trust)
         valid = (batch.targets != IGNORE).float() * scale  # (B, T)
         entropy = (routing_entropy(weights) * valid).sum()
         lacking = math.log(len(model.names)) * valid.sum() - entropy
-        means = (weights.detach() * valid.unsqueeze(-1)).sum((0, 1))  # no product: autocast would narrow it
+        means = (trust.detach() * valid.unsqueeze(-1)).sum((0, 1))  # no product: autocast would narrow it
         parts = {"cross_entropy": cross_entropy.detach(), "routing_entropy": entropy.detach()}
-        parts |= {f"{WEIGHT_PART}{name}": mean for name, mean in zip(model.names, means, strict=True)}
+        parts |= {f"{WEIGHT_PART}{name}": mean for name, mean in zip(model.speakers, means, strict=True)}
         return Loss(cross_entropy + self.entropy_reg * lacking, parts)

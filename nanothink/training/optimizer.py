@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from nanothink.config import TrainConfig
+from nanothink.errors import CheckpointDamagedError
 from nanothink.models.precision import fast_cpu_types
 
 GroupedParameters = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
@@ -110,7 +111,17 @@ class GroupedOptimizer:
 
         Parameters are matched by name, so a state survives added and removed parameters. Returns the
         names whose moments were not found or had another shape, and so start at zero.
+
+        Raises CheckpointDamagedError when ``state`` isn't what ``state_dict`` gives.
         """
+        try:
+            return self._load(state)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointDamagedError(
+                f"the optimizer's state in this checkpoint is damaged ({error}). Use another checkpoint"
+            ) from error
+
+    def _load(self, state: Mapping[str, Any]) -> list[str]:
         fresh: list[str] = []
         for name, optimizer in self.optimizers.items():
             saved = state.get(name, {"state": {}, "param_groups": []})
@@ -126,7 +137,7 @@ class GroupedOptimizer:
                     group["names"], group["params"], live["params"], strict=True
                 ):
                     moments = by_name.get(parameter_name)
-                    if moments is not None and _fits(moments, parameter):
+                    if _fits(moments, parameter, _MOMENTS[name]):
                         own["state"][index] = moments
                     else:
                         fresh.append(parameter_name)
@@ -176,11 +187,20 @@ def orthogonalised(
     return x.t() if matrix.shape[0] > matrix.shape[1] else x
 
 
-def _fits(moments: Mapping[str, Any], parameter: nn.Parameter) -> bool:
-    return all(
-        value.ndim == 0 or value.shape == parameter.shape
-        for value in moments.values()
-        if isinstance(value, torch.Tensor)
+_MOMENTS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
+"""What each optimizer keeps of a parameter: a count, else tensors of its shape."""
+
+
+def _fits(moments: Any, parameter: nn.Parameter, names: set[str]) -> bool:
+    return (
+        isinstance(moments, Mapping)
+        and set(moments) == names
+        and all(
+            isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+            and value.shape == (() if name == "step" else parameter.shape)
+            for name, value in moments.items()
+        )
     )
 
 

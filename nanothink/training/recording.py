@@ -4,6 +4,7 @@
     metrics.jsonl     one JSON object a line: "train" and "validation"
     samples.jsonl     continuations of the fixed prompts
     events.out.*      the same numbers for TensorBoard
+    finished.json     how the run ended, of one that has
 
 A resumed run first drops every line that lies beyond the checkpoint it goes on from, so the file reads
 as if nothing had happened: apart from ``seconds`` and ``tokens_per_second`` it equals that of a run
@@ -13,10 +14,11 @@ that was never interrupted.
 from __future__ import annotations
 
 import json
-import logging
 import os
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from nanothink.errors import StorageError
 from nanothink.inference.evaluate import Evaluation, Score
 from nanothink.training.events import Evaluated, Event, Sampled, StepDone
 from nanothink.training.state import TrainState
+
+ENDING = "finished.json"
 
 _FILES = ("metrics.jsonl", "samples.jsonl")
 
@@ -42,27 +46,32 @@ class RunRecorder:
 
     def __init__(self, folder: Path, description: Mapping[str, Any], state: TrainState) -> None:
         self.folder = folder
-        self._tensorboard: Any = None
-        try:
+        with self._disk_said_no():
             if state.step == 0 and folder.exists():
                 _set_aside(folder)
             folder.mkdir(parents=True, exist_ok=True)
             for name in _FILES:
                 _drop_lines_beyond(folder / name, state)
-            write_whole(folder / "config.json", description)
+            _write_whole(folder / "config.json", description)
             self._metrics, self._samples = ((folder / name).open("a", encoding="utf-8") for name in _FILES)
+            self._tensorboard = _TensorBoard(folder, state)
+
+    @contextmanager
+    def _disk_said_no(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise StorageError(
-                f"The run's records cannot be written to {folder}: {error.strerror or error}. "
-                "Free space or permissions there, or choose another --checkpoint-dir."
+                f"The run's records cannot be written to {self.folder}: {error.strerror or error}. The "
+                "checkpoints are as they were. Free space or permissions there and go on with --resume, or "
+                "choose another --checkpoint-dir."
             ) from None
-        # tensorboardX announces every file it opens at INFO, and takes a second to import
-        logging.getLogger("tensorboardX").setLevel(logging.WARNING)
-        from tensorboardX import SummaryWriter
-
-        self._tensorboard = SummaryWriter(str(folder), purge_step=state.step + 1 if state.step else None)
 
     def __call__(self, event: Event) -> None:
+        with self._disk_said_no():
+            self._record(event)
+
+    def _record(self, event: Event) -> None:
         if isinstance(event, StepDone) and event.logged:
             speed = event.tokens / event.seconds if event.seconds else 0.0
             numbers = {
@@ -100,17 +109,27 @@ class RunRecorder:
                 },
             )
             self._validation_scalars(event.evaluation, event.step)
+            self._tensorboard.flush()
         elif isinstance(event, Sampled):
             self._line(
                 self._samples, {"step": event.step, "epoch": event.epoch, "samples": dict(event.texts)}
             )
             for prompt, text in event.texts.items():
-                self._tensorboard.add_text(f"sample/{prompt}", prompt + text, event.step)
+                self._tensorboard.text(f"sample/{prompt}", prompt + text, event.step)
+
+    def keep_ending(self, ending: Mapping[str, Any]) -> None:
+        with self._disk_said_no():
+            _write_whole(self.folder / ENDING, ending)
+
+    def forget_ending(self) -> None:
+        """The run goes on."""
+        with self._disk_said_no():
+            (self.folder / ENDING).unlink(missing_ok=True)
 
     def close(self) -> None:
-        self._metrics.close()
-        self._samples.close()
-        self._tensorboard.close()
+        for file in (self._metrics, self._samples, self._tensorboard):
+            with suppress(OSError):  # a disk that is full has said so already, at the write itself
+                file.close()
 
     def _line(self, file: Any, values: Mapping[str, Any]) -> None:
         # JSON has no NaN: a loss that is not a number is written as null
@@ -120,7 +139,7 @@ class RunRecorder:
 
     def _scalars(self, group: str, numbers: Mapping[str, float], step: int) -> None:
         for name, value in numbers.items():
-            self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+            self._tensorboard.scalar(f"{group}/{name}", value, step)
 
     def _validation_scalars(self, evaluation: Evaluation, step: int) -> None:
         overall = evaluation.overall
@@ -129,6 +148,56 @@ class RunRecorder:
         for domain, routing in evaluation.routing.items():
             self._scalars(f"routing/{domain}", {**routing.weights, "entropy": routing.entropy}, step)
         self._scalars("denoising_mse", {f"level {n}": mse for n, mse in evaluation.denoising.items()}, step)
+
+
+class _TensorBoard:
+    """One event file. Written in the thread that trains: tensorboardX's own writer hands events to a
+    thread, and where that dies of a full disk, the run would wait for it for ever.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+
+    FLUSH_SECONDS = 30.0
+
+    def __init__(self, folder: Path, state: TrainState) -> None:
+        from tensorboardX.proto.event_pb2 import Event as Entry  # it takes a second to import
+        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
+        self._entry = Entry
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = RecordWriter(str(folder / name))
+        self._write(file_version="brain.Event:2")
+        if state.step:
+            # TensorBoard hides what earlier processes wrote for the steps that are done again
+            self._write(step=state.step + 1, session_log=SessionLog(status=SessionLog.START))
+        self.flush()
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        from tensorboardX.summary import scalar
+
+        self._add(scalar(name, value), step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        from tensorboardX.summary import text as as_summary
+
+        self._add(as_summary(name, text), step)
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **entry: Any) -> None:
+        self._file.write(self._entry(wall_time=time.time(), **entry).SerializeToString())
+
+    def _add(self, summary: Any, step: int) -> None:
+        self._write(step=step, summary=summary)
+        if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
+            self.flush()
 
 
 def score_as_dict(score: Score) -> dict[str, float]:
@@ -178,23 +247,35 @@ def _drop_lines_beyond(path: Path, state: TrainState) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text("utf-8").splitlines():
+    # Bytes, and cut at line feeds alone: a killed process may leave half a character, and text may hold
+    # other characters that end a line, which str.splitlines would cut at.
+    for line in path.read_bytes().split(b"\n"):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             continue  # the last line of a killed process may be cut off; its step is done again
+        if not isinstance(entry, dict):
+            continue
         limit = state.step if entry.get("event") == "train" else state.evaluated_step
         if entry.get("step", 0) <= limit:
             kept.append(line)
-    _replace(path, "".join(line + "\n" for line in kept))
+    _replace(path, b"".join(line + b"\n" for line in kept))
 
 
-def write_whole(path: Path, values: Mapping[str, Any]) -> None:
+def _write_whole(path: Path, values: Mapping[str, Any]) -> None:
     """Write a small JSON file so that a reader finds the old one or the new one, never a part."""
-    _replace(path, json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n")
+    _replace(path, (json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, content: bytes) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, "utf-8")
-    os.replace(aside, path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()
+        raise

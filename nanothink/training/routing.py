@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nanothink.models.recall import MEMORY
 from nanothink.training.events import Evaluated, Event, Note, Observer
 from nanothink.training.objectives import WEIGHT_PART
 
@@ -25,11 +26,12 @@ class RoutingWatch:
         means = {
             part.removeprefix(WEIGHT_PART): mean
             for part, mean in event.epoch_parts.items()
-            if part.startswith(WEIGHT_PART)
+            if part.startswith(WEIGHT_PART) and part != WEIGHT_PART + MEMORY
         }
+        of_experts = sum(means.values())  # a memory has the rest
         if len(means) > 1:  # a single expert has all there is
             for name, mean in means.items():
-                self._say(name, mean, event.epoch)
+                self._say(name, mean / of_experts, event.epoch)
 
     def _say(self, name: str, mean: float, epoch: int) -> None:
         held = f"Warning: expert '{name}' held {100 * mean:.1f} % of the weight over epoch {epoch}"

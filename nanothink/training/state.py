@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nanothink.config import TrainConfig
+from nanothink.errors import CheckpointDamagedError
 
 
 @dataclass
@@ -48,8 +49,33 @@ class TrainState:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+    def from_dict(cls, values: Any) -> TrainState:
+        """What ``to_dict`` gave; an entry that is missing is as at the start.
+
+        Raises CheckpointDamagedError for anything that could not have come from there.
+        """
+        if not isinstance(values, Mapping):
+            raise _damaged(f"it is a {type(values).__name__}")
+        state = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        for name, value in vars(state).items():
+            if name == "best_loss":
+                sound = value is None or type(value) is float
+            elif name == "epoch_parts":
+                sound = isinstance(value, dict) and all(type(total) is float for total in value.values())
+            else:
+                sound = type(value) is int and -1 <= value < _NEVER_REACHED
+            if not sound:
+                raise _damaged(f"{name} is {value!r:.40}")
+        return state
+
+
+_NEVER_REACHED = 2**53
+
+
+def _damaged(reason: str) -> CheckpointDamagedError:
+    return CheckpointDamagedError(
+        f"where the run stood is damaged in this checkpoint ({reason}). Use another checkpoint"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pickle
@@ -552,6 +553,78 @@ def test_a_write_cut_short_by_a_limit(tmp_path, make_payload, crash_server, limi
     assert "intact" in answer["message"]
     assert target.read_bytes() == old
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "new.pt"]
+
+
+@pytest.mark.parametrize("largest", [1, 700, 1 << 30])
+def test_short_writes_make_the_same_file(tmp_path, make_payload, monkeypatch, largest):
+    """A disk may take less than it is given; what is left is given again."""
+    write_checkpoint(tmp_path / "whole.pt", make_payload())
+    really_write, chance = os.write, random.Random(0)
+
+    def short_write(descriptor: int, data: Any) -> int:
+        return really_write(descriptor, bytes(data[: chance.randint(1, largest)]))
+
+    monkeypatch.setattr(os, "write", short_write)
+    write_checkpoint(tmp_path / "short.pt", make_payload())
+    assert (tmp_path / "short.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
+
+
+REFUSALS = {
+    errno.ENOSPC: "the disk is full.*Make room",
+    errno.EDQUOT: "your disk quota is used up.*Make room",
+    errno.EROFS: "the disk is read-only.*Choose another --checkpoint-dir",
+    errno.EACCES: "no permission to write there.*Give yourself write access",
+    errno.EPERM: "no permission to write there.*Give yourself write access",
+    errno.EIO: "the disk reports: Input/output error.*Check the disk",
+    errno.ESTALE: "the disk reports: Stale file handle.*Check the disk",
+}
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "replace"])
+@pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
+def test_a_refusal_at_any_point_leaves_the_old_file(written, make_payload, monkeypatch, call, number):
+    before, really = written.read_bytes(), getattr(os, call)
+    n_calls = 0
+
+    def refuse(*arguments: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls > (5 if call == "write" else 0):  # not the first write: something is half there
+            raise OSError(number, os.strerror(number))
+        return really(*arguments)
+
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(StorageError, match=REFUSALS[number].replace(".*", "(?s:.*)")) as caught:
+        write_checkpoint(written, make_payload(seed=5))
+    monkeypatch.undo()
+    assert "The checkpoint that was there is intact" in str(caught.value)
+    assert str(written) in str(caught.value)
+    assert written.read_bytes() == before
+    assert os.listdir(written.parent) == [written.name]
+
+
+def test_a_disk_that_takes_nothing_is_not_asked_for_ever(written, make_payload, monkeypatch):
+    monkeypatch.setattr(os, "write", lambda descriptor, data: 0)
+    with pytest.raises(StorageError, match="intact"):
+        write_checkpoint(written, make_payload(seed=5))
+    monkeypatch.undo()
+    assert verify_checkpoint(written).step == 7
+
+
+def test_a_folder_that_cannot_be_synced_is_said_of_a_file_that_is_there(written, make_payload, monkeypatch):
+    really_fsync, n_calls = os.fsync, 0
+
+    def refuse_the_folder(descriptor: int) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        really_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_the_folder)
+    with pytest.raises(StorageError, match="The new file is complete, but might not survive a power cut"):
+        write_checkpoint(written, make_payload(seed=5))
+    assert verify_checkpoint(written).step == 12
 
 
 def test_a_full_disk(tmp_path, make_payload, server_in_own_mounts):

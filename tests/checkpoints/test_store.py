@@ -4,10 +4,13 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from nanothink.checkpoints import (
+    FORMAT_VERSION,
     CheckpointStore,
     CheckpointSummary,
     DamagedEntry,
@@ -18,7 +21,7 @@ from nanothink.checkpoints import (
     write_checkpoint,
 )
 from nanothink.checkpoints.names import temporary_path
-from nanothink.errors import CheckpointBusyError, StorageError, UsageError
+from nanothink.errors import CheckpointBusyError, CheckpointMismatchError, StorageError, UsageError
 
 
 @pytest.fixture
@@ -91,6 +94,34 @@ def test_newest_passes_over_damaged_files_and_says_why(store, make_payload):
     for path in (store.best, store.epoch(9)):
         damage(path)
     assert store.newest(lambda path, reason: None) is None
+
+
+def test_newest_does_not_pass_over_what_may_be_sound(store, make_payload, monkeypatch):
+    """A resumed run would write over it."""
+    store.write(store.best, make_payload())
+    torch.save({"format_version": FORMAT_VERSION + 1}, store.interrupted)
+    with pytest.raises(CheckpointMismatchError, match="newer NanoThink"):
+        store.newest(never)
+    store.write(store.interrupted, make_payload())
+    really_open = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == store.interrupted:
+            raise PermissionError(13, "Permission denied")
+        return really_open(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(StorageError, match="cannot be read: Permission denied"):
+        store.newest(never)
+
+
+def test_newest_passes_over_a_file_that_has_just_gone(store, make_payload, monkeypatch):
+    for path in (store.best, store.interrupted):
+        store.write(path, make_payload())
+    both = store.existing()
+    store.interrupted.unlink()
+    monkeypatch.setattr(store, "existing", lambda: list(both))
+    assert store.newest(never) == store.best
 
 
 def test_a_stem_never_takes_files_of_another(tmp_path, make_payload):

@@ -1,19 +1,16 @@
-"""The diffuser as a person uses it: refused or trained, killed and resumed, used without its transformer."""
+"""The diffuser as a person uses it: refused or trained, gone on with, used without its transformer."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from struck_runs import metrics
 
 import nanothink
 from nanothink.checkpoints.file import read_checkpoint
@@ -81,60 +78,8 @@ def trained(
     return folder
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "runs" / STEM / "metrics.jsonl").read_text().splitlines()
-    timed = {"seconds", "tokens_per_second"}
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
-
-
-def assert_same(left: Any, right: Any, where: str = "") -> None:
-    """Bit-equal, all the way down."""
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), where
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            assert_same(left[key], right[key], f"{where}.{key}")
-    elif isinstance(left, (list, tuple)):
-        assert len(left) == len(right), where
-        for i, (a, b) in enumerate(zip(left, right, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
-    else:
-        assert left == right, where
-
-
 # ---------------------------------------------------------------------------------------------------
-# Exact resume
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_killed_and_resumed_it_ends_in_the_same_bits(
-    sent: signal.Signals, arguments: Callable[..., list[str]], trained: Path, tmp_path: Path
-) -> None:
-    typed = arguments(tmp_path, train_diffuser__save_every_seconds=0.1)
-    command = [sys.executable, "-m", "nanothink", *typed]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    records = tmp_path / "runs" / STEM / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not records.exists() or records.read_bytes().count(b'"train"') < 9:
-        assert process.poll() is None, process.communicate()[1][-2000:]
-        assert time.monotonic() < deadline, "the moment to strike never came"
-        time.sleep(0.0005)
-    process.send_signal(sent)
-    process.communicate(timeout=60)
-    assert process.returncode == (130 if sent is signal.SIGINT else -signal.SIGKILL)
-    assert (tmp_path / f"{STEM}_interrupted.pt").exists()
-    n_before = sum(entry["event"] == "train" for entry in metrics(tmp_path))
-    assert 0 < n_before < N_STEPS
-    resumed = (
-        [*typed, "--resume"] if sent is signal.SIGKILL else ["resume", "--checkpoint-dir", str(tmp_path)]
-    )
-    assert run(resumed) == 0
-    whole, other = (dict(read_checkpoint(folder / f"{STEM}.pt")) for folder in (trained, tmp_path))
-    del other["config"]["train_diffuser"]["save_every_seconds"]
-    del whole["config"]["train_diffuser"]["save_every_seconds"]
-    assert_same(whole, other)
-    assert metrics(trained) == metrics(tmp_path)
+# Going on
 
 
 def test_with_hidden_states_as_targets_it_goes_on_with_the_same_transformer_only(
@@ -240,7 +185,7 @@ def alone(trained: Path, tmp_path: Path) -> Path:
 
 
 def test_records_show_what_the_loss_is_made_of_and_the_error_by_noise_level(trained: Path) -> None:
-    entries = metrics(trained)
+    entries = metrics(trained, STEM)
     steps = [e for e in entries if e["event"] == "train"]
     assert len(steps) == N_STEPS
     for e in steps:

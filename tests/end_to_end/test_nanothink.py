@@ -1,4 +1,4 @@
-"""NanoThink as a person uses it: refused or trained over experts, killed and resumed, used by itself."""
+"""NanoThink as a person uses it: refused or trained over experts, gone on with, used by itself."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from struck_runs import assert_same, metrics
 
 import nanothink as package
 from nanothink.checkpoints.file import read_checkpoint, write_checkpoint
@@ -106,34 +104,12 @@ def trained(typed: Callable[..., list[str]], experts: Path, tmp_path_factory: py
     return folder
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "runs" / STEM / "metrics.jsonl").read_text().splitlines()
-    timed = {"seconds", "tokens_per_second"}
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
-
-
-def assert_same(left: Any, right: Any, where: str = "") -> None:
-    """Bit-equal, all the way down."""
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), where
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            assert_same(left[key], right[key], f"{where}.{key}")
-    elif isinstance(left, (list, tuple)):
-        assert len(left) == len(right), where
-        for i, (a, b) in enumerate(zip(left, right, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
-    else:
-        assert left == right, where
-
-
 # ---------------------------------------------------------------------------------------------------
 # Training
 
 
 def test_training_lowers_the_loss_below_the_ensemble_and_shows_the_routing(trained: Path) -> None:
-    entries = metrics(trained)
+    entries = metrics(trained, STEM)
     steps = [entry for entry in entries if entry["event"] == "train"]
     assert len(steps) == N_STEPS
     for entry in steps:
@@ -167,39 +143,6 @@ def test_experts_are_bit_equal_inside_and_stay_out_of_the_optimizer(trained: Pat
         for name in group["names"]
     }
     assert optimized == {name for name in payload["model_state"] if not name.startswith("experts.")}
-
-
-def test_interrupted_then_killed_and_resumed_it_ends_in_the_same_bits(
-    typed: Callable[..., list[str]], trained: Path, tmp_path: Path
-) -> None:
-    arguments = typed(tmp_path, train_mla__save_every_seconds=0.1)
-    records = tmp_path / "runs" / STEM / "metrics.jsonl"
-    again = ["resume", "--checkpoint-dir", str(tmp_path)]
-    strikes = ((arguments, 7, signal.SIGINT), (again, 16, signal.SIGKILL))
-    for command, after_steps, sent in strikes:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "nanothink", *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        deadline = time.monotonic() + 120
-        while not records.exists() or records.read_bytes().count(b'"train"') < after_steps:
-            assert process.poll() is None, process.communicate()[1][-2000:]
-            assert time.monotonic() < deadline, "the moment to strike never came"
-            time.sleep(0.0005)
-        process.send_signal(sent)
-        process.communicate(timeout=60)
-        assert process.returncode == (130 if sent is signal.SIGINT else -signal.SIGKILL)
-        assert 0 < sum(entry["event"] == "train" for entry in metrics(tmp_path)) < N_STEPS
-    assert run([*arguments, "--resume"]) == 0
-    for path in trained.glob("*.pt"):
-        whole, other = (dict(read_checkpoint(folder / path.name)) for folder in (trained, tmp_path))
-        del other["config"]["train_mla"]["save_every_seconds"]
-        del whole["config"]["train_mla"]["save_every_seconds"]
-        assert_same(whole, other, path.name)
-    assert metrics(trained) == metrics(tmp_path)
-    assert not (tmp_path / f"{STEM}_interrupted.pt").exists()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -260,7 +203,7 @@ class Phase2:
         assert ours.pop("config") is not None
         assert theirs.pop("config") is not None
         assert_same(ours, theirs)
-        assert metrics(self.root / name) == metrics(self.root / other)
+        assert metrics(self.root / name, STEM) == metrics(self.root / other, STEM)
 
 
 @pytest.fixture

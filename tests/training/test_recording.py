@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,43 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where a folder should be")
     with pytest.raises(StorageError, match=r"runs.*--checkpoint-dir"):
         RunRecorder(tmp_path / "runs" / "x", {}, TrainState())
+
+
+def test_samples_survive_a_resume_whatever_characters_they_hold(tmp_path: Path) -> None:
+    """U+2028 and its like end a line for str.splitlines, but not in a file of JSON lines."""
+    texts = {"Once": "a\u2028b\u0085c\x0bd"}
+    recorder = RunRecorder(tmp_path / "runs" / "x", {}, TrainState())
+    recorder(Sampled(2, 1, texts))
+    recorder.close()
+    RunRecorder(tmp_path / "runs" / "x", {}, TrainState(step=2, evaluated_step=2)).close()
+    (kept,) = (tmp_path / "runs" / "x" / "samples.jsonl").read_bytes().splitlines()
+    assert json.loads(kept)["samples"] == texts
+
+
+def test_half_a_character_of_a_killed_process_is_dropped(tmp_path: Path) -> None:
+    recorder = RunRecorder(tmp_path / "runs" / "x", {}, TrainState())
+    recorder(Sampled(2, 1, {"Once": "one"}))
+    recorder.close()
+    path = tmp_path / "runs" / "x" / "samples.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + '{"step": 3, "samples": {"Once": "ö'.encode()[:-1])
+    RunRecorder(tmp_path / "runs" / "x", {}, TrainState(step=3, evaluated_step=3)).close()
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("which", ["metrics", "tensorboard"])
+def test_a_disk_that_fills_up_ends_in_one_error_and_not_in_waiting(tmp_path: Path, which: str) -> None:
+    recorder = RunRecorder(tmp_path / "runs" / "x", {}, TrainState())
+    recorder(step(1))
+    file = recorder._metrics
+    if which == "tensorboard":
+        file = recorder._tensorboard._file._writer
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, file.fileno())
+    os.close(full)
+    with pytest.raises(StorageError, match=r"records cannot be written.*No space left.*--resume"):
+        for number in range(2, 1000):
+            recorder(step(number))
+            recorder(evaluated(number))
+    recorder.close()

@@ -45,3 +45,10 @@ def test_the_epoch_counts_targets_and_not_steps() -> None:
     resumed.count({"weight_a": 0.5, "weight_b": 0.5}, 400)
     assert resumed.end_epoch() == pytest.approx({"weight_a": 0.73, "weight_b": 0.27})
     assert resumed.end_epoch() == {}  # each epoch is judged by itself
+
+
+def test_a_memory_takes_nothing_from_how_experts_are_judged() -> None:
+    alone, idle = heard(1, a=0.198, b=0.002, memory=0.8)
+    assert "expert 'a' held 99.0 % of the weight" in alone
+    assert "expert 'b' held 1.0 % of the weight" in idle
+    assert heard(1, a=0.5, b=0.49, memory=0.01) == []

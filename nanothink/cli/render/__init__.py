@@ -16,6 +16,7 @@ from nanothink.cli.render.console import (
     warning,
     width,
 )
+from nanothink.cli.render.memory import compaction, memory_facts, recalled
 from nanothink.cli.render.progress import progress
 from nanothink.cli.render.results import (
     estimate,
@@ -31,15 +32,18 @@ from nanothink.cli.render.training import training_view
 
 __all__ = [
     "chapter",
+    "compaction",
     "count",
     "duration",
     "error",
     "estimate",
     "evaluations",
     "histogram",
+    "memory_facts",
     "note",
     "print_json",
     "progress",
+    "recalled",
     "reconstructions",
     "routing",
     "samples",

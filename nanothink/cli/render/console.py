@@ -24,21 +24,26 @@ out = Console(highlight=False, width=_width())
 err = Console(stderr=True, highlight=False)
 
 
+def printable(text: str) -> str:
+    """The text without control characters: names in a file must not drive the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def note(message: str) -> None:
-    err.print(Text(message, style="dim"), soft_wrap=True)
+    err.print(Text(printable(message), style="dim"), soft_wrap=True)
 
 
 def warning(message: str) -> None:
-    err.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
+    err.print(Text.assemble(("warning: ", "yellow"), printable(message)), soft_wrap=True)
 
 
 def error(message: str) -> None:
-    err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    err.print(Text.assemble(("error: ", "bold red"), printable(message)), soft_wrap=True)
 
 
 def say(message: str = "", style: str = "") -> None:
     """One line of a result."""
-    out.print(Text(message, style=style), soft_wrap=True)
+    out.print(Text(printable(message), style=style), soft_wrap=True)
 
 
 def chapter(title: str, command: str) -> None:

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from nanothink.cli.render.console import err, note
+from nanothink.cli.render.console import err, note, printable
 
 
 class Bars:
@@ -50,7 +50,7 @@ class Bars:
         if self._progress is None:
             note(message)
         else:
-            self._progress.console.print(Text(message, style="dim"), soft_wrap=True)
+            self._progress.console.print(Text(printable(message), style="dim"), soft_wrap=True)
 
 
 def progress_columns() -> list[Any]:

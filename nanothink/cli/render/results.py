@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from nanothink.cli.render.console import count, duration, out, say, size, warning
+from nanothink.cli.render.console import count, duration, out, printable, say, size, warning
 from nanothink.cli.render.tables import table
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def streaming(prompt: str) -> Iterator[Callable[[str], None]]:
         sys.stdout.write(prompt)
 
     def write(piece: str) -> None:
-        sys.stdout.write(_printable(piece) if out.is_terminal else piece)
+        sys.stdout.write(printable(piece) if out.is_terminal else piece)
         sys.stdout.flush()
 
     sys.stdout.flush()
@@ -212,7 +212,7 @@ def routing(prompt: str) -> Iterator[Callable[[RoutedPiece], None]]:
     totals: dict[str, float] = {}
     n_tokens = 0
     if out.is_terminal:
-        out.print(Text(_printable(prompt), style="dim"), end="", soft_wrap=True)
+        out.print(Text(printable(prompt), style="dim"), end="", soft_wrap=True)
 
     def show(piece: RoutedPiece) -> None:
         nonlocal n_tokens
@@ -228,7 +228,7 @@ def routing(prompt: str) -> Iterator[Callable[[RoutedPiece], None]]:
             return
         colour = _COLOURS[list(piece.weights).index(piece.trusted) % len(_COLOURS)]
         percent = f"{100 * piece.weights[piece.trusted]:.0f}".translate(_RAISED)
-        out.print(Text.assemble((_printable(piece.text), colour), (percent, "dim")), end="", soft_wrap=True)
+        out.print(Text.assemble((printable(piece.text), colour), (percent, "dim")), end="", soft_wrap=True)
 
     yield show
     if out.is_terminal and n_tokens:
@@ -243,9 +243,4 @@ def reconstructions(found: Sequence[Reconstruction], decode: Callable[[list[int]
     """What came back from each noise level; the first token of a passage is never hidden."""
     for result in found:
         say(f"level {result.level}: {100 * result.right:.0f} % of the tokens found again")
-        out.print(Text(_printable(decode(result.tokens)), style="dim"), soft_wrap=True)
-
-
-def _printable(text: str) -> str:
-    """Control characters that a model may write must not drive the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+        out.print(Text(printable(decode(result.tokens)), style="dim"), soft_wrap=True)

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from nanothink.cli.render.console import count, out
+from nanothink.cli.render.console import count, out, printable
 
 Row = Sequence[RenderableType | None]
 
@@ -32,7 +32,12 @@ def build_table(
 ) -> Table:
     """The same table as a renderable. With ``total`` the last row is set off from the others."""
     built = Table(
-        title=title, title_justify="left", title_style="bold", box=_box(), pad_edge=False, header_style="bold"
+        title=Text(printable(title)) if title else None,
+        title_justify="left",
+        title_style="bold",
+        box=_box(),
+        pad_edge=False,
+        header_style="bold",
     )
     for column in columns:
         right = column.startswith(">")
@@ -44,7 +49,8 @@ def build_table(
         if last:
             built.add_section()
         built.add_row(
-            *(escape(cell) if isinstance(cell, str) else cell for cell in row), style="bold" if last else None
+            *(escape(printable(cell)) if isinstance(cell, str) else cell for cell in row),
+            style="bold" if last else None,
         )
     return built
 

@@ -12,7 +12,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
-from nanothink.cli.render.console import count, duration, err, note
+from nanothink.cli.render.console import count, duration, err, note, printable
 from nanothink.cli.render.progress import Bars, progress_columns
 from nanothink.cli.render.tables import sparkline
 
@@ -157,7 +157,7 @@ class LiveTrainingView(TrainingView):
         self._live.__exit__(*exception)
 
     def note(self, message: str) -> None:
-        self._live.console.print(Text(message, style="dim"), soft_wrap=True)
+        self._live.console.print(Text(printable(message), style="dim"), soft_wrap=True)
 
     def progress(self, label: str, done: int, total: int) -> None:
         if label not in self._busy:

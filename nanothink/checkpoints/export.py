@@ -1,0 +1,205 @@
+"""A model as a folder that other programs open: safetensors, JSON and a tokenizer, and no optimizer.
+
+    config.json              what transformers reads; our own settings under the key "nanothink"
+    model.safetensors        the weights, under the names that config.json's architecture gives them
+    tokenizer.json, tokenizer_config.json, generation_config.json, README.md
+
+A transformer goes by the names of ``Qwen3ForCausalLM``, a state-space model by ``MambaForCausalLM``'s; the
+other kinds are nobody else's and keep their own. ``read_export`` opens what ``write_export`` wrote.
+
+A folder is written whole or not at all: beside its final place, synced, and renamed. An export in the way is
+moved aside for the moment of the rename; a kill right there leaves it under its temporary name.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanothink.checkpoints.archive import damaged
+from nanothink.checkpoints.file import sync_folder
+from nanothink.checkpoints.names import left_behind, temporary_path
+from nanothink.checkpoints.payload import ModelPayload
+from nanothink.data.cache import storage_error
+from nanothink.data.tokenizer import load_tokenizer
+from nanothink.errors import CheckpointMismatchError, NanoThinkError, StorageError, UsageError
+from nanothink.models.state_space import from_mamba_state_dict
+from nanothink.models.transformer import from_qwen3_state_dict
+
+CONFIG, WEIGHTS, OWN_SECTION = "config.json", "model.safetensors", "nanothink"
+FILES = (
+    *(CONFIG, WEIGHTS, "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "README.md"),
+)
+"""Every file of an export."""
+
+_FOREIGN_NAMES: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "transformer": from_qwen3_state_dict,
+    "state_space": from_mamba_state_dict,
+}
+
+
+def write_export(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    fill: Callable[[Path], None],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Make ``folder`` an export of ``weights``, whole or not at all.
+
+    Args:
+        weights: by the names that they are to have; each with storage of its own.
+        fill: writes the other files of ``FILES`` into the folder that it is given.
+        overwrite: replace an earlier export. A folder that holds any other file is never replaced.
+
+    Raises:
+        UsageError: something is in the way.
+        StorageError: the disk is full, not writable, ...; what was there is intact.
+    """
+    target = folder.resolve()
+    check_place(folder, overwrite=overwrite)
+    temporary = temporary_path(target)
+    aside = temporary_path(target.with_name(f"{target.name}.replaced"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent, target.name)
+        temporary.mkdir()
+        try:
+            _save(weights, temporary / WEIGHTS)
+            fill(temporary)
+            for path in temporary.iterdir():
+                _sync(path)
+            sync_folder(temporary)
+            if target.exists() and any(target.iterdir()):
+                target.rename(aside)
+                try:
+                    temporary.rename(target)
+                except BaseException:
+                    aside.rename(target)
+                    raise
+            else:
+                temporary.rename(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_folder(target.parent)
+        _sweep(target.parent, f"{target.name}.replaced")
+    except OSError as error:
+        raise storage_error(error, folder) from error
+
+
+def check_place(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a place that an export can't take. Raises UsageError."""
+    target = folder.resolve()
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{folder} is a file; an export is a folder. Name another place: --to DIR.")
+    if target == Path.cwd().resolve():
+        raise UsageError(f"{folder} is the folder you are in; an export has one of its own: --to NAME.")
+    held = {entry.name for entry in os.scandir(target)} if target.is_dir() else set()
+    if not held:
+        return
+    foreign = sorted(held - set(FILES))
+    if foreign or CONFIG not in held:
+        named = ", ".join((foreign or sorted(held))[:4]) + (", ..." if len(foreign) > 4 else "")
+        raise UsageError(
+            f"{folder} holds other files ({named}), and an export never replaces those. "
+            "Name another folder: --to DIR."
+        )
+    if not overwrite:
+        raise UsageError(
+            f"{folder} holds an export already. Replace it: --overwrite. Or name another folder: --to DIR."
+        )
+
+
+def is_export(folder: Path) -> bool:
+    """Whether this is a folder that ``write_export`` could have written."""
+    return (folder / CONFIG).is_file()
+
+
+def read_export(folder: Path) -> ModelPayload:
+    """What ``load`` needs of a checkpoint, from an export. Runs no code from it.
+
+    Raises:
+        CheckpointDamagedError: a file is missing, cut short or not what it should be.
+        CheckpointMismatchError: a model folder that NanoThink did not write.
+        StorageError: it can't be read.
+    """
+    try:
+        settings = json.loads((folder / CONFIG).read_text("utf-8"))
+        own = settings.get(OWN_SECTION) if isinstance(settings, dict) else None
+        if not isinstance(own, dict):
+            raise CheckpointMismatchError(
+                f"{folder} holds a model, but none that NanoThink exported: its {CONFIG} has no section "
+                f"'{OWN_SECTION}'. Its own library opens it."
+            )
+        kind, config, experts = _described(own)
+        weights = load_file(folder / WEIGHTS)
+    except OSError as error:
+        if error.errno in (None, errno.ENOENT):  # safetensors raises its own without a number
+            raise damaged(folder, f"a file of the export is missing ({error})") from None
+        raise StorageError(f"{folder}: cannot be read: {error.strerror or error}.") from error
+    except (ValueError, LookupError, SafetensorError) as error:
+        raise damaged(folder, f"the export is damaged ({error})") from None
+    if kind in _FOREIGN_NAMES:
+        tied = bool(settings.get("tie_word_embeddings"))
+        weights = _FOREIGN_NAMES[kind](weights, tied=tied)
+    try:
+        tokenizer = load_tokenizer(str(folder))
+    except NanoThinkError as error:
+        raise damaged(folder, f"its tokenizer can't be used ({error})") from None
+    return {
+        "kind": kind,
+        "model_state": weights,
+        "config": config,
+        "tokenizer": tokenizer.to_state(),
+        "run": {"experts": experts},
+    }
+
+
+def _described(own: dict[str, Any]) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """Kind, settings and experts. Raises ValueError or LookupError when they are anything else."""
+    kind, config, experts = own["kind"], own["config"], own["experts"]
+    named = isinstance(experts, list) and all(
+        isinstance(e, dict) and {"name", "kind", "config"} <= e.keys() and isinstance(e["config"], dict)
+        for e in experts
+    )
+    if not (isinstance(kind, str) and isinstance(config, dict) and named):
+        raise ValueError(f"the section '{OWN_SECTION}' of {CONFIG} does not describe a model")
+    return kind, config, experts
+
+
+def _sweep(parent: Path, name: str) -> None:
+    """Remove what this process or a dead one left under a temporary name."""
+    for entry in os.scandir(parent):
+        if left_behind(entry) == name and entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+
+
+def _save(weights: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, {"format": "pt"})
+    except SafetensorError as error:  # it puts the system's error into words
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)  # it makes the file the owner's alone
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

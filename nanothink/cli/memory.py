@@ -1,0 +1,284 @@
+"""``nanothink memory``: the vector store of a NanoThink, built, added to, asked, made smaller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nanothink.cli.options import (
+    GROUP,
+    CheckpointDir,
+    Device,
+    Domains,
+    DryRun,
+    ForgivingCommand,
+    Json,
+    Set,
+    SkipBadRecords,
+)
+
+if TYPE_CHECKING:
+    from nanothink.memory.building import BuildPlan
+    from nanothink.runs.remembering import MemoryFacts
+
+app = typer.Typer(help="The vector store of a model: build, add to, search and compact it.", **GROUP)
+
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        "-c",
+        help="A NanoThink. [default: nanothink_mla.pt in --checkpoint-dir, or its experts]",
+    ),
+]
+Name = Annotated[
+    str | None, typer.Option("--name", help="Name of the model, where it is NAME_nanothink_mla.pt.")
+]
+
+
+@app.command(cls=ForgivingCommand)
+def build(
+    checkpoint: Checkpoint = None,
+    expert: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--expert",
+            metavar="PATH",
+            help="Experts that are yet to be combined, as for train-mla; repeatable.",
+        ),
+    ] = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option("--data-dir", help="Text to remember. [default: what the model was trained on]"),
+    ] = None,
+    domains: Domains = None,
+    name: Name = None,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    device: Device = None,
+    assignments: Set = None,
+    skip_bad_records: SkipBadRecords = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the memory that is there.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Make the memory of a NanoThink, or of experts that are to become one.
+
+    A key for each token of the training text; text held out for validation is never in it.
+    """
+    from nanothink.cli import render
+    from nanothink.errors import UsageError
+    from nanothink.memory.store import exists
+    from nanothink.runs.remembering import build_memory, facts_of, find_remembering, plan_memory
+
+    found = find_remembering(
+        checkpoint,
+        expert or (),
+        checkpoint_dir,
+        name=name,
+        assignments=assignments or (),
+        data_dir=data_dir,
+        device=device,
+    )
+    if exists(found.folder) and not overwrite and not dry_run:
+        raise UsageError(
+            f"{found.folder} is there already. Look at it: nanothink memory info. Put more text in: "
+            "nanothink memory add DATA_DIR. Build it anew: --overwrite"
+        )
+    with render.progress() as bars:
+        tokens = found.tokens(
+            data_dir, _listed(domains), skip_bad_records=skip_bad_records, note=bars.note, progress=bars
+        )
+        if found.checkpoint is not None and not found.settings.enabled:
+            bars.note(
+                f"{found.checkpoint} was trained without a memory and cannot ask one. Train it on with one: "
+                f"nanothink resume {found.checkpoint} --set vector_store.enabled=true --max-steps N"
+            )
+        plan = plan_memory(found, tokens)
+        if not dry_run:
+            store = build_memory(found, plan, tokens, note=bars.note, progress=bars)
+    if dry_run:
+        _show_plan(found.folder, plan, as_json=as_json)
+    else:
+        _show(facts_of(store), as_json=as_json)
+
+
+@app.command(cls=ForgivingCommand)
+def add(
+    data_dir: Annotated[str, typer.Argument(help="Folder with one folder of JSONL files per domain.")],
+    domains: Domains = None,
+    checkpoint: Checkpoint = None,
+    name: Name = None,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    device: Device = None,
+    skip_bad_records: SkipBadRecords = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Put more text into the memory of a trained model, which then knows it without training.
+
+    For example: nanothink memory add data --domains recipes
+    """
+    from nanothink.cli import render
+    from nanothink.runs.remembering import build_memory, facts_of, find_remembering, plan_memory
+
+    found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device)
+    store = found.open(writable=True)
+    with render.progress() as bars:
+        tokens = found.tokens(
+            data_dir, _listed(domains), skip_bad_records=skip_bad_records, note=bars.note, progress=bars
+        )
+        plan = plan_memory(found, tokens, store)
+        for n, why in (
+            (plan.n_known, "known already"),
+            (plan.n_held_out, "held out for validation in other data"),
+        ):
+            if n:
+                bars.note(f"{n:,} documents are left out: {why}.")
+        if not dry_run:
+            store = build_memory(found, plan, tokens, store, note=bars.note, progress=bars)
+    if dry_run:
+        _show_plan(found.folder, plan, as_json=as_json)
+    else:
+        _show(facts_of(store), as_json=as_json)
+
+
+@app.command(cls=ForgivingCommand)
+def info(
+    checkpoint: Checkpoint = None,
+    name: Name = None,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    as_json: Json = False,
+) -> None:
+    """What is in a memory. Every byte of it is verified."""
+    from nanothink.runs.remembering import facts_of, find_remembering
+
+    found = find_remembering(checkpoint, (), checkpoint_dir, name=name)
+    _show(facts_of(found.open()), as_json=as_json)
+
+
+@app.command(cls=ForgivingCommand)
+def search(
+    text: Annotated[str, typer.Argument(help="Text; its end is what is searched by.")],
+    neighbours: Annotated[int, typer.Option("--neighbours", "-k", min=1, help="Passages to show.")] = 8,
+    checkpoint: Checkpoint = None,
+    name: Name = None,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Which passages a text brings to mind, what followed in each, and where they stand.
+
+    For example: nanothink memory search "In the beginning"
+    """
+    from dataclasses import asdict
+
+    from nanothink.cli import render
+    from nanothink.runs.remembering import find_remembering, search_memory
+
+    found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device)
+    recalled = search_memory(found, found.open(), text, neighbours)
+    if as_json:
+        render.print_json({"text": text, "recalled": [asdict(one) for one in recalled]})
+    else:
+        render.recalled(recalled)
+
+
+@app.command(cls=ForgivingCommand)
+def compact(
+    similarity: Annotated[
+        float,
+        typer.Option("--similarity", min=0.5, max=1.0, help="Keys at least so similar are merged."),
+    ] = 0.95,
+    max_tokens: Annotated[
+        int,
+        typer.Option("--max-tokens", min=0, help="Tokens of each domain to score on; 0: do not score."),
+    ] = 20_000,
+    checkpoint: Checkpoint = None,
+    name: Name = None,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Merge keys that are nearly alike and were followed by the same token.
+
+    Says how large the memory is, and how well the model does, before and after.
+    """
+    from nanothink.cli import render
+    from nanothink.runs.remembering import compact_memory, find_remembering
+
+    found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device)
+    with render.progress() as bars:
+        tokens = None
+        if max_tokens and found.checkpoint is not None:
+            tokens = found.tokens(None, None, skip_bad_records=False, note=bars.note, progress=bars)
+        done = compact_memory(
+            found, similarity, tokens=tokens, max_tokens=max_tokens or None, note=bars.note, progress=bars
+        )
+    if as_json:
+        scores = {"before": done.evaluation_before, "after": done.evaluation_after}
+        render.print_json(
+            {
+                "before": _as_dict(done.before),
+                "after": _as_dict(done.after),
+                "bits_per_byte": {
+                    when: None if found is None else found.overall.bits_per_byte
+                    for when, found in scores.items()
+                },
+            }
+        )
+    else:
+        render.compaction(done)
+
+
+def _listed(domains: list[str] | None) -> tuple[str, ...] | None:
+    from nanothink.config.data import DataConfig
+
+    return DataConfig(domains=tuple(domains)).domains if domains else None
+
+
+def _as_dict(facts: MemoryFacts) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(facts)
+
+
+def _show(facts: MemoryFacts, *, as_json: bool) -> None:
+    from nanothink.cli import render
+
+    if as_json:
+        render.print_json(_as_dict(facts))
+    else:
+        render.memory_facts(facts)
+
+
+def _show_plan(folder: Path, plan: BuildPlan, *, as_json: bool) -> None:
+    from nanothink.cli import render
+
+    facts = {
+        "folder": str(folder),
+        "new_keys": plan.n_keys,
+        "old_keys": plan.n_old,
+        "index": plan.kind,
+        "lists": plan.n_lists,
+        "seconds": plan.seconds,
+        "memory_bytes": plan.memory_bytes,
+        "disk_bytes": plan.disk_bytes,
+        "known_documents": plan.n_known,
+        "held_out_documents": plan.n_held_out,
+    }
+    if as_json:
+        render.print_json(facts)
+        return
+    shown = {
+        **facts,
+        "new_keys": render.count(plan.n_keys),
+        "old_keys": render.count(plan.n_old),
+        "lists": render.count(plan.n_lists),
+        "seconds": f"about {render.duration(plan.seconds)}",
+        "memory_bytes": render.size(plan.memory_bytes),
+        "disk_bytes": render.size(plan.disk_bytes),
+    }
+    names = {"seconds": "time", "memory_bytes": "memory", "disk_bytes": "disk"}
+    render.table(["memory", ""], [[names.get(k, k.replace("_", " ")), str(v)] for k, v in shown.items()])

@@ -1,0 +1,97 @@
+"""What the vector store holds and recalls, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from nanothink.cli.render.console import count, out, printable, size
+from nanothink.cli.render.tables import table
+
+if TYPE_CHECKING:
+    from nanothink.runs.remembering import Compaction, MemoryFacts, Recalled
+
+
+def memory_facts(facts: MemoryFacts) -> None:
+    """``memory info``."""
+    kept = {
+        "exact": "exact",
+        "sq8": f"{count(facts.n_lists)} lists, a byte a number",
+        "pq": f"{count(facts.n_lists)} lists, a byte for four numbers",
+    }[facts.kind]
+    rows = [
+        ["keys", f"{count(facts.n_keys)}, states of '{facts.owner.expert}' ({facts.owner.kind})"],
+        ["index", kept],
+        ["bytes a key", f"{facts.n_bytes / max(1, facts.n_keys):.1f}"],
+        ["size", size(facts.n_bytes)],
+        ["kept for training", size(facts.neighbours_bytes)],
+        ["documents", count(facts.n_documents)],
+        ["merged keys", count(facts.n_merged)],
+        ["texts never let in", count(facts.n_held_out)],
+    ]
+    table(["memory", ""], rows, title=str(facts.folder))
+    table(["domain", ">tokens"], [[name, count(n)] for name, n in facts.keys_by_domain.items()])
+
+
+def recalled(found: Sequence[Recalled]) -> None:
+    """``memory search``: a passage a line, the token that followed it set off."""
+    table(
+        [">similarity", ">weight", "passage and what followed", "domain", "where"],
+        [
+            [
+                f"{one.similarity:.3f}",
+                f"{one.weight:.3f}",
+                Text.assemble((_line(one.before), "dim"), (f"[{_line(one.token)}]", "bold green")),
+                one.domain,
+                one.source + (f" and {one.stands_for - 1} more" if one.stands_for > 1 else ""),
+            ]
+            for one in found
+        ],
+    )
+    if not found:
+        out.print("The memory is empty.")
+
+
+def compaction(done: Compaction) -> None:
+    """``memory compact``: before and after."""
+    rows = [
+        [
+            "keys",
+            count(done.before.n_keys),
+            count(done.after.n_keys),
+            _change(done.before.n_keys, done.after.n_keys),
+        ],
+        [
+            "size",
+            size(done.before.n_bytes),
+            size(done.after.n_bytes),
+            _change(done.before.n_bytes, done.after.n_bytes),
+        ],
+    ]
+    if done.evaluation_before is not None and done.evaluation_after is not None:
+        for domain, score in {
+            **done.evaluation_before.domains,
+            "all": done.evaluation_before.overall,
+        }.items():
+            after = (
+                done.evaluation_after.overall if domain == "all" else done.evaluation_after.domains[domain]
+            )
+            rows.append(
+                [
+                    f"bits per byte, {domain}",
+                    f"{score.bits_per_byte:.4f}",
+                    f"{after.bits_per_byte:.4f}",
+                    _change(score.bits_per_byte, after.bits_per_byte),
+                ]
+            )
+    table(["", ">before", ">after", ">change"], rows, title=str(done.after.folder))
+
+
+def _change(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+.2f} %" if before else ""
+
+
+def _line(text: str) -> str:
+    return printable(text).replace("\n", "⏎").replace("\t", " ")

@@ -1,0 +1,53 @@
+"""``nanothink report``: one self-contained HTML page of one or several runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json
+
+
+def register(app: typer.Typer) -> None:
+    app.command(cls=ForgivingCommand)(report)
+
+
+def report(
+    run: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Names of runs, their folders, or checkpoints. [default: every run in --checkpoint-dir]"
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("report.html"),
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    data_dir: Annotated[
+        str | None,
+        typer.Option("--data-dir", help="Where held-out passages come from, if the data has moved."),
+    ] = None,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """One self-contained HTML page of one or several runs.
+
+    Curves, domains, experts, samples, settings, machine. Needs no network, neither to make nor to read.
+    """
+    import webbrowser
+
+    from nanothink.cli import render
+    from nanothink.runs.reporting import find_runs, summary, write_report
+
+    folders = find_runs(run or [], checkpoint_dir)
+    with render.progress() as bars:
+        made = write_report(folders, out, data_dir=data_dir, device=device, note=bars.note, progress=bars)
+    if as_json:
+        runs = [summary(one) for one in made.runs]
+        render.print_json({"report": made.path, "bytes": made.n_bytes, "runs": runs})
+    else:
+        names = ", ".join(one.label for one in made.runs)
+        render.say(f"{made.path}: {render.size(made.n_bytes)}, with {names}")
+    if open_it and not webbrowser.open(made.path.absolute().as_uri()):
+        render.note(f"No browser was found; open {made.path} by hand.")

@@ -1,0 +1,80 @@
+"""A smaller store that says nearly the same.
+
+Keys that are nearly alike and were followed by the same token say one thing several times. One of them stays
+and counts for all (its weight in p_mem is multiplied by their number), the others are taken out of the index;
+the text stays whole, so passages can still be shown, and of which documents a key speaks is still known.
+
+Only keys in one inverted list are compared, which is where such neighbours are: that makes it linear in the
+number of lists. In each list, and for each token, keys are taken in the order of the text; one that is nearer
+than the threshold to a key that stays is merged into the first such key (leader clustering, Hartigan 1975,
+chapter 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from nanothink.memory.index import Float32, Int64
+from nanothink.memory.store import Contents, VectorStore
+
+_AT_ONCE = 4096  # keys of a group compared at a time: a matrix of 64 MB
+
+
+def merge_duplicates(store: VectorStore, similarity: float, progress: Callable[[int, int], None]) -> Contents:
+    """Merge keys at least so similar (0 to 1) that have the same token; the index of ``store`` changes.
+
+    Returns the contents to be written with it.
+    """
+    pairs = []
+    done, total = 0, store.index.n_keys
+    for numbers, keys in store.index.groups():
+        order = np.lexsort((numbers, store.contents.tokens[numbers]))
+        numbers, keys = numbers[order], _unit(keys[order])
+        tokens = store.contents.tokens[numbers]
+        starts = np.flatnonzero(np.append(True, tokens[1:] != tokens[:-1]))
+        for start, stop in zip(starts, np.append(starts[1:], len(tokens)), strict=True):
+            for first in range(start, stop, _AT_ONCE):
+                part = slice(first, min(first + _AT_ONCE, stop))
+                if part.stop - part.start > 1:
+                    leaders = _leaders(keys[part], similarity)
+                    merged = np.flatnonzero(leaders != np.arange(len(leaders)))
+                    pairs.append(np.stack([numbers[part][merged], numbers[part][leaders[merged]]], 1))
+        done += len(numbers)
+        progress(done, total)
+    new = np.concatenate(pairs or [np.empty((0, 2), np.int64)])
+    store.index.remove(new[:, 0])
+    old = np.asarray(store.contents.merged)
+    if len(old) and len(new):  # what a key stood for goes over to the one that stands for it now
+        at = np.argsort(new[:, 0])
+        found = np.searchsorted(new[at, 0], old[:, 1]).clip(max=len(new) - 1)
+        moved = new[at[found], 0] == old[:, 1]
+        old = np.stack([old[:, 0], np.where(moved, new[at[found], 1], old[:, 1])], 1)
+    contents = store.contents
+    return Contents(
+        contents.tokens,
+        contents.documents,
+        contents.domains,
+        contents.files,
+        contents.held_out,
+        np.concatenate([old, new]),
+    )
+
+
+def _leaders(keys: Float32, similarity: float) -> Int64:
+    """For each of (n, D) keys the first key that it is merged into, or itself."""
+    near = keys @ keys.T >= similarity
+    leaders = np.full(len(keys), -1, np.int64)
+    for i in range(len(keys)):
+        if leaders[i] < 0:
+            leaders[(leaders < 0) & near[i]] = i
+            leaders[i] = i
+    return leaders
+
+
+def _unit(keys: Float32) -> Float32:
+    """Codes lose a little of a key's length."""
+    lengths = np.linalg.norm(keys, axis=1, keepdims=True)
+    unit: Float32 = (keys / np.maximum(lengths, 1e-12)).astype(np.float32)
+    return unit

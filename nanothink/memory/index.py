@@ -1,0 +1,199 @@
+"""Nearest neighbours among many keys: exact while they are few, inverted lists once they are many.
+
+The choice follows FAISS's own guidance ("Guidelines to choose an index", its wiki): exact search needs no
+training and is fast enough for tens of thousands; beyond that an inverted file (Jégou, Douze and Schmid 2011)
+with 8-bit scalar quantisation, and with product quantisation once memory is what counts. The number of lists
+is the power of two at or below 4 √N, a little under what the guidance gives for large N: lists are then
+longer, so that a fixed number of probes finds more, and training them takes a fraction of the time.
+
+Keys and queries have length 1, and the similarity is their inner product.
+
+FAISS and torch each bring an OpenMP runtime. FAISS is imported here and nowhere else, always after torch and
+only when a memory is used; it gets as many threads as torch has, and one on a system (macOS) where two
+runtimes of the same kind in a process crash.
+
+Shapes: N keys, Q queries, K neighbours, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch  # before FAISS, whoever comes first: see above
+from numpy.typing import NDArray
+
+from nanothink.config import VectorStoreConfig
+from nanothink.errors import UsageError
+
+Kind = Literal["exact", "sq8", "pq"]
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+KEYS_PER_LIST = 64
+"""Keys of the sample that lists are trained on, for each list; FAISS asks for 39 at least."""
+
+_LEAST_PER_LIST = 39
+_MOST_LISTS = 1 << 14
+_PQ_DIMENSIONS = 4  # numbers that share a byte
+
+
+def import_faiss() -> Any:
+    """FAISS, ready for use beside torch.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of its SWIG types, on Python 3.12 and later
+            import faiss
+    except ImportError:
+        raise UsageError(
+            "The vector store needs FAISS, which is not installed: pip install faiss-cpu. Everything else "
+            "works without it."
+        ) from None
+    faiss.omp_set_num_threads(1 if sys.platform == "darwin" else torch.get_num_threads())
+    return faiss
+
+
+def choose_kind(settings: VectorStoreConfig, n_keys: int) -> Kind:
+    """How ``n_keys`` keys are kept."""
+    if settings.index != "auto":
+        return settings.index
+    if n_keys <= settings.exact_below:
+        return "exact"
+    return "pq" if n_keys > settings.pq_above else "sq8"
+
+
+def choose_lists(n_keys: int) -> int:
+    """Inverted lists for so many keys: see the head of this file."""
+    wanted = min(4 * math.sqrt(max(n_keys, 1)), n_keys / _LEAST_PER_LIST, _MOST_LISTS)
+    return 1 << max(0, int(math.log2(max(wanted, 1))))
+
+
+def sample_size(kind: Kind, n_keys: int) -> int:
+    """Keys that an index has to be trained on; 0 for an exact one."""
+    if kind == "exact":
+        return 0
+    least = 256 * _LEAST_PER_LIST if kind == "pq" else 0  # a codebook has 256 entries
+    return min(n_keys, max(KEYS_PER_LIST * choose_lists(n_keys), least))
+
+
+def bytes_per_key(kind: Kind, width: int) -> int:
+    """Of the index: code and number."""
+    return {"exact": 4 * width, "sq8": width, "pq": -(-width // _PQ_DIMENSIONS)}[kind] + 8
+
+
+class NeighbourIndex:
+    """Keys by number. A thin layer over a FAISS index; see ``create`` and ``read``."""
+
+    def __init__(self, kind: Kind, index: Any, n_probe: int) -> None:
+        self._faiss = import_faiss()
+        self.kind = kind
+        self._index = index
+        if kind != "exact":
+            index.nprobe = min(n_probe, index.nlist)
+
+    @classmethod
+    def create(cls, kind: Kind, width: int, n_keys: int, n_probe: int) -> NeighbourIndex:
+        """An empty index, to be trained, for about ``n_keys`` keys.
+
+        Raises:
+            UsageError: product quantisation of a width that cannot be divided.
+        """
+        faiss = import_faiss()
+        if kind == "pq" and width % _PQ_DIMENSIONS:
+            raise UsageError(
+                f"vector_store.index=pq keeps {_PQ_DIMENSIONS} numbers in a byte, and the width {width} "
+                f"cannot be divided by it; use sq8."
+            )
+        code = {"exact": "Flat", "sq8": "SQ8", "pq": f"PQ{width // _PQ_DIMENSIONS}"}[kind]
+        factory = f"IDMap2,{code}" if kind == "exact" else f"IVF{choose_lists(n_keys)},{code}"
+        return cls(kind, faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT), n_probe)
+
+    @classmethod
+    def read(cls, path: Path, kind: Kind, n_probe: int, *, writable: bool) -> NeighbourIndex:
+        """Open an index file whose digest has been checked; searched where it lies unless ``writable``."""
+        faiss = import_faiss()
+        flags = 0 if writable or kind == "exact" else faiss.IO_FLAG_MMAP
+        return cls(kind, faiss.read_index(str(path), flags), n_probe)
+
+    @property
+    def n_keys(self) -> int:
+        return int(self._index.ntotal)
+
+    @property
+    def width(self) -> int:
+        return int(self._index.d)
+
+    @property
+    def n_lists(self) -> int:
+        """Inverted lists; 0 of an exact index."""
+        return 0 if self.kind == "exact" else int(self._index.nlist)
+
+    @property
+    def n_probe(self) -> int:
+        """Lists that a search looks into; 0 of an exact index."""
+        return 0 if self.kind == "exact" else int(self._index.nprobe)
+
+    def train(self, sample: Float32) -> None:
+        """Learn lists and codes from (n, D) keys. Nothing to do for an exact index. Deterministic."""
+        if self.kind != "exact":
+            self._index.cp.max_points_per_centroid = 1 << 30  # the sample is as large as it is meant to be
+            self._index.train(np.ascontiguousarray(sample, dtype=np.float32))
+
+    def add(self, keys: Float32, numbers: Int64) -> None:
+        """(n, D) keys under (n,) numbers of their own."""
+        self._index.add_with_ids(
+            np.ascontiguousarray(keys, dtype=np.float32), np.ascontiguousarray(numbers, dtype=np.int64)
+        )
+
+    def search(self, queries: Float32, n_neighbours: int) -> tuple[Float32, Int64]:
+        """(Q, D) -> similarities (Q, K) and numbers (Q, K), nearest first; -1 where there are fewer."""
+        similarities, numbers = self._index.search(
+            np.ascontiguousarray(queries, dtype=np.float32), n_neighbours
+        )
+        similarities[numbers < 0] = -np.inf
+        return similarities, numbers
+
+    def remove(self, numbers: Int64) -> None:
+        self._index.remove_ids(np.ascontiguousarray(numbers, dtype=np.int64))
+
+    def groups(self) -> Iterator[tuple[Int64, Float32]]:
+        """All keys, as they are kept, in groups in which keys that are nearly alike stand together.
+
+        Numbers (n,) and keys (n, D): an inverted list at a time, or all at once.
+        """
+        faiss, index = self._faiss, self._index
+        if self.kind == "exact":
+            numbers = faiss.vector_to_array(index.id_map).copy()
+            flat = faiss.downcast_index(index.index)
+            yield (
+                numbers,
+                flat.reconstruct_n(0, len(numbers)) if len(numbers) else np.empty((0, index.d), "f"),
+            )
+            return
+        lists = index.invlists
+        for i in range(index.nlist):
+            size = lists.list_size(i)
+            if not size:
+                continue
+            numbers = faiss.rev_swig_ptr(lists.get_ids(i), size).copy()
+            codes = faiss.rev_swig_ptr(lists.get_codes(i), size * lists.code_size).copy()
+            keys = np.empty((size, index.d), dtype=np.float32)
+            of_list = np.full(size, i, dtype=np.int64)
+            index.decode_vectors(size, *map(faiss.swig_ptr, (codes, of_list, keys)))
+            yield numbers, keys
+
+    def write(self, path: Path) -> None:
+        """To a new file. Raises OSError when the disk refuses."""
+        try:
+            self._faiss.write_index(self._index, str(path))
+        except RuntimeError as error:  # FAISS has no error of its own for a full disk
+            raise OSError(0, f"FAISS could not write it ({str(error).splitlines()[-1][:200]})") from error

@@ -1,0 +1,408 @@
+"""The vector store on the disk: whole or not at all, and only for the model it was made for.
+
+    <checkpoint>.memory/
+        manifest.json                  what belongs to it, with the size and digest of every file
+        index-<generation>.faiss       the keys (index.py), under the numbers of their tokens
+        tokens-<generation>.npy        the text: token n is what followed key n
+        documents-<generation>.npy     where each document of it ends, and where it comes from
+        heldout-<generation>.npy       hashes of the validation texts of all data that went in
+        merged-<generation>.npy        keys that others stand for (compact.py)
+        neighbours-<...>/              what training found once and need not search again (neighbours.py)
+        lock                           held by whoever is writing
+
+A change writes a new generation of files beside the old one and then replaces the manifest, in one rename. A
+kill at any point leaves the old store or the new one; files that no manifest names are swept up by the next
+change. Digests are checked before FAISS or numpy see a file, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import orjson
+import torch
+from numpy.typing import NDArray
+
+from nanothink.config import VectorStoreConfig
+from nanothink.data.cache import Note, locked, silent, storage_error, sync_folder, write_whole
+from nanothink.errors import (
+    StorageError,
+    VectorStoreDamagedError,
+    VectorStoreMismatchError,
+    VectorStoreNotFoundError,
+)
+from nanothink.memory.index import Float32, Int64, Kind, NeighbourIndex
+from nanothink.models.recall import NO_TOKEN, Neighbours
+
+FORMAT = 1
+SUFFIX = ".memory"
+
+DOCUMENT = np.dtype([("end", "<i8"), ("key", "<u8"), ("line", "<i8"), ("domain", "<i4"), ("file", "<i4")])
+"""Of one document: where its tokens end (they begin where the one before ends), the hash of its text, and
+where it comes from; domain and file are indices into the manifest's lists."""
+
+_MANIFEST = "manifest.json"
+_ROLES = ("index", "tokens", "documents", "heldout", "merged")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The frozen expert whose states the keys are. Whatever model it is a part of can use the store."""
+
+    expert: str
+    kind: str
+    digest: str
+    """Of its weights."""
+    tokenizer: str
+    """Its fingerprint."""
+    width: int
+    block_length: int
+    """Tokens that it read at a time when the keys were made."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The text of a store. N tokens, M merged keys."""
+
+    tokens: NDArray[Any]
+    """(N,) unsigned: token n followed key n."""
+    documents: NDArray[Any]
+    """DOCUMENT, in the order of their tokens; no two have the same text."""
+    domains: tuple[str, ...]
+    files: tuple[str, ...]
+    held_out: NDArray[np.uint64]
+    """Sorted hashes of validation texts, none of which is ever let in."""
+    merged: Int64 = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    """(M, 2): a key that was taken out, and the one that stands for it."""
+
+    @classmethod
+    def empty(cls, vocab_size: int) -> Contents:
+        dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+        return cls(np.empty(0, dtype), np.empty(0, DOCUMENT), (), (), np.empty(0, np.uint64))
+
+
+class VectorStore:
+    """An open store; a ``Memory`` for a model. See ``open_store``."""
+
+    def __init__(
+        self,
+        folder: Path,
+        owner: Owner,
+        index: NeighbourIndex,
+        contents: Contents,
+        *,
+        n_neighbours: int,
+        generation: str = "",
+    ) -> None:
+        self.folder, self.owner, self.index, self.contents = folder, owner, index, contents
+        self.n_neighbours = n_neighbours
+        self.generation = generation
+        self._ends = contents.documents["end"].copy()
+
+    def search(self, queries: torch.Tensor) -> Neighbours:
+        """(Q, D) queries of length 1 -> Q rows of ``n_neighbours``, on their device."""
+        found = self.index.search(queries.detach().float().cpu().numpy(), self.n_neighbours)
+        return self.neighbours(*found).to(queries.device)
+
+    def search_elsewhere(
+        self, queries: Float32, own: NDArray[np.uint64], n_neighbours: int
+    ) -> tuple[Float32, Int64]:
+        """Neighbours that are no part of the query's own document.
+
+        Twice as many are fetched as are wanted; where that leaves too few, the rest is missing.
+
+        Args:
+            queries: (Q, D).
+            own: (Q,) hash of the text that each query stands in.
+
+        Returns:
+            similarities and numbers (Q, K), nearest first; -inf and -1 where missing.
+        """
+        similarities, numbers = self.index.search(queries, 2 * n_neighbours)
+        gone = self.is_of(numbers, own)
+        similarities[gone], numbers[gone] = -np.inf, -1
+        order = np.argsort(numbers < 0, axis=1, kind="stable")[:, :n_neighbours]
+        return np.take_along_axis(similarities, order, 1), np.take_along_axis(numbers, order, 1)
+
+    def is_of(self, numbers: Int64, texts: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """(Q, K) keys, (Q,) hashes of texts: whether a key, or one that it stands for, is of that text."""
+        documents = self.documents_of(texts)[:, None]
+        known = (numbers >= 0) & (documents >= 0)
+        same = known & (self.document(numbers) == documents)
+        if len(self._members):
+            pairs = numbers * len(self._ends) + documents
+            at = np.searchsorted(self._members, pairs).clip(max=len(self._members) - 1)
+            same |= known & (self._members[at] == pairs)
+        return cast(NDArray[np.bool_], same)
+
+    def document(self, numbers: Int64) -> Int64:
+        """The document that each key's token is of, as an index; any where the number is -1."""
+        return np.searchsorted(self._ends, numbers, side="right").clip(max=max(len(self._ends) - 1, 0))
+
+    def documents_of(self, texts: NDArray[np.uint64]) -> Int64:
+        """Index of the document with each hash; -1 where no such text is in the store."""
+        order, sorted_keys = self._by_text
+        if not len(order):
+            return np.full(len(texts), -1, np.int64)
+        at = np.searchsorted(sorted_keys, texts).clip(max=len(order) - 1)
+        return np.where(sorted_keys[at] == texts, order[at], -1)
+
+    def neighbours(self, similarities: Float32, numbers: Int64) -> Neighbours:
+        """What a search found, as a model wants it."""
+        there = numbers >= 0
+        tokens = np.where(there, self.contents.tokens[np.where(there, numbers, 0)].astype(np.int64), NO_TOKEN)
+        counts = None
+        if len(self.contents.merged):
+            keys, of_key = self._counts
+            at = np.searchsorted(keys, numbers).clip(max=len(keys) - 1)
+            counts = torch.from_numpy(np.where(keys[at] == numbers, of_key[at], 1).astype(np.float32))
+        return Neighbours(torch.from_numpy(similarities), torch.from_numpy(tokens), counts)
+
+    def passage(self, number: int, n_before: int) -> list[int]:
+        """Tokens of key ``number``'s document that lead up to its token, without that one."""
+        document = int(self.document(np.array([number]))[0])
+        start = int(self._ends[document - 1]) if document else 0
+        return [int(t) for t in self.contents.tokens[max(start, number - n_before) : number]]
+
+    @cached_property
+    def _by_text(self) -> tuple[Int64, NDArray[np.uint64]]:
+        keys = self.contents.documents["key"]
+        order = np.argsort(keys, kind="stable")
+        return order, keys[order]
+
+    @cached_property
+    def _counts(self) -> tuple[Int64, Int64]:
+        """Keys that stand for others too, sorted, and how many each is, itself included."""
+        keys, others = np.unique(self.contents.merged[:, 1], return_counts=True)
+        return keys, others + 1
+
+    @cached_property
+    def _members(self) -> Int64:
+        """Sorted key × documents + document, for every document of which a key stands for a part."""
+        if not len(self.contents.merged):
+            return np.empty(0, np.int64)
+        member, key = self.contents.merged[:, 0], self.contents.merged[:, 1]
+        return np.unique(key * len(self._ends) + self.document(member))
+
+
+def memory_folder(checkpoint_dir: Path, stem: str) -> Path:
+    """Where the memory of a run lies."""
+    return checkpoint_dir / f"{stem}{SUFFIX}"
+
+
+def exists(folder: Path) -> bool:
+    return (folder / _MANIFEST).exists()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a store says of itself, once it has been seen to be whole; its files are not read.
+
+    Raises:
+        VectorStoreError: there is none, or the manifest is damaged.
+    """
+    path = folder / _MANIFEST
+    try:
+        manifest = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise VectorStoreNotFoundError(
+            f"There is no memory in {folder}. Build it: nanothink memory build"
+        ) from None
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise _damaged(path, str(error)) from None
+    if not isinstance(manifest, dict) or manifest.get("digest") != _digest_of(manifest):
+        raise _damaged(path, "its digest does not match")
+    if manifest["format"] != FORMAT:
+        raise VectorStoreMismatchError(
+            f"{folder} has format {manifest['format']}, and this NanoThink reads {FORMAT}. Build it again: "
+            "nanothink memory build --overwrite"
+        )
+    return manifest
+
+
+def open_store(
+    folder: Path, settings: VectorStoreConfig, *, owner: Owner | None = None, writable: bool = False
+) -> VectorStore:
+    """Open the store in ``folder``, every byte of it verified.
+
+    Args:
+        owner: refuse a store of another expert or tokenizer; None takes any.
+        writable: keep the index in memory, so that it can change; else it is searched where it lies.
+
+    Raises:
+        VectorStoreError: it is missing, damaged, or another model's.
+        UsageError: FAISS is not installed.
+    """
+    manifest = read_manifest(folder)
+    found = Owner(**manifest["owner"])
+    if owner is not None:
+        check_owner(folder, found, owner)
+    paths = {role: _verified(folder, role, facts) for role, facts in manifest["files"].items()}
+    if missing := [role for role in _ROLES if role not in paths]:
+        raise _damaged(folder / _MANIFEST, f"it names no {' and no '.join(missing)}")
+    contents = Contents(
+        tokens=_map(paths["tokens"]),
+        documents=_map(paths["documents"]),
+        domains=tuple(manifest["domains"]),
+        files=tuple(manifest["sources"]),
+        held_out=np.asarray(_map(paths["heldout"])),
+        merged=np.asarray(_map(paths["merged"])),
+    )
+    kind: Kind = manifest["index"]["kind"]
+    index = NeighbourIndex.read(paths["index"], kind, settings.n_probe, writable=writable)
+    if index.width != found.width or index.n_keys + len(contents.merged) != len(contents.tokens):
+        raise _damaged(paths["index"], "it does not go with the tokens beside it")
+    return VectorStore(
+        folder,
+        found,
+        index,
+        contents,
+        n_neighbours=settings.n_neighbours,
+        generation=manifest["generation"],
+    )
+
+
+def check_owner(folder: Path, found: Owner, wanted: Owner) -> None:
+    """Refuse a store whose keys are another expert's states.
+
+    Raises:
+        VectorStoreMismatchError: they are.
+    """
+    for what, has, needs in (
+        ("expert", found.digest, wanted.digest),
+        ("tokenizer", found.tokenizer, wanted.tokenizer),
+        ("width", found.width, wanted.width),
+    ):
+        if has != needs:
+            raise VectorStoreMismatchError(
+                f"{folder} belongs to another model: its {what} is not this one's (its keys are states of "
+                f"'{found.expert}', a {found.kind}; this model asks by '{wanted.expert}', a {wanted.kind}). "
+                "Build this model's own: nanothink memory build --overwrite"
+            )
+
+
+def write_store(
+    folder: Path, owner: Owner, index: NeighbourIndex, contents: Contents, *, note: Note = silent
+) -> None:
+    """Make this the store in ``folder``, in place of any that was there.
+
+    Raises:
+        StorageError: the disk refused; what was there is intact.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    with locked(folder, note):
+        _sweep(folder)
+        generation = secrets.token_hex(6)
+        paths = {
+            role: folder / f"{role}-{generation}.{'faiss' if role == 'index' else 'npy'}" for role in _ROLES
+        }
+        try:
+            index.write(paths["index"])
+            np.save(paths["tokens"], contents.tokens)
+            np.save(paths["documents"], contents.documents)
+            np.save(paths["heldout"], contents.held_out)
+            np.save(paths["merged"], contents.merged)
+            files = {}
+            for role, path in paths.items():
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+                files[role] = {"name": path.name, "bytes": path.stat().st_size, "digest": _digest(path)}
+            sync_folder(folder)
+        except OSError as error:
+            for path in paths.values():
+                path.unlink(missing_ok=True)
+            raise storage_error(error, folder) from error
+        manifest = {
+            "format": FORMAT,
+            "generation": generation,
+            "owner": asdict(owner),
+            "index": {"kind": index.kind, "lists": index.n_lists, "keys": index.n_keys},
+            "tokens": len(contents.tokens),
+            "domains": list(contents.domains),
+            "sources": list(contents.files),
+            "files": files,
+        }
+        write_whole(folder / _MANIFEST, orjson.dumps({**manifest, "digest": _digest_of(manifest)}))
+        _sweep(folder)
+
+
+def store_bytes(folder: Path) -> int:
+    """Size of the store's own files."""
+    return sum(facts["bytes"] for facts in read_manifest(folder)["files"].values())
+
+
+def _sweep(folder: Path) -> None:
+    """Remove files of other generations than the manifest's. Only for the holder of the lock."""
+    try:
+        manifest = read_manifest(folder)
+        kept = {facts["name"] for facts in manifest["files"].values()}
+        generation = manifest["generation"]
+    except (VectorStoreDamagedError, VectorStoreNotFoundError, VectorStoreMismatchError):
+        kept, generation = set(), ""
+    for path in folder.iterdir():
+        role = path.name.partition("-")[0]
+        if role in _ROLES and path.name not in kept:
+            path.unlink(missing_ok=True)
+        elif role == "neighbours" and not (generation and path.name.startswith(f"neighbours-{generation}")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _verified(folder: Path, role: str, facts: Mapping[str, Any]) -> Path:
+    path = folder / str(facts["name"])
+    if path.parent != folder:
+        raise _damaged(folder / _MANIFEST, f"it places {role} elsewhere")
+    try:
+        if path.stat().st_size != facts["bytes"]:
+            raise _damaged(path, f"it has {path.stat().st_size} bytes of {facts['bytes']}")
+        if _digest(path) != facts["digest"]:
+            raise _damaged(path, "its digest does not match")
+    except FileNotFoundError:
+        raise _damaged(path, "it is missing") from None
+    except OSError as error:
+        raise StorageError(f"Cannot read {path}: {error.strerror}. Check the disk.") from error
+    return path
+
+
+def _map(path: Path) -> NDArray[Any]:
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+            shape, _, dtype = read(file) if read is not None else ((), False, np.dtype(object))
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+    if dtype.hasobject or len(shape) not in (1, 2):
+        raise _damaged(path, "it holds something else than numbers")
+    # An empty stretch cannot be mapped.
+    array: NDArray[Any] = np.load(path, mmap_mode="r" if all(shape) else None, allow_pickle=False)
+    return array
+
+
+def _digest(path: Path) -> str:
+    hashed = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            hashed.update(block)
+    return hashed.hexdigest()
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    body = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.blake2b(orjson.dumps(body, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
+
+
+def _damaged(path: Path, reason: str) -> VectorStoreDamagedError:
+    return VectorStoreDamagedError(
+        f"{path} is damaged: {reason}. Build the memory again: nanothink memory build --overwrite"
+    )

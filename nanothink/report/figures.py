@@ -1,0 +1,281 @@
+"""Which plots there are, run by run or with all runs in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanothink.report.curves import Line, line, smoothed
+from nanothink.report.passages import ReportedRun
+from nanothink.training.objectives import WEIGHT_PART
+from nanothink.training.records import Curve, finite
+
+
+@dataclass(frozen=True)
+class Figure:
+    title: str
+    note: str
+    y: str
+    """What is drawn, with its unit."""
+    lines: tuple[Line, ...]
+    x: str = "step"
+    logarithmic: bool = False
+    from_zero: bool = False
+    """The vertical axis begins at zero: for shares, whose plots are compared by eye."""
+
+    @property
+    def named(self) -> list[Line]:
+        """The lines that have a legend."""
+        return [line for line in self.lines if not line.faint]
+
+    def summaries(self) -> list[dict[str, Any]]:
+        """Each line in numbers, for those who do not see it."""
+        return [
+            {
+                "label": each.label,
+                "color": each.color,
+                "first": each.values[0],
+                "lowest": min(each.values),
+                "lowest_at": each.steps[min(range(len(each.values)), key=each.values.__getitem__)],
+                "highest": max(each.values),
+                "last": each.values[-1],
+                "last_at": each.steps[-1],
+                "points": each.n_points,
+                "shown": len(each.values),
+            }
+            for each in self.named
+        ]
+
+    def data(self) -> dict[str, Any]:
+        """What the script draws from."""
+        return {
+            "x": self.x,
+            "logarithmic": self.logarithmic,
+            "fromZero": self.from_zero,
+            "lines": [
+                {
+                    "label": each.label,
+                    "color": each.color,
+                    "faint": each.faint,
+                    "x": [_short(v) for v in each.steps],
+                    "y": [_short(v) for v in each.values],
+                }
+                for each in self.lines
+            ],
+        }
+
+
+def progress_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
+    """How well the models do."""
+    losses = []
+    for color, run in enumerate(runs):
+        # Where a loss has parts, the one that all models have in common is next-token cross-entropy.
+        curve = run.records.training.get("cross_entropy") or run.records.training.get("loss")
+        if curve:
+            losses += [
+                line(run.label, color, curve, faint=True),
+                line(run.label, color, smoothed(curve)),
+            ]
+    return _drawn(
+        Figure(
+            "Bits per byte",
+            "On the held-out text, all domains together; lower is better. Independent of the tokenizer.",
+            "bits per byte",
+            _of_validations(runs, lambda row: row.get("bits_per_byte")),
+        ),
+        Figure(
+            "Validation loss",
+            "Next-token cross-entropy on the held-out text. Comparable between runs with the same tokenizer.",
+            "nats per token",
+            _of_validations(runs, lambda row: row.get("loss")),
+        ),
+        Figure(
+            "Training loss",
+            "Next-token cross-entropy on the batches: each logged step behind, its moving average before it.",
+            "nats per token",
+            tuple(losses),
+        ),
+    )
+
+
+def course_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
+    """How the training went."""
+    norms = _of(runs, "gradient_norm")
+    return _drawn(
+        Figure("Learning rate", "Scales that of every parameter group.", "rate", _of(runs, "learning_rate")),
+        Figure(
+            "Gradient norm",
+            "Over all parameters, before clipping.",
+            "norm",
+            norms,
+            logarithmic=all(min(each.values) > 0 for each in norms),  # zero has no logarithm
+        ),
+        Figure(
+            "Throughput",
+            "Of the logged steps.",
+            "tokens per second",
+            _of(runs, "tokens_per_second"),
+            from_zero=True,
+        ),
+        *(_parts(run) for run in runs),
+    )
+
+
+def domain_figures(runs: Sequence[ReportedRun], domains: Sequence[str]) -> list[Figure]:
+    """Bits per byte, a plot a domain."""
+
+    def of(domain: str) -> Callable[[Mapping[str, Any]], Any]:
+        return lambda row: row.get("domains", {}).get(domain, {}).get("bits_per_byte")
+
+    return _drawn(
+        *(Figure(domain, "", "bits per byte", _of_validations(runs, of(domain))) for domain in domains)
+    )
+
+
+def denoising_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
+    """A diffuser's error by noise level, and at each level in the course of the run."""
+    lines = []
+    for color, run in enumerate(runs):
+        best = run.records.best
+        if best is not None and (errors := _by_level(best)):
+            curve = Curve()
+            for level, error in errors:
+                curve.append(level, error)
+            lines.append(line(run.label, color, curve))
+    figures = [
+        Figure(
+            "Squared error by noise level",
+            "Of the guess at the clean target, at the best validation. About 1 is what knowing "
+            "nothing costs; at the last level nothing is left of the target.",
+            "mean squared error",
+            tuple(lines),
+            x="noise level",
+        )
+    ]
+    for run in runs:
+        levels: dict[int, Curve] = {}
+        for row in run.records.validations:
+            for level, error in _by_level(row):
+                levels.setdefault(level, Curve()).append(row["step"], error)
+        figures.append(
+            Figure(
+                f"Squared error over time: {run.label}",
+                "A line a noise level.",
+                "mean squared error",
+                tuple(line(f"level {level}", i, levels[level]) for i, level in enumerate(sorted(levels))),
+            )
+        )
+    return _drawn(*figures)
+
+
+def routing_figures(run: ReportedRun, colors: Sequence[int]) -> list[Figure]:
+    """A combined model's weights over time: in training, and by domain on held-out text.
+
+    ``colors`` are those of ``experts_of(run)``.
+    """
+    experts = experts_of(run)
+    by_step = [
+        line(name, color, smoothed(curve))
+        for color, name in zip(colors, experts, strict=True)
+        if (curve := run.records.training.get(WEIGHT_PART + name))
+    ]
+    figures = [
+        Figure(
+            "In training",
+            "Mean weight of each expert over the batches, as a moving average.",
+            "weight",
+            tuple(by_step),
+            from_zero=True,
+        )
+    ]
+    for domain in sorted({d for row in run.records.validations for d in row.get("routing", {})}):
+        curves: dict[str, Curve] = {}
+        for row in run.records.validations:
+            for name, weight in row.get("routing", {}).get(domain, {}).get("weights", {}).items():
+                if (value := finite(weight)) is not None:
+                    curves.setdefault(name, Curve()).append(row["step"], value)
+        own = (
+            line(name, color, curves[name])
+            for color, name in zip(colors, experts, strict=True)
+            if name in curves
+        )
+        figures.append(Figure(domain, "On held-out text.", "weight", tuple(own), from_zero=True))
+    return _drawn(*figures)
+
+
+def experts_of(run: ReportedRun) -> list[str]:
+    """The experts that a run combines, in the order of its records; empty for another kind of run."""
+    for row in reversed(run.records.validations):
+        for routing in row.get("routing", {}).values():
+            return list(routing.get("weights", {}))
+    return sorted(
+        name.removeprefix(WEIGHT_PART) for name in run.records.training if name.startswith(WEIGHT_PART)
+    )
+
+
+def expert_colors(run: ReportedRun, runs: Sequence[ReportedRun]) -> list[int]:
+    """Those of the experts' own runs where all of them are on the page; else one after the other."""
+    experts, labels = experts_of(run), [other.label for other in runs]
+    own = [f"{name}_expert" for name in experts]
+    if all(label in labels for label in own):
+        return [labels.index(label) for label in own]
+    return list(range(len(experts)))
+
+
+def _parts(run: ReportedRun) -> Figure:
+    """What the loss that is minimised is made of, where the records say it."""
+    names = [
+        name
+        for name in run.records.training
+        if name not in {"learning_rate", "gradient_norm", "tokens", "tokens_per_second"}
+        and not name.startswith(WEIGHT_PART)
+    ]
+    names = ["loss", *sorted(set(names) - {"loss"})] if len(names) > 1 and "loss" in names else []
+    lines = (
+        line(name.replace("_", " "), i, smoothed(run.records.training[name])) for i, name in enumerate(names)
+    )
+    return Figure(
+        f"Parts of the loss: {run.label}",
+        "What is minimised, and what it is made of, as moving averages.",
+        "per token",
+        tuple(lines),
+    )
+
+
+def _drawn(*figures: Figure) -> list[Figure]:
+    return [figure for figure in figures if figure.lines]
+
+
+def _of(runs: Sequence[ReportedRun], name: str) -> tuple[Line, ...]:
+    return tuple(
+        line(run.label, color, run.records.training[name])
+        for color, run in enumerate(runs)
+        if name in run.records.training
+    )
+
+
+def _of_validations(
+    runs: Sequence[ReportedRun], number: Callable[[Mapping[str, Any]], Any]
+) -> tuple[Line, ...]:
+    def curve(run: ReportedRun) -> Curve:
+        found = Curve()
+        for row in run.records.validations:
+            if (value := finite(number(row))) is not None:
+                found.append(row["step"], value)
+        return found
+
+    curves = [(color, run.label, curve(run)) for color, run in enumerate(runs)]
+    return tuple(line(label, color, found) for color, label, found in curves if found)
+
+
+def _by_level(row: Mapping[str, Any]) -> list[tuple[int, float]]:
+    errors = row.get("denoising_mse", {})
+    found = ((int(level), finite(error)) for level, error in errors.items())
+    return sorted((level, error) for level, error in found if error is not None)
+
+
+def _short(value: float) -> float:
+    """Five digits are more than a plot can show, and keep the page small."""
+    rounded = float(f"{value:.5g}") if abs(value) < 1e5 else round(value)
+    return int(rounded) if rounded == int(rounded) else rounded

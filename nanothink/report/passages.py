@@ -1,0 +1,74 @@
+"""What a page is made of: records of runs, and what their models make of held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanothink.training.records import RunRecords
+
+
+@dataclass(frozen=True)
+class RoutedToken:
+    text: str
+    weights: Sequence[float]
+    """(E,): how far each expert was trusted in predicting this token."""
+
+    @property
+    def trusted(self) -> int:
+        """The expert with the most weight."""
+        return max(range(len(self.weights)), key=self.weights.__getitem__)
+
+
+@dataclass(frozen=True)
+class RoutedPassage:
+    """Held-out text as a combined model reads it."""
+
+    domain: str
+    experts: tuple[str, ...]
+    tokens: tuple[RoutedToken, ...]
+
+    def shares(self) -> list[float]:
+        """By expert: share of the tokens for which it was trusted most."""
+        counts = [0] * len(self.experts)
+        for token in self.tokens:
+            counts[token.trusted] += 1
+        return [count / max(1, len(self.tokens)) for count in counts]
+
+
+@dataclass(frozen=True)
+class Rebuilding:
+    """A passage found again behind noise of one level."""
+
+    level: int
+    right: float
+    """Share of the tokens that are those of the passage."""
+    tokens: tuple[tuple[str, bool], ...]
+    """Text, and whether it is the passage's own."""
+
+
+@dataclass(frozen=True)
+class RebuiltPassage:
+    """Held-out text as a diffuser rebuilds it from several levels of noise."""
+
+    domain: str
+    text: str
+    n_levels: int
+    levels: tuple[Rebuilding, ...]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why there is no passage of a run that could have some."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    label: str
+    """Unique on the page."""
+    records: RunRecords
+    passages: tuple[RoutedPassage, ...] | tuple[RebuiltPassage, ...] | Missing = ()
+    """Of its best checkpoint; empty for a model of one expert that does not denoise."""
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,188 @@
+"""A checkpoint as a model folder for other programs. What the folder is: checkpoints/export.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import nanothink
+from nanothink.checkpoints import check_place, model_state, read_checkpoint, write_export
+from nanothink.checkpoints.export import CONFIG, FILES, OWN_SECTION
+from nanothink.checkpoints.payload import CheckpointPayload
+from nanothink.config import Config
+from nanothink.config.run import training_section
+from nanothink.data.tokenizer import save_tokenizer
+from nanothink.inference.sampling import SamplingConfig
+from nanothink.models import COMBINED
+from nanothink.models.contract import LanguageModel
+from nanothink.models.state_space import StateSpace, to_mamba_config, to_mamba_state_dict
+from nanothink.models.transformer import Transformer, to_qwen3_config, to_qwen3_state_dict
+from nanothink.runs.loading import LoadedModel, opened
+
+
+@dataclass(frozen=True)
+class Export:
+    """What ``export_checkpoint`` wrote."""
+
+    checkpoint: Path
+    folder: Path
+    kind: str
+    architecture: str | None
+    """The class of ``transformers`` that opens it; None: only NanoThink does."""
+    n_parameters: int
+    files: tuple[str, ...]
+    bytes: int
+    how_to_load: str
+    """A line of Python."""
+    notes: tuple[str, ...]
+    """What of the checkpoint did not fit its model."""
+
+
+def export_checkpoint(checkpoint: Path, folder: Path, *, overwrite: bool = False) -> Export:
+    """Write the model of a checkpoint to ``folder``, in float32, whole or not at all.
+
+    Args:
+        overwrite: replace an earlier export.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or something else.
+        UsageError: ``folder`` is taken.
+        StorageError: it can't be written; nothing is left behind.
+    """
+    check_place(folder, overwrite=overwrite)  # before a large file is read
+    payload = read_checkpoint(checkpoint, mmap=True)
+    loaded = opened(checkpoint, payload, device="cpu", memory=False)
+    model = loaded.model
+    foreign, weights = _foreign(model)
+    architecture = foreign["architectures"][0] if foreign else None
+    eos = loaded.tokenizer.eos_id
+    config = {
+        **foreign,
+        "vocab_size": model.vocab_size,
+        "bos_token_id": eos,
+        "eos_token_id": eos,
+        OWN_SECTION: _own_section(payload, loaded.config),
+    }
+    sampling = SamplingConfig()
+    generation = {
+        "bos_token_id": eos,
+        "eos_token_id": eos,
+        "pad_token_id": eos,
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+    }
+    how = (
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+        if architecture
+        else f"nanothink.load({str(folder)!r})"
+    )
+
+    def fill(into: Path) -> None:
+        _write_json(into / CONFIG, config)
+        _write_json(into / "generation_config.json", generation)
+        save_tokenizer(loaded.tokenizer, into, context=model.context_length)
+        (into / "README.md").write_text(_card(loaded, payload, architecture, folder.resolve().name), "utf-8")
+
+    write_export(folder, weights, fill, overwrite=overwrite)
+    return Export(
+        checkpoint,
+        folder,
+        model.kind,
+        architecture,
+        sum(p.numel() for p in model.parameters()),
+        FILES,
+        sum((folder / name).stat().st_size for name in FILES),
+        how,
+        loaded.notes,
+    )
+
+
+def _foreign(model: LanguageModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What transformers reads of config.json, and the weights by its names."""
+    kind = {"dtype": "float32", "torch_dtype": "float32", "use_cache": True}  # transformers 5 and 4
+    if isinstance(model, Transformer):
+        shape = to_qwen3_config(model)
+        rope = {"rope_theta": model.shape.rope_theta}  # as transformers 4, llama.cpp and vLLM read it
+        own = {"hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False}
+        kind |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        return {**kind, **shape, **rope, **own}, to_qwen3_state_dict(model)
+    if isinstance(model, StateSpace):
+        kind |= {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
+        return {**kind, **to_mamba_config(model)}, to_mamba_state_dict(model)
+    return {}, model_state(model)
+
+
+def _own_section(payload: CheckpointPayload, config: Config) -> dict[str, Any]:
+    """Enough for ``load``, and nothing about the machine: no paths."""
+    section: dict[str, Any] = {
+        "version": nanothink.__version__,
+        "kind": payload["kind"],
+        "step": payload["step"],
+        "epoch": payload["epoch"],
+        "best_loss": payload["best_loss"],
+        "config": _shapes(config.model_dump(mode="json"), payload["kind"]),
+        "experts": [],
+    }
+    if payload["kind"] == COMBINED:
+        section["experts"] = [
+            {"name": e["name"], "kind": e["kind"], "config": _shapes(e["config"], e["kind"])}
+            for e in payload["run"]["experts"]
+        ]
+    return section
+
+
+def _shapes(config: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The settings that describe a model, its precision and its split."""
+    own = "mla" if kind == COMBINED else kind
+    kept = {name: dict(config[name]) for name in {"model", "transformer", own}}  # heads must divide the width
+    kept.get("diffuser", {}).pop("transformer", None)
+    kept["data"] = {"val_split": config["data"]["val_split"], "domains": config["data"]["domains"]}
+    phase = training_section(kind)
+    kept[phase] = {"amp_dtype": config[phase]["amp_dtype"]}
+    return kept
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _card(loaded: LoadedModel, payload: CheckpointPayload, architecture: str | None, name: str) -> str:
+    """README.md: a model card, as the Hugging Face Hub reads them."""
+    model, config = loaded.model, loaded.config
+    context = "any length" if model.context_length is None else f"{model.context_length:,} tokens"
+    loss = payload["best_loss"]
+    facts = [
+        ("kind", model.kind),
+        ("architecture", architecture or "NanoThink's own"),
+        ("parameters", f"{sum(p.numel() for p in model.parameters()):,}, float32"),
+        ("context", context),
+        ("tokenizer", f"{loaded.tokenizer.vocab_size:,} entries; a text begins after its EOS token"),
+        ("domains", ", ".join(config.data.domains) if config.data.domains else "all of the data folder"),
+        ("steps", f"{payload['step']:,} ({payload['epoch']} epochs)"),
+    ]
+    if payload["kind"] == COMBINED:
+        facts.append(("experts", ", ".join(f"{e['name']} ({e['kind']})" for e in payload["run"]["experts"])))
+    if loss is not None and math.isfinite(loss):
+        facts.append(("lowest validation loss", f"{loss:.4f} nats a token"))
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts)
+    library = "transformers" if architecture else "nanothink"
+    parts = [
+        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: [nanothink]\n---\n",
+        f"# {name}\n\nTrained with NanoThink {nanothink.__version__}.\n\n| | |\n|---|---|\n{table}\n",
+        "## Use\n",
+    ]
+    if architecture:
+        parts.append(
+            "Without NanoThink:\n\n```python\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained(".")  # the path of this folder\n'
+            'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n'
+        )
+    parts.append('With NanoThink:\n\n```python\nimport nanothink\n\nmodel = nanothink.load(".")\n```\n')
+    return "\n".join(parts)

@@ -1,0 +1,191 @@
+"""Run by the tests as a process of its own: one ``nanothink`` command a line of stdin, each in a fork.
+
+Everything is imported beforehand and nothing is computed, so a command is a real process, with memory,
+files and a death of its own, that starts at once instead of in three seconds.
+
+A task may name a moment at which the process strikes itself, and may make checkpoint writes slow. Both
+are done from here, by wrapping what the command calls: the product knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def say(**answer: Any) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def strike_at(moment: dict[str, Any], note: str) -> None:
+    """Send this process ``signals`` at the ``nth`` time that something happens.
+
+    Either after an event of the run was recorded, ``{"event": class, "having": {attribute: value}}``, or
+    when a function is called, ``{"call": "module:name"}``; ``"after"`` means once it has returned. When it
+    happened goes into the file ``note``.
+    """
+    remaining = moment.get("nth", 1)
+
+    def happened() -> None:
+        nonlocal remaining
+        remaining -= 1
+        if remaining == 0:
+            with open(note, "w") as file:
+                file.write(f"{time.monotonic()}")  # the same clock in every process
+            for name in moment["signals"]:
+                os.kill(os.getpid(), signal.Signals[name])
+
+    if "event" in moment:
+        from nanothink.training.recording import RunRecorder
+
+        record = RunRecorder.__call__
+
+        def recorded(self: Any, event: Any) -> None:
+            record(self, event)
+            expected = moment.get("having", {})
+            if type(event).__name__ == moment["event"] and all(
+                getattr(event, name) == value for name, value in expected.items()
+            ):
+                happened()
+
+        RunRecorder.__call__ = recorded  # type: ignore[method-assign]
+        return
+    module, _, name = moment["call"].partition(":")
+    *path, last = name.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in path:
+        owner = getattr(owner, part)
+    really: Callable[..., Any] = getattr(owner, last)
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        if not moment.get("after"):
+            happened()
+        result = really(*arguments, **options)
+        if moment.get("after"):
+            happened()
+        return result
+
+    setattr(owner, last, called)
+
+
+def write_slowly(seconds: float) -> None:
+    """Every write to a descriptor is short and takes a while, as on a slow network disk."""
+    really_write = os.write
+
+    def write(descriptor: int, data: Any) -> int:
+        time.sleep(seconds)
+        return really_write(descriptor, bytes(data[:4096]))
+
+    os.write = write
+
+
+def mount(folder: str, options: str, content: str | None) -> None:
+    """A small file system of this process's own, gone when it ends; it begins with a copy of ``content``."""
+    user, group, libc = os.getuid(), os.getgid(), ctypes.CDLL(None, use_errno=True)
+    new_user, new_mounts = 0x10000000, 0x00020000
+    if libc.unshare(new_user | new_mounts):
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, content_of in (("uid_map", f"0 {user} 1"), ("setgroups", "deny"), ("gid_map", f"0 {group} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(content_of)
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    subprocess.run([*mount, options, "tmpfs", folder], check=True)
+    if content is not None:
+        shutil.copytree(content, folder, dirs_exist_ok=True)
+
+
+def execute(task: dict[str, Any]) -> int:
+    os.chdir(task["cwd"])
+    for descriptor, name in ((0, os.devnull), (1, task["stdout"]), (2, task["stderr"])):
+        opened = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    os.environ.update(task["environment"])
+    if task["user"] is not None:
+        os.setgroups([])
+        os.setgid(task["user"])
+        os.setuid(task["user"])
+    disk = task["disk"]
+    if disk is not None:
+        mount(disk["folder"], disk["options"], disk.get("content"))
+        if disk.get("fill"):
+            fill(disk["folder"])
+        if disk.get("read_only"):
+            subprocess.run(["mount", "-o", "remount,ro", disk["folder"]], check=True)
+    if task["write_seconds"]:
+        write_slowly(task["write_seconds"])
+    if task["strike"] is not None:
+        strike_at(task["strike"], task["stderr"] + ".struck")
+    from nanothink.cli.app import main
+
+    try:
+        main(task["arguments"])
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        if disk is not None and disk.get("kept_in"):
+            shutil.copytree(disk["folder"], disk["kept_in"], dirs_exist_ok=True)
+    return 0
+
+
+def fill(folder: str) -> None:
+    """Leave no byte free."""
+    with open(os.path.join(folder, "filler"), "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(1 << 12)):
+            pass
+
+
+def warm_up() -> None:
+    """Import what commands import late. No tensor is touched: a fork would inherit no threads."""
+    for name in (
+        "tensorboardX",
+        "transformers",
+        "tokenizers",
+        "nanothink.cli.app",
+        "nanothink.cli.render",
+        "nanothink.cli.render.results",
+        "nanothink.cli.render.training",
+        "nanothink.runs.evaluating",
+        "nanothink.runs.loading",
+        "nanothink.runs.pretraining",
+        "torch._dynamo",
+        "torch.optim",
+    ):
+        importlib.import_module(name)
+
+
+def main() -> None:
+    # A shell that starts the tests in the background leaves SIGINT ignored, and forks inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    warm_up()
+    say(ready=True)
+    for line in sys.stdin:
+        task = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            code = execute(task)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        say(pid=pid)
+        _, status = os.waitpid(pid, 0)
+        say(code=os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    main()

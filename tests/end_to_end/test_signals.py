@@ -1,0 +1,135 @@
+"""SIGINT and SIGTERM at any moment: what there is to save is saved, and the process is soon gone."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from struck_runs import Ended, Ground, assert_same_run
+
+from nanothink.checkpoints import read_checkpoint
+
+STEM = "transformer_expert"
+BOTH = ("SIGINT", "SIGTERM")
+SOON_SECONDS = 20.0
+"""For a step, a validation batch or a token of these runs, and one save, on a machine that is busy."""
+
+WHILE_TRAINING: dict[str, dict[str, Any]] = {
+    "the first checkpoint": {"call": "nanothink.checkpoints.file:_write_to_disk"},
+    "the very first step": {"call": "torch:Tensor.backward"},
+    "training": {"event": "StepDone", "having": {"step": 6}},
+    "evaluation": {"event": "EvaluationProgress", "nth": 4},
+    "sampling": {"call": "nanothink.models.transformer:Transformer.step", "nth": 5},
+    "the last save": {"event": "CheckpointSaved", "having": {"role": "epoch"}, "nth": 2},
+}
+
+
+def check_left(ended: Ended, code: int = 130) -> None:
+    assert ended.code == code, ended.stderr
+    assert ended.seconds_to_end is not None
+    assert ended.seconds_to_end < SOON_SECONDS
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("sent", BOTH)
+@pytest.mark.parametrize("during", WHILE_TRAINING)
+def test_a_run_is_saved_and_leaves(
+    during: str, sent: str, ground: Ground, uninterrupted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    arguments = ground.typed("transformer", tmp_path)
+    ended = ground.server.run(arguments, strike={**WHILE_TRAINING[during], "signals": [sent]})
+    check_left(ended)
+    path = tmp_path / f"{STEM}_interrupted.pt"
+    assert f"Stopped by {sent} after step" in " ".join(ended.stderr.split())
+    assert f"nanothink resume {path}" in " ".join(ended.stderr.split())
+    read_checkpoint(path)
+    if sent == "SIGINT":
+        assert ground.server.run([*arguments, "--resume"]).code == 0
+        assert_same_run(uninterrupted("transformer"), tmp_path, STEM)
+
+
+@pytest.mark.parametrize("during", ["training", "sampling"])
+def test_the_second_signal_leaves_at_once(during: str, ground: Ground, tmp_path: Path) -> None:
+    arguments = ground.typed("transformer", tmp_path)
+    ended = ground.server.run(arguments, strike={**WHILE_TRAINING[during], "signals": ["SIGINT", "SIGINT"]})
+    check_left(ended)
+    assert "Stopped at once" in ended.stderr
+    read_checkpoint(tmp_path / f"{STEM}_interrupted.pt")  # of before, whole
+
+
+def test_the_second_signal_during_a_save_leaves_the_file_of_before(ground: Ground, tmp_path: Path) -> None:
+    arguments = ground.typed("transformer", tmp_path)
+    # The first file is the state before the first step; the second comes with the first validation.
+    sealing = {"call": "nanothink.checkpoints.archive:DigestingWriter.seal", "nth": 2}
+    ended = ground.server.run(arguments, strike={**sealing, "signals": ["SIGTERM", "SIGINT"]})
+    check_left(ended)
+    assert read_checkpoint(tmp_path / f"{STEM}_interrupted.pt")["step"] == 0
+    assert not (tmp_path / f"{STEM}.pt").exists()
+
+
+@pytest.mark.parametrize("sent", BOTH)
+def test_nothing_is_left_of_tokenising(sent: str, ground: Ground, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(ground.corpus, corpus, ignore=shutil.ignore_patterns(".nanothink"))
+    arguments = ground.typed("transformer", tmp_path / "checkpoints", max_steps=1)
+    arguments[arguments.index("--data-dir") + 1] = str(corpus)
+    encoding = {"call": "nanothink.data.tokenizer:Tokenizer.encode_batch", "nth": 2, "after": True}
+    ended = ground.server.run(arguments, strike={**encoding, "signals": [sent]})
+    check_left(ended)
+    assert "there was nothing to save" in ended.stderr
+    assert not list((tmp_path / "checkpoints").glob("*.pt"))
+    assert not list((corpus / ".nanothink").rglob("tmp-*"))
+    assert ground.server.run(arguments).code == 0
+
+
+@pytest.mark.parametrize("sent", BOTH)
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_reading_commands_leave_too(
+    command: str, sent: str, ground: Ground, uninterrupted: Callable[[str], Path]
+) -> None:
+    path = str(uninterrupted("transformer") / f"{STEM}.pt")
+    arguments = ["eval", path] if command == "eval" else ["generate", "time", "-c", path, "-n", "500"]
+    called = "loss" if command == "eval" else "step"
+    strike = {"call": f"nanothink.models.transformer:Transformer.{called}", "signals": [sent]}
+    ended = ground.server.run(arguments, strike=strike)
+    check_left(ended)
+    assert "there was nothing to save" in ended.stderr
+
+
+def test_a_second_signal_does_not_wait_for_a_command_that_unwinds() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from nanothink.cli import app\n"
+        "def run(args):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        print('unwinding', flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(60)\n"
+        "app.run = run\n"
+        "app.main([])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "unwinding\n", "")
+
+
+def test_a_command_that_a_shell_started_behind_an_ampersand_stays_deaf_to_ctrl_c() -> None:
+    code = (
+        "import os, signal\n"
+        "from nanothink.cli import app\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "app.run = lambda args: os.kill(os.getpid(), signal.SIGINT)\n"
+        "app.main([])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=50, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
