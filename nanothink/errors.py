@@ -16,7 +16,9 @@
     │   ├── VectorStoreDamagedError    a file of it is missing, cut off or changed
     │   └── VectorStoreMismatchError   a sound one that belongs to another model
     ├── StorageError                   the disk said no: full, read-only, not permitted
-    ├── TrainingDivergedError          too many non-finite losses or gradients in a row
+    ├── TrainingDivergedError          too many non-finite losses or gradients in a row, or such weights
+    ├── DistributedError               the processes of one run lost each other, or differ
+    │   └── RankError                  what went wrong in one of them alone
     └── InterruptedRun        exit 130 stopped by a signal, state saved
 
 A message says what is wrong, where, and what to do about it. The command line prints the message
@@ -97,6 +99,21 @@ class StorageError(NanoThinkError):
 
 class TrainingDivergedError(NanoThinkError):
     pass
+
+
+class DistributedError(NanoThinkError):
+    """Every process of a run raises it; the first one says it."""
+
+
+class RankError(DistributedError):
+    """Only one process knows of it, so that one says it."""
+
+    @classmethod
+    def of(cls, error: NanoThinkError, rank: int, size: int, host: str) -> RankError:
+        """``error``, with where it happened, and its exit code."""
+        named = cls(f"Process {rank} of {size}, on {host}: {error}")
+        named.exit_code = error.exit_code
+        return named
 
 
 class InterruptedRun(NanoThinkError):

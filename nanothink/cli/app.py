@@ -29,7 +29,8 @@ from nanothink.cli import (
     tokenizer,
     train_mla,
 )
-from nanothink.errors import InterruptedRun, NanoThinkError, did_you_mean
+from nanothink.cli.options import is_first_process, launch
+from nanothink.errors import InterruptedRun, NanoThinkError, RankError, did_you_mean
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -88,7 +89,13 @@ def main(args: list[str] | None = None) -> None:
     for number in _STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell leaves it for a command behind "&"
             signal.signal(number, _unwind)
-    sys.exit(run(sys.argv[1:] if args is None else args))
+    code = run(sys.argv[1:] if args is None else args)
+    if code and launch() is not None:
+        # The others may be gone, and libraries wait for them as they are taken down; torchrun does not wait.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _unwind(number: int, frame: FrameType | None) -> None:
@@ -107,10 +114,12 @@ def run(args: list[str]) -> int:
         result = app(args=args, standalone_mode=False, prog_name="nanothink")
         return result if isinstance(result, int) else 0
     except NanoThinkError as error:
-        _print_error(str(error))
+        if isinstance(error, RankError) or is_first_process():
+            _print_error(str(error))
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt, _Interrupted):
-        _print_error("Interrupted; there was nothing to save.")
+        if is_first_process():
+            _print_error("Interrupted; there was nothing to save.")
         return InterruptedRun.exit_code
     except BrokenPipeError:
         # The reader (head, less) has gone; that is its right. Keep Python from complaining at exit.
@@ -129,6 +138,8 @@ def run(args: list[str]) -> int:
 
 
 def _usage_error(error: Exception) -> int:
+    if not is_first_process():
+        return 2
     message = error.format_message()  # type: ignore[attr-defined]
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(message)

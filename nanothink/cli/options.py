@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from nanothink.config.run import ResolvedConfig
+    from nanothink.training.distributed import Launch
 
 NEWEST = "newest"
 
@@ -111,6 +112,21 @@ NoMemory = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
+
+
+def launch() -> Launch | None:
+    """What torchrun has said to this process; None where there is only the one."""
+    import os
+
+    from nanothink.training.distributed import Launch
+
+    return Launch.of(os.environ)
+
+
+def is_first_process() -> bool:
+    """Whether this process is to speak: the only one, or the first of several."""
+    launched = launch()
+    return launched is None or launched.rank == 0
 
 
 def configure_from(

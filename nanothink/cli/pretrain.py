@@ -147,16 +147,17 @@ def resume(
 def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -> int:
     """Train what ``where`` names and show how it goes; or say what it would take."""
     from nanothink.cli import render
+    from nanothink.cli.options import is_first_process
     from nanothink.runs.preparing import Watch, prepare
 
-    with render.progress() as bars:
-        watch = Watch(note=bars.note, progress=bars)
-        if dry_run:
-            from nanothink.runs.planning import estimate_run
-
-            prepared = prepare(where, configure, watch)
-            estimate = estimate_run(prepared)
     if dry_run:
+        if not is_first_process():
+            return 0
+        from nanothink.runs.planning import estimate_run
+
+        with render.progress() as bars:
+            prepared = prepare(where, configure, Watch(note=bars.note, progress=bars))
+            estimate = estimate_run(prepared)
         if as_json:
             render.print_json(_estimate_as_dict(estimate))
         else:
@@ -165,6 +166,9 @@ def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -
 
     from nanothink.runs.pretraining import pretrain as run_training
 
+    if not is_first_process():
+        run_training(where, configure, observe=lambda _: None, watch=Watch(lambda _: None, lambda *_: None))
+        return 0
     with render.training_view() as view:
         finished = run_training(
             where, configure, observe=view, watch=Watch(note=view.note, progress=view.progress)

@@ -7,7 +7,7 @@ Positions count blocks from the start of a run. With D domains, sorted by name:
 2. Group q takes block draw q of each domain. A domain of n blocks gives them all in a shuffled order
    before any comes again: draw q is place q % n of pass q // n, and every pass is shuffled anew.
 
-Ranks and micro-batches only share positions out, so they change nothing about what comes when.
+Processes and micro-batches only share positions out, so they change nothing about what comes when.
 """
 
 from __future__ import annotations
@@ -60,19 +60,14 @@ class TrainingBatches:
             kept = self._passes[domain] = (number, _permutation(self._sizes[domain], key))
         return kept[1]
 
-    def read(
-        self, start: int, count: int, *, rank: int = 0, world_size: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of this rank's share of positions start to start + count - 1.
+    def read(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of positions start to start + count - 1.
 
-        Rank r of W takes positions start + r, start + r + W, ... Both are int64 of shape
-        (count / world_size, length) and own their memory. Raises ValueError if W does not divide count.
+        Both are int64 of shape (count, length) and own their memory.
         """
-        if count % world_size:
-            raise ValueError(f"{count} blocks cannot be shared equally by {world_size} processes")
         return _stacked(
             self._streams[domain].block(index, self._length)
-            for domain, index in map(self.place, range(start + rank, start + count, world_size))
+            for domain, index in map(self.place, range(start, start + count))
         )
 
 

@@ -8,8 +8,8 @@ while it adds no byte. So the figure does not depend on the tokenizer and can be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -74,6 +74,23 @@ class Evaluation:
     routing: Mapping[str, Routing] = field(default_factory=dict)
     """By domain, of a model that combines experts."""
 
+    def added(self, total: Callable[[Sequence[float]], Sequence[float]]) -> Evaluation:
+        """The whole, of one's own share.
+
+        Args:
+            total: adds numbers over all who have a share; each gives as many.
+        """
+        parts = [score.nats for score in self.domains.values()]
+        for own in self.routing.values():
+            parts += [*own.totals.values(), own.entropy_total, own.tokens]
+        sums = iter(total(parts))
+        domains = {name: replace(score, nats=next(sums)) for name, score in self.domains.items()}
+        routing = {
+            name: Routing({e: next(sums) for e in own.totals}, next(sums), int(next(sums)))
+            for name, own in self.routing.items()
+        }
+        return Evaluation(domains, self.denoising, routing)
+
     @property
     def overall(self) -> Score:
         """All domains together, each with the weight of its size."""
@@ -97,6 +114,7 @@ def evaluate_model(
     max_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Evaluation:
     """Score the streams in order, in blocks of ``length`` tokens.
 
@@ -104,12 +122,14 @@ def evaluate_model(
         max_tokens: at most this many tokens of each domain, in whole documents.
         on_progress: called with (tokens scored, tokens in all).
         should_stop: asked before each batch.
+        share: (number, of how many): one's own part of the batches; ``Evaluation.added`` adds all parts.
 
     Deterministic: no sampling, a fixed order, sums in float64. Leaves the model's training flag as it was.
     """
+    number, n_shares = share
     planned = {name: stream.prefix(max_tokens) for name, stream in streams.items() if stream.n_tokens}
     total = sum(tokens for tokens, _ in planned.values())
-    done = 0
+    done = n_batches = 0
     scores: dict[str, Score] = {}
     routing: dict[str, Routing] = {}
     was_training = model.training
@@ -118,18 +138,21 @@ def evaluate_model(
         with torch.inference_mode():
             for name, (n_tokens, n_bytes) in planned.items():
                 nats = 0.0
+                if isinstance(model, NanoThink):
+                    routing[name] = Routing(dict.fromkeys(model.speakers, 0.0), 0.0, 0)
                 for inputs, targets in validation_batches(streams[name], length, batch_size, max_tokens):
                     if should_stop is not None and should_stop():
                         raise EvaluationStopped
-                    inputs, targets = inputs.to(precision.device), targets.to(precision.device)
-                    with precision.autocast():
-                        if isinstance(model, NanoThink):
-                            loss, weights = model.loss_and_routing(inputs, targets)
-                            seen = _routing_over(weights[targets != IGNORE], model)
-                            routing[name] = routing[name] + seen if name in routing else seen
-                        else:
-                            loss = model.loss(inputs, targets)
-                    nats += float(loss)
+                    if n_batches % n_shares == number:
+                        tokens, following = inputs.to(precision.device), targets.to(precision.device)
+                        with precision.autocast():
+                            if isinstance(model, NanoThink):
+                                loss, weights = model.loss_and_routing(tokens, following)
+                                routing[name] += _routing_over(weights[following != IGNORE], model)
+                            else:
+                                loss = model.loss(tokens, following)
+                        nats += float(loss)
+                    n_batches += 1
                     done += int((targets != IGNORE).sum())
                     if on_progress is not None:
                         on_progress(done, total)

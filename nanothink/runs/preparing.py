@@ -41,6 +41,7 @@ from nanothink.runs.experts import (
 )
 from nanothink.runs.frozen import FrozenTransformer, check_same_transformer, find_transformer
 from nanothink.runs.rebuilding import rebuild
+from nanothink.training.events import RunFinished
 from nanothink.training.recording import ENDING
 from nanothink.training.state import Plan, TrainState
 
@@ -301,8 +302,8 @@ def _modified_ns(path: Path) -> int:
         return 0
 
 
-def earlier_ending(prepared: Prepared) -> dict[str, Any] | None:
-    """How this run ended (reason, step, epoch, best_loss), if nothing is left to do; None if there is.
+def earlier_ending(prepared: Prepared) -> RunFinished | None:
+    """How this run ended, if nothing is left to do; None if there is.
 
     A run that stopped early leaves its best epoch behind, from which training could go on. Whether it
     should is decided by whether anything that ends a run was changed since.
@@ -316,7 +317,9 @@ def earlier_ending(prepared: Prepared) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     whole = isinstance(ending, dict) and {"step", "epoch", "reason", "best_loss"} <= ending.keys()
-    return ending if whole and ending.get("settings") == ending_settings(prepared.training) else None
+    if not whole or ending.get("settings") != ending_settings(prepared.training):
+        return None
+    return RunFinished(ending["step"], ending["epoch"], ending["reason"], ending["best_loss"], 0.0)
 
 
 def ending_settings(train: TrainConfig) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from nanothink.checkpoints import (
 from nanothink.config import TrainMLAConfig
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream
-from nanothink.errors import DataError
+from nanothink.errors import DataError, UsageError
 from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped, evaluate_model
 from nanothink.inference.generate import generate
@@ -50,6 +51,7 @@ from nanothink.runs.preparing import (
     frozen_transformer,
     prepare,
 )
+from nanothink.training.distributed import ALONE, Processes, join
 from nanothink.training.events import EvaluationProgress, Event, Note, Observer, RunFinished, RunStarted
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Run, Services, train
@@ -58,6 +60,8 @@ from nanothink.training.optimizer import GroupedOptimizer, effective_warmup, lea
 from nanothink.training.recording import RunRecorder
 from nanothink.training.routing import RoutingWatch
 from nanothink.training.state import TrainState
+
+T = TypeVar("T")
 
 TARGET_SAMPLE_BLOCKS = 64
 """Training blocks over whose targets a diffuser takes their mean and spread."""
@@ -72,43 +76,63 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
     Raises:
         NanoThinkError: anything a person can mend, said so; see nanothink.errors.
     """
-    store = where.store
     with ExitStack() as stack:
-        stack.enter_context(store.lock())
-        if where.resume is None:
-            # A mistake in settings or data is said first: mending it must not need --overwrite.
-            resolved = configure(None)
-            config = resolved.config
-            choose_device(where.device)
-            frozen_transformer(where, config, None)
-            experts_to_combine(where, resolved, None)
-            find_corpus(config.data.data_dir, config.data.domains)
-            store.guard_new_run(overwrite=where.overwrite)
-        prepared = prepare(where, configure, watch)
-        if (ending := earlier_ending(prepared)) is not None:
+        processes = stack.enter_context(join(where.device))
+        where = replace(where, device=processes.device)
+        store = where.store
+        if not processes.is_first:
+            observe, watch = _unheard, Watch(note=_unheard, progress=lambda *_: None)
+
+        def first() -> tuple[tuple[Prepared, RunFinished | None], str]:
+            stack.enter_context(store.lock())
+            if where.resume is None:
+                _check_new_run(where, configure, store)
+            prepared = prepare(where, configure, watch)
+            if prepared.training.batch_size < processes.size:
+                raise UsageError(
+                    f"{prepared.training.section}.batch_size={prepared.training.batch_size} gives "
+                    f"{processes.size} processes less than one block each. Raise it, or start fewer."
+                )
+            ending = earlier_ending(prepared)
+            origin = prepared.origin.path if prepared.origin is not None else None
+            word = {"origin": str(origin) if origin else None, "ending": ending and asdict(ending)}
+            return (prepared, ending), json.dumps(word)
+
+        def others(word: str) -> tuple[Prepared, RunFinished | None]:
+            """From the same checkpoint, or from none; what the first has made is found, not made again."""
+            said = json.loads(word)
+            ending = RunFinished(**said["ending"]) if said["ending"] else None
+            return prepare(replace(where, resume=said["origin"]), configure, watch), ending
+
+        prepared, ending = processes.one_after_first(first, others)
+        processes.require_same("settings, data or versions", _identity(prepared))
+        if ending is not None:
             watch.note("This run is complete. To train on, raise --max-epochs or --max-steps.")
-            return RunFinished(ending["step"], ending["epoch"], ending["reason"], ending["best_loss"], 0.0)
-        run = build_run(prepared, watch)
+            return ending
+        run = build_run(prepared, watch, processes)
         if isinstance(run.objective, Routed) and run.objective.states is not None:
             stack.callback(run.objective.states.close)
+        processes.require_same("their first weights", weights_checksum(run.model))
         # Only from here on is there a state to save; a signal during the preparation just ends it.
         stop = stack.enter_context(StopRequest())
-        if prepared.origin is None:
+        if prepared.origin is None and processes.is_first:
             # Before the first step, so that a disk without room says so now, and so that what --overwrite
             # replaces is set aside all at once: the files here, the records just below.
             store.write(store.interrupted, checkpoint_payload(prepared, run))
-        recorder = RunRecorder(
-            where.checkpoint_dir / "runs" / where.stem, _description(prepared, run.model), run.state
-        )
-        stack.callback(recorder.close)
-        recorder.forget_ending()
+        tell = observe
+        if processes.is_first:
+            recorder = RunRecorder(
+                where.checkpoint_dir / "runs" / where.stem, _description(prepared, run), run.state
+            )
+            stack.callback(recorder.close)
+            recorder.forget_ending()
 
-        def tell(event: Event) -> None:
-            recorder(event)
-            observe(event)
-            watch_routing(event)
+            def tell(event: Event) -> None:
+                recorder(event)
+                observe(event)
+                watch_routing(event)
 
-        watch_routing = RoutingWatch(tell)
+            watch_routing = RoutingWatch(tell)
 
         for line in _remarks(prepared):
             tell(Note(line))
@@ -124,20 +148,63 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
             )
         )
         finished = train(run, _services(prepared, run, store, tell, stop))
-        recorder.keep_ending(
-            {
-                "reason": finished.reason,
-                "step": finished.step,
-                "epoch": finished.epoch,
-                "best_loss": finished.best_loss,
-                "settings": ending_settings(prepared.training),
-            }
-        )
-        store.remove_interrupted()
+        if processes.is_first:
+            recorder.keep_ending(
+                {
+                    "reason": finished.reason,
+                    "step": finished.step,
+                    "epoch": finished.epoch,
+                    "best_loss": finished.best_loss,
+                    "settings": ending_settings(prepared.training),
+                }
+            )
+            store.remove_interrupted()
         return finished
 
 
-def build_run(prepared: Prepared, watch: Watch) -> Run:
+def _check_new_run(where: Where, configure: Configure, store: CheckpointStore) -> None:
+    """A mistake in settings or data is said first: mending it must not need --overwrite."""
+    resolved = configure(None)
+    config = resolved.config
+    choose_device(where.device)
+    frozen_transformer(where, config, None)
+    experts_to_combine(where, resolved, None)
+    find_corpus(config.data.data_dir, config.data.domains)
+    store.guard_new_run(overwrite=where.overwrite)
+
+
+def _unheard(_: object) -> None:
+    """What all but the first of several processes say."""
+
+
+def _identity(prepared: Prepared) -> str:
+    """What processes must agree on to train the same model; paths may differ between machines."""
+    settings = prepared.config.model_dump(mode="json")
+    del settings["data"]["data_dir"]
+    return json.dumps(
+        [
+            settings,
+            prepared.tokens.fingerprint,
+            prepared.tokenizer.fingerprint,
+            prepared.state.to_dict(),
+            asdict(prepared.plan),
+            __version__,
+            torch.__version__,
+        ]
+    )
+
+
+def weights_checksum(model: LanguageModel) -> str:
+    """Equal for equal weights; made to tell copies of one model apart, bit by bit, in one pass."""
+    sums = [
+        tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64).cpu()
+        for _, tensor in sorted(model.state_dict().items())
+        if tensor.dtype is torch.float32 and tensor.numel()
+    ]
+    return str(torch.stack(sums).tolist())
+
+
+def build_run(prepared: Prepared, watch: Watch, processes: Processes = ALONE) -> Run:
     """Model, optimizer and where they stand: fresh, or as the checkpoint has them."""
     train_config = prepared.training
     device = prepared.precision.device
@@ -158,7 +225,7 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
         _, targets = prepared.batches.read(0, TARGET_SAMPLE_BLOCKS)
         model.adopt(prepared.frozen.build(watch.note), targets.clamp_min(0))
     model.to(device)
-    neighbours = _remember(prepared, model, watch)
+    neighbours = _remember(prepared, model, watch, processes)
     optimizer = GroupedOptimizer(model.parameter_groups(), train_config)
     if prepared.origin is not None:
         fresh = optimizer.load_state_dict(payload["optimizer_state"])
@@ -175,6 +242,7 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
     # written before the next step must not differ in them.
     last_step = max(0, state.step - 1)
     optimizer.set_fraction(learning_rate_fraction(last_step, prepared.plan.total_steps, train_config))
+    processes.watch([parameter for parameter in model.parameters() if parameter.requires_grad])
     return Run(
         model=model,
         optimizer=optimizer,
@@ -185,6 +253,7 @@ def build_run(prepared: Prepared, watch: Watch) -> Run:
         config=train_config,
         plan=prepared.plan,
         state=state,
+        processes=processes,
     )
 
 
@@ -198,11 +267,12 @@ def _build_model(prepared: Prepared, watch: Watch) -> LanguageModel:
 
 
 def _remember(
-    prepared: Prepared, model: LanguageModel, watch: Watch
+    prepared: Prepared, model: LanguageModel, watch: Watch, processes: Processes
 ) -> Callable[[Sequence[int]], Neighbours] | None:
     """Attach the memory of a run that has one, and give the neighbours of the blocks at some positions."""
     if not isinstance(model, NanoThink) or model.recall is None:
         return None
+    from nanothink.memory.neighbours import TrainingNeighbours
     from nanothink.memory.store import memory_folder
     from nanothink.runs.remembering import key_expert, remember
 
@@ -220,18 +290,22 @@ def _remember(
             if len(seen) == batches.n_blocks:
                 return
 
-    known = remember(
-        memory_folder(prepared.where.checkpoint_dir, prepared.where.stem),
-        model,
-        expert,
-        config.vector_store,
-        prepared.tokens,
-        blocks_ahead,
-        vocab_size=prepared.tokenizer.vocab_size,
-        replace_other=prepared.where.overwrite,
-        note=watch.note,
-        progress=watch.progress,
-    )
+    def remembered() -> TrainingNeighbours:
+        return remember(
+            memory_folder(prepared.where.checkpoint_dir, prepared.where.stem),
+            model,
+            expert,
+            config.vector_store,
+            prepared.tokens,
+            blocks_ahead,
+            vocab_size=prepared.tokenizer.vocab_size,
+            replace_other=prepared.where.overwrite,
+            note=watch.note,
+            progress=watch.progress,
+        )
+
+    # The others find the store that the first has built, and the neighbours that it has looked up.
+    known = processes.one_after_first(lambda: (remembered(), ""), lambda _: remembered())
     return lambda positions: known.read([batches.place(position) for position in positions])
 
 
@@ -263,7 +337,9 @@ def _services(
     validation: Mapping[str, TokenStream] = prepared.tokens.val
     sampling = SamplingConfig(max_new_tokens=max(1, train_config.sample_tokens), seed=train_config.seed)
 
-    def evaluate() -> Evaluation:
+    processes = run.processes
+
+    def evaluate_share() -> Evaluation:
         evaluation = evaluate_model(
             run.model,
             validation,
@@ -273,9 +349,10 @@ def _services(
             max_tokens=train_config.eval_max_tokens,
             on_progress=lambda done, total: tell(EvaluationProgress(done, total)),
             should_stop=stop,
+            share=(processes.rank, processes.size),
         )
         if isinstance(run.objective, Denoising) and isinstance(run.model, Diffuser):
-            errors = denoising_errors(
+            errors = denoising_errors(  # so few tokens that every process measures them all
                 run.model,
                 validation,
                 length=length,
@@ -286,7 +363,14 @@ def _services(
             evaluation = replace(evaluation, denoising=errors)
         return evaluation
 
-    def sample() -> Mapping[str, str]:
+    def evaluate() -> Evaluation:
+        if processes.size > 1:
+            processes.require_same(f"weights after step {run.state.step}", weights_checksum(run.model))
+        return _unless_stopped(processes, evaluate_share).added(processes.total)
+
+    def sample_here() -> Mapping[str, str]:
+        if not processes.is_first:
+            return {}
         prompts = list(train_config.sample_prompts)
         tokenizer = prepared.tokenizer
 
@@ -303,14 +387,28 @@ def _services(
         )
         return {prompt: tokenizer.decode(new) for prompt, new in zip(prompts, continued, strict=True)}
 
+    def sample() -> Mapping[str, str]:
+        return _unless_stopped(processes, sample_here)
+
     def save(role: str) -> Path:
         path = {"best": store.best, "interrupted": store.interrupted}.get(role) or store.epoch(
             run.state.epoch
         )
-        store.write(path, checkpoint_payload(prepared, run))
+        if processes.is_first:
+            store.write(path, checkpoint_payload(prepared, run))
         return path
 
     return Services(evaluate=evaluate, sample=sample, save=save, observe=tell, stop=stop)
+
+
+def _unless_stopped(processes: Processes, work: Callable[[], T]) -> T:
+    """What ``work`` gives; EvaluationStopped if it was stopped in any of the processes."""
+    done = None
+    with suppress(EvaluationStopped):
+        done = work()
+    if processes.any(done is None) or done is None:
+        raise EvaluationStopped
+    return done
 
 
 def checkpoint_payload(prepared: Prepared, run: Run) -> CheckpointPayload:
@@ -352,13 +450,13 @@ def _built_on(prepared: Prepared) -> dict[str, Any]:
     return {name: earlier[name] for name in ("transformer", "experts") if name in earlier}
 
 
-def _description(prepared: Prepared, model: LanguageModel) -> dict[str, Any]:
+def _description(prepared: Prepared, run: Run) -> dict[str, Any]:
     return {
         "kind": prepared.where.kind,
         "name": prepared.where.stem,
         "config": prepared.config.model_dump(mode="json"),
         "sources": dict(prepared.sources),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
         "tokenizer": {
             "name": prepared.tokenizer.name,
             "vocab_size": prepared.tokenizer.vocab_size,
@@ -380,6 +478,7 @@ def _description(prepared: Prepared, model: LanguageModel) -> dict[str, Any]:
             "nanothink": __version__,
             "platform": platform.platform(),
             "threads": torch.get_num_threads(),
+            "processes": run.processes.size,
         },
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -30,7 +30,7 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        return self._signal.name if self._signal is not None else "request"
+        return self._signal.name if self._signal is not None else "a signal to another process"
 
     def __enter__(self) -> StopRequest:
         # Python delivers signals to the main thread only; elsewhere somebody else decides when to stop.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +24,7 @@ from nanothink.errors import InterruptedRun, TrainingDivergedError
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped
 from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision
+from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.events import (
     CheckpointSaved,
     Evaluated,
@@ -59,15 +60,19 @@ class Run:
     config: TrainConfig
     plan: Plan
     state: TrainState
+    processes: Processes = ALONE
 
 
 @dataclass(frozen=True)
 class Services:
     """What the loop asks of the outside.
 
-    evaluate: score the validation text; may raise EvaluationStopped.
-    sample: text by prompt, leaving every random state as it was; may raise EvaluationStopped.
+    Where several processes train, each calls all of them at the same point.
+
+    evaluate: score the validation text; may raise EvaluationStopped, and then does so in all processes.
+    sample: text by prompt, leaving every random state as it was; may raise EvaluationStopped likewise.
     save: write a checkpoint of ``state`` in a role ("best", "epoch", "interrupted"), return its path.
+    stop: whether this process was asked to stop; where one was, all do.
     """
 
     evaluate: Callable[[], Evaluation]
@@ -95,7 +100,7 @@ def train(run: Run, services: Services) -> RunFinished:
             with suppress(EvaluationStopped):
                 _evaluate(run, services)
                 last_saved = time.monotonic()
-        if services.stop():
+        if run.processes.any(services.stop()):
             path = _save("interrupted", run, services)
             raise InterruptedRun(
                 f"Stopped by {services.stop.name} after step {state.step} of {plan.total_steps}; "
@@ -112,12 +117,10 @@ def train(run: Run, services: Services) -> RunFinished:
             run.optimizer.unscale(run.scaler)
         norm = float(torch.nn.utils.clip_grad_norm_(run.optimizer.parameters, config.grad_clip, foreach=True))
         finite = math.isfinite(loss) and math.isfinite(norm)
-        if (
-            finite or run.scaler is not None
-        ):  # a scaler leaves the weights alone by itself, and learns from it
+        if finite:
             run.optimizer.step(run.scaler)
         if run.scaler is not None:
-            run.scaler.update()
+            run.scaler.update()  # it learns from what unscale found, step or no step
         run.optimizer.zero_grad()
 
         state.step += 1
@@ -144,10 +147,10 @@ def train(run: Run, services: Services) -> RunFinished:
         if state.skipped_in_a_row >= config.max_skipped_steps:
             raise TrainingDivergedError(
                 f"Loss or gradient was not finite for {state.skipped_in_a_row} steps in a row, up to step "
-                f"{state.step}. The last good checkpoint is untouched. Lower the learning rate "
-                f"(--set {config.section}.lr={config.lr / 3:.1e}) and go on from it with --resume."
+                f"{state.step}. The last good checkpoint is untouched. {_remedy(config)}"
             )
-        if time.monotonic() - last_saved >= config.save_every_seconds:
+        # Not while steps are being skipped: what is on disk is from when numbers were still good.
+        if not state.skipped_in_a_row and time.monotonic() - last_saved >= config.save_every_seconds:
             _save("interrupted", run, services)
             last_saved = time.monotonic()
 
@@ -157,29 +160,32 @@ def train(run: Run, services: Services) -> RunFinished:
 
 
 def _accumulate(run: Run) -> tuple[float, dict[str, float], int]:
-    """Gradients of one accumulation window.
+    """Gradients of one accumulation window, added over all processes.
 
     Returns the mean loss over all its targets, the same of its parts, and the number of targets.
 
     The targets are counted before the first forward pass, so that every one has the same weight
     however they are spread over micro-batches.
     """
-    config, device = run.config, run.precision.device
+    config, device, processes = run.config, run.precision.device, run.processes
+    share = processes.share(config.batch_size)
     window = []
     for i in range(config.grad_accum_steps):
-        first = run.state.position + i * config.batch_size
-        inputs, targets = run.batches.read(first, config.batch_size)
-        window.append(Batch(inputs, targets, range(first, first + config.batch_size)))
-    n_targets = sum(int((batch.targets != IGNORE).sum()) for batch in window)
+        first = run.state.position + i * config.batch_size + share.start
+        inputs, targets = run.batches.read(first, len(share))
+        window.append(Batch(inputs, targets, range(first, first + len(share))))
+    n_targets = int(processes.total([sum(int((batch.targets != IGNORE).sum()) for batch in window)])[0])
     losses = []
-    for batch in window:
+    for i, batch in enumerate(window):
         here = Batch(batch.inputs.to(device), batch.targets.to(device), batch.positions)
         with run.precision.autocast():
             loss = run.objective(run.model, here, 1.0 / n_targets)
-        total = loss.total
-        (total if run.scaler is None else run.scaler.scale(total)).backward()  # type: ignore[no-untyped-call]
-        losses.append({"": total.detach(), **loss.parts})
-    sums = {name: float(torch.stack([part[name] for part in losses]).sum()) for name in losses[0]}
+        total = loss.total if run.scaler is None else run.scaler.scale(loss.total)
+        with processes.adding_gradients() if i == len(window) - 1 else nullcontext():
+            total.backward()  # type: ignore[no-untyped-call]
+        losses.append({"": loss.total.detach(), **loss.parts})
+    own = [float(torch.stack([part[name] for part in losses]).sum()) for name in losses[0]]
+    sums = dict(zip(losses[0], processes.total(own), strict=True))
     return sums.pop(""), sums, n_targets
 
 
@@ -219,6 +225,8 @@ def _evaluate(run: Run, services: Services) -> None:
     services.observe(Evaluated(state.step, state.epoch, evaluation, best, state.bad_evaluations, epoch_parts))
     if config.sample_tokens:
         services.observe(Sampled(state.step, state.epoch, samples))
+    if not math.isfinite(loss):
+        return  # nothing to go on from: the checkpoints stay as they are
     if best:
         _save("best", run, services)
     if epoch_over and state.epoch % config.snapshot_every_epochs == 0:
@@ -228,6 +236,18 @@ def _evaluate(run: Run, services: Services) -> None:
 
 def _save(role: str, run: Run, services: Services) -> Path:
     started = time.monotonic()
+    if not run.optimizer.is_finite():
+        raise TrainingDivergedError(
+            f"After step {run.state.step} the weights are not finite any more. The last good checkpoint is "
+            f"untouched. {_remedy(run.config)}"
+        )
     path = services.save(role)
     services.observe(CheckpointSaved(run.state.step, role, path, time.monotonic() - started))
     return path
+
+
+def _remedy(config: TrainConfig) -> str:
+    return (
+        f"Lower the learning rate (--set {config.section}.lr={config.lr / 3:.1e}) and go on from it with "
+        "--resume."
+    )

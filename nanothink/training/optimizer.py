@@ -91,6 +91,18 @@ class GroupedOptimizer:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
+    def is_finite(self) -> bool:
+        """Whether every parameter and every moment is a finite number."""
+        tensors = [
+            value
+            for optimizer in self.optimizers.values()
+            for moments in optimizer.state.values()
+            for value in moments.values()
+            if isinstance(value, torch.Tensor)
+        ]
+        found = [torch.isfinite(t).all().cpu() for t in (*self.parameters, *tensors)]
+        return bool(torch.stack(found).all())
+
     def state_dict(self) -> dict[str, Any]:
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 

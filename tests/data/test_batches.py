@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,25 +106,20 @@ PINNED_PERMUTATION = [4, 3, 7, 0, 1, 5, 6, 2]
     sizes=sizes,
     seed=st.integers(0, 99),
     start=st.integers(0, 60),
-    micro=st.sampled_from([1, 2, 3, 6]),
-    world=st.sampled_from([1, 2, 4]),
+    cuts=st.lists(st.integers(1, 23), unique=True),
 )
-def test_ranks_and_micro_batches_change_nothing(
-    sizes: list[int], seed: int, start: int, micro: int, world: int
+def test_how_positions_are_shared_out_changes_nothing(
+    sizes: list[int], seed: int, start: int, cuts: list[int]
 ) -> None:
     inputs, targets = TrainingBatches(_streams(*sizes), LENGTH, seed).read(start, 24)
     assert inputs.shape == targets.shape == (24, LENGTH)
     assert inputs.dtype == targets.dtype == torch.int64
-    for rank in range(world):
+    bounds = [0, *sorted(cuts), 24]
+    for first, end in itertools.pairwise(bounds):
         own = TrainingBatches(_streams(*sizes), LENGTH, seed)  # every process has its own
-        step = micro * world
-        parts = (
-            [own.read(at, step, rank=rank, world_size=world) for at in range(start, start + 24, step)]
-            if 24 % step == 0
-            else [own.read(start, 24, rank=rank, world_size=world)]
-        )
-        assert torch.equal(torch.cat([part[0] for part in parts]), inputs[rank::world])
-        assert torch.equal(torch.cat([part[1] for part in parts]), targets[rank::world])
+        part = own.read(start + first, end - first)
+        assert torch.equal(part[0], inputs[first:end])
+        assert torch.equal(part[1], targets[first:end])
 
 
 def test_reading_anywhere_is_as_good_as_reading_from_the_start() -> None:
@@ -149,11 +144,6 @@ def test_what_is_read_is_the_block_and_is_ones_own() -> None:
     assert targets[0].tolist() == expected[1].tolist()
     inputs.zero_()
     assert batches.read(5, 1)[0][0].tolist() == expected[0].tolist()
-
-
-def test_processes_that_do_not_divide_the_batch_are_refused() -> None:
-    with pytest.raises(ValueError, match="7 blocks cannot be shared equally by 2"):
-        TrainingBatches(_streams(4), LENGTH, 0).read(0, 7, world_size=2)
 
 
 @settings(max_examples=100, deadline=None)

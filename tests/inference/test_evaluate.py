@@ -12,7 +12,7 @@ from nanothink.config.run import resolve_config
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokenizer import Tokenizer, load_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
-from nanothink.inference.evaluate import Evaluation, EvaluationStopped, Score, evaluate_model
+from nanothink.inference.evaluate import Evaluation, EvaluationStopped, Routing, Score, evaluate_model
 from nanothink.models import build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision
@@ -128,3 +128,27 @@ def test_progress_reaches_its_total(model: LanguageModel, tokens: TokenisedCorpu
 
 def test_a_loss_beyond_what_a_float_can_hold_is_still_a_perplexity() -> None:
     assert math.isfinite(Score(1e6, 1, 1).perplexity)
+
+
+@pytest.mark.parametrize("n_shares", [2, 3, 50])
+def test_shares_add_up_to_the_whole(model: LanguageModel, tokens: TokenisedCorpus, n_shares: int) -> None:
+    """As processes share it out: no batch is left out, none scored twice. With 50 some have nothing to do."""
+    shares = [score(model, tokens, share=(number, n_shares)) for number in range(n_shares)]
+    given: list[list[float]] = []
+    for share in shares:
+        share.added(lambda own: given.append([*own]) or own)  # type: ignore[func-returns-value]
+    sums = [math.fsum(column) for column in zip(*given, strict=True)]
+    added, whole = shares[-1].added(lambda own: sums), score(model, tokens)
+    for domain, expected in whole.domains.items():
+        found = added.domains[domain]
+        assert (found.tokens, found.n_bytes) == (expected.tokens, expected.n_bytes)
+        assert found.nats == pytest.approx(expected.nats, rel=1e-9)
+
+
+def test_the_shares_of_routing_add_up_too() -> None:
+    own = Evaluation({"d": Score(2.0, 4, 8)}, {10: 0.5}, {"d": Routing({"a": 1.5, "b": 2.5}, 0.25, 4)})
+    added = own.added(lambda values: [2 * value for value in values])
+    assert added == Evaluation(
+        {"d": Score(4.0, 4, 8)}, {10: 0.5}, {"d": Routing({"a": 3.0, "b": 5.0}, 0.5, 8)}
+    )
+    assert isinstance(added.routing["d"].tokens, int)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import subprocess
@@ -87,6 +88,32 @@ def test_extreme_steps_and_rates(scan: Scan, delta: float, rate: float) -> None:
     assert_as_reference(scan, [u, torch.full_like(steps, delta), A * rate, *rest])
     mixed = torch.where(torch.arange(50)[:, None] % 3 == 0, delta, steps)
     assert_as_reference(scan, [u, mixed, A * rate, *rest])
+
+
+# The largest rate: times log2 e, as the scans keep it, it is still a float32.
+SIZES = (0.0, 1e-38, 1e-20, 1e-6, 1.0, 1e6, 1e20, 2e38)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("delta", SIZES)
+@pytest.mark.parametrize("rate", SIZES)
+def test_at_any_size_the_result_is_right_or_visibly_wrong(scan: Scan, delta: float, rate: float) -> None:
+    """Steps and rates from nothing to the end of float32's range: never a finite number that is not so."""
+    u, steps, A, *rest = inputs(1, 40, 16, 4)
+    values = [u, torch.full_like(steps, delta), A.sign() * rate, *rest]
+    found = outputs_and_gradients(scan, values, torch.float32)
+    expected = outputs_and_gradients(reference.scan, values, torch.float64)
+    largest = torch.finfo(torch.float32).max
+    for name in ("y", "last"):
+        for value, true in zip(
+            found[name].flatten().tolist(), expected[name].flatten().tolist(), strict=True
+        ):
+            assert not math.isfinite(value) or value == pytest.approx(true, rel=1e-3, abs=1e-4), name
+    if all(bool((value.abs() < largest / 1e6).all()) for value in expected.values()):
+        for name, value in expected.items():  # nothing near the end of the range, so nothing may be lost
+            if math.isfinite(delta * rate) and delta * rate < 1e30:
+                error = float((found[name].double() - value).norm() / value.norm().clamp_min(1e-30))
+                assert error < 1e-4, f"{name}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("scan", SCANS)

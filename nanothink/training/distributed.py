@@ -1,0 +1,394 @@
+"""Several processes that train one model: who takes which blocks, how gradients are added, who writes.
+
+    torchrun --nproc-per-node=N -m nanothink pretrain ...
+
+Every process holds the whole model and takes its share of each micro-batch; gradients are added once an
+optimizer step, after which all take the same step. Process 0 alone writes, prints and holds the lock. What
+would have to be decided by a clock, a signal or a disk is decided by one and told to the others, so that no
+process waits for a call that another does not make.
+
+``Processes`` is also what a single process is: all of it then does nothing, and torch.distributed is never
+imported. Why not DistributedDataParallel: docs/decisions/0017-distributed.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nanothink.errors import (
+    DistributedError,
+    InterruptedRun,
+    NanoThinkError,
+    RankError,
+    TrainingDivergedError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for one that is alive and silent. It must outlast the writing of a checkpoint."""
+
+BUCKET_BYTES = 25 << 20
+"""Gradients are added in pieces of about this size, each sent off while the backward pass goes on."""
+
+_ALIGNMENT = 16  # floats: every gradient begins at a multiple of 64 bytes, as a tensor of its own would
+_POLL_SECONDS = 0.1
+_RUNS = itertools.count()  # that this process has joined
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun says to a process that it starts."""
+
+    rank: int
+    local_rank: int
+    size: int
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> Launch | None:
+        """None for a process that is alone, torchrun's only one included."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if any(not environ.get(name) for name in names):
+            return None
+        rank, local_rank, size = (int(environ[name]) for name in names[:3])
+        return cls(rank, local_rank, size) if size > 1 else None
+
+
+class Processes:
+    """The processes of a run, as one of them sees them. This class: there is just the one."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = device
+        """Where this process computes, as ``--device`` has it; None leaves the choice open."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Which of ``count`` things are this process's; the parts differ in size by at most 1."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Each number added over all processes. All must call it, with as many numbers."""
+        return list(values)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in one of them at least. All must call it."""
+        return bool(self.total([float(flag)])[0])
+
+    def one_after_first(self, first: Callable[[], tuple[T, str]], others: Callable[[str], T]) -> T:
+        """Let the first process do something, and the others only then, with the word that it returned.
+
+        However long the first takes; if it fails, the others end. All must call it.
+        """
+        return first()[0]
+
+    def require_same(self, what: str, value: str) -> None:
+        """Refuse to go on with processes that differ in something. All must call it.
+
+        Raises:
+            DistributedError: they do.
+        """
+
+    def watch(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Say whose gradients are to be added, in the order of the forward pass. Once, before training."""
+
+    def adding_gradients(self) -> AbstractContextManager[None]:
+        """A context for a step's last backward pass: when it ends, gradients are those of all processes.
+
+        What earlier passes have accumulated counts in. A parameter without a gradient in every process
+        stays without.
+        """
+        return nullcontext()
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def join(device: str | None = None) -> Iterator[Processes]:
+    """Meet the other processes of this run, if torchrun has started any.
+
+    Args:
+        device: as ``--device`` has it; on GPUs every process takes one of its own.
+
+    Raises:
+        UsageError: the device cannot be shared out.
+        DistributedError: the others do not come, or one of them is lost on the way.
+        RankError: something went wrong in this process and not in the first.
+    """
+    launch = Launch.of(os.environ)
+    if launch is None:
+        yield Processes(device)
+        return
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    own = _own_device(device, launch)
+    with _peers("The processes of this run did not find each other"):
+        # The store first: it is where the others wait, without a time limit, for what the first prepares.
+        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        # torchrun keeps it: an earlier run of these processes has left addresses there.
+        store = PrefixStore(f"run {next(_RUNS)}", store)
+        backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=launch.rank, world_size=launch.size, timeout=TIMEOUT
+        )
+    try:
+        yield _Several(launch, str(own), store)
+    except BaseException as error:
+        # torchrun ends all processes once one of them has; this one is to say first why it does.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+        if isinstance(error, (InterruptedRun, TrainingDivergedError)):  # all have agreed on these
+            _leave_together()
+        elif isinstance(error, NanoThinkError) and not isinstance(error, DistributedError) and launch.rank:
+            raise RankError.of(error, launch.rank, launch.size, socket.gethostname()) from error
+        raise
+    _leave_together()
+
+
+class _Several(Processes):
+    def __init__(self, launch: Launch, device: str, store: Any) -> None:
+        super().__init__(device)
+        self.rank, self.size = launch.rank, launch.size
+        self._store = store
+        self._turn = 0
+        self._gradients: _GradientSum | None = None
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        import torch
+        import torch.distributed as dist
+
+        sums = torch.tensor(values, dtype=torch.float64)
+        with _peers():
+            dist.all_reduce(sums)
+        numbers: list[float] = sums.tolist()
+        return numbers
+
+    def one_after_first(self, first: Callable[[], tuple[T, str]], others: Callable[[str], T]) -> T:
+        self._turn += 1
+        key = f"turn {self._turn}"
+        if self.is_first:
+            try:
+                done, word = first()
+            except BaseException:
+                self._store.set(key, "failed")
+                raise
+            self._store.set(key, "done:" + word)
+            return done
+        while True:
+            # Not a wait inside the store: there a signal would not reach Python.
+            with _peers():
+                if self._store.check([key]):
+                    break
+            time.sleep(_POLL_SECONDS)
+        verdict = self._store.get(key).decode()
+        if verdict == "failed":
+            raise DistributedError("The first process of this run failed, and says why.")
+        return others(verdict.removeprefix("done:"))
+
+    def require_same(self, what: str, value: str) -> None:
+        import torch
+        import torch.distributed as dist
+
+        digest = hashlib.blake2b(value.encode(), digest_size=8).digest()
+        own = torch.tensor([int.from_bytes(digest, "little", signed=True)])
+        all_of_them = [torch.empty_like(own) for _ in range(self.size)]
+        with _peers():
+            dist.all_gather(all_of_them, own)
+        different = [rank for rank, other in enumerate(all_of_them) if int(other) != int(all_of_them[0])]
+        if different:
+            raise DistributedError(
+                f"The processes of this run differ in {what}: {different} of {self.size} from the first. All "
+                "must run the same versions, with the same command, on the same files. The last checkpoint "
+                "is untouched."
+            )
+
+    def watch(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self._gradients = _GradientSum(parameters)
+
+    def adding_gradients(self) -> AbstractContextManager[None]:
+        assert self._gradients is not None, "watch() comes first"
+        return self._gradients.adding()
+
+
+class _GradientSum:
+    """Adds gradients over all processes, bucket by bucket, while the backward pass goes on.
+
+    The buckets and their order are fixed by the parameters alone. So every process makes the same calls
+    whichever gradients it has, and in which order sums are formed does not depend on what ran before:
+    a resumed run forms them as the run that was never interrupted.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
+        self._buckets: list[_Bucket] = []
+        self._of: dict[torch.nn.Parameter, _Bucket] = {}
+        self._begun = 0
+        self._adding = False
+        waiting: list[torch.nn.Parameter] = []
+        for parameter in reversed(parameters):  # gradients come from the last layer to the first
+            if waiting and (
+                sum(p.nbytes for p in waiting) + parameter.nbytes > bucket_bytes
+                or (parameter.dtype, parameter.device) != (waiting[0].dtype, waiting[0].device)
+            ):
+                self._add_bucket(waiting)
+                waiting = []
+            waiting.append(parameter)
+        if waiting:
+            self._add_bucket(waiting)
+
+    def _add_bucket(self, parameters: list[torch.nn.Parameter]) -> None:
+        bucket = _Bucket(parameters)
+        self._buckets.append(bucket)
+        for parameter in parameters:
+            self._of[parameter] = bucket
+            parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        self._begun, self._adding = 0, True
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.parameters)
+        try:
+            yield
+        finally:
+            self._adding = False
+        self._begin(len(self._buckets))
+        for bucket in self._buckets:
+            bucket.finish()
+
+    def _arrived(self, parameter: torch.nn.Parameter) -> None:
+        if not self._adding:
+            return
+        self._of[parameter].missing -= 1
+        n_ready = self._begun
+        while n_ready < len(self._buckets) and not self._buckets[n_ready].missing:
+            n_ready += 1
+        self._begin(n_ready)
+
+    def _begin(self, until: int) -> None:
+        for bucket in self._buckets[self._begun : until]:
+            bucket.begin()
+        self._begun = max(self._begun, until)
+
+
+class _Bucket:
+    """Some parameters, and one piece of memory for their gradients and, behind them, who has one."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        import torch
+
+        self.parameters = parameters
+        self.missing = 0
+        offsets, end = [], 0
+        for parameter in parameters:
+            offsets.append(end)
+            end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+        like = parameters[0]
+        self._flat = torch.zeros(end + len(parameters), dtype=like.dtype, device=like.device)
+        self._views = [
+            self._flat[offset : offset + p.numel()].view(p.shape)
+            for offset, p in zip(offsets, parameters, strict=True)
+        ]
+        self._present = self._flat[end:]
+        self._work: Any = None
+
+    def begin(self) -> None:
+        import torch
+        import torch.distributed as dist
+
+        present = [p.grad is not None for p in self.parameters]
+        with torch.no_grad():
+            if all(present):
+                self._present.fill_(1.0)  # as always, and without a copy from the processor
+            else:
+                self._present.copy_(torch.tensor(present))
+            for parameter, view in zip(self.parameters, self._views, strict=True):
+                if parameter.grad is None:
+                    view.zero_()
+                else:
+                    view.copy_(parameter.grad)
+        with _peers():
+            self._work = dist.all_reduce(self._flat, async_op=True)
+
+    def finish(self) -> None:
+        with _peers():
+            self._work.wait()
+        for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
+            if parameter.grad is not None or float(self._present[i]):
+                parameter.grad = view  # until the next step, which writes there only after it was dropped
+
+
+def _own_device(asked: str | None, launch: Launch) -> torch.device:
+    import torch
+
+    from nanothink.models.precision import choose_device
+
+    device = choose_device(asked)
+    if device.type == "mps":
+        raise UsageError("Several processes cannot share one MPS device. Start one, or use --device cpu.")
+    if device.type == "cuda":
+        if device.index is not None:
+            raise UsageError(
+                f"--device {asked}: each of the {launch.size} processes takes a GPU of its own. Use --device "
+                "cuda, or leave it out."
+            )
+        count = torch.cuda.device_count()
+        if launch.local_rank >= count:
+            raise RankError(
+                f"Process {launch.rank} of {launch.size} finds no GPU: this machine shows {count}. "
+                f"Start as many as there are (--nproc-per-node={count}), or use --device cpu."
+            )
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def _peers(
+    what: str = "Another process of this run has ended, or does not answer",
+) -> Iterator[None]:
+    """What torch.distributed raises when a process is gone, in our words."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Without where in the library's source it was raised, and its advice.
+        lines = re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()
+        reason = lines[0].split(". ")[0] if lines else type(error).__name__
+        raise DistributedError(
+            f"{what} ({reason}). The last checkpoint is untouched: start all processes again, with --resume."
+        ) from error
+
+
+def _leave_together() -> None:
+    """Wait until all are here: the first may still be writing, and torchrun ends all with the first to go."""
+    import torch
+    import torch.distributed as dist
+
+    with suppress(RuntimeError):  # one was lost after all was done
+        dist.all_reduce(torch.zeros(1))
+        dist.destroy_process_group()

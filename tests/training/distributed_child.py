@@ -1,0 +1,181 @@
+"""One of the processes of test_distributed.py: does what is asked about, writes down what it saw."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanothink.errors import DistributedError, InterruptedRun, TrainingDivergedError
+from nanothink.training.distributed import Processes, _GradientSum, join
+from nanothink.training.events import StepDone
+from nanothink.training.objectives import Batch, Loss, next_token
+
+
+def harness(**settings: Any) -> Any:
+    """The loop on a tiny model, as test_loop.py has it."""
+    path = Path(__file__).with_name("test_loop.py")
+    spec = importlib.util.spec_from_file_location("test_loop", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules.setdefault("test_loop", importlib.util.module_from_spec(spec))
+    if not hasattr(module, "Harness"):
+        spec.loader.exec_module(module)
+    return module.Harness(**settings)
+
+
+def among(processes: Processes, **settings: Any) -> Any:
+    made = harness(**settings)
+    made.run = replace(made.run, processes=processes)
+    processes.watch(list(made.run.model.parameters()))
+    return made
+
+
+def sums(processes: Processes) -> dict[str, Any]:
+    rank = processes.rank
+    return {
+        "total": processes.total([1.0, rank]),
+        "any": [processes.any(False), processes.any(rank == 1), processes.any(True)],
+    }
+
+
+def gradients(processes: Processes) -> dict[str, Any]:
+    """Of four parameters: all have one, one process has one, none has one, and one from an earlier pass."""
+    rank, seen = processes.rank, {}
+    for bucket_bytes in (1, 100, 1 << 20):
+        everybody, some, nobody, earlier = (torch.nn.Parameter(torch.ones(3)) for _ in range(4))
+        adding = _GradientSum([everybody, some, nobody, earlier], bucket_bytes)
+        (earlier.sum() * 10).backward()  # type: ignore[no-untyped-call]
+        for _ in range(2):  # the second step writes where the first one's sums were
+            for parameter in (everybody, some):
+                parameter.grad = None
+            everybody.sum().backward()  # type: ignore[no-untyped-call]
+            with adding.adding():
+                loss = (everybody * (rank + 1)).sum() + (some.sum() * 5 if rank == 1 else 0)
+                loss.backward()
+        seen[str(bucket_bytes)] = [
+            None if p.grad is None else p.grad.tolist() for p in (everybody, some, nobody, earlier)
+        ]
+    return seen
+
+
+def same(processes: Processes) -> str:
+    processes.require_same("nothing", "equal everywhere")
+    try:
+        processes.require_same("taste", "sweet" if processes.rank != 2 else "sour")
+    except DistributedError as error:
+        return str(error)
+    return ""
+
+
+def in_turn(processes: Processes) -> list[Any]:
+    began = time.monotonic()
+
+    def first() -> tuple[str, str]:
+        time.sleep(0.5)
+        return "of the first", "a word"
+
+    return [processes.one_after_first(first, lambda word: f"heard {word}"), time.monotonic() - began]
+
+
+def training(processes: Processes) -> dict[str, Any]:
+    made = among(processes, batch_size=5, grad_accum_steps=2, max_steps=4, n_blocks=1000)
+    made.go()
+    alone = harness(batch_size=5, grad_accum_steps=2, max_steps=4, n_blocks=1000)
+    alone.go()
+    return {
+        "losses": [step.loss for step in made.steps],
+        "norms": [step.gradient_norm for step in made.steps],
+        "tokens": [step.tokens for step in made.steps],
+        "weights": made.weights.tolist(),
+        "alone": {
+            "losses": [step.loss for step in alone.steps],
+            "norms": [step.gradient_norm for step in alone.steps],
+            "tokens": [step.tokens for step in alone.steps],
+            "weights": alone.weights.tolist(),
+        },
+    }
+
+
+def poisoned(processes: Processes) -> dict[str, Any]:
+    """Loss or gradient goes wrong in one process alone: in its loss, and in its gradient only."""
+    made = among(processes, batch_size=3, max_steps=99, max_skipped_steps=3, n_blocks=1000)
+
+    def objective(model: Any, batch: Batch, scale: float) -> Loss:
+        loss, step = next_token(model, batch, scale).total, made.run.state.step
+        if processes.rank == 1 and (step == 1 or step >= 4):
+            return Loss(loss * math.nan)
+        if processes.rank == 2 and step == 2:
+            return Loss(loss + (loss - loss.detach()) * math.inf)  # the value stays as it was
+        return Loss(loss)
+
+    made.run = replace(made.run, objective=objective)
+    ended = ""
+    try:
+        made.go()
+    except TrainingDivergedError as error:
+        ended = str(error)
+    return {
+        "skipped": [step.skipped for step in made.steps],
+        "weights": made.weights.tolist(),
+        "ended": ended,
+        "saved": made.saved,
+    }
+
+
+def stopped(processes: Processes) -> dict[str, Any]:
+    """A signal reaches one process alone; and, in the rolling checkpoint's time, their clocks disagree."""
+    made = among(processes, batch_size=3, max_steps=99, n_blocks=1000, save_every_seconds=1e-9)
+    if processes.rank == 2:
+
+        class Stopper(list[Any]):
+            def append(self, event: Any) -> None:
+                super().append(event)
+                if isinstance(event, StepDone) and event.step == 2:
+                    made.stop._on_signal(15, None)
+
+        made.events = Stopper()
+    else:
+        made.run = replace(made.run, config=made.run.config.model_copy(update={"save_every_seconds": 1e9}))
+    try:
+        made.go()
+    except InterruptedRun as error:
+        return {"ended": str(error), "step": made.run.state.step}
+    return {}
+
+
+def main() -> None:
+    seen: dict[str, Any] = {}
+    with join("cpu") as processes:
+        for part in (sums, gradients, same, in_turn, training, poisoned, stopped):
+            seen[part.__name__] = part(processes)
+        seen["who"] = [processes.rank, processes.size, processes.is_first, processes.device]
+    with join("cpu") as again:  # a second run of the same processes
+        seen["again"] = again.total([1.0])
+        seen["in turn again"] = again.one_after_first(lambda: ("first", "second word"), str)
+    Path(sys.argv[1], f"{os.environ['RANK']}.json").write_text(json.dumps(seen))
+    with join("cpu") as failing:  # and one that cannot begin
+        try:
+            failing.one_after_first(lambda: (1 / 0, ""), lambda word: 0.0)
+        except (ZeroDivisionError, DistributedError) as error:
+            Path(sys.argv[1], f"{os.environ['RANK']}.failed").write_text(f"{type(error).__name__}: {error}")
+    with join("cpu") as leaving:  # and one that loses a process
+        if leaving.rank == 1:
+            os._exit(9)
+        try:
+            leaving.total([1.0])
+        except DistributedError as error:
+            Path(sys.argv[1], f"{os.environ['RANK']}.lost").write_text(str(error))
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
