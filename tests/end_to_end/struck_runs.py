@@ -283,7 +283,7 @@ class CommandServer:
         self._folder.cleanup()
 
 
-def wait_for(condition: Callable[[], bool], process: Running, seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], process: Running, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert not process.has_ended(), f"the run ended too early: {process.wait().stderr}"
