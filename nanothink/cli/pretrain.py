@@ -26,6 +26,7 @@ from nanothink.cli.options import (
     SkipBadRecords,
     TokenizerName,
     configure_from,
+    is_first_process,
 )
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def resume(
     from nanothink.config.run import training_section
     from nanothink.runs.preparing import locate
 
-    where = locate(str(checkpoint) if checkpoint else None, checkpoint_dir, note=render.note)
+    note = render.note if is_first_process() else (lambda _: None)
+    where = locate(str(checkpoint) if checkpoint else None, checkpoint_dir, note=note)
     where = replace(where, device=device, overwrite=overwrite)
     section = training_section(where.kind)
     flags = {
@@ -147,7 +149,6 @@ def resume(
 def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -> int:
     """Train what ``where`` names and show how it goes; or say what it would take."""
     from nanothink.cli import render
-    from nanothink.cli.options import is_first_process
     from nanothink.runs.preparing import Watch, prepare
 
     if dry_run:
