@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -480,7 +480,7 @@ def _description(prepared: Prepared, run: Run) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "processes": run.processes.size,
         },
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": datetime.now().astimezone().isoformat(timespec="milliseconds"),
     }
 
 
