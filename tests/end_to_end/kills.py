@@ -21,6 +21,7 @@ from struck_runs import Ended, FreshProcess, Ground, Running, assert_same_run, s
 
 from nanothink.checkpoints import CheckpointStore, verify_checkpoint
 from nanothink.errors import NanoThinkError
+from nanothink.training.recording import ENDING
 
 LONGEST_CHAIN = 6
 """Kills after which a run is left to end, so that ends are compared often."""
@@ -63,6 +64,7 @@ class Chain:
         self._ground, self._campaign = ground, campaign
         self._folder = reference.with_name(f"{kind}-{number}")
         self._store = CheckpointStore(self._folder, stem(kind))
+        self._records = self._folder / "runs" / stem(kind)
         self._arguments = [
             *ground.typed(kind, self._folder, save_every_seconds=SAVE_EVERY_SECONDS),
             "--resume",
@@ -88,14 +90,20 @@ class Chain:
         self.n_kills += 1
         self._check_origin(ended, before)
         after = self.state()
+        # Killed when all was done and the rolling file away: there is nothing left to go on with.
+        done = self._store.interrupted not in after and (self._records / ENDING).is_file()
         for path, step in before.items():
-            if after.get(path, -1) < step:
+            if after.get(path, -1) < step and not (done and path == self._store.interrupted):
                 self._fail(f"{path} had step {step} and has {after.get(path, 'gone')}")
         skipped: list[str] = []
         newest = self._store.newest(lambda path, reason: skipped.append(f"{path}: {reason}"))
         if skipped:
             self._fail(f"passed over {skipped}")
-        if newest != (self._store.interrupted if after else None):
+        if done:
+            right = newest is not None and after[newest] == max(after.values())
+        else:
+            right = newest == (self._store.interrupted if after else None)
+        if not right:
             self._fail(f"--resume would take {newest}, but there are {after}")
         self._campaign.kills.append(
             Kill(self.kind, fresh, self.is_writing(), after.get(self._store.interrupted))
@@ -128,13 +136,16 @@ class Chain:
         return steps
 
     def _check_origin(self, ended: Ended, before: dict[Path, int]) -> None:
-        """The run went on from the rolling file that was there, if it got so far as to say."""
+        """The run went on from the rolling file, or a finished one, if it got so far as to say."""
         if "Traceback" in ended.stderr:
             self._fail(ended.stderr[-1500:])
         said = re.search(r"Going on from (\S+): epoch \d+, step (\d+)\.", ended.stderr)
         if said is not None:
             self._campaign.resumes_seen += 1
-            if Path(said[1]) != self._store.interrupted or int(said[2]) != before.get(Path(said[1])):
+            done = self._store.interrupted not in before
+            if int(said[2]) != before.get(Path(said[1])) or (
+                int(said[2]) != max(before.values()) if done else Path(said[1]) != self._store.interrupted
+            ):
                 self._fail(f"it went on from {said[1]}, step {said[2]}, but there were {before}")
         elif before and "starting anew" in ended.stderr:
             self._fail(f"it started anew, but there were {before}")
