@@ -1,10 +1,10 @@
 """Training runs of every kind of model, killed by SIGKILL at random moments and resumed until they end.
 
 What must hold after each kill, and at the end, stands in tests/end_to_end/kills.py; a short
-campaign is part of the tests. Many of the kills wait for a checkpoint to be half written, which slow
-writes make easy; some hit fresh processes with nothing slowed down.
+campaign is part of the tests. Most of the kills find a checkpoint half written, since writes are slow;
+some hit fresh processes with nothing slowed down.
 
-    python benchmarks/kill_campaign.py                  200 kills (half an hour and more)
+    python benchmarks/kill_campaign.py                  200 kills (a quarter of an hour)
     python benchmarks/kill_campaign.py --kills 20 --kinds diffuser
 """
 

@@ -58,8 +58,16 @@ class Campaign:
 class Chain:
     """One run, killed and resumed until it ends."""
 
-    def __init__(self, ground: Ground, campaign: Campaign, kind: str, reference: Path, number: int) -> None:
-        self.kind, self.reference = kind, reference
+    def __init__(
+        self,
+        ground: Ground,
+        campaign: Campaign,
+        kind: str,
+        reference: Path,
+        number: int,
+        write_seconds: float,
+    ) -> None:
+        self.kind, self.reference, self.write_seconds = kind, reference, write_seconds
         self.n_kills = 0
         self._ground, self._campaign = ground, campaign
         self._folder = reference.with_name(f"{kind}-{number}")
@@ -73,7 +81,7 @@ class Chain:
     def start(self, *, fresh: bool) -> Running:
         if fresh:
             return FreshProcess(self._arguments)
-        return self._ground.server.start(self._arguments, write_seconds=WRITE_SECONDS)
+        return self._ground.server.start(self._arguments, write_seconds=self.write_seconds)
 
     def is_writing(self) -> bool:
         try:
@@ -160,8 +168,9 @@ def run_campaign(
     kills: dict[str, int],
     *,
     seed: int = 0,
-    in_write_fraction: float = 0.45,
+    in_write_fraction: float = 0.2,
     n_fresh: int = 0,
+    write_seconds: float = WRITE_SECONDS,
     on_kill: Callable[[Campaign], None] = lambda _: None,
 ) -> Campaign:
     """Kill runs of each kind as often as ``kills`` says.
@@ -170,11 +179,14 @@ def run_campaign(
         references: by kind, what ``make_reference`` gives. The runs go beside the one never interrupted.
         in_write_fraction: kills that wait, from their random moment on, for a write to be under way.
         n_fresh: of each kind's kills, so many hit fresh processes.
+        write_seconds: what each write of up to 4 KiB takes longer; as in the references.
     """
     chance, campaign = random.Random(seed), Campaign()
     for kind, n_kills in kills.items():
         reference, seconds = references[kind]
-        chains: Iterator[Chain] = (Chain(ground, campaign, kind, reference, n) for n in range(10**6))
+        chains: Iterator[Chain] = (
+            Chain(ground, campaign, kind, reference, n, write_seconds) for n in range(10**6)
+        )
         chain = next(chains)
         for nth in _until(lambda kind=kind, n=n_kills: len(campaign.of(kind)) >= n):  # type: ignore[misc]
             if len(campaign.failures) > 5 or nth > 20 * n_kills:
@@ -211,11 +223,13 @@ def _until(done: Callable[[], bool]) -> Iterator[int]:
         n += 1
 
 
-def make_reference(ground: Ground, kind: str, workspace: Path) -> tuple[Path, float]:
+def make_reference(
+    ground: Ground, kind: str, workspace: Path, *, write_seconds: float = WRITE_SECONDS
+) -> tuple[Path, float]:
     """The run that is never interrupted, and how long it takes with slow writes."""
     folder = workspace / f"{kind}-uninterrupted"
     arguments = ground.typed(kind, folder, save_every_seconds=SAVE_EVERY_SECONDS)
     started = time.monotonic()
-    ended = ground.server.run(arguments, write_seconds=WRITE_SECONDS)
+    ended = ground.server.run(arguments, write_seconds=write_seconds)
     assert ended.code == 0, ended.stderr
     return folder, time.monotonic() - started
