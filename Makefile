@@ -46,8 +46,15 @@ bench: install   ## side by side with what people would use instead; prints the 
 	$(BIN)/python benchmarks/tokenising.py --data-dir $(DATA) --tokenizer $(TOKENIZER)
 	$(BIN)/python benchmarks/startup.py
 
-bench-gpu: install  ## the selective scan on this machine's CUDA device: ours, mamba_ssm's, plain and torch.compile
+bench-gpu: install  ## the same on this machine's CUDA device, with MFU, and the selective scan's kernels (DATA=..., TOKENIZER=...)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/selective_scan_gpu.py
+	$(BIN)/python benchmarks/training_step.py --device cuda --batch 64 --memory-batch 64 --rounds 20
+	$(BIN)/python benchmarks/state_space.py step --device cuda --batch 32 --rounds 10
+	$(BIN)/python benchmarks/state_space.py memory --device cuda --batch 32
+	$(BIN)/python benchmarks/generation.py --device cuda --batch 1 64
+	$(BIN)/python benchmarks/time_to_quality.py --device cuda --preset default --steps 1000 --turn 50 --data-dir $(DATA) --tokenizer $(TOKENIZER) --out $(DEMO)/time_to_quality_gpu
+	$(BIN)/python benchmarks/growth.py context batch size --device cuda --figures docs/figures/gpu
 
 clean:           ## forget the demo and all caches, keep .venv
 	rm -rf $(DEMO) site .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -2,6 +2,7 @@
 
     python benchmarks/growth.py                       all four, and docs/figures/growth_*.svg
     python benchmarks/growth.py context batch
+    python benchmarks/growth.py --device cuda --figures docs/figures/gpu
 
 A training step of each kind, optimizer included, float32, at the default preset's shapes with a vocabulary of
 8,192, one dial turned at a time; every point is a process of its own, which takes two steps and says the
@@ -16,7 +17,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -40,9 +40,10 @@ DIALS: dict[str, tuple[str, Sequence[int]]] = {
 }
 
 
-def step_of(kind: str, width: int, batch: int, length: int) -> tuple[Callable[[], None], int]:
+def step_of(kind: str, device: str, width: int, batch: int, length: int) -> tuple[Callable[[], None], int]:
     """A training step of a fresh model, and its number of parameters."""
     import torch
+    from side_by_side import wait_for
 
     from nanothink.config.run import resolve_config
     from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription, build_model
@@ -57,7 +58,7 @@ def step_of(kind: str, width: int, batch: int, length: int) -> tuple[Callable[[]
         ]
     ).config
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(VOCABULARY, (batch, length + 1), generator=generator)
+    drawn = torch.randint(VOCABULARY, (batch, length + 1), generator=generator).to(device)
     inputs, targets = drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
     torch.manual_seed(0)
     if kind == PEER:
@@ -67,7 +68,7 @@ def step_of(kind: str, width: int, batch: int, length: int) -> tuple[Callable[[]
 
         same = build_model("transformer", config, VOCABULARY)
         assert isinstance(same, Transformer)
-        theirs: Any = Qwen3ForCausalLM(Qwen3Config(**to_qwen3_config(same))).train()
+        theirs: Any = Qwen3ForCausalLM(Qwen3Config(**to_qwen3_config(same))).to(device).train()
         adamw = torch.optim.AdamW(theirs.parameters(), lr=3e-4)
 
         def their_step() -> None:
@@ -75,11 +76,12 @@ def step_of(kind: str, width: int, batch: int, length: int) -> tuple[Callable[[]
             torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
             adamw.step()
             adamw.zero_grad(set_to_none=True)
+            wait_for(device)
 
         return their_step, sum(p.numel() for p in theirs.parameters())
 
     parts = [ExpertDescription(k, k, config) for k in EXPERT_KINDS] if kind == COMBINED else []
-    model = build_model(kind, config, VOCABULARY, parts).train()
+    model = build_model(kind, config, VOCABULARY, parts).to(device).train()
     optimizer = GroupedOptimizer(model.parameter_groups(), config.training_of(kind))
     objective: Any = next_token
     if kind == "diffuser":
@@ -93,21 +95,26 @@ def step_of(kind: str, width: int, batch: int, length: int) -> tuple[Callable[[]
         torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad()
+        wait_for(device)
 
     return step, sum(p.numel() for p in model.parameters())
 
 
-def measure_step(kind: str, width: int, batch: int, length: int) -> Point:
+def measure_step(kind: str, device: str, width: int, batch: int, length: int) -> Point:
     """In a fresh process: two steps."""
-    step, n_parameters = step_of(kind, width, batch, length)
+    from side_by_side import peak
+
+    step, n_parameters = step_of(kind, device, width, batch, length)
     step()
     start = time.perf_counter()
     step()
-    return {"seconds": time.perf_counter() - start, "bytes": peak(), "parameters": n_parameters}
+    return {"seconds": time.perf_counter() - start, "bytes": peak(device), "parameters": n_parameters}
 
 
 def measure_corpus(megabytes: int) -> Point:
     """In a fresh process: a corpus of that size tokenised from nothing, and again from the cache."""
+    from side_by_side import peak
+
     from nanothink.data.corpus import find_corpus
     from nanothink.data.tokenizer import train_tokenizer
     from nanothink.data.tokens import tokenise
@@ -133,11 +140,6 @@ def measure_corpus(megabytes: int) -> Point:
     return {"seconds": first, "again": again, "bytes": peak() - before}
 
 
-def peak() -> float:
-    """The largest resident size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
 def in_a_fresh_process(*arguments: object) -> Point:
     done = subprocess.run(
         [sys.executable, __file__, "child", *map(str, arguments)],
@@ -149,7 +151,7 @@ def in_a_fresh_process(*arguments: object) -> Point:
     return found
 
 
-def by_dial(dial: str, values: Sequence[int], kinds: Sequence[str]) -> dict[str, list[Point]]:
+def by_dial(dial: str, values: Sequence[int], kinds: Sequence[str], device: str) -> dict[str, list[Point]]:
     """Points by kind, one for each value of a dial; prints them as rows."""
     label, _ = DIALS[dial]
     print(f"\n| {dial} ({label}) | model | parameters | seconds a step | tokens/s | peak memory |")
@@ -160,7 +162,7 @@ def by_dial(dial: str, values: Sequence[int], kinds: Sequence[str]) -> dict[str,
         batch = value if dial == "batch" else 1 if dial == "context" else 4
         length = value if dial == "context" else 256
         for kind, points in found.items():
-            point = in_a_fresh_process("step", kind, width, batch, length)
+            point = in_a_fresh_process("step", kind, device, width, batch, length)
             point["tokens"] = batch * length
             point["x"] = point["parameters"] / 1e6 if dial == "size" else value
             points.append(point)
@@ -215,14 +217,15 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--values", type=int, nargs="+", default=None, help="of the one dial that is named")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[2, 8, 32, 64])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
     options = parser.parse_args()
     if options.what[:1] == ["child"]:
         what, *rest = options.what[1:]
-        found = (
-            measure_corpus(int(rest[0])) if what == "corpus" else measure_step(rest[0], *map(int, rest[1:]))
-        )
-        print(json.dumps(found))
+        if what == "corpus":
+            print(json.dumps(measure_corpus(int(rest[0]))))
+        else:
+            print(json.dumps(measure_step(rest[0], rest[1], *map(int, rest[2:]))))
         return
     known = (*DIALS, "corpus")
     if unknown := set(options.what) - set(known):
@@ -232,7 +235,8 @@ def main() -> None:
             draw(dial, "megabytes of text", by_corpus(options.megabytes), options.figures)
         else:
             label, values = DIALS[dial]
-            draw(dial, label, by_dial(dial, options.values or values, options.kinds), options.figures)
+            found = by_dial(dial, options.values or values, options.kinds, options.device)
+            draw(dial, label, found, options.figures)
     print(f"\nplots: {options.figures}/growth_*.svg")
 
 

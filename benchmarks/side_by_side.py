@@ -1,4 +1,4 @@
-"""What the benchmarks share: sides that take turns, and the peak memory of a fresh process.
+"""What the benchmarks share: sides that take turns, peak memory of a fresh process, and MFU.
 
 The sides take turns within one process, so that a slow moment of the machine hits all of them, and what is
 quoted is the median of the ratios, round by round.
@@ -7,21 +7,74 @@ quoted is the median of the ratios, round by round.
 from __future__ import annotations
 
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
+from torch import nn
 
 Seconds = dict[str, list[float]]
 
 
-def machine() -> str:
+DENSE_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12}
+"""16-bit operations a second, without sparsity, by a part of the device's name: the makers' data sheets."""
+
+
+def machine(device: str | torch.device = "cpu") -> str:
     """A line that a table of seconds needs beside it."""
+    found = torch.device(device)
+    if found.type == "cuda":
+        return f"{torch.cuda.get_device_name(found)}, torch {torch.__version__}"
     return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def wait_for(device: str | torch.device) -> None:
+    """Until a device has done what it was given; a CPU has."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def flops_per_token(model: nn.Module, n_layers: int, width: int, length: int) -> float:
+    """Operations that training on one token takes, forward and backward.
+
+    6 N + 12 L D T, with N the parameters in matrix products: Chowdhery et al. 2022 (PaLM), appendix B. A
+    table that is only looked up is not among them, one that is the head as well is. Attention counts over
+    all T tokens, as there, though half of them are masked.
+    """
+    counted = {id(p): p.numel() for p in model.parameters() if p.ndim > 1}
+    heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and id(module.weight) not in heads:
+            counted.pop(id(module.weight), None)
+    return 6.0 * sum(counted.values()) + 12.0 * n_layers * width * length
+
+
+def peak_flops(device: str | torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Operations a second that the device could do at most, and where that is from.
+
+    A data sheet's for a 16-bit type on a device that is known; else the best of ten products of two square
+    matrices, measured now.
+    """
+    found = torch.device(device)
+    if found.type == "cuda" and dtype is not torch.float32:
+        name = torch.cuda.get_device_name(found)
+        for part, flops in DENSE_PEAKS.items():
+            if part in name:
+                return flops, "the data sheet"
+    size = 8192 if found.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=found).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        wait_for(found)
+        start = time.perf_counter()
+        torch.mm(left, right)
+        wait_for(found)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best, f"a product of {size} x {size} matrices, measured"
 
 
 def take_turns(
@@ -61,11 +114,16 @@ def rows(seconds: Seconds, against: str, *, tokens: int | None = None) -> str:
 
 
 def last_number(*arguments: str) -> float:
-    """What a fresh Python process prints last, such as the bytes of ``print_peak()``."""
+    """What a fresh Python process prints last, such as the bytes of ``peak()``."""
     done = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 
 
-def print_peak() -> None:
-    """The largest resident size of this process so far, in bytes."""
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+def peak(device: str | torch.device = "cpu") -> int:
+    """The most memory so far, in bytes: of tensors on a GPU, else the resident size of this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):  # and not getrusage's, which begins at what the parent held at the fork
+            return 1024 * int(line.split()[1])
+    raise SystemExit("peak memory is read from /proc/self/status, which this system lacks")

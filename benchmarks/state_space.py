@@ -10,7 +10,8 @@ is quadratic in length (``--length 128`` is about what it can bear), ``transform
 ``use_mambapy=True``, ``plain`` and ``compiled`` are NanoThink's. Ratios are against the first side.
 
 Six layers of width 384, vocabulary 8,192, clipping and optimizer step included (Muon with AdamW here, AdamW
-there). ``pip install -e '.[bench]'`` brings mambapy and matplotlib.
+there). ``--device cuda`` does ``step`` and ``memory`` on a GPU. ``pip install -e '.[bench]'`` brings mambapy
+and matplotlib.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 import torch.nn.functional as F
-from side_by_side import last_number, machine, print_peak, rows, take_turns
+from side_by_side import last_number, machine, peak, rows, take_turns, wait_for
 from torch import Tensor, nn
 
 from nanothink.config import Config, TrainExpertConfig
@@ -37,6 +39,29 @@ from nanothink.training.optimizer import GroupedOptimizer
 
 VOCABULARY, WIDTH, LAYERS = 8192, 384, 6
 Step = Callable[[], None]
+
+
+class Size(NamedTuple):
+    """Of a training step, and what it runs in and on."""
+
+    batch: int
+    length: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.length} tokens, {self.dtype_name}"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each (B, T)."""
+        return tuple(part.to(self.device) for part in tokens(self.batch, self.length))  # type: ignore[return-value]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype is not torch.float32)
 
 
 def expert(kind: str, scan: str = "auto") -> LanguageModel:
@@ -51,23 +76,24 @@ def tokens(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
 
 
-def nanothink_step(scan: str, batch: int, length: int, dtype: torch.dtype) -> Step:
-    model = expert("state_space", scan).train()
+def nanothink_step(scan: str, size: Size) -> Step:
+    model = expert("state_space", scan).to(size.device).train()
     optimizer = GroupedOptimizer(model.parameter_groups(), TrainExpertConfig())
-    inputs, targets = tokens(batch, length)
+    inputs, targets = size.tokens()
 
     def step() -> None:
-        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        with size.autocast():
             loss = model.loss(inputs, targets, scale=1 / targets.numel())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad()
+        wait_for(size.device)
 
     return step
 
 
-def mambapy_step(batch: int, length: int, dtype: torch.dtype) -> Step:
+def mambapy_step(size: Size) -> Step:
     from mambapy.mamba import Mamba, MambaConfig
 
     torch.manual_seed(0)
@@ -76,73 +102,74 @@ def mambapy_step(batch: int, length: int, dtype: torch.dtype) -> Step:
         Mamba(MambaConfig(d_model=WIDTH, n_layers=LAYERS)),
         nn.RMSNorm(WIDTH),
         nn.Linear(WIDTH, VOCABULARY, bias=False),
-    )
+    ).to(size.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    inputs, targets = tokens(batch, length)
+    inputs, targets = size.tokens()
 
     def step() -> None:
-        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        with size.autocast():
             logits = model(inputs)
         F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        wait_for(size.device)
 
     return step
 
 
-def transformers_step(batch: int, length: int, dtype: torch.dtype, *, use_mambapy: bool) -> Step:
+def transformers_step(size: Size, *, use_mambapy: bool) -> Step:
     from transformers import MambaConfig, MambaForCausalLM
 
     from nanothink.models.state_space import StateSpace, to_mamba_config
 
     ours = expert("state_space")
     assert isinstance(ours, StateSpace)
-    model = MambaForCausalLM(MambaConfig(**to_mamba_config(ours), use_mambapy=use_mambapy)).train()
+    config = MambaConfig(**to_mamba_config(ours), use_mambapy=use_mambapy)
+    model = MambaForCausalLM(config).to(size.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    inputs, targets = tokens(batch, length)
+    inputs, targets = size.tokens()
 
     def step() -> None:
-        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        with size.autocast():
             logits = model(inputs).logits
         F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        wait_for(size.device)
 
     return step
 
 
-def make(side: str, batch: int, length: int, dtype: torch.dtype) -> Step:
+def make(side: str, size: Size) -> Step:
     if side == "mambapy":
-        return mambapy_step(batch, length, dtype)
+        return mambapy_step(size)
     if side.startswith("transformers"):
-        return transformers_step(batch, length, dtype, use_mambapy=side.endswith("mambapy"))
-    return nanothink_step(side, batch, length, dtype)
+        return transformers_step(size, use_mambapy=side.endswith("mambapy"))
+    return nanothink_step(side, size)
 
 
-def sides() -> list[str]:
-    fast = ["compiled"] if choose_scan("cpu").name == "compiled" else []
-    return ["mambapy", "transformers+mambapy", "plain", *fast]
+def sides(device: str) -> list[str]:
+    fast = choose_scan(device).name
+    return ["mambapy", "transformers+mambapy", "plain", *([fast] if fast != "plain" else [])]
 
 
-def training_speed(names: list[str], batch: int, length: int, rounds: int, dtype: torch.dtype) -> None:
-    seconds = take_turns({side: make(side, batch, length, dtype) for side in names}, rounds)
-    name = str(dtype).removeprefix("torch.")
-    print(f"\na training step of {batch} x {length} tokens, {name}, {machine()}\n")
+def training_speed(names: list[str], size: Size, rounds: int) -> None:
+    seconds = take_turns({side: make(side, size) for side in names}, rounds)
+    print(f"\na training step of {size}, {machine(size.device)}\n")
     print(f"| side | seconds (median) | min | max | tokens/s | tokens/s against {names[0]} | min to max |")
     print("|---|---:|---:|---:|---:|---:|---|")
-    print(rows(seconds, names[0], tokens=batch * length))
+    print(rows(seconds, names[0], tokens=size.batch * size.length))
 
 
-def training_memory(names: list[str], batch: int, length: int, dtype: torch.dtype) -> None:
-    print(f"\npeak memory of a training step of {batch} x {length} tokens\n")
+def training_memory(names: list[str], size: Size) -> None:
+    print(f"\npeak memory of a training step of {size}, {machine(size.device)}\n")
     print(f"| side | peak memory | against {names[0]} |\n|---|---:|---:|")
     peaks: dict[str, float] = {}
-    name = str(dtype).removeprefix("torch.")
+    where = ("--batch", str(size.batch), "--length", str(size.length), "--device", size.device)
     for side in names:
-        child = (__file__, "child", "--side", side, "--batch", str(batch), "--length", str(length))
-        peaks[side] = last_number(*child, "--dtype", name)
+        peaks[side] = last_number(__file__, "child", "--side", side, *where, "--dtype", size.dtype_name)
         print(f"| {side} | {peaks[side] / 1e9:.2f} GB | {peaks[side] / peaks[names[0]]:.3f} |", flush=True)
 
 
@@ -231,28 +258,28 @@ def draw(found: dict[str, list[tuple[int, float, float]]], figure: Path) -> None
     drawing.savefig(figure)
 
 
-def child(side: str, batch: int, length: int, dtype: torch.dtype, time_only: bool) -> None:
+def child(side: str, size: Size, time_only: bool) -> None:
     """What a fresh process does: two steps, and then it says its peak memory or the second one's seconds."""
     if side in {"state_space", "transformer"}:
         config = Config()
-        longer = config.model.model_copy(update={"max_seq_len": length})
+        longer = config.model.model_copy(update={"max_seq_len": size.length})
         model = build_model(side, config.model_copy(update={"model": longer}), VOCABULARY).train()
         optimizer = GroupedOptimizer(model.parameter_groups(), TrainExpertConfig())
-        inputs, targets = tokens(batch, length)
+        inputs, targets = tokens(size.batch, size.length)
 
         def step() -> None:
             model.loss(inputs, targets, scale=1 / targets.numel()).backward()
             optimizer.step()
             optimizer.zero_grad()
     else:
-        step = make(side, batch, length, dtype)
+        step = make(side, size)
     step()
     start = time.perf_counter()
     step()
     if time_only:
         print(time.perf_counter() - start)
     else:
-        print_peak()
+        print(peak(size.device))
 
 
 def main() -> None:
@@ -269,24 +296,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--figure", type=Path, default=Path("docs/figures/state_space_length.svg"))
-    every = ("mambapy", "transformers", "transformers+mambapy", "plain", "compiled")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    every = ("mambapy", "transformers", "transformers+mambapy", "plain", "compiled", "triton", "mamba_ssm")
     parser.add_argument("--sides", nargs="+", choices=every, default=None)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--time-only", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype)
+    size = Size(options.batch, options.length, getattr(torch, options.dtype), options.device)
     if options.what == "step":
-        training_speed(options.sides or sides(), options.batch, options.length, options.rounds, dtype)
+        training_speed(options.sides or sides(options.device), size, options.rounds)
     elif options.what == "memory":
-        training_memory(options.sides or sides(), options.batch, options.length, dtype)
+        training_memory(options.sides or sides(options.device), size)
     elif options.what == "decode":
         decoding(options.rounds, options.tokens, options.far)
     elif options.what == "length":
         by_length(options.lengths, options.figure)
     else:
-        child(options.side, options.batch, options.length, dtype, bool(options.time_only))
+        child(options.side, size, bool(options.time_only))
 
 
 if __name__ == "__main__":

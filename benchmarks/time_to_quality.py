@@ -31,7 +31,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 import torch.nn.functional as F
-from side_by_side import machine
+from side_by_side import machine, wait_for
 from torch import Tensor, nn
 
 from nanothink.config import Config
@@ -119,6 +119,7 @@ class Race:
         self.tokens: TokenisedCorpus = tokenise(corpus, self.tokenizer, val_split=self.config.data.val_split)
         self.length = self.config.model.max_seq_len
         self.batch = self.config.train_expert.batch_size
+        self.device = torch.device(options.device)
         self.turns: Turns
 
     def bits_per_byte(self, model: Any) -> float:
@@ -127,7 +128,7 @@ class Race:
             self.tokens.val,
             length=self.length,
             batch_size=8,
-            precision=Precision(torch.device("cpu"), torch.float32, "for all sides"),
+            precision=Precision(self.device, torch.float32, "for all sides"),
             max_tokens=self.options.eval_tokens,
         )
         return found.overall.bits_per_byte
@@ -140,14 +141,15 @@ class Race:
     def nanothink(self, side: Side) -> None:
         options, train = self.options, self.config.train_expert
         torch.manual_seed(options.seed)
-        model = build_model("transformer", self.config, self.tokenizer.vocab_size).train()
+        model = build_model("transformer", self.config, self.tokenizer.vocab_size)
+        model.to(self.device).train()
         side.n_parameters = sum(p.numel() for p in model.parameters())
-        precision = choose_precision(train, torch.device("cpu"))
+        precision = choose_precision(train, self.device)
         optimizer = GroupedOptimizer(model.parameter_groups(), train)
         batches = TrainingBatches(self.tokens.train, self.length, options.seed)
         side.go()
         for step in range(options.steps):
-            inputs, targets = batches.read(step * self.batch, self.batch)
+            inputs, targets = (part.to(self.device) for part in batches.read(step * self.batch, self.batch))
             with precision.autocast():
                 loss = model.loss(inputs, targets, scale=1 / int((targets != IGNORE).sum()))
             loss.backward()
@@ -156,6 +158,7 @@ class Race:
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % options.turn == 0 or step + 1 == options.steps:
+                wait_for(self.device)
                 side.stop()
                 self.reached(side, model, step + 1)
                 self.turns.pass_on(side.name, done=step + 1 == options.steps)
@@ -190,6 +193,7 @@ class Race:
             def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
                 step, last = state.global_step, state.global_step == options.steps
                 if step % options.turn == 0 or last:
+                    wait_for(race.device)
                     side.stop()
                     race.reached(side, scored, step)
                     model.train()
@@ -211,7 +215,8 @@ class Race:
             max_steps=options.steps,
             per_device_train_batch_size=self.batch,
             seed=options.seed,
-            use_cpu=True,
+            use_cpu=race.device.type == "cpu",
+            bf16=race.device.type == "cuda",  # as NanoThink there
             report_to="none",
             save_strategy="no",
             logging_strategy="no",
@@ -334,6 +339,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=("usual", "tuned", "nanothink"), default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("time_to_quality"))
     parser.add_argument("--figure", type=Path, default=None, help="where to draw the curves (SVG)")
@@ -349,7 +355,7 @@ def main() -> None:
     (options.out / "curves.json").write_text(json.dumps(curves, indent=2))
     shape = f"{race.batch} x {race.length} tokens a step, {options.steps} steps"
     shape += ", seconds of processor time" if options.cpu_time else ""
-    print(f"\n{shape}, vocabulary {race.tokenizer.vocab_size:,}, {machine()}")
+    print(f"\n{shape}, vocabulary {race.tokenizer.vocab_size:,}, {machine(race.device)}")
     if OURS in sides:
         table(sides)
     if options.figure:

@@ -5,10 +5,12 @@ and gradient clipping included, in the type that NanoThink picks for this proces
 Qwen3 is the very same model as NanoThink's transformer, parameter for parameter; GPT-2 is smaller (30.1
 against 52.8 million), having a tied head and a feed-forward of two matrices. Speed is measured in one process
 with the sides taking turns, so that a slow moment of the machine hits all; memory in a fresh process each, as
-the peak resident size of one step.
+the peak resident size of one step, or of the tensors on a GPU. MFU is the share of the operations that the
+device could do at most, in a side's own operations per token.
 
     python benchmarks/training_step.py
     python benchmarks/training_step.py --batch 8 --rounds 5 --dtype float32
+    python benchmarks/training_step.py --device cuda --batch 64 --memory-batch 64 --rounds 20
 """
 
 from __future__ import annotations
@@ -22,23 +24,35 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from side_by_side import last_number, machine, print_peak, ratios, take_turns
+from side_by_side import (
+    flops_per_token,
+    last_number,
+    machine,
+    peak,
+    peak_flops,
+    ratios,
+    take_turns,
+    wait_for,
+)
+from torch import nn
 
 from nanothink.config import TrainExpertConfig
 from nanothink.models.precision import choose_precision
 
-VOCABULARY, LENGTH = 50_257, 512
+VOCABULARY, LENGTH, LAYERS, WIDTH = 50_257, 512, 6, 384
+Side = tuple[nn.Module, Callable[[], None]]
+"""A model, and what takes one training step with it."""
 
 
-def gpt2_step(batch: int, dtype: torch.dtype) -> Callable[[], None]:
+def gpt2_step(batch: int, dtype: torch.dtype, device: str) -> Side:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    shape = GPT2Config(vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=384, n_layer=6, n_head=6)
-    return foreign_step(GPT2LMHeadModel(shape), batch, dtype)
+    shape = GPT2Config(vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=WIDTH, n_layer=LAYERS, n_head=6)
+    return foreign_step(GPT2LMHeadModel(shape), batch, dtype, device)
 
 
-def qwen3_step(batch: int, dtype: torch.dtype) -> Callable[[], None]:
+def qwen3_step(batch: int, dtype: torch.dtype, device: str) -> Side:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from nanothink.config import Config
@@ -48,46 +62,48 @@ def qwen3_step(batch: int, dtype: torch.dtype) -> Callable[[], None]:
     ours = build_model("transformer", Config(), VOCABULARY)
     assert isinstance(ours, Transformer)
     torch.manual_seed(0)
-    return foreign_step(Qwen3ForCausalLM(Qwen3Config(**to_qwen3_config(ours))), batch, dtype)
+    return foreign_step(Qwen3ForCausalLM(Qwen3Config(**to_qwen3_config(ours))), batch, dtype, device)
 
 
-def foreign_step(model: Any, batch: int, dtype: torch.dtype) -> Callable[[], None]:
+def foreign_step(model: Any, batch: int, dtype: torch.dtype, device: str) -> Side:
     """As the documentation of transformers has it: the model computes its own loss; AdamW."""
-    model.train()
+    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    tokens = torch.randint(0, VOCABULARY, (batch, LENGTH))
+    tokens = torch.randint(0, VOCABULARY, (batch, LENGTH)).to(device)
 
     def step() -> None:
-        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
             loss = model(tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        wait_for(device)
 
-    return step
+    return model, step
 
 
-def nanothink_step(batch: int, dtype: torch.dtype) -> Callable[[], None]:
+def nanothink_step(batch: int, dtype: torch.dtype, device: str) -> Side:
     from nanothink.config import Config
     from nanothink.models import build_model
     from nanothink.training.optimizer import GroupedOptimizer
 
     torch.manual_seed(0)
-    model = build_model("transformer", Config(), VOCABULARY).train()
+    model = build_model("transformer", Config(), VOCABULARY).to(device).train()
     optimizer = GroupedOptimizer(model.parameter_groups(), TrainExpertConfig())
-    tokens = torch.randint(0, VOCABULARY, (batch, LENGTH + 1))
+    tokens = torch.randint(0, VOCABULARY, (batch, LENGTH + 1)).to(device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> None:
-        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
             loss = model.loss(inputs, targets, scale=1 / targets.numel())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad()
+        wait_for(device)
 
-    return step
+    return model, step
 
 
 SIDES = {"nanothink": nanothink_step, "gpt2": gpt2_step, "qwen3": qwen3_step}
@@ -104,36 +120,45 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES))
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--child", choices=tuple(SIDES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.dtype == "auto":  # bfloat16 only where it pays, so that no side is held back by it
-        options.dtype = choose_precision(TrainExpertConfig(), torch.device("cpu")).name
+        options.dtype = choose_precision(TrainExpertConfig(), torch.device(options.device)).name
     dtype = getattr(torch, options.dtype)
     if options.child:
-        step = SIDES[options.child](options.memory_batch, dtype)
+        _, step = SIDES[options.child](options.memory_batch, dtype, options.device)
         step()
         step()
-        print_peak()
+        print(peak(options.device))
         return
 
-    seconds = take_turns({name: SIDES[name](options.batch, dtype) for name in options.sides}, options.rounds)
+    sides = {name: SIDES[name](options.batch, dtype, options.device) for name in options.sides}
+    seconds = take_turns({name: step for name, (_, step) in sides.items()}, options.rounds)
+    most, source = peak_flops(options.device, dtype)
     peers = [name for name in options.sides if name != "nanothink"]
-    print(f"a step of {options.batch} x {LENGTH} tokens, {options.dtype}, {machine()}\n")
-    print("| side | seconds (median) | min | max | tokens/s |\n|---|---:|---:|---:|---:|")
+    print(f"a step of {options.batch} x {LENGTH} tokens, {options.dtype}, {machine(options.device)}")
+    print(f"MFU against {most / 1e12:.3g} TFLOP/s ({source})\n")
+    print("| side | parameters | seconds (median) | min | max | tokens/s | MFU |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for name, values in seconds.items():
-        median = statistics.median(values)
-        spread = f"{min(values):.2f} | {max(values):.2f}"
-        print(f"| {name} | {median:.2f} | {spread} | {options.batch * LENGTH / median:,.0f} |")
+        model, median = sides[name][0], statistics.median(values)
+        n_parameters = sum(p.numel() for p in model.parameters())
+        speed = options.batch * LENGTH / median
+        mfu = speed * flops_per_token(model, LAYERS, WIDTH, LENGTH) / most
+        spread = f"{median:.3g} | {min(values):.3g} | {max(values):.3g}"
+        print(f"| {name} | {n_parameters:,} | {spread} | {speed:,.0f} | {mfu:.1%} |")
     for peer in peers:
         found = ratios(seconds, "nanothink", peer)
         spread = f"{min(found):.2f} to {max(found):.2f}"
         print(f"\nnanothink's tokens/s against {peer}: median {statistics.median(found):.2f} ({spread})")
     if options.memory_batch:
-        child = (__file__, "--memory-batch", str(options.memory_batch), "--dtype", options.dtype, "--child")
+        child = (__file__, "--memory-batch", str(options.memory_batch), "--dtype", options.dtype)
+        child = (*child, "--device", options.device, "--child")
         peaks = {name: last_number(*child, name) for name in options.sides}
         print(f"\n| step of {options.memory_batch} x {LENGTH} tokens | peak memory |\n|---|---:|")
-        for name, peak in peaks.items():
-            print(f"| {name} | {peak / 1e9:.2f} GB |")
+        for name, held in peaks.items():
+            print(f"| {name} | {held / 1e9:.2f} GB |")
         for peer in peers:
             print(f"\npeak memory against {peer}: {peaks['nanothink'] / peaks[peer]:.2f}")
 
