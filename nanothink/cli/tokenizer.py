@@ -9,7 +9,7 @@ import typer
 
 from nanothink.cli.options import GROUP, DataDir, Domains, ForgivingCommand, Json
 
-app = typer.Typer(help="Byte-level BPE tokenizers.", **GROUP)
+app = typer.Typer(help="Train a byte-level BPE tokenizer.", **GROUP)
 
 
 @app.callback()
@@ -22,9 +22,12 @@ def train(
     data_dir: DataDir = None,
     domains: Domains = None,
     vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", min=257, help="Entries. [default: sized to the corpus]")
+        int | None,
+        typer.Option("--vocab-size", metavar="N", min=257, help="Entries. [default: sized to the corpus]"),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write it to.")] = Path("tokenizer"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write it to.")] = Path(
+        "tokenizer"
+    ),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a tokenizer that is there.")
     ] = False,

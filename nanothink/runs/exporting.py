@@ -17,6 +17,7 @@ from nanothink.checkpoints.payload import CheckpointPayload
 from nanothink.config import Config
 from nanothink.config.run import training_section
 from nanothink.data.tokenizer import save_tokenizer
+from nanothink.errors import counted
 from nanothink.inference.sampling import SamplingConfig
 from nanothink.models import COMBINED
 from nanothink.models.contract import LanguageModel
@@ -164,7 +165,7 @@ def _card(loaded: LoadedModel, payload: CheckpointPayload, architecture: str | N
         ("context", context),
         ("tokenizer", f"{loaded.tokenizer.vocab_size:,} entries; a text begins after its EOS token"),
         ("domains", ", ".join(config.data.domains) if config.data.domains else "all of the data folder"),
-        ("steps", f"{payload['step']:,} ({payload['epoch']} epochs)"),
+        ("steps", f"{payload['step']:,} ({counted(payload['epoch'], 'epoch')})"),
     ]
     if payload["kind"] == COMBINED:
         facts.append(("experts", ", ".join(f"{e['name']} ({e['kind']})" for e in payload["run"]["experts"])))

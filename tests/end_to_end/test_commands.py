@@ -273,7 +273,7 @@ def test_bad_records_stop_training_unless_skipped(
     assert "texts.jsonl:21:" in errors
     assert "--skip-bad-records" in errors
     assert pretrain(tmp_path / "a", "--max-steps", "2", "--skip-bad-records", data=data) == 0
-    assert "2 bad records are left out" in said()[1]
+    assert "2 bad records left out" in said()[1]
 
     assert run(["data", "validate", str(data), "--json"]) == 1
     report = as_json(said)
