@@ -120,6 +120,11 @@ class InterruptedRun(NanoThinkError):
     exit_code = 130
 
 
+def counted(number: float, noun: str) -> str:
+    """What was counted, as people read it: ``1 record``, ``2,844 records``."""
+    return f"{number:,.0f} {noun}" + ("" if number == 1 else "s")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A ready-made clause for an error about a misspelt name.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nanothink.checkpoints.payload import ModelPayload
-from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError
+from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, counted
 
 _LISTED = 8
 """Names shown per line of a report."""
@@ -173,7 +173,8 @@ def unpack_rng(state: dict[str, Any]) -> list[str]:
     for index, tensor in enumerate(saved[:here]):
         torch.cuda.set_rng_state(tensor, index)
     if len(saved) != here:
-        return [f"saved with {len(saved)} GPUs, resumed with {here}: random numbers on GPUs will differ"]
+        gpus = counted(len(saved), "GPU")
+        return [f"saved with {gpus}, resumed with {here}: random numbers on GPUs will differ"]
     return []
 
 

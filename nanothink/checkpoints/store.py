@@ -38,6 +38,7 @@ from nanothink.errors import (
     CheckpointNotFoundError,
     StorageError,
     UsageError,
+    counted,
 )
 
 REPLACED_FOLDER = "replaced"
@@ -135,7 +136,7 @@ class CheckpointStore:
         state = "an interrupted run" if self.interrupted in old else "a run"
         with suppress(CheckpointError, StorageError):
             summary = read_summary(self.interrupted if self.interrupted in old else old[0])
-            state += f" (step {summary.step}, {summary.epoch} epochs completed)"
+            state += f" (step {summary.step:,}, {counted(summary.epoch, 'epoch')} completed)"
         names = ", ".join(path.name for path in old)
         raise UsageError(
             f"{self.folder} already holds {state} called '{self.stem}': {names}. A new run would replace it. "

@@ -1,1 +1,1 @@
-"""The command line: one file a command group; ``render.py`` is the only one that knows rich."""
+"""The command line: one file a command group; ``render/`` is the only part that knows rich."""

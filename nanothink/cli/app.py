@@ -11,9 +11,10 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from nanothink.cli import (
     checkpoints,
@@ -34,8 +35,22 @@ from nanothink.errors import InterruptedRun, NanoThinkError, RankError, did_you_
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
+_ORDER = (
+    *("data", "tokenizer", "pretrain", "train-mla", "resume", "eval", "generate", "memory"),
+    *("report", "checkpoints", "config", "doctor", "demo"),
+)
+
+
+class _InOrder(TyperGroup):
+    """Commands in the order in which a person meets them; Typer lists groups last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=_ORDER.index)
+
+
 app = typer.Typer(
     name="nanothink",
+    cls=_InOrder,
     help="Train a small language model of your own, from a folder of JSONL.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nanothink.cli import completion
 from nanothink.cli.options import CheckpointDir, ForgivingCommand, Json
 
 app = typer.Typer(
@@ -16,7 +17,7 @@ app = typer.Typer(
 
 @app.command("ls", cls=ForgivingCommand)
 def list_all(checkpoint_dir: CheckpointDir = Path("checkpoints"), as_json: Json = False) -> None:
-    """Every checkpoint in the folder."""
+    """List every checkpoint in the folder."""
     from nanothink.checkpoints import CheckpointSummary, list_checkpoints
     from nanothink.cli import render
 
@@ -27,34 +28,42 @@ def list_all(checkpoint_dir: CheckpointDir = Path("checkpoints"), as_json: Json 
     if not entries:
         render.say(f"No checkpoints in {checkpoint_dir}.")
         return
-    wide = render.width() >= 120  # what a narrower terminal has no room for stands in `checkpoints show`
-    columns = ["file", ">epoch", ">step", ">best loss", ">size"]
-    columns = ["file", "kind", *columns[1:], ">parameters", "written"] if wide else columns
+    columns = ["file", "kind", ">epoch", ">step", ">best loss", ">size", ">parameters", "written"]
     rows = []
-    damaged = []
     for entry in entries:
         if isinstance(entry, CheckpointSummary):
             loss = "-" if entry.best_loss is None else f"{entry.best_loss:.4f}"
-            found = [str(entry.epoch), str(entry.step), loss, render.size(entry.bytes)]
-            kind, parameters = entry.kind, render.count(entry.n_parameters)
+            where = [entry.kind, render.count(entry.epoch), render.count(entry.step), loss]
+            parameters = render.count(entry.n_parameters)
         else:
-            damaged.append(entry)
-            found = ["", "", "damaged", render.size(entry.bytes)]
-            kind, parameters = "", ""
-        found = [kind, *found, parameters, _when(entry.modified)] if wide else found
-        rows.append([entry.path.name, *found])
+            where, parameters = ["", "", "", "damaged"], ""
+        rows.append([entry.path.name, *where, render.size(entry.bytes), parameters, _when(entry.modified)])
+    if not render.fits(columns, rows):  # the rest stands in `checkpoints show`
+        kept = [columns.index(name) for name in ("file", ">epoch", ">step", ">best loss", ">size")]
+        columns, *rows = ([row[i] for i in kept] for row in [columns, *rows])
     render.table(columns, rows)
-    for entry in damaged:
-        render.warning(f"{entry.path}: {entry.reason}")
+    for entry in entries:
+        if not isinstance(entry, CheckpointSummary):
+            render.warning(f"{entry.path}: {entry.reason}")
 
 
 @app.command(cls=ForgivingCommand)
 def show(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint file.")], as_json: Json = False
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A checkpoint file.", autocompletion=completion.checkpoints
+        ),
+    ],
+    as_json: Json = False,
 ) -> None:
-    """What is inside one checkpoint: where the run stood, its settings, its tokenizer."""
+    """Show what is inside one checkpoint.
+
+    Where the run stood, its settings, its tokenizer, the shape of every tensor.
+    """
     from nanothink.checkpoints import read_checkpoint, read_summary
     from nanothink.cli import render
+    from nanothink.errors import counted
 
     summary = read_summary(checkpoint)
     payload = read_checkpoint(checkpoint, mmap=True)
@@ -68,34 +77,54 @@ def show(
     if as_json:
         render.print_json({**facts, "config": payload["config"], "tensors": shapes})
         return
-    state = facts.pop("run")
-    facts["modified"] = _when(summary.modified)
-    rows = [[k.replace("_", " "), str(v)] for k, v in facts.items()]
-    stood = state.get("state")
-    if isinstance(stood, dict):
-        rows += [[str(k).replace("_", " "), str(v)] for k, v in stood.items() if k not in facts]
-    render.table(["", "value"], rows, title=str(checkpoint))
-    settings = [
-        [f"{section}.{key}", str(value)]
-        for section, values in payload["config"].items()
-        for key, value in values.items()
-    ]
-    render.table(["setting", "value"], settings)
+    stood = payload["run"].get("state")
+    shown = {
+        "kind": summary.kind,
+        "run": summary.name or "-",
+        "step": render.count(summary.step),
+        "epoch": f"{render.count(summary.epoch)}, and {counted(summary.position, 'block')} of the next",
+        "best loss": "-" if summary.best_loss is None else f"{summary.best_loss:.4f} nats a token",
+        "parameters": render.count(summary.n_parameters),
+        "size": render.size(summary.bytes),
+        "written": _when(summary.modified),
+        "format": str(summary.format_version),
+        "tokenizer": str(facts["tokenizer"]),
+        "data fingerprint": str(facts["data_fingerprint"]),
+        **{
+            name.replace("_", " "): render.count(value)
+            for name, value in (stood if isinstance(stood, dict) else {}).items()
+            if name in ("bad_evaluations", "skipped_steps") and isinstance(value, int)
+        },
+    }
+    render.facts(shown.items(), title=str(checkpoint))
+    render.table(
+        ["setting", "value"],
+        [
+            [f"{section}.{key}", render.setting(value)]
+            for section, values in payload["config"].items()
+            for key, value in values.items()
+        ],
+    )
     render.table(
         ["tensor", ">shape"],
-        [[name, " x ".join(map(str, shape)) or "scalar"] for name, shape in shapes.items()],
+        [[name, " x ".join(map(render.count, shape)) or "scalar"] for name, shape in shapes.items()],
     )
 
 
 @app.command(cls=ForgivingCommand)
 def verify(
     checkpoint: Annotated[
-        list[Path] | None, typer.Argument(help="Checkpoint files. [default: all in --checkpoint-dir]")
+        list[Path] | None,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="Checkpoint files. [default: all in --checkpoint-dir]",
+            autocompletion=completion.checkpoints,
+        ),
     ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     as_json: Json = False,
 ) -> int:
-    """Read every byte and check it. Exit code 1 if any file is damaged."""
+    """Check every byte and every weight; exit code 1 if any file is damaged."""
     from nanothink.checkpoints import list_checkpoints, verify_checkpoint
     from nanothink.cli import render
     from nanothink.errors import CheckpointError
@@ -103,10 +132,17 @@ def verify(
     paths = checkpoint or [entry.path for entry in list_checkpoints(checkpoint_dir)]
     results: dict[Path, str | None] = {}
     with render.progress() as bars:
-        for i, path in enumerate(paths):
-            bars("verifying", i, len(paths))
+        total = sum(path.stat().st_size for path in paths if path.is_file())
+        done = 0
+
+        def advance(n_bytes: int) -> None:
+            nonlocal done
+            done += n_bytes
+            bars("verifying", done, total)
+
+        for path in paths:
             try:
-                verify_checkpoint(path)
+                verify_checkpoint(path, on_bytes=advance)
                 results[path] = None
             except CheckpointError as error:
                 results[path] = str(error).removeprefix(f"{path}: ")
@@ -127,11 +163,16 @@ def verify(
 @app.command(cls=ForgivingCommand)
 def prune(
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
-    keep: Annotated[int, typer.Option("--keep", min=1, help="Epoch snapshots to keep of each run.")] = 1,
+    keep: Annotated[
+        int, typer.Option("--keep", metavar="N", min=1, help="Epoch snapshots to keep of each run.")
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove old epoch snapshots and leftovers of killed saves; never a best or interrupted file."""
+    """Remove old epoch snapshots and what killed saves left behind.
+
+    A best or interrupted file is never removed.
+    """
     from nanothink.checkpoints import prune as prune_folder
     from nanothink.cli import render
 
@@ -150,15 +191,20 @@ def export(
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write; made if need be.")],
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(help="A checkpoint file. [default: the newest best one in --checkpoint-dir]"),
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A checkpoint file. [default: the newest best one in --checkpoint-dir]",
+            autocompletion=completion.checkpoints,
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     as_json: Json = False,
 ) -> None:
-    """A model as a folder for other programs: safetensors, config.json, tokenizer, model card.
+    """Write a model as a folder for other programs.
 
-    transformers opens a transformer (as Qwen3) and a state-space model (as Mamba) without further code.
+    Weights in safetensors, config.json, tokenizer, model card. transformers opens a transformer (as Qwen3)
+    and a state-space model (as Mamba) without further code.
     """
     from nanothink.cli import render
     from nanothink.runs.evaluating import finished_checkpoints
@@ -181,7 +227,7 @@ def export(
         ["files", f"{', '.join(done.files)} ({render.size(done.bytes)})"],
         ["from Python", done.how_to_load],
     ]
-    render.table(["", "value"], rows, title=str(done.folder))
+    render.facts(rows, title=str(done.folder))
 
 
 def _as_dict(entry: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nanothink.cli import completion
 from nanothink.cli.options import ConfigFile, ForgivingCommand, Json, Preset, Set, configure_from
 
 app = typer.Typer(
@@ -16,17 +17,28 @@ app = typer.Typer(
 
 @app.command(cls=ForgivingCommand)
 def show(
-    section: Annotated[str | None, typer.Argument(help="Only this section.")] = None,
+    section: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SECTION", help="Only this section. [default: all]", autocompletion=completion.sections
+        ),
+    ] = None,
     preset: Preset = None,
     config_file: ConfigFile = None,
     assignments: Set = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option("--checkpoint", "-c", help="The settings inside a checkpoint instead of the defaults."),
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            metavar="PATH",
+            help="The settings inside a checkpoint instead of the defaults.",
+            autocompletion=completion.checkpoints,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Every setting, its value, where the value comes from, and what it means."""
+    """Show every setting: value, where it comes from, meaning."""
     from nanothink.cli import render
     from nanothink.config.run import flatten, known_settings
     from nanothink.errors import UsageError, did_you_mean
@@ -53,16 +65,23 @@ def show(
         return
     render.table(
         ["setting", "value", "from", "meaning"],
-        [[n, _short(v), resolved.sources[n], meanings[n]] for n, v in shown.items()],
+        [[n, render.setting(v), resolved.sources[n], meanings[n]] for n, v in shown.items()],
     )
 
 
 @app.command(cls=ForgivingCommand)
 def presets(
-    name: Annotated[str | None, typer.Argument(help="Print this preset as TOML.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Print this preset as TOML. [default: compare all]",
+            autocompletion=completion.presets,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """The presets, or the text of one."""
+    """Compare the presets, or print one as TOML."""
     from nanothink.cli import render
     from nanothink.config.run import preset_names, preset_text, resolve_config
 
@@ -90,11 +109,3 @@ def presets(
     )
     render.say("Layers are those of transformer / state_space / diffuser.")
     render.say("Use one with --preset NAME; read one with: nanothink config presets NAME")
-
-
-def _short(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -14,7 +14,9 @@ from nanothink.cli.options import (
     Json,
     SkipBadRecords,
     TokenizerName,
+    examples,
 )
+from nanothink.errors import counted
 
 app = typer.Typer(
     help="Inspect, validate, sample and import text.", no_args_is_help=True, rich_markup_mode=None
@@ -22,7 +24,7 @@ app = typer.Typer(
 
 DataDirArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[DATA_DIR]", help="Folder with one folder per domain. [default: data]"),
+    typer.Argument(metavar="DATA_DIR", help="Folder with one folder per domain. [default: data]"),
 ]
 
 
@@ -47,12 +49,13 @@ def inspect(
     domains: Domains = None,
     tokenizer: TokenizerName = None,
     block: Annotated[
-        int, typer.Option("--block", min=2, help="Block length in tokens, for the block counts.")
+        int,
+        typer.Option("--block", metavar="N", min=2, help="Block length in tokens, for the block counts."),
     ] = 512,
     skip_bad_records: SkipBadRecords = False,
     as_json: Json = False,
 ) -> None:
-    """Sizes, lengths, split, duplicates."""
+    """Count files, records, tokens, lengths, split and duplicates."""
     from nanothink.cli import render
     from nanothink.config import DataConfig
     from nanothink.data.corpus import find_corpus
@@ -71,6 +74,7 @@ def inspect(
             val_split=settings.val_split,
             skip_bad_records=skip_bad_records,
             note=bars.note,
+            on_progress=lambda done, total: bars("training a tokenizer", done, total),
         )
         tokens = tokenise(
             corpus,
@@ -125,8 +129,8 @@ def inspect(
     render.histogram("Length of the records", summary.length_counts, summary.length_edges, unit="tokens")
     if summary.total.n_duplicates:
         render.say(
-            f"{render.count(summary.total.n_duplicates)} records repeat the text of another; all copies of a "
-            "text are on the same side of the split."
+            f"{counted(summary.total.n_duplicates, 'duplicate')}: all copies of a text are on the same side "
+            "of the split."
         )
 
 
@@ -134,7 +138,7 @@ def inspect(
 def validate(
     folder: DataDirArgument = None, data_dir: DataDir = None, domains: Domains = None, as_json: Json = False
 ) -> int:
-    """Check every line of every file. Exit code 1 if any is bad."""
+    """Check every line of every file; exit code 1 if any is bad."""
     from nanothink.cli import render
     from nanothink.data.corpus import find_corpus, validate_corpus
 
@@ -159,12 +163,11 @@ def validate(
     for problem in report.errors:
         render.say(f"error: {problem}", style="red")
     seconds = max(report.seconds, 1e-9)
-    verdict = "all valid" if report.ok else f"{render.count(len(report.errors))} errors"
+    verdict = "all valid" if report.ok else counted(len(report.errors), "error")
     render.say(
-        f"{render.count(report.records)} records in {render.count(report.files)} files: {verdict}. "
+        f"{counted(report.records, 'record')} in {counted(report.files, 'file')}: {verdict}. "
         f"{render.size(report.n_bytes)} in {seconds:.1f} s: "
-        f"{render.count(report.records / seconds)} records/s, "
-        f"{report.n_bytes / seconds / 1e6:.0f} MB/s.",
+        f"{render.count(report.records / seconds)} records/s, {render.size(report.n_bytes / seconds)}/s.",
         style="green" if report.ok else "red",
     )
     return 0 if report.ok else 1
@@ -204,13 +207,22 @@ def sample(
     render.say(f"Next: nanothink pretrain transformer --data-dir {target} --preset tiny")
 
 
-@app.command("import", cls=ForgivingCommand)
+@app.command(
+    "import",
+    cls=ForgivingCommand,
+    epilog=examples(
+        "data import notes.txt --domain notes", "data import table.csv --domain faq --text-field answer"
+    ),
+)
 def import_text(
-    source: Annotated[str, typer.Argument(help="A file, a folder, or hf:NAME for a Hugging Face dataset.")],
-    domain: Annotated[str, typer.Option("--domain", help="Domain to put it in.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A file, a folder, or hf:NAME for a Hugging Face dataset."),
+    ],
+    domain: Annotated[str, typer.Option("--domain", metavar="NAME", help="Domain to put it in.")],
     data_dir: DataDir = None,
     text_field: Annotated[
-        str, typer.Option("--text-field", help="Field or column that holds the text.")
+        str, typer.Option("--text-field", metavar="NAME", help="Field or column that holds the text.")
     ] = "text",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier import of the same name.")
@@ -244,8 +256,8 @@ def import_text(
     for problem in report.bad_rows:
         render.error(str(problem))
     if report.empty:
-        render.warning(f"{render.count(report.empty)} rows had no text and were left out.")
-    render.say(f"{report.path}: {render.count(report.records)} records, {render.size(report.n_bytes)}.")
+        render.warning(f"{counted(report.empty, 'row')} left out: no text.")
+    render.say(f"{report.path}: {counted(report.records, 'record')}, {render.size(report.n_bytes)}.")
     return 1 if report.bad_rows else 0
 
 

@@ -31,10 +31,11 @@ def demo(
         bool, typer.Option("--overwrite", help="Start anew instead of going on with an earlier demo.")
     ] = False,
 ) -> int:
-    """Starter corpus, tokenizer, three experts, NanoThink with a memory, evaluation and a sample; offline.
+    """Show the whole story, offline, from text to a trained model.
 
-    A few minutes on two cores. Each command is shown before it runs; one that was interrupted goes on when
-    the demo is started again.
+    Starter corpus, tokenizer, three experts, NanoThink with a memory, evaluation and a sample: a few minutes
+    on two cores. Each command is shown before it runs; one that was interrupted goes on when the demo is
+    started again.
     """
     import time
 

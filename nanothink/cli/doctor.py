@@ -16,12 +16,13 @@ def register(app: typer.Typer) -> None:
 def doctor(
     device: Device = None, checkpoint_dir: CheckpointDir = Path("checkpoints"), as_json: Json = False
 ) -> None:
-    """What this machine can do, and why."""
+    """Say what this machine can do, and why."""
     from nanothink.cli import render
     from nanothink.runs.examining import examine
 
-    findings = examine(device, checkpoint_dir)
+    with render.progress() as bars:
+        findings = examine(device, checkpoint_dir, bars)
     if as_json:
         render.print_json(findings)
     else:
-        render.table(["", "found"], [[name, str(value)] for name, value in findings.items()])
+        render.facts(findings.items())

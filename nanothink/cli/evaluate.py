@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nanothink.cli import completion
 from nanothink.cli.options import (
     CheckpointDir,
     Device,
@@ -15,27 +16,53 @@ from nanothink.cli.options import (
     Json,
     NoMemory,
     SkipBadRecords,
+    examples,
+)
+
+EXAMPLES = examples(
+    "eval",
+    "eval checkpoints/nanothink_mla.pt --max-tokens 20000",
+    "eval --data-dir other_data --split all --json",
 )
 
 
 def register(app: typer.Typer) -> None:
-    app.command("eval", cls=ForgivingCommand)(evaluate)
+    app.command("eval", cls=ForgivingCommand, epilog=EXAMPLES)(evaluate)
 
 
 def evaluate(
     checkpoint: Annotated[
         list[Path] | None,
-        typer.Argument(help="Checkpoints. [default: every finished one in --checkpoint-dir]"),
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="Checkpoints. [default: every best one in --checkpoint-dir]",
+            autocompletion=completion.checkpoints,
+        ),
     ] = None,
     data_dir: Annotated[
-        str | None, typer.Option("--data-dir", help="Text to score. [default: the data they were trained on]")
+        str | None,
+        typer.Option(
+            "--data-dir", metavar="DIR", help="Text to score. [default: the data they were trained on]"
+        ),
     ] = None,
     domains: Domains = None,
     split: Annotated[
-        str, typer.Option("--split", help="Which part of each domain: train, val or all.")
+        str,
+        typer.Option(
+            "--split",
+            metavar="NAME",
+            help="Which part of each domain: train, val or all.",
+            autocompletion=completion.splits,
+        ),
     ] = "val",
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=1, help="Score at most this many tokens of each domain.")
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            metavar="N",
+            min=1,
+            help="Score at most this many tokens of each domain. [default: all]",
+        ),
     ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,

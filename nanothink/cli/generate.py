@@ -7,45 +7,77 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json, NoMemory
+from nanothink.cli import completion
+from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json, NoMemory, examples
 
 if TYPE_CHECKING:
     from nanothink.runs.loading import LoadedModel
 
 
+EXAMPLES = examples(
+    'generate "Once upon a time" -n 200 --seed 1',
+    'generate "The" -c checkpoints/nanothink_mla.pt --show-routing',
+    "generate - --temperature 0 < prompt.txt",
+)
+
+
 def register(app: typer.Typer) -> None:
-    app.command(cls=ForgivingCommand)(generate)
+    app.command(cls=ForgivingCommand, epilog=EXAMPLES)(generate)
 
 
 def generate(
     prompt: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Text to continue; several are continued side by side; '-' reads standard input."
+            metavar="PROMPT",
+            help="Text to continue; several are continued side by side; '-' reads standard input. "
+            "[default: the beginning of a document]",
         ),
     ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            "--checkpoint", "-c", help="Which model. [default: the newest best one in --checkpoint-dir]"
+            "--checkpoint",
+            "-c",
+            metavar="PATH",
+            help="Which model. [default: the newest best one in --checkpoint-dir]",
+            autocompletion=completion.checkpoints,
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", "-n", help="Tokens to write. [default: 128]")
+        int | None,
+        typer.Option("--max-new-tokens", "-n", metavar="N", help="Tokens to write. [default: 128]"),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", "-t", help="0 always takes the likeliest. [default: 0.8]")
+        float | None,
+        typer.Option(
+            "--temperature", "-t", metavar="T", help="0 always takes the likeliest token. [default: 0.8]"
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", help="Choose among the k likeliest; 0 for all. [default: 50]")
+        int | None,
+        typer.Option("--top-k", metavar="K", help="Choose among the K likeliest; 0 for all. [default: 50]"),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Choose among the likeliest with this much probability.")
+        float | None,
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            help="Choose among the likeliest that together have this probability. [default: 1]",
+        ),
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option("--repetition-penalty", help="Above 1, recent tokens become less likely.")
+        float | None,
+        typer.Option(
+            "--repetition-penalty",
+            metavar="X",
+            help="Above 1, recent tokens become less likely. [default: 1]",
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Same seed, same text.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", help="Same seed, same text. [default: another each time]"),
+    ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Write on past the end of a text.")
     ] = False,
@@ -54,7 +86,12 @@ def generate(
     ] = False,
     ddim_steps: Annotated[
         int | None,
-        typer.Option("--ddim-steps", min=1, help="The same, in this many evaluations a token. [default: 10]"),
+        typer.Option(
+            "--ddim-steps",
+            metavar="N",
+            min=1,
+            help="The same, in this many evaluations a token. [default: the model's, 10]",
+        ),
     ] = None,
     denoise: Annotated[
         bool,
@@ -62,12 +99,16 @@ def generate(
     ] = False,
     levels: Annotated[
         list[int] | None,
-        typer.Option("--level", help="Noise level for --denoise; repeatable. [default: a spread of them]"),
+        typer.Option(
+            "--level",
+            metavar="T",
+            help="Noise level for --denoise; repeatable. [default: a spread of them]",
+        ),
     ] = None,
     show_routing: Annotated[
         bool,
         typer.Option(
-            "--show-routing", help="A combined model: which expert, or its memory, each token was drawn by."
+            "--show-routing", help="A NanoThink: which expert, or its memory, was trusted at each token."
         ),
     ] = False,
     no_memory: NoMemory = False,
@@ -75,10 +116,7 @@ def generate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt.
-
-    For example: nanothink generate "Once upon a time" -n 200 --seed 1
-    """
+    """Continue a prompt with any checkpoint."""
     import sys
 
     from nanothink.cli import render

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nanothink.cli import completion
 from nanothink.cli.options import (
     GROUP,
     CheckpointDir,
@@ -17,24 +18,28 @@ from nanothink.cli.options import (
     Json,
     Set,
     SkipBadRecords,
+    examples,
 )
 
 if TYPE_CHECKING:
     from nanothink.memory.building import BuildPlan
     from nanothink.runs.remembering import MemoryFacts
 
-app = typer.Typer(help="The vector store of a model: build, add to, search and compact it.", **GROUP)
+app = typer.Typer(help="Build, add to, search and compact the memory of a model.", **GROUP)
 
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
         "--checkpoint",
         "-c",
+        metavar="PATH",
         help="A NanoThink. [default: nanothink_mla.pt in --checkpoint-dir, or its experts]",
+        autocompletion=completion.checkpoints,
     ),
 ]
 Name = Annotated[
-    str | None, typer.Option("--name", help="Name of the model, where it is NAME_nanothink_mla.pt.")
+    str | None,
+    typer.Option("--name", metavar="NAME", help="Name of the model, where it is NAME_nanothink_mla.pt."),
 ]
 
 
@@ -47,11 +52,14 @@ def build(
             "--expert",
             metavar="PATH",
             help="Experts that are yet to be combined, as for train-mla; repeatable.",
+            autocompletion=completion.checkpoints,
         ),
     ] = None,
     data_dir: Annotated[
         str | None,
-        typer.Option("--data-dir", help="Text to remember. [default: what the model was trained on]"),
+        typer.Option(
+            "--data-dir", metavar="DIR", help="Text to remember. [default: what the model was trained on]"
+        ),
     ] = None,
     domains: Domains = None,
     name: Name = None,
@@ -63,7 +71,7 @@ def build(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Make the memory of a NanoThink, or of experts that are to become one.
+    """Make the memory of a NanoThink, or of experts to be combined.
 
     A key for each token of the training text; text held out for validation is never in it.
     """
@@ -104,9 +112,11 @@ def build(
         _show(facts_of(store), as_json=as_json)
 
 
-@app.command(cls=ForgivingCommand)
+@app.command(cls=ForgivingCommand, epilog=examples("memory add data --domains recipes"))
 def add(
-    data_dir: Annotated[str, typer.Argument(help="Folder with one folder of JSONL files per domain.")],
+    data_dir: Annotated[
+        str, typer.Argument(metavar="DATA_DIR", help="Folder with one folder of JSONL files per domain.")
+    ],
     domains: Domains = None,
     checkpoint: Checkpoint = None,
     name: Name = None,
@@ -116,11 +126,12 @@ def add(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Put more text into the memory of a trained model, which then knows it without training.
+    """Put more text into a memory.
 
-    For example: nanothink memory add data --domains recipes
+    The model then knows it without training.
     """
     from nanothink.cli import render
+    from nanothink.errors import counted
     from nanothink.runs.remembering import build_memory, facts_of, find_remembering, plan_memory
 
     found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device)
@@ -135,7 +146,7 @@ def add(
             (plan.n_held_out, "held out for validation in other data"),
         ):
             if n:
-                bars.note(f"{n:,} documents are left out: {why}.")
+                bars.note(f"{counted(n, 'document')} left out: {why}.")
         if not dry_run:
             store = build_memory(found, plan, tokens, store, note=bars.note, progress=bars)
     if dry_run:
@@ -151,26 +162,28 @@ def info(
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     as_json: Json = False,
 ) -> None:
-    """What is in a memory. Every byte of it is verified."""
+    """Say what is in a memory; every byte of it is verified."""
     from nanothink.runs.remembering import facts_of, find_remembering
 
     found = find_remembering(checkpoint, (), checkpoint_dir, name=name)
     _show(facts_of(found.open()), as_json=as_json)
 
 
-@app.command(cls=ForgivingCommand)
+@app.command(cls=ForgivingCommand, epilog=examples('memory search "In the beginning"'))
 def search(
-    text: Annotated[str, typer.Argument(help="Text; its end is what is searched by.")],
-    neighbours: Annotated[int, typer.Option("--neighbours", "-k", min=1, help="Passages to show.")] = 8,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="Its end is what is searched by.")],
+    neighbours: Annotated[
+        int, typer.Option("--neighbours", "-k", metavar="N", min=1, help="Passages to show.")
+    ] = 8,
     checkpoint: Checkpoint = None,
     name: Name = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Which passages a text brings to mind, what followed in each, and where they stand.
+    """Show which passages a text brings to mind.
 
-    For example: nanothink memory search "In the beginning"
+    With what followed in each, and the file and line where it stands.
     """
     from dataclasses import asdict
 
@@ -189,11 +202,15 @@ def search(
 def compact(
     similarity: Annotated[
         float,
-        typer.Option("--similarity", min=0.5, max=1.0, help="Keys at least so similar are merged."),
+        typer.Option(
+            "--similarity", metavar="X", min=0.5, max=1.0, help="Keys at least so similar are merged."
+        ),
     ] = 0.95,
     max_tokens: Annotated[
         int,
-        typer.Option("--max-tokens", min=0, help="Tokens of each domain to score on; 0: do not score."),
+        typer.Option(
+            "--max-tokens", metavar="N", min=0, help="Tokens of each domain to score on; 0: do not score."
+        ),
     ] = 20_000,
     checkpoint: Checkpoint = None,
     name: Name = None,
@@ -201,7 +218,7 @@ def compact(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Merge keys that are nearly alike and were followed by the same token.
+    """Merge keys that are nearly alike and led to the same token.
 
     Says how large the memory is, and how well the model does, before and after.
     """
@@ -281,4 +298,4 @@ def _show_plan(folder: Path, plan: BuildPlan, *, as_json: bool) -> None:
         "disk_bytes": render.size(plan.disk_bytes),
     }
     names = {"seconds": "time", "memory_bytes": "memory", "disk_bytes": "disk"}
-    render.table(["memory", ""], [[names.get(k, k.replace("_", " ")), str(v)] for k, v in shown.items()])
+    render.facts((names.get(k, k.replace("_", " ")), str(v)) for k, v in shown.items())

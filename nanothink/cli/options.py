@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from nanothink.cli import completion
+
 if TYPE_CHECKING:
     from nanothink.config.run import ResolvedConfig
     from nanothink.training.distributed import Launch
@@ -30,6 +32,24 @@ class ForgivingCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, fill_bare_resume([_hyphenated(a) for a in args]))
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """As man pages have it: ``KIND`` where Typer has ``{KIND}``."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """As Typer's, without the Python types that it shows beside the names of arguments."""
+        for title, kind in (("Arguments", "argument"), ("Options", "option")):
+            records = [p.get_help_record(ctx) for p in self.get_params(ctx) if p.param_type_name == kind]
+            shown = [(record[0].partition(" <")[0], record[1]) for record in records if record]
+            if shown:
+                with formatter.section(title):
+                    formatter.write_dl(shown)
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help: command lines to begin with."""
+    return "\b\nExamples:\n" + "\n".join(f"  nanothink {command}" for command in commands)
 
 
 def fill_bare_resume(args: list[str]) -> list[str]:
@@ -64,36 +84,76 @@ def _hyphenated(argument: str) -> str:
 
 DataDir = Annotated[
     str | None,
-    typer.Option("--data-dir", help="Folder with one folder of JSONL files per domain. [default: data]"),
+    typer.Option(
+        "--data-dir", metavar="DIR", help="Folder with one folder of JSONL files per domain. [default: data]"
+    ),
 ]
 Domains = Annotated[
     list[str] | None,
-    typer.Option("--domains", help="Domains to use, comma-separated or repeated. [default: all]"),
+    typer.Option(
+        "--domains",
+        metavar="A,B",
+        help="Domains to use, comma-separated or repeated. [default: all]",
+        autocompletion=completion.domains,
+    ),
 ]
 CheckpointDir = Annotated[
-    Path, typer.Option("--checkpoint-dir", help="Where checkpoints and run records are kept.")
+    Path,
+    typer.Option("--checkpoint-dir", metavar="DIR", help="Where checkpoints and run records are kept."),
 ]
 TokenizerName = Annotated[
     str | None,
-    typer.Option("--tokenizer", help="Hub name, local folder or tokenizer.json. [default: gpt2]"),
+    typer.Option(
+        "--tokenizer", metavar="NAME", help="Hub name, local folder or tokenizer.json. [default: gpt2]"
+    ),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps. [default: auto]")
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="auto, cpu, cuda, cuda:N or mps. [default: auto]",
+        autocompletion=completion.devices,
+    ),
 ]
-MaxEpochs = Annotated[int | None, typer.Option("--max-epochs", help="Passes over the training text.")]
+MaxEpochs = Annotated[
+    int | None,
+    typer.Option("--max-epochs", metavar="N", help="Passes over the training text. [default: the preset's]"),
+]
 MaxSteps = Annotated[
-    int | None, typer.Option("--max-steps", help="Optimizer steps; decides over --max-epochs.")
+    int | None,
+    typer.Option(
+        "--max-steps",
+        metavar="N",
+        help="Optimizer steps; decides over --max-epochs. [default: by --max-epochs]",
+    ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of weights and data order.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Seed of weights and data order. [default: 42]")
+]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", help="TOML file of settings. [default: nanothink.toml if there is one]"),
+    typer.Option(
+        "--config", metavar="FILE", help="TOML file of settings. [default: nanothink.toml if there is one]"
+    ),
 ]
 Preset = Annotated[
-    str | None, typer.Option("--preset", help="tiny, default, large: see 'nanothink config presets'.")
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="tiny, default, large: see 'nanothink config presets'. [default: default]",
+        autocompletion=completion.presets,
+    ),
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Any setting of 'nanothink config show'; repeatable.",
+        autocompletion=completion.settings,
+    ),
 ]
 Resume = Annotated[
     str | None,
@@ -101,6 +161,7 @@ Resume = Annotated[
         "--resume",
         metavar="[PATH]",
         help="Go on from the latest state, or from PATH; starts anew if there is none.",
+        autocompletion=completion.checkpoints,
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Give up an earlier run of the same name.")]

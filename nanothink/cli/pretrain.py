@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nanothink.cli import completion
 from nanothink.cli.options import (
     CheckpointDir,
     ConfigFile,
@@ -26,21 +27,37 @@ from nanothink.cli.options import (
     SkipBadRecords,
     TokenizerName,
     configure_from,
+    examples,
     is_first_process,
+    launch,
 )
 
 if TYPE_CHECKING:
     from nanothink.runs.preparing import Configure, Where
 
 
+PRETRAIN_EXAMPLES = examples(
+    "pretrain transformer --preset tiny --dry-run",
+    "pretrain state_space --domains code,manual --name code",
+    "pretrain diffuser --set train_diffuser.lr=5e-5",
+    "pretrain transformer --resume",
+)
+RESUME_EXAMPLES = examples("resume", "resume checkpoints/code_expert_interrupted.pt --max-epochs 40")
+
+
 def register(app: typer.Typer) -> None:
-    app.command(cls=ForgivingCommand)(pretrain)
-    app.command(cls=ForgivingCommand)(resume)
+    app.command(cls=ForgivingCommand, epilog=PRETRAIN_EXAMPLES)(pretrain)
+    app.command(cls=ForgivingCommand, epilog=RESUME_EXAMPLES)(resume)
 
 
 def pretrain(
     kind: Annotated[
-        str, typer.Argument(help="What to train: transformer, state_space or diffuser.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="KIND",
+            help="What to train: transformer, state_space or diffuser.",
+            autocompletion=completion.kinds,
+        ),
     ],
     data_dir: DataDir = None,
     domains: Domains = None,
@@ -52,13 +69,17 @@ def pretrain(
             "--transformer",
             metavar="PATH",
             help="What a diffuser learns from. [default: transformer_expert.pt in --checkpoint-dir]",
+            autocompletion=completion.checkpoints,
         ),
     ] = None,
     max_epochs: MaxEpochs = None,
     max_steps: MaxSteps = None,
     resume: Resume = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="Name of this expert; its checkpoint is NAME_expert.pt.")
+        str | None,
+        typer.Option(
+            "--name", metavar="NAME", help="Its checkpoint is NAME_expert.pt. [default: the kind's name]"
+        ),
     ] = None,
     overwrite: Overwrite = False,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
@@ -70,10 +91,7 @@ def pretrain(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> int:
-    """Train an expert on your data.
-
-    For example: nanothink pretrain transformer --domains my_domain --preset tiny
-    """
+    """Train an expert on your data."""
     from nanothink.config.run import training_section
     from nanothink.errors import UsageError
     from nanothink.models import known_kind
@@ -109,17 +127,29 @@ def pretrain(
 
 def resume(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="Checkpoint to go on from. [default: what was interrupted last]")
+        Path | None,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="Checkpoint to go on from. [default: what was interrupted last]",
+            autocompletion=completion.checkpoints,
+        ),
     ] = None,
-    max_epochs: MaxEpochs = None,
-    max_steps: MaxSteps = None,
+    max_epochs: Annotated[
+        int | None, typer.Option("--max-epochs", metavar="N", help="A new end. [default: the checkpoint's]")
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", metavar="N", help="A new end. [default: the checkpoint's]")
+    ] = None,
     data_dir: Annotated[
-        str | None, typer.Option("--data-dir", help="Where the data is now. [default: where it was]")
+        str | None,
+        typer.Option("--data-dir", metavar="DIR", help="Where the data is now. [default: where it was]"),
     ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     assignments: Set = None,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Give up a later interrupted state of the same run.")
+    ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> int:
@@ -156,9 +186,10 @@ def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -
             return 0
         from nanothink.runs.planning import estimate_run
 
+        launched = launch()
         with render.progress() as bars:
             prepared = prepare(where, configure, Watch(note=bars.note, progress=bars))
-            estimate = estimate_run(prepared)
+            estimate = estimate_run(prepared, launched.size if launched else 1)
         if as_json:
             render.print_json(_estimate_as_dict(estimate))
         else:

@@ -7,31 +7,42 @@ from typing import Annotated
 
 import typer
 
-from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json
+from nanothink.cli import completion
+from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json, examples
+
+EXAMPLES = examples("report --open", "report transformer_expert nanothink_mla --out both.html")
 
 
 def register(app: typer.Typer) -> None:
-    app.command(cls=ForgivingCommand)(report)
+    app.command(cls=ForgivingCommand, epilog=EXAMPLES)(report)
 
 
 def report(
     run: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Names of runs, their folders, or checkpoints. [default: every run in --checkpoint-dir]"
+            metavar="RUN",
+            help="Names of runs, their folders, or checkpoints. [default: every run in --checkpoint-dir]",
+            autocompletion=completion.runs,
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The HTML file to write.")] = Path(
+        "report.html"
+    ),
     open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     data_dir: Annotated[
         str | None,
-        typer.Option("--data-dir", help="Where held-out passages come from, if the data has moved."),
+        typer.Option(
+            "--data-dir",
+            metavar="DIR",
+            help="Where held-out passages come from. [default: the data of each run]",
+        ),
     ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """One self-contained HTML page of one or several runs.
+    """Write one self-contained HTML page of one or several runs.
 
     Curves, domains, experts, samples, settings, machine. Needs no network, neither to make nor to read.
     """

@@ -9,7 +9,7 @@ import typer
 
 from nanothink.cli.options import GROUP, DataDir, Domains, ForgivingCommand, Json
 
-app = typer.Typer(help="Byte-level BPE tokenizers.", **GROUP)
+app = typer.Typer(help="Train a byte-level BPE tokenizer.", **GROUP)
 
 
 @app.callback()
@@ -22,9 +22,12 @@ def train(
     data_dir: DataDir = None,
     domains: Domains = None,
     vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", min=257, help="Entries. [default: sized to the corpus]")
+        int | None,
+        typer.Option("--vocab-size", metavar="N", min=257, help="Entries. [default: sized to the corpus]"),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write it to.")] = Path("tokenizer"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write it to.")] = Path(
+        "tokenizer"
+    ),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a tokenizer that is there.")
     ] = False,
@@ -42,13 +45,19 @@ def train(
     settings = DataConfig(data_dir=data_dir or "data", domains=tuple(domains) if domains else None)
     corpus = find_corpus(settings.data_dir, settings.domains)
     with render.progress() as bars:
+
+        def advance(done: int, total: int) -> None:
+            bars("reading", done, total)
+            if done >= total:
+                bars("merging", 0, 0)
+
         for problem in corpus.warnings:
             bars.note(str(problem))
         trained = train_on_corpus(
             corpus,
             vocab_size=vocab_size,
             val_split=settings.val_split,
-            on_progress=lambda done, total: bars("reading", done, total),
+            on_progress=advance,
         )
     path = save_tokenizer(trained, out)
     result = {"path": str(path), "vocab_size": trained.vocab_size, "fingerprint": trained.fingerprint}

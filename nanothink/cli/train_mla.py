@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nanothink.cli import completion
 from nanothink.cli.options import (
     CheckpointDir,
     ConfigFile,
@@ -24,14 +25,20 @@ from nanothink.cli.options import (
     Seed,
     Set,
     SkipBadRecords,
-    TokenizerName,
     configure_from,
+    examples,
 )
 from nanothink.cli.pretrain import train
 
+EXAMPLES = examples(
+    "train-mla --preset tiny --use-vector-store",
+    "train-mla --expert code_expert.pt --expert tales_expert.pt",
+    "train-mla --resume",
+)
+
 
 def register(app: typer.Typer) -> None:
-    app.command("train-mla", cls=ForgivingCommand)(train_mla)
+    app.command("train-mla", cls=ForgivingCommand, epilog=EXAMPLES)(train_mla)
 
 
 def train_mla(
@@ -42,18 +49,23 @@ def train_mla(
             metavar="PATH",
             help="An expert to combine; repeatable. [default: transformer_expert.pt, state_space_expert.pt "
             "and diffuser_expert.pt in --checkpoint-dir]",
+            autocompletion=completion.checkpoints,
         ),
     ] = None,
     data_dir: DataDir = None,
     domains: Domains = None,
     preset: Preset = None,
-    tokenizer: TokenizerName = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", metavar="NAME", help="Must be the experts'; leave it out.")
+    ] = None,
     max_epochs: MaxEpochs = None,
     max_steps: MaxSteps = None,
     resume: Resume = None,
     name: Annotated[
         str | None,
-        typer.Option("--name", help="Name of this model; its checkpoint is NAME_nanothink_mla.pt."),
+        typer.Option(
+            "--name", metavar="NAME", help="Its checkpoint is NAME_nanothink_mla.pt. [default: no name]"
+        ),
     ] = None,
     use_vector_store: Annotated[
         bool,
@@ -72,9 +84,9 @@ def train_mla(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> int:
-    """Train NanoThink: latent attention, router and head over frozen experts.
+    """Train NanoThink, a router over frozen experts.
 
-    For example: nanothink train-mla --expert checkpoints/code_expert.pt --expert checkpoints/tales_expert.pt
+    Latent attention, router and head are trained; the experts stay as they are.
     """
     from nanothink.errors import UsageError
     from nanothink.models import COMBINED

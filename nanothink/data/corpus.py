@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from nanothink.config.data import SPLIT_SEED
 from nanothink.data.lines import SUFFIXES, Problem, shown
 from nanothink.data.records import iter_records
-from nanothink.errors import BadRecordsError, DataError, UsageError, did_you_mean
+from nanothink.errors import BadRecordsError, DataError, UsageError, counted, did_you_mean
 
 Keys = NDArray[np.uint64]
 Sides = NDArray[np.bool_]
@@ -181,7 +181,7 @@ _NAMED_PROBLEMS = 5
 def bad_records_error(root: Path, problems: Sequence[Problem], n_bad: int) -> BadRecordsError:
     """The error for a corpus with ``n_bad`` bad lines, naming the first few of ``problems``."""
     named = sorted(problems, key=lambda problem: (problem.file, problem.line))[:_NAMED_PROBLEMS]
-    lines = [f"{n_bad:,} bad line{'s' * (n_bad > 1)} in the corpus:"]
+    lines = [f"{counted(n_bad, 'bad line')} in the corpus:"]
     lines += [f"  {problem}" for problem in named]
     if n_bad > len(named):
         lines.append(f"  and {n_bad - len(named):,} more")

@@ -32,7 +32,7 @@ import orjson
 from nanothink.data.lines import SUFFIXES, shown
 from nanothink.data.records import Record, remove_empty, storage_error, write_records
 from nanothink.data.text_files import cut_text
-from nanothink.errors import DataError, StorageError
+from nanothink.errors import DataError, StorageError, counted
 
 MAX_BYTES_PER_DOMAIN = 2 * 2**20
 """Text per domain, as bytes of its file; a few minutes of training for the smallest preset."""
@@ -172,7 +172,7 @@ def _gather(limit: int, on_progress: Progress) -> tuple[dict[str, list[Record]],
         notes.append("No installed packages were found; docstrings come from the standard library alone.")
     found = {name: domain.records for name, domain in domains.items() if domain.records}
     if 0 < len(found) < 3:
-        notes.append(f"This installation gives {len(found)} domains only: {', '.join(found)}.")
+        notes.append(f"This installation gives only {counted(len(found), 'domain')}: {', '.join(found)}.")
     return found, notes
 
 

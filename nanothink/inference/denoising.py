@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from nanothink.data.batches import validation_batches
 from nanothink.data.tokens import IGNORE, TokenStream
-from nanothink.errors import UsageError
+from nanothink.errors import UsageError, counted
 from nanothink.inference.evaluate import EvaluationStopped
 from nanothink.inference.generate import evaluating
 from nanothink.models.diffuser import Diffuser
@@ -122,7 +122,8 @@ def reconstruct(
     n_levels = model.shape.training_steps
     if not 2 <= len(passage) <= model.context_length + 1:
         raise UsageError(
-            f"the passage has {len(passage)} tokens; 2 to {model.context_length + 1} can be denoised at once"
+            f"the passage has {counted(len(passage), 'token')}; 2 to {model.context_length + 1} can be "
+            "denoised at once"
         )
     if bad := [level for level in levels if not 1 <= level <= n_levels]:
         raise UsageError(f"noise level {bad[0]}: this diffuser has levels 1 to {n_levels}")

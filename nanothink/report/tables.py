@@ -9,6 +9,7 @@ from typing import Any
 
 from nanothink.config import Config
 from nanothink.config.run import flatten, known_settings, training_section
+from nanothink.errors import counted
 from nanothink.report.passages import ReportedRun
 from nanothink.training.records import finite
 
@@ -187,9 +188,11 @@ def _remarks(run: ReportedRun) -> list[str]:
     """What a person should know about a run's records."""
     records, remarks = run.records, []
     if records.n_skipped:
-        remarks.append(f"{records.n_skipped} logged steps were skipped: loss or gradient was not finite.")
+        steps = counted(records.n_skipped, "logged step")
+        remarks.append(f"{steps} skipped: loss or gradient was not finite.")
     if records.n_unreadable:
-        remarks.append(f"{records.n_unreadable} lines of its records are damaged and left out.")
+        lines = counted(records.n_unreadable, "damaged line")
+        remarks.append(f"{lines} of its records left out.")
     return remarks
 
 

@@ -19,6 +19,7 @@ from nanothink.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     UsageError,
+    counted,
 )
 from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription
 from nanothink.models.contract import LanguageModel
@@ -135,7 +136,7 @@ def shaped_by(experts: Sequence[FrozenExpert], resolved: ResolvedConfig) -> Conf
         length = config.model.max_seq_len
     if asked("mla.n_experts") and config.mla.n_experts != len(experts):
         raise CheckpointMismatchError(
-            f"mla.n_experts={config.mla.n_experts} was asked for, and there are {len(experts)} experts: "
+            f"mla.n_experts={config.mla.n_experts} was asked for, not {counted(len(experts), 'expert')}: "
             f"{', '.join(str(expert.path) for expert in experts)}. Name as many by --expert."
         )
     settled: dict[str, Any] = {

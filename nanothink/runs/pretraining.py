@@ -28,7 +28,7 @@ from nanothink.checkpoints import (
 from nanothink.config import TrainMLAConfig
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream
-from nanothink.errors import DataError, UsageError
+from nanothink.errors import DataError, counted
 from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped, evaluate_model
 from nanothink.inference.generate import generate
@@ -49,6 +49,7 @@ from nanothink.runs.preparing import (
     ending_settings,
     experts_to_combine,
     frozen_transformer,
+    largest_share,
     prepare,
 )
 from nanothink.training.distributed import ALONE, Processes, join
@@ -88,11 +89,7 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
             if where.resume is None:
                 _check_new_run(where, configure, store)
             prepared = prepare(where, configure, watch)
-            if prepared.training.batch_size < processes.size:
-                raise UsageError(
-                    f"{prepared.training.section}.batch_size={prepared.training.batch_size} gives "
-                    f"{processes.size} processes less than one block each. Raise it, or start fewer."
-                )
+            largest_share(prepared, processes.size)
             ending = earlier_ending(prepared)
             origin = prepared.origin.path if prepared.origin is not None else None
             word = {"origin": str(origin) if origin else None, "ending": ending and asdict(ending)}
@@ -232,7 +229,9 @@ def build_run(prepared: Prepared, watch: Watch, processes: Processes = ALONE) ->
         # A run saved before its first step has no moments yet; afterwards their absence is worth a line.
         if fresh and payload["step"] > 0:
             watch.note(
-                f"Optimizer moments start at zero for {len(fresh)} parameters: {', '.join(fresh[:5])} ..."
+                f"Optimizer moments start at zero for {counted(len(fresh), 'parameter')}: "
+                + ", ".join(fresh[:5])
+                + (" ..." if len(fresh) > 5 else "")
             )
         if scaler is not None and payload["amp_scaler"]:
             scaler.load_state_dict(dict(payload["amp_scaler"]))
@@ -491,7 +490,8 @@ def _remarks(prepared: Prepared) -> list[str]:
     warmup = effective_warmup(train_config, plan.total_steps)
     if warmup != train_config.warmup_steps:
         remarks.append(
-            f"Warming up over a tenth of this run ({warmup} steps), not {train_config.warmup_steps} steps."
+            f"Warming up over a tenth of this run ({counted(warmup, 'step')}), not "
+            f"{counted(train_config.warmup_steps, 'step')}."
         )
     length = prepared.config.model.max_seq_len
     draws = plan.total_steps * plan.blocks_per_step / len(prepared.tokens.train)
@@ -503,5 +503,6 @@ def _remarks(prepared: Prepared) -> list[str]:
                 f"{passes:.0f} times."
             )
     if prepared.tokens.skipped_records:
-        remarks.append(f"{prepared.tokens.skipped_records} bad records are left out (--skip-bad-records).")
+        left_out = counted(prepared.tokens.skipped_records, "bad record")
+        remarks.append(f"{left_out} left out (--skip-bad-records).")
     return remarks

@@ -25,6 +25,7 @@ from nanothink.errors import (
     VectorStoreDamagedError,
     VectorStoreError,
     VectorStoreMismatchError,
+    counted,
 )
 from nanothink.inference.evaluate import Evaluation, evaluate_model
 from nanothink.memory.building import BATCH_TOKENS, BuildPlan, build, plan_build, search_seconds
@@ -401,8 +402,8 @@ def build_memory(
     """Carry out a plan, and open the result."""
     if not plan.n_keys:
         raise DataError(
-            "There is nothing new to remember: "
-            f"{plan.n_known} documents are known already, {plan.n_held_out} are held out for validation."
+            f"There is nothing new to remember: {counted(plan.n_known, 'document')} known already, "
+            f"{plan.n_held_out:,} held out for validation."
         )
     note(_cost(found.folder, plan))
     build(

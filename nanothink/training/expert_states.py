@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from nanothink.data.cache import Note, cache_folder, locked, write_whole
-from nanothink.errors import StorageError
+from nanothink.errors import StorageError, counted
 from nanothink.models.nanothink import NanoThink
 
 SPARE_BYTES = 10**9
@@ -229,7 +229,8 @@ def open_states(
         why = (error.strerror if isinstance(error, OSError) else None) or error
         note(f"The experts' states cannot be kept beside {root} ({why}), {_IN_VAIN}.")
         return None
-    there = f"{n_filled} of {shape[0]} blocks are there already" if n_filled else f"{shape[0]} blocks"
+    blocks = counted(shape[0], "block")
+    there = f"{n_filled:,} of {blocks} are there already" if n_filled else blocks
     note(f"The experts' states are kept in {folder}: {there}, {_size(needed)} for all.")
     return states
 

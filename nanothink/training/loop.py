@@ -20,7 +20,7 @@ import torch
 
 from nanothink.config import TrainConfig
 from nanothink.data.tokens import IGNORE
-from nanothink.errors import InterruptedRun, TrainingDivergedError
+from nanothink.errors import InterruptedRun, TrainingDivergedError, counted
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped
 from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision
@@ -200,9 +200,9 @@ def _evaluation_is_due(run: Run) -> bool:
 def _reason_to_end(run: Run) -> str:
     """Why training is over, or an empty string. A function of the state, so a resumed run agrees."""
     if run.state.bad_evaluations >= run.config.early_stopping_patience:
-        return f"no improvement in {run.state.bad_evaluations} evaluations"
+        return f"no improvement in {counted(run.state.bad_evaluations, 'evaluation')}"
     if run.plan.is_over(run.state):
-        return f"all {run.plan.total_steps} steps done"
+        return f"all {counted(run.plan.total_steps, 'step')} done"
     return ""
 
 

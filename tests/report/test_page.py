@@ -167,7 +167,7 @@ def test_a_run_before_its_first_line(make_run: MakeRun) -> None:
 def test_a_run_whose_losses_are_not_finite(make_run: MakeRun) -> None:
     nan = float("nan")
     html = render(make_run("bad", n_steps=4, losses=[nan] * 4))
-    assert "4 logged steps were skipped" in Elements(html).text
+    assert "4 logged steps skipped" in Elements(html).text
     assert "NaN" not in json.dumps(figures_of(html))
 
 

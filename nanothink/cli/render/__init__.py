@@ -12,9 +12,9 @@ from nanothink.cli.render.console import (
     note,
     print_json,
     say,
+    setting,
     size,
     warning,
-    width,
 )
 from nanothink.cli.render.memory import compaction, memory_facts, recalled
 from nanothink.cli.render.progress import progress
@@ -27,7 +27,7 @@ from nanothink.cli.render.results import (
     streaming,
     training_summary,
 )
-from nanothink.cli.render.tables import histogram, table
+from nanothink.cli.render.tables import facts, fits, histogram, table
 from nanothink.cli.render.training import training_view
 
 __all__ = [
@@ -38,6 +38,8 @@ __all__ = [
     "error",
     "estimate",
     "evaluations",
+    "facts",
+    "fits",
     "histogram",
     "memory_facts",
     "note",
@@ -48,11 +50,11 @@ __all__ = [
     "routing",
     "samples",
     "say",
+    "setting",
     "size",
     "streaming",
     "table",
     "training_summary",
     "training_view",
     "warning",
-    "width",
 ]

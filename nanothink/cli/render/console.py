@@ -24,6 +24,11 @@ out = Console(highlight=False, width=_width())
 err = Console(stderr=True, highlight=False)
 
 
+def redraws() -> bool:
+    """Whether standard error can be drawn over: a terminal, and not one that only takes lines."""
+    return err.is_terminal and not err.is_dumb_terminal
+
+
 def printable(text: str) -> str:
     """The text without control characters: names in a file must not drive the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -69,9 +74,15 @@ def _jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def width() -> int:
-    """Columns that a result may take."""
-    return out.width
+def setting(value: object) -> str:
+    """The value of a setting as one types it after ``--set``; "-" for one that is empty."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(setting, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def count(number: float) -> str:

@@ -8,31 +8,32 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from nanothink.cli.render.console import count, out, printable, size
-from nanothink.cli.render.tables import table
+from nanothink.cli.render.tables import facts, table
+from nanothink.errors import counted
 
 if TYPE_CHECKING:
     from nanothink.runs.remembering import Compaction, MemoryFacts, Recalled
 
 
-def memory_facts(facts: MemoryFacts) -> None:
+def memory_facts(found: MemoryFacts) -> None:
     """``memory info``."""
     kept = {
         "exact": "exact",
-        "sq8": f"{count(facts.n_lists)} lists, a byte a number",
-        "pq": f"{count(facts.n_lists)} lists, a byte for four numbers",
-    }[facts.kind]
+        "sq8": f"{counted(found.n_lists, 'list')}, a byte a number",
+        "pq": f"{counted(found.n_lists, 'list')}, a byte for four numbers",
+    }[found.kind]
     rows = [
-        ["keys", f"{count(facts.n_keys)}, states of '{facts.owner.expert}' ({facts.owner.kind})"],
+        ["keys", f"{count(found.n_keys)}, states of '{found.owner.expert}' ({found.owner.kind})"],
         ["index", kept],
-        ["bytes a key", f"{facts.n_bytes / max(1, facts.n_keys):.1f}"],
-        ["size", size(facts.n_bytes)],
-        ["kept for training", size(facts.neighbours_bytes)],
-        ["documents", count(facts.n_documents)],
-        ["merged keys", count(facts.n_merged)],
-        ["texts never let in", count(facts.n_held_out)],
+        ["bytes a key", f"{found.n_bytes / max(1, found.n_keys):.1f}"],
+        ["size", size(found.n_bytes)],
+        ["kept for training", size(found.neighbours_bytes)],
+        ["documents", count(found.n_documents)],
+        ["merged keys", count(found.n_merged)],
+        ["texts never let in", count(found.n_held_out)],
     ]
-    table(["memory", ""], rows, title=str(facts.folder))
-    table(["domain", ">tokens"], [[name, count(n)] for name, n in facts.keys_by_domain.items()])
+    facts(rows, title=str(found.folder))
+    table(["domain", ">tokens"], [[name, count(n)] for name, n in found.keys_by_domain.items()])
 
 
 def recalled(found: Sequence[Recalled]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,33 +18,44 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from nanothink.cli.render.console import err, note, printable
+from nanothink.cli.render.console import duration, err, note, printable, redraws
 
 
 class Bars:
     """Progress bars with ETA for (label, done, total), and notes above them.
 
-    Without a terminal a bar is silent unless it runs long; then it says so every ten seconds.
+    A total of 0 is one that nobody knows. Where nothing can be redrawn a bar is silent unless it runs long;
+    then it says so every ten seconds.
     """
 
     _PLAIN_SECONDS = 10.0
 
-    def __init__(self, progress: Progress | None) -> None:
+    def __init__(self, progress: Progress | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
-        self._last_line = time.monotonic()
+        self._clock = clock
+        self._began: dict[str, tuple[float, int]] = {}
+        self._last_line = clock()
 
     def __call__(self, label: str, done: int, total: int) -> None:
         if self._progress is None:
-            if time.monotonic() - self._last_line >= self._PLAIN_SECONDS:
-                self._last_line = time.monotonic()
-                note(f"{label}: {100 * done / max(1, total):.0f} %")
+            self._plainly(label, done, total)
             return
         if label not in self._tasks:
-            self._tasks[label] = self._progress.add_task(label, total=total)
-        self._progress.update(self._tasks[label], completed=done, total=total)
+            self._tasks[label] = self._progress.add_task(label, total=total or None)
+        self._progress.update(self._tasks[label], completed=done)
+        if 0 < total <= done:  # the same label may come again, and begins anew then
+            self._progress.remove_task(self._tasks.pop(label))
+
+    def _plainly(self, label: str, done: int, total: int) -> None:
+        now = self._clock()
+        since, first = self._began.setdefault(label, (now, done))
         if done >= total:
-            self._progress.update(self._tasks[label], visible=False)
+            del self._began[label]
+        elif now - self._last_line >= self._PLAIN_SECONDS:
+            self._last_line = now
+            eta = f", ETA {duration((total - done) * (now - since) / (done - first))}" if done > first else ""
+            note(f"{label}: {100 * done / total:.0f} %{eta}")
 
     def note(self, message: str) -> None:
         if self._progress is None:
@@ -66,7 +77,7 @@ def progress_columns() -> list[Any]:
 
 @contextmanager
 def progress() -> Iterator[Bars]:
-    if not err.is_terminal:
+    if not redraws():
         yield Bars(None)
         return
     with Progress(*progress_columns(), console=err, transient=True) as bars:

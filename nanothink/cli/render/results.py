@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from nanothink.cli.render.console import count, duration, out, printable, say, size, warning
-from nanothink.cli.render.tables import table
+from nanothink.cli.render.tables import facts, fits, table
+from nanothink.errors import counted
 
 if TYPE_CHECKING:
     from nanothink.cli.render.training import TrainingView
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def training_summary(name: str, finished: RunFinished, best: Path, view: TrainingView) -> None:
-    say(f"{name}: {finished.reason}, {finished.epoch} whole epochs, {duration(finished.seconds)}.")
+    say(f"{name}: {finished.reason}, {counted(finished.epoch, 'whole epoch')}, {duration(finished.seconds)}.")
     if view.last_validation is not None:
         table(
             ["domain", ">loss", ">perplexity", ">bits per byte", ">tokens"],
@@ -49,17 +50,18 @@ def _errors_by_level(evaluation: Evaluation) -> None:
         )
 
 
-def _trust(evaluation: Evaluation) -> None:
+def _trust(evaluation: Evaluation, of: str = "") -> None:
     """Of a model that combines experts: mean weight of each and mean entropy, by domain."""
     if not evaluation.routing:
         return
     names = next(iter(evaluation.routing.values())).weights
     table(
-        ["weight of the experts", *(f">{name}" for name in names), ">entropy"],
+        ["domain", *(f">{name}" for name in names), ">entropy"],
         [
             [domain, *(f"{weight:.3f}" for weight in routing.weights.values()), f"{routing.entropy:.3f}"]
             for domain, routing in evaluation.routing.items()
         ],
+        title=f"Mean weight of the experts{of}",
     )
 
 
@@ -104,8 +106,9 @@ def estimate(name: str, estimate: RunEstimate) -> None:
         ["tokens per step", count(estimate.tokens_per_step)],
         ["epochs", f"{estimate.epochs:.2f} of {estimate.steps_per_epoch:.1f} steps"],
         ["precision", f"{estimate.precision}: {estimate.precision_reason}"],
+        *([["processes", count(estimate.n_processes)]] if estimate.n_processes > 1 else []),
         [
-            "peak memory, about",
+            "peak memory, about" if estimate.n_processes == 1 else "peak memory of each, about",
             f"{size(estimate.peak_memory_bytes)} ("
             + ", ".join(f"{part} {size(n)}" for part, n in estimate.memory.items())
             + ")",
@@ -115,7 +118,7 @@ def estimate(name: str, estimate: RunEstimate) -> None:
     ]
     if estimate.states_bytes:
         rows.append(["experts' states beside the tokens, at most", size(estimate.states_bytes)])
-    table(["run", ""], rows)
+    facts(rows, title="run")
     if estimate.disk_bytes > estimate.disk_free_bytes:
         warning("The disk may not hold all checkpoints of this run.")
 
@@ -139,39 +142,45 @@ def evaluations(results: Sequence[CheckpointEvaluation], split: str) -> None:
         _errors_by_level(results[0].evaluation)
         _trust(results[0].evaluation)
         return
-    domains = list(dict.fromkeys(d for r in results for d in r.evaluation.domains))
-    lowest = {
-        d: min(r.evaluation.domains[d].bits_per_byte for r in results if d in r.evaluation.domains)
-        for d in domains
-    }
-    best_overall = min(r.evaluation.overall.bits_per_byte for r in results)
-
-    def cell(value: float, best: float) -> Text:
-        return Text(f"{value:.4f}", style="bold green" if value == best else "")
-
-    table(
-        ["checkpoint", "kind", *(f">{d}" for d in domains), ">all", ">perplexity"],
-        [
-            [
-                str(r.path),
-                r.kind,
-                *(
-                    cell(r.evaluation.domains[d].bits_per_byte, lowest[d])
-                    if d in r.evaluation.domains
-                    else "-"
-                    for d in domains
-                ),
-                cell(r.evaluation.overall.bits_per_byte, best_overall),
-                f"{r.evaluation.overall.perplexity:.2f}",
-            ]
-            for r in results
-        ],
-        title=f"Bits per byte, {split} split",
-    )
+    _side_by_side(results, split)
     for r in results:
-        if r.evaluation.routing:
-            say(str(r.path), "bold")
-            _trust(r.evaluation)
+        _trust(r.evaluation, f" of {r.path}")
+
+
+def _side_by_side(results: Sequence[CheckpointEvaluation], split: str) -> None:
+    """A line a checkpoint; on a terminal with no room for that, a line a domain."""
+    domains = list(dict.fromkeys(d for r in results for d in r.evaluation.domains))
+    bits = [
+        [r.evaluation.domains[d].bits_per_byte if d in r.evaluation.domains else None for d in domains]
+        + [r.evaluation.overall.bits_per_byte]
+        for r in results
+    ]
+    lowest = [min(b for b in column if b is not None) for column in zip(*bits, strict=True)]
+    cells = [
+        [
+            Text("-") if b is None else Text(f"{b:.4f}", style="bold green" if b == best else "")
+            for b, best in zip(row, lowest, strict=True)
+        ]
+        for row in bits
+    ]
+    perplexities = [f"{r.evaluation.overall.perplexity:.2f}" for r in results]
+    title = f"Bits per byte, {split} split"
+    columns = ["checkpoint", "kind", *(f">{d}" for d in domains), ">all", ">perplexity"]
+    rows: list[list[str | Text]] = [
+        [str(r.path), r.kind, *row, perplexity]
+        for r, row, perplexity in zip(results, cells, perplexities, strict=True)
+    ]
+    if fits(columns, rows):
+        table(columns, rows, title=title)
+        return
+    table(
+        ["domain", *(f">{r.path.stem.removesuffix('_expert')}" for r in results)],
+        [
+            *([name, *row] for name, row in zip([*domains, "all"], zip(*cells, strict=True), strict=True)),
+            ["perplexity", *perplexities],
+        ],
+        title=title,
+    )
 
 
 @contextmanager
@@ -187,8 +196,10 @@ def streaming(prompt: str) -> Iterator[Callable[[str], None]]:
         sys.stdout.flush()
 
     sys.stdout.flush()
-    yield write
-    sys.stdout.write("\n")
+    try:
+        yield write
+    finally:  # an error has a line of its own
+        sys.stdout.write("\n")
 
 
 def samples(prompts: Sequence[str], texts: Sequence[str]) -> None:
@@ -207,21 +218,22 @@ _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 def routing(prompt: str) -> Iterator[Callable[[RoutedPiece], None]]:
     """Text as it comes, each token in the colour of the expert it trusts most, with that weight in percent.
 
-    Piped: a plain line a token, with the weight of every expert.
+    Piped, or without colours: a plain line a token, with the weight of every expert.
     """
     totals: dict[str, float] = {}
     n_tokens = 0
-    if out.is_terminal:
+    coloured = out.is_terminal and not out.no_color and not out.is_dumb_terminal
+    if coloured:
         out.print(Text(printable(prompt), style="dim"), end="", soft_wrap=True)
 
     def show(piece: RoutedPiece) -> None:
         nonlocal n_tokens
-        if not n_tokens and not out.is_terminal:
+        if not n_tokens and not coloured:
             sys.stdout.write("\t".join(["token", "expert", *piece.weights]) + "\n")
         n_tokens += 1
         for name, weight in piece.weights.items():
             totals[name] = totals.get(name, 0.0) + weight
-        if not out.is_terminal:
+        if not coloured:
             numbers = (f"{weight:.3f}" for weight in piece.weights.values())
             line = "\t".join([json.dumps(piece.text, ensure_ascii=False), piece.trusted, *numbers])
             sys.stdout.write(line + "\n")
@@ -231,7 +243,7 @@ def routing(prompt: str) -> Iterator[Callable[[RoutedPiece], None]]:
         out.print(Text.assemble((printable(piece.text), colour), (percent, "dim")), end="", soft_wrap=True)
 
     yield show
-    if out.is_terminal and n_tokens:
+    if coloured and n_tokens:
         legend = [
             (f"{name} {100 * total / n_tokens:.0f} %   ", _COLOURS[i % len(_COLOURS)])
             for i, (name, total) in enumerate(totals.items())

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
-from rich.console import RenderableType
-from rich.markup import escape
+from rich import box
+from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 from rich.text import Text
 
-from nanothink.cli.render.console import count, out, printable
+from nanothink.cli.render.console import count, out, printable, say
 
-Row = Sequence[RenderableType | None]
+Row = Sequence[str | Text]
 
 
 def table(
@@ -22,43 +21,72 @@ def table(
 ) -> None:
     """A table on standard output. Columns whose name begins with '>' are right-aligned numbers.
 
-    Piped, it has no frame and keeps its width, so that ``cut`` and ``awk`` can read it.
+    With ``total`` the last row is set off from the others. Piped, a table is a heading and a line a row,
+    whatever its width: for ``grep``, ``cut`` and ``awk``.
     """
-    out.print(build_table(columns, rows, title=title, total=total))
+    if title:
+        say(title, "bold")
+    if out.is_terminal:
+        out.print(_framed(columns, rows, total=total))
+        return
+    for line in _aligned(columns, rows):
+        say(line)
 
 
-def build_table(
-    columns: Sequence[str], rows: Sequence[Row], *, title: str | None = None, total: bool = False
-) -> Table:
-    """The same table as a renderable. With ``total`` the last row is set off from the others."""
-    built = Table(
-        title=Text(printable(title)) if title else None,
-        title_justify="left",
-        title_style="bold",
-        box=_box(),
-        pad_edge=False,
-        header_style="bold",
-    )
-    for column in columns:
+def facts(rows: Iterable[Sequence[str]], *, title: str = "") -> None:
+    """Names and what they stand for, a line each."""
+    if title:
+        say(title, "bold")
+    if out.is_terminal:
+        grid = Table.grid(padding=(0, 2), pad_edge=True)
+        for name, value in rows:
+            grid.add_row(Text(name, style="dim", no_wrap=True), Text(printable(value), overflow="fold"))
+        out.print(grid)
+        out.print()
+    else:
+        for line in _aligned(["", ""], list(rows), heading=False):
+            say(line)
+
+
+def fits(columns: Sequence[str], rows: Sequence[Row]) -> bool:
+    """Whether a table keeps every cell on one line. Piped, every table does."""
+    unbounded = out.options.update(width=10_000)
+    wanted = out.measure(_framed(columns, rows, total=False), options=unbounded).maximum
+    return not out.is_terminal or wanted <= out.width
+
+
+def _framed(columns: Sequence[str], rows: Sequence[Row], *, total: bool) -> Table:
+    built = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
         right = column.startswith(">")
+        # Where there is no room, texts and headings are broken, numbers never.
+        least = max((cell_len(str(row[i])) for row in rows), default=0) if right else None
         built.add_column(
-            column.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold"
+            column.lstrip(">"), justify="right" if right else "left", min_width=least, overflow="fold"
         )
     for i, row in enumerate(rows):
         last = total and i == len(rows) - 1
         if last:
             built.add_section()
         built.add_row(
-            *(escape(printable(cell)) if isinstance(cell, str) else cell for cell in row),
+            *(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row),
             style="bold" if last else None,
         )
     return built
 
 
-def _box() -> Any:
-    from rich import box
-
-    return box.SIMPLE_HEAD if out.is_terminal else box.SIMPLE
+def _aligned(columns: Sequence[str], rows: Sequence[Row], *, heading: bool = True) -> Iterator[str]:
+    """A line a row, with two blanks between columns."""
+    cells = [[" ".join(str(cell).split("\n")) for cell in row] for row in rows]
+    if heading:
+        cells.insert(0, [column.lstrip(">") for column in columns])
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        padded = (
+            set_cell_size(" " * (width - cell_len(cell)) + cell if name.startswith(">") else cell, width)
+            for cell, width, name in zip(line, widths, columns, strict=True)
+        )
+        yield "  ".join(padded).rstrip()
 
 
 def histogram(title: str, counts: Sequence[int], edges: Sequence[float], *, unit: str) -> None:

@@ -12,9 +12,10 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
-from nanothink.cli.render.console import count, duration, err, note, printable
+from nanothink.cli.render.console import count, duration, err, note, redraws
 from nanothink.cli.render.progress import Bars, progress_columns
 from nanothink.cli.render.tables import sparkline
+from nanothink.errors import counted
 
 if TYPE_CHECKING:
     from nanothink.inference.evaluate import Evaluation
@@ -103,8 +104,8 @@ class PlainTrainingView(TrainingView):
         super().__call__(event)
         if isinstance(event, events.RunStarted):
             note(
-                f"{event.name}: from step {event.step} to {event.total_steps}, epochs of "
-                f"{count(event.n_blocks)} blocks"
+                f"{event.name}: from step {count(event.step)} to {count(event.total_steps)}, epochs of "
+                + counted(event.n_blocks, "block")
             )
         elif isinstance(event, events.StepDone) and (event.logged or event.skipped):
             eta = duration(self.eta_seconds(event.step, event.total_steps))
@@ -112,9 +113,10 @@ class PlainTrainingView(TrainingView):
             named = ", ".join(f"{name.replace('_', ' ')} {part:.3f}" for name, part in event.parts.items())
             parts = f"({named})  " if named else ""
             note(
-                f"step {event.step}/{event.total_steps}  epoch {event.epoch}  loss {event.loss:.4f}  {parts}"
-                f"lr {event.learning_rate:.2e}  grad {event.gradient_norm:.2f}  "
-                f"{count(event.tokens / max(event.seconds, 1e-9))} tok/s  ETA {eta}{skipped}"
+                f"step {count(event.step)}/{count(event.total_steps)}  epoch {event.epoch}  "
+                f"loss {event.loss:.4f}  {parts}lr {event.learning_rate:.2e}  "
+                f"grad {event.gradient_norm:.2f}  {count(event.tokens / max(event.seconds, 1e-9))} tok/s  "
+                f"ETA {eta}{skipped}"
             )
         elif isinstance(event, events.Evaluated):
             overall = event.evaluation.overall
@@ -141,8 +143,7 @@ class LiveTrainingView(TrainingView):
         super().__init__()
         self._bar = Progress(*progress_columns(), console=err)
         self._task: TaskID | None = None
-        self._evaluation_task: TaskID | None = None
-        self._busy: dict[str, TaskID] = {}
+        self._bars = Bars(self._bar)
         self._losses: list[float] = []
         self._step: Any = None
         self._validations: list[Any] = []
@@ -157,12 +158,10 @@ class LiveTrainingView(TrainingView):
         self._live.__exit__(*exception)
 
     def note(self, message: str) -> None:
-        self._live.console.print(Text(printable(message), style="dim"), soft_wrap=True)
+        self._bars.note(message)
 
     def progress(self, label: str, done: int, total: int) -> None:
-        if label not in self._busy:
-            self._busy[label] = self._bar.add_task(label, total=total)
-        self._bar.update(self._busy[label], completed=done, total=total, visible=done < total)
+        self._bars(label, done, total)
 
     def __call__(self, event: Event) -> None:
         from nanothink.training import events
@@ -237,7 +236,7 @@ class LiveTrainingView(TrainingView):
 
 @contextmanager
 def training_view() -> Iterator[PlainTrainingView | LiveTrainingView]:
-    if not err.is_terminal:
+    if not redraws():
         yield PlainTrainingView()
         return
     with LiveTrainingView() as view:

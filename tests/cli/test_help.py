@@ -1,0 +1,61 @@
+"""Every --help at 80 columns: whole sentences, words of one kind, examples that parse."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from nanothink.cli.app import app
+
+
+def _commands(command: Any, path: str = "nanothink") -> Iterator[tuple[str, Any]]:
+    yield path, command
+    for name, below in getattr(command, "commands", {}).items():
+        yield from _commands(below, f"{path} {name}")
+
+
+COMMANDS = dict(_commands(get_command(app)))
+
+
+def _help(path: str) -> str:
+    command = COMMANDS[path]
+    with command.make_context(path, [], resilient_parsing=True, terminal_width=80) as context:
+        return str(command.get_help(context))
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_help_fits_80_columns_and_speaks_of_no_python_types(path: str) -> None:
+    text = _help(path)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "..." not in text.replace("]...", "")  # nothing is cut off
+    assert not re.search(r"<(str|int|float|path|list)|\{\w+\}", text)
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_options_that_take_a_value_say_its_default(path: str) -> None:
+    without = {"--set", "--level", "--expert", "--name", "--resume", "--transformer", "--checkpoint"}
+    for option in COMMANDS[path].params:
+        takes_one = option.param_type_name == "option" and not option.is_flag and not option.required
+        if takes_one and option.opts[0] not in without:
+            shown = option.get_help_record(COMMANDS[path].make_context(path, [], resilient_parsing=True))[1]
+            assert "default:" in shown or "leave it out" in shown, option.opts
+
+
+@pytest.mark.parametrize("path", [path for path, command in COMMANDS.items() if command.epilog])
+def test_the_examples_parse(path: str) -> None:
+    for line in COMMANDS[path].epilog.splitlines()[2:]:
+        words = shlex.split(line.partition(" < ")[0])
+        length = len(path.split())
+        assert words[:length] == path.split()
+        COMMANDS[path].make_context(path, words[length:])
+
+
+def test_commands_come_in_the_order_of_the_story() -> None:
+    listed = re.findall(r"^  ([a-z-]+) ", _help("nanothink").partition("Commands:")[2], re.M)
+    assert listed[:4] == ["data", "tokenizer", "pretrain", "train-mla"]
+    assert len(listed) == len(COMMANDS["nanothink"].commands)

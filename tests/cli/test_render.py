@@ -1,0 +1,114 @@
+"""Tables on a terminal and in a pipe, and progress where nothing can be redrawn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nanothink.cli import render
+from nanothink.cli.render import results, tables
+from nanothink.cli.render.progress import Bars
+from nanothink.errors import counted
+from nanothink.inference.evaluate import Evaluation, Score
+from nanothink.runs.evaluating import CheckpointEvaluation
+
+Terminal = Callable[[int], io.StringIO]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Results go to a terminal of so many columns from now on."""
+
+    def of(width: int) -> io.StringIO:
+        written = io.StringIO()
+        console = Console(file=written, force_terminal=True, width=width, color_system=None)
+        for module in (tables, results, render.console):
+            monkeypatch.setattr(module, "out", console)
+        return written
+
+    return of
+
+
+def test_a_piped_table_is_a_line_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    render.table([">n", "path", ">size"], [["1", "a" * 300, "10"], ["20", "b\nc", "5"]], title="Files")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Files"
+    assert [line.split() for line in lines[1:]] == [
+        ["n", "path", "size"],
+        ["1", "a" * 300, "10"],
+        ["20", "b", "c", "5"],
+    ]
+    assert len({len(line) for line in lines[1:]}) == 1  # right-aligned to the end
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_piped_facts_are_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    render.facts([("device", "cpu"), ("disk", "x" * 300)], title="machine")
+    assert capsys.readouterr().out.splitlines() == ["machine", "device  cpu", f"disk    {'x' * 300}"]
+
+
+def _evaluated(n_domains: int) -> list[CheckpointEvaluation]:
+    domains = {f"domain{i}": Score(1000.0 * (i + 1), 1000, 4000) for i in range(n_domains)}
+    return [
+        CheckpointEvaluation(Path(f"checkpoints/{kind}_expert.pt"), kind, Evaluation(domains))
+        for kind in ("transformer", "state_space", "diffuser")
+    ]
+
+
+def test_side_by_side_turns_where_a_line_a_checkpoint_has_no_room(terminal: Terminal) -> None:
+    narrow = terminal(80)
+    render.evaluations(_evaluated(6), "val")
+    text = narrow.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    for word in ("transformer", "state_space", "diffuser", "domain5", "0.3607", "perplexity"):
+        assert word in text  # whole, not folded
+
+    wide = terminal(160)
+    render.evaluations(_evaluated(6), "val")
+    assert "checkpoints/state_space_expert.pt" in wide.getvalue()
+
+
+def test_numbers_are_never_broken(terminal: Terminal) -> None:
+    written = terminal(40)
+    render.table(["file", ">parameters", ">bits per byte"], [["checkpoints/" * 5, "1,234,567", "0.8080"]])
+    assert "1,234,567" in written.getvalue()
+    assert "0.8080" in written.getvalue()
+
+
+def test_plain_progress_says_when_it_will_be_done(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    bars = Bars(None, clock=lambda: now)
+    for done in range(11):
+        now = 6.0 * done
+        bars("verifying", done, 10)
+    assert capsys.readouterr().err.splitlines() == [
+        "verifying: 20 %, ETA 48s",
+        "verifying: 40 %, ETA 36s",
+        "verifying: 60 %, ETA 24s",
+        "verifying: 80 %, ETA 12s",
+    ]
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render.console, "err", Console(force_terminal=True, _environ={"TERM": "dumb"}))
+    assert not render.console.redraws()
+    monkeypatch.setattr(render.console, "err", Console(force_terminal=True, _environ={"TERM": "xterm"}))
+    assert render.console.redraws()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(True, "true"), (None, "-"), (3e-4, "0.0003"), ([0.9, 0.95], "0.9, 0.95"), (1e6, "1e+06"), ("a", "a")],
+)
+def test_settings_are_shown_as_they_are_typed(value: object, shown: str) -> None:
+    assert render.setting(value) == shown
+
+
+def test_one_is_singular() -> None:
+    assert counted(1, "record") == "1 record"
+    assert counted(0, "record") == "0 records"
+    assert counted(2844, "record") == "2,844 records"
