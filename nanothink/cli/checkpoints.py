@@ -124,7 +124,7 @@ def verify(
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     as_json: Json = False,
 ) -> int:
-    """Check every byte and every weight; exit code 1 if any file is damaged."""
+    """Check every byte and weight; exit code 1 if any file is damaged."""
     from nanothink.checkpoints import list_checkpoints, verify_checkpoint
     from nanothink.cli import render
     from nanothink.errors import CheckpointError
