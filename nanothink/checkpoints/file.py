@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import torch
+from torch import Tensor
 
 from nanothink.checkpoints.archive import DigestingWriter, check_archive, damaged
 from nanothink.checkpoints.names import orphaned_temporaries, temporary_path
@@ -38,8 +39,12 @@ from nanothink.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     StorageError,
+    counted,
     did_you_mean,
 )
+
+_PIECE = 2**22
+"""Numbers looked at at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +121,23 @@ def read_checkpoint(path: Path, *, map_location: str = "cpu", mmap: bool = False
     return _load(path, thorough=True, map_location=map_location, mmap=mmap)
 
 
-def verify_checkpoint(path: Path) -> CheckpointSummary:
-    """``read_checkpoint`` for its checks alone: reads every byte, holds none. Raises the same errors."""
-    return _summarise(path, _load(path, thorough=True, map_location="cpu", mmap=True))
+def verify_checkpoint(path: Path, *, on_bytes: Callable[[int], None] | None = None) -> CheckpointSummary:
+    """``read_checkpoint`` for its checks alone: reads every byte, holds none.
+
+    ``on_bytes`` hears of the bytes of each piece as it is compared with the digest. Raises the same errors,
+    and CheckpointDamagedError for weights that are not finite: NanoThink writes none, and no model works
+    with them.
+    """
+    payload = _load(path, thorough=True, map_location="cpu", mmap=True, on_bytes=on_bytes)
+    wrong = [name for name, tensor in payload["model_state"].items() if not _is_finite(tensor)]
+    if wrong:
+        more = ", ..." if len(wrong) > 3 else ""
+        raise damaged(
+            path,
+            f"{counted(len(wrong), 'tensor')} of {len(payload['model_state']):,} hold numbers that are not "
+            f"finite ({', '.join(wrong[:3])}{more})",
+        )
+    return _summarise(path, payload)
 
 
 def read_summary(path: Path) -> CheckpointSummary:
@@ -198,14 +217,27 @@ def _cannot_write(path: Path, error: OSError, needed: int, *, replaced: bool) ->
     return StorageError(f"{path}: cannot be written: {what}. {kept}. {remedy[0].upper()}{remedy[1:]}")
 
 
-def _load(path: Path, *, thorough: bool, map_location: str, mmap: bool) -> CheckpointPayload:
+def _is_finite(tensor: Tensor) -> bool:
+    """Piece by piece, since the look itself takes a copy."""
+    flat = tensor.reshape(-1)
+    return all(bool(flat[at : at + _PIECE].isfinite().all()) for at in range(0, flat.numel(), _PIECE))
+
+
+def _load(
+    path: Path,
+    *,
+    thorough: bool,
+    map_location: str,
+    mmap: bool,
+    on_bytes: Callable[[int], None] | None = None,
+) -> CheckpointPayload:
     if map_location != "cpu":
         torch.empty(0, device=map_location)  # an unknown device is no fault of the file
     try:
         if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
             raise damaged(path, "it is a pipe or a device, not a file")
         with path.open("rb") as file:
-            check_archive(file, path, thorough=thorough)
+            check_archive(file, path, thorough=thorough, on_bytes=on_bytes)
             try:
                 # The open file, where possible: what is loaded is then what was checked.
                 payload: object = torch.load(

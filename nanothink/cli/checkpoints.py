@@ -124,7 +124,7 @@ def verify(
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     as_json: Json = False,
 ) -> int:
-    """Read every byte and check it; exit code 1 if any file is damaged."""
+    """Check every byte and every weight; exit code 1 if any file is damaged."""
     from nanothink.checkpoints import list_checkpoints, verify_checkpoint
     from nanothink.cli import render
     from nanothink.errors import CheckpointError
@@ -132,10 +132,17 @@ def verify(
     paths = checkpoint or [entry.path for entry in list_checkpoints(checkpoint_dir)]
     results: dict[Path, str | None] = {}
     with render.progress() as bars:
-        for i, path in enumerate(paths):
-            bars("verifying", i, len(paths))
+        total = sum(path.stat().st_size for path in paths if path.is_file())
+        done = 0
+
+        def advance(n_bytes: int) -> None:
+            nonlocal done
+            done += n_bytes
+            bars("verifying", done, total)
+
+        for path in paths:
             try:
-                verify_checkpoint(path)
+                verify_checkpoint(path, on_bytes=advance)
                 results[path] = None
             except CheckpointError as error:
                 results[path] = str(error).removeprefix(f"{path}: ")

@@ -20,7 +20,8 @@ def doctor(
     from nanothink.cli import render
     from nanothink.runs.examining import examine
 
-    findings = examine(device, checkpoint_dir)
+    with render.progress() as bars:
+        findings = examine(device, checkpoint_dir, bars)
     if as_json:
         render.print_json(findings)
     else:

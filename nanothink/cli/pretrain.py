@@ -29,6 +29,7 @@ from nanothink.cli.options import (
     configure_from,
     examples,
     is_first_process,
+    launch,
 )
 
 if TYPE_CHECKING:
@@ -185,9 +186,10 @@ def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -
             return 0
         from nanothink.runs.planning import estimate_run
 
+        launched = launch()
         with render.progress() as bars:
             prepared = prepare(where, configure, Watch(note=bars.note, progress=bars))
-            estimate = estimate_run(prepared)
+            estimate = estimate_run(prepared, launched.size if launched else 1)
         if as_json:
             render.print_json(_estimate_as_dict(estimate))
         else:

@@ -45,13 +45,19 @@ def train(
     settings = DataConfig(data_dir=data_dir or "data", domains=tuple(domains) if domains else None)
     corpus = find_corpus(settings.data_dir, settings.domains)
     with render.progress() as bars:
+
+        def advance(done: int, total: int) -> None:
+            bars("reading", done, total)
+            if done >= total:
+                bars("merging", 0, 0)
+
         for problem in corpus.warnings:
             bars.note(str(problem))
         trained = train_on_corpus(
             corpus,
             vocab_size=vocab_size,
             val_split=settings.val_split,
-            on_progress=lambda done, total: bars("reading", done, total),
+            on_progress=advance,
         )
     path = save_tokenizer(trained, out)
     result = {"path": str(path), "vocab_size": trained.vocab_size, "fingerprint": trained.fingerprint}

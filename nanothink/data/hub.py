@@ -49,6 +49,16 @@ def hub_folder(name: str) -> Path:
     return _download(name)
 
 
+def availability(name: str) -> str:
+    """Where the tokenizer of that name would come from, or why it cannot be had. Loads nothing."""
+    if _cached(name) is not None:
+        return "in the Hugging Face cache"
+    reason = _why_unreachable(name)
+    if reason is None:
+        return "not cached yet; the Hugging Face Hub answers"
+    return f"neither cached nor reachable ({reason}); one is trained on your data in its place"
+
+
 def _cached(name: str) -> Path | None:
     import huggingface_hub
 

@@ -432,6 +432,7 @@ def resolve_tokenizer(
     val_split: float,
     skip_bad_records: bool = False,
     note: Callable[[str], None],
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Tokenizer:
     """``load_tokenizer``, or a stand-in trained here when the default ``gpt2`` cannot be had.
 
@@ -440,7 +441,7 @@ def resolve_tokenizer(
 
     The stand-in is trained on the training split of every domain in the data root, not only of those
     selected, and is used for that name from then on, whatever becomes of the corpus or the network:
-    experts can only be combined if they share one tokenizer.
+    experts can only be combined if they share one tokenizer. ``on_progress`` hears of the bytes read for it.
     """
     if _looks_like_path(name) or Path(name).expanduser().exists():
         return load_tokenizer(name)
@@ -453,14 +454,14 @@ def resolve_tokenizer(
     except TokenizerUnreachableError:
         if name != REPLACEABLE:
             raise
-    if not skip_bad_records and (problems := validate_corpus(corpus).errors):
+    if not skip_bad_records and (problems := validate_corpus(corpus, on_progress=on_progress).errors):
         raise bad_records_error(
             corpus.root, problems, len(problems)
         )  # a refused corpus leaves nothing behind
     with locked(cache, note):
         if kept := _stand_in(folder, name, note):
             return kept
-        trained = train_on_corpus(find_corpus(corpus.root), val_split=val_split)
+        trained = train_on_corpus(find_corpus(corpus.root), val_split=val_split, on_progress=on_progress)
         save_tokenizer(trained, folder, stands_for=name)
     note(
         f"Tokenizer '{name}' is neither cached nor reachable, so one was trained on this corpus instead "

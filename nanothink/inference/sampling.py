@@ -88,8 +88,9 @@ def next_tokens(
     scores = logits.detach().to("cpu", torch.float64, copy=True)
     if not bool(torch.isfinite(scores.amax(1)).all()):  # amax passes NaN on
         raise NanoThinkError(
-            "the model's logits are not finite, so there is nothing to draw from; its weights are probably "
-            "damaged or its training diverged: check the checkpoint with 'nanothink checkpoints verify'"
+            "The model's logits are not finite, so there is nothing to draw from: its training diverged, or "
+            "its weights were changed. 'nanothink checkpoints verify' says which of your checkpoints can be "
+            "used; if none can, train again with a lower learning rate."
         )
     if config.repetition_penalty != 1:
         for row, tokens in zip(scores, previous, strict=True):

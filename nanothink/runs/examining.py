@@ -6,21 +6,32 @@ import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import nanothink
-from nanothink.config import TrainExpertConfig
+from nanothink.config import DataConfig, TrainExpertConfig
+from nanothink.data.hub import availability
 from nanothink.models.precision import bfloat16_gain, choose_device, choose_precision
 from nanothink.models.selective_scan import RULE, choose_scan
+from nanothink.models.selective_scan.compiled import compiler
 
 
-def examine(device_name: str | None, checkpoint_dir: Path) -> dict[str, str]:
+def examine(
+    device_name: str | None, checkpoint_dir: Path, progress: Callable[[str, int, int], None]
+) -> dict[str, str]:
     """Findings by topic, each one a sentence a person can act on."""
     device = choose_device(device_name)
+    progress("measuring precisions", 0, 3)
     precision = choose_precision(TrainExpertConfig(), device)
+    gain = bfloat16_gain()
+    progress("trying the selective scan", 1, 3)
     scan = choose_scan(device.type)
+    progress("looking for the tokenizer", 2, 3)
+    tokenizer = DataConfig().tokenizer
+    where_from = availability(tokenizer)
     folder = checkpoint_dir.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -31,13 +42,13 @@ def examine(device_name: str | None, checkpoint_dir: Path) -> dict[str, str]:
         "device": _describe(device),
         "precision": f"{precision.name}: {precision.reason}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
-        "bfloat16 on this CPU": f"{bfloat16_gain():.2f} times the speed of float32",
+        "bfloat16 on this CPU": f"{gain:.2f} times the speed of float32",
+        "C++ compiler": compiler()
+        or "none (g++, c++ or clang++): state-space models train slower on a CPU. Install one: g++",
         "selective scan": f"{scan.name}: {scan.reason}. {RULE}",
+        "tokenizer": f"{tokenizer}: {where_from}",
         "disk": f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free at {folder}"
         + ("" if os.access(folder, os.W_OK) else ", and not writable: choose another --checkpoint-dir"),
-        "Hugging Face Hub": "offline (HF_HUB_OFFLINE is set)"
-        if os.environ.get("HF_HUB_OFFLINE")
-        else "used when reachable",
     }
     for package, purpose, extra in (
         ("pyarrow", "data import of parquet files", "parquet"),

@@ -21,6 +21,7 @@ from nanothink.errors import counted
 from nanothink.inference.sampling import SamplingConfig
 from nanothink.models import COMBINED
 from nanothink.models.contract import LanguageModel
+from nanothink.models.nanothink import NanoThink
 from nanothink.models.state_space import StateSpace, to_mamba_config, to_mamba_state_dict
 from nanothink.models.transformer import Transformer, to_qwen3_config, to_qwen3_state_dict
 from nanothink.runs.loading import LoadedModel, opened
@@ -41,7 +42,7 @@ class Export:
     how_to_load: str
     """A line of Python."""
     notes: tuple[str, ...]
-    """What of the checkpoint did not fit its model."""
+    """What of the checkpoint did not fit its model, or does not come along."""
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, *, overwrite: bool = False) -> Export:
@@ -59,6 +60,14 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, overwrite: bool = False
     payload = read_checkpoint(checkpoint, mmap=True)
     loaded = opened(checkpoint, payload, device="cpu", memory=False)
     model = loaded.model
+    notes = list(loaded.notes)
+    if isinstance(model, NanoThink) and model.recall is not None:
+        # A share of no use without the texts, which are not this folder's to give away.
+        model.recall = None
+        notes.append(
+            "its memory is not part of the export: the model in it writes and scores as with --no-memory. "
+            "To use the memory, keep the checkpoint"
+        )
     foreign, weights = _foreign(model)
     architecture = foreign["architectures"][0] if foreign else None
     eos = loaded.tokenizer.eos_id
@@ -100,7 +109,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, overwrite: bool = False
         FILES,
         sum((folder / name).stat().st_size for name in FILES),
         how,
-        loaded.notes,
+        tuple(notes),
     )
 
 

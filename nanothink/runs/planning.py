@@ -9,7 +9,7 @@ from nanothink.memory.index import bytes_per_key, choose_kind
 from nanothink.memory.neighbours import BYTES_PER_NEIGHBOUR
 from nanothink.models import COMBINED
 from nanothink.runs.keeping import kept_bytes
-from nanothink.runs.preparing import Prepared
+from nanothink.runs.preparing import Prepared, largest_share
 from nanothink.training.optimizer import effective_warmup
 
 _FLOAT32 = 4
@@ -31,7 +31,9 @@ class RunEstimate:
     steps_per_epoch: float
     warmup_steps: int
     epochs: float
+    n_processes: int
     memory: dict[str, int]
+    """Of each process."""
     checkpoint_bytes: int
     disk_bytes: int
     disk_free_bytes: int
@@ -45,8 +47,11 @@ class RunEstimate:
         return sum(self.memory.values())
 
 
-def estimate_run(prepared: Prepared) -> RunEstimate:
-    """Count what can be counted and estimate the rest, without a step of training."""
+def estimate_run(prepared: Prepared, n_processes: int = 1) -> RunEstimate:
+    """Count what can be counted and estimate the rest, without a step of training.
+
+    Raises UsageError when the processes are too many for the batch.
+    """
     config, train_config, plan = prepared.config, prepared.training, prepared.plan
     model = prepared.build_model()
     groups = model.parameter_groups()
@@ -66,7 +71,7 @@ def estimate_run(prepared: Prepared) -> RunEstimate:
         "weights": _FLOAT32 * (n_parameters + n_fixed),
         "gradients": _FLOAT32 * n_parameters,
         "optimizer": _FLOAT32 * moments,
-        "activations": model.activation_bytes(train_config.batch_size, length, value_bytes),
+        "activations": model.activation_bytes(largest_share(prepared, n_processes), length, value_bytes),
         "process": _PROCESS_BYTES,
     }
     store_disk = 0
@@ -85,6 +90,7 @@ def estimate_run(prepared: Prepared) -> RunEstimate:
         steps_per_epoch=plan.n_blocks / plan.blocks_per_step,
         warmup_steps=effective_warmup(train_config, plan.total_steps),
         epochs=epochs,
+        n_processes=n_processes,
         memory=memory,
         checkpoint_bytes=checkpoint,
         # best, rolling, snapshots, and the temporary file of the one being written

@@ -128,6 +128,20 @@ class Prepared:
         return rebuild(kind, config, vocab_size, self.inside, payload=payload, path=path)
 
 
+def largest_share(prepared: Prepared, n_processes: int) -> int:
+    """Blocks of a batch that one of so many processes computes at most.
+
+    Raises UsageError when one would have none.
+    """
+    batch_size = prepared.training.batch_size
+    if batch_size < n_processes:
+        raise UsageError(
+            f"{prepared.training.section}.batch_size={batch_size} gives {n_processes} processes less "
+            "than one block each. Raise it, or start fewer."
+        )
+    return -(-batch_size // n_processes)
+
+
 def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     """Find the checkpoint to go on from, settle the settings, read and tokenise the data."""
     origin = _find_start(where, watch)
@@ -168,6 +182,7 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
             val_split=config.data.val_split,
             skip_bad_records=config.data.skip_bad_records,
             note=watch.note,
+            on_progress=lambda done, total: watch.progress("training a tokenizer", done, total),
         )
     tokens = tokenise(
         corpus,

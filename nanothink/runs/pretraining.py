@@ -28,7 +28,7 @@ from nanothink.checkpoints import (
 from nanothink.config import TrainMLAConfig
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream
-from nanothink.errors import DataError, UsageError, counted
+from nanothink.errors import DataError, counted
 from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped, evaluate_model
 from nanothink.inference.generate import generate
@@ -49,6 +49,7 @@ from nanothink.runs.preparing import (
     ending_settings,
     experts_to_combine,
     frozen_transformer,
+    largest_share,
     prepare,
 )
 from nanothink.training.distributed import ALONE, Processes, join
@@ -88,11 +89,7 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
             if where.resume is None:
                 _check_new_run(where, configure, store)
             prepared = prepare(where, configure, watch)
-            if prepared.training.batch_size < processes.size:
-                raise UsageError(
-                    f"{prepared.training.section}.batch_size={prepared.training.batch_size} gives "
-                    f"{processes.size} processes less than one block each. Raise it, or start fewer."
-                )
+            largest_share(prepared, processes.size)
             ending = earlier_ending(prepared)
             origin = prepared.origin.path if prepared.origin is not None else None
             word = {"origin": str(origin) if origin else None, "ending": ending and asdict(ending)}

@@ -156,6 +156,25 @@ def test_summary_reads_no_tensor_data(tmp_path, make_payload):
     assert best_seconds(read_summary) < best_seconds(verify_checkpoint) / 3
 
 
+def test_weights_that_are_not_finite_are_found_and_named(tmp_path, make_payload):
+    path = tmp_path / "a.pt"
+    odd = torch.zeros(3, 5_000_000)
+    odd[2, -1] = float("inf")  # in the last of several pieces
+    write_checkpoint(path, make_payload(model_state={"sound": torch.ones(4), "odd": odd.T}))
+    with pytest.raises(CheckpointDamagedError, match=r"1 tensor of 2 hold numbers .* finite \(odd\)"):
+        verify_checkpoint(path)
+    assert read_checkpoint(path)["step"] == 7  # as it was written, all the same
+
+
+def test_verifying_says_how_far_it_is(tmp_path, make_payload):
+    path = tmp_path / "a.pt"
+    write_checkpoint(path, make_payload(model_state={"a": torch.zeros(3_000_000)}))
+    pieces: list[int] = []
+    verify_checkpoint(path, on_bytes=pieces.append)
+    assert len(pieces) > 1
+    assert 0 <= path.stat().st_size - sum(pieces) < 200  # the digest itself
+
+
 # --- damage -------------------------------------------------------------------------------------------
 
 

@@ -153,7 +153,27 @@ def test_a_dry_run_says_what_it_would_take_and_writes_no_checkpoint(
     assert estimate["peak_memory_bytes"] > 0
     assert not (tmp_path / "none").exists()
     assert pretrain(tmp_path / "none", "--dry-run") == 0
-    assert "peak memory" in said()[0]
+    assert "peak memory, about" in said()[0]
+
+
+def test_a_dry_run_under_torchrun_is_of_each_process(
+    pretrain: Callable[..., int], said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pretrain(tmp_path / "none", "--dry-run", "--json") == 0
+    alone = as_json(said)
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "none", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert pretrain(tmp_path / "none", "--dry-run", "--json") == 0
+    one_of_two = as_json(said)
+    assert (alone["n_processes"], one_of_two["n_processes"]) == (1, 2)
+    assert one_of_two["memory"]["activations"] < alone["memory"]["activations"]
+    assert one_of_two["memory"]["weights"] == alone["memory"]["weights"]
+    assert pretrain(tmp_path / "none", "--dry-run", "--set", "train_expert.batch_size=1") == 2
+    assert "less than one block each" in said()[1]
+    monkeypatch.setenv("RANK", "1")
+    assert pretrain(tmp_path / "none", "--dry-run") == 0
+    assert said() == ("", "")
 
 
 def test_a_new_run_refuses_to_replace_an_old_one(
@@ -339,12 +359,21 @@ def test_settings_and_where_they_come_from(
 
 def test_underscores_of_older_scripts_are_understood(tiny_corpus: Path, said: Said) -> None:
     assert run(["data", "validate", "--data_dir", str(tiny_corpus)]) == 0
-    assert "all valid" in said()[0]
+    assert "110 records in 3 files: all valid" in said()[0]
+
+
+def test_one_of_something_is_singular(said: Said, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.jsonl").write_text('{"text": "one"}\n{"text": 1}\n')
+    assert run(["data", "validate", str(tmp_path)]) == 1
+    assert "1 record in 1 file: 1 error." in said()[0]
 
 
 def test_the_doctor_answers(said: Said, tmp_path: Path) -> None:
     assert run(["doctor", "--json", "--checkpoint-dir", str(tmp_path)]) == 0
-    assert {"device", "precision", "torch", "disk"} <= set(as_json(said))
+    found = as_json(said)
+    assert {"device", "precision", "torch", "C++ compiler", "disk"} <= set(found)
+    assert "HF_HUB_OFFLINE" in found["tokenizer"] or "cache" in found["tokenizer"]
 
 
 def test_a_resumed_run_holds_the_rates_of_its_last_step(copied: Path) -> None:

@@ -47,7 +47,7 @@ def settings(changes: dict[str, Any]) -> Config:
     nested = {section: dict(values) for section, values in SMALL.items()}
     for name, value in changes.items():
         section, _, key = name.partition(".")
-        nested[section][key] = value
+        nested.setdefault(section, {})[key] = value
     return resolve_config(base=nested).config
 
 
@@ -169,6 +169,16 @@ def test_nanothink_opens_it_again(
     if kind == COMBINED:
         assert again.model.names == ours.model.names
         assert torch.equal(again.routing(x), ours.routing(x))
+
+
+def test_the_memory_stays_behind_and_that_is_said(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = checkpoint(COMBINED, vector_store__enabled=True)
+    (note,) = export_checkpoint(path, tmp_path / "out").notes
+    assert "memory is not part of the export" in note
+    again = package.load(tmp_path / "out")
+    assert again.notes == ()
+    x = torch.ones(1, 8, dtype=torch.int64)
+    assert torch.equal(again.logits(x), package.load(path, memory=False).logits(x))
 
 
 def test_the_tokenizer_gives_the_same_ids(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from nanothink.cli.render.console import duration, err, note, printable, redraws
 class Bars:
     """Progress bars with ETA for (label, done, total), and notes above them.
 
-    Where nothing can be redrawn a bar is silent unless it runs long; then it says so every ten seconds.
+    A total of 0 is one that nobody knows. Where nothing can be redrawn a bar is silent unless it runs long;
+    then it says so every ten seconds.
     """
 
     _PLAIN_SECONDS = 10.0
@@ -41,9 +42,9 @@ class Bars:
             self._plainly(label, done, total)
             return
         if label not in self._tasks:
-            self._tasks[label] = self._progress.add_task(label, total=total)
-        self._progress.update(self._tasks[label], completed=done, total=total)
-        if done >= total:  # the same label may come again, and begins anew then
+            self._tasks[label] = self._progress.add_task(label, total=total or None)
+        self._progress.update(self._tasks[label], completed=done)
+        if 0 < total <= done:  # the same label may come again, and begins anew then
             self._progress.remove_task(self._tasks.pop(label))
 
     def _plainly(self, label: str, done: int, total: int) -> None:

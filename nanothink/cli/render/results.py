@@ -106,8 +106,9 @@ def estimate(name: str, estimate: RunEstimate) -> None:
         ["tokens per step", count(estimate.tokens_per_step)],
         ["epochs", f"{estimate.epochs:.2f} of {estimate.steps_per_epoch:.1f} steps"],
         ["precision", f"{estimate.precision}: {estimate.precision_reason}"],
+        *([["processes", count(estimate.n_processes)]] if estimate.n_processes > 1 else []),
         [
-            "peak memory, about",
+            "peak memory, about" if estimate.n_processes == 1 else "peak memory of each, about",
             f"{size(estimate.peak_memory_bytes)} ("
             + ", ".join(f"{part} {size(n)}" for part, n in estimate.memory.items())
             + ")",
@@ -195,8 +196,10 @@ def streaming(prompt: str) -> Iterator[Callable[[str], None]]:
         sys.stdout.flush()
 
     sys.stdout.flush()
-    yield write
-    sys.stdout.write("\n")
+    try:
+        yield write
+    finally:  # an error has a line of its own
+        sys.stdout.write("\n")
 
 
 def samples(prompts: Sequence[str], texts: Sequence[str]) -> None:

@@ -116,26 +116,31 @@ def _library() -> Any:
     return library
 
 
+def compiler() -> str | None:
+    """Path of the C++ compiler that would build the scan."""
+    return next(filter(None, map(shutil.which, _COMPILERS)), None)
+
+
 @functools.cache
 def _load() -> tuple[Any, str]:
     """The library, built if need be, or why there is none."""
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
+    found = compiler()
+    if found is None:
         return None, "no C++ compiler found (g++, c++ or clang++)"
     source = resources.files(__package__).joinpath("scan.cpp").read_bytes()
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
+        version = subprocess.run([found, "--version"], capture_output=True, check=True, timeout=20).stdout
         parts = (source, version, " ".join(_FLAGS).encode(), _processor().encode())
         name = f"scan-{hashlib.blake2b(b'|'.join(parts), digest_size=12).hexdigest()}.so"
         folder = _private_folder()
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="nanothink-") as scratch:
-                return _checked(_build(compiler, source, Path(scratch) / name))
+                return _checked(_build(found, source, Path(scratch) / name))
         path = folder / name
         if path.exists():
             with contextlib.suppress(OSError):  # damaged: built again below
                 return _checked(_open(path))
-        return _checked(_build(compiler, source, path))
+        return _checked(_build(found, source, path))
     except subprocess.CalledProcessError as error:
         lines = bytes(error.stderr or b"").decode(errors="replace").strip().splitlines()
         return None, f"{compiler} could not build it: {lines[0] if lines else error}"
