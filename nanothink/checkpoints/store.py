@@ -163,6 +163,10 @@ class CheckpointStore:
                 f"{self.folder}: another run is writing '{self.stem}'{_describe_holder(holder_path)}. Wait "
                 f"for it, stop it, or give this run another name (--name) or --checkpoint-dir"
             ) from None
+        except (FileExistsError, NotADirectoryError):
+            raise StorageError(
+                f"{self.folder}: is a file, or lies below one. Name a folder by --checkpoint-dir"
+            ) from None
         except OSError as error:
             raise _storage_error(lock_path, "cannot be locked", error) from error
         try:

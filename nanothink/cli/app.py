@@ -164,11 +164,16 @@ def _usage_error(error: Exception) -> int:
         word = message.split("'")[1] if "'" in message else ""
         message += did_you_mean(word, getattr(context.command, "commands", {}))
     where = context.command_path if context is not None else "nanothink"
+    message = message.partition(", unable to parse")[0]  # a validator's words about its own affairs
+    if message[-1] not in ".?":
+        message += "."
     _print_error(f"{message} See: {where} --help")
     return 2
 
 
 def _print_error(message: str) -> None:
+    if "_NANOTHINK_COMPLETE" in os.environ:  # a shell asks at Tab: it is the command line that is being typed
+        return
     from nanothink.cli import render
 
     render.error(message)

@@ -26,7 +26,7 @@ def list_all(checkpoint_dir: CheckpointDir = Path("checkpoints"), as_json: Json 
         render.print_json({"checkpoints": [_as_dict(entry) for entry in entries]})
         return
     if not entries:
-        render.say(f"No checkpoints in {checkpoint_dir}.")
+        render.note(f"No checkpoints in {checkpoint_dir}.")
         return
     columns = ["file", "kind", ">epoch", ">step", ">best loss", ">size", ">parameters", "written"]
     rows = []
@@ -152,11 +152,10 @@ def verify(
         render.print_json({"ok": sound, "files": files})
     else:
         for path, reason in results.items():
-            render.say(
-                f"{'ok      ' if reason is None else 'DAMAGED '} {path}" + (f": {reason}" if reason else "")
-            )
+            verdict = "ok" if reason is None else "DAMAGED" if path.exists() else "MISSING"
+            render.say(f"{verdict:<8} {path}" + (f": {reason}" if reason else ""))
         if not results:
-            render.say(f"No checkpoints in {checkpoint_dir}.")
+            render.note(f"No checkpoints in {checkpoint_dir}.")
     return 0 if sound else 1
 
 

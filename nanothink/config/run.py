@@ -251,7 +251,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
         text = path.read_text("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"Config file {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"Config file {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"Config file {path} cannot be read: {error}.") from None
     return _parse_toml(text, str(path))
 

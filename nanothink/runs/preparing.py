@@ -273,7 +273,12 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, note: Callable[[str], N
         entries = list_checkpoints(checkpoint_dir)
         paths = [e.path for e in entries if e.path.name.endswith("_interrupted.pt")]
         if not paths:
-            there = ", ".join(e.path.name for e in entries) or "nothing"
+            if not entries:
+                raise CheckpointNotFoundError(
+                    f"There is no checkpoint in {checkpoint_dir}. Name the folder by --checkpoint-dir, or train "
+                    "a model: nanothink pretrain transformer"
+                )
+            there = ", ".join(e.path.name for e in entries)
             raise CheckpointNotFoundError(
                 f"Nothing in {checkpoint_dir} was interrupted (there: {there}). To train a finished model "
                 "further, name its checkpoint and raise --max-epochs or --max-steps."

@@ -231,8 +231,10 @@ class Remembering:
         """The data named, or what the model was trained on."""
         data = self.config.data
         where = data_dir or data.data_dir
-        if not Path(where).is_dir():
-            raise DataError(f"The folder {where} is not there. Name one: --data-dir DIR.")
+        if data_dir is None and not Path(where).is_dir():
+            raise DataError(
+                f"The folder this was trained on, {where}, is not there. Name one: --data-dir DIR."
+            )
         corpus = find_corpus(where, domains or (data.domains if data_dir is None else None))
         for warning in corpus.warnings:
             note(str(warning))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanothink.cli import completion
+from nanothink.cli import app, completion
 from nanothink.models import EXPERT_KINDS
 
 
@@ -67,3 +67,19 @@ def test_tab_offers(place: Path, typed: str, offered: list[str]) -> None:
 
 def test_the_kinds_are_those_there_are() -> None:
     assert set(completion.KINDS) == set(EXPERT_KINDS)
+
+
+def test_nothing_is_said_about_a_line_that_is_being_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C while the shell waits for an answer."""
+
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "app", interrupted)
+    assert app.run([]) == 130
+    assert "Interrupted" in capsys.readouterr().err
+    monkeypatch.setenv("_NANOTHINK_COMPLETE", "complete_bash")
+    assert app.run([]) == 130
+    assert capsys.readouterr().err == ""
