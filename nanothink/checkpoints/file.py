@@ -324,7 +324,7 @@ def _whats_in(folder: Path) -> str:
             f"train one with `nanothink pretrain transformer`"
         )
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return f"{folder} holds {', '.join(names[:12])}{more}"
+    return f"{folder.resolve() if folder == Path() else folder} holds {', '.join(names[:12])}{more}"
 
 
 def _checkpoint_names(folder: Path) -> list[str]:

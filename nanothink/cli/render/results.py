@@ -45,8 +45,9 @@ def _errors_by_level(evaluation: Evaluation) -> None:
     """Of a model that denoises: what is left of the clean target's variance, by noise level."""
     if evaluation.denoising:
         table(
-            ["noise level", *(f">{level}" for level in evaluation.denoising)],
-            [["squared error", *(f"{mse:.4f}" for mse in evaluation.denoising.values())]],
+            ["level", *(f">{level}" for level in evaluation.denoising)],
+            [["error", *(f"{mse:.4f}" for mse in evaluation.denoising.values())]],
+            title="Squared error by noise level",
         )
 
 
