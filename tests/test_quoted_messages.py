@@ -34,17 +34,19 @@ def message(node: ast.expr) -> Message | None:
 
 
 @cache
-def messages_of_the_program() -> list[Message]:
+def messages_of_the_program() -> list[tuple[Message, set[str]]]:
+    """Each with the words in it."""
     trees = [ast.parse(path.read_text("utf-8")) for path in sorted((ROOT / "nanothink").rglob("*.py"))]
     nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.expr)]
-    return [found for node in nodes if (found := message(node)) is not None]
+    found = {told for node in nodes if (told := message(node)) is not None}
+    return [(told, {word for part in told if part for word in part.split()}) for told in found]
 
 
 LONGEST_FILLING = 60
 
 
 def own_words(quote: str, told: Message) -> int:
-    """Most characters of ``quote`` that are the message's own, if it can be a piece of what is said; else -1."""
+    """Most characters of ``quote`` that are the message's own; below 0 if it is no piece of what is said."""
 
     @cache
     def onwards(start: int, part: int) -> int:
@@ -76,7 +78,11 @@ def own_words(quote: str, told: Message) -> int:
 
 def is_said(quote: str) -> bool:
     """Whether it is a piece of one message: enough of it its own words, the rest filled in."""
-    return any(own_words(quote, told) > 0.35 * len(quote) for told in messages_of_the_program())
+    words = set(quote.split())
+    return any(
+        sum(map(len, words & known)) > 0.2 * len(quote) and own_words(quote, told) > 0.35 * len(quote)
+        for told, known in messages_of_the_program()
+    )
 
 
 def quotes(page: Path) -> Iterator[str]:
