@@ -39,7 +39,7 @@ def messages_of_the_program() -> list[tuple[Message, set[str]]]:
     trees = [ast.parse(path.read_text("utf-8")) for path in sorted((ROOT / "nanothink").rglob("*.py"))]
     nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.expr)]
     found = {told for node in nodes if (told := message(node)) is not None}
-    return [(told, {word for part in told if part for word in part.split()}) for told in found]
+    return [(told, set(re.findall(r"\w+", " ".join(filter(None, told))))) for told in found]
 
 
 LONGEST_FILLING = 60
@@ -78,7 +78,7 @@ def own_words(quote: str, told: Message) -> int:
 
 def is_said(quote: str) -> bool:
     """Whether it is a piece of one message: enough of it its own words, the rest filled in."""
-    words = set(quote.split())
+    words = set(re.findall(r"\w+", quote))
     return any(
         sum(map(len, words & known)) > 0.2 * len(quote) and own_words(quote, told) > 0.35 * len(quote)
         for told, known in messages_of_the_program()
