@@ -1,4 +1,5 @@
-"""What the documentation says is so: its tree, commands, examples, table of settings and links.
+"""What the documentation says is so: its tree, commands, table of settings and links. Examples run in
+test_docs_examples.py.
 
 ``python tests/test_docs.py`` writes the table of settings in docs/configuration.md anew.
 """
@@ -7,91 +8,25 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from documentation import (
+    CALLS,
+    PAGES,
+    ROOT,
+    Block,
+    blocks,
+    calls_in_prose,
+    commands_of_the_program,
+    leaf,
+)
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")})
 SETTINGS_PAGE = ROOT / "docs" / "configuration.md"
 _BEGIN, _END = "<!-- settings: begin -->\n", "<!-- settings: end -->\n"
-
-# ---------------------------------------------------------------------------------------------------
-# Fenced blocks
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block. ``mark`` is the HTML comment on the line before it, such as "run"."""
-
-    page: Path
-    line: int
-    language: str
-    mark: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    lines = page.read_text("utf-8").splitlines()
-    number = 0
-    while number < len(lines):
-        opening = re.fullmatch(r"( *)```(\w*)", lines[number])
-        if opening is None:
-            number += 1
-            continue
-        indent, first = len(opening[1]), number
-        number += 1
-        while not re.fullmatch(r" *```", lines[number]):
-            number += 1
-        text = "\n".join(line[indent:] for line in lines[first + 1 : number])
-        comment = re.fullmatch(r" *<!-- (\w+) -->", lines[first - 1]) if first else None
-        yield Block(page, first + 1, opening[2], comment[1] if comment else "", text)
-        number += 1
-
-
-def shell_lines(block: Block) -> list[str]:
-    """Lines a person would type: those after ``$ `` where there are any, else all. Continuations joined."""
-    lines = block.text.replace("\\\n", " ").splitlines()
-    typed = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-    return typed or lines
-
-
-def commands(block: Block) -> Iterator[list[str]]:
-    """The words after ``nanothink`` of every call in a block, up to a comment, an explanation or a pipe."""
-    for line in shell_lines(block):
-        # Two blanks set a command off from its explanation.
-        lexer = shlex.shlex(re.split(r" {2,}", line.strip())[0], posix=True, punctuation_chars="|;&><")
-        lexer.whitespace_split = True
-        words = list(lexer)
-        for i, word in enumerate(words):
-            if word == "nanothink" and (i == 0 or words[i - 1] in {"|", "||", "&&", ";"}):
-                rest = words[i + 1 :]
-                end = next((n for n, w in enumerate(rest) if set(w) <= set("|;&><")), len(rest))
-                yield rest[:end]
-
-
-SHELL = [block for page in PAGES for block in blocks(page) if block.language in {"console", "bash"}]
-CALLS = [(block, call) for block in SHELL for call in commands(block)]
-
-
-def calls_in_prose(page: Path) -> Iterator[list[str]]:
-    """Code spans such as `nanothink eval --json`; headings and placeholders in capitals are left out."""
-    text = re.sub(r"^ *```.*?^ *```|^#.*?$", "", page.read_text("utf-8"), flags=re.M | re.S)
-    for call in re.findall(r"`nanothink ([^`\[]+)`", text):
-        words = shlex.split(call)
-        if not words[0].isupper():
-            yield words
-
 
 # ---------------------------------------------------------------------------------------------------
 # 1. The tree
@@ -129,21 +64,6 @@ def test_the_tree_is_the_package() -> None:
 # 2. Every command parses
 
 
-def leaf(words: list[str]) -> tuple[Any, list[str]]:
-    """The command that words lead to, and what is left of them; a group when they end there."""
-    from typer.main import get_command
-
-    from nanothink.cli.app import app
-
-    command: Any = get_command(app)
-    path = "nanothink"
-    while hasattr(command, "commands") and words and not words[0].startswith("-"):
-        assert words[0] in command.commands, f"{path} has no command '{words[0]}'"
-        path = f"{path} {words[0]}"
-        command, words = command.commands[words[0]], words[1:]
-    return command, words
-
-
 def parse(words: list[str]) -> None:
     """Let Typer parse a call without running it; raises what a person would see as a usage error."""
     command, rest = leaf(words)
@@ -179,24 +99,6 @@ def test_every_command_in_prose_exists(page: Path) -> None:
         check_names(call)
 
 
-def commands_of_the_program() -> list[tuple[str, Any]]:
-    from typer.main import get_command
-
-    from nanothink.cli.app import app
-
-    found: list[tuple[str, Any]] = []
-
-    def walk(command: Any, path: str) -> None:
-        if hasattr(command, "commands"):
-            for name, below in command.commands.items():
-                walk(below, f"{path} {name}".strip())
-        else:
-            found.append((path, command))
-
-    walk(get_command(app), "")
-    return found
-
-
 def test_the_reference_names_every_command_and_option() -> None:
     page = (ROOT / "docs" / "commands.md").read_text("utf-8")
     section = re.compile(r"^### `nanothink ([a-z -]+?)(?: [A-Z\[][^\n]*)?`\n(.*?)(?=^##|\Z)", re.M | re.S)
@@ -211,51 +113,7 @@ def test_the_reference_names_every_command_and_option() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3. Marked examples run
-
-SMALL = {
-    "NANOTHINK_MODEL__D_MODEL": "16",
-    "NANOTHINK_MODEL__MAX_SEQ_LEN": "32",
-    "NANOTHINK_TRANSFORMER__N_LAYERS": "1",
-    "NANOTHINK_TRANSFORMER__N_HEADS": "2",
-    "NANOTHINK_TRAIN_EXPERT__MAX_STEPS": "4",
-    "NANOTHINK_TRAIN_EXPERT__SAMPLE_TOKENS": "4",
-    "NANOTHINK_TRAIN_EXPERT__AMP_DTYPE": "float32",
-}
-"""Settings that make the examples of the documentation quick without another word in them."""
-
-RUN = {page: [block for block in blocks(page) if block.mark == "run"] for page in PAGES}
-RUN = {page: marked for page, marked in RUN.items() if marked}
-
-
-def test_the_readme_is_among_the_pages_that_run() -> None:
-    assert ROOT / "README.md" in RUN
-
-
-@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
-def test_marked_examples_run_in_order(page: Path, tiny_corpus: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_corpus, tmp_path / "data")  # somebody's own text
-    bin_folder = tmp_path / ".bin"
-    bin_folder.mkdir()
-    command = bin_folder / "nanothink"
-    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m nanothink "$@"\n')
-    command.chmod(0o755)
-    environment = {**os.environ, **SMALL, "PATH": f"{bin_folder}:{os.environ['PATH']}", "COLUMNS": "100"}
-    for block in RUN[page]:
-        steps = (
-            [[sys.executable, "-c", block.text]]
-            if block.language == "python"
-            else [["bash", "-euo", "pipefail", "-c", line] for line in shell_lines(block)]
-        )
-        for step in steps:
-            done = subprocess.run(
-                step, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
-            )
-            assert done.returncode == 0, f"{block}: {step[-1]}\n{done.stdout}{done.stderr}"
-
-
-# ---------------------------------------------------------------------------------------------------
-# 4. The table of settings
+# 3. The table of settings
 
 
 def settings_table() -> str:
@@ -311,7 +169,7 @@ def test_every_dependency_has_its_reason() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. Links
+# 4. Links
 
 
 def _anchor(heading: str) -> str:
@@ -334,8 +192,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {_anchor(heading) for heading in headings}, f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_are_there(page: Path) -> None:
+    prose = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
+    for name in re.findall(r"`(?:python )?((?:nanothink|tests|benchmarks|docs)/[\w/.-]+\.\w+)", prose):
+        assert (ROOT / name).is_file() or "NAME" in name, f"{page.name} names {name}"
+
+
 # ---------------------------------------------------------------------------------------------------
-# 6. The site
+# 5. The site
 
 
 def test_the_site_builds_and_holds_every_page(tmp_path: Path) -> None:
@@ -351,7 +216,7 @@ def test_the_site_builds_and_holds_every_page(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 7. Nothing of one machine
+# 6. Nothing of one machine
 
 
 def tracked_text_files() -> Iterator[tuple[str, str]]:

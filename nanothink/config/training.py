@@ -94,8 +94,9 @@ class TrainConfig(Settings):
     max_skipped_steps: int = Field(20, ge=1)
     """Non-finite steps in a row after which training gives up."""
 
-    sample_prompts: tuple[str, ...] = ("Once upon a time", "The")
-    """Prompts continued at every epoch's end, to watch the text improve."""
+    sample_prompts: tuple[str, ...] | None = None
+    """Prompts continued at every epoch's end, to watch the text improve; when empty, the first words of a
+    held-out text of each domain, of three at most."""
 
     sample_tokens: int = Field(48, ge=0)
     """Tokens per sample; 0 writes none."""

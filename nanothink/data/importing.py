@@ -128,6 +128,8 @@ def _records(rows: Iterable[Row], source: str, findings: Findings) -> Iterator[R
         n_records += 1
     if not n_records:
         why = f" First problem: {findings.bad_rows[0]}." if findings.bad_rows else ""
+        if any(problem.reason.startswith("there is no '") for problem in findings.bad_rows[:1]):
+            why += " Name the field that holds the text: --text-field NAME"
         raise DataError(f"There is no text in {shown(source)}; nothing was written.{why}")
 
 

@@ -159,9 +159,9 @@ def where_not_utf8(path: Path) -> str:
                     break
             offset += taken
             rest = block[taken:]
-    guess = "for example with: iconv -f ISO-8859-1 -t UTF-8"
+    guess = "for example with: iconv -f ISO-8859-1 -t UTF-8 OLD > NEW"
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        guess = "for example with: iconv -f UTF-16 -t UTF-8"
+        guess = "for example with: iconv -f UTF-16 -t UTF-8 OLD > NEW"
     return (
         f"{shown(path)} is not UTF-8 text: byte 0x{rest[:1].hex()} at offset {offset:,} does not fit. "
         f"Convert the file, {guess}"

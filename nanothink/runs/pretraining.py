@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,6 +70,9 @@ TARGET_SAMPLE_BLOCKS = 64
 
 EVALUATION_TOKENS = 8192
 """Tokens per evaluation batch: enough to fill two cores, little enough to answer a signal at once."""
+
+_SAMPLED_DOMAINS = 3
+_OPENING_TOKENS = 6  # of a held-out text, as a prompt: a few words
 
 
 def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Watch) -> RunFinished:
@@ -370,7 +374,7 @@ def _services(
     def sample_here() -> Mapping[str, str]:
         if not processes.is_first:
             return {}
-        prompts = list(train_config.sample_prompts)
+        prompts = _sample_prompts(prepared)
         tokenizer = prepared.tokenizer
 
         def leave_if_asked(row: int, token: int) -> None:
@@ -398,6 +402,19 @@ def _services(
         return path
 
     return Services(evaluate=evaluate, sample=sample, save=save, observe=tell, stop=stop)
+
+
+def _sample_prompts(prepared: Prepared) -> list[str]:
+    """The prompts that were asked for; else how held-out texts begin, in the language of the data."""
+    if prepared.training.sample_prompts is not None:
+        return list(prepared.training.sample_prompts)
+    tokenizer = prepared.tokenizer
+    openings = []
+    for stream in list(prepared.tokens.val.values())[:_SAMPLED_DOMAINS]:
+        tokens = stream.block(0, 1 + _OPENING_TOKENS)[0][1:].tolist()  # what stands first is an EOS
+        first_text = takewhile(lambda token: token != tokenizer.eos_id, tokens)
+        openings.append(tokenizer.decode(list(first_text)).rstrip("\N{REPLACEMENT CHARACTER}"))
+    return list(dict.fromkeys(openings))
 
 
 def _unless_stopped(processes: Processes, work: Callable[[], T]) -> T:

@@ -51,6 +51,9 @@ from nanothink.runs.experts import find_experts, scan_that_runs, shaped_by
 Progress = Callable[[str, int, int], None]
 Note = Callable[[str], None]
 
+_LONG_SECONDS = 300  # of building, beyond which the way to a smaller memory is said
+_FEWER_KEYS = 200_000
+
 
 @dataclass(frozen=True)
 class KeyExpert:
@@ -179,10 +182,11 @@ def _cost(folder: Path, plan: BuildPlan) -> str:
         "sq8": f"in {plan.n_lists:,} lists, a byte a number",
         "pq": f"in {plan.n_lists:,} lists, a byte for four numbers",
     }[plan.kind]
+    shorter = f" Fewer keys take less: --set vector_store.max_keys={_FEWER_KEYS}."
     return (
         f"Building the memory {folder}: {plan.n_keys:,} keys, kept {kept}. That takes about "
         f"{_duration(plan.seconds)}, {_size(plan.memory_bytes)} of memory and {_size(plan.disk_bytes)} on "
-        "the disk."
+        "the disk." + (shorter if plan.seconds > _LONG_SECONDS and plan.n_keys > _FEWER_KEYS else "")
     )
 
 

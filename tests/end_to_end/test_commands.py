@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import nanothink
 from nanothink.cli.app import run
+from nanothink.data.corpus import assign_sides, text_key
 
 SMALL = [
     *("--set", "model.d_model=32", "--set", "model.max_seq_len=32", "--set", "transformer.n_layers=1"),
@@ -66,6 +68,34 @@ def test_evaluation_as_json(trained: Path, said: Said) -> None:
     for scores in (one["overall"], *one["domains"].values()):
         assert set(scores) == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}
     assert one["overall"]["tokens"] == sum(d["tokens"] for d in one["domains"].values())
+
+
+def test_samples_continue_held_out_texts_unless_prompts_are_given(
+    pretrain: Callable[..., int], tiny_corpus: Path, tmp_path: Path
+) -> None:
+    def prompts_of(folder: Path) -> list[str]:
+        line = (folder / "runs" / "transformer_expert" / "samples.jsonl").read_text("utf-8").splitlines()[-1]
+        return list(json.loads(line)["samples"])
+
+    sampled = ("--max-steps", "1", "--set", "train_expert.sample_tokens=2")
+    assert pretrain(tmp_path / "own", *sampled) == 0
+    domains = ("letters", "manuals", "tales")
+    texts = {
+        domain: [
+            json.loads(line)["text"]
+            for line in (tiny_corpus / domain / "texts.jsonl").read_bytes().splitlines()
+        ]
+        for domain in domains
+    }
+    sides = assign_sides({d: np.array([text_key(t) for t in texts[d]], np.uint64) for d in domains}, 0.1)
+    for prompt, domain in zip(prompts_of(tmp_path / "own"), domains, strict=True):
+        first_held_out = texts[domain][int(np.argmax(sides[domain]))]
+        assert prompt
+        assert first_held_out.startswith(prompt)
+        assert len(prompt) < len(first_held_out)
+    given = ("--set", 'train_expert.sample_prompts=["Es war", "einmal"]')
+    assert pretrain(tmp_path / "given", *sampled, *given) == 0
+    assert prompts_of(tmp_path / "given") == ["Es war", "einmal"]
 
 
 def test_the_parts_of_the_split_add_up(trained: Path, said: Said) -> None:

@@ -38,7 +38,7 @@ def training_summary(name: str, finished: RunFinished, best: Path, view: Trainin
         _trust(view.last_validation)
     if best.exists():
         say(f"Best model: {best}")
-        say(f'Try it: nanothink generate "Once upon a time" --checkpoint {best}')
+        say(f'Try it: nanothink generate "The beginning of a text of yours" --checkpoint {best}')
 
 
 def _errors_by_level(evaluation: Evaluation) -> None:

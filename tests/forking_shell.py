@@ -1,0 +1,119 @@
+"""A ``nanothink`` for shell lines in tests that starts at once: a fork of a process that has imported it all.
+
+Run as a program it is that process. ``python forking_shell.py SOCKET`` listens; whoever connects hands over
+its standard streams, then arguments, folder and environment, and gets back an exit code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+_CLIENT = """\
+import json, os, socket, sys
+asked = json.dumps({"args": sys.argv[2:], "cwd": os.getcwd(), "env": dict(os.environ)})
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect(sys.argv[1])
+    socket.send_fds(server, [b"."], [0, 1, 2])
+    server.sendall(asked.encode())
+    server.shutdown(socket.SHUT_WR)
+    code = server.recv(16)
+sys.exit(int(code) if code else "the command died")
+"""
+
+
+class ForkingShell:
+    """Runs lines of bash in which ``nanothink`` is such a fork.
+
+    Args:
+        folder: for the command and its socket; its path should be short.
+        environment: of every line.
+    """
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        listening, client = folder / "socket", folder / "client.py"
+        client.write_text(_CLIENT)
+        command = folder / "nanothink"
+        words = [sys.executable, "-I", "-S", str(client), str(listening)]
+        command.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        command.chmod(0o755)
+        self.environment = {**environment, "PATH": f"{folder}:{environment['PATH']}"}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__, str(listening)], env=environment, stdout=subprocess.PIPE
+        )
+        assert self._server.stdout is not None
+        assert self._server.stdout.readline() == b"listening\n"
+
+    def run(self, line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", line],
+            cwd=cwd,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+    def close(self) -> None:
+        self._server.kill()
+        self._server.communicate()
+
+
+def _serve(path: str) -> None:
+    import nanothink
+
+    for module in pkgutil.walk_packages(nanothink.__path__, "nanothink."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        print("listening", flush=True)
+        while True:
+            connection, _ = server.accept()
+            if os.fork() == 0:
+                _answer(connection)
+            connection.close()
+
+
+def _answer(connection: socket.socket) -> None:
+    """In the fork: be the command that was asked for, and say how it ended."""
+    from nanothink.cli.app import main
+
+    code: object = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+        with connection.makefile("rb") as file:
+            asked = json.load(file)
+        os.chdir(asked["cwd"])
+        os.environ.clear()
+        os.environ.update(asked["env"])
+        main(asked["args"])
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    connection.sendall(str(code).encode())
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

@@ -1,0 +1,166 @@
+"""Every example of the documentation runs, in the order of its page, in a folder as its reader would have it.
+
+The tutorial and the pages read before it begin with text alone; the other pages with what the tutorial leaves
+behind. An example that cannot run here says why: ``<!-- unrun: it wants two machines -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from documentation import (
+    PAGES,
+    ROOT,
+    SHELL,
+    Block,
+    blocks,
+    commands,
+    commands_of_the_program,
+    leaf,
+    shell_lines,
+)
+from forking_shell import ForkingShell
+
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+BEGIN_WITH_TEXT = (
+    ROOT / "README.md",
+    TUTORIAL,
+    ROOT / "docs" / "data.md",
+    ROOT / "docs" / "configuration.md",
+)
+EXAMPLES = {page: [b for b in blocks(page) if b.language in {"console", "bash", "python"}] for page in PAGES}
+EXAMPLES = {page: found for page, found in EXAMPLES.items() if found}
+RUN = {page: [block for block in found if block.mark == "run"] for page, found in EXAMPLES.items()}
+RUN = {page: marked for page, marked in RUN.items() if marked}
+
+SMALL = {
+    "MODEL__D_MODEL": "16",
+    "MODEL__MAX_SEQ_LEN": "32",
+    "TRANSFORMER__N_LAYERS": "1",
+    "TRANSFORMER__N_HEADS": "2",
+    "STATE_SPACE__N_LAYERS": "1",
+    "STATE_SPACE__SCAN": "plain",
+    "DIFFUSER__N_LAYERS": "1",
+    "MLA__N_LAYERS": "1",
+    "MLA__N_HEADS": "2",
+    "VECTOR_STORE__MAX_KEYS": "2000",
+    **{
+        f"{section}__{key}": value
+        for section in ("TRAIN_EXPERT", "TRAIN_DIFFUSER", "TRAIN_MLA")
+        for key, value in {"MAX_STEPS": "4", "SAMPLE_TOKENS": "4", "AMP_DTYPE": "float32"}.items()
+    },
+}
+"""Settings that make the examples quick without another word in them."""
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkingShell]:
+    small = {f"NANOTHINK_{name}": value for name, value in SMALL.items()}
+    environment = {**os.environ, **small, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    shell = ForkingShell(tmp_path_factory.mktemp("bin"), environment)
+    yield shell
+    shell.close()
+
+
+@pytest.fixture(scope="module")
+def own_text(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What somebody has before the first command: a data folder, and text in other forms beside it."""
+    folder = tmp_path_factory.mktemp("text")
+    letters, manuals, tales = (
+        [json.loads(line)["text"] for line in (tiny_corpus / domain / "texts.jsonl").read_text().splitlines()]
+        for domain in ("letters", "manuals", "tales")
+    )
+    for name, texts in {
+        "data/letters": letters[:30],
+        "data/manuals": manuals,
+        "more/recipes": tales[:6],
+        "more/songs": tales[6:12],
+    }.items():
+        (folder / name).mkdir(parents=True)
+        lines = (json.dumps({"text": text}) for text in texts)
+        (folder / name / "texts.jsonl").write_text("\n".join(lines))
+    (folder / "stories").mkdir()
+    for number, text in enumerate(tales[12:]):
+        (folder / "stories" / f"{number}.txt").write_text(text)
+    rows = "".join(f'{number},"{text}"\n' for number, text in enumerate(letters[30:]))
+    (folder / "tickets.csv").write_text(f"number,body\n{rows}")
+    (folder / "notes.txt").write_text("\n\n".join(manuals[:10]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def after_the_tutorial(
+    shell: ForkingShell, own_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], Path]:
+    """Gives the folder in which the tutorial ran, as it was then; checkpoints know where their data lies."""
+    parent = tmp_path_factory.mktemp("tutorial")
+    folder, kept = parent / "work", parent / "kept"
+    shutil.copytree(own_text, folder)
+    for block in RUN[TUTORIAL]:
+        run(block, shell, folder)
+    folder.rename(kept)
+
+    def renewed() -> Path:
+        shutil.rmtree(folder, ignore_errors=True)
+        return Path(shutil.copytree(kept, folder))
+
+    return renewed
+
+
+def run(block: Block, shell: ForkingShell, folder: Path) -> None:
+    if block.language == "python":
+        done = subprocess.run(
+            [sys.executable, "-c", block.text],
+            cwd=folder,
+            env=shell.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{block}:\n{done.stdout}{done.stderr}"
+        return
+    for line in shell_lines(block):
+        done = shell.run(line, folder)
+        assert done.returncode == 0, f"{block}: {line}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_examples_run_in_order(
+    page: Path, shell: ForkingShell, own_text: Path, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    if page == TUTORIAL:
+        request.getfixturevalue("after_the_tutorial")
+        return
+    if page in BEGIN_WITH_TEXT:
+        folder = Path(shutil.copytree(own_text, tmp_path / "work"))
+    else:
+        folder = request.getfixturevalue("after_the_tutorial")()
+    for block in RUN[page]:
+        run(block, shell, folder)
+
+
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_does_not_run_says_why(page: Path) -> None:
+    for block in EXAMPLES[page]:
+        assert block.mark in {"run", "unrun"}, f"{block} is neither run nor says why not"
+        assert block.mark == "run" or block.reason, block
+
+
+def test_every_command_runs_in_some_example() -> None:
+    ran = {" ".join(path_of(call)) for block in SHELL if block.mark == "run" for call in commands(block)}
+    programs = {path for path, _ in commands_of_the_program()}
+    assert programs - ran == {"demo"}  # `make demo` runs it
+
+
+def path_of(call: list[str]) -> list[str]:
+    """The words of a call that name its command."""
+    return call[: len(call) - len(leaf(call)[1])]
