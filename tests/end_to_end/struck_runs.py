@@ -197,7 +197,7 @@ class Process:
         assert self._code is not None
         struck = Path(f"{self._files[1]}.struck")
         seconds = self._ended - float(struck.read_text()) if struck.exists() else None
-        return Ended(self._code, *(file.read_text() for file in self._files), seconds)
+        return Ended(self._code, *(file.read_text(errors="replace") for file in self._files), seconds)
 
 
 class CommandServer:
