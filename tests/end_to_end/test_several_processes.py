@@ -264,46 +264,6 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def test_an_estimate_is_of_each_process(
-    settings: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """``--dry-run`` asks torchrun's variables and waits for nobody."""
-    command = ["pretrain", "transformer", *settings, "--checkpoint-dir", str(tmp_path), "--dry-run"]
-
-    def estimate(*more: str) -> dict[str, Any]:
-        capsys.readouterr()
-        assert run([*command, "--json", *more]) == 0
-        out = capsys.readouterr().out
-        told: dict[str, Any] = json.loads(out) if out else {}
-        told.pop("disk_free_bytes", None)  # others write too
-        return told
-
-    alone = estimate("--set", "train_expert.batch_size=3")
-    whole = estimate()
-    for name, value in (("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        if rank == "0":
-            shared = estimate()
-            assert run(command) == 0
-            assert "peak memory of each of 2, about" in capsys.readouterr().out
-        assert estimate() == (shared if rank == "0" else {})
-    assert (whole["processes"], shared["processes"]) == (1, 2)
-    # A batch of 5 is 3 blocks for one of them and 2 for the other.
-    assert shared["memory"]["activations"] == alone["memory"]["activations"] < whole["memory"]["activations"]
-    assert shared["memory"]["gradients"] == 2 * whole["memory"]["gradients"]  # its own, and the sum
-    for told in ("steps", "tokens_per_step", "checkpoint_bytes", "parameters"):
-        assert shared[told] == whole[told]
-    monkeypatch.setenv("RANK", "0")
-    assert run([*command, "--set", "train_expert.batch_size=1"]) == 2
-    assert "2 processes less than one block each" in capsys.readouterr().err
-
-
 def test_what_cannot_be_shared_is_refused_once(settings: list[str], tmp_path: Path) -> None:
     """A batch of one block, and a run of the same name: the first process says it, no traceback."""
     command = ["pretrain", "transformer", *settings, "--checkpoint-dir", str(tmp_path), "--max-steps", "2"]
