@@ -77,6 +77,14 @@ def tiny_tokenizer(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-change",
+        action="store_true",
+        help="kill writing commands at each change to the disk (test_killed_commands.py; some minutes more)",
+    )
+
+
 Nanothink = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

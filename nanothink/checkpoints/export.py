@@ -28,9 +28,9 @@ from torch import Tensor
 
 from nanothink.checkpoints.archive import damaged
 from nanothink.checkpoints.file import sync_folder
-from nanothink.checkpoints.names import left_behind, temporary_path
 from nanothink.checkpoints.payload import ModelPayload
 from nanothink.data.cache import storage_error
+from nanothink.data.temporary import sweep, temporary_path
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.errors import CheckpointMismatchError, NanoThinkError, StorageError, UsageError
 from nanothink.models.state_space import from_mamba_state_dict
@@ -73,7 +73,7 @@ def write_export(
     aside = temporary_path(target.with_name(f"{target.name}.replaced"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent, target.name)
+        sweep(target)
         temporary.mkdir()
         try:
             _save(weights, temporary / WEIGHTS)
@@ -94,7 +94,7 @@ def write_export(
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync_folder(target.parent)
-        _sweep(target.parent, f"{target.name}.replaced")
+        sweep(target.with_name(f"{target.name}.replaced"))
     except OSError as error:
         raise storage_error(error, folder) from error
 
@@ -177,13 +177,6 @@ def _described(own: dict[str, Any]) -> tuple[str, dict[str, Any], list[dict[str,
     if not (isinstance(kind, str) and isinstance(config, dict) and named):
         raise ValueError(f"the section '{OWN_SECTION}' of {CONFIG} does not describe a model")
     return kind, config, experts
-
-
-def _sweep(parent: Path, name: str) -> None:
-    """Remove what this process or a dead one left under a temporary name."""
-    for entry in os.scandir(parent):
-        if left_behind(entry) == name and entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
 
 
 def _save(weights: Mapping[str, Tensor], path: Path) -> None:

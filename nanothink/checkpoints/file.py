@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from nanothink.checkpoints.archive import DigestingWriter, check_archive, damaged
-from nanothink.checkpoints.names import orphaned_temporaries, temporary_path
+from nanothink.checkpoints.names import orphaned_temporaries
 from nanothink.checkpoints.payload import (
     FORMAT_VERSION,
     CheckpointPayload,
@@ -35,6 +35,7 @@ from nanothink.checkpoints.payload import (
     tensor_bytes,
     wrong_entry,
 )
+from nanothink.data.temporary import temporary_path
 from nanothink.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,

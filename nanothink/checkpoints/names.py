@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import os
 import re
-import socket
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from nanothink.data.temporary import left_behind
 from nanothink.errors import UsageError
 
 Role = Literal["best", "epoch", "interrupted"]
@@ -27,12 +26,8 @@ Role = Literal["best", "epoch", "interrupted"]
 MAX_NAME_BYTES = 120
 """A file name may have 255 bytes on most file systems; suffix, host and pid need room too."""
 
-FOREIGN_TEMPORARY_SECONDS = 24 * 3600.0
-"""A temporary file whose writer can't be asked (another host) counts as dead when this old."""
-
 _SUFFIX = re.compile(r"(?P<stem>.+?)(?:_epoch(?P<epoch>0|[1-9][0-9]*)|(?P<interrupted>_interrupted))?\.pt")
 _RESERVED_END = re.compile(r"_epoch[0-9]+$|_interrupted$")
-_TEMPORARY = re.compile(r"\.(?P<file>.+)\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>[0-9]+)\.tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +88,6 @@ def validate_name(name: str) -> str:
     return name
 
 
-def temporary_path(path: Path) -> Path:
-    """Where this process writes ``path`` before renaming it into place."""
-    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
-
-
 def orphaned_temporaries(folder: Path, file_name: str | None = None) -> list[Path]:
     """Temporary files in ``folder`` that no living process is writing (to ``file_name``, when given).
 
@@ -110,37 +100,3 @@ def orphaned_temporaries(folder: Path, file_name: str | None = None) -> list[Pat
         for path, name in found
         if name is not None and name.endswith(".pt") and file_name in (None, name)
     )
-
-
-def left_behind(entry: os.DirEntry[str]) -> str | None:
-    """The name of what a dead writer was writing here; None of anything else."""
-    match = _TEMPORARY.fullmatch(entry.name)
-    if match is None:
-        return None
-    try:
-        age_seconds = time.time() - entry.stat(follow_symlinks=False).st_mtime
-    except FileNotFoundError:  # its writer has just finished
-        return None
-    writer_lives = match["host"] != _host() or _is_alive(int(match["pid"]))
-    return None if writer_lives and age_seconds <= FOREIGN_TEMPORARY_SECONDS else match["file"]
-
-
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40] or "localhost"
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether another process of this number runs here.
-
-    This process itself doesn't count: it writes one file at a time, so a file with its number is left
-    over from an earlier one (the first process of a container always has the same number).
-    """
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from nanothink.data.temporary import sweep, temporary_path
 from nanothink.errors import StorageError
 
 Note = Callable[[str], None]
@@ -65,11 +66,12 @@ def user_folders() -> Iterator[Path]:
 
 def _writable(folder: Path) -> bool:
     """Tries it: permissions alone say nothing about read-only mounts, or about root."""
+    probe = folder / "probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, probe = tempfile.mkstemp(prefix="probe-", dir=folder)
-        os.close(handle)
-        os.unlink(probe)
+        sweep(probe)
+        temporary_path(probe).touch()
+        temporary_path(probe).unlink()
         ignore = folder / ".gitignore"
         if not ignore.exists():
             ignore.write_text("*\n")
@@ -103,18 +105,21 @@ def locked(folder: Path, note: Note = silent) -> Iterator[None]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file so that at any moment, a power cut included, it is the old one or the new one."""
-    temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    temporary = temporary_path(path)
     try:
+        sweep(path)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise storage_error(error, path) from error
+        if isinstance(error, OSError):
+            raise storage_error(error, path) from error
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -26,7 +26,6 @@ import errno
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +35,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from nanothink.data.lines import MAX_LINE_BYTES, Problem, ProblemSink, column_at, iter_lines, shown
 from nanothink.data.strict_json import JsonFault, Member, decode_string, scan
+from nanothink.data.temporary import sweep, temporary_path
 from nanothink.errors import StorageError, did_you_mean
 
 __all__ = ["MAX_LINE_BYTES", "Problem", "ProblemSink", "Record", "iter_records", "shown", "write_records"]
@@ -240,12 +240,13 @@ def write_records(path: Path, records: Iterable[Record], *, overwrite: bool = Fa
             if not folder.exists():
                 folder.mkdir()
                 created.append(folder)
+        sweep(path)
         # Not ending in .jsonl, so that no reader ever takes a half-written file for data.
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
+        temporary = temporary_path(path)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     except OSError as error:
         remove_empty(reversed(created))
         raise storage_error(path, error) from error
-    temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             for record in records:
@@ -257,7 +258,6 @@ def write_records(path: Path, records: Iterable[Record], *, overwrite: bool = Fa
                 n_records += 1
             try:
                 file.flush()
-                os.fchmod(file.fileno(), 0o666 & ~_umask())
                 os.fsync(file.fileno())
             except OSError as error:
                 raise storage_error(path, error) from error
@@ -312,12 +312,6 @@ def remove_empty(folders: Iterable[Path]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -347,7 +347,9 @@ class _Builder:
         found = open_token_file(folder)  # another process may have made it while this one waited
         if found is None:
             if folder.exists():
-                self._note(f"The kept tokens of {path} are damaged; they are made again.")
+                self._note(
+                    f"The kept tokens of {path} are damaged, or an earlier version's; they are made again."
+                )
             n_bad = 0
             problems: list[tuple[int, int, str]] = []
 

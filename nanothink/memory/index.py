@@ -115,7 +115,12 @@ class NeighbourIndex:
             )
         code = {"exact": "Flat", "sq8": "SQ8", "pq": f"PQ{width // _PQ_DIMENSIONS}"}[kind]
         factory = f"IDMap2,{code}" if kind == "exact" else f"IVF{choose_lists(n_keys)},{code}"
-        return cls(kind, faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT), n_probe)
+        index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+        if (
+            kind == "pq"
+        ):  # an order of the codes for a search by bits, which is never made; most of the training
+            index.do_polysemous_training = False
+        return cls(kind, index, n_probe)
 
     @classmethod
     def read(cls, path: Path, kind: Kind, n_probe: int, *, writable: bool) -> NeighbourIndex:

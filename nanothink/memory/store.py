@@ -319,10 +319,12 @@ def write_store(
                     os.fsync(file.fileno())
                 files[role] = {"name": path.name, "bytes": path.stat().st_size, "digest": _digest(path)}
             sync_folder(folder)
-        except OSError as error:
+        except BaseException as error:
             for path in paths.values():
                 path.unlink(missing_ok=True)
-            raise storage_error(error, folder) from error
+            if isinstance(error, OSError):
+                raise storage_error(error, folder) from error
+            raise
         manifest = {
             "format": FORMAT,
             "generation": generation,

@@ -69,7 +69,8 @@ def estimate_run(prepared: Prepared, n_processes: int = 1) -> RunEstimate:
     length = config.model.max_seq_len
     memory = {
         "weights": _FLOAT32 * (n_parameters + n_fixed),
-        "gradients": _FLOAT32 * n_parameters,
+        # several keep their own until the sum of all is there
+        "gradients": _FLOAT32 * n_parameters * (1 if n_processes == 1 else 2),
         "optimizer": _FLOAT32 * moments,
         "activations": model.activation_bytes(largest_share(prepared, n_processes), length, value_bytes),
         "process": _PROCESS_BYTES,

@@ -155,7 +155,7 @@ def remember(
             "nothing. Build it again from this data: nanothink memory build --overwrite, or start with "
             "--overwrite."
         )
-    known = TrainingNeighbours(store, tokens, expert.owner.block_length)
+    known = TrainingNeighbours(store, tokens, expert.owner.block_length, expert.states)
     missing = known.missing(places())
     if missing:
         n_queries = sum(map(len, missing.values())) * expert.owner.block_length
@@ -166,7 +166,7 @@ def remember(
             f"Looking up the neighbours of {n_queries:,} training tokens, once: about {_duration(seconds)} "
             f"and {_size(known.n_bytes(missing))} on the disk."
         )
-        known.find(missing, expert.states, progress)
+        known.find(missing, progress)
     model.memory = RepeatedSearch(store)
     return known
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from nanothink import __version__
 from nanothink.checkpoints import parse_name
 from nanothink.data.corpus import find_corpus
+from nanothink.data.temporary import sweep, temporary_path
 from nanothink.data.tokens import TokenStream, tokenise
 from nanothink.errors import (
     CheckpointNotFoundError,
@@ -278,12 +280,16 @@ def _on_one_line(text: str) -> str:
 
 
 def _write_whole(out: Path, html: bytes) -> None:
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    aside = temporary_path(out)
     try:
+        sweep(out)
         aside.write_bytes(html)
         os.replace(aside, out)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            aside.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise StorageError(
             f"The report cannot be written to {out}: {error.strerror or error}. Free space or permissions "
             "there, or choose another --out."

@@ -5,16 +5,13 @@
         states.f32        (E, T, D) float32 a block, block after block; a hole where none was written yet
         marks.u64         a number a block: 0, or 2^32 plus the CRC-32 of its states
 
-Nothing is computed ahead: a block's states are written when it first comes by, and its mark after them. Every
-block is held against its mark whenever it is read. So a killed process, a power cut or a damaged file costs
-that the blocks in question are computed again, and runs that share a folder cannot harm one another.
+Nothing is computed ahead: a block's states are written when it first comes by, and its mark after them
+(data/block_file.py). So a killed process, a power cut or a damaged file costs that the blocks in question are
+computed again, and runs that share a folder cannot harm one another.
 
 The numbers are those that the experts give, bit for bit, so a run ends in the same weights with this and
 without it, or with a part of it. The one thing this rests on, that a block's states do not depend on the
 blocks beside it in a batch, is tried on the first batch of every run.
-
-The files are read and written, not mapped: a disk that is full or a file that was cut off is an error which
-can be answered, where touching a mapped page would kill the process.
 
 Shapes: B blocks of a batch, T time, D model width, E experts.
 """
@@ -27,7 +24,6 @@ import math
 import os
 import shutil
 import sys
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +33,7 @@ import orjson
 import torch
 from torch import Tensor
 
+from nanothink.data.block_file import BlockFile
 from nanothink.data.cache import Note, cache_folder, locked, write_whole
 from nanothink.errors import StorageError, counted
 from nanothink.models.nanothink import NanoThink
@@ -47,7 +44,6 @@ SPARE_BYTES = 10**9
 _FORMAT = 1
 _FOLDER = "states"
 _TEMPORARY = "tmp-"
-_FILLED = 1 << 32
 _IN_VAIN = "so they are computed in every epoch"
 
 Shape = tuple[int, int, int, int]
@@ -72,20 +68,18 @@ class ExpertStates:
     def __init__(self, folder: Path, shape: Shape, number: Callable[[int], int], note: Note) -> None:
         self.folder = folder
         self._shape, self._number, self._note = shape, number, note
-        self._block_bytes = 4 * shape[1] * shape[2] * shape[3]
         self._tried = self._told = False
-        self._files: list[int] = []
+        self._file: BlockFile | None = BlockFile(folder / "states.f32", folder / "marks.u64")
         try:
-            for name in ("states.f32", "marks.u64"):
-                self._files.append(os.open(folder / name, os.O_RDWR | os.O_CLOEXEC))
-            fcntl.flock(self._files[1], fcntl.LOCK_SH)  # until it is closed: _make_room leaves it alone
+            # Until it is closed: _make_room leaves it alone.
+            fcntl.flock(self._file.marks_descriptor, fcntl.LOCK_SH)
         except OSError:
             self.close()
             raise
 
     def n_filled(self) -> int:
         """Blocks that are there already."""
-        return int(np.count_nonzero(np.fromfile(self.folder / "marks.u64", "u8")))
+        return int(self._file.filled(self._shape[0]).sum()) if self._file is not None else 0
 
     def of(self, model: NanoThink, inputs: Tensor, positions: Sequence[int]) -> list[Tensor]:
         """What ``model.expert_states(inputs)`` gives, read where it is known and kept where it is not.
@@ -94,7 +88,7 @@ class ExpertStates:
             inputs: (B, T) int64, on the CPU.
             positions: of its blocks in the run.
         """
-        if not self._files:
+        if self._file is None:
             return model.expert_states(inputs)
         numbers = [self._number(position) for position in positions]
         states = torch.empty(self._shape[1], len(numbers), *self._shape[2:])  # (E, B, T, D)
@@ -112,9 +106,9 @@ class ExpertStates:
         return list(states)
 
     def close(self) -> None:
-        for file in self._files:
-            os.close(file)
-        self._files = []
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
     def _try_out(
         self, model: NanoThink, inputs: Tensor, numbers: list[int], known: Tensor, missing: list[int]
@@ -134,24 +128,18 @@ class ExpertStates:
 
     def _read(self, number: int, into: Tensor) -> bool:
         """Fill (E, T, D) with the states of a block, if they are there and whole."""
-        mark = int.from_bytes(os.pread(self._files[1], 8, 8 * number), sys.byteorder)
-        if not mark:  # asked of the file each time: another run may be filling it too
-            return False
-        parts = [part.numpy() for part in into]
-        n_read = os.preadv(self._files[0], parts, number * self._block_bytes)
-        if n_read == self._block_bytes and _mark(number, parts) == mark:
+        assert self._file is not None
+        if self._file.read(number, [part.numpy() for part in into]):
             return True
-        if not self._told:
+        if self._file.damaged and not self._told:
             self._told = True
             self._note(f"Some of the states in {self.folder} are damaged; they are made again.")
         return False
 
     def _write(self, numbers: Sequence[int], states: Tensor, rows: Sequence[int]) -> None:
+        assert self._file is not None
         for row in rows:
-            number, parts = numbers[row], [part.numpy() for part in states[:, row]]
-            if os.pwritev(self._files[0], parts, number * self._block_bytes) != self._block_bytes:
-                raise OSError("the disk is full")
-            os.pwrite(self._files[1], _mark(number, parts).to_bytes(8, sys.byteorder), 8 * number)
+            self._file.write(numbers[row], [part.numpy() for part in states[:, row]])
 
     def _give_up(self, why: str) -> None:
         """Make room: what is left of the disk belongs to the checkpoints."""
@@ -233,14 +221,6 @@ def open_states(
     there = f"{n_filled:,} of {blocks} are there already" if n_filled else blocks
     note(f"The experts' states are kept in {folder}: {there}, {_size(needed)} for all.")
     return states
-
-
-def _mark(number: int, parts: Sequence[np.ndarray[Any, Any]]) -> int:
-    """Never 0, and another for the same bytes in another place."""
-    check = number
-    for part in parts:
-        check = zlib.crc32(part.data, check)
-    return _FILLED | check
 
 
 def _make(folder: Path, described: bytes, shape: Shape) -> None:

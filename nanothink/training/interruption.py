@@ -1,6 +1,7 @@
 """Stopping on a signal without losing anything.
 
-A handler only raises a flag; the loop looks at it between steps, saves, and leaves. Whoever presses
+A handler only raises a flag, and says so, since a step may take a minute; the loop looks at it between steps,
+saves, and leaves. Whoever presses
 Ctrl-C twice does not want to wait: the second signal ends the process at once, and the rolling
 checkpoint on disk stays as it was (it is written whole or not at all).
 """
@@ -19,9 +20,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """A context in which SIGINT and SIGTERM raise a flag. Calling it asks whether the flag is up."""
+    """A context in which SIGINT and SIGTERM raise a flag. Calling it asks whether the flag is up.
 
-    def __init__(self) -> None:
+    Args:
+        quiet: leave it to another process of the run to say that it stops.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
         self._signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -51,3 +57,5 @@ class StopRequest:
             os.write(2, b"\nStopped at once, without saving: a resume goes on from the last state on disk.\n")
             os._exit(InterruptedRun.exit_code)
         self._signal = signal.Signals(number)
+        if not self._quiet:
+            os.write(2, b"\nStopping: this step is finished, then all is saved. Once more leaves at once.\n")

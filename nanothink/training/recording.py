@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from nanothink.data.temporary import sweep, temporary_path
 from nanothink.errors import StorageError
 from nanothink.inference.evaluate import Evaluation, Score
 from nanothink.training.events import Evaluated, Event, Sampled, StepDone
@@ -268,8 +269,9 @@ def _write_whole(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = temporary_path(path)
     try:
+        sweep(path)
         with aside.open("wb") as file:
             file.write(content)
             file.flush()

@@ -7,13 +7,12 @@ import time
 import pytest
 
 from nanothink.checkpoints.names import (
-    FOREIGN_TEMPORARY_SECONDS,
     CheckpointName,
     orphaned_temporaries,
     parse_name,
-    temporary_path,
     validate_name,
 )
+from nanothink.data.temporary import FOREIGN_TEMPORARY_SECONDS, temporary_path
 from nanothink.errors import UsageError
 
 

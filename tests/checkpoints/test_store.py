@@ -20,7 +20,7 @@ from nanothink.checkpoints import (
     verify_checkpoint,
     write_checkpoint,
 )
-from nanothink.checkpoints.names import temporary_path
+from nanothink.data.temporary import temporary_path
 from nanothink.errors import CheckpointBusyError, CheckpointMismatchError, StorageError, UsageError
 
 

@@ -374,7 +374,13 @@ def test_unchanged_files_are_not_even_read(root: Path, tokenizer: Tokenizer) -> 
     assert _run(root, tokenizer).fingerprint != before.fingerprint
 
 
-@pytest.mark.parametrize("damage", ["tokens.npy", "documents.npy", "summary.json", "header", "empty"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("tokens.npy", "documents.npy", "summary.json", "header", "empty"),
+        *("a bit of tokens.npy", "a bit of documents.npy", "a bit of summary.json"),
+    ],
+)
 def test_damaged_tokens_are_made_again(root: Path, tokenizer: Tokenizer, damage: str) -> None:
     before = _run(root, tokenizer)
     expected = [_tokens(stream) for stream in before.train.values()]
@@ -388,6 +394,11 @@ def test_damaged_tokens_are_made_again(root: Path, tokenizer: Tokenizer, damage:
     elif damage == "empty":
         for path in folder.iterdir():
             path.unlink()
+    elif damage.startswith("a bit of "):
+        path = folder / damage.removeprefix("a bit of ")
+        flipped = bytearray(path.read_bytes())
+        flipped[len(flipped) // 2] ^= 4
+        path.write_bytes(flipped)
     else:
         os.truncate(folder / damage, (folder / damage).stat().st_size - 2)
     assert open_token_file(folder) is None

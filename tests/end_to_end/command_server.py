@@ -14,6 +14,7 @@ import ctypes
 import importlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -33,8 +34,9 @@ def strike_at(moment: dict[str, Any], note: str) -> None:
     """Send this process ``signals`` at the ``nth`` time that something happens.
 
     Either after an event of the run was recorded, ``{"event": class, "having": {attribute: value}}``, or
-    when a function is called, ``{"call": "module:name"}``; ``"after"`` means once it has returned. When it
-    happened goes into the file ``note``.
+    when a function is called, ``{"call": "module:name"}``; ``"after"`` means once it has returned; or before
+    a change to the disk below a folder, ``{"change_below": folder}``. When it happened goes into the file
+    ``note``.
     """
     remaining = moment.get("nth", 1)
 
@@ -47,6 +49,9 @@ def strike_at(moment: dict[str, Any], note: str) -> None:
             for name in moment["signals"]:
                 os.kill(os.getpid(), signal.Signals[name])
 
+    if "change_below" in moment:
+        sys.addaudithook(changes_below(moment["change_below"], happened))
+        return
     if "event" in moment:
         from nanothink.training.recording import RunRecorder
 
@@ -78,6 +83,24 @@ def strike_at(moment: dict[str, Any], note: str) -> None:
         return result
 
     setattr(owner, last, called)
+
+
+def changes_below(folder: str, happened: Callable[[], None]) -> Callable[[str, tuple[Any, ...]], None]:
+    """An audit hook: each file or folder about to be made, opened to write, renamed or removed."""
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            if not isinstance(arguments[2], int) or not arguments[2] & writing:
+                return
+        elif event not in {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}:
+            return
+        paths = [os.fsdecode(path) for path in arguments[:2] if isinstance(path, (str, bytes, os.PathLike))]
+        # Taking a tree down names files within a folder that is open.
+        if any(path.startswith(folder) or (event != "open" and not os.path.isabs(path)) for path in paths):
+            happened()
+
+    return hook
 
 
 def write_slowly(seconds: float) -> None:
@@ -126,6 +149,10 @@ def execute(task: dict[str, Any]) -> int:
             subprocess.run(["mount", "-o", "remount,ro", disk["folder"]], check=True)
     if task["write_seconds"]:
         write_slowly(task["write_seconds"])
+    if task["file_bytes"] is not None:
+        # The system ends a process in the middle of the write that makes a file longer than this.
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (task["file_bytes"], resource.RLIM_INFINITY))
     if task["strike"] is not None:
         strike_at(task["strike"], task["stderr"] + ".struck")
     from nanothink.cli.app import main
@@ -161,8 +188,11 @@ def warm_up() -> None:
         "nanothink.cli.render.results",
         "nanothink.cli.render.training",
         "nanothink.runs.evaluating",
+        "nanothink.runs.exporting",
         "nanothink.runs.loading",
         "nanothink.runs.pretraining",
+        "nanothink.runs.remembering",
+        "nanothink.runs.reporting",
         "torch._dynamo",
         "torch.optim",
     ):

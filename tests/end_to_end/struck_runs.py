@@ -197,7 +197,7 @@ class Process:
         assert self._code is not None
         struck = Path(f"{self._files[1]}.struck")
         seconds = self._ended - float(struck.read_text()) if struck.exists() else None
-        return Ended(self._code, *(file.read_text() for file in self._files), seconds)
+        return Ended(self._code, *(file.read_text(errors="replace") for file in self._files), seconds)
 
 
 class CommandServer:
@@ -223,12 +223,14 @@ class CommandServer:
         *,
         strike: Mapping[str, Any] | None = None,
         write_seconds: float = 0.0,
+        file_bytes: int | None = None,
         cwd: Path | None = None,
         user: int | None = None,
         disk: Mapping[str, Any] | None = None,
         **environment: str,
     ) -> Process:
         """``strike``: see ``strike_at``; ``write_seconds``: what each write of up to 4 KiB takes longer;
+        ``file_bytes``: a longer file ends the process, by SIGXFSZ, in the middle of the write;
         ``user``: run as that user id, which only root may ask for; ``disk``: a small file system over
         ``folder``, with ``options`` of tmpfs, beginning with a copy of ``content``, perhaps full (``fill``)
         or ``read_only``, and copied to ``kept_in`` at the end."""
@@ -241,6 +243,7 @@ class CommandServer:
             "arguments": arguments,
             "strike": strike,
             "write_seconds": write_seconds,
+            "file_bytes": file_bytes,
             "stdout": str(files[0]),
             "stderr": str(files[1]),
             "cwd": str(cwd or self._folder.name),

@@ -199,6 +199,7 @@ def test_a_dry_run_under_torchrun_is_of_each_process(
     assert (alone["n_processes"], one_of_two["n_processes"]) == (1, 2)
     assert one_of_two["memory"]["activations"] < alone["memory"]["activations"]
     assert one_of_two["memory"]["weights"] == alone["memory"]["weights"]
+    assert one_of_two["memory"]["gradients"] == 2 * alone["memory"]["gradients"]  # its own, and the sum
     assert pretrain(tmp_path / "none", "--dry-run", "--set", "train_expert.batch_size=1") == 2
     assert "less than one block each" in said()[1]
     monkeypatch.setenv("RANK", "1")

@@ -119,6 +119,13 @@ def assert_as_one(one: Path, other: Path, stem: str = STEM) -> None:
     assert not (other / f"{stem}_interrupted.pt").exists()
 
 
+def assert_bit_equal(whole: Path, resumed: Path) -> None:
+    one, other = (read_checkpoint(folder / f"{STEM}.pt") for folder in (whole, resumed))
+    assert one["run"]["state"] == other["run"]["state"]
+    for name, tensor in one["model_state"].items():
+        assert torch.equal(other["model_state"][name], tensor), name
+
+
 @pytest.fixture(scope="module")
 def by_one(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all four models, each trained by one process. Read only."""
@@ -204,10 +211,7 @@ def test_two_processes_stop_together_and_two_or_one_go_on(
         assert_as_one(by_one, tmp_path)
         return
     finished("resume", "--checkpoint-dir", tmp_path)
-    resumed, whole = (read_checkpoint(folder / f"{STEM}.pt") for folder in (tmp_path, by_two))
-    assert resumed["run"]["state"] == whole["run"]["state"]
-    for name, tensor in whole["model_state"].items():
-        assert torch.equal(resumed["model_state"][name], tensor), f"{name}: as many processes, so bit-equal"
+    assert_bit_equal(by_two, tmp_path)  # as many processes
 
 
 def test_one_process_stops_and_two_go_on(by_one: Path, settings: list[str], tmp_path: Path) -> None:
@@ -226,8 +230,9 @@ def test_one_process_stops_and_two_go_on(by_one: Path, settings: list[str], tmp_
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_run_and_the_last_checkpoint_is_usable(
-    rank: int, by_one: Path, settings: list[str], tmp_path: Path
+    rank: int, by_one: Path, by_two: Path, settings: list[str], tmp_path: Path
 ) -> None:
+    """Then one process goes on with it, or two, which end as two that were never killed, to the bit."""
     command = phases(settings, tmp_path, experts=by_one)[0]
     with started(*command, "--set", "train_expert.save_every_seconds=1e-3") as process:
         wait_for_steps(4, tmp_path, process)
@@ -241,8 +246,11 @@ def test_a_killed_process_ends_the_run_and_the_last_checkpoint_is_usable(
     if rank == 1:
         assert "Another process of this run has ended" in said
         assert "nanothink.errors" not in said, "no traceback"
-    assert run([*command, "--resume"]) == 0
-    assert_as_one(by_one, tmp_path)
+        finished(*command, "--resume")
+        assert_bit_equal(by_two, tmp_path)
+    else:
+        assert run([*command, "--resume"]) == 0
+        assert_as_one(by_one, tmp_path)
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:

@@ -502,16 +502,16 @@ def test_neighbours_are_found_once_and_kept(read: Read, make: Make) -> None:
         asked.append(len(inputs))
         return states(inputs)
 
-    known = TrainingNeighbours(store, tokens, LENGTH)
+    known = TrainingNeighbours(store, tokens, LENGTH, counted)
     some = places[::3]
-    known.find(known.missing(some), counted, lambda *_: None)
+    known.find(known.missing(some), lambda *_: None)
     assert sum(asked) == len(some)
     assert known.missing(some) == {}
-    again = TrainingNeighbours(store, tokens, LENGTH)  # as in another process
+    again = TrainingNeighbours(store, tokens, LENGTH, counted)  # as in another process
     left = again.missing(places)
     assert sum(map(len, left.values())) == len(places) - len(some)
     assert again.n_bytes(left) == (len(places) - len(some)) * LENGTH * 8 * 6
-    again.find(left, counted, lambda *_: None)
+    again.find(left, lambda *_: None)
     assert sum(asked) == len(places)
     assert again.missing(places) == {}
 
@@ -535,16 +535,16 @@ def test_neighbours_are_found_once_and_kept(read: Read, make: Make) -> None:
 def test_kept_neighbours_go_with_their_store(read: Read, make: Make) -> None:
     tokens = read()
     store = make(tokens)
-    known = TrainingNeighbours(store, tokens, LENGTH)
-    known.find(known.missing(all_places(tokens)), states, lambda *_: None)
+    known = TrainingNeighbours(store, tokens, LENGTH, states)
+    known.find(known.missing(all_places(tokens)), lambda *_: None)
     assert known.folder.exists()
     other = TrainingNeighbours(
-        open_store(store.folder, EXACT.model_copy(update={"n_neighbours": 4})), tokens, LENGTH
+        open_store(store.folder, EXACT.model_copy(update={"n_neighbours": 4})), tokens, LENGTH, states
     )
     assert other.missing(all_places(tokens))
     again = make(tokens)
     assert not known.folder.exists()
-    assert TrainingNeighbours(again, tokens, LENGTH).missing(all_places(tokens))
+    assert TrainingNeighbours(again, tokens, LENGTH, states).missing(all_places(tokens))
 
 
 def test_a_search_that_was_killed_goes_on(read: Read, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,7 +552,6 @@ def test_a_search_that_was_killed_goes_on(read: Read, make: Make, monkeypatch: p
     store = make(tokens)
     monkeypatch.setattr("nanothink.memory.neighbours.BATCH_TOKENS", 4 * LENGTH)
     places = all_places(tokens)
-    known = TrainingNeighbours(store, tokens, LENGTH)
     calls = 0
 
     def stopped(inputs: torch.Tensor) -> Float32:
@@ -562,9 +561,10 @@ def test_a_search_that_was_killed_goes_on(read: Read, make: Make, monkeypatch: p
             raise KeyboardInterrupt
         return states(inputs)
 
+    known = TrainingNeighbours(store, tokens, LENGTH, stopped)
     with pytest.raises(KeyboardInterrupt):
-        known.find(known.missing(places), stopped, lambda *_: None)
-    left = TrainingNeighbours(store, tokens, LENGTH).missing(places)
+        known.find(known.missing(places), lambda *_: None)
+    left = TrainingNeighbours(store, tokens, LENGTH, states).missing(places)
     assert sum(map(len, left.values())) == len(places) - 20
 
 
@@ -592,16 +592,40 @@ def test_a_disk_without_room_is_said_before_the_search(
     read: Read, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = read()
-    known = TrainingNeighbours(make(tokens), tokens, LENGTH)
+    known = TrainingNeighbours(make(tokens), tokens, LENGTH, states)
     usage = shutil.disk_usage(known.folder.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(StorageError, match="Make room"):
-        known.find(known.missing(all_places(tokens)), states, lambda *_: None)
+        known.find(known.missing(all_places(tokens)), lambda *_: None)
     assert not known.folder.exists()
 
 
 def test_neighbours_that_are_gone_are_no_traceback(read: Read, make: Make) -> None:
     tokens = read()
-    known = TrainingNeighbours(make(tokens), tokens, LENGTH)
+    known = TrainingNeighbours(make(tokens), tokens, LENGTH, states)
     with pytest.raises(StorageError, match="built anew meanwhile"):
         known.read(all_places(tokens)[:1])
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "marks flipped", "marks cut"])
+def test_damaged_neighbours_are_searched_again(damage: str, read: Read, make: Make) -> None:
+    tokens = read()
+    store = make(tokens)
+    places = all_places(tokens)
+    known = TrainingNeighbours(store, tokens, LENGTH, states)
+    known.find(known.missing(places), lambda *_: None)
+    expected = known.read(places)
+    for path in known.folder.iterdir():
+        if path.suffix == (".marks" if "marks" in damage else ".blocks"):
+            content = bytearray(path.read_bytes())
+            if "flipped" in damage:
+                content[len(content) // 2] ^= 64
+            cut = {"cut": content[:-100], "emptied": b"", "marks cut": content[:-9]}
+            path.write_bytes(cut.get(damage, content))
+    again = TrainingNeighbours(store, tokens, LENGTH, states)
+    again.find(again.missing(places), lambda *_: None)
+    for _ in range(2):
+        found = again.read(places)
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.similarities, expected.similarities)
+    assert not again.missing(places)
