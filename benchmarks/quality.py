@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from nanothink.models import EXPERT_KINDS, build_model
 from nanothink.models.contract import IGNORE, LanguageModel
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.loading import LoadedModel, load
+from nanothink.training.records import read_run
 
 Table = dict[str, dict[str, float]]
 """Bits per byte by row and domain."""
@@ -142,6 +144,14 @@ class Bench:
             self.call("train-mla", "--name", name, "--resume", *named, *length, *settings, *more)
         return path
 
+    def seconds(self, path: Path) -> float:
+        """What training a model took, by the median speed of its steps: pauses and validation don't count."""
+        records = read_run(path.parent / "runs" / path.stem)
+        a_step, speed = (
+            statistics.median(records.training[name].values) for name in ("tokens", "tokens_per_second")
+        )
+        return records.last_step * a_step / speed
+
     def score(self, model: LoadedModel | Ensemble) -> dict[str, float]:
         """Bits per byte by domain, and over all."""
         loaded = model if isinstance(model, LoadedModel) else load(self.any_expert)
@@ -185,8 +195,14 @@ def shared(bench: Bench) -> Table:
         steps = 3 * options.expert_steps + options.steps * options.accumulate
         options.set += shape
         path = bench.expert("transformer", "single", steps=steps)
+        table["one transformer of its size, on all tokens"] = bench.score(load(path))
+        spent = sum(
+            bench.seconds(p) for p in (*experts.values(), bench.folder / "NanoThink_nanothink_mla.pt")
+        )
+        steps = round(steps * spent / bench.seconds(path))
+        path = bench.expert("transformer", f"single-{steps}-steps", steps=steps)
+        table["one transformer of its size, in the same time"] = bench.score(load(path))
         del options.set[-len(shape) :]
-        table["one transformer of its size, all tokens"] = bench.score(load(path))
     return table
 
 
