@@ -275,8 +275,8 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, note: Callable[[str], N
         if not paths:
             if not entries:
                 raise CheckpointNotFoundError(
-                    f"There is no checkpoint in {checkpoint_dir}. Name the folder by --checkpoint-dir, or train "
-                    "a model: nanothink pretrain transformer"
+                    f"There is no checkpoint in {checkpoint_dir}. Name the folder by --checkpoint-dir, or "
+                    "train a model: nanothink pretrain transformer"
                 )
             there = ", ".join(e.path.name for e in entries)
             raise CheckpointNotFoundError(
