@@ -273,7 +273,7 @@ def test_one_process_holds_a_name_once_and_gives_it_back(store):
 def test_a_lock_in_an_impossible_place(tmp_path):
     (tmp_path / "file").write_text("x")
     with (
-        pytest.raises(StorageError, match="cannot be locked"),
+        pytest.raises(StorageError, match="is a file, or lies below one"),
         CheckpointStore(tmp_path / "file", "a").lock(),
     ):
         pass
