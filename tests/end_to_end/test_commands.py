@@ -286,7 +286,7 @@ def test_an_older_state_does_not_quietly_replace_a_later_one(
         (["pretrain", "transformer", "--preset", "tinny"], 2, "Did you mean 'tiny'?"),
         (["pretrain", "transformer", "--set", "train_expert.lrr=1"], 2, "Did you mean 'train_expert.lr'?"),
         (["pretrian", "transformer"], 2, "Did you mean 'pretrain'?"),
-        (["resume"], 1, "was interrupted"),
+        (["resume"], 1, "There is no checkpoint in"),
         (["resume", "no.pt"], 1, "no.pt"),
         (["eval"], 1, "nanothink pretrain"),
         (["eval", "--split", "vall"], 2, "Did you mean 'val'?"),
