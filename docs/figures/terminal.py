@@ -15,7 +15,7 @@ from rich.text import Text
 
 def picture(captured: str, title: str, width: int = 100) -> str:
     console = Console(record=True, width=width, file=open("/dev/null", "w"), legacy_windows=False)
-    console.print(Text.from_ansi(captured.strip("\n")), soft_wrap=False)
+    console.print(Text.from_ansi(captured.strip("\n") + "\n"), soft_wrap=False)  # room for what hangs below
     svg = console.export_svg(title=title, theme=MONOKAI)
     # Pages may load nothing from elsewhere, and an image cannot: the viewer's own font stands in.
     return re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.S).replace("Fira Code, ", "")
