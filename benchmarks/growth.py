@@ -5,10 +5,10 @@
     python benchmarks/growth.py --device cuda --figures docs/figures/gpu
 
 A training step of each kind, optimizer included, float32, at the default preset's shapes with a vocabulary of
-8,192, one dial turned at a time; every point is a process of its own, which takes two steps and says the
-seconds of the second and its peak memory. ``nanothink_mla`` combines an expert of each kind. Qwen3 of
-``transformers``, the transformer's own shape, stands beside them. ``corpus`` tokenises made-up text of
-growing size from nothing, then once more with everything cached.
+8,192 and 2,048 tokens in a step, one dial turned at a time; every point is a process of its own, which takes
+two steps and says the seconds of the second and its peak memory. ``nanothink_mla`` combines an expert of each
+kind. Qwen3 of ``transformers``, the transformer's own shape, stands beside them. ``corpus`` tokenises made-up
+text of growing size from nothing, then once more with everything cached.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-VOCABULARY = 8192
+VOCABULARY, TOKENS = 8192, 2048  # tokens in a step, but where the batch is the dial
 PEER = "Qwen3, transformers"
 KINDS = ("transformer", "state_space", "diffuser", "nanothink_mla", PEER)
 Point = dict[str, float]
@@ -159,8 +159,8 @@ def by_dial(dial: str, values: Sequence[int], kinds: Sequence[str], device: str)
     found: dict[str, list[Point]] = {kind: [] for kind in kinds}
     for value in values:
         width = value if dial == "size" else 384
-        batch = value if dial == "batch" else 1 if dial == "context" else 4
         length = value if dial == "context" else 256
+        batch = value if dial == "batch" else TOKENS // length
         for kind, points in found.items():
             point = in_a_fresh_process("step", kind, device, width, batch, length)
             point["tokens"] = batch * length
