@@ -85,8 +85,8 @@ def evaluate(
     from nanothink.runs.evaluating import evaluate_checkpoints, finished_checkpoints
     from nanothink.training.recording import denoising_as_dict, routing_as_dict, score_as_dict
 
-    paths = checkpoint or finished_checkpoints(checkpoint_dir, render.note)
     with render.progress() as bars:
+        paths = checkpoint or finished_checkpoints(checkpoint_dir, bars.note, bars)
         results = evaluate_checkpoints(
             paths,
             data_dir=data_dir,
