@@ -72,7 +72,8 @@ def evaluate(
 ) -> None:
     """Score checkpoints on held-out text.
 
-    Loss, perplexity and bits per byte, by domain and overall, several checkpoints side by side.
+    Loss, perplexity and bits per byte, by domain and overall, several checkpoints side by side. The kind of a
+    NanoThink, a router over experts, is nanothink_mla.
     """
     from nanothink.cli import render
     from nanothink.config.data import DataConfig

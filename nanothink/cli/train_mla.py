@@ -87,7 +87,8 @@ def train_mla(
 ) -> int:
     """Train NanoThink, a router over frozen experts.
 
-    Latent attention, router and head are trained; the experts stay as they are.
+    Latent attention, router and head are trained; the experts stay as they are. Files and tables call it by
+    its kind, nanothink_mla.
     """
     from nanothink.errors import UsageError
     from nanothink.models import COMBINED
