@@ -1,6 +1,18 @@
-"""``python -m nanothink`` is the ``nanothink`` command; torchrun wants it this way."""
+"""The ``nanothink`` command, and ``python -m nanothink``, which torchrun wants."""
 
-from nanothink.cli.app import main
+from __future__ import annotations
+
+import signal
+
+
+def main() -> None:
+    """Hand over to the command line. A Ctrl-C before that is there ends the process without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from nanothink.cli.app import main as command
+
+    command()
+
 
 if __name__ == "__main__":
     main()

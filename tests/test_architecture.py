@@ -94,6 +94,25 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    ["pretrain transformer --preset tinny", "train-mla --set mla.x=1", "pretrain diffuser --domains x"],
+)
+def test_a_mistake_in_the_settings_is_said_before_torch_is_imported(mistake: str, tmp_path: Path) -> None:
+    (tmp_path / "data" / "tales").mkdir(parents=True)
+    (tmp_path / "data" / "tales" / "a.jsonl").write_text('{"text": "Once"}\n', "utf-8")
+    code = (
+        f"import sys, nanothink.cli.app as app; code = app.run({mistake.split()});"
+        "sys.exit(code if 'torch' not in sys.modules else 'imported torch')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_public_names() -> None:
     assert nanothink.__all__ == ["Config", "__version__", "load"]
     for name in nanothink.__all__:

@@ -3,6 +3,7 @@
 from nanothink.checkpoints.export import check_place, is_export, read_export, write_export
 from nanothink.checkpoints.file import (
     CheckpointSummary,
+    Progress,
     read_checkpoint,
     read_summary,
     verify_checkpoint,
@@ -22,6 +23,7 @@ __all__ = [
     "DamagedEntry",
     "LoadReport",
     "ModelPayload",
+    "Progress",
     "Role",
     "check_place",
     "is_export",

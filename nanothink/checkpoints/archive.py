@@ -95,17 +95,17 @@ def damaged(path: Path, reason: str) -> CheckpointDamagedError:
 
 
 def check_archive(
-    file: BinaryIO, path: Path, *, thorough: bool, on_bytes: Callable[[int], None] | None = None
+    file: BinaryIO, path: Path, *, thorough: bool, on_progress: Callable[[int, int], None] | None = None
 ) -> None:
     """Refuse anything but a sound checkpoint container, without running or unpacking any of it.
 
     ``thorough`` reads every byte and compares digest or CRCs; otherwise only structure and pickle are
-    looked at. ``on_bytes`` hears of the bytes that go into the digest. Raises CheckpointDamagedError; OSError
-    when reading fails.
+    looked at. ``on_progress`` hears of the bytes that have gone into the digest, and of all that will.
+    Raises CheckpointDamagedError; OSError when reading fails.
     """
     n_bytes = file.seek(0, os.SEEK_END)
     digest = _read_digest(file, path, n_bytes)
-    if thorough and digest is not None and _digest_of(file, n_bytes, on_bytes) != digest:
+    if thorough and digest is not None and _digest_of(file, n_bytes, on_progress) != digest:
         raise damaged(path, "its content is not what was written (the SHA-256 digest differs)")
     _check_directory(file, path, n_bytes, 0 if digest is None else _COMMENT_BYTES)
     try:
@@ -158,16 +158,16 @@ def _read_digest(file: BinaryIO, path: Path, n_bytes: int) -> bytes | None:
     raise damaged(path, f"it was cut short or overwritten (its end is missing; it has {n_bytes:,} bytes)")
 
 
-def _digest_of(file: BinaryIO, n_bytes: int, on_bytes: Callable[[int], None] | None) -> bytes:
+def _digest_of(file: BinaryIO, n_bytes: int, on_progress: Callable[[int, int], None] | None) -> bytes:
     """SHA-256 of the zip as it was before it got its comment, as hex."""
     digest = hashlib.sha256()
     file.seek(0)
-    remaining = n_bytes - _COMMENT_BYTES - 2
+    remaining = total = n_bytes - _COMMENT_BYTES - 2
     while remaining and (chunk := file.read(min(_CHUNK, remaining))):
         digest.update(chunk)
         remaining -= len(chunk)
-        if on_bytes is not None:
-            on_bytes(len(chunk))
+        if on_progress is not None:
+            on_progress(total - remaining, total)
     digest.update(b"\0\0")
     return digest.hexdigest().encode()
 

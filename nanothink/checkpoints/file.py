@@ -44,6 +44,9 @@ from nanothink.errors import (
     did_you_mean,
 )
 
+Progress = Callable[[str, int, int], None]
+"""Hears of (what is being done, bytes done, bytes in all)."""
+
 _PIECE = 2**22
 """Numbers looked at at once."""
 
@@ -110,26 +113,39 @@ def write_checkpoint(
         raise _cannot_write(path, error, needed, replaced=replaced) from error
 
 
-def read_checkpoint(path: Path, *, map_location: str = "cpu", mmap: bool = False) -> CheckpointPayload:
+def read_checkpoint(
+    path: Path, *, map_location: str = "cpu", mmap: bool = False, progress: Progress | None = None
+) -> CheckpointPayload:
     """Verify every byte of ``path``, then load it. Never runs code from the file.
 
     With ``mmap`` the tensors stay on the disk until they are touched; the file can still be replaced
-    meanwhile, since a replaced file lives on while it is mapped.
+    meanwhile, since a replaced file lives on while it is mapped. ``progress`` hears of the verification.
 
     Raises CheckpointNotFoundError, CheckpointDamagedError (cut short, changed, hostile, not a checkpoint),
     CheckpointMismatchError (no NanoThink checkpoint, or of a newer version), StorageError (not readable).
     """
-    return _load(path, thorough=True, map_location=map_location, mmap=mmap)
+    return _load(
+        path,
+        thorough=True,
+        map_location=map_location,
+        mmap=mmap,
+        on_progress=progress and (lambda done, total: progress(f"opening {path.name}", done, total)),
+    )
 
 
-def verify_checkpoint(path: Path, *, on_bytes: Callable[[int], None] | None = None) -> CheckpointSummary:
+def verify_checkpoint(path: Path, *, progress: Progress | None = None) -> CheckpointSummary:
     """``read_checkpoint`` for its checks alone: reads every byte, holds none.
 
-    ``on_bytes`` hears of the bytes of each piece as it is compared with the digest. Raises the same errors,
-    and CheckpointDamagedError for weights that are not finite: NanoThink writes none, and no model works
-    with them.
+    Raises the same errors, and CheckpointDamagedError for weights that are not finite: NanoThink writes
+    none, and no model works with them.
     """
-    payload = _load(path, thorough=True, map_location="cpu", mmap=True, on_bytes=on_bytes)
+    payload = _load(
+        path,
+        thorough=True,
+        map_location="cpu",
+        mmap=True,
+        on_progress=progress and (lambda done, total: progress(f"verifying {path.name}", done, total)),
+    )
     wrong = [name for name, tensor in payload["model_state"].items() if not _is_finite(tensor)]
     if wrong:
         more = ", ..." if len(wrong) > 3 else ""
@@ -230,7 +246,7 @@ def _load(
     thorough: bool,
     map_location: str,
     mmap: bool,
-    on_bytes: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckpointPayload:
     if map_location != "cpu":
         torch.empty(0, device=map_location)  # an unknown device is no fault of the file
@@ -238,7 +254,7 @@ def _load(
         if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
             raise damaged(path, "it is a pipe or a device, not a file")
         with path.open("rb") as file:
-            check_archive(file, path, thorough=thorough, on_bytes=on_bytes)
+            check_archive(file, path, thorough=thorough, on_progress=on_progress)
             try:
                 # The open file, where possible: what is loaded is then what was checked.
                 payload: object = torch.load(

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from nanothink.checkpoints.file import (
     CheckpointSummary,
+    Progress,
     read_summary,
     sync_folder,
     verify_checkpoint,
@@ -85,7 +86,7 @@ class CheckpointStore:
         """Files of this stem, damaged ones included: best, snapshots by number, interrupted."""
         return [path for name, path in _checkpoint_files(self.folder) if name.stem == self.stem]
 
-    def newest(self, on_skip: Callable[[Path, str], None]) -> Path | None:
+    def newest(self, on_skip: Callable[[Path, str], None], progress: Progress | None = None) -> Path | None:
         """The latest state there is: interrupted, then the newest snapshot, then best.
 
         A best file that is further on than the newest snapshot, as a completed run may leave it, comes
@@ -102,7 +103,7 @@ class CheckpointStore:
             files.insert(len(snapshots), self.best)
         for path in reversed(files):
             try:
-                verify_checkpoint(path)
+                verify_checkpoint(path, progress=progress)
             except CheckpointDamagedError as error:
                 on_skip(path, _reason(path, error))
             except CheckpointNotFoundError:

@@ -134,6 +134,8 @@ def run(args: list[str]) -> int:
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt, _Interrupted):
         if is_first_process():
+            if sys.stderr.isatty():
+                sys.stderr.write("\r")  # over the ^C that the terminal has echoed
             _print_error("Interrupted; there was nothing to save.")
         return InterruptedRun.exit_code
     except BrokenPipeError:

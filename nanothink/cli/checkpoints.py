@@ -132,20 +132,19 @@ def verify(
     paths = checkpoint or [entry.path for entry in list_checkpoints(checkpoint_dir)]
     results: dict[Path, str | None] = {}
     with render.progress() as bars:
-        total = sum(path.stat().st_size for path in paths if path.is_file())
-        done = 0
+        sizes = {path: path.stat().st_size for path in paths if path.is_file()}
+        total, before = sum(sizes.values()), 0
 
-        def advance(n_bytes: int) -> None:
-            nonlocal done
-            done += n_bytes
-            bars("verifying", done, total)
+        def advance(_: str, done: int, __: int) -> None:
+            bars("verifying", before + done, total)
 
         for path in paths:
             try:
-                verify_checkpoint(path, on_bytes=advance)
+                verify_checkpoint(path, progress=advance)
                 results[path] = None
             except CheckpointError as error:
                 results[path] = str(error).removeprefix(f"{path}: ")
+            before += sizes.get(path, 0)
     sound = not any(results.values())
     if as_json:
         files = [{"path": str(p), "ok": reason is None, "reason": reason} for p, reason in results.items()]
@@ -206,13 +205,12 @@ def export(
     and a state-space model (as Mamba) without further code.
     """
     from nanothink.cli import render
-    from nanothink.runs.evaluating import finished_checkpoints
+    from nanothink.runs.evaluating import newest_finished
     from nanothink.runs.exporting import export_checkpoint
 
-    path = checkpoint or max(
-        finished_checkpoints(checkpoint_dir, render.note), key=lambda p: p.stat().st_mtime_ns
-    )
-    done = export_checkpoint(path, to, overwrite=overwrite)
+    with render.progress() as bars:
+        path = checkpoint or newest_finished(checkpoint_dir, bars.note, bars)
+        done = export_checkpoint(path, to, overwrite=overwrite, progress=bars)
     for line in done.notes:
         render.warning(f"{path}: {line}")
     if as_json:

@@ -72,7 +72,8 @@ def evaluate(
 ) -> None:
     """Score checkpoints on held-out text.
 
-    Loss, perplexity and bits per byte, by domain and overall, several checkpoints side by side.
+    Loss, perplexity and bits per byte, by domain and overall, several checkpoints side by side. The kind of a
+    NanoThink, a router over experts, is nanothink_mla.
     """
     from nanothink.cli import render
     from nanothink.config.data import DataConfig
@@ -85,8 +86,8 @@ def evaluate(
     from nanothink.runs.evaluating import evaluate_checkpoints, finished_checkpoints
     from nanothink.training.recording import denoising_as_dict, routing_as_dict, score_as_dict
 
-    paths = checkpoint or finished_checkpoints(checkpoint_dir, render.note)
     with render.progress() as bars:
+        paths = checkpoint or finished_checkpoints(checkpoint_dir, bars.note, bars)
         results = evaluate_checkpoints(
             paths,
             data_dir=data_dir,

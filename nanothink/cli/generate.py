@@ -122,7 +122,7 @@ def generate(
     from nanothink.cli import render
     from nanothink.errors import UsageError
     from nanothink.inference.sampling import sampling_config
-    from nanothink.runs.evaluating import finished_checkpoints
+    from nanothink.runs.evaluating import newest_finished
     from nanothink.runs.loading import load
 
     asked: dict[str, Any] = {
@@ -147,10 +147,9 @@ def generate(
         raise UsageError("--level is for --denoise.")
     if ddim or ddim_steps is not None:
         sampling["ddim_steps"] = ddim_steps or 0
-    path = checkpoint or max(
-        finished_checkpoints(checkpoint_dir, render.note), key=lambda p: p.stat().st_mtime_ns
-    )
-    loaded = load(path, device=device, memory=not no_memory)
+    with render.progress() as bars:
+        path = checkpoint or newest_finished(checkpoint_dir, bars.note, bars)
+        loaded = load(path, device=device, memory=not no_memory, progress=bars)
     for line in loaded.notes:
         render.note(line)
     if denoise:

@@ -80,15 +80,17 @@ def build(
     from nanothink.memory.store import exists
     from nanothink.runs.remembering import build_memory, facts_of, find_remembering, plan_memory
 
-    found = find_remembering(
-        checkpoint,
-        expert or (),
-        checkpoint_dir,
-        name=name,
-        assignments=assignments or (),
-        data_dir=data_dir,
-        device=device,
-    )
+    with render.progress() as bars:
+        found = find_remembering(
+            checkpoint,
+            expert or (),
+            checkpoint_dir,
+            name=name,
+            assignments=assignments or (),
+            data_dir=data_dir,
+            device=device,
+            progress=bars,
+        )
     if exists(found.folder) and not overwrite and not dry_run:
         raise UsageError(
             f"{found.folder} is there already. Look at it: nanothink memory info. Put more text in: "
@@ -134,7 +136,8 @@ def add(
     from nanothink.errors import counted
     from nanothink.runs.remembering import build_memory, facts_of, find_remembering, plan_memory
 
-    found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device)
+    with render.progress() as bars:
+        found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
     store = found.open(writable=True)
     with render.progress() as bars:
         tokens = found.tokens(
@@ -163,9 +166,11 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Say what is in a memory; every byte of it is verified."""
+    from nanothink.cli import render
     from nanothink.runs.remembering import facts_of, find_remembering
 
-    found = find_remembering(checkpoint, (), checkpoint_dir, name=name)
+    with render.progress() as bars:
+        found = find_remembering(checkpoint, (), checkpoint_dir, name=name, progress=bars)
     _show(facts_of(found.open()), as_json=as_json)
 
 
@@ -190,7 +195,8 @@ def search(
     from nanothink.cli import render
     from nanothink.runs.remembering import find_remembering, search_memory
 
-    found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device)
+    with render.progress() as bars:
+        found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
     recalled = search_memory(found, found.open(), text, neighbours)
     if as_json:
         render.print_json({"text": text, "recalled": [asdict(one) for one in recalled]})
@@ -225,7 +231,8 @@ def compact(
     from nanothink.cli import render
     from nanothink.runs.remembering import compact_memory, find_remembering
 
-    found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device)
+    with render.progress() as bars:
+        found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
     with render.progress() as bars:
         tokens = None
         if max_tokens and found.checkpoint is not None:

@@ -190,6 +190,18 @@ def is_first_process() -> bool:
     return launched is None or launched.rank == 0
 
 
+def refuse_early(configure: Callable[[Mapping[str, Any] | None], ResolvedConfig]) -> None:
+    """Say what is wrong with the settings and the domains of a new run before torch, which takes seconds.
+
+    Not where there are several processes: there it is for the first to speak.
+    """
+    if launch() is None:
+        from nanothink.data.corpus import find_corpus
+
+        data = configure(None).config.data
+        find_corpus(data.data_dir, data.domains)
+
+
 def configure_from(
     *,
     preset: str | None,

@@ -30,6 +30,7 @@ from nanothink.cli.options import (
     examples,
     is_first_process,
     launch,
+    refuse_early,
 )
 
 if TYPE_CHECKING:
@@ -95,22 +96,13 @@ def pretrain(
     from nanothink.config.run import training_section
     from nanothink.errors import UsageError
     from nanothink.models import known_kind
-    from nanothink.runs.preparing import Where
 
     if name == "" or (domains and not any(part.strip(" ,") for part in domains)):
         raise UsageError("--name and --domains need a value; leave the option out for the default.")
-
-    where = Where(
-        kind=known_kind(kind),
-        checkpoint_dir=checkpoint_dir,
-        name=name,
-        resume=resume,
-        overwrite=overwrite,
-        device=device,
-    )
-    if transformer is not None and where.kind != "diffuser":
-        raise UsageError(f"--transformer names what a diffuser learns from; a {where.kind} learns from text.")
-    section = training_section(where.kind)
+    kind = known_kind(kind)
+    if transformer is not None and kind != "diffuser":
+        raise UsageError(f"--transformer names what a diffuser learns from; a {kind} learns from text.")
+    section = training_section(kind)
     flags = {
         "data.data_dir": ("--data-dir", data_dir),
         "data.domains": ("--domains", domains or None),
@@ -122,6 +114,18 @@ def pretrain(
         f"{section}.seed": ("--seed", seed),
     }
     configure = configure_from(preset=preset, config_file=config_file, assignments=assignments, flags=flags)
+    if resume is None:
+        refuse_early(configure)
+    from nanothink.runs.preparing import Where
+
+    where = Where(
+        kind=kind,
+        checkpoint_dir=checkpoint_dir,
+        name=name,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+    )
     return train(where, configure, dry_run=dry_run, as_json=as_json)
 
 
@@ -161,10 +165,12 @@ def resume(
 
     from nanothink.cli import render
     from nanothink.config.run import training_section
-    from nanothink.runs.preparing import locate
+    from nanothink.runs.preparing import Watch, locate
 
-    note = render.note if is_first_process() else (lambda _: None)
-    where = locate(str(checkpoint) if checkpoint else None, checkpoint_dir, note=note)
+    with render.progress() as bars:
+        shown = is_first_process()
+        watch = Watch(bars.note, bars) if shown else Watch(lambda _: None, lambda *_: None)
+        where = locate(str(checkpoint) if checkpoint else None, checkpoint_dir, watch)
     where = replace(where, device=device, overwrite=overwrite)
     section = training_section(where.kind)
     flags = {

@@ -37,11 +37,13 @@ def train(
     from nanothink.cli import render
     from nanothink.config import DataConfig
     from nanothink.data.corpus import find_corpus
+    from nanothink.data.records import try_to_write
     from nanothink.data.tokenizer import save_tokenizer, train_on_corpus
     from nanothink.errors import UsageError
 
     if (out / "tokenizer.json").exists() and not overwrite:
         raise UsageError(f"{out} already holds a tokenizer. Choose another --out, or add --overwrite.")
+    try_to_write(out)
     settings = DataConfig(data_dir=data_dir or "data", domains=tuple(domains) if domains else None)
     corpus = find_corpus(settings.data_dir, settings.domains)
     with render.progress() as bars:

@@ -27,6 +27,7 @@ from nanothink.cli.options import (
     SkipBadRecords,
     configure_from,
     examples,
+    refuse_early,
 )
 from nanothink.cli.pretrain import train
 
@@ -86,23 +87,14 @@ def train_mla(
 ) -> int:
     """Train NanoThink, a router over frozen experts.
 
-    Latent attention, router and head are trained; the experts stay as they are.
+    Latent attention, router and head are trained; the experts stay as they are. Files and tables call it by
+    its kind, nanothink_mla.
     """
     from nanothink.errors import UsageError
     from nanothink.models import COMBINED
-    from nanothink.runs.preparing import Where
 
     if name == "" or (domains and not any(part.strip(" ,") for part in domains)):
         raise UsageError("--name and --domains need a value; leave the option out for the default.")
-    where = Where(
-        kind=COMBINED,
-        checkpoint_dir=checkpoint_dir,
-        name=name,
-        resume=resume,
-        overwrite=overwrite,
-        device=device,
-        experts=tuple(expert or ()),
-    )
     flags = {
         "data.data_dir": ("--data-dir", data_dir),
         "data.domains": ("--domains", domains or None),
@@ -114,4 +106,17 @@ def train_mla(
         "train_mla.seed": ("--seed", seed),
     }
     configure = configure_from(preset=preset, config_file=config_file, assignments=assignments, flags=flags)
+    if resume is None:
+        refuse_early(configure)
+    from nanothink.runs.preparing import Where
+
+    where = Where(
+        kind=COMBINED,
+        checkpoint_dir=checkpoint_dir,
+        name=name,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+        experts=tuple(expert or ()),
+    )
     return train(where, configure, dry_run=dry_run, as_json=as_json)

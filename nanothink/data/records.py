@@ -26,6 +26,7 @@ import errno
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -305,6 +306,21 @@ def _record_line(record: Record) -> bytes:
         return orjson.dumps(fields) + b"\n"
     except TypeError:  # an integer beyond 64 bits
         return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+
+
+def try_to_write(folder: Path) -> None:
+    """Say that nothing can be written there before the time that making it takes. Leaves no trace.
+
+    Raises StorageError.
+    """
+    created = [path for path in [folder, *folder.parents] if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=".try-", dir=folder)).rmdir()
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    finally:
+        remove_empty(created)
 
 
 def remove_empty(folders: Iterable[Path]) -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 import orjson
 
 from nanothink.data.lines import SUFFIXES, shown
-from nanothink.data.records import Record, remove_empty, storage_error, write_records
+from nanothink.data.records import Record, remove_empty, storage_error, try_to_write, write_records
 from nanothink.data.text_files import cut_text
 from nanothink.errors import DataError, StorageError, counted
 
@@ -89,6 +89,7 @@ def write_starter_corpus(
     root = Path(data_dir)
     for name in ("code", "manual", "docstrings", "library"):
         _refuse_data(root, name, overwrite)
+    try_to_write(root)
     gathered, notes = _gather(max_bytes_per_domain, on_progress or (lambda done, total: None))
     if not gathered:
         raise DataError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -331,8 +332,42 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None, *, n_bytes: in
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    _train_answering_signals(backend, texts, trainer)
     return Tokenizer(backend, "trained", EOS)
+
+
+def _train_answering_signals(
+    backend: tokenizers.Tokenizer, texts: Iterable[str], trainer: tokenizers.trainers.BpeTrainer
+) -> None:
+    """``train_from_iterator`` in a thread of its own.
+
+    It would hold the main thread until the last merge, and only there does Python answer a Ctrl-C.
+    """
+    stopped = threading.Event()
+    failures: list[BaseException] = []
+
+    def until_stopped() -> Iterator[str]:
+        for text in texts:
+            if stopped.is_set():
+                raise InterruptedError
+            yield text
+
+    def work() -> None:
+        try:
+            backend.train_from_iterator(until_stopped(), trainer)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, name="tokenizer training", daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        stopped.set()
+        thread.join(1.0)  # out of Python, before the process ends; merging cannot be stopped and needs none
+        raise
+    if failures:
+        raise failures[0]
 
 
 def train_on_corpus(

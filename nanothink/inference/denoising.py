@@ -56,6 +56,7 @@ def denoising_errors(
     transformer: Transformer | None = None,
     n_tokens: int = MEASURED_TOKENS,
     should_stop: Callable[[], bool] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, float]:
     """Mean squared error of the guess at the clean target, by noise level, in one evaluation each.
 
@@ -68,16 +69,17 @@ def denoising_errors(
         transformer: needed where the targets are its hidden states.
         n_tokens: about how many tokens to measure on, in all; whole documents.
         should_stop: asked before each batch; EvaluationStopped is raised when it says so.
+        on_progress: hears of (levels of batches done, of so many in all).
     """
     levels = measured_levels(model.shape.training_steps)
-    sums, n_values = dict.fromkeys(levels, 0.0), 0
+    sums, n_values, n_done = dict.fromkeys(levels, 0.0), 0, 0
     share = max(1, n_tokens // max(1, len(streams)))
-    batches = (
+    batches = [
         batch
         for stream in streams.values()
         if stream.n_tokens
         for batch in validation_batches(stream, length, max(1, _BATCH_TOKENS // length), share)
-    )
+    ]
     with evaluating(model), torch.inference_mode():
         for number, (inputs, targets) in enumerate(batches):
             if should_stop is not None and should_stop():
@@ -93,6 +95,9 @@ def denoising_errors(
                     noisy = diffuse(clean, noise, model.alpha_bars[level])
                     guess, _ = model.denoise(condition, noisy, level)
                     sums[level] += float(((guess - clean).square() * valid).sum())
+                    n_done += 1
+                    if on_progress is not None:
+                        on_progress(n_done, len(batches) * len(levels))
             n_values += int(valid.sum()) * model.d_model
     return {level: total / max(1, n_values) for level, total in sums.items()}
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from nanothink.checkpoints import list_checkpoints, parse_name, verify_checkpoint
+from nanothink.checkpoints import (
+    CheckpointSummary,
+    DamagedEntry,
+    Progress,
+    list_checkpoints,
+    parse_name,
+    verify_checkpoint,
+)
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream, tokenise
 from nanothink.errors import CheckpointError, CheckpointNotFoundError, DataError, UsageError
@@ -39,7 +46,7 @@ def evaluate_checkpoints(
     skip_bad_records: bool = False,
     memory: bool = True,
     note: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> list[CheckpointEvaluation]:
     """Score each checkpoint on the same documents.
 
@@ -52,7 +59,7 @@ def evaluate_checkpoints(
         UsageError: the checkpoints come from different data, and none was given.
         DataError: there is no text to score.
     """
-    loaded = [load(path, device=device, memory=memory) for path in paths]
+    loaded = [load(path, device=device, memory=memory, progress=progress) for path in paths]
     for model in loaded:
         for line in model.notes:
             note(f"{model.path}: {line}")
@@ -111,7 +118,13 @@ def evaluate_checkpoints(
         if not combined.domains:
             raise DataError(f"There is no text in the {split} part of {data_dir}.")
         if isinstance(model.model, Diffuser) and model.config.diffuser.target != "hidden_state":
-            errors = denoising_errors(model.model, parts[0], length=length, precision=model.precision)
+            errors = denoising_errors(
+                model.model,
+                parts[0],
+                length=length,
+                precision=model.precision,
+                on_progress=lambda done, total: progress("errors by noise level", done, total),
+            )
             combined = replace(combined, denoising=errors)
         results.append(CheckpointEvaluation(model.path, model.kind, combined))
     return results
@@ -142,26 +155,55 @@ def _add(evaluations: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(totals, routing=routing)
 
 
-def finished_checkpoints(checkpoint_dir: Path, note: Callable[[str], None]) -> list[Path]:
+def finished_checkpoints(
+    checkpoint_dir: Path, note: Callable[[str], None], progress: Progress | None = None
+) -> list[Path]:
     """The best checkpoint of every model in a folder; ``note`` hears of damaged ones, which are left out.
 
     Raises:
         CheckpointNotFoundError: there is none.
     """
-    found = []
-    for entry in list_checkpoints(checkpoint_dir):
-        name = parse_name(entry.path.name)
-        if name is None or name.role != "best":
-            continue
+    found = list(_sound(_best_of_each(checkpoint_dir), note, progress))
+    if not found:
+        raise _nothing_trained(checkpoint_dir)
+    return found
+
+
+def newest_finished(
+    checkpoint_dir: Path, note: Callable[[str], None], progress: Progress | None = None
+) -> Path:
+    """Of the best checkpoints in a folder the one written last; ``note`` hears of damaged newer ones.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+    """
+    newest_first = sorted(_best_of_each(checkpoint_dir), key=lambda entry: entry.modified, reverse=True)
+    for path in _sound(newest_first, note, progress):
+        return path
+    raise _nothing_trained(checkpoint_dir)
+
+
+def _best_of_each(checkpoint_dir: Path) -> list[CheckpointSummary | DamagedEntry]:
+    named = ((entry, parse_name(entry.path.name)) for entry in list_checkpoints(checkpoint_dir))
+    return [entry for entry, name in named if name is not None and name.role == "best"]
+
+
+def _sound(
+    entries: Sequence[CheckpointSummary | DamagedEntry],
+    note: Callable[[str], None],
+    progress: Progress | None,
+) -> Iterator[Path]:
+    for entry in entries:
         try:
-            verify_checkpoint(entry.path)
+            verify_checkpoint(entry.path, progress=progress)
         except CheckpointError as error:
             note(f"Passing over {error}")
         else:
-            found.append(entry.path)
-    if not found:
-        raise CheckpointNotFoundError(
-            f"No trained model in {checkpoint_dir}. Train one (nanothink pretrain transformer), or name a "
-            "checkpoint."
-        )
-    return found
+            yield entry.path
+
+
+def _nothing_trained(checkpoint_dir: Path) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(
+        f"No trained model in {checkpoint_dir}. Train one (nanothink pretrain transformer), or name a "
+        "checkpoint."
+    )

@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from nanothink.checkpoints import CheckpointPayload, ModelPayload, parse_name, read_checkpoint, restore_model
+from nanothink.checkpoints import (
+    CheckpointPayload,
+    ModelPayload,
+    Progress,
+    parse_name,
+    read_checkpoint,
+    restore_model,
+)
 from nanothink.config import Config
 from nanothink.config.run import ResolvedConfig, resolve_config
 from nanothink.data.tokenizer import Tokenizer
@@ -70,7 +77,9 @@ class FrozenExpert:
         return model
 
 
-def find_experts(paths: Sequence[Path] | None, checkpoint_dir: Path) -> tuple[FrozenExpert, ...]:
+def find_experts(
+    paths: Sequence[Path] | None, checkpoint_dir: Path, progress: Progress | None = None
+) -> tuple[FrozenExpert, ...]:
     """Open the experts that were named, or the three in the checkpoint folder.
 
     Raises:
@@ -90,7 +99,7 @@ def find_experts(paths: Sequence[Path] | None, checkpoint_dir: Path) -> tuple[Fr
         )
     experts: list[FrozenExpert] = []
     for path in chosen:
-        payload = read_checkpoint(path, mmap=True)
+        payload = read_checkpoint(path, mmap=True, progress=progress)
         if payload["kind"] not in EXPERT_KINDS:
             raise CheckpointMismatchError(
                 f"{path} holds a {payload['kind']}, which is no expert. NanoThink combines experts of these "

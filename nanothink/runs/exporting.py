@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 import nanothink
-from nanothink.checkpoints import check_place, model_state, read_checkpoint, write_export
+from nanothink.checkpoints import Progress, check_place, model_state, read_checkpoint, write_export
 from nanothink.checkpoints.export import CONFIG, FILES, OWN_SECTION
 from nanothink.checkpoints.payload import CheckpointPayload
 from nanothink.config import Config
@@ -45,11 +45,14 @@ class Export:
     """What of the checkpoint did not fit its model, or does not come along."""
 
 
-def export_checkpoint(checkpoint: Path, folder: Path, *, overwrite: bool = False) -> Export:
+def export_checkpoint(
+    checkpoint: Path, folder: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> Export:
     """Write the model of a checkpoint to ``folder``, in float32, whole or not at all.
 
     Args:
         overwrite: replace an earlier export.
+        progress: hears of (what is being done, bytes done, bytes in all); all is 0 where nobody knows.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or something else.
@@ -57,7 +60,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, overwrite: bool = False
         StorageError: it can't be written; nothing is left behind.
     """
     check_place(folder, overwrite=overwrite)  # before a large file is read
-    payload = read_checkpoint(checkpoint, mmap=True)
+    payload = read_checkpoint(checkpoint, mmap=True, progress=progress)
     loaded = opened(checkpoint, payload, device="cpu", memory=False)
     model = loaded.model
     notes = list(loaded.notes)
@@ -99,6 +102,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, overwrite: bool = False
         save_tokenizer(loaded.tokenizer, into, context=model.context_length)
         (into / "README.md").write_text(_card(loaded, payload, architecture, folder.resolve().name), "utf-8")
 
+    if progress is not None:
+        progress(f"writing {folder.name}", 0, 0)
     write_export(folder, weights, fill, overwrite=overwrite)
     return Export(
         checkpoint,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nanothink.checkpoints import CheckpointPayload, read_checkpoint, restore_model
+from nanothink.checkpoints import CheckpointPayload, Progress, read_checkpoint, restore_model
 from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.tokenizer import Tokenizer
@@ -45,7 +45,9 @@ class FrozenTransformer:
         return model.eval().requires_grad_(False)
 
 
-def find_transformer(config: Config, checkpoint_dir: Path) -> FrozenTransformer:
+def find_transformer(
+    config: Config, checkpoint_dir: Path, progress: Progress | None = None
+) -> FrozenTransformer:
     """Open the transformer that the settings name, or the one in the checkpoint folder.
 
     Args:
@@ -63,7 +65,7 @@ def find_transformer(config: Config, checkpoint_dir: Path) -> FrozenTransformer:
             f"nanothink pretrain transformer --set model.d_model={config.model.d_model} --checkpoint-dir "
             f"{checkpoint_dir}. Or name one: --transformer PATH."
         )
-    payload = read_checkpoint(path, mmap=True)
+    payload = read_checkpoint(path, mmap=True, progress=progress)
     if payload["kind"] != "transformer":
         raise CheckpointMismatchError(
             f"{path} holds a {payload['kind']}, and a diffuser learns from a transformer. Name one: "

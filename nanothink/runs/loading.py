@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from nanothink.checkpoints import ModelPayload, is_export, read_checkpoint, read_export, restore_model
+from nanothink.checkpoints import (
+    ModelPayload,
+    Progress,
+    is_export,
+    read_checkpoint,
+    read_export,
+    restore_model,
+)
 from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.tokenizer import Tokenizer
@@ -236,18 +243,26 @@ class LoadedModel:
         return self.model
 
 
-def load(path: str | Path, *, device: str | None = None, memory: bool = True) -> LoadedModel:
+def load(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    memory: bool = True,
+    progress: Progress | None = None,
+) -> LoadedModel:
     """Open a checkpoint, or a folder that ``checkpoints export`` wrote, for use.
 
     Args:
         memory: open the vector store beside it too, where it was trained with one.
+        progress: hears of (what is being done, bytes done, bytes in all) while the file is verified.
 
     Raises:
         CheckpointError: it is missing, damaged, or holds something else.
         VectorStoreError: the vector store is.
     """
     path = Path(path)
-    payload: ModelPayload = read_export(path) if is_export(path) else read_checkpoint(path, mmap=True)
+    payload: ModelPayload
+    payload = read_export(path) if is_export(path) else read_checkpoint(path, mmap=True, progress=progress)
     return opened(path, payload, device=device, memory=memory)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from nanothink.checkpoints import (
     CheckpointPayload,
     CheckpointStore,
+    Progress,
     list_checkpoints,
     read_checkpoint,
     verify_checkpoint,
@@ -82,7 +83,7 @@ class Watch:
     """How the preparation reports: single lines, and (done, total) bytes of a long step."""
 
     note: Callable[[str], None]
-    progress: Callable[[str, int, int], None]
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,8 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     config = resolved.config
     training = config.training_of(where.kind)
     precision = choose_precision(training, choose_device(where.device))
-    frozen = frozen_transformer(where, config, origin)
-    experts = experts_to_combine(where, resolved, origin)
+    frozen = frozen_transformer(where, config, origin, watch)
+    experts = experts_to_combine(where, resolved, origin, watch)
     if experts:
         config = shaped_by(experts, resolved)
     if origin is not None and not Path(config.data.data_dir).is_dir():
@@ -223,7 +224,7 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
 
 
 def experts_to_combine(
-    where: Where, resolved: ResolvedConfig, origin: Origin | None
+    where: Where, resolved: ResolvedConfig, origin: Origin | None, watch: Watch
 ) -> tuple[FrozenExpert, ...]:
     """The experts that a new NanoThink starts from; none for another kind, or where a run goes on.
 
@@ -234,15 +235,17 @@ def experts_to_combine(
         return ()
     if origin is not None:
         if where.experts:
-            named = find_experts(where.experts, where.checkpoint_dir)
+            named = find_experts(where.experts, where.checkpoint_dir, watch.progress)
             check_same_experts(named, origin.payload["run"], origin.path)
         return ()
-    experts = find_experts(where.experts, where.checkpoint_dir)
+    experts = find_experts(where.experts, where.checkpoint_dir, watch.progress)
     shaped_by(experts, resolved)
     return experts
 
 
-def frozen_transformer(where: Where, config: Config, origin: Origin | None) -> FrozenTransformer | None:
+def frozen_transformer(
+    where: Where, config: Config, origin: Origin | None, watch: Watch
+) -> FrozenTransformer | None:
     """The transformer that this run learns from; None for one that needs none (any more).
 
     A diffuser's checkpoint carries its targets, unless they are hidden states.
@@ -254,17 +257,17 @@ def frozen_transformer(where: Where, config: Config, origin: Origin | None) -> F
         return None
     if origin is not None and config.diffuser.target != "hidden_state":
         return None
-    frozen = find_transformer(config, where.checkpoint_dir)
+    frozen = find_transformer(config, where.checkpoint_dir, watch.progress)
     if origin is not None:
         check_same_transformer(frozen, origin.payload["run"], origin.path)
     return frozen
 
 
-def locate(checkpoint: str | None, checkpoint_dir: Path, note: Callable[[str], None]) -> Where:
+def locate(checkpoint: str | None, checkpoint_dir: Path, watch: Watch) -> Where:
     """Which run ``nanothink resume [CHECKPOINT]`` means.
 
     Without a checkpoint it is the run that was interrupted last, from its latest state that verifies;
-    ``note`` gets a line for each file that is passed over.
+    ``watch.note`` gets a line for each file that is passed over.
 
     Raises:
         CheckpointNotFoundError: nothing there to go on with.
@@ -283,7 +286,7 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, note: Callable[[str], N
                 f"Nothing in {checkpoint_dir} was interrupted (there: {there}). To train a finished model "
                 "further, name its checkpoint and raise --max-epochs or --max-steps."
             )
-        newest = _newest_of(sorted(paths, key=_modified_ns, reverse=True), note)
+        newest = _newest_of(sorted(paths, key=_modified_ns, reverse=True), watch)
         if newest is None:
             raise CheckpointNotFoundError(
                 f"Runs in {checkpoint_dir} were interrupted, but no file of theirs verifies. "
@@ -291,7 +294,7 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, note: Callable[[str], N
             )
         checkpoint = str(newest)
     path = Path(checkpoint)
-    payload = read_checkpoint(path, mmap=True)
+    payload = read_checkpoint(path, mmap=True, progress=watch.progress)
     stem = payload["run"].get("name")
     if not isinstance(stem, str):
         raise CheckpointDamagedError(f"{path}: does not say which run it is of. Use another checkpoint")
@@ -304,15 +307,19 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, note: Callable[[str], N
     )
 
 
-def _newest_of(interrupted: Sequence[Path], note: Callable[[str], None]) -> Path | None:
+def _newest_of(interrupted: Sequence[Path], watch: Watch) -> Path | None:
     """The latest state that verifies of the first of these runs that has any."""
     for path in interrupted:
         stem = path.name.removesuffix("_interrupted.pt")
         store = CheckpointStore(path.parent, stem)
-        newest = store.newest(on_skip=lambda p, why: note(f"Passing over {p}: {why}"))
+        newest = _newest_in(store, watch)
         if newest is not None:
             return newest
     return None
+
+
+def _newest_in(store: CheckpointStore, watch: Watch) -> Path | None:
+    return store.newest(lambda p, why: watch.note(f"Passing over {p}: {why}"), watch.progress)
 
 
 def _modified_ns(path: Path) -> int:
@@ -355,13 +362,13 @@ def _find_start(where: Where, watch: Watch) -> Origin | None:
         return None
     store = where.store
     if where.resume == NEWEST:
-        path = store.newest(on_skip=lambda p, why: watch.note(f"Passing over {p}: {why}"))
+        path = _newest_in(store, watch)
         if path is None:
             watch.note(f"Nothing of {where.stem} in {where.checkpoint_dir} to go on from; starting anew.")
             return None
     else:
         path = Path(where.resume)
-    payload = read_checkpoint(path)
+    payload = read_checkpoint(path, progress=watch.progress)
     if payload["kind"] != where.kind:
         raise CheckpointMismatchError(
             f"{path} holds a {payload['kind']}, not a {where.kind}. Go on with it by: nanothink resume {path}"
@@ -370,7 +377,7 @@ def _find_start(where: Where, watch: Watch) -> Origin | None:
         store.interrupted.exists()
         and store.interrupted.resolve() != path.resolve()
         and not where.overwrite
-        and (later := _steps_of(store.interrupted)) is not None
+        and (later := _steps_of(store.interrupted, watch)) is not None
         and later > payload["step"]
     ):
         raise UsageError(
@@ -381,9 +388,9 @@ def _find_start(where: Where, watch: Watch) -> Origin | None:
     return Origin(path, payload)
 
 
-def _steps_of(path: Path) -> int | None:
+def _steps_of(path: Path, watch: Watch) -> int | None:
     try:
-        return verify_checkpoint(path).step
+        return verify_checkpoint(path, progress=watch.progress).step
     except (CheckpointDamagedError, CheckpointNotFoundError):  # nothing that could be lost
         return None
 

@@ -91,7 +91,7 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
         def first() -> tuple[tuple[Prepared, RunFinished | None], str]:
             stack.enter_context(store.lock())
             if where.resume is None:
-                _check_new_run(where, configure, store)
+                _check_new_run(where, configure, store, watch)
             prepared = prepare(where, configure, watch)
             largest_share(prepared, processes.size)
             ending = earlier_ending(prepared)
@@ -163,13 +163,13 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
         return finished
 
 
-def _check_new_run(where: Where, configure: Configure, store: CheckpointStore) -> None:
+def _check_new_run(where: Where, configure: Configure, store: CheckpointStore, watch: Watch) -> None:
     """A mistake in settings or data is said first: mending it must not need --overwrite."""
     resolved = configure(None)
     config = resolved.config
     choose_device(where.device)
-    frozen_transformer(where, config, None)
-    experts_to_combine(where, resolved, None)
+    frozen_transformer(where, config, None, watch)
+    experts_to_combine(where, resolved, None, watch)
     find_corpus(config.data.data_dir, config.data.domains)
     store.guard_new_run(overwrite=where.overwrite)
 
@@ -505,7 +505,9 @@ def _remarks(prepared: Prepared) -> list[str]:
     remarks = []
     train_config, plan = prepared.training, prepared.plan
     warmup = effective_warmup(train_config, plan.total_steps)
-    if warmup != train_config.warmup_steps:
+    if warmup == 0 < train_config.warmup_steps:
+        remarks.append(f"No warm-up: this run has {counted(plan.total_steps, 'step')}.")
+    elif warmup != train_config.warmup_steps:
         remarks.append(
             f"Warming up over a tenth of this run ({counted(warmup, 'step')}), not "
             f"{counted(train_config.warmup_steps, 'step')}."
@@ -514,7 +516,7 @@ def _remarks(prepared: Prepared) -> list[str]:
     draws = plan.total_steps * plan.blocks_per_step / len(prepared.tokens.train)
     for domain, stream in prepared.tokens.train.items():
         passes = draws / max(1, stream.n_blocks(length))
-        if passes > 4 * plan.total_steps * plan.blocks_per_step / plan.n_blocks:
+        if passes > 1 and passes > 4 * plan.total_steps * plan.blocks_per_step / plan.n_blocks:
             remarks.append(
                 f"Domain '{domain}' is small: with equal weight for every domain this run reads it "
                 f"{passes:.0f} times."

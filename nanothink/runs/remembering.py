@@ -261,6 +261,7 @@ def find_remembering(
     assignments: Sequence[str] = (),
     data_dir: str | None = None,
     device: str | None = None,
+    progress: Progress | None = None,
 ) -> Remembering:
     """What a ``memory`` command is about: a combined model, or the experts of one that is yet to be trained.
 
@@ -278,7 +279,7 @@ def find_remembering(
     if checkpoint is not None:
         if experts:
             raise UsageError("Name a combined model's checkpoint or experts (--expert), not both.")
-        payload = read_checkpoint(checkpoint, mmap=True)
+        payload = read_checkpoint(checkpoint, mmap=True, progress=progress)
         if payload["kind"] != COMBINED:
             raise CheckpointMismatchError(
                 f"{checkpoint} holds a {payload['kind']}; a memory belongs to a model that combines experts. "
@@ -304,7 +305,7 @@ def find_remembering(
     else:
         resolved = resolve_config(assignments=assignments, flags=flags)
         try:
-            found = find_experts(experts or None, checkpoint_dir)
+            found = find_experts(experts or None, checkpoint_dir, progress)
         except CheckpointNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"No {stem}.pt in {checkpoint_dir}, and no experts to build a memory for. {error}"

@@ -166,13 +166,18 @@ def test_weights_that_are_not_finite_are_found_and_named(tmp_path, make_payload)
     assert read_checkpoint(path)["step"] == 7  # as it was written, all the same
 
 
-def test_verifying_says_how_far_it_is(tmp_path, make_payload):
+@pytest.mark.parametrize(("read", "word"), [(verify_checkpoint, "verifying"), (read_checkpoint, "opening")])
+def test_reading_says_how_far_it_is(tmp_path, make_payload, read, word):
     path = tmp_path / "a.pt"
     write_checkpoint(path, make_payload(model_state={"a": torch.zeros(3_000_000)}))
-    pieces: list[int] = []
-    verify_checkpoint(path, on_bytes=pieces.append)
-    assert len(pieces) > 1
-    assert 0 <= path.stat().st_size - sum(pieces) < 200  # the digest itself
+    heard: list[tuple[str, int, int]] = []
+    read(path, progress=lambda *said: heard.append(said))
+    assert len(heard) > 1
+    assert heard == sorted(heard)
+    label, done, total = heard[-1]
+    assert label == f"{word} a.pt"
+    assert done == total
+    assert 0 <= path.stat().st_size - total < 200  # the digest itself
 
 
 # --- damage -------------------------------------------------------------------------------------------

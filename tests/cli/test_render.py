@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nanothink.cli import render
 from nanothink.cli.render import results, tables
-from nanothink.cli.render.progress import Bars
+from nanothink.cli.render.progress import Bars, ProgressBars, progress_columns
 from nanothink.errors import counted
 from nanothink.inference.evaluate import Evaluation, Score
 from nanothink.runs.evaluating import CheckpointEvaluation
@@ -91,6 +91,16 @@ def test_plain_progress_says_when_it_will_be_done(capsys: pytest.CaptureFixture[
         "verifying: 60 %, ETA 24s",
         "verifying: 80 %, ETA 12s",
     ]
+
+
+def test_a_bar_leaves_room_for_the_echo_of_ctrl_c() -> None:
+    drawn = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    bars = ProgressBars(*progress_columns(), console=drawn)
+    bars.add_task("validating", total=10, completed=3)
+    with drawn.capture() as captured:
+        drawn.print(bars)
+    (line,) = captured.get().splitlines()
+    assert len(line) == 78
 
 
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ def test_on_a_terminal_each_token_has_its_experts_colour_and_weight(monkeypatch:
     assert f"{first}The\x1b[0m\x1b[2m⁷⁰\x1b[0m" in text
     assert f"{second} [b]" in text
     assert "⁷⁵" in text
+    assert "⁷⁰: with 70 % of the weight" in " ".join(text.split())
     assert f"{first}code 52 %" in text
     assert f"{second}tales 48 %" in text
     assert "\x1b\x1b" not in text  # what a model writes does not drive the terminal

@@ -134,6 +134,14 @@ def test_replaces_its_own_files_when_told(tmp_path):
     assert all(len(after[name]) < len(before[name]) for name in before)
 
 
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_gathered(tmp_path):
+    (tmp_path / "file").write_text("")
+    seen = []
+    with pytest.raises(StorageError, match="is a file, not a folder"):
+        write_starter_corpus(tmp_path / "file" / "data", on_progress=lambda *said: seen.append(said))
+    assert seen == []
+
+
 def test_a_disk_that_refuses_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="is a file, not a folder"):

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -189,6 +190,31 @@ def test_training_is_deterministic(trained: Tokenizer, tmp_path: Path) -> None:
         for threads, seed in (("1", "0"), ("4", "1"), ("4", "2"))
     }
     assert len(prints) == 1
+
+
+def test_training_answers_a_signal_before_its_end() -> None:
+    """The library draws the texts outside the main thread, where alone Python hears of signals."""
+    n_drawn, n_texts = 0, 50_000
+
+    def texts() -> Iterator[str]:
+        nonlocal n_drawn
+        for n_drawn in range(n_texts):
+            if n_drawn == 1000:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield TEXT
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(texts(), 400, n_bytes=n_texts * len(TEXT))
+    assert n_drawn < n_texts - 1
+
+
+def test_what_the_texts_raise_reaches_who_trains() -> None:
+    def texts() -> Iterator[str]:
+        yield TEXT
+        raise TokenizerError("no more")
+
+    with pytest.raises(TokenizerError, match="no more"):
+        train_tokenizer(texts(), 400, n_bytes=len(TEXT))
 
 
 def test_a_small_corpus_gives_a_small_vocabulary(trained: Tokenizer) -> None:

@@ -54,6 +54,20 @@ def test_a_run_is_saved_and_leaves(
         assert_same_run(uninterrupted("transformer"), tmp_path, STEM)
 
 
+def test_a_signal_before_the_command_line_is_there_ends_the_process_without_a_word() -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from nanothink.__main__ import main\n"
+        "class Strike:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'nanothink.cli.app': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Strike())\n"
+        "main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
 @pytest.mark.parametrize("during", ["training", "sampling"])
 def test_the_second_signal_leaves_at_once(during: str, ground: Ground, tmp_path: Path) -> None:
     arguments = ground.typed("transformer", tmp_path)

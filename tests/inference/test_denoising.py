@@ -14,7 +14,7 @@ from nanothink.data.batches import validation_batches
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import IGNORE, TokenisedCorpus, tokenise
-from nanothink.errors import UsageError
+from nanothink.errors import UsageError, counted
 from nanothink.inference.denoising import denoising_errors, measured_levels, reconstruct
 from nanothink.models import build_model
 from nanothink.models.diffuser import Diffuser
@@ -62,6 +62,14 @@ def test_the_error_is_the_mean_over_valid_targets_and_features(
     assert list(found.values()) == pytest.approx([expected] * 6, rel=1e-5)
 
 
+def test_measuring_says_how_far_it_is(model: Diffuser, tokens: TokenisedCorpus) -> None:
+    heard: list[tuple[int, int]] = []
+    errors(model, tokens, on_progress=lambda done, total: heard.append((done, total)))
+    total = heard[-1][1]
+    assert heard == [(done, total) for done in range(1, total + 1)]
+    assert total % len(measured_levels(LEVELS)) == 0
+
+
 def test_what_is_handed_to_the_denoiser_gets_noisier_by_level(
     model: Diffuser, tokens: TokenisedCorpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +106,7 @@ def test_a_perfect_head_finds_every_token_again(model: Diffuser, monkeypatch: py
 
 def test_reconstruction_says_what_it_cannot_take(model: Diffuser) -> None:
     for passage in ([1], list(range(LENGTH + 2))):
-        with pytest.raises(UsageError, match=rf"has {len(passage)} tokens; 2 to {LENGTH + 1}"):
+        with pytest.raises(UsageError, match=rf"has {counted(len(passage), 'token')}; 2 to {LENGTH + 1}"):
             reconstruct(model, passage, [1])
     for level in (0, LEVELS + 1):
         with pytest.raises(UsageError, match=rf"noise level {level}: this diffuser has levels 1 to 10"):

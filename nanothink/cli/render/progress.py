@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import (
     BarColumn,
     Progress,
@@ -75,10 +77,30 @@ def progress_columns() -> list[Any]:
     ]
 
 
+@dataclass(frozen=True)
+class _ShortOfTheEdge:
+    """Two columns are left free.
+
+    A terminal echoes Ctrl-C as ``^C``. After a full line that begins a new one, and the bar is not erased.
+    """
+
+    drawn: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.drawn, options.update_width(max(1, options.max_width - 2)))
+
+
+class ProgressBars(Progress):
+    """Rich's, with room for a ``^C``."""
+
+    def get_renderable(self) -> RenderableType:
+        return _ShortOfTheEdge(super().get_renderable())
+
+
 @contextmanager
 def progress() -> Iterator[Bars]:
     if not redraws():
         yield Bars(None)
         return
-    with Progress(*progress_columns(), console=err, transient=True) as bars:
+    with ProgressBars(*progress_columns(), console=err, transient=True) as bars:
         yield Bars(bars)

@@ -249,7 +249,9 @@ def routing(prompt: str) -> Iterator[Callable[[RoutedPiece], None]]:
             (f"{name} {100 * total / n_tokens:.0f} %   ", _COLOURS[i % len(_COLOURS)])
             for i, (name, total) in enumerate(totals.items())
         ]
-        out.print(Text.assemble("\n\nMean weight: ", *legend), soft_wrap=True)
+        number = "70".translate(_RAISED)
+        key = f"\n\nColour: who was trusted most for a token; {number}: with 70 % of the weight.\n"
+        out.print(Text.assemble((key, "dim"), "Mean weight: ", *legend), soft_wrap=True)
 
 
 def reconstructions(found: Sequence[Reconstruction], decode: Callable[[list[int]], str]) -> None:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.progress import Progress, TaskID
+from rich.progress import TaskID
 from rich.table import Table
 from rich.text import Text
 
 from nanothink.cli.render.console import count, duration, err, note, redraws
-from nanothink.cli.render.progress import Bars, progress_columns
+from nanothink.cli.render.progress import Bars, ProgressBars, progress_columns
 from nanothink.cli.render.tables import sparkline
 from nanothink.errors import counted
 
@@ -141,7 +141,7 @@ class LiveTrainingView(TrainingView):
 
     def __init__(self) -> None:
         super().__init__()
-        self._bar = Progress(*progress_columns(), console=err)
+        self._bar = ProgressBars(*progress_columns(), console=err)
         self._task: TaskID | None = None
         self._bars = Bars(self._bar)
         self._losses: list[float] = []
