@@ -141,6 +141,8 @@ def storage_error(error: OSError, path: Path) -> StorageError:
         errno.EACCES: "Check who may write there.",
         errno.EPERM: "Check who may write there.",
         errno.EROFS: "The disk is mounted read-only.",
+        errno.EEXIST: "A part of this path is a file, not a folder: choose another place.",
+        errno.ENOTDIR: "A part of this path is a file, not a folder: choose another place.",
     }
     remedy = remedies.get(error.errno or 0, "Check the disk and run the command again.")
     return StorageError(f"Cannot write {path}: {reason}. {remedy}")

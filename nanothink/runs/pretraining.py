@@ -115,7 +115,7 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
             stack.callback(run.objective.states.close)
         processes.require_same("their first weights", weights_checksum(run.model))
         # Only from here on is there a state to save; a signal during the preparation just ends it.
-        stop = stack.enter_context(StopRequest(quiet=not processes.is_first))
+        stop = stack.enter_context(StopRequest(watch.note if processes.is_first else None))
         if prepared.origin is None and processes.is_first:
             # Before the first step, so that a disk without room says so now, and so that what --overwrite
             # replaces is set aside all at once: the files here, the records just below.

@@ -135,6 +135,8 @@ def guard(out: Path) -> None:
     """
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; name a file, such as {out / 'report.html'}.")
+    if out.parent.exists() and not out.parent.is_dir():
+        raise UsageError(f"--out {out}: {out.parent} is a file, not a folder. Name another place.")
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: the folder {out.parent} does not exist. Make it first.")
     try:
