@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,36 @@ def test_evaluation_as_json(trained: Path, said: Said) -> None:
     for scores in (one["overall"], *one["domains"].values()):
         assert set(scores) == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}
     assert one["overall"]["tokens"] == sum(d["tokens"] for d in one["domains"].values())
+
+
+@pytest.mark.parametrize(
+    ("steps", "remark"),
+    [("2", "No warm-up: this run has 2 steps."), ("10", "Warming up over a tenth of this run")],
+)
+def test_a_short_run_says_how_it_warms_up(
+    pretrain: Callable[..., int], tmp_path: Path, said: Said, steps: str, remark: str
+) -> None:
+    warm = ("--set", "train_expert.warmup_steps=5", "--set", "train_expert.sample_tokens=0")
+    assert pretrain(tmp_path, "--max-steps", steps, *warm) == 0
+    noted = said()[1]
+    assert remark in noted
+    assert " 0 " not in noted.partition("transformer_expert: from step")[0]
+
+
+def test_the_newest_sound_checkpoint_is_taken(copied: Path, said: Said) -> None:
+    other = copied / "other_expert.pt"
+    shutil.copy(copied / "transformer_expert.pt", other)
+    for when, path in enumerate((copied / "transformer_expert.pt", other), start=1_700_000_000):
+        os.utime(path, (when, when))
+    asked = ["generate", "The", "-n", "1", "--checkpoint-dir", str(copied), "--json"]
+    assert run(asked) == 0
+    assert as_json(said)["checkpoint"] == str(other)
+    other.write_bytes(other.read_bytes()[:-1000])
+    os.utime(other, (1_700_000_009, 1_700_000_009))
+    assert run(asked) == 0
+    out, noted = said()
+    assert json.loads(out)["checkpoint"] == str(copied / "transformer_expert.pt")
+    assert f"Passing over {other}" in noted
 
 
 def test_samples_continue_held_out_texts_unless_prompts_are_given(
