@@ -26,7 +26,6 @@ import errno
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -316,7 +315,10 @@ def try_to_write(folder: Path) -> None:
     created = [path for path in [folder, *folder.parents] if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        Path(tempfile.mkdtemp(prefix=".try-", dir=folder)).rmdir()
+        sweep(folder / "trial")
+        trial = temporary_path(folder / "trial")
+        trial.mkdir()
+        trial.rmdir()
     except OSError as error:
         raise storage_error(folder, error) from error
     finally:

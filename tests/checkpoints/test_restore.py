@@ -218,7 +218,7 @@ def test_packing_draws_nothing():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="concerns machines without a GPU")
 def test_a_gpu_that_is_gone_is_said():
     state = {**pack_rng(), "cuda": [torch.zeros(16, dtype=torch.uint8)]}
-    assert unpack_rng(state) == ["saved with 1 GPUs, resumed with 0: random numbers on GPUs will differ"]
+    assert unpack_rng(state) == ["saved with 1 GPU, resumed with 0: random numbers on GPUs will differ"]
 
 
 @pytest.mark.parametrize(

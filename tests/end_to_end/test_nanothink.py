@@ -336,7 +336,7 @@ def test_experts_that_do_not_fit_are_refused_by_name(
     for changed, words in (
         ({"model__d_model": 48}, "transformer_expert.pt has width 32, and model.d_model=48 was asked for"),
         ({"model__max_seq_len": 64}, "has a context of 32 tokens, and model.max_seq_len=64"),
-        ({"mla__n_experts": 2}, "mla.n_experts=2 was asked for, and there are 3 experts"),
+        ({"mla__n_experts": 2}, "mla.n_experts=2 was asked for, not 3 experts"),
     ):
         assert words in refused(capsys, typed(target, **changed))
     assert "nanothink train-mla" in refused(capsys, ["pretrain", "nanothink_mla"], code=2)

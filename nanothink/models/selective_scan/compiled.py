@@ -143,9 +143,9 @@ def _load() -> tuple[Any, str]:
         return _checked(_build(found, source, path))
     except subprocess.CalledProcessError as error:
         lines = bytes(error.stderr or b"").decode(errors="replace").strip().splitlines()
-        return None, f"{compiler} could not build it: {lines[0] if lines else error}"
+        return None, f"{found} could not build it: {lines[0] if lines else error}"
     except (OSError, subprocess.TimeoutExpired) as error:
-        return None, f"{compiler} could not build it: {error}"
+        return None, f"{found} could not build it: {error}"
 
 
 def _build(compiler: str, source: bytes, path: Path) -> Any:
