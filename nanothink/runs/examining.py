@@ -16,7 +16,7 @@ from nanothink.config import DataConfig, TrainExpertConfig
 from nanothink.data.hub import availability
 from nanothink.models.precision import bfloat16_gain, choose_device, choose_precision
 from nanothink.models.selective_scan import RULE, choose_scan
-from nanothink.models.selective_scan.compiled import compiler
+from nanothink.models.selective_scan.compiled import find_compiler
 
 
 def examine(
@@ -43,7 +43,7 @@ def examine(
         "precision": f"{precision.name}: {precision.reason}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
         "bfloat16 on this CPU": f"{gain:.2f} times the speed of float32",
-        "C++ compiler": compiler()
+        "C++ compiler": find_compiler()
         or "none (g++, c++ or clang++): state-space models train slower on a CPU. Install one: g++",
         "selective scan": f"{scan.name}: {scan.reason}. {RULE}",
         "tokenizer": f"{tokenizer}: {where_from}",

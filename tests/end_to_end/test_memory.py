@@ -244,7 +244,12 @@ def test_its_share_is_shown_token_by_token(trained: Path, capsys: pytest.Capture
         for token, weights in zip(sample["tokens"], routing, strict=False)
         for mine, other in zip(token["weights"].values(), weights.tolist(), strict=True)
     ]
-    # of more equally near neighbours than are asked for, rounding decides which are taken
+    told_of = torch.tensor([list(token["weights"].values()) for token in sample["tokens"]])
+    routers = [model.model.router_weights(trust) for trust in (told_of, routing[: len(told_of)])]  # type: ignore[union-attr,operator]
+    torch.testing.assert_close(
+        routers[0], routers[1], rtol=0, atol=1e-4
+    )  # the experts' shares among themselves
+    # of the memory: of more equally near neighbours than are asked for, rounding decides which are taken
     assert sorted(differences)[len(differences) // 2] < 1e-4
     assert max(differences) < 0.03
     assert run(told) == 0

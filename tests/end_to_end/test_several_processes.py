@@ -34,6 +34,7 @@ PHASE = {
     "eval_max_tokens": 400,
     "sample_tokens": 4,
 }
+STEMS = (*(f"{kind}_expert" for kind in KINDS), "nanothink_mla")
 SETTINGS = {
     "model.d_model": 32,
     "model.max_seq_len": 32,
@@ -84,9 +85,9 @@ def metrics(folder: Path, stem: str = STEM) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for_steps(n_steps: int, folder: Path, process: subprocess.Popen[str]) -> None:
+def wait_for_steps(n_steps: int, folder: Path, process: subprocess.Popen[str], stem: str = STEM) -> None:
     deadline = time.monotonic() + PATIENCE
-    while sum(line["event"] == "train" for line in metrics(folder)) < n_steps:
+    while sum(line["event"] == "train" for line in metrics(folder, stem)) < n_steps:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -119,8 +120,8 @@ def assert_as_one(one: Path, other: Path, stem: str = STEM) -> None:
     assert not (other / f"{stem}_interrupted.pt").exists()
 
 
-def assert_bit_equal(whole: Path, resumed: Path) -> None:
-    one, other = (read_checkpoint(folder / f"{STEM}.pt") for folder in (whole, resumed))
+def assert_bit_equal(whole: Path, resumed: Path, stem: str = STEM) -> None:
+    one, other = (read_checkpoint(folder / f"{stem}.pt") for folder in (whole, resumed))
     assert one["run"]["state"] == other["run"]["state"]
     for name, tensor in one["model_state"].items():
         assert torch.equal(other["model_state"][name], tensor), name
@@ -170,7 +171,7 @@ def by_two(by_one: Path, settings: list[str], tmp_path_factory: pytest.TempPathF
     return folder
 
 
-@pytest.mark.parametrize("stem", [*(f"{kind}_expert" for kind in KINDS), "nanothink_mla"])
+@pytest.mark.parametrize("stem", STEMS)
 def test_two_processes_train_every_kind_as_one_does(stem: str, by_one: Path, by_two: Path) -> None:
     assert_as_one(by_one, by_two, stem)
 
@@ -228,14 +229,18 @@ def test_one_process_stops_and_two_go_on(by_one: Path, settings: list[str], tmp_
     assert_as_one(by_one, tmp_path)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("stem", "rank"),
+    [(STEM, 0), (STEM, 1), ("state_space_expert", 1), ("diffuser_expert", 1), ("nanothink_mla", 1)],
+)
 def test_a_killed_process_ends_the_run_and_the_last_checkpoint_is_usable(
-    rank: int, by_one: Path, by_two: Path, settings: list[str], tmp_path: Path
+    stem: str, rank: int, by_one: Path, by_two: Path, settings: list[str], tmp_path: Path
 ) -> None:
     """Then one process goes on with it, or two, which end as two that were never killed, to the bit."""
-    command = phases(settings, tmp_path, experts=by_one)[0]
-    with started(*command, "--set", "train_expert.save_every_seconds=1e-3") as process:
-        wait_for_steps(4, tmp_path, process)
+    command = phases(settings, tmp_path, experts=by_one)[STEMS.index(stem)]
+    phase = {"diffuser_expert": "train_diffuser", "nanothink_mla": "train_mla"}.get(stem, "train_expert")
+    with started(*command, "--set", f"{phase}.save_every_seconds=1e-3") as process:
+        wait_for_steps(4, tmp_path, process, stem)
         ranks = workers(process)
         os.kill(ranks[rank], signal.SIGKILL)
         struck = time.monotonic()
@@ -247,7 +252,7 @@ def test_a_killed_process_ends_the_run_and_the_last_checkpoint_is_usable(
         assert "Another process of this run has ended" in said
         assert "nanothink.errors" not in said, "no traceback"
         finished(*command, "--resume")
-        assert_bit_equal(by_two, tmp_path)
+        assert_bit_equal(by_two, tmp_path, stem)
     else:
         assert run([*command, "--resume"]) == 0
         assert_as_one(by_one, tmp_path)

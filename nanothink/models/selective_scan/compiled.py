@@ -116,7 +116,7 @@ def _library() -> Any:
     return library
 
 
-def compiler() -> str | None:
+def find_compiler() -> str | None:
     """Path of the C++ compiler that would build the scan."""
     return next(filter(None, map(shutil.which, _COMPILERS)), None)
 
@@ -124,7 +124,7 @@ def compiler() -> str | None:
 @functools.cache
 def _load() -> tuple[Any, str]:
     """The library, built if need be, or why there is none."""
-    found = compiler()
+    found = find_compiler()
     if found is None:
         return None, "no C++ compiler found (g++, c++ or clang++)"
     source = resources.files(__package__).joinpath("scan.cpp").read_bytes()
