@@ -32,7 +32,12 @@ check: install   ## lint, format, types
 docs: install    ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-bench: install   ## side by side with what people would use instead; prints the tables of docs/benchmarks.md (DATA=..., TOKENIZER=...)
+$(DEMO)/data:
+	$(MAKE) demo
+
+$(DEMO)/tokenizer: | $(DEMO)/data
+
+bench: install $(DATA) $(TOKENIZER)  ## side by side with what people would use instead, on the text of the demo unless told (DATA=..., TOKENIZER=...)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/selective_scan.py
@@ -46,7 +51,7 @@ bench: install   ## side by side with what people would use instead; prints the 
 	$(BIN)/python benchmarks/tokenising.py --data-dir $(DATA) --tokenizer $(TOKENIZER)
 	$(BIN)/python benchmarks/startup.py
 
-bench-gpu: install  ## the same on this machine's CUDA device, with MFU, and the selective scan's kernels (DATA=..., TOKENIZER=...)
+bench-gpu: install $(DATA) $(TOKENIZER)  ## the same on this machine's CUDA device, with MFU, and the selective scan's kernels (DATA=..., TOKENIZER=...)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/selective_scan_gpu.py
 	$(BIN)/python benchmarks/training_step.py --device cuda --batch 64 --memory-batch 64 --rounds 20
