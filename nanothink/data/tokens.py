@@ -175,7 +175,7 @@ def _runs(ends: Int64, chosen: NDArray[np.bool_]) -> tuple[Int64, Int64]:
 class TokenisedCorpus:
     train: dict[str, TokenStream]
     val: dict[str, TokenStream]
-    """By domain, sorted; both hold every domain."""
+    """By domain, sorted; both hold every domain, if with no text where nothing is held out."""
     fingerprint: str
     """Equal for two runs if and only if they see the same blocks on the same sides."""
     tokenizer_fingerprint: str
@@ -187,13 +187,14 @@ def tokenise(
     corpus: Corpus,
     tokenizer: Tokenizer,
     *,
-    val_split: float,
+    val_split: float | None,
     skip_bad_records: bool = False,
     on_progress: Progress | None = None,
     note: Note | None = None,
 ) -> TokenisedCorpus:
     """Tokenises what is not tokenised yet, splits, and opens the streams.
 
+    Without a ``val_split`` nothing is held out or cut: the training side is all there is, in its order.
     ``on_progress`` receives bytes of files done and in total. ``note`` receives a line when something
     is not as usual: another folder is used, something damaged is made again, another process is waited for.
 
@@ -211,11 +212,13 @@ def tokenise(
     keys = {
         domain: np.concatenate([file.documents["key"] for _, file in own]) for domain, own in files.items()
     }
-    sides = assign_sides(keys, val_split)
-    cuts = {
-        key: builder.cut(key, corpus.domains[domain], domain, val_split)
-        for key, domain in single_texts(keys).items()
-    }
+    cuts: dict[int, tuple[str, TokenFile]] = {}
+    if val_split is None:
+        sides = {domain: np.zeros(len(own), np.bool_) for domain, own in keys.items()}
+    else:
+        sides = assign_sides(keys, val_split)
+        for key, domain in single_texts(keys).items():
+            cuts[key] = builder.cut(key, corpus.domains[domain], domain, val_split)
     held = np.array(sorted(cuts), dtype=np.uint64)
     train: dict[str, TokenStream] = {}
     val: dict[str, TokenStream] = {}
@@ -228,7 +231,7 @@ def tokenise(
             ]
             chosen += [(file, np.arange(2) == document) for _, file in cut_here]
             streams[domain] = TokenStream(domain, tokenizer.eos_id, chosen)
-        if not (train[domain].n_documents and val[domain].n_documents):
+        if val_split is not None and not (train[domain].n_documents and val[domain].n_documents):
             purpose = "validate" if train[domain].n_documents else "train"
             raise DataError(
                 f"Domain '{domain}' has nothing to {purpose} on: all its texts are in other domains too, "
@@ -236,7 +239,7 @@ def tokenise(
                 "--domains."
             )
     identity = [
-        repr(float(val_split)),
+        repr(None if val_split is None else float(val_split)),
         tokenizer.fingerprint,
         [[domain, [digest for digest, _ in own]] for domain, own in sorted(files.items())],
         sorted(name for name, _ in cuts.values()),

@@ -19,7 +19,7 @@ from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream, tokenise
 from nanothink.errors import CheckpointError, CheckpointNotFoundError, DataError, UsageError
 from nanothink.inference.denoising import denoising_errors
-from nanothink.inference.evaluate import Evaluation, Routing, Score, evaluate_model
+from nanothink.inference.evaluate import Evaluation, evaluate_model
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.loading import LoadedModel, load
@@ -52,8 +52,9 @@ def evaluate_checkpoints(
 
     Without ``data_dir`` the text is what the checkpoints were trained on (its held-out part under
     ``split="val"``), and several checkpoints must agree on the folder. Each checkpoint cuts the text up
-    with its own tokenizer and reads it in blocks of its own ``max_seq_len``. A model that was trained with a
-    memory is scored with it unless ``memory`` is False.
+    with its own tokenizer and reads it in blocks of its own ``max_seq_len``. Where they held out different
+    fractions, it is the text that all of them held out, or trained on. A model that was trained with a memory
+    is scored with it unless ``memory`` is False.
 
     Raises:
         UsageError: the checkpoints come from different data, and none was given.
@@ -80,57 +81,57 @@ def evaluate_checkpoints(
     corpus = find_corpus(data_dir, domains)
     for warning in corpus.warnings:
         note(str(warning))
+    fractions = sorted({model.config.data.val_split for model in loaded})
+    val_split = {"train": fractions[-1], "val": fractions[0], "all": None}[split]
+    if len(fractions) > 1 and val_split is not None:
+        did = "held out" if split == "val" else "trained on"
+        note(
+            f"These checkpoints held out different fractions of their data (data.val_split "
+            f"{', '.join(map(str, fractions))}). They are scored on what all of them {did}."
+        )
     results = []
     for model in loaded:
         tokens = tokenise(
             corpus,
             model.tokenizer,
-            val_split=model.config.data.val_split,
+            val_split=val_split,
             skip_bad_records=skip_bad_records or model.config.data.skip_bad_records,
             on_progress=lambda done, total: progress("tokenising", done, total),
             note=note,
         )
         length = model.config.model.max_seq_len
-        parts: list[dict[str, TokenStream]] = {
-            "train": [tokens.train],
-            "val": [tokens.val],
-            "all": [tokens.train, tokens.val],
-        }[split]
-        if (recalled := _inside_memory(model, parts)) > 0:
+        streams = tokens.val if split == "val" else tokens.train
+        if (recalled := _inside_memory(model, streams)) > 0:
             note(
                 f"Warning: {recalled:,} of these documents are in the memory of {model.path}, which knows "
                 "them by heart: these figures say nothing about other text."
             )
         label = f"evaluating {model.path.name}"
-        evaluations = [
-            evaluate_model(
-                model.model,
-                part,
-                length=length,
-                batch_size=max(1, _BATCH_TOKENS // length),
-                precision=model.precision,
-                max_tokens=max_tokens,
-                on_progress=lambda done, total, label=label: progress(label, done, total),  # type: ignore[misc]
-            )
-            for part in parts
-        ]
-        combined = _add(evaluations)
-        if not combined.domains:
+        evaluation = evaluate_model(
+            model.model,
+            streams,
+            length=length,
+            batch_size=max(1, _BATCH_TOKENS // length),
+            precision=model.precision,
+            max_tokens=max_tokens,
+            on_progress=lambda done, total, label=label: progress(label, done, total),  # type: ignore[misc]
+        )
+        if not evaluation.domains:
             raise DataError(f"There is no text in the {split} part of {data_dir}.")
         if isinstance(model.model, Diffuser) and model.config.diffuser.target != "hidden_state":
             errors = denoising_errors(
                 model.model,
-                parts[0],
+                streams,
                 length=length,
                 precision=model.precision,
                 on_progress=lambda done, total: progress("errors by noise level", done, total),
             )
-            combined = replace(combined, denoising=errors)
-        results.append(CheckpointEvaluation(model.path, model.kind, combined))
+            evaluation = replace(evaluation, denoising=errors)
+        results.append(CheckpointEvaluation(model.path, model.kind, evaluation))
     return results
 
 
-def _inside_memory(model: LoadedModel, parts: Sequence[Mapping[str, TokenStream]]) -> int:
+def _inside_memory(model: LoadedModel, streams: Mapping[str, TokenStream]) -> int:
     """Documents of these streams that the model has in its memory."""
     if not isinstance(model.model, NanoThink) or model.model.memory is None:
         return 0
@@ -138,21 +139,7 @@ def _inside_memory(model: LoadedModel, parts: Sequence[Mapping[str, TokenStream]
     from nanothink.runs.remembering import held_out_inside
 
     assert isinstance(model.model.memory, VectorStore)
-    return sum(held_out_inside(model.model.memory, streams.values()) for streams in parts)
-
-
-def _add(evaluations: Sequence[Evaluation]) -> Evaluation:
-    totals: dict[str, Score] = {}
-    routing: dict[str, Routing] = {}
-    for evaluation in evaluations:
-        for name, score in evaluation.domains.items():
-            known = totals.get(name, Score(0.0, 0, 0))
-            totals[name] = Score(
-                known.nats + score.nats, known.tokens + score.tokens, known.n_bytes + score.n_bytes
-            )
-        for name, seen in evaluation.routing.items():
-            routing[name] = routing[name] + seen if name in routing else seen
-    return Evaluation(totals, routing=routing)
+    return held_out_inside(model.model.memory, streams.values())
 
 
 def finished_checkpoints(

@@ -59,6 +59,18 @@ def _run(root: Path, tokenizer: Tokenizer, val_split: float = 0.2, **options: ob
     return tokenise(find_corpus(root), tokenizer, val_split=val_split, **options)  # type: ignore[arg-type]
 
 
+def test_without_a_split_all_text_is_there_in_its_order(root: Path, tokenizer: Tokenizer) -> None:
+    _write(root / "c" / "1.jsonl", ["x"])  # one text of one character: nothing to split
+    corpus = find_corpus(root)
+    tokens = tokenise(corpus, tokenizer, val_split=None)
+    for domain, paths in corpus.domains.items():
+        expected = [t for text in _written(*paths) for t in [*tokenizer.encode(text), tokenizer.eos_id]]
+        stream = tokens.train[domain]
+        _, targets = stream.block(0, stream.n_tokens)
+        assert targets.tolist() == expected
+        assert tokens.val[domain].n_tokens == 0
+
+
 def _tokens(stream: TokenStream) -> list[int]:
     return stream._read(0, stream.n_tokens).tolist()
 

@@ -138,6 +138,50 @@ def test_the_parts_of_the_split_add_up(trained: Path, said: Said) -> None:
         assert sizes["train"][unit] + sizes["val"][unit] == sizes["all"][unit]
 
 
+def test_all_of_a_text_is_scored_as_it_stands(trained: Path, tmp_path: Path, said: Said) -> None:
+    """A domain of one text is cut for training; to score all of it, it must not be."""
+    texts = {"one": ["Der Garten blüht. " * 9], "two": ["first text", "second", "third one"], "short": ["é"]}
+    for domain, own in texts.items():
+        (tmp_path / "held" / domain).mkdir(parents=True)
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in own)
+        (tmp_path / "held" / domain / "a.jsonl").write_text(lines)
+    command = ["eval", str(trained / "transformer_expert.pt"), "--data-dir", str(tmp_path / "held"), "--json"]
+    assert run([*command, "--split", "all"]) == 0
+    scored = as_json(said)["checkpoints"][0]["domains"]
+    model = nanothink.load(trained / "transformer_expert.pt")
+    eos, length = model.tokenizer.eos_id, model.config.model.max_seq_len
+    for domain, own in texts.items():
+        stream = [eos, *(t for text in own for t in [*model.tokenizer.encode(text), eos])]
+        nats = 0.0
+        for start in range(0, len(stream) - 1, length):
+            block = torch.tensor(stream[start : start + length + 1])
+            log_p = model.logits(block[None, :-1])[0].double().log_softmax(-1)
+            nats -= float(log_p.gather(1, block[1:, None]).sum())
+        n_bytes = sum(len(text.encode()) for text in own)
+        assert (scored[domain]["tokens"], scored[domain]["bytes"]) == (len(stream) - 1, n_bytes)
+        assert scored[domain]["bits_per_byte"] == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-5)
+    assert run([*command, "--split", "all", "--domains", "two", "--max-tokens", "1"]) == 0
+    assert as_json(said)["checkpoints"][0]["overall"]["bytes"] == len("first text")
+
+
+def test_checkpoints_side_by_side_are_scored_on_the_same_text(
+    trained: Path, pretrain: Callable[..., int], tmp_path: Path, said: Said
+) -> None:
+    """Also where they held out different fractions: on what was held out from all of them."""
+    assert pretrain(tmp_path, "--max-steps", "1", "--set", "data.val_split=0.4") == 0
+    paths = [str(folder / "transformer_expert.pt") for folder in (trained, tmp_path)]
+    said()
+    for split in ("val", "train"):
+        assert run(["eval", *paths, "--split", split, "--json"]) == 0
+        printed, spoken = said()
+        first, second = json.loads(printed)["checkpoints"]
+        assert first["overall"]["bytes"] == second["overall"]["bytes"]
+        assert "held out different fractions" in spoken
+        alone = 0 if split == "val" else 1
+        assert run(["eval", paths[alone], "--split", split, "--json"]) == 0
+        assert as_json(said)["checkpoints"][0]["overall"]["bytes"] == first["overall"]["bytes"]
+
+
 def test_evaluation_says_what_training_said(trained: Path, said: Said) -> None:
     assert run(["eval", "--checkpoint-dir", str(trained), "--json"]) == 0
     evaluated = as_json(said)["checkpoints"][0]["overall"]["loss"]
