@@ -117,8 +117,6 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with any checkpoint."""
-    import sys
-
     from nanothink.cli import render
     from nanothink.errors import UsageError
     from nanothink.inference.sampling import sampling_config
@@ -134,7 +132,7 @@ def generate(
         "seed": seed,
         "stop_at_eos": False if ignore_eos else None,
     }
-    prompts = [sys.stdin.read() if text == "-" else text for text in prompt or [""]]
+    prompts = [_read(text) for text in prompt or [""]]
     sampling = {name: value for name, value in asked.items() if value is not None}
     sampling_config(**sampling)  # a bad value is said before anything is loaded or printed
     if denoise and (len(prompts) > 1 or not prompts[0]):
@@ -179,6 +177,25 @@ def generate(
             loaded.generate(prompts, on_text=lambda _, piece: write(piece), **sampling)
     else:
         render.samples(prompts, loaded.generate(prompts, **sampling))
+
+
+def _read(prompt: str) -> str:
+    """A prompt, byte for byte as it was given: the text stream of standard input would make LF of CRLF."""
+    import sys
+
+    from nanothink.errors import UsageError
+
+    if prompt == "-":
+        where, given = "Standard input", sys.stdin.buffer.read()
+    else:
+        where, given = "The prompt", prompt.encode("utf-8", "surrogateescape")
+    try:
+        return given.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{where} is not UTF-8 at byte {error.start + 1}. Convert it, for example with: "
+            "iconv -f ISO-8859-1 -t UTF-8"
+        ) from None
 
 
 def _generate_routed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,3 +123,29 @@ def test_one_is_singular() -> None:
     assert counted(1, "record") == "1 record"
     assert counted(0, "record") == "0 records"
     assert counted(2844, "record") == "2,844 records"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\u3000日本語\u00a0« été\u202f»\ttab\n", None),  # spaces that Python counts as unprintable
+        ("می\u200cخواهم क्\u200dष \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f4\U000e0067", None),
+        ("\u0378 \U0001fae0 \ue000", None),  # unassigned, younger than some Pythons, private
+        ("a\x1b[2Jb\x9b3m\x07\x7f\0", "a\ufffd[2Jb\ufffd3m\ufffd\ufffd\ufffd"),
+        ("\u202egpj.exe\u2066\u2028\ud800", "\ufffdgpj.exe\ufffd\ufffd\ufffd"),
+    ],
+)
+def test_text_of_any_script_is_shown_and_drives_no_terminal(text: str, shown: str | None) -> None:
+    assert render.console.printable(text) == (text if shown is None else shown)
+
+
+def test_a_prompt_on_a_terminal_is_shown_as_it_is(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = terminal(20)
+    monkeypatch.setattr(sys, "stdout", written)
+    prompt = "The quick brown fox jumps over the lazy dog:   "
+    with results.streaming(prompt + "\x1b[31m") as write:
+        write("one\r\ntwo\r")
+        write("\nthree")
+    assert written.getvalue() == prompt + "\ufffd[31mone\ntwo\nthree\n"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,35 @@ def test_checkpoints_side_by_side_are_scored_on_the_same_text(
         alone = 0 if split == "val" else 1
         assert run(["eval", paths[alone], "--split", split, "--json"]) == 0
         assert as_json(said)["checkpoints"][0]["overall"]["bytes"] == first["overall"]["bytes"]
+
+
+@pytest.fixture
+def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """Standard input holds these bytes from now on."""
+
+    def pipe(given: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+
+    return pipe
+
+
+def test_a_prompt_from_standard_input_is_taken_byte_for_byte(
+    trained: Path, piped: Callable[[bytes], None], said: Said
+) -> None:
+    piped("erste Zeile\r\nzweite\r\n".encode())
+    assert run(["generate", "-", "-n", "1", "--checkpoint-dir", str(trained), "--json"]) == 0
+    assert as_json(said)["samples"][0]["prompt"] == "erste Zeile\r\nzweite\r\n"
+
+
+def test_a_prompt_that_is_not_utf8_is_one_error(
+    trained: Path, piped: Callable[[bytes], None], said: Said
+) -> None:
+    piped("café".encode("latin-1"))
+    for prompt, where in (("-", "Standard input"), ("caf\udce9", "The prompt")):
+        assert run(["generate", prompt, "-n", "1", "--checkpoint-dir", str(trained)]) == 2
+        printed, spoken = said()
+        assert printed == ""
+        assert f"{where} is not UTF-8 at byte 4" in spoken
 
 
 def test_evaluation_says_what_training_said(trained: Path, said: Said) -> None:

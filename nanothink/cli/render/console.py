@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,24 @@ def redraws() -> bool:
 
 
 def printable(text: str) -> str:
-    """The text without control characters: names in a file must not drive the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """The text without what drives a terminal: names in a file, or a model, must not.
+
+    Control characters go, and what turns the direction of writing around. Spaces of every width and joiners
+    stay, which ``str.isprintable`` counts out: Japanese indents with the former, Persian words and emoji are
+    made with the latter, and an emoji may be younger than this Python.
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" or not _drives(c) else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+def _drives(char: str) -> bool:
+    if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"):
+        return True
+    return unicodedata.bidirectional(char) in _TURNING
+
+
+_TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def note(message: str) -> None:

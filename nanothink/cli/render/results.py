@@ -188,12 +188,12 @@ def _side_by_side(results: Sequence[CheckpointEvaluation], split: str) -> None:
 def streaming(prompt: str) -> Iterator[Callable[[str], None]]:
     """Write text as it comes: the prompt dim, the continuation plain, nothing but text when piped."""
     if out.is_terminal:
-        out.print(Text(prompt, style="dim"), end="")
+        out.print(Text(_on_screen(prompt), style="dim"), end="", soft_wrap=True)
     else:
         sys.stdout.write(prompt)
 
     def write(piece: str) -> None:
-        sys.stdout.write(printable(piece) if out.is_terminal else piece)
+        sys.stdout.write(_on_screen(piece) if out.is_terminal else piece)
         sys.stdout.flush()
 
     sys.stdout.flush()
@@ -201,6 +201,11 @@ def streaming(prompt: str) -> Iterator[Callable[[str], None]]:
         yield write
     finally:  # an error has a line of its own
         sys.stdout.write("\n")
+
+
+def _on_screen(text: str) -> str:
+    """For a terminal. A model of text with CRLF writes CRLF, of which a terminal needs no CR."""
+    return printable(text.replace("\r", ""))
 
 
 def samples(prompts: Sequence[str], texts: Sequence[str]) -> None:
@@ -225,7 +230,7 @@ def routing(prompt: str) -> Iterator[Callable[[RoutedPiece], None]]:
     n_tokens = 0
     coloured = out.is_terminal and not out.no_color and not out.is_dumb_terminal
     if coloured:
-        out.print(Text(printable(prompt), style="dim"), end="", soft_wrap=True)
+        out.print(Text(_on_screen(prompt), style="dim"), end="", soft_wrap=True)
 
     def show(piece: RoutedPiece) -> None:
         nonlocal n_tokens
@@ -241,7 +246,7 @@ def routing(prompt: str) -> Iterator[Callable[[RoutedPiece], None]]:
             return
         colour = _COLOURS[list(piece.weights).index(piece.trusted) % len(_COLOURS)]
         percent = f"{100 * piece.weights[piece.trusted]:.0f}".translate(_RAISED)
-        out.print(Text.assemble((printable(piece.text), colour), (percent, "dim")), end="", soft_wrap=True)
+        out.print(Text.assemble((_on_screen(piece.text), colour), (percent, "dim")), end="", soft_wrap=True)
 
     yield show
     if coloured and n_tokens:
@@ -258,4 +263,4 @@ def reconstructions(found: Sequence[Reconstruction], decode: Callable[[list[int]
     """What came back from each noise level; the first token of a passage is never hidden."""
     for result in found:
         say(f"level {result.level}: {100 * result.right:.0f} % of the tokens found again")
-        out.print(Text(printable(decode(result.tokens)), style="dim"), soft_wrap=True)
+        out.print(Text(_on_screen(decode(result.tokens)), style="dim"), soft_wrap=True)
