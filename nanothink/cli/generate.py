@@ -174,9 +174,20 @@ def generate(
         )
     elif len(prompts) == 1:
         with render.streaming(prompts[0]) as write:
-            loaded.generate(prompts, on_text=lambda _, piece: write(piece), **sampling)
+            texts = loaded.generate(prompts, on_text=lambda _, piece: write(piece), **sampling)
+        _say_if_nothing(texts)
     else:
-        render.samples(prompts, loaded.generate(prompts, **sampling))
+        texts = loaded.generate(prompts, **sampling)
+        render.samples(prompts, texts)
+        _say_if_nothing(texts)
+
+
+def _say_if_nothing(texts: list[str]) -> None:
+    """Nothing is what a model writes that takes the prompt for a whole text; that looks like a fault."""
+    from nanothink.cli import render
+
+    if not all(texts):
+        render.note("The model ends a text right after the prompt; --ignore-eos has it write on.")
 
 
 def _read(prompt: str) -> str:
@@ -215,6 +226,7 @@ def _generate_routed(
             shown.append({"prompt": prompt, "text": text, "tokens": tokens})
         else:
             with render.routing(prompt) as show:
-                loaded.generate_routed(prompt, on_piece=show, **own)
+                pieces = loaded.generate_routed(prompt, on_piece=show, **own)
+            _say_if_nothing(["".join(piece.text for piece in pieces)])
     if as_json:
         render.print_json({"checkpoint": str(path), "kind": loaded.kind, "samples": shown})

@@ -52,3 +52,14 @@ def test_in_a_pipe_it_is_a_plain_line_a_token(monkeypatch: pytest.MonkeyPatch) -
         '""\tcode\t0.600\t0.400',
         '" [b]\\n\\u001b"\ttales\t0.250\t0.750',
     ]
+
+
+def test_a_text_that_ends_at_once_leaves_the_prompt_on_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, color_system="standard", width=40)
+    monkeypatch.setattr(results, "out", console)
+    with results.routing("Once"):
+        pass
+    assert file.getvalue().endswith("Once\x1b[0m\n")

@@ -184,6 +184,31 @@ def test_checkpoints_side_by_side_are_scored_on_the_same_text(
         assert as_json(said)["checkpoints"][0]["overall"]["bytes"] == first["overall"]["bytes"]
 
 
+def test_a_text_that_ends_at_once_is_no_riddle(
+    pretrain: Callable[..., int], tmp_path: Path, said: Said
+) -> None:
+    (tmp_path / "data" / "letters").mkdir(parents=True)
+    lines = "".join(json.dumps({"text": letter}) + "\n" for letter in "abcdefghij" * 20)
+    (tmp_path / "data" / "letters" / "a.jsonl").write_text(lines)
+    fast = ("--max-steps", "60", "--set", "train_expert.lr=0.003")
+    assert pretrain(tmp_path, *fast, data=tmp_path / "data") == 0
+    letters = list("abcdefghij")
+    texts = nanothink.load(tmp_path / "transformer_expert.pt").generate(
+        letters, temperature=0.0, max_new_tokens=2
+    )
+    ended = letters[texts.index("")]  # of the nine or so that it has read
+    command = ["generate", ended, "-n", "2", "-t", "0", "--checkpoint-dir", str(tmp_path)]
+    said()
+    assert run(command) == 0
+    printed, spoken = said()
+    assert printed == f"{ended}\n"
+    assert "--ignore-eos" in spoken
+    assert run([*command, "--ignore-eos"]) == 0
+    printed, spoken = said()
+    assert printed != f"{ended}\n"
+    assert "--ignore-eos" not in spoken
+
+
 @pytest.fixture
 def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
     """Standard input holds these bytes from now on."""

@@ -249,6 +249,8 @@ def routing(prompt: str) -> Iterator[Callable[[RoutedPiece], None]]:
         out.print(Text.assemble((_on_screen(piece.text), colour), (percent, "dim")), end="", soft_wrap=True)
 
     yield show
+    if coloured and not n_tokens:
+        out.print()
     if coloured and n_tokens:
         legend = [
             (f"{name} {100 * total / n_tokens:.0f} %   ", _COLOURS[i % len(_COLOURS)])
