@@ -205,6 +205,12 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     else:
         inside = tuple(expert.describe(device) for expert in experts)
     state = TrainState.from_dict(payload["run"].get("state")) if payload is not None else TrainState()
+    if payload is not None and state.best_loss is not None and _validates_anew(payload, tokens, training):
+        state.best_loss, state.bad_evaluations = None, 0
+        watch.note(
+            "The best loss so far was measured on other validation text, so it counts no more: the next "
+            "evaluation writes the best checkpoint anew. To keep the one there is, copy it."
+        )
     return Prepared(
         where=where,
         config=config,
@@ -410,6 +416,13 @@ def _changes(before: Mapping[str, Any], config: Config) -> list[str]:
             "the new settings, so the result will not equal a run that had them from the start."
         )
     return lines
+
+
+def _validates_anew(payload: CheckpointPayload, tokens: TokenisedCorpus, training: TrainConfig) -> bool:
+    """Whether losses from here on are of other text than those before, and cannot be compared with them."""
+    before = payload["config"].get(training.section, {})
+    capped_alike = before.get("eval_max_tokens", training.eval_max_tokens) == training.eval_max_tokens
+    return payload["data_fingerprint"] != tokens.fingerprint or not capped_alike
 
 
 def _tokenizer_of(origin: Origin, resolved: ResolvedConfig, corpus: Corpus) -> Tokenizer:

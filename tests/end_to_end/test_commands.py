@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import nanothink
+from nanothink.checkpoints import read_checkpoint
 from nanothink.cli.app import run
 from nanothink.data.corpus import assign_sides, text_key
 
@@ -243,6 +245,31 @@ def test_evaluation_says_what_training_said(trained: Path, said: Said) -> None:
     evaluated = as_json(said)["checkpoints"][0]["overall"]["loss"]
     lines = (trained / "runs" / "transformer_expert" / "metrics.jsonl").read_text().splitlines()
     assert evaluated == pytest.approx(json.loads(lines[-1])["loss"], rel=1e-6)
+
+
+def test_the_best_is_found_anew_where_validation_text_has_changed(
+    pretrain: Callable[..., int], tiny_corpus: Path, tmp_path: Path, said: Said
+) -> None:
+    """Added text may be harder: losses on it say nothing against those on the text before."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_corpus, data, ignore=shutil.ignore_patterns(".nanothink"))
+    assert pretrain(tmp_path, "--max-steps", "10", data=data) == 0
+    best = tmp_path / "transformer_expert.pt"
+    (data / "hard").mkdir()
+    hard = (hashlib.sha256(str(i).encode()).hexdigest() * 4 for i in range(40))
+    (data / "hard" / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in hard))
+    before = read_checkpoint(best)["best_loss"]
+    said()
+    assert run(["resume", str(best), "--max-steps", "12"]) == 0
+    assert "measured on other validation text" in " ".join(said()[1].split())
+    after = read_checkpoint(best)
+    assert after["step"] == 12
+    assert after["best_loss"] > before
+
+    assert run(["resume", str(best), "--max-steps", "13", "--set", "train_expert.eval_max_tokens=50"]) == 0
+    assert "measured on other validation text" in " ".join(said()[1].split())
+    assert run(["resume", str(best), "--max-steps", "14"]) == 0
+    assert "measured on other validation text" not in " ".join(said()[1].split())
 
 
 def test_evaluation_as_a_table(trained: Path, said: Said) -> None:
