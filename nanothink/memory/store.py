@@ -213,8 +213,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = orjson.loads(path.read_bytes())
     except FileNotFoundError:
+        model = folder.with_suffix(".pt")
+        which = f" -c {model}" if model.exists() else ""
         raise VectorStoreNotFoundError(
-            f"There is no memory in {folder}. Build it: nanothink memory build"
+            f"There is no memory in {folder}. If the model was copied, copy that folder too; or build it: "
+            f"nanothink memory build{which}"
         ) from None
     except (OSError, orjson.JSONDecodeError) as error:
         raise _damaged(path, str(error)) from None

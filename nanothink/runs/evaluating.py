@@ -81,6 +81,11 @@ def evaluate_checkpoints(
     corpus = find_corpus(data_dir, domains)
     for warning in corpus.warnings:
         note(str(warning))
+    if len({model.tokenizer.fingerprint for model in loaded}) > 1:
+        note(
+            "These checkpoints have different tokenizers: compare their bits per byte, not loss or perplexity, "
+            "which are by token."
+        )
     fractions = sorted({model.config.data.val_split for model in loaded})
     val_split = {"train": fractions[-1], "val": fractions[0], "all": None}[split]
     if len(fractions) > 1 and val_split is not None:

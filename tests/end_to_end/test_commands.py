@@ -186,6 +186,21 @@ def test_checkpoints_side_by_side_are_scored_on_the_same_text(
         assert as_json(said)["checkpoints"][0]["overall"]["bytes"] == first["overall"]["bytes"]
 
 
+def test_perplexities_of_two_tokenizers_are_not_to_be_compared(
+    trained: Path, tiny_corpus: Path, tmp_path: Path, said: Said
+) -> None:
+    data, tokenizer = ("--data-dir", str(tiny_corpus)), str(tmp_path / "tokenizer")
+    assert run(["tokenizer", "train", *data, "--vocab-size", "270", "--out", tokenizer]) == 0
+    where = ("--tokenizer", tokenizer, "--checkpoint-dir", str(tmp_path))
+    assert run(["pretrain", "transformer", *data, *where, *SMALL, "--max-steps", "1"]) == 0
+    paths = [str(folder / "transformer_expert.pt") for folder in (trained, tmp_path)]
+    said()
+    assert run(["eval", *paths]) == 0
+    assert "have different tokenizers" in said()[1]
+    assert run(["eval", paths[0], paths[0]]) == 0
+    assert "have different tokenizers" not in said()[1]
+
+
 def test_a_text_that_ends_at_once_is_no_riddle(
     pretrain: Callable[..., int], tmp_path: Path, said: Said
 ) -> None:

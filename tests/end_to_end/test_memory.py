@@ -274,7 +274,7 @@ def test_without_it_the_model_says_so_and_works_when_told_to(
         assert run(command) == 1
         said = capsys.readouterr().err
         assert "trained with a memory" in said
-        assert "nanothink memory build" in said
+        assert f"nanothink memory build -c {path}" in said
         assert "--no-memory" in said
         assert run([*command, "--no-memory"]) == 0
     with pytest.raises(VectorStoreNotFoundError):
