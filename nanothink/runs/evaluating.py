@@ -83,8 +83,8 @@ def evaluate_checkpoints(
         note(str(warning))
     if len({model.tokenizer.fingerprint for model in loaded}) > 1:
         note(
-            "These checkpoints have different tokenizers: compare their bits per byte, not loss or perplexity, "
-            "which are by token."
+            "These checkpoints have different tokenizers: compare their bits per byte. Loss and perplexity "
+            "are by token, and do not compare."
         )
     fractions = sorted({model.config.data.val_split for model in loaded})
     val_split = {"train": fractions[-1], "val": fractions[0], "all": None}[split]

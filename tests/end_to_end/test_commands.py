@@ -239,7 +239,7 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
 def test_a_prompt_from_standard_input_is_taken_byte_for_byte(
     trained: Path, piped: Callable[[bytes], None], said: Said
 ) -> None:
-    piped("erste Zeile\r\nzweite\r\n".encode())
+    piped(b"erste Zeile\r\nzweite\r\n")
     assert run(["generate", "-", "-n", "1", "--checkpoint-dir", str(trained), "--json"]) == 0
     assert as_json(said)["samples"][0]["prompt"] == "erste Zeile\r\nzweite\r\n"
 
