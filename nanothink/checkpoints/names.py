@@ -5,7 +5,7 @@
     <stem>_interrupted.pt               interrupted  rolling; the latest state of a run that has not ended
     .<file name>.<host>.<pid>.tmp       a write under way, or what a killed one left behind
     .<stem>.lock, .<stem>.holder        who writes this stem at the moment
-    replaced/<stem>-<time>/             what ``--overwrite`` set aside
+    replaced/<stem>-<time>/             what ``--overwrite`` set aside, or a run on other data wrote over
 
 A stem can't end in ``_epoch<N>`` or ``_interrupted``, so a file name belongs to exactly one stem.
 """

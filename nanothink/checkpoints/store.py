@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ from nanothink.errors import (
 )
 
 REPLACED_FOLDER = "replaced"
-"""Folder inside the checkpoint folder that takes the files of runs overwritten on request."""
+"""Folder inside the checkpoint folder that takes what a run writes over: on request, or on other data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,24 @@ class CheckpointStore:
         except OSError as error:
             raise _storage_error(self.interrupted, "cannot be removed", error) from error
 
+    def keep_best(self) -> Path | None:
+        """Keep what is best so far below ``replaced/`` as well, before another takes its place.
+
+        Gives its path there; None where there is no best.
+        """
+        if not self.best.exists():
+            return None
+        try:
+            kept = self._new_folder_aside() / self.best.name
+            try:
+                os.link(self.best, kept)
+            except OSError:  # a file system without links
+                shutil.copyfile(self.best, kept)
+            sync_folder(kept.parent)
+        except OSError as error:
+            raise _storage_error(self.best, "cannot be kept", error) from error
+        return kept
+
     def guard_new_run(self, *, overwrite: bool) -> None:
         """Refuse to start a new run over the files of an old one, unless told to ``overwrite``.
 
@@ -188,15 +207,19 @@ class CheckpointStore:
         old = self.existing()
         if not old:
             return
+        target = self._new_folder_aside()
+        for path in old:
+            path.rename(target / path.name)
+        sync_folder(target)
+
+    def _new_folder_aside(self) -> Path:
         wanted = self.folder / REPLACED_FOLDER / f"{self.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         target, attempt = wanted, 1
         while target.exists():
             attempt += 1
             target = wanted.with_name(f"{wanted.name}-{attempt}")
         target.mkdir(parents=True)
-        for path in old:
-            path.rename(target / path.name)
-        sync_folder(target)
+        return target
 
 
 def _steps_done(path: Path) -> int:

@@ -86,6 +86,9 @@ def evaluate_checkpoints(
             "These checkpoints have different tokenizers: compare their bits per byte. Loss and perplexity "
             "are by token, and do not compare."
         )
+    own = {Path(model.config.data.data_dir).resolve() for model in loaded}
+    if split == "val" and Path(data_dir).resolve() not in own:
+        note(f"Of {data_dir} the part that training would hold out is scored; --split all scores all of it.")
     fractions = sorted({model.config.data.val_split for model in loaded})
     val_split = {"train": fractions[-1], "val": fractions[0], "all": None}[split]
     if len(fractions) > 1 and val_split is not None:

@@ -114,6 +114,8 @@ class Prepared:
     """What a combined model starts from; none in a run that goes on, whose checkpoint has them inside."""
     inside: tuple[ExpertDescription, ...] = ()
     """The experts inside a combined model."""
+    finds_best_anew: bool = False
+    """The best loss of the run so far was measured on other validation text."""
 
     @property
     def training(self) -> TrainConfig:
@@ -205,11 +207,14 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     else:
         inside = tuple(expert.describe(device) for expert in experts)
     state = TrainState.from_dict(payload["run"].get("state")) if payload is not None else TrainState()
-    if payload is not None and state.best_loss is not None and _validates_anew(payload, tokens, training):
+    finds_best_anew = (
+        payload is not None and state.best_loss is not None and (_validates_anew(payload, tokens, training))
+    )
+    if finds_best_anew:
         state.best_loss, state.bad_evaluations = None, 0
         watch.note(
             "The best loss so far was measured on other validation text, so it counts no more: the next "
-            "evaluation writes the best checkpoint anew. To keep the one there is, copy it."
+            "evaluation writes the best checkpoint anew."
         )
     return Prepared(
         where=where,
@@ -226,6 +231,7 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
         frozen=frozen,
         experts=experts,
         inside=inside,
+        finds_best_anew=finds_best_anew,
     )
 
 

@@ -120,6 +120,8 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
             # Before the first step, so that a disk without room says so now, and so that what --overwrite
             # replaces is set aside all at once: the files here, the records just below.
             store.write(store.interrupted, checkpoint_payload(prepared, run))
+        if prepared.finds_best_anew and processes.is_first and (kept := store.keep_best()):
+            watch.note(f"The best checkpoint so far is kept as {kept}.")
         tell = observe
         if processes.is_first:
             recorder = RunRecorder(

@@ -221,6 +221,24 @@ def test_overwriting_that_never_writes_loses_nothing(store, make_payload, monkey
     assert new_run.existing() == [new_run.best]
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_the_best_so_far_is_kept(store, make_payload, monkeypatch, links):
+    assert store.keep_best() is None
+    store.write(store.best, make_payload(seed=1))
+    before = store.best.read_bytes()
+    if not links:
+
+        def refuse(*_: object) -> None:
+            raise OSError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    kept = store.keep_best()
+    assert store.best.read_bytes() == before
+    store.write(store.best, make_payload(seed=2))
+    assert kept.read_bytes() == before != store.best.read_bytes()
+    assert kept.parent.parent == store.folder / "replaced"
+
+
 def test_remove_interrupted(store, make_payload):
     for path in (store.best, store.interrupted):
         store.write(path, make_payload())

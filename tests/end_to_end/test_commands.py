@@ -166,6 +166,8 @@ def test_all_of_a_text_is_scored_as_it_stands(trained: Path, tmp_path: Path, sai
         assert scored[domain]["bits_per_byte"] == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-5)
     assert run([*command, "--split", "all", "--domains", "two", "--max-tokens", "1"]) == 0
     assert as_json(said)["checkpoints"][0]["overall"]["bytes"] == len("first text")
+    assert run([*command, "--domains", "two"]) == 0
+    assert "--split all scores all of it" in " ".join(said()[1].split())
 
 
 def test_checkpoints_side_by_side_are_scored_on_the_same_text(
@@ -273,10 +275,12 @@ def test_the_best_is_found_anew_where_validation_text_has_changed(
     (data / "hard").mkdir()
     hard = (hashlib.sha256(str(i).encode()).hexdigest() * 4 for i in range(40))
     (data / "hard" / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in hard))
-    before = read_checkpoint(best)["best_loss"]
+    before, old = read_checkpoint(best)["best_loss"], best.read_bytes()
     said()
     assert run(["resume", str(best), "--max-steps", "12"]) == 0
     assert "measured on other validation text" in " ".join(said()[1].split())
+    (kept,) = tmp_path.glob("replaced/*/transformer_expert.pt")
+    assert kept.read_bytes() == old
     after = read_checkpoint(best)
     assert after["step"] == 12
     assert after["best_loss"] > before
