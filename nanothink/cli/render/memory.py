@@ -51,7 +51,8 @@ def recalled(found: Sequence[Recalled]) -> None:
     if fits(columns, rows):
         table(columns, rows)
     else:  # side by side both would be narrow
-        table(columns[:3], [[*row[:2], Text.assemble(row[2], "\n", printable(row[3]))] for row in rows])
+        columns = [">similarity", ">weight", "passage and what followed, and where"]
+        table(columns, [[*row[:2], Text.assemble(row[2], "\n", printable(row[3]))] for row in rows])
     if not found:
         out.print("The memory is empty.")
 

@@ -39,7 +39,7 @@ class Bars:
         self._tasks: dict[str, TaskID] = {}
         self._clock = clock
         self._began: dict[str, tuple[float, int]] = {}
-        self._last_line = clock()
+        self._start = self._last_line = clock()
 
     def __call__(self, label: str, done: int, total: int) -> None:
         if self._progress is None:
@@ -53,6 +53,10 @@ class Bars:
 
     def _plainly(self, label: str, done: int, total: int) -> None:
         now = self._clock()
+        if not total:
+            if now - self._start >= self._PLAIN_SECONDS / 2:  # what goes before it has not been short either
+                note(f"{label}: it cannot be told how long that takes")
+            return
         since, first = self._began.setdefault(label, (now, done))
         if done >= total:
             del self._began[label]
