@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def test_messages_are_broken_between_words_and_commands_are_not(
 
 def test_a_long_label_leaves_the_eta_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    monkeypatch.setattr("nanothink.cli.render.progress.err", drawn)
+    monkeypatch.setattr(sys.modules[ProgressBars.__module__], "err", drawn)
     bars = ProgressBars(*progress_columns(), console=drawn)
     bars.add_task("a_name_that_is_longer_than_any_bar_has_room_for_expert", total=10, eta_seconds=3725)
     with drawn.capture() as captured:
