@@ -76,6 +76,10 @@ def _serve(path: str) -> None:
     for module in pkgutil.walk_packages(nanothink.__path__, "nanothink."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    importlib.import_module("torch._dynamo")  # which the first optimizer would import, for seconds
+    for name in [name for name in sys.modules if name.startswith("nanothink.cli.render")]:
+        del sys.modules[name]  # its consoles look at the streams as they are imported
+    del nanothink.cli.render
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)

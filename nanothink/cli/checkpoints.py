@@ -89,7 +89,7 @@ def show(
         "written": _when(summary.modified),
         "format": str(summary.format_version),
         "tokenizer": str(facts["tokenizer"]),
-        "data fingerprint": str(facts["data_fingerprint"]),
+        "data fingerprint": str(facts["data_fingerprint"])[:16],
         **{
             name.replace("_", " "): render.count(value)
             for name, value in (stood if isinstance(stood, dict) else {}).items()

@@ -65,8 +65,13 @@ def show(
         return
     render.table(
         ["setting", "value", "from", "meaning"],
-        [[n, render.setting(v), resolved.sources[n], meanings[n]] for n, v in shown.items()],
+        [[n, render.setting(v), _near(resolved.sources[n]), meanings[n]] for n, v in shown.items()],
     )
+
+
+def _near(source: str) -> str:
+    """A file in the working folder by its name alone: a table has little room."""
+    return source.removeprefix(f"{Path.cwd()}/")
 
 
 @app.command(cls=ForgivingCommand)

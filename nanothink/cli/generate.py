@@ -150,6 +150,8 @@ def generate(
         loaded = load(path, device=device, memory=not no_memory, progress=bars)
     for line in loaded.notes:
         render.note(line)
+    if "ddim_steps" in sampling and loaded.kind != "diffuser":  # before the prompt is shown
+        raise UsageError(f"{path} holds a {loaded.kind}; only a diffuser can denoise.")
     if denoise:
         found = loaded.denoise(
             prompts[0], levels or None, seed=seed or 0, ddim_steps=sampling.get("ddim_steps", 1)

@@ -76,6 +76,7 @@ def build(
     A key for each token of the training text; text held out for validation is never in it.
     """
     from nanothink.cli import render
+    from nanothink.data.records import try_to_write
     from nanothink.errors import UsageError
     from nanothink.memory.store import exists
     from nanothink.runs.remembering import build_memory, facts_of, find_remembering, plan_memory
@@ -96,6 +97,8 @@ def build(
             f"{found.folder} is there already. Look at it: nanothink memory info. Put more text in: "
             "nanothink memory add DATA_DIR. Build it anew: --overwrite"
         )
+    if not dry_run:
+        try_to_write(found.folder.parent)
     with render.progress() as bars:
         tokens = found.tokens(
             data_dir, _listed(domains), skip_bad_records=skip_bad_records, note=bars.note, progress=bars
@@ -133,12 +136,15 @@ def add(
     The model then knows it without training.
     """
     from nanothink.cli import render
+    from nanothink.data.records import try_to_write
     from nanothink.errors import counted
     from nanothink.runs.remembering import build_memory, facts_of, find_remembering, plan_memory
 
     with render.progress() as bars:
         found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
-    store = found.open(writable=True)
+        store = found.open(writable=True, progress=bars)
+    if not dry_run:
+        try_to_write(found.folder.parent)
     with render.progress() as bars:
         tokens = found.tokens(
             data_dir, _listed(domains), skip_bad_records=skip_bad_records, note=bars.note, progress=bars
@@ -171,7 +177,8 @@ def info(
 
     with render.progress() as bars:
         found = find_remembering(checkpoint, (), checkpoint_dir, name=name, progress=bars)
-    _show(facts_of(found.open()), as_json=as_json)
+        store = found.open(progress=bars)
+    _show(facts_of(store), as_json=as_json)
 
 
 @app.command(cls=ForgivingCommand, epilog=examples('memory search "In the beginning"'))
@@ -197,7 +204,8 @@ def search(
 
     with render.progress() as bars:
         found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
-    recalled = search_memory(found, found.open(), text, neighbours)
+        store = found.open(progress=bars)
+    recalled = search_memory(found, store, text, neighbours)
     if as_json:
         render.print_json({"text": text, "recalled": [asdict(one) for one in recalled]})
     else:
@@ -229,10 +237,12 @@ def compact(
     Says how large the memory is, and how well the model does, before and after.
     """
     from nanothink.cli import render
+    from nanothink.data.records import try_to_write
     from nanothink.runs.remembering import compact_memory, find_remembering
 
     with render.progress() as bars:
         found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
+    try_to_write(found.folder.parent)
     with render.progress() as bars:
         tokens = None
         if max_tokens and found.checkpoint is not None:

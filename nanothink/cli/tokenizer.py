@@ -67,6 +67,6 @@ def train(
         render.print_json(result)
     else:
         render.say(
-            f"{path}: {render.count(trained.vocab_size)} tokens, fingerprint {trained.fingerprint[:16]}"
+            f"{path}: {render.count(trained.vocab_size)} entries, fingerprint {trained.fingerprint[:16]}"
         )
         render.say(f"Use it with --tokenizer {out}")

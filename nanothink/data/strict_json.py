@@ -187,7 +187,7 @@ def _why_not_a_value(word: str) -> str:
         return f"{shown} is not a number as JSON writes them"
     if not word[0].isprintable() or not word[0].isascii():
         return f"a value is due, found {describe(word[0])}"
-    return f"{shown} is not a JSON value; text must stand in double quotes"
+    return f"`{shown}` is not a JSON value; text must stand in double quotes"
 
 
 def _missing_comma(text: str, pos: int, closing: str) -> JsonFault:

@@ -17,7 +17,7 @@ from nanothink.data.lines import MAX_LINE_BYTES, Problem, iter_lines, shown
 from nanothink.data.records import decode_line
 from nanothink.data.strict_json import JsonFault, scan
 from nanothink.data.text_files import Findings, Row, file_size, reading, where_not_utf8
-from nanothink.errors import DataError, did_you_mean
+from nanothink.errors import DataError, counted, did_you_mean
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -48,7 +48,7 @@ def table_rows(path: Path, delimiter: str, text_field: str, findings: Findings) 
                 if not row:
                     findings.empty += 1
                 elif len(row) != len(header):
-                    reason = f"the row has {len(row)} fields, the header has {len(header)}"
+                    reason = f"the row has {counted(len(row), 'field')}, the header has {len(header)}"
                     findings.bad_rows.append(Problem(shown(path), line, 1, reason))
                 else:
                     origin = row[origin_column] if origin_column is not None else ""

@@ -127,11 +127,11 @@ def reconstruct(
     n_levels = model.shape.training_steps
     if not 2 <= len(passage) <= model.context_length + 1:
         raise UsageError(
-            f"the passage has {counted(len(passage), 'token')}; 2 to {model.context_length + 1} can be "
-            "denoised at once"
+            f"The passage has {counted(len(passage), 'token')}; 2 to {model.context_length + 1} can be "
+            "denoised at once."
         )
     if bad := [level for level in levels if not 1 <= level <= n_levels]:
-        raise UsageError(f"noise level {bad[0]}: this diffuser has levels 1 to {n_levels}")
+        raise UsageError(f"Noise level {bad[0]}: this diffuser has levels 1 to {n_levels}.")
     device = model.head_weight.device
     tokens = torch.tensor([list(passage)], dtype=torch.int64, device=device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]

@@ -21,7 +21,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,8 @@ from nanothink.errors import (
 )
 from nanothink.memory.index import Float32, Int64, Kind, NeighbourIndex
 from nanothink.models.recall import NO_TOKEN, Neighbours
+
+Progress = Callable[[str, int, int], None]
 
 FORMAT = 1
 SUFFIX = ".memory"
@@ -232,13 +234,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def open_store(
-    folder: Path, settings: VectorStoreConfig, *, owner: Owner | None = None, writable: bool = False
+    folder: Path,
+    settings: VectorStoreConfig,
+    *,
+    owner: Owner | None = None,
+    writable: bool = False,
+    progress: Progress | None = None,
 ) -> VectorStore:
     """Open the store in ``folder``, every byte of it verified.
 
     Args:
         owner: refuse a store of another expert or tokenizer; None takes any.
         writable: keep the index in memory, so that it can change; else it is searched where it lies.
+        progress: hears of (what is being done, bytes verified, bytes in all).
 
     Raises:
         VectorStoreError: it is missing, damaged, or another model's.
@@ -248,7 +256,15 @@ def open_store(
     found = Owner(**manifest["owner"])
     if owner is not None:
         check_owner(folder, found, owner)
-    paths = {role: _verified(folder, role, facts) for role, facts in manifest["files"].items()}
+    total, done = sum(int(facts["bytes"]) for facts in manifest["files"].values()), 0
+
+    def advance(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        if progress is not None:
+            progress(f"verifying {folder.name}", done, total)
+
+    paths = {role: _verified(folder, role, facts, advance) for role, facts in manifest["files"].items()}
     if missing := [role for role in _ROLES if role not in paths]:
         raise _damaged(folder / _MANIFEST, f"it names no {' and no '.join(missing)}")
     contents = Contents(
@@ -363,14 +379,14 @@ def _sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _verified(folder: Path, role: str, facts: Mapping[str, Any]) -> Path:
+def _verified(folder: Path, role: str, facts: Mapping[str, Any], on_bytes: Callable[[int], None]) -> Path:
     path = folder / str(facts["name"])
     if path.parent != folder:
         raise _damaged(folder / _MANIFEST, f"it places {role} elsewhere")
     try:
         if path.stat().st_size != facts["bytes"]:
             raise _damaged(path, f"it has {path.stat().st_size} bytes of {facts['bytes']}")
-        if _digest(path) != facts["digest"]:
+        if _digest(path, on_bytes) != facts["digest"]:
             raise _damaged(path, "its digest does not match")
     except FileNotFoundError:
         raise _damaged(path, "it is missing") from None
@@ -394,11 +410,12 @@ def _map(path: Path) -> NDArray[Any]:
     return array
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, on_bytes: Callable[[int], None] = lambda n: None) -> str:
     hashed = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             hashed.update(block)
+            on_bytes(len(block))
     return hashed.hexdigest()
 
 

@@ -247,9 +247,12 @@ def _name_of(path: Path, taken: Sequence[str]) -> str:
 
 
 def _command_for(path: Path) -> str:
-    name = path.stem.removesuffix(_ENDING)
+    if not path.name.endswith(f"{_ENDING}.pt"):
+        return f"nanothink pretrain KIND, which makes KIND{_ENDING}.pt"
+    name = path.name.removesuffix(f"{_ENDING}.pt")
     what = name if name in EXPERT_KINDS else f"KIND --name {name}"
-    return f"nanothink pretrain {what} --checkpoint-dir {path.parent}"
+    folder = "./" if path.parent == Path() else str(path.parent)  # a full stop may follow
+    return f"nanothink pretrain {what} --checkpoint-dir {folder}"
 
 
 def _listed(paths: Sequence[Path]) -> str:

@@ -16,6 +16,7 @@ from nanothink.checkpoints.export import CONFIG, FILES, OWN_SECTION
 from nanothink.checkpoints.payload import CheckpointPayload
 from nanothink.config import Config
 from nanothink.config.run import training_section
+from nanothink.data.records import try_to_write
 from nanothink.data.tokenizer import save_tokenizer
 from nanothink.errors import counted
 from nanothink.inference.sampling import SamplingConfig
@@ -60,6 +61,7 @@ def export_checkpoint(
         StorageError: it can't be written; nothing is left behind.
     """
     check_place(folder, overwrite=overwrite)  # before a large file is read
+    try_to_write(folder.parent)
     payload = read_checkpoint(checkpoint, mmap=True, progress=progress)
     loaded = opened(checkpoint, payload, device="cpu", memory=False)
     model = loaded.model

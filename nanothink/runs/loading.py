@@ -263,13 +263,18 @@ def load(
     path = Path(path)
     payload: ModelPayload
     payload = read_export(path) if is_export(path) else read_checkpoint(path, mmap=True, progress=progress)
-    return opened(path, payload, device=device, memory=memory)
+    return opened(path, payload, device=device, memory=memory, progress=progress)
 
 
 def opened(
-    path: Path, payload: ModelPayload, *, device: str | None = None, memory: bool = True
+    path: Path,
+    payload: ModelPayload,
+    *,
+    device: str | None = None,
+    memory: bool = True,
+    progress: Progress | None = None,
 ) -> LoadedModel:
-    """The model of a payload that was read from ``path``."""
+    """The model of a payload that was read from ``path``; ``progress`` as for ``load``."""
     chosen = choose_device(device)
     config = scan_that_runs(resolve_config(base=payload["config"]).config, chosen)
     tokenizer = Tokenizer.from_state(payload["tokenizer"])
@@ -280,7 +285,7 @@ def opened(
     if memory and isinstance(model, NanoThink) and model.recall is not None:
         from nanothink.runs.remembering import attach
 
-        attach(model, path, payload["run"], config, tokenizer)
+        attach(model, path, payload["run"], config, tokenizer, progress)
     return LoadedModel(
         path,
         model,

@@ -137,6 +137,13 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
 
             watch_routing = RoutingWatch(tell)
 
+        if run.state.step > run.plan.total_steps:
+            tell(
+                Note(
+                    f"{counted(run.state.step, 'step')} are done already, more than the "
+                    f"{run.plan.total_steps:,} asked for: nothing is left to do."
+                )
+            )
         for line in _remarks(prepared):
             tell(Note(line))
         tell(

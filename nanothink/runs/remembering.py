@@ -129,7 +129,7 @@ def remember(
     store: VectorStore | None = None
     if exists(folder):
         try:
-            store = open_store(folder, settings, owner=expert.owner)
+            store = open_store(folder, settings, owner=expert.owner, progress=progress)
         except (VectorStoreDamagedError, VectorStoreMismatchError) as error:
             if not replace_other:
                 raise
@@ -148,7 +148,7 @@ def remember(
             progress=progress,
             note=note,
         )
-        store = open_store(folder, settings, owner=expert.owner)
+        store = open_store(folder, settings, owner=expert.owner, progress=progress)
     if held := held_out_inside(store, tokens.val.values()):
         raise VectorStoreMismatchError(
             f"{folder} holds {held} of the documents that this run validates on, so its figures would say "
@@ -220,8 +220,11 @@ class Remembering:
     def settings(self) -> VectorStoreConfig:
         return self.config.vector_store
 
-    def open(self, *, writable: bool = False) -> VectorStore:
-        return open_store(self.folder, self.settings, owner=self.expert.owner, writable=writable)
+    def open(self, *, writable: bool = False, progress: Progress | None = None) -> VectorStore:
+        """The memory that is there, verified; ``progress`` hears of that."""
+        return open_store(
+            self.folder, self.settings, owner=self.expert.owner, writable=writable, progress=progress
+        )
 
     def tokens(
         self,
@@ -331,7 +334,12 @@ def folder_of(checkpoint: Path) -> Path:
 
 
 def attach(
-    model: NanoThink, path: Path, run: Mapping[str, Any], config: Config, tokenizer: Tokenizer
+    model: NanoThink,
+    path: Path,
+    run: Mapping[str, Any],
+    config: Config,
+    tokenizer: Tokenizer,
+    progress: Progress | None = None,
 ) -> None:
     """Give a trained model the memory that lies beside its checkpoint.
 
@@ -341,7 +349,9 @@ def attach(
     folder = folder_of(path)
     entry = run["experts"][model.key_expert]
     try:
-        model.memory = open_store(folder, config.vector_store, owner=_owner(entry, config, tokenizer))
+        model.memory = open_store(
+            folder, config.vector_store, owner=_owner(entry, config, tokenizer), progress=progress
+        )
     except VectorStoreError as error:
         raise type(error)(
             f"{path} was trained with a memory. {error} To go without: --no-memory (in Python: memory=False)."
@@ -425,7 +435,7 @@ def build_memory(
         progress=progress,
         note=note,
     )
-    return found.open()
+    return found.open(progress=progress)
 
 
 @dataclass(frozen=True)

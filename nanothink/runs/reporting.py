@@ -15,6 +15,7 @@ import torch
 from nanothink import __version__
 from nanothink.checkpoints import parse_name
 from nanothink.data.corpus import find_corpus
+from nanothink.data.records import try_to_write
 from nanothink.data.temporary import sweep, temporary_path
 from nanothink.data.tokens import TokenStream, tokenise
 from nanothink.errors import (
@@ -89,6 +90,7 @@ def write_report(
         StorageError: it cannot be written.
     """
     guard(out)
+    try_to_write(out.parent)
     runs: list[ReportedRun] = []
     for number, folder in enumerate(folders):
         progress("reading runs", number, len(folders))
@@ -183,7 +185,7 @@ def _passages(
     if records.folder.parent.name != "runs" or not path.is_file():
         return Missing(f"Its checkpoint is not there ({path})."), ()
     try:
-        loaded = load(path, device=device)
+        loaded = load(path, device=device, progress=progress)
         streams, same = _held_out(loaded, records, data_dir, note, progress)
         remarks = () if same else ("The data has changed since; its passages come from the data of today.",)
         if isinstance(loaded.model, Diffuser):

@@ -149,3 +149,37 @@ def test_a_prompt_on_a_terminal_is_shown_as_it_is(
         write("one\r\ntwo\r")
         write("\nthree")
     assert written.getvalue() == prompt + "\ufffd[31mone\ntwo\nthree\n"
+
+
+def test_no_column_is_lost_however_narrow(terminal: Terminal) -> None:
+    written = terminal(40)
+    columns = ["domain", *(f">expert_number_{i}" for i in range(8))]
+    render.table(columns, [["a_domain", *(f"0.{i}000" for i in range(8))]])
+    lines = written.getvalue().splitlines()
+    assert max(map(len, lines)) <= 40
+    assert [f"0.{i}000" in written.getvalue() for i in range(8)] == [True] * 8
+    assert sum("domain" in line and "expert" not in line for line in lines) > 1  # the first in each part
+
+
+def test_messages_are_broken_between_words_and_commands_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=30)
+    text = "Nothing is there yet. Train a model: nanothink pretrain transformer --preset tiny"
+    assert render.console.flowing(text, console).split("\n") == [
+        "Nothing is there yet. Train a",
+        "model:",
+        "nanothink pretrain transformer --preset tiny",
+    ]
+    monkeypatch.setattr(console, "_force_terminal", False)
+    assert render.console.flowing(text, console) == text
+
+
+def test_a_long_label_leaves_the_eta_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr(sys.modules[ProgressBars.__module__], "err", drawn)
+    bars = ProgressBars(*progress_columns(), console=drawn)
+    bars.add_task("a_name_that_is_longer_than_any_bar_has_room_for_expert", total=10, eta_seconds=3725)
+    with drawn.capture() as captured:
+        drawn.print(bars)
+    assert "ETA 1:02:05" in captured.get()

@@ -187,7 +187,7 @@ def test_a_source_column_is_kept_and_odd_rows_are_named(tmp_path):
     assert done.texts == ["one", "two", "five"]
     assert done.sources == ["here", "a.csv:3", "there"]
     assert [(bad.line, bad.reason) for bad in done.report.bad_rows] == [
-        (4, "the row has 1 fields, the header has 2"),
+        (4, "the row has 1 field, the header has 2"),
         (5, "the row has 3 fields, the header has 2"),
     ]
     assert done.report.empty == 1

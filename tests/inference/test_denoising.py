@@ -109,5 +109,5 @@ def test_reconstruction_says_what_it_cannot_take(model: Diffuser) -> None:
         with pytest.raises(UsageError, match=rf"has {counted(len(passage), 'token')}; 2 to {LENGTH + 1}"):
             reconstruct(model, passage, [1])
     for level in (0, LEVELS + 1):
-        with pytest.raises(UsageError, match=rf"noise level {level}: this diffuser has levels 1 to 10"):
+        with pytest.raises(UsageError, match=rf"Noise level {level}: this diffuser has levels 1 to 10"):
             reconstruct(model, [1, 2, 3], [level])

@@ -289,6 +289,18 @@ def test_only_a_report_is_written_over(make_run: MakeRun, tmp_path: Path) -> Non
         report([folder], tmp_path / "nowhere" / "report.html")
 
 
+def test_a_place_that_cannot_be_written_is_said_before_a_run_is_read(make_run: MakeRun) -> None:
+    heard: list[str] = []
+    with pytest.raises(StorageError, match="Cannot write /proc"):
+        write_report(
+            [make_run("mine")],
+            Path("/proc/report.html"),
+            note=heard.append,
+            progress=lambda label, done, total: heard.append(label),
+        )
+    assert heard == []
+
+
 def test_a_full_disk_leaves_the_earlier_report(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

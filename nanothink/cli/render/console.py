@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -51,21 +53,60 @@ def _drives(char: str) -> bool:
 _TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
+_WHOLE = re.compile(
+    r"\s+|`[^`]+`\S*"
+    r"|nanothink (?:data|tokenizer|pretrain|train-mla|resume|eval|generate|memory|report|checkpoints|config)"
+    r" .*?(?=\. [A-Z]|[.)]*$|, )|\S+"
+)
+"""Blanks; and what is not broken: a word, and a command, which one copies as it stands."""
+
+
+def flowing(text: str, console: Console, used: int = 0) -> str:
+    """``text`` broken between words to the width of ``console``, of whose first line ``used`` are taken.
+
+    A path or command that is longer than a line is left to the terminal, which knows that it is one line.
+    """
+    if not console.is_terminal:
+        return text
+    lines = []
+    for line in text.split("\n"):
+        current = ""
+        for piece in _WHOLE.findall(line):
+            if current.strip() and used + cell_len(current + piece.rstrip()) > console.width:
+                lines.append(current.rstrip())
+                current, used = "", 0
+                if piece.isspace():
+                    continue
+            current += piece
+        lines.append(current)
+        used = 0
+    return "\n".join(lines)
+
+
 def note(message: str) -> None:
-    err.print(Text(printable(message), style="dim"), soft_wrap=True)
+    print_note(err, message)
+
+
+def print_note(console: Console, message: str) -> None:
+    console.print(Text(flowing(printable(message), console), style="dim"), soft_wrap=True)
 
 
 def warning(message: str) -> None:
-    err.print(Text.assemble(("warning: ", "yellow"), printable(message)), soft_wrap=True)
+    _headed("warning: ", "yellow", message)
 
 
 def error(message: str) -> None:
-    err.print(Text.assemble(("error: ", "bold red"), printable(message)), soft_wrap=True)
+    _headed("error: ", "bold red", message)
+
+
+def _headed(head: str, style: str, message: str) -> None:
+    body = flowing(printable(message), err, used=len(head))
+    err.print(Text.assemble((head, style), body), soft_wrap=True)
 
 
 def say(message: str = "", style: str = "") -> None:
-    """One line of a result."""
-    out.print(Text(printable(message), style=style), soft_wrap=True)
+    """A sentence of a result; or a line of it."""
+    out.print(Text(flowing(printable(message), out), style=style), soft_wrap=True)
 
 
 def chapter(title: str, command: str) -> None:

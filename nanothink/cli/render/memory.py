@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from nanothink.cli.render.console import count, out, printable, size
-from nanothink.cli.render.tables import facts, table
+from nanothink.cli.render.tables import facts, fits, table
 from nanothink.errors import counted
 
 if TYPE_CHECKING:
@@ -37,20 +37,22 @@ def memory_facts(found: MemoryFacts) -> None:
 
 
 def recalled(found: Sequence[Recalled]) -> None:
-    """``memory search``: a passage a line, the token that followed it set off."""
-    table(
-        [">similarity", ">weight", "passage and what followed", "domain", "where"],
-        [
-            [
-                f"{one.similarity:.3f}",
-                f"{one.weight:.3f}",
-                Text.assemble((_line(one.before), "dim"), (f"[{_line(one.token)}]", "bold green")),
-                one.domain,
-                one.source + (f" and {one.stands_for - 1} more" if one.stands_for > 1 else ""),
-            ]
-            for one in found
-        ],
-    )
+    """``memory search``: a passage a line, the token that followed it set off, and where it stands."""
+    rows = [
+        (
+            f"{one.similarity:.3f}",
+            f"{one.weight:.3f}",
+            Text.assemble((_line(one.before), "dim"), (f"[{_line(one.token)}]", "bold green")),
+            one.source + (f" and {one.stands_for - 1} more" if one.stands_for > 1 else ""),
+        )
+        for one in found
+    ]
+    columns = [">similarity", ">weight", "passage and what followed", "where"]
+    if fits(columns, rows):
+        table(columns, rows)
+    else:  # side by side both would be narrow
+        columns = [">similarity", ">weight", "passage and what followed, and where"]
+        table(columns, [[*row[:2], Text.assemble(row[2], "\n", printable(row[3]))] for row in rows])
     if not found:
         out.print("The memory is empty.")
 

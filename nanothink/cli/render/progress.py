@@ -12,6 +12,8 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TaskProgressColumn,
     TextColumn,
@@ -20,7 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from nanothink.cli.render.console import duration, err, note, printable, redraws
+from nanothink.cli.render.console import duration, err, note, print_note, redraws
 
 
 class Bars:
@@ -37,7 +39,7 @@ class Bars:
         self._tasks: dict[str, TaskID] = {}
         self._clock = clock
         self._began: dict[str, tuple[float, int]] = {}
-        self._last_line = clock()
+        self._start = self._last_line = clock()
 
     def __call__(self, label: str, done: int, total: int) -> None:
         if self._progress is None:
@@ -51,6 +53,10 @@ class Bars:
 
     def _plainly(self, label: str, done: int, total: int) -> None:
         now = self._clock()
+        if not total:
+            if now - self._start >= self._PLAIN_SECONDS / 2:  # what goes before it has not been short either
+                note(f"{label}: it cannot be told how long that takes")
+            return
         since, first = self._began.setdefault(label, (now, done))
         if done >= total:
             del self._began[label]
@@ -63,17 +69,39 @@ class Bars:
         if self._progress is None:
             note(message)
         else:
-            self._progress.console.print(Text(printable(message), style="dim"), soft_wrap=True)
+            print_note(self._progress.console, message)
+
+
+class _Label(ProgressColumn):
+    """What the bar is of. A long name is cut: the times beside it would be otherwise."""
+
+    _OTHERS = 40
+
+    def render(self, task: Task) -> Text:
+        label = Text(task.description, no_wrap=True)
+        label.truncate(max(10, err.width - self._OTHERS), overflow="ellipsis")
+        return label
+
+
+class _Remaining(TimeRemainingColumn):
+    """Rich's estimate, or that of whoever knows better: a task's field ``eta_seconds``."""
+
+    def render(self, task: Task) -> Text:
+        known = task.fields.get("eta_seconds")
+        if known is None:
+            return super().render(task)
+        minutes, seconds = divmod(round(known), 60)
+        return Text(f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}", style="progress.remaining")
 
 
 def progress_columns() -> list[Any]:
     return [
-        TextColumn("{task.description}"),
+        _Label(),
         BarColumn(bar_width=None),
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("ETA"),
-        TimeRemainingColumn(),
+        _Remaining(),
     ]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.cells import cell_len, set_cell_size
@@ -21,16 +23,22 @@ def table(
 ) -> None:
     """A table on standard output. Columns whose name begins with '>' are right-aligned numbers.
 
-    With ``total`` the last row is set off from the others. Piped, a table is a heading and a line a row,
-    whatever its width: for ``grep``, ``cut`` and ``awk``.
+    With ``total`` the last row is set off from the others. Where the terminal has no room, texts are broken
+    between words and parts of names, and if that is not enough the columns go into several tables, each with
+    the first column: nothing is left out. Piped, a table is a heading and a line a row, whatever its width:
+    for ``grep``, ``cut`` and ``awk``.
     """
     if title:
         say(title, "bold")
-    if out.is_terminal:
-        out.print(_framed(columns, rows, total=total))
+    if not out.is_terminal:
+        for line in _aligned(columns, rows):
+            say(line)
         return
-    for line in _aligned(columns, rows):
-        say(line)
+    measured = _measure(columns, rows)
+    for band in _bands([one.least for one in measured], out.width):
+        widths = _widths([measured[i] for i in band], out.width - _frame_width(len(band)))
+        cells = [[row[i] for i in band] for row in rows]
+        out.print(_framed([columns[i] for i in band], cells, widths, total=total))
 
 
 def facts(rows: Iterable[Sequence[str]], *, title: str = "") -> None:
@@ -38,9 +46,11 @@ def facts(rows: Iterable[Sequence[str]], *, title: str = "") -> None:
     if title:
         say(title, "bold")
     if out.is_terminal:
-        grid = Table.grid(padding=(0, 2), pad_edge=True)
-        for name, value in rows:
-            grid.add_row(Text(name, style="dim", no_wrap=True), Text(printable(value), overflow="fold"))
+        named = [(name, Text(printable(value))) for name, value in rows]
+        room = out.width - 4 - max((cell_len(name) for name, _ in named), default=0)
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        for name, value in named:
+            grid.add_row("", Text(name, style="dim", no_wrap=True), broken(value, room))
         out.print(grid)
         out.print()
     else:
@@ -50,26 +60,119 @@ def facts(rows: Iterable[Sequence[str]], *, title: str = "") -> None:
 
 def fits(columns: Sequence[str], rows: Sequence[Row]) -> bool:
     """Whether a table keeps every cell on one line. Piped, every table does."""
-    unbounded = out.options.update(width=10_000)
-    wanted = out.measure(_framed(columns, rows, total=False), options=unbounded).maximum
+    wanted = sum(one.natural for one in _measure(columns, rows)) + _frame_width(len(columns))
     return not out.is_terminal or wanted <= out.width
 
 
-def _framed(columns: Sequence[str], rows: Sequence[Row], *, total: bool) -> Table:
-    built = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+@dataclass(frozen=True)
+class _Measured:
+    """Widths of a column: without a break, with breaks at blanks alone, and with every break there may be."""
+
+    natural: int
+    words: int
+    least: int
+    is_number: bool
+
+
+_PROSE = 24
+"""A column of sentences gets no narrower than this before names are broken."""
+
+
+def _measure(columns: Sequence[str], rows: Sequence[Row]) -> list[_Measured]:
+    found = []
     for i, column in enumerate(columns):
         right = column.startswith(">")
-        # Where there is no room, texts and headings are broken, numbers never.
-        least = max((cell_len(str(row[i])) for row in rows), default=0) if right else None
+        heading = column.lstrip(">")
+        cells = [str(row[i]) for row in rows]
+        natural = max(cell_len(line) for text in [heading, *cells] for line in text.split("\n"))
+        if right:  # numbers are never broken, their headings are
+            least = max(map(cell_len, [*cells, *_pieces(heading)]), default=0)
+            found.append(_Measured(natural, least, least, is_number=True))
+            continue
+        texts = [heading, *cells]
+        words = max((cell_len(word.strip()) for text in texts for word in _WORDS.findall(text)), default=0)
+        words = max(words, min(natural, _PROSE))
+        pieces = (cell_len(piece) for text in texts for piece in _pieces(text))
+        found.append(_Measured(natural, words, max(pieces, default=0), is_number=False))
+    return found
+
+
+def _frame_width(n_columns: int) -> int:
+    return 2 + 3 * (n_columns - 1)
+
+
+def _bands(least: Sequence[int], room: int) -> Iterator[list[int]]:
+    """Which columns stand together; the first stands in every table."""
+    band = [0]
+    for i in range(1, len(least)):
+        if len(band) > 1 and sum(least[j] for j in [*band, i]) + _frame_width(len(band) + 1) > room:
+            yield band
+            band = [0]
+        band.append(i)
+    yield band
+
+
+def _widths(columns: Sequence[_Measured], room: int) -> list[int]:
+    """What each column gets: sentences give way first, then names, and no number ever."""
+    widths = [column.natural for column in columns]
+    floors = (
+        [column.words for column in columns],
+        [column.least for column in columns],
+        [column.least if column.is_number else 1 for column in columns],
+    )
+    for floor in floors:
+        while sum(widths) > room:
+            spare = [i for i, width in enumerate(widths) if width > floor[i]]
+            if not spare:
+                break
+            widths[max(spare, key=lambda i: widths[i])] -= 1
+    return widths
+
+
+def _pieces(text: str) -> list[str]:
+    return [piece.strip() for word in _WORDS.findall(text) for piece in _JOINT.split(word)]
+
+
+_WORDS = re.compile(r"\s*\d\S*\s(?:[KMGT]?B|%|s)\b\S*\s*|\s*\S+\s*|\s+")
+"""A number and its unit are one."""
+_JOINT = re.compile(r"(?<=[^\W_][_=])(?=\w)|(?<=[\w.]/)(?=\w)|(?<=\w[.-])(?=[^\W\d])")
+"""Where a name or a path may be broken."""
+
+
+def broken(text: Text, width: int) -> Text:
+    """``text`` in lines of ``width`` cells, broken between words; within a longer one at its joints."""
+    lines = []
+    for line in text.split("\n", allow_blank=True):
+        offsets, used, at = [], 0, 0
+        for word in _WORDS.findall(line.plain):
+            for piece in [word] if cell_len(word.rstrip()) <= width else _JOINT.split(word):
+                if used and used + cell_len(piece.rstrip()) > width:
+                    offsets.append(at)
+                    used = 0
+                used += cell_len(piece)
+                at += len(piece)
+        for part in line.divide(offsets):
+            part.rstrip()
+            lines.append(part)
+    return Text("\n", overflow="fold").join(lines)
+
+
+def _framed(columns: Sequence[str], rows: Sequence[Row], widths: Sequence[int], *, total: bool) -> Table:
+    built = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column, width in zip(columns, widths, strict=True):
         built.add_column(
-            column.lstrip(">"), justify="right" if right else "left", min_width=least, overflow="fold"
+            broken(Text(column.lstrip(">")), width),
+            justify="right" if column.startswith(">") else "left",
+            width=width,
+            overflow="fold",
         )
     for i, row in enumerate(rows):
         last = total and i == len(rows) - 1
         if last:
             built.add_section()
+        cells = (Text(printable(cell)) if isinstance(cell, str) else cell for cell in row)
         built.add_row(
-            *(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row),
+            *(broken(cell, width) for cell, width in zip(cells, widths, strict=True)),
             style="bold" if last else None,
         )
     return built

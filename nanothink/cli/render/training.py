@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress import TaskID
@@ -175,7 +176,8 @@ class LiveTrainingView(TrainingView):
                 smoothed = event.loss if not self._losses else 0.9 * self._losses[-1] + 0.1 * event.loss
                 self._losses.append(smoothed)
             if self._task is not None:
-                self._bar.update(self._task, completed=event.step)
+                eta = self.eta_seconds(event.step, event.total_steps)
+                self._bar.update(self._task, completed=event.step, eta_seconds=eta)
         elif isinstance(event, events.EvaluationProgress):
             self.progress("validating", event.done_tokens, event.total_tokens)
         elif isinstance(event, events.Evaluated):
@@ -201,12 +203,11 @@ class LiveTrainingView(TrainingView):
         if step is not None:
             facts = Table.grid(padding=(0, 2))
             numbers = {
-                "epoch": f"{step.epoch + 1} of {self._started.epochs}",
+                "whole epochs": f"{step.epoch} of {self._started.epochs}",
                 "loss": f"{self._losses[-1]:.4f}" if self._losses else "-",
                 "learning rate": f"{step.learning_rate:.2e}",
                 "gradient norm": f"{step.gradient_norm:.2f}",
                 "tokens/s": count(step.tokens / max(step.seconds, 1e-9)),
-                "ETA": duration(self.eta_seconds(step.step, step.total_steps)),
             }
             facts.add_row(*(Text(name, style="dim") for name in numbers))
             facts.add_row(*(Text(value, style="bold") for value in numbers.values()))
@@ -216,17 +217,14 @@ class LiveTrainingView(TrainingView):
             parts.append(curve)
         if self._validations:
             latest = self._validations[-1]
-            grid = Table.grid(padding=(0, 2))
             scores = {**latest.evaluation.domains, "all": latest.evaluation.overall}
-            grid.add_row(Text("bits per byte", style="dim"), *(Text(name, style="dim") for name in scores))
-            grid.add_row(
-                Text(f"step {latest.step}", style="dim"),
-                *(
-                    Text(f"{s.bits_per_byte:.4f}", style="bold green" if latest.best else "bold")
-                    for s in scores.values()
-                ),
-            )
-            parts.append(grid)
+            number = "bold green" if latest.best else "bold"
+            by_domain = [
+                Text.assemble((f"{name} ", "dim"), (f"{score.bits_per_byte:.4f}", number))
+                for name, score in scores.items()
+            ]
+            parts.append(Text(f"bits per byte at step {count(latest.step)}", style="dim"))
+            parts.append(Columns(by_domain, padding=(0, 2)))
         if self._sample is not None:
             prompt, text = self._sample
             shown = " ".join((prompt + text).split())[: max(20, err.width - 4)]
