@@ -202,7 +202,7 @@ def _reason_to_end(run: Run) -> str:
     if run.state.bad_evaluations >= run.config.early_stopping_patience:
         return f"no improvement in {counted(run.state.bad_evaluations, 'evaluation')}"
     if run.plan.is_over(run.state):
-        return f"all {counted(run.plan.total_steps, 'step')} done"
+        return f"all {counted(run.state.step, 'step')} done"
     return ""
 
 
