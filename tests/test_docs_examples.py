@@ -33,6 +33,7 @@ from surroundings import SURROUNDINGS, Place
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 BEGIN_WITH_TEXT = (
     ROOT / "README.md",
+    ROOT / "docs" / "index.md",
     TUTORIAL,
     ROOT / "docs" / "data.md",
     ROOT / "docs" / "configuration.md",
