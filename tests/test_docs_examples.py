@@ -1,8 +1,8 @@
 """Every example of the documentation runs, in the order of its page, in a folder as its reader would have it.
 
-The tutorial and the pages read before it begin with text alone; the other pages with what the tutorial leaves
-behind. ``<!-- run -->`` stands before an example; ``<!-- run: in a clone -->`` if it wants more, see
-surroundings.py; ``<!-- ci -->`` if it takes minutes and is a part of ``.ci/run``.
+Pages that need no more begin with text alone, the others with what the tutorial leaves behind. ``<!-- run -->``
+stands before an example; ``<!-- run: in a clone -->`` if it wants more, see surroundings.py; ``<!-- ci -->`` if
+it takes minutes and is a line of ``.ci/run``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ BEGIN_WITH_TEXT = (
     ROOT / "docs" / "data.md",
     ROOT / "docs" / "configuration.md",
     ROOT / "docs" / "distributed.md",
+    ROOT / "docs" / "evaluation.md",
 )
 EXAMPLES = {page: [b for b in blocks(page) if b.language in {"console", "bash", "python"}] for page in PAGES}
 EXAMPLES = {page: found for page, found in EXAMPLES.items() if found}
