@@ -1,8 +1,8 @@
 """Every example of the documentation runs, in the order of its page, in a folder as its reader would have it.
 
-Pages that need no more begin with text alone, the others with what the tutorial leaves behind. ``<!-- run -->``
-stands before an example; ``<!-- run: in a clone -->`` if it wants more, see surroundings.py; ``<!-- ci -->`` if
-it takes minutes and is a line of ``.ci/run``.
+Pages that need no more begin with text alone, the others with what the tutorial leaves behind. Before an
+example stands ``<!-- run -->``; ``<!-- run: in a clone -->`` if it wants more, see surroundings.py; or
+``<!-- ci -->`` if it takes minutes and is a line of ``.ci/run``.
 """
 
 from __future__ import annotations
