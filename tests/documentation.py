@@ -15,13 +15,13 @@ PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/RE
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. The HTML comment on the line before it is its ``mark``, or ``mark: reason``."""
+    """A fenced block. The HTML comment on the line before it is its ``mark``, or ``mark: note``."""
 
     page: Path
     line: int
     language: str
     mark: str
-    reason: str
+    note: str
     text: str
 
     def __str__(self) -> str:
@@ -42,8 +42,8 @@ def blocks(page: Path) -> Iterator[Block]:
             number += 1
         text = "\n".join(line[indent:] for line in lines[first + 1 : number])
         comment = re.fullmatch(r" *<!-- (\w+)(?:: (.+))? -->", lines[first - 1]) if first else None
-        mark, reason = (comment[1], comment[2] or "") if comment else ("", "")
-        yield Block(page, first + 1, opening[2], mark, reason, text)
+        mark, note = (comment[1], comment[2] or "") if comment else ("", "")
+        yield Block(page, first + 1, opening[2], mark, note, text)
         number += 1
 
 
@@ -55,10 +55,9 @@ def shell_lines(block: Block) -> list[str]:
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The words after ``nanothink`` of every call in a block, up to a comment, an explanation or a pipe."""
+    """The words after ``nanothink`` of every call in a block, up to a comment or a pipe."""
     for line in shell_lines(block):
-        # Two blanks set a command off from its explanation.
-        lexer = shlex.shlex(re.split(r" {2,}", line.strip())[0], posix=True, punctuation_chars="|;&><")
+        lexer = shlex.shlex(line.strip(), posix=True, punctuation_chars="|;&><")
         lexer.whitespace_split = True
         words = list(lexer)
         for i, word in enumerate(words):

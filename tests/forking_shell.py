@@ -1,7 +1,7 @@
 """A ``nanothink`` for shell lines in tests that starts at once: a fork of a process that has imported it all.
 
 Run as a program it is that process. ``python forking_shell.py SOCKET`` listens; whoever connects hands over
-its standard streams, then arguments, folder and environment, and gets back an exit code.
+its standard streams, then arguments, folder and environment, and gets back a process id, then an exit code.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ import traceback
 from pathlib import Path
 
 _CLIENT = """\
-import json, os, socket, sys
+import json, os, signal, socket, sys
 asked = json.dumps({"args": sys.argv[2:], "cwd": os.getcwd(), "env": dict(os.environ)})
 with socket.socket(socket.AF_UNIX) as server:
     server.connect(sys.argv[1])
     socket.send_fds(server, [b"."], [0, 1, 2])
     server.sendall(asked.encode())
     server.shutdown(socket.SHUT_WR)
-    code = server.recv(16)
+    said = server.makefile()
+    pid = int(said.readline())
+    signal.signal(signal.SIGINT, lambda number, _: os.kill(pid, number))
+    code = said.readline()
 sys.exit(int(code) if code else "the command died")
 """
 
@@ -53,16 +56,29 @@ class ForkingShell:
         assert self._server.stdout is not None
         assert self._server.stdout.readline() == b"listening\n"
 
-    def run(self, line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Up to the first line that fails, which the end of standard error names."""
         return subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", line],
+            ["bash", "-euo", "pipefail", "-c", f"trap 'echo \"failed: $BASH_COMMAND\" >&2' ERR\n{script}"],
             cwd=cwd,
-            env=self.environment,
+            env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,
             timeout=300,
+        )
+
+    def start(self, command: str, cwd: Path) -> subprocess.Popen[str]:
+        """One command, which SIGINT reaches."""
+        return subprocess.Popen(
+            ["bash", "-c", f"exec {command}"],
+            cwd=cwd,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
     def close(self) -> None:
@@ -108,6 +124,7 @@ def _answer(connection: socket.socket) -> None:
         os.chdir(asked["cwd"])
         os.environ.clear()
         os.environ.update(asked["env"])
+        connection.sendall(f"{os.getpid()}\n".encode())
         main(asked["args"])
     except SystemExit as end:
         code = end.code or 0

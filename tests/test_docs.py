@@ -168,6 +168,12 @@ def test_every_dependency_has_its_reason() -> None:
     assert sorted(listed) == sorted(asked)
 
 
+def test_extras_that_are_named_are_there() -> None:
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
+    named = {name for page in PAGES for name in re.findall(r"'\.\[(\w+)\]'", page.read_text("utf-8"))}
+    assert {"parquet", "datasets", "bench"} <= named <= set(extras)
+
+
 # ---------------------------------------------------------------------------------------------------
 # 4. Links
 

@@ -1,15 +1,16 @@
 """Every example of the documentation runs, in the order of its page, in a folder as its reader would have it.
 
-The tutorial and the pages read before it begin with text alone; the other pages with what the tutorial leaves
-behind. An example that cannot run here says why: ``<!-- unrun: it wants two machines -->``.
+Pages that need no more begin with text alone, the others with what the tutorial leaves behind. Before an
+example stands ``<!-- run -->``; ``<!-- run: in a clone -->`` if it wants more, see surroundings.py; or
+``<!-- ci -->`` if it takes minutes and is a line of ``.ci/run``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,13 +28,17 @@ from documentation import (
     shell_lines,
 )
 from forking_shell import ForkingShell
+from surroundings import SURROUNDINGS, Place
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 BEGIN_WITH_TEXT = (
     ROOT / "README.md",
+    ROOT / "docs" / "index.md",
     TUTORIAL,
     ROOT / "docs" / "data.md",
     ROOT / "docs" / "configuration.md",
+    ROOT / "docs" / "distributed.md",
+    ROOT / "docs" / "evaluation.md",
 )
 EXAMPLES = {page: [b for b in blocks(page) if b.language in {"console", "bash", "python"}] for page in PAGES}
 EXAMPLES = {page: found for page, found in EXAMPLES.items() if found}
@@ -63,7 +68,8 @@ SMALL = {
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkingShell]:
     small = {f"NANOTHINK_{name}": value for name, value in SMALL.items()}
-    environment = {**os.environ, **small, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, **small, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     shell = ForkingShell(tmp_path_factory.mktemp("bin"), environment)
     yield shell
     shell.close()
@@ -92,6 +98,7 @@ def own_text(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     rows = "".join(f'{number},"{text}"\n' for number, text in enumerate(letters[30:]))
     (folder / "tickets.csv").write_text(f"number,body\n{rows}")
     (folder / "notes.txt").write_text("\n\n".join(manuals[:10]))
+    (folder / "notes.csv").write_text(f"number,text\n{rows}")
     return folder
 
 
@@ -104,7 +111,7 @@ def after_the_tutorial(
     folder, kept = parent / "work", parent / "kept"
     shutil.copytree(own_text, folder)
     for block in RUN[TUTORIAL]:
-        run(block, shell, folder)
+        run(block, Place(folder, own_text, shell))
     folder.rename(kept)
 
     def renewed() -> Path:
@@ -114,22 +121,11 @@ def after_the_tutorial(
     return renewed
 
 
-def run(block: Block, shell: ForkingShell, folder: Path) -> None:
+def run(block: Block, place: Place) -> None:
+    script = "\n".join(shell_lines(block))
     if block.language == "python":
-        done = subprocess.run(
-            [sys.executable, "-c", block.text],
-            cwd=folder,
-            env=shell.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert done.returncode == 0, f"{block}:\n{done.stdout}{done.stderr}"
-        return
-    for line in shell_lines(block):
-        done = shell.run(line, folder)
-        assert done.returncode == 0, f"{block}: {line}\n{done.stdout}{done.stderr}"
+        script = shlex.join(["python", "-c", block.text])
+    SURROUNDINGS[block.note](script, place)
 
 
 @pytest.mark.timeout(900)
@@ -145,20 +141,28 @@ def test_examples_run_in_order(
     else:
         folder = request.getfixturevalue("after_the_tutorial")()
     for block in RUN[page]:
-        run(block, shell, folder)
+        run(block, Place(folder, own_text, shell))
 
 
 @pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_what_does_not_run_says_why(page: Path) -> None:
+def test_every_example_runs_here_or_in_ci(page: Path) -> None:
+    ci = set(map(without_comment, (ROOT / ".ci" / "run").read_text().splitlines()))
     for block in EXAMPLES[page]:
-        assert block.mark in {"run", "unrun"}, f"{block} is neither run nor says why not"
-        assert block.mark == "run" or block.reason, block
+        if block.mark == "run":
+            assert block.note in SURROUNDINGS, block
+        else:
+            assert block.mark == "ci", f"{block} runs nowhere"
+            for line in shell_lines(block):
+                assert without_comment(line) in ci, f"{block}: .ci/run does not run {line}"
 
 
-def test_every_command_runs_in_some_example() -> None:
-    ran = {" ".join(path_of(call)) for block in SHELL if block.mark == "run" for call in commands(block)}
-    programs = {path for path, _ in commands_of_the_program()}
-    assert programs - ran == {"demo"}  # `make demo` runs it
+def test_every_command_is_in_some_example() -> None:
+    ran = {" ".join(path_of(call)) for block in SHELL for call in commands(block)}
+    assert ran >= {path for path, _ in commands_of_the_program()}
+
+
+def without_comment(line: str) -> str:
+    return line.partition(" #")[0].strip()
 
 
 def path_of(call: list[str]) -> list[str]:
