@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,19 @@ def calls_in_prose(page: Path) -> Iterator[list[str]]:
             yield words
 
 
-def leaf(words: list[str]) -> tuple[Any, list[str]]:
-    """The command that words lead to, and what is left of them; a group when they end there."""
+@cache
+def program() -> Any:
+    """The root command, built once: calls by the hundred are looked up in it."""
     from typer.main import get_command
 
     from nanothink.cli.app import app
 
-    command: Any = get_command(app)
+    return get_command(app)
+
+
+def leaf(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that words lead to, and what is left of them; a group when they end there."""
+    command = program()
     path = "nanothink"
     while hasattr(command, "commands") and words and not words[0].startswith("-"):
         assert words[0] in command.commands, f"{path} has no command '{words[0]}'"
@@ -96,10 +103,6 @@ def leaf(words: list[str]) -> tuple[Any, list[str]]:
 
 
 def commands_of_the_program() -> list[tuple[str, Any]]:
-    from typer.main import get_command
-
-    from nanothink.cli.app import app
-
     found: list[tuple[str, Any]] = []
 
     def walk(command: Any, path: str) -> None:
@@ -109,5 +112,5 @@ def commands_of_the_program() -> list[tuple[str, Any]]:
         else:
             found.append((path, command))
 
-    walk(get_command(app), "")
+    walk(program(), "")
     return found
