@@ -49,7 +49,12 @@ class ForkingShell:
         words = [sys.executable, "-I", "-S", str(client), str(listening)]
         command.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         command.chmod(0o755)
-        self.environment = {**environment, "PATH": f"{folder}:{environment['PATH']}"}
+        # What torchrun starts instead of Python, with ``-u -m nanothink`` before the arguments.
+        worker = folder / "worker"
+        worker.write_text(f'#!/bin/sh\nshift 3\nexec {command} "$@"\n')
+        worker.chmod(0o755)
+        path = f"{folder}:{environment['PATH']}"
+        self.environment = {**environment, "PATH": path, "PYTHON_EXEC": str(worker)}
         self._server = subprocess.Popen(
             [sys.executable, __file__, str(listening)], env=environment, stdout=subprocess.PIPE
         )
