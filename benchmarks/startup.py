@@ -8,6 +8,7 @@ training and generation scripts begin with. The sides take turns; one round warm
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,10 @@ SIDES = {
 }
 
 
-def main(rounds: int = 7) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Start-up of nanothink and of other commands and imports")
+    parser.add_argument("--rounds", type=int, default=7, help="after one that warms the disk cache")
+    rounds = parser.parse_args().rounds
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     for round_number in range(rounds + 1):
         for name, command in SIDES.items():
