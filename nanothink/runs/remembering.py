@@ -182,9 +182,10 @@ def _cost(folder: Path, plan: BuildPlan) -> str:
         "sq8": f"in {plan.n_lists:,} lists, a byte a number",
         "pq": f"in {plan.n_lists:,} lists, a byte for four numbers",
     }[plan.kind]
+    doing = "Adding to" if plan.n_old else "Building"
     shorter = f" Fewer keys take less: --set vector_store.max_keys={_FEWER_KEYS}."
     return (
-        f"Building the memory {folder}: {plan.n_keys:,} keys, kept {kept}. That takes about "
+        f"{doing} the memory {folder}: {plan.n_keys:,} keys, kept {kept}. That takes about "
         f"{_duration(plan.seconds)}, {_size(plan.memory_bytes)} of memory and {_size(plan.disk_bytes)} on "
         "the disk." + (shorter if plan.seconds > _LONG_SECONDS and plan.n_keys > _FEWER_KEYS else "")
     )

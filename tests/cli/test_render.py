@@ -171,6 +171,12 @@ def test_messages_are_broken_between_words_and_commands_are_not(
         "model:",
         "nanothink pretrain transformer --preset tiny",
     ]
+    shares = "weight of the experts transformer 24 %, diffuser 30 % (1.5 MB)"
+    assert render.console.flowing(shares, console).split("\n") == [
+        "weight of the experts",
+        "transformer 24 %, diffuser",
+        "30 % (1.5 MB)",
+    ]
     monkeypatch.setattr(console, "_force_terminal", False)
     assert render.console.flowing(text, console) == text
 

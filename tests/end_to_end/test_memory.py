@@ -177,7 +177,9 @@ def test_a_domain_is_learnt_without_training(
     assert run(["memory", "add", str(corpus), *told, "--dry-run", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert run(["memory", "add", str(corpus), *told, "--json"]) == 0
-    added = json.loads(capsys.readouterr().out)
+    out, said = capsys.readouterr()
+    assert "Adding to the memory" in said
+    added = json.loads(out)
     assert added["keys_by_domain"]["chants"] == planned["new_keys"] > 0
     assert path.read_bytes() == weights
     after = bits(capsys, *on_chants)

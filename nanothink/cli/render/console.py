@@ -56,9 +56,10 @@ _TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 _WHOLE = re.compile(
     r"\s+|`[^`]+`\S*"
     r"|nanothink (?:data|tokenizer|pretrain|train-mla|resume|eval|generate|memory|report|checkpoints|config)"
-    r" .*?(?=\. [A-Z]|[.)]*$|, )|\S+"
+    r" .*?(?=\. [A-Z]|[.)]*$|, )"
+    r"|\S*\d\S* (?:%|[KMGT]?B|s|min|h)(?!\w)\S*|\S+"
 )
-"""Blanks; and what is not broken: a word, and a command, which one copies as it stands."""
+"""Blanks; and what is not broken: a word, a number with its unit, and a command, which one copies whole."""
 
 
 def flowing(text: str, console: Console, used: int = 0) -> str:
