@@ -34,6 +34,26 @@ sys.exit(int(code) if code else "the command died")
 """
 
 
+def quick(steps: int, max_keys: int) -> dict[str, str]:
+    """Variables of the environment that keep models, runs and memories tiny, whatever a command line says."""
+    small = {
+        "MODEL__D_MODEL": "16",
+        "MODEL__MAX_SEQ_LEN": "32",
+        "TRANSFORMER__N_LAYERS": "1",
+        "TRANSFORMER__N_HEADS": "2",
+        "STATE_SPACE__N_LAYERS": "1",
+        "STATE_SPACE__SCAN": "plain",
+        "DIFFUSER__N_LAYERS": "1",
+        "MLA__N_LAYERS": "1",
+        "MLA__N_HEADS": "2",
+        "VECTOR_STORE__MAX_KEYS": str(max_keys),
+    }
+    for phase in ("TRAIN_EXPERT", "TRAIN_DIFFUSER", "TRAIN_MLA"):
+        small |= {f"{phase}__MAX_STEPS": str(steps), f"{phase}__SAMPLE_TOKENS": str(steps)}
+        small[f"{phase}__AMP_DTYPE"] = "float32"
+    return {f"NANOTHINK_{name}": value for name, value in small.items()}
+
+
 class ForkingShell:
     """Runs lines of bash in which ``nanothink`` is such a fork.
 

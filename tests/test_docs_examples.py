@@ -27,7 +27,7 @@ from documentation import (
     leaf,
     shell_lines,
 )
-from forking_shell import ForkingShell
+from forking_shell import ForkingShell, quick
 from surroundings import SURROUNDINGS, Place
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
@@ -45,30 +45,11 @@ EXAMPLES = {page: found for page, found in EXAMPLES.items() if found}
 RUN = {page: [block for block in found if block.mark == "run"] for page, found in EXAMPLES.items()}
 RUN = {page: marked for page, marked in RUN.items() if marked}
 
-SMALL = {
-    "MODEL__D_MODEL": "16",
-    "MODEL__MAX_SEQ_LEN": "32",
-    "TRANSFORMER__N_LAYERS": "1",
-    "TRANSFORMER__N_HEADS": "2",
-    "STATE_SPACE__N_LAYERS": "1",
-    "STATE_SPACE__SCAN": "plain",
-    "DIFFUSER__N_LAYERS": "1",
-    "MLA__N_LAYERS": "1",
-    "MLA__N_HEADS": "2",
-    "VECTOR_STORE__MAX_KEYS": "2000",
-    **{
-        f"{section}__{key}": value
-        for section in ("TRAIN_EXPERT", "TRAIN_DIFFUSER", "TRAIN_MLA")
-        for key, value in {"MAX_STEPS": "4", "SAMPLE_TOKENS": "4", "AMP_DTYPE": "float32"}.items()
-    },
-}
-"""Settings that make the examples quick without another word in them."""
-
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkingShell]:
-    small = {f"NANOTHINK_{name}": value for name, value in SMALL.items()}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    small = quick(steps=4, max_keys=2000)
     environment = {**os.environ, **small, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     shell = ForkingShell(tmp_path_factory.mktemp("bin"), environment)
     yield shell

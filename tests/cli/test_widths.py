@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 from documentation import commands_of_the_program
-from forking_shell import ForkingShell
+from forking_shell import ForkingShell, quick
 from rich.cells import cell_len
 
 ROOT = Path(__file__).parents[2]
@@ -80,24 +80,6 @@ CASES = {
     "demo": ["--out full"],
 }
 """Lines for each command. `full` is a file, so nothing can be written below it: that is an error."""
-
-SMALL = {
-    "MODEL__D_MODEL": "16",
-    "MODEL__MAX_SEQ_LEN": "32",
-    "TRANSFORMER__N_LAYERS": "1",
-    "TRANSFORMER__N_HEADS": "2",
-    "STATE_SPACE__N_LAYERS": "1",
-    "STATE_SPACE__SCAN": "plain",
-    "DIFFUSER__N_LAYERS": "1",
-    "MLA__N_LAYERS": "1",
-    "MLA__N_HEADS": "2",
-    "VECTOR_STORE__MAX_KEYS": "500",
-    **{
-        f"{section}__{key}": value
-        for section in ("TRAIN_EXPERT", "TRAIN_DIFFUSER", "TRAIN_MLA")
-        for key, value in {"MAX_STEPS": "2", "SAMPLE_TOKENS": "2", "AMP_DTYPE": "float32"}.items()
-    },
-}
 
 STYLE = re.compile(r"\x1b\[([\d;]*)m")
 COLOUR = re.compile(r"(?:^|;)(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;|$)")
@@ -166,8 +148,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Iterat
     (folder / "broken" / DOMAIN / f"{FILE}.jsonl").write_text("\n".join(map(json.dumps, records)))
     (folder / f"{FILE}.csv").write_text("n,body\n1,some text\n2\n")
     (folder / "full").touch()
-    small = {f"NANOTHINK_{name}": value for name, value in SMALL.items()}
-    environment = {**os.environ, **small, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **quick(steps=2, max_keys=500), "PYTHONPATH": str(ROOT)}
     shell = ForkingShell(tmp_path_factory.mktemp("bin"), environment)
     done = shell.run(SETUP, folder)
     assert done.returncode == 0, done.stderr
