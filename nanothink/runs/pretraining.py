@@ -137,13 +137,6 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
 
             watch_routing = RoutingWatch(tell)
 
-        if run.state.step > run.plan.total_steps:
-            tell(
-                Note(
-                    f"{counted(run.state.step, 'step')} are done already, more than the "
-                    f"{run.plan.total_steps:,} asked for: nothing is left to do."
-                )
-            )
         for line in _remarks(prepared):
             tell(Note(line))
         tell(
@@ -513,6 +506,12 @@ def _remarks(prepared: Prepared) -> list[str]:
     """What would surprise a person later, said before the first step."""
     remarks = []
     train_config, plan = prepared.training, prepared.plan
+    done = prepared.state.step
+    if done > plan.total_steps:
+        remarks.append(
+            f"{counted(done, 'step')} are done already, more than the {plan.total_steps:,} asked for: "
+            "nothing is left to do."
+        )
     warmup = effective_warmup(train_config, plan.total_steps)
     if warmup == 0 < train_config.warmup_steps:
         remarks.append(f"No warm-up: this run has {counted(plan.total_steps, 'step')}.")

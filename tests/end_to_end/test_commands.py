@@ -291,6 +291,15 @@ def test_the_best_is_found_anew_where_validation_text_has_changed(
     assert "measured on other validation text" not in " ".join(said()[1].split())
 
 
+def test_fewer_steps_than_are_done(pretrain: Callable[..., int], tmp_path: Path, said: Said) -> None:
+    assert pretrain(tmp_path, "--max-steps", "6") == 0
+    said()
+    assert run(["resume", str(tmp_path / "transformer_expert.pt"), "--max-steps", "3"]) == 0
+    told = " ".join("".join(said()).split())
+    assert "6 steps are done already, more than the 3 asked for" in told
+    assert "all 6 steps done" in told
+
+
 def test_evaluation_as_a_table(trained: Path, said: Said) -> None:
     path = str(trained / "transformer_expert.pt")
     assert run(["eval", path]) == 0
