@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +19,9 @@ from nanothink.cli.options import (
     SkipBadRecords,
     examples,
 )
+
+if TYPE_CHECKING:
+    from nanothink.runs.evaluating import CheckpointEvaluation
 
 EXAMPLES = examples(
     "eval",
@@ -84,7 +88,6 @@ def evaluate(
             f"--split {split}: use train, val or all.{did_you_mean(split, ('train', 'val', 'all'))}"
         )
     from nanothink.runs.evaluating import evaluate_checkpoints, finished_checkpoints
-    from nanothink.training.recording import denoising_as_dict, routing_as_dict, score_as_dict
 
     with render.progress() as bars:
         paths = checkpoint or finished_checkpoints(checkpoint_dir, bars.note, bars)
@@ -101,17 +104,32 @@ def evaluate(
             progress=bars,
         )
     if as_json:
-        rows: list[dict[str, Any]] = [
+        render.print_json({"checkpoints": _rows(results)})
+    else:
+        render.evaluations(results, split)
+
+
+def _rows(results: Sequence[CheckpointEvaluation]) -> list[dict[str, Any]]:
+    from nanothink.runs.evaluating import above_best
+    from nanothink.training.recording import denoising_as_dict, routing_as_dict, score_as_dict
+
+    rows = []
+    for result, above in zip(results, above_best(results), strict=True):
+        found = result.evaluation
+        domains = {
+            name: {**score_as_dict(score), "bits_per_byte_stderr": found.standard_error(name)}
+            for name, score in found.domains.items()
+        }
+        rows.append(
             {
                 "path": str(result.path),
                 "kind": result.kind,
-                "overall": score_as_dict(result.evaluation.overall),
-                "domains": {name: score_as_dict(s) for name, s in result.evaluation.domains.items()},
-                **denoising_as_dict(result.evaluation),
-                **routing_as_dict(result.evaluation),
+                "overall": {**score_as_dict(found.overall), "bits_per_byte_stderr": found.standard_error()},
+                "above_best": above
+                and {"bits_per_byte": above.bits_per_byte, "bits_per_byte_stderr": above.standard_error},
+                "domains": domains,
+                **denoising_as_dict(found),
+                **routing_as_dict(found),
             }
-            for result in results
-        ]
-        render.print_json({"checkpoints": rows})
-    else:
-        render.evaluations(results, split)
+        )
+    return rows

@@ -3,6 +3,9 @@
 Bits per byte divides by what was written, not by how it was cut up: total nats / ln 2 / UTF-8 bytes of
 the scored documents. The end-of-text token of each document is predicted too and its nats count,
 while it adds no byte. So the figure does not depend on the tokenizer and can be compared across them.
+
+Its standard error says how far another sample of as many documents would put it, and that of a
+difference whether one model is better than another or was luckier with these documents.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nanothink.data.batches import validation_batches
 from nanothink.data.tokens import IGNORE, TokenStream
@@ -40,6 +45,23 @@ class Score:
     @property
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.n_bytes
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """What each document of some text took, in its order."""
+
+    nats: NDArray[np.float64]
+    n_bytes: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two models on the same documents."""
+
+    bits_per_byte: float
+    standard_error: float | None
+    """None where some domain has less than two documents."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +95,8 @@ class Evaluation:
     """Mean squared error by noise level, of a model that denoises; see inference/denoising.py."""
     routing: Mapping[str, Routing] = field(default_factory=dict)
     """By domain, of a model that combines experts."""
+    documents: Mapping[str, DocumentScores] = field(default_factory=dict, compare=False)
+    """By domain; empty where several processes shared the text out."""
 
     def added(self, total: Callable[[Sequence[float]], Sequence[float]]) -> Evaluation:
         """The whole, of one's own share.
@@ -98,6 +122,44 @@ class Evaluation:
         return Score(
             sum(s.nats for s in scores), sum(s.tokens for s in scores), sum(s.n_bytes for s in scores)
         )
+
+    def standard_error(self, domain: str | None = None) -> float | None:
+        """Of the bits per byte of a domain, or overall.
+
+        None where a domain has less than two documents, or where it is not known what each took.
+        """
+        chosen = [of for name, of in self.documents.items() if domain in (None, name)]
+        return _standard_error([(of.nats, of.n_bytes) for of in chosen])
+
+    def less(self, other: Evaluation) -> Difference | None:
+        """Bits per byte overall less another model's; None where the two did not read the same documents.
+
+        The standard error is that of pairs: what makes a document hard for both cancels.
+        """
+        if not self.documents or self.documents.keys() != other.documents.keys():
+            return None
+        pairs = [(own, other.documents[domain]) for domain, own in self.documents.items()]
+        if not all(np.array_equal(own.n_bytes, others.n_bytes) for own, others in pairs):
+            return None
+        error = _standard_error([(own.nats - others.nats, own.n_bytes) for own, others in pairs])
+        return Difference(self.overall.bits_per_byte - other.overall.bits_per_byte, error)
+
+
+def _standard_error(strata: Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]]) -> float | None:
+    """Of total nats / ln 2 / total bytes, over documents that are drawn at random within each stratum.
+
+    The combined ratio estimate of a stratified sample (Cochran 1977, Sampling Techniques, section 6.11),
+    for a population of which the sample is a small part. Documents that need more nats than others for
+    their bytes make it large; their length alone does not.
+    """
+    if not strata or any(len(nats) < 2 for nats, _ in strata):
+        return None
+    total_bytes = sum(float(n_bytes.sum()) for _, n_bytes in strata)
+    ratio = sum(float(nats.sum()) for nats, _ in strata) / total_bytes
+    variance = 0.0
+    for nats, n_bytes in strata:
+        variance += len(nats) * float(np.var(nats - ratio * n_bytes, ddof=1))
+    return math.sqrt(variance) / math.log(2) / total_bytes
 
 
 class EvaluationStopped(Exception):
@@ -131,35 +193,46 @@ def evaluate_model(
     total = sum(tokens for tokens, _ in planned.values())
     done = n_batches = 0
     scores: dict[str, Score] = {}
+    documents: dict[str, DocumentScores] = {}
     routing: dict[str, Routing] = {}
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             for name, (n_tokens, n_bytes) in planned.items():
-                nats = 0.0
+                sizes = streams[name].documents()
+                ends = np.cumsum(sizes.n_tokens)
+                ends = ends[ends <= n_tokens]
+                nats = np.zeros(len(ends))
+                first = 0  # of a batch's targets, in the stream
                 if isinstance(model, NanoThink):
                     routing[name] = Routing(dict.fromkeys(model.speakers, 0.0), 0.0, 0)
                 for inputs, targets in validation_batches(streams[name], length, batch_size, max_tokens):
                     if should_stop is not None and should_stop():
                         raise EvaluationStopped
+                    real = targets != IGNORE
+                    n_real = int(real.sum())
                     if n_batches % n_shares == number:
                         tokens, following = inputs.to(precision.device), targets.to(precision.device)
                         with precision.autocast():
                             if isinstance(model, NanoThink):
-                                loss, weights = model.loss_and_routing(tokens, following)
+                                likelihood, weights = model.likelihood_and_routing(tokens, following)
                                 routing[name] += _routing_over(weights[following != IGNORE], model)
                             else:
-                                loss = model.loss(tokens, following)
-                        nats += float(loss)
+                                likelihood = model.log_likelihood(tokens, following)
+                        its = np.searchsorted(ends, np.arange(first, first + n_real), side="right")
+                        sums = np.bincount(its - its[0], weights=likelihood.cpu()[real].numpy())
+                        nats[its[0] : its[0] + len(sums)] -= sums
                     n_batches += 1
-                    done += int((targets != IGNORE).sum())
+                    first += n_real
+                    done += n_real
                     if on_progress is not None:
                         on_progress(done, total)
-                scores[name] = Score(nats, n_tokens, n_bytes)
+                scores[name] = Score(float(nats.sum()), n_tokens, n_bytes)
+                documents[name] = DocumentScores(nats, sizes.n_bytes[: len(ends)])
     finally:
         model.train(was_training)
-    return Evaluation(scores, routing=routing)
+    return Evaluation(scores, routing=routing, documents=documents if n_shares == 1 else {})
 
 
 def _routing_over(weights: torch.Tensor, model: NanoThink) -> Routing:

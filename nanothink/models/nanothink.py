@@ -37,7 +37,12 @@ from nanothink.errors import UsageError
 from nanothink.models.contract import IGNORE, LanguageModel, State
 from nanothink.models.latent_attention import LatentBlock, latent_widths
 from nanothink.models.layers import KeyValueCache, RMSNorm, Rotary, linear
-from nanothink.models.loss import CHUNK_ROWS, likelihood_and_peak, linear_cross_entropy
+from nanothink.models.loss import (
+    CHUNK_ROWS,
+    likelihood_and_peak,
+    linear_cross_entropy,
+    linear_log_likelihood,
+)
 from nanothink.models.precision import product_dtype, products
 from nanothink.models.recall import MEMORY, Memory, Neighbours, RecallGate, choose_key_expert
 from nanothink.models.transformer import Transformer, inner_width
@@ -262,12 +267,16 @@ class NanoThink(LanguageModel):
 
     def log_likelihood(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """See ``LanguageModel.log_likelihood``."""
-        states, _, queries = self._passed(inputs)
+        return self.likelihood_and_routing(inputs, targets)[0]
+
+    def likelihood_and_routing(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """``log_likelihood``, and ``routing`` of the inputs, from one pass."""
+        states, weights, queries = self._passed(inputs)
         if queries is None:
-            return likelihood_and_peak(states.flatten(0, 1), self.head_weight, targets.flatten())[0].view(
-                targets.shape
-            )
-        return self._mixed(states, targets, self._recalled(queries))[0]
+            own = linear_log_likelihood(states.flatten(0, 1), self.head_weight, targets.flatten())
+            return own.view(targets.shape), weights
+        mixed, share = self._mixed(states, targets, self._recalled(queries))
+        return mixed, _shared(weights, share)
 
     def _mixed(self, states: Tensor, targets: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:
         """(B, T) log-likelihoods, 0 where there is no target, and the memory's shares."""

@@ -19,7 +19,7 @@ from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream, tokenise
 from nanothink.errors import CheckpointError, CheckpointNotFoundError, DataError, UsageError
 from nanothink.inference.denoising import denoising_errors
-from nanothink.inference.evaluate import Evaluation, evaluate_model
+from nanothink.inference.evaluate import Difference, Evaluation, evaluate_model
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.loading import LoadedModel, load
@@ -33,6 +33,15 @@ class CheckpointEvaluation:
     path: Path
     kind: str
     evaluation: Evaluation
+
+
+def above_best(results: Sequence[CheckpointEvaluation]) -> list[Difference | None]:
+    """How far each is above the one with the fewest bits per byte.
+
+    None for that one itself, and for what was not scored on the same documents.
+    """
+    best = min(results, key=lambda result: result.evaluation.overall.bits_per_byte)
+    return [None if result is best else result.evaluation.less(best.evaluation) for result in results]
 
 
 def evaluate_checkpoints(

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import nanothink
-from nanothink.checkpoints import read_checkpoint
+from nanothink.checkpoints import read_checkpoint, write_checkpoint
 from nanothink.cli.app import run
 from nanothink.data.corpus import assign_sides, text_key
 
@@ -67,12 +67,43 @@ def test_evaluation_as_json(trained: Path, said: Said) -> None:
     path = trained / "transformer_expert.pt"
     assert run(["eval", str(path), str(path), "--json"]) == 0
     one, two = as_json(said)["checkpoints"]
+    assert two.pop("above_best") == {"bits_per_byte": 0.0, "bits_per_byte_stderr": 0.0}
+    assert one.pop("above_best") is None
     assert one == two
     assert (one["path"], one["kind"]) == (str(path), "transformer")
     assert set(one["domains"]) == {"letters", "manuals", "tales"}
     for scores in (one["overall"], *one["domains"].values()):
-        assert set(scores) == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}
+        assert set(scores) == {
+            "loss",
+            "perplexity",
+            "bits_per_byte",
+            "bits_per_byte_stderr",
+            "tokens",
+            "bytes",
+        }
+        assert 0 < scores["bits_per_byte_stderr"] < scores["bits_per_byte"]
     assert one["overall"]["tokens"] == sum(d["tokens"] for d in one["domains"].values())
+
+
+def test_how_far_each_is_above_the_best(trained: Path, copied: Path, said: Said) -> None:
+    """With an error by pairs, far below that of either."""
+    worse = copied / "worse_expert.pt"
+    payload = read_checkpoint(copied / "transformer_expert.pt")
+    payload["model_state"] = {k: v * 1.01 for k, v in payload["model_state"].items()}
+    write_checkpoint(worse, payload)
+    paths = [str(worse), str(trained / "transformer_expert.pt")]
+    assert run(["eval", *paths, "--json"]) == 0
+    checkpoints = as_json(said)["checkpoints"]
+    bits = [checkpoint["overall"]["bits_per_byte"] for checkpoint in checkpoints]
+    best = bits.index(min(bits))
+    assert checkpoints[best]["above_best"] is None
+    above = checkpoints[1 - best]["above_best"]
+    assert above["bits_per_byte"] == pytest.approx(bits[1 - best] - bits[best], rel=1e-6)
+    assert 0 < above["bits_per_byte_stderr"] < checkpoints[0]["overall"]["bits_per_byte_stderr"] / 2
+    assert run(["eval", *paths]) == 0
+    assert f"{above['bits_per_byte']:.4f} ± {above['bits_per_byte_stderr']:.4f}" in said()[0]
+    assert run(["eval", paths[0]]) == 0
+    assert f"{checkpoints[0]['overall']['bits_per_byte_stderr']:.4f}" in said()[0]
 
 
 @pytest.mark.parametrize(
@@ -457,8 +488,6 @@ def test_an_older_state_does_not_quietly_replace_a_later_one(
     best = copied / "transformer_expert.pt"
     later = torch.load(best, weights_only=True)
     later["step"] = 25
-    from nanothink.checkpoints import write_checkpoint
-
     write_checkpoint(copied / "transformer_expert_interrupted.pt", later)
     assert pretrain(copied, "--resume", best, "--max-steps", "22") == 2
     assert "further on (step 25)" in said()[1]

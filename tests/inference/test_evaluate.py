@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,14 @@ from nanothink.config.run import resolve_config
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokenizer import Tokenizer, load_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
-from nanothink.inference.evaluate import Evaluation, EvaluationStopped, Routing, Score, evaluate_model
+from nanothink.inference.evaluate import (
+    DocumentScores,
+    Evaluation,
+    EvaluationStopped,
+    Routing,
+    Score,
+    evaluate_model,
+)
 from nanothink.models import build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision
@@ -72,13 +80,23 @@ def test_it_equals_a_plain_sum_over_the_documents_tokens(
                 held_out.append(text)
                 sequence += own
         assert sequence == joined
-        nats = 0.0
+        by_token: list[float] = []
         previous = [tokenizer.eos_id, *sequence]
         with torch.no_grad():
             for start in range(0, len(sequence), LENGTH):
                 inputs = torch.tensor([previous[start : start + LENGTH]])[:, : len(sequence) - start]
                 targets = torch.tensor(sequence[start : start + LENGTH])
-                nats += float(F.cross_entropy(model.logits(inputs)[0].double(), targets, reduction="sum"))
+                by_token += F.cross_entropy(
+                    model.logits(inputs)[0].double(), targets, reduction="none"
+                ).tolist()
+        nats = sum(by_token)
+        each = evaluation.documents[domain]
+        for text, of_text, its_bytes in zip(held_out, each.nats, each.n_bytes, strict=True):
+            n_own = len(tokenizer.encode(text)) + 1
+            assert of_text == pytest.approx(sum(by_token[:n_own]), rel=1e-5)
+            assert its_bytes == len(text.encode())
+            del by_token[:n_own]
+        assert not by_token
         n_bytes = sum(len(text.encode()) for text in held_out)
         found = evaluation.domains[domain]
         assert (found.tokens, found.n_bytes) == (len(sequence), n_bytes)
@@ -100,6 +118,7 @@ def test_a_cap_keeps_whole_documents(model: LanguageModel, tokens: TokenisedCorp
     capped = score(model, tokens, max_tokens=100)
     for domain, found in capped.domains.items():
         assert (found.tokens, found.n_bytes) == tokens.val[domain].prefix(100)
+        assert capped.documents[domain].n_bytes.sum() == found.n_bytes
     assert capped.overall.tokens < score(model, tokens).overall.tokens
 
 
@@ -107,6 +126,72 @@ def test_overall_weighs_domains_by_size() -> None:
     evaluation = Evaluation({"a": Score(30.0, 10, 40), "b": Score(10.0, 10, 10)})
     assert evaluation.overall == Score(40.0, 20, 50)
     assert evaluation.overall.loss == 2.0
+
+
+def drawn(strata: list[tuple[int, float]], random: np.random.Generator) -> Evaluation:
+    """Documents of lengths far apart, each as hard as its domain but for chance."""
+    documents = {}
+    for name, (n_documents, nats_per_byte) in enumerate(strata):
+        n_bytes = random.lognormal(7, 0.8, n_documents).astype(np.int64) + 1
+        nats = n_bytes * nats_per_byte * random.lognormal(0, 0.2, n_documents)
+        documents[f"d{name}"] = DocumentScores(nats, n_bytes)
+    scores = {d: Score(float(of.nats.sum()), 1, int(of.n_bytes.sum())) for d, of in documents.items()}
+    return Evaluation(scores, documents=documents)
+
+
+@pytest.mark.parametrize("strata", [[(80, 1.0)], [(60, 0.5), (90, 1.5)]])
+def test_the_standard_error_is_how_far_samples_lie_apart(strata: list[tuple[int, float]]) -> None:
+    random = np.random.default_rng(1)
+    samples = [drawn(strata, random) for _ in range(1500)]
+    apart = np.std([sample.overall.bits_per_byte for sample in samples])
+    said = np.mean([sample.standard_error() for sample in samples])  # type: ignore[arg-type]
+    if len(strata) == 1:
+        assert said == pytest.approx(apart, rel=0.1)
+        assert samples[0].standard_error("d0") == samples[0].standard_error()
+        return
+    # Of given documents: how much comes from each domain is no chance, and is drawn here.
+    of = samples[0].documents
+    resampled = []
+    for _ in range(1500):
+        chosen = {d: random.integers(len(each.nats), size=len(each.nats)) for d, each in of.items()}
+        nats = sum(of[d].nats[which].sum() for d, which in chosen.items())
+        resampled.append(nats / math.log(2) / sum(of[d].n_bytes[which].sum() for d, which in chosen.items()))
+    assert samples[0].standard_error() == pytest.approx(np.std(resampled), rel=0.1)
+
+
+def test_of_one_document_no_error_is_known() -> None:
+    one = drawn([(1, 1.0), (5, 1.0)], np.random.default_rng(0))
+    assert one.standard_error("d0") is None
+    assert one.standard_error() is None
+    assert one.standard_error("d1") is not None
+    difference = one.less(one)
+    assert difference is not None
+    assert difference.standard_error is None
+    assert Evaluation({"d": Score(1.0, 1, 1)}).standard_error() is None
+
+
+def test_a_difference_is_one_of_pairs() -> None:
+    """Two models that find the same documents hard differ by much less than the documents do."""
+    hard = drawn([(50, 1.0), (50, 1.0)], np.random.default_rng(0))
+    nats = {d: of.nats + 0.01 * of.n_bytes for d, of in hard.documents.items()}
+    worse = Evaluation(
+        {d: Score(float(nats[d].sum()), 1, score.n_bytes) for d, score in hard.domains.items()},
+        documents={d: DocumentScores(nats[d], of.n_bytes) for d, of in hard.documents.items()},
+    )
+    difference, own = worse.less(hard), hard.standard_error()
+    assert difference is not None
+    assert difference.bits_per_byte == pytest.approx(0.01 / math.log(2))
+    assert difference.standard_error == pytest.approx(0.0, abs=1e-9)
+    assert own is not None
+    assert own > 0.01
+
+
+def test_other_documents_make_no_pairs() -> None:
+    random = np.random.default_rng(0)
+    one, other = drawn([(50, 1.0)], random), drawn([(50, 1.0)], random)
+    assert one.less(other) is None
+    assert one.less(drawn([(50, 1.0), (3, 1.0)], random)) is None
+    assert one.less(Evaluation(one.domains)) is None
 
 
 def test_it_stops_when_asked_and_leaves_the_model_as_it_was(
@@ -143,6 +228,7 @@ def test_shares_add_up_to_the_whole(model: LanguageModel, tokens: TokenisedCorpu
         found = added.domains[domain]
         assert (found.tokens, found.n_bytes) == (expected.tokens, expected.n_bytes)
         assert found.nats == pytest.approx(expected.nats, rel=1e-9)
+    assert added.standard_error() is None, "no process knows what each document took"
 
 
 def test_the_shares_of_routing_add_up_too() -> None:

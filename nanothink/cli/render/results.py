@@ -18,7 +18,7 @@ from nanothink.errors import counted
 if TYPE_CHECKING:
     from nanothink.cli.render.training import TrainingView
     from nanothink.inference.denoising import Reconstruction
-    from nanothink.inference.evaluate import Evaluation
+    from nanothink.inference.evaluate import Difference, Evaluation
     from nanothink.runs.evaluating import CheckpointEvaluation
     from nanothink.runs.loading import RoutedPiece
     from nanothink.runs.planning import RunEstimate
@@ -127,21 +127,20 @@ def estimate(name: str, estimate: RunEstimate) -> None:
 def evaluations(results: Sequence[CheckpointEvaluation], split: str) -> None:
     """One checkpoint in detail, or several side by side by domain."""
     if len(results) == 1:
+        found = results[0].evaluation
+        errors = [*map(found.standard_error, found.domains), found.standard_error()]
+        scores = [*found.domains.values(), found.overall]
         table(
-            ["domain", ">loss", ">perplexity", ">bits per byte", ">tokens", ">bytes"],
+            ["domain", ">loss", ">perplexity", ">bits per byte", ">std. error", ">tokens", ">bytes"],
             [
-                [*row, count(score.n_bytes)]
-                for row, score in zip(
-                    _score_rows(results[0].evaluation),
-                    [*results[0].evaluation.domains.values(), results[0].evaluation.overall],
-                    strict=True,
-                )
+                [*row[:-1], "-" if error is None else f"{error:.4f}", row[-1], count(score.n_bytes)]
+                for row, error, score in zip(_score_rows(found), errors, scores, strict=True)
             ],
             title=f"{results[0].path} ({results[0].kind}), {split} split",
             total=True,
         )
-        _errors_by_level(results[0].evaluation)
-        _trust(results[0].evaluation)
+        _errors_by_level(found)
+        _trust(found)
         return
     _side_by_side(results, split)
     for r in results:
@@ -150,6 +149,8 @@ def evaluations(results: Sequence[CheckpointEvaluation], split: str) -> None:
 
 def _side_by_side(results: Sequence[CheckpointEvaluation], split: str) -> None:
     """A line a checkpoint; on a terminal with no room for that, a line a domain."""
+    from nanothink.runs.evaluating import above_best
+
     domains = list(dict.fromkeys(d for r in results for d in r.evaluation.domains))
     bits = [
         [r.evaluation.domains[d].bits_per_byte if d in r.evaluation.domains else None for d in domains]
@@ -165,11 +166,12 @@ def _side_by_side(results: Sequence[CheckpointEvaluation], split: str) -> None:
         for row in bits
     ]
     perplexities = [f"{r.evaluation.overall.perplexity:.2f}" for r in results]
+    above = [_difference(difference) for difference in above_best(results)]
     title = f"Bits per byte, {split} split"
-    columns = ["checkpoint", "kind", *(f">{d}" for d in domains), ">all", ">perplexity"]
+    columns = ["checkpoint", "kind", *(f">{d}" for d in domains), ">all", ">above the best", ">perplexity"]
     rows: list[list[str | Text]] = [
-        [str(r.path), r.kind, *row, perplexity]
-        for r, row, perplexity in zip(results, cells, perplexities, strict=True)
+        [str(r.path), r.kind, *row, difference, perplexity]
+        for r, row, difference, perplexity in zip(results, cells, above, perplexities, strict=True)
     ]
     if fits(columns, rows):
         table(columns, rows, title=title)
@@ -178,10 +180,18 @@ def _side_by_side(results: Sequence[CheckpointEvaluation], split: str) -> None:
         ["domain", *(f">{r.path.stem.removesuffix('_expert')}" for r in results)],
         [
             *([name, *row] for name, row in zip([*domains, "all"], zip(*cells, strict=True), strict=True)),
+            ["above the best", *above],
             ["perplexity", *perplexities],
         ],
         title=title,
     )
+
+
+def _difference(above: Difference | None) -> str:
+    if above is None:
+        return "-"
+    error = "" if above.standard_error is None else f" ± {above.standard_error:.4f}"
+    return f"{above.bits_per_byte:.4f}{error}"
 
 
 @contextmanager
