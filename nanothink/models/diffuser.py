@@ -33,8 +33,17 @@ from torch import Tensor, nn
 
 from nanothink.config import DiffuserConfig, ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
-from nanothink.models.contract import IGNORE, LanguageModel, State
-from nanothink.models.layers import KeyValueCache, RMSNorm, Rotary, SwiGLU, embedding, linear
+from nanothink.models.contract import IGNORE, State
+from nanothink.models.layers import (
+    Attention,
+    Block,
+    KeyValueCache,
+    RMSNorm,
+    Rotary,
+    SwiGLU,
+    embedding,
+    linear,
+)
 from nanothink.models.loss import CHUNK_ROWS, linear_cross_entropy
 from nanothink.models.noise import (
     Draws,
@@ -46,7 +55,7 @@ from nanothink.models.noise import (
     diffuse,
 )
 from nanothink.models.precision import product_dtype, products
-from nanothink.models.transformer import Block, Transformer, block_reading_bytes, inner_width
+from nanothink.models.transformer import Decoder, Transformer, block_reading_bytes, inner_width
 
 _LEVEL_FEATURES = (
     32  # cosines of the noise level: smooth over 100 levels, fine enough to tell neighbours apart
@@ -146,7 +155,7 @@ class Denoiser(nn.Module):
         return self.output(hidden.to(dtype)).float(), hidden
 
 
-class Diffuser(LanguageModel):
+class Diffuser(Decoder):
     """See the head of this file.
 
     A fresh one has no targets yet: ``adopt`` takes them from a transformer, a checkpoint brings them along.
@@ -159,7 +168,6 @@ class Diffuser(LanguageModel):
     """
 
     kind: ClassVar[str] = "diffuser"
-    context_length: int
     target_table: Tensor
     target_mean: Tensor
     target_scale: Tensor
@@ -175,7 +183,9 @@ class Diffuser(LanguageModel):
         self.shape = shape
         self.inner = inner_width(width, blocks.ffn_mult)
         self.embedding = embedding(vocab_size, width, std=1.0)
-        self.blocks = nn.ModuleList(Block(width, blocks.n_heads, self.inner) for _ in range(shape.n_layers))
+        self.blocks = nn.ModuleList(
+            Block(width, Attention(width, blocks.n_heads), self.inner) for _ in range(shape.n_layers)
+        )
         self.norm = RMSNorm(width)
         self.rotary = Rotary(width // blocks.n_heads, model.max_seq_len, blocks.rope_theta)
         self.denoiser = Denoiser(
@@ -244,27 +254,7 @@ class Diffuser(LanguageModel):
         return (transformer.hidden(known) - self.target_mean) / self.target_scale
 
     # -----------------------------------------------------------------------------------------------
-    # The two parts
-
-    def encode(self, tokens: Tensor) -> Tensor:
-        """z: (B, T) int64, T <= context_length -> (B, T, D) float32.
-
-        Raises:
-            UsageError: more tokens than the context holds.
-        """
-        n_tokens = tokens.shape[1]
-        if n_tokens > self.context_length:
-            raise UsageError(
-                f"{n_tokens} tokens were given, but this model's context is {self.context_length}; "
-                f"cut the text or train with a larger model.max_seq_len"
-            )
-        rotation = self.rotary(0, n_tokens)
-        x = self.embedding(tokens)  # (B, T, D)
-        with products(x.device.type):
-            for block in self.blocks:
-                x = block(x, rotation)
-            states: Tensor = self.norm(x)
-        return states
+    # The denoiser on what the encoder has read
 
     def condition(self, states: Tensor) -> Condition:
         """What the denoiser knows of (..., D) states of the encoder."""
@@ -333,25 +323,19 @@ class Diffuser(LanguageModel):
     def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
         """See ``LanguageModel.read``."""
         assert isinstance(state, DiffuserState)
-        state.check_room(tokens)
-        with torch.no_grad(), products(tokens.device.type):
-            rotation = self.rotary(state.length, tokens.shape[1])
-            x = self.embedding(tokens)  # (B, T, D)
-            for layer, block in enumerate(self.blocks):
-                x = block(x, rotation, state, layer)
-            state.advance(tokens.shape[1])
-            x = x[:, -1:] if last_only else x
-            condition = self.condition(self.norm(x))
+        encoded = self.encode_next(tokens, state, last_only=last_only)
+        with torch.no_grad():
+            condition = self.condition(encoded)
             if state.ddim is None:
                 return self.denoise(condition, None, self.shape.training_steps)[1]
             noise = [
                 torch.randn(self.d_model, generator=generator, device=tokens.device)
                 for seed in state.ddim.seeds
-                for n_read in range(state.length - x.shape[1] + 1, state.length + 1)
+                for n_read in range(state.length - encoded.shape[1] + 1, state.length + 1)
                 for generator in [block_generator(seed, "sampling noise", n_read, tokens.device)]
             ]
             return self.denoise_by_ddim(
-                condition, torch.stack(noise).view_as(x), self.shape.training_steps, state.ddim.n_steps
+                condition, torch.stack(noise).view_as(encoded), self.shape.training_steps, state.ddim.n_steps
             )[1]
 
     # -----------------------------------------------------------------------------------------------

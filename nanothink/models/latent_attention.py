@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanothink.config import MLAConfig
-from nanothink.models.layers import KeyValueCache, RMSNorm, SwiGLU, linear, rotate
-from nanothink.models.precision import product_dtype
+from nanothink.models.layers import KeyValueCache, RMSNorm, linear, rotate
 
 
 class LatentAttention(nn.Module):
@@ -102,26 +101,6 @@ class LatentAttention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, H * n) -> (B, H, T, n)."""
         return x.view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
-
-
-class LatentBlock(nn.Module):
-    """One layer: latent attention, then feed-forward, each on a normalised copy of the stream."""
-
-    def __init__(self, width: int, shape: MLAConfig, inner: int) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(width)
-        self.attention = LatentAttention(width, shape.n_heads, *latent_widths(width, shape))
-        self.feed_forward_norm = RMSNorm(width)
-        self.feed_forward = SwiGLU(width, inner)
-
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None = None, layer: int = 0
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        dtype = product_dtype(x)
-        x = x + self.attention(self.attention_norm(x, dtype), rotation, cache, layer)
-        update: Tensor = self.feed_forward(self.feed_forward_norm(x, dtype))
-        return x + update
 
 
 def latent_widths(width: int, shape: MLAConfig) -> tuple[int, int, int]:

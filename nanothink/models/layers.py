@@ -1,4 +1,4 @@
-"""Building blocks that models share: RMSNorm, rotary positions, attention with a cache, SwiGLU.
+"""What models are built of: RMSNorm, rotary positions, attention with a cache, SwiGLU, a block of both.
 
 Weights are float32 and stay so; under autocast the matrix products run in the autocast type, norms and
 rotations in float32. A norm hands its result over in the type of the products that read it, so that it
@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from nanothink.errors import UsageError
 from nanothink.models.contract import State
+from nanothink.models.precision import product_dtype
 
 NORM_EPS = 1e-6
 
@@ -258,6 +259,26 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         return gated_product(self.gate(x), self.up(x), self.down.weight)
+
+
+class Block(nn.Module):
+    """One layer: attention of either kind, then feed-forward, each on a normalised copy of the stream."""
+
+    def __init__(self, width: int, attention: nn.Module, inner: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(width)
+        self.attention = attention
+        self.feed_forward_norm = RMSNorm(width)
+        self.feed_forward = SwiGLU(width, inner)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        dtype = product_dtype(x)
+        x = x + self.attention(self.attention_norm(x, dtype), rotation, cache, layer)
+        update: Tensor = self.feed_forward(self.feed_forward_norm(x, dtype))
+        return x + update
 
 
 def gated_product(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from nanothink.config import MLAConfig, ModelConfig, VectorStoreConfig
 from nanothink.errors import UsageError
 from nanothink.models.contract import IGNORE, LanguageModel, State
-from nanothink.models.latent_attention import LatentBlock, latent_widths
-from nanothink.models.layers import KeyValueCache, RMSNorm, Rotary, linear
+from nanothink.models.latent_attention import LatentAttention, latent_widths
+from nanothink.models.layers import Block, KeyValueCache, RMSNorm, Rotary, linear
 from nanothink.models.loss import (
     CHUNK_ROWS,
     likelihood_and_peak,
@@ -134,7 +134,11 @@ class NanoThink(LanguageModel):
         self.embedding_norm = RMSNorm(width)
         self.inject = nn.ModuleList(linear(width, width) for _ in parts)  # P_e
         self.inner = inner_width(width, shape.ffn_mult)
-        self.blocks = nn.ModuleList(LatentBlock(width, shape, self.inner) for _ in range(shape.n_layers))
+        widths = latent_widths(width, shape)
+        self.blocks = nn.ModuleList(
+            Block(width, LatentAttention(width, shape.n_heads, *widths), self.inner)
+            for _ in range(shape.n_layers)
+        )
         self.norm = RMSNorm(width)
         self.router = Router(width, len(parts), by_token=shape.router == "token")
         self.log_scale = nn.Parameter(torch.zeros(()))  # s
@@ -142,7 +146,7 @@ class NanoThink(LanguageModel):
         heads = [expert.head_weight.detach() for expert in parts]
         own = torch.zeros(vocab_size, width, dtype=heads[0].dtype)
         self.head.weight = nn.Parameter(torch.cat([*heads, own], dim=1))  # O, (V, (E + 1) D)
-        self.rotary = Rotary(latent_widths(width, shape)[1], self.context_length, shape.rope_theta)
+        self.rotary = Rotary(widths[1], self.context_length, shape.rope_theta)
         self.recall: RecallGate | None = None
         if store is not None and store.enabled:
             self.recall = RecallGate(width)

@@ -25,69 +25,26 @@ from nanothink.models.contract import LanguageModel, State
 from nanothink.models.layers import (
     NORM_EPS,
     Attention,
+    Block,
     KeyValueCache,
     RMSNorm,
     Rotary,
-    SwiGLU,
     embedding,
     linear,
 )
 from nanothink.models.loss import CHUNK_ROWS
-from nanothink.models.precision import product_dtype, products
+from nanothink.models.precision import products
 
 
-class Block(nn.Module):
-    """One layer: attention, then feed-forward, each on a normalised copy of the stream."""
+class Decoder(LanguageModel):
+    """Embeddings, causal blocks and a norm: the body of a transformer, and the encoder of a diffuser."""
 
-    def __init__(self, width: int, n_heads: int, inner: int) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(width)
-        self.attention = Attention(width, n_heads)
-        self.feed_forward_norm = RMSNorm(width)
-        self.feed_forward = SwiGLU(width, inner)
-
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None = None, layer: int = 0
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        dtype = product_dtype(x)
-        x = x + self.attention(self.attention_norm(x, dtype), rotation, cache, layer)
-        update: Tensor = self.feed_forward(self.feed_forward_norm(x, dtype))
-        return x + update
-
-
-class Transformer(LanguageModel):
-    """See the head of this file.
-
-    Args:
-        vocab_size: V.
-        model: width and context.
-        shape: layers, heads, feed-forward, tying.
-    """
-
-    kind: ClassVar[str] = "transformer"
     context_length: int
+    blocks: nn.ModuleList
+    norm: RMSNorm
+    rotary: Rotary
 
-    def __init__(self, vocab_size: int, model: ModelConfig, shape: TransformerConfig) -> None:
-        super().__init__()
-        self.vocab_size = vocab_size
-        self.d_model = width = model.d_model
-        self.context_length = model.max_seq_len
-        self.shape = shape
-        self.embedding = embedding(vocab_size, width, std=0.02 if shape.tie_embeddings else 1.0)
-        inner = inner_width(width, shape.ffn_mult)
-        self.blocks = nn.ModuleList(Block(width, shape.n_heads, inner) for _ in range(shape.n_layers))
-        self.norm = RMSNorm(width)
-        self.head = None if shape.tie_embeddings else linear(width, vocab_size, zero=True)
-        self.rotary = Rotary(width // shape.n_heads, model.max_seq_len, shape.rope_theta)
-
-    @property
-    def head_weight(self) -> nn.Parameter:
-        """(V, D): the LM head, or the embedding table when tied."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return cast(nn.Parameter, weight)
-
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor) -> Tensor:
         """(B, T) int64, T <= context_length -> (B, T, D) float32.
 
         Raises:
@@ -106,6 +63,62 @@ class Transformer(LanguageModel):
                 x = block(x, rotation)
             states: Tensor = self.norm(x)
         return states
+
+    def encode_next(self, tokens: Tensor, cache: KeyValueCache, *, last_only: bool) -> Tensor:
+        """``encode`` of (B, T) tokens after those in the cache, which moves on. No gradients.
+
+        Args:
+            last_only: give the last token's state alone, (B, 1, D).
+
+        Raises:
+            UsageError: the cache would hold more than ``context_length`` tokens.
+        """
+        cache.check_room(tokens)
+        with torch.no_grad(), products(tokens.device.type):
+            rotation = self.rotary(cache.length, tokens.shape[1])
+            x = self.embedding(tokens)  # (B, T, D)
+            for layer, block in enumerate(self.blocks):
+                x = block(x, rotation, cache, layer)
+            cache.advance(tokens.shape[1])
+            states: Tensor = self.norm(x[:, -1:] if last_only else x)
+        return states
+
+
+class Transformer(Decoder):
+    """See the head of this file.
+
+    Args:
+        vocab_size: V.
+        model: width and context.
+        shape: layers, heads, feed-forward, tying.
+    """
+
+    kind: ClassVar[str] = "transformer"
+
+    def __init__(self, vocab_size: int, model: ModelConfig, shape: TransformerConfig) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.d_model = width = model.d_model
+        self.context_length = model.max_seq_len
+        self.shape = shape
+        self.embedding = embedding(vocab_size, width, std=0.02 if shape.tie_embeddings else 1.0)
+        inner = inner_width(width, shape.ffn_mult)
+        self.blocks = nn.ModuleList(
+            Block(width, Attention(width, shape.n_heads), inner) for _ in range(shape.n_layers)
+        )
+        self.norm = RMSNorm(width)
+        self.head = None if shape.tie_embeddings else linear(width, vocab_size, zero=True)
+        self.rotary = Rotary(width // shape.n_heads, model.max_seq_len, shape.rope_theta)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """(V, D): the LM head, or the embedding table when tied."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return cast(nn.Parameter, weight)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """See ``LanguageModel.hidden``; T <= context_length."""
+        return self.encode(tokens)
 
     def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
         """See ``LanguageModel.activation_bytes``; the factors were counted with saved-tensor hooks."""
@@ -128,15 +141,7 @@ class Transformer(LanguageModel):
     def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
         """See ``LanguageModel.read``."""
         assert isinstance(state, KeyValueCache)
-        state.check_room(tokens)
-        with torch.no_grad(), products(tokens.device.type):
-            rotation = self.rotary(state.length, tokens.shape[1])
-            x = self.embedding(tokens)  # (B, T, D)
-            for layer, block in enumerate(self.blocks):
-                x = block(x, rotation, state, layer)
-            state.advance(tokens.shape[1])
-            states: Tensor = self.norm(x[:, -1:] if last_only else x)
-            return states
+        return self.encode_next(tokens, state, last_only=last_only)
 
 
 def block_reading_bytes(width: int, inner: int, value_bytes: int) -> int:

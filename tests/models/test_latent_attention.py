@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nanothink.config import MLAConfig
-from nanothink.models.latent_attention import LatentAttention, LatentBlock, latent_widths
+from nanothink.models.latent_attention import LatentAttention, latent_widths
 from nanothink.models.layers import Attention, KeyValueCache, Rotary
 
 THEIR_NAMES = {
@@ -155,12 +155,12 @@ def cached_bytes(cache: KeyValueCache) -> int:
 def test_the_cache_takes_a_quarter_of_a_multi_head_cache_or_less(width: int, heads: int) -> None:
     """Measured in bytes, at the sizes of the presets: docs/models/nanothink.md states them."""
     shape = MLAConfig(n_heads=heads)
-    block = LatentBlock(width, shape, 16)
+    attention = LatentAttention(width, heads, *latent_widths(width, shape))
     x, n_tokens = stream(1, 64, width), 64
     latents, pairs = KeyValueCache(1, 1, n_tokens), KeyValueCache(1, 1, n_tokens)
     head_dim, rope_dim, latent_dim = latent_widths(width, shape)
     with torch.no_grad():
-        block.attention(x, Rotary(rope_dim, 64, 1e4)(0, 64), latents, 0)
+        attention(x, Rotary(rope_dim, 64, 1e4)(0, 64), latents, 0)
         Attention(width, heads)(x, Rotary(width // heads, 64, 1e4)(0, 64), pairs, 0)
     assert cached_bytes(latents) == n_tokens * 4 * (latent_dim + rope_dim)
     assert cached_bytes(pairs) == n_tokens * 4 * 2 * width
