@@ -74,7 +74,7 @@ def inspect(
             val_split=settings.val_split,
             skip_bad_records=skip_bad_records,
             note=bars.note,
-            on_progress=lambda done, total: bars("training a tokenizer", done, total),
+            on_progress=bars,
         )
         tokens = tokenise(
             corpus,

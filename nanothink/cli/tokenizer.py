@@ -47,19 +47,13 @@ def train(
     settings = DataConfig(data_dir=data_dir or "data", domains=tuple(domains) if domains else None)
     corpus = find_corpus(settings.data_dir, settings.domains)
     with render.progress() as bars:
-
-        def advance(done: int, total: int) -> None:
-            bars("reading", done, total)
-            if done >= total:
-                bars("merging", 0, 0)
-
         for problem in corpus.warnings:
             bars.note(str(problem))
         trained = train_on_corpus(
             corpus,
             vocab_size=vocab_size,
             val_split=settings.val_split,
-            on_progress=advance,
+            on_progress=bars,
         )
     path = save_tokenizer(trained, out)
     result = {"path": str(path), "vocab_size": trained.vocab_size, "fingerprint": trained.fingerprint}

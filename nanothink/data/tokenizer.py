@@ -1,7 +1,7 @@
 """Text to token ids and back: where tokenizers come from, and the one form they all take here.
 
     load_tokenizer      a folder, a tokenizer.json, or a name of the Hugging Face Hub
-    train_tokenizer     byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2, Radford et al. 2019)
+    train_tokenizer     byte-level BPE (data/bpe.py, in a process of its own)
     resolve_tokenizer   load, or train a stand-in when the Hub cannot be reached
 
 A ``Tokenizer`` is pure: no truncation, padding, dropout or special tokens come between text and ids,
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ import orjson
 import tokenizers
 from numpy.typing import NDArray
 
+from nanothink.data.bpe import make_byte_level
+from nanothink.data.bpe_process import Progress, learn_in_process
 from nanothink.data.byte_level import ByteLevelEncoder, is_byte_level, rounds
 from nanothink.data.cache import cache_folder, locked, storage_error, write_whole
 from nanothink.data.corpus import (
@@ -234,13 +235,8 @@ def _gpt2(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     except Exception as error:
         raise TokenizerError(f"{vocab} and {merges.name} make no tokenizer: {error}.") from error
     backend = tokenizers.Tokenizer(model)
-    _make_byte_level(backend)
+    make_byte_level(backend)
     return backend
-
-
-def _make_byte_level(backend: tokenizers.Tokenizer) -> None:
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
 
 
 def _through_transformers(folder: Path, name: str) -> Tokenizer:
@@ -314,60 +310,20 @@ def fitting_vocab_size(n_bytes: int) -> int:
     return min(max(round(size / 64) * 64, 512), 32768)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int | None, *, n_bytes: int) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int | None, *, n_bytes: int, on_progress: Progress | None = None
+) -> Tokenizer:
     """Byte-level BPE that can spell any text; the same texts always give the same tokenizer.
 
     ``n_bytes`` is the size of all texts; it sets the vocabulary when ``vocab_size`` is None. A corpus
-    with too few different words gives a smaller vocabulary than asked for.
+    with too few different words gives a smaller vocabulary than asked for. ``on_progress`` hears of
+    "merging", which begins after the last text.
     """
     size = fitting_vocab_size(n_bytes) if vocab_size is None else vocab_size
     if size < 257:
         raise TokenizerError(f"A vocabulary of {size} is too small: 256 bytes and an end of text need 257.")
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    _make_byte_level(backend)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size,
-        min_frequency=2,
-        special_tokens=[EOS],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    _train_answering_signals(backend, texts, trainer)
-    return Tokenizer(backend, "trained", EOS)
-
-
-def _train_answering_signals(
-    backend: tokenizers.Tokenizer, texts: Iterable[str], trainer: tokenizers.trainers.BpeTrainer
-) -> None:
-    """``train_from_iterator`` in a thread of its own.
-
-    It would hold the main thread until the last merge, and only there does Python answer a Ctrl-C.
-    """
-    stopped = threading.Event()
-    failures: list[BaseException] = []
-
-    def until_stopped() -> Iterator[str]:
-        for text in texts:
-            if stopped.is_set():
-                raise InterruptedError
-            yield text
-
-    def work() -> None:
-        try:
-            backend.train_from_iterator(until_stopped(), trainer)
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=work, name="tokenizer training", daemon=True)
-    thread.start()
-    try:
-        thread.join()
-    except BaseException:
-        stopped.set()
-        thread.join(1.0)  # out of Python, before the process ends; merging cannot be stopped and needs none
-        raise
-    if failures:
-        raise failures[0]
+    learnt = learn_in_process(texts, size, EOS, on_progress)
+    return Tokenizer(tokenizers.Tokenizer.from_str(learnt), "trained", EOS)
 
 
 def train_on_corpus(
@@ -375,21 +331,28 @@ def train_on_corpus(
     *,
     vocab_size: int | None = None,
     val_split: float,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Tokenizer:
     """``train_tokenizer`` on the training side of a corpus, on an even sample of it when that is very large.
 
-    Bad records are passed over. ``on_progress`` receives bytes of files read and to be read: the corpus
-    is read twice, once to split it and once to train. Raises DataError when there is nothing to train on.
+    Bad records are passed over. The corpus is read twice, once to split it and once to train.
+    ``on_progress`` hears of three stages, each with a speed of its own: "reading" and "counting words" with
+    the bytes of files read and to be read, then "merging". Raises DataError when there is nothing to
+    train on.
     """
-    total, done = 2 * corpus.n_bytes, 0
 
-    def advance(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        if on_progress:
-            on_progress(min(done, total), total)
+    def reader_of(stage: str) -> Callable[[int], None]:
+        done = 0
 
+        def advance(n_bytes: int) -> None:
+            nonlocal done
+            done += n_bytes
+            if on_progress:
+                on_progress(stage, min(done, corpus.n_bytes), corpus.n_bytes)
+
+        return advance
+
+    advance = reader_of("reading")
     keys: dict[str, NDArray[np.uint64]] = {}
     sizes: dict[str, NDArray[np.int64]] = {}
     for domain, paths in corpus.domains.items():
@@ -406,6 +369,7 @@ def train_on_corpus(
     share = min(1.0, _MAX_TRAINING_BYTES / max(n_bytes, 1))
 
     def chosen() -> Iterator[str]:
+        advance = reader_of("counting words")
         for domain, paths in corpus.domains.items():
             for text, key, held_out in zip(_texts(paths, advance), keys[domain], sides[domain], strict=False):
                 if int(key) in single:
@@ -413,7 +377,7 @@ def train_on_corpus(
                 elif not held_out and int(key) % 2**32 < share * 2**32:
                     yield text
 
-    return train_tokenizer(chosen(), vocab_size, n_bytes=n_bytes)
+    return train_tokenizer(chosen(), vocab_size, n_bytes=n_bytes, on_progress=on_progress)
 
 
 def _texts(paths: Sequence[Path], on_bytes: Callable[[int], None]) -> Iterator[str]:
@@ -467,7 +431,7 @@ def resolve_tokenizer(
     val_split: float,
     skip_bad_records: bool = False,
     note: Callable[[str], None],
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Tokenizer:
     """``load_tokenizer``, or a stand-in trained here when the default ``gpt2`` cannot be had.
 
@@ -476,7 +440,7 @@ def resolve_tokenizer(
 
     The stand-in is trained on the training split of every domain in the data root, not only of those
     selected, and is used for that name from then on, whatever becomes of the corpus or the network:
-    experts can only be combined if they share one tokenizer. ``on_progress`` hears of the bytes read for it.
+    experts can only be combined if they share one tokenizer. ``on_progress`` hears of the stages of that.
     """
     if _looks_like_path(name) or Path(name).expanduser().exists():
         return load_tokenizer(name)
@@ -489,14 +453,21 @@ def resolve_tokenizer(
     except TokenizerUnreachableError:
         if name != REPLACEABLE:
             raise
-    if not skip_bad_records and (problems := validate_corpus(corpus, on_progress=on_progress).errors):
+
+    def told(stage: str, done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(f"tokenizer: {stage}", done, total)
+
+    if not skip_bad_records and (
+        problems := validate_corpus(corpus, on_progress=lambda *at: told("validating", *at)).errors
+    ):
         raise bad_records_error(
             corpus.root, problems, len(problems)
         )  # a refused corpus leaves nothing behind
     with locked(cache, note):
         if kept := _stand_in(folder, name, note):
             return kept
-        trained = train_on_corpus(find_corpus(corpus.root), val_split=val_split, on_progress=on_progress)
+        trained = train_on_corpus(find_corpus(corpus.root), val_split=val_split, on_progress=told)
         save_tokenizer(trained, folder, stands_for=name)
     note(
         f"Tokenizer '{name}' is neither cached nor reachable, so one was trained on this corpus instead "

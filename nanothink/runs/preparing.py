@@ -185,7 +185,7 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
             val_split=config.data.val_split,
             skip_bad_records=config.data.skip_bad_records,
             note=watch.note,
-            on_progress=lambda done, total: watch.progress("training a tokenizer", done, total),
+            on_progress=watch.progress,
         )
     tokens = tokenise(
         corpus,

@@ -193,7 +193,6 @@ def test_training_is_deterministic(trained: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_training_answers_a_signal_before_its_end() -> None:
-    """The library draws the texts outside the main thread, where alone Python hears of signals."""
     n_drawn, n_texts = 0, 50_000
 
     def texts() -> Iterator[str]:
@@ -240,8 +239,13 @@ def test_training_sees_the_training_split_only(tmp_path: Path) -> None:
     _domain(tmp_path, "a", texts)
     _domain(tmp_path, "single", [" onlyonetext" * 20 + " secrettail" * 5])
     corpus = find_corpus(tmp_path)
-    done: list[tuple[int, int]] = []
-    trained = train_on_corpus(corpus, vocab_size=4000, val_split=0.3, on_progress=lambda *at: done.append(at))
+    told: dict[str, list[tuple[int, int]]] = {}
+    trained = train_on_corpus(
+        corpus,
+        vocab_size=4000,
+        val_split=0.3,
+        on_progress=lambda stage, *at: told.setdefault(stage, []).append(at),
+    )
     keys = {"a": np.array([text_key(text) for text in texts], dtype=np.uint64)}
     held_out = assign_sides(keys, 0.3)["a"]
     learnt = [len(trained.encode(f" {word}")) == 1 for word in words]
@@ -249,7 +253,9 @@ def test_training_sees_the_training_split_only(tmp_path: Path) -> None:
     assert learnt == (~held_out).tolist()
     assert len(trained.encode(" onlyonetext")) == 1
     assert len(trained.encode(" secrettail")) > 1
-    assert done[-1] == (2 * corpus.n_bytes, 2 * corpus.n_bytes)
+    assert list(told) == ["reading", "counting words", "merging"]
+    assert told["reading"][-1] == told["counting words"][-1] == (corpus.n_bytes, corpus.n_bytes)
+    assert told["merging"][-1] == (4000, 4000)
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
@@ -499,7 +505,16 @@ def corpus_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_offline_a_stand_in_is_trained_and_kept(corpus_root: Path) -> None:
     notes: list[str] = []
-    one = resolve_tokenizer(NAME, find_corpus(corpus_root, ["a"]), val_split=0.1, note=notes.append)
+    told: list[str] = []
+    one = resolve_tokenizer(
+        NAME,
+        find_corpus(corpus_root, ["a"]),
+        val_split=0.1,
+        note=notes.append,
+        on_progress=lambda stage, *_: told.append(stage),
+    )
+    stages = ("validating", "reading", "counting words", "merging")
+    assert list(dict.fromkeys(told)) == [f"tokenizer: {stage}" for stage in stages]
     assert len(notes) == 1
     assert "'gpt2-is-not-here' is neither cached nor reachable" in notes[0]
     assert len(one.encode(" banana")) == 1  # of the domain that was not selected

@@ -103,6 +103,19 @@ def test_nothing_is_left_of_tokenising(sent: str, ground: Ground, tmp_path: Path
 
 
 @pytest.mark.parametrize("sent", BOTH)
+@pytest.mark.parametrize("during", ["_send", "_follow"])
+def test_nothing_is_left_of_a_tokenizer(during: str, sent: str, ground: Ground, tmp_path: Path) -> None:
+    out = tmp_path / "tokenizer"
+    arguments = ["tokenizer", "train", "--data-dir", str(ground.corpus), "--out", str(out)]
+    strike = {"call": f"nanothink.data.bpe_process:{during}", "signals": [sent]}
+    ended = ground.server.run(arguments, strike=strike)
+    check_left(ended)
+    assert ended.stderr.splitlines() == ["error: Interrupted; there was nothing to save."]
+    assert not list(out.glob("*"))
+    assert ground.server.run(arguments).code == 0
+
+
+@pytest.mark.parametrize("sent", BOTH)
 @pytest.mark.parametrize("command", ["eval", "generate"])
 def test_reading_commands_leave_too(
     command: str, sent: str, ground: Ground, uninterrupted: Callable[[str], Path]

@@ -47,7 +47,7 @@ class Bars:
             return
         if label not in self._tasks:
             self._tasks[label] = self._progress.add_task(label, total=total or None)
-        self._progress.update(self._tasks[label], completed=done)
+        self._progress.update(self._tasks[label], completed=done, total=total or None)
         if 0 < total <= done:  # the same label may come again, and begins anew then
             self._progress.remove_task(self._tasks.pop(label))
 

@@ -1,0 +1,77 @@
+"""Byte-level BPE learnt from texts (Sennrich et al. 2016; bytes as in GPT-2, Radford et al. 2019).
+
+    learn       in this process: the reference, silent and not to be interrupted
+    serve       the same in a process of its own, which data/bpe_process.py starts and talks to
+
+What ``serve`` reads on its standard input: of each text its length in bytes (8 bytes, little-endian, signed)
+and the text in UTF-8; a length of -1 after the last. What it writes, on one pipe and a line each: the
+library's progress (``{"stage": ..., "current": ..., "total": ...}``), whatever Python has to say, and the
+tokenizer.
+
+This module imports nothing but the library, for the process to start in a twentieth of a second.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import sys
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
+
+import tokenizers
+
+LENGTH = struct.Struct("<q")
+END = -1
+RESULT = b"tokenizer: "
+
+
+def make_byte_level(backend: tokenizers.Tokenizer) -> None:
+    """GPT-2's cutting into words, and its bytes."""
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+
+
+def learn(
+    texts: Iterable[str], vocab_size: int, eos: str, *, show_progress: bool = False
+) -> tokenizers.Tokenizer:
+    """The most frequent merges of ``texts``, all 256 bytes and ``eos``: ``vocab_size`` entries or fewer.
+
+    With ``show_progress`` the library writes what it is at to file descriptor 2, a line of JSON each time.
+    """
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    make_byte_level(backend)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[eos],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=show_progress,
+        progress_format="json" if show_progress else "silent",
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def serve(vocab_size: int, eos: str) -> None:
+    """Learn from what comes in. Without an end of the texts there is nobody any more who waits for it."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the one who started this, who decides
+        signal.signal(number, signal.SIG_IGN)
+    backend = learn(_texts(sys.stdin.buffer), vocab_size, eos, show_progress=True)
+    sys.stdout.buffer.write(RESULT + backend.to_str().encode() + b"\n")
+
+
+def _texts(pipe: BinaryIO) -> Iterator[str]:
+    while True:
+        length = int.from_bytes(_exactly(pipe, LENGTH.size), "little", signed=True)
+        if length == END:
+            return
+        yield _exactly(pipe, length).decode()
+
+
+def _exactly(pipe: BinaryIO, n_bytes: int) -> bytes:
+    found = pipe.read(n_bytes)
+    if len(found) < n_bytes:
+        os._exit(1)
+    return found
