@@ -28,7 +28,7 @@ alone, without a traceback, and leaves with ``exit_code``.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class NanoThinkError(Exception):
@@ -123,6 +123,12 @@ class InterruptedRun(NanoThinkError):
 def counted(number: float, noun: str) -> str:
     """What was counted, as people read it: ``1 record``, ``2,844 records``."""
     return f"{number:,.0f} {noun}" + ("" if number == 1 else "s")
+
+
+def some_of(names: Sequence[str], at_most: int) -> str:
+    """Names in a sentence, the first ones of many: ``a.pt, b.pt and 8 more``."""
+    rest = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -42,6 +42,7 @@ from nanothink.errors import (
     StorageError,
     counted,
     did_you_mean,
+    some_of,
 )
 
 Progress = Callable[[str, int, int], None]
@@ -66,7 +67,7 @@ class CheckpointSummary:
     """Nats per token."""
     n_parameters: int
     """Numbers in ``model_state``, buffers included, tied ones counted once."""
-    bytes: int
+    n_bytes: int
     modified: float
     """Seconds since 1970."""
     format_version: int
@@ -317,7 +318,7 @@ def _summarise(path: Path, payload: CheckpointPayload) -> CheckpointSummary:
         position=payload["position"],
         best_loss=payload["best_loss"],
         n_parameters=sum(sizes.values()),
-        bytes=stat.st_size,
+        n_bytes=stat.st_size,
         modified=stat.st_mtime,
         format_version=payload["format_version"],
     )
@@ -340,8 +341,7 @@ def _whats_in(folder: Path) -> str:
             f"The folder {folder.resolve()} holds no checkpoint; "
             f"train one with `nanothink pretrain transformer`"
         )
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return f"{folder.resolve() if folder == Path() else folder} holds {', '.join(names[:12])}{more}"
+    return f"{folder.resolve() if folder == Path() else folder} holds {some_of(names, 12)}"
 
 
 def _checkpoint_names(folder: Path) -> list[str]:

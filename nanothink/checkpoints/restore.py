@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nanothink.checkpoints.payload import ModelPayload
-from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, counted
+from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, counted, some_of
 
 _LISTED = 8
 """Names shown per line of a report."""
@@ -50,7 +50,7 @@ class LoadReport:
             (self.reshaped, "of another shape or sort, kept as initialised"),
             (self.converted, "converted to another type"),
         )
-        lines = [f"{len(names)} {what}: {_some(names)}" for names, what in kinds if names]
+        lines = [f"{len(names)} {what}: {some_of(names, _LISTED)}" for names, what in kinds if names]
         if self.n_fitting < self.n_total:
             lines.append(f"{self.n_fitting:,} of {self.n_total:,} parameters were restored")
         return lines
@@ -208,11 +208,6 @@ def _shape(tensor: Tensor) -> str:
 
 def _type(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _some(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def _command_for(kind: str) -> str:

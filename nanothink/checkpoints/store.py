@@ -52,7 +52,7 @@ class DamagedEntry:
     """A file that is called like a checkpoint and isn't a usable one."""
 
     path: Path
-    bytes: int
+    n_bytes: int
     modified: float
     """Seconds since 1970."""
     reason: str

@@ -37,7 +37,7 @@ def list_all(checkpoint_dir: CheckpointDir = Path("checkpoints"), as_json: Json 
             parameters = render.count(entry.n_parameters)
         else:
             where, parameters = ["", "", "", "damaged"], ""
-        rows.append([entry.path.name, *where, render.size(entry.bytes), parameters, _when(entry.modified)])
+        rows.append([entry.path.name, *where, render.size(entry.n_bytes), parameters, _when(entry.modified)])
     if not render.fits(columns, rows):  # the rest stands in `checkpoints show`
         kept = [columns.index(name) for name in ("file", ">epoch", ">step", ">best loss", ">size")]
         columns, *rows = ([row[i] for i in kept] for row in [columns, *rows])
@@ -85,7 +85,7 @@ def show(
         "epoch": f"{render.count(summary.epoch)}, and {counted(summary.position, 'block')} of the next",
         "best loss": "-" if summary.best_loss is None else f"{summary.best_loss:.4f} nats a token",
         "parameters": render.count(summary.n_parameters),
-        "size": render.size(summary.bytes),
+        "size": render.size(summary.n_bytes),
         "written": _when(summary.modified),
         "format": str(summary.format_version),
         "tokenizer": str(facts["tokenizer"]),
@@ -221,7 +221,7 @@ def export(
         ["kind", done.kind],
         ["opens as", done.architecture or "nothing but NanoThink"],
         ["parameters", f"{render.count(done.n_parameters)}, float32"],
-        ["files", f"{', '.join(done.files)} ({render.size(done.bytes)})"],
+        ["files", f"{', '.join(done.files)} ({render.size(done.n_bytes)})"],
         ["from Python", done.how_to_load],
     ]
     render.facts(rows, title=str(done.folder))

@@ -90,10 +90,11 @@ def presets(
     from nanothink.cli import render
     from nanothink.config.run import preset_names, preset_text, resolve_config
 
-    if name is not None:
+    if name is not None and not as_json:
         render.say(preset_text(name).rstrip())
         return
-    resolved = {n: resolve_config(preset=n).config for n in preset_names()}
+    names = preset_names() if name is None else [name]
+    resolved = {n: resolve_config(preset=n).config for n in names}
     ordered = sorted(resolved.items(), key=lambda item: item[1].model.d_model)
     if as_json:
         render.print_json({n: c.model_dump(mode="json") for n, c in ordered})

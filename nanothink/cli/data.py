@@ -149,11 +149,11 @@ def validate(
         render.print_json(
             {
                 "ok": report.ok,
-                "files": report.files,
-                "records": report.records,
+                "n_files": report.files,
+                "n_records": report.records,
                 "errors": [_problem(p) for p in report.errors],
                 "warnings": [_problem(p) for p in report.warnings],
-                "bytes": report.n_bytes,
+                "n_bytes": report.n_bytes,
                 "seconds": report.seconds,
             }
         )
@@ -193,9 +193,11 @@ def sample(
             target, overwrite=overwrite, on_progress=lambda done, total: bars("collecting", done, total)
         )
     if as_json:
-        render.print_json(
-            {"data_dir": str(target), "domains": [_plain(d) for d in report.domains], "notes": report.notes}
-        )
+        domains = [
+            {"name": d.name, "path": d.path, "n_records": d.records, "n_bytes": d.n_bytes}
+            for d in report.domains
+        ]
+        render.print_json({"data_dir": str(target), "domains": domains, "notes": report.notes})
         return
     for line in report.notes:
         render.note(line)
@@ -246,9 +248,17 @@ def import_text(
             on_progress=lambda done, total: bars("importing", done, total),
         )
     if as_json:
-        lists = {"bad_rows": report.bad_rows, "warnings": report.warnings}
         render.print_json(
-            _plain(report) | {name: [_problem(p) for p in found] for name, found in lists.items()}
+            {
+                "path": report.path,
+                "domain": report.domain,
+                "n_records": report.records,
+                "n_bytes": report.n_bytes,
+                "n_empty": report.empty,
+                "bad_rows": [_problem(p) for p in report.bad_rows],
+                "warnings": [_problem(p) for p in report.warnings],
+                "seconds": report.seconds,
+            }
         )
         return 1 if report.bad_rows else 0
     for problem in report.warnings:
@@ -263,9 +273,3 @@ def import_text(
 
 def _problem(problem: Any) -> dict[str, Any]:
     return {"file": problem.file, "line": problem.line, "column": problem.column, "reason": problem.reason}
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(value)

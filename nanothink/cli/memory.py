@@ -292,27 +292,27 @@ def _show_plan(folder: Path, plan: BuildPlan, *, as_json: bool) -> None:
 
     facts = {
         "folder": str(folder),
-        "new_keys": plan.n_keys,
-        "old_keys": plan.n_old,
+        "n_new_keys": plan.n_keys,
+        "n_old_keys": plan.n_old,
         "index": plan.kind,
-        "lists": plan.n_lists,
+        "n_lists": plan.n_lists,
         "seconds": plan.seconds,
         "memory_bytes": plan.memory_bytes,
         "disk_bytes": plan.disk_bytes,
-        "known_documents": plan.n_known,
-        "held_out_documents": plan.n_held_out,
+        "n_known_documents": plan.n_known,
+        "n_held_out_documents": plan.n_held_out,
     }
     if as_json:
         render.print_json(facts)
         return
     shown = {
         **facts,
-        "new_keys": render.count(plan.n_keys),
-        "old_keys": render.count(plan.n_old),
-        "lists": render.count(plan.n_lists),
+        "n_new_keys": render.count(plan.n_keys),
+        "n_old_keys": render.count(plan.n_old),
+        "n_lists": render.count(plan.n_lists),
         "seconds": f"about {render.duration(plan.seconds)}",
         "memory_bytes": render.size(plan.memory_bytes),
         "disk_bytes": render.size(plan.disk_bytes),
     }
     names = {"seconds": "time", "memory_bytes": "memory", "disk_bytes": "disk"}
-    render.facts((names.get(k, k.replace("_", " ")), str(v)) for k, v in shown.items())
+    render.facts((names.get(k, k.removeprefix("n_").replace("_", " ")), str(v)) for k, v in shown.items())

@@ -31,7 +31,11 @@ class ForgivingCommand(TyperCommand):
     """A command that takes bare ``--resume`` and underscores in option names."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, fill_bare_resume([_hyphenated(a) for a in args]))
+        takes_kind = any(p.name == "kind" for p in self.params)
+        filled = fill_bare_resume([_hyphenated(a) for a in args], takes_kind=takes_kind)
+        if not ctx.resilient_parsing:  # completion
+            _refuse_folder(filled, ctx.command_path, takes_kind=takes_kind)
+        return super().parse_args(ctx, filled)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """As man pages have it: ``KIND`` where Typer has ``{KIND}``."""
@@ -52,27 +56,55 @@ def examples(*commands: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  nanothink {command}" for command in commands)
 
 
-def fill_bare_resume(args: list[str]) -> list[str]:
+def fill_bare_resume(args: list[str], *, takes_kind: bool = True) -> list[str]:
     """Give every bare ``--resume`` the value ``newest``.
 
-    What follows is its value only when it looks like a checkpoint: it ends in .pt, holds a path
-    separator, or is a file. ``--resume transformer`` is therefore bare, and the kind stays a kind.
+    What follows is its value only when it cannot be the kind: it ends in .pt, holds a path separator, is a
+    file or a folder, or the kind stands elsewhere. ``--resume transformer`` is therefore bare, and the kind
+    stays a kind.
     """
     filled: list[str] = []
     for i, argument in enumerate(args):
         if argument == "--":
             return filled + args[i:]
         filled.append(argument)
-        if argument == "--resume" and not _looks_like_checkpoint(args[i + 1 : i + 2]):
+        if argument == "--resume" and not _is_value(
+            args[i + 1 : i + 2], args[:i] + args[i + 2 :], takes_kind
+        ):
             filled.append(NEWEST)
     return filled
 
 
-def _looks_like_checkpoint(following: list[str]) -> bool:
+def _is_value(following: list[str], others: list[str], takes_kind: bool) -> bool:
     if not following or following[0].startswith("-"):
         return False
     value = following[0]
-    return value == NEWEST or value.endswith(".pt") or "/" in value or Path(value).is_file()
+    if value == NEWEST or value.endswith(".pt") or "/" in value or Path(value).is_file() or not takes_kind:
+        return True
+    if _is_kind(value):
+        return False
+    return Path(value).is_dir() or any(map(_is_kind, others))
+
+
+def _is_kind(word: str) -> bool:
+    from nanothink.models import EXPERT_KINDS
+
+    return word.replace("-", "_") in EXPERT_KINDS
+
+
+def _refuse_folder(args: list[str], command: str, *, takes_kind: bool) -> None:
+    """A folder is given to ``--resume`` by whoever means the latest run in it."""
+    from nanothink.errors import UsageError
+
+    values = [args[i + 1] for i, argument in enumerate(args[:-1]) if argument == "--resume"]
+    values += [argument.partition("=")[2] for argument in args if argument.startswith("--resume=")]
+    for value in values:
+        if value and Path(value).is_dir():
+            kind = f" {next(filter(_is_kind, args), 'KIND')}" if takes_kind else ""
+            raise UsageError(
+                f"--resume takes a checkpoint, and {value} is a folder. To go on with the latest run in it: "
+                f"{command}{kind} --resume --checkpoint-dir {value}"
+            )
 
 
 def _hyphenated(argument: str) -> str:

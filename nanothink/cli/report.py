@@ -56,7 +56,7 @@ def report(
         made = write_report(folders, out, data_dir=data_dir, device=device, note=bars.note, progress=bars)
     if as_json:
         runs = [summary(one) for one in made.runs]
-        render.print_json({"report": made.path, "bytes": made.n_bytes, "runs": runs})
+        render.print_json({"report": made.path, "n_bytes": made.n_bytes, "runs": runs})
     else:
         names = ", ".join(one.label for one in made.runs)
         render.say(f"{made.path}: {render.size(made.n_bytes)}, with {names}")

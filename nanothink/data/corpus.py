@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from nanothink.config.data import SPLIT_SEED
 from nanothink.data.lines import SUFFIXES, Problem, shown
 from nanothink.data.records import iter_records
-from nanothink.errors import BadRecordsError, DataError, UsageError, counted, did_you_mean
+from nanothink.errors import BadRecordsError, DataError, UsageError, counted, did_you_mean, some_of
 
 Keys = NDArray[np.uint64]
 Sides = NDArray[np.bool_]
@@ -310,9 +310,7 @@ def _nothing_here(root: Path, stray: list[str]) -> str:
 
 
 def _enumerate(names: Sequence[str]) -> str:
-    listed = ", ".join(shown(name) for name in names[:_NAMED_AT_MOST])
-    rest = len(names) - _NAMED_AT_MOST
-    return f"{listed} and {rest:,} more" if rest > 0 else listed
+    return some_of([shown(name) for name in names], _NAMED_AT_MOST)
 
 
 def _whole(path: str | Path, reason: str) -> Problem:

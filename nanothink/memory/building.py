@@ -203,7 +203,7 @@ def build(
         held_out,
         old.merged,
     )
-    write_store(folder, owner, index, contents, note=note)
+    write_store(folder, owner, index, contents, note=note, progress=progress)
 
 
 def held_out_texts(tokens: TokenisedCorpus) -> NDArray[np.uint64]:
@@ -240,7 +240,7 @@ def _prepared_index(
                 sample.append(keys)
                 read += len(keys)
                 progress("sample for the index", min(read, missing), missing)
-        index.train(np.concatenate(sample))
+        index.train(np.concatenate(sample), lambda done, total: progress("lists of the index", done, total))
     for numbers, keys in old:
         index.add(keys, numbers)
     return index

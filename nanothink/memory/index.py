@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,11 +147,28 @@ class NeighbourIndex:
         """Lists that a search looks into; 0 of an exact index."""
         return 0 if self.kind == "exact" else int(self._index.nprobe)
 
-    def train(self, sample: Float32) -> None:
-        """Learn lists and codes from (n, D) keys. Nothing to do for an exact index. Deterministic."""
-        if self.kind != "exact":
-            self._index.cp.max_points_per_centroid = 1 << 30  # the sample is as large as it is meant to be
-            self._index.train(np.ascontiguousarray(sample, dtype=np.float32))
+    def train(self, sample: Float32, progress: Callable[[int, int], None] | None = None) -> None:
+        """Learn lists and codes from (n, D) keys. Nothing to do for an exact index. Deterministic.
+
+        FAISS would go through all iterations of k-means in one call, without a word and deaf to Ctrl-C. An
+        iteration a call, each from the centroids of the one before, comes to the same lists.
+
+        Args:
+            progress: hears of (steps done, steps in all): the iterations, and the codes.
+        """
+        if self.kind == "exact":
+            return
+        index, keys = self._index, np.ascontiguousarray(sample, dtype=np.float32)
+        index.cp.max_points_per_centroid = 1 << 30  # the sample is as large as it is meant to be
+        clustering = self._faiss.Clustering(index.d, index.nlist, index.cp)
+        n_steps, clustering.niter = clustering.niter + 1, 1
+        for step in range(1, n_steps):
+            clustering.train(keys, index.quantizer)
+            if progress is not None:
+                progress(step, n_steps)
+        index.train(keys)  # finds the lists there, and learns the codes
+        if progress is not None:
+            progress(n_steps, n_steps)
 
     def add(self, keys: Float32, numbers: Int64) -> None:
         """(n, D) keys under (n,) numbers of their own."""

@@ -309,9 +309,18 @@ def check_owner(folder: Path, found: Owner, wanted: Owner) -> None:
 
 
 def write_store(
-    folder: Path, owner: Owner, index: NeighbourIndex, contents: Contents, *, note: Note = silent
+    folder: Path,
+    owner: Owner,
+    index: NeighbourIndex,
+    contents: Contents,
+    *,
+    note: Note = silent,
+    progress: Progress | None = None,
 ) -> None:
     """Make this the store in ``folder``, in place of any that was there.
+
+    Args:
+        progress: hears of (what is being done, bytes safely on the disk, bytes in all).
 
     Raises:
         StorageError: the disk refused; what was there is intact.
@@ -333,10 +342,19 @@ def write_store(
             np.save(paths["heldout"], contents.held_out)
             np.save(paths["merged"], contents.merged)
             files = {}
+            total, done = sum(path.stat().st_size for path in paths.values()), 0
+
+            def advance(n_bytes: int) -> None:
+                nonlocal done
+                done += n_bytes
+                if progress is not None:
+                    progress(f"writing {folder.name}", done, total)
+
             for role, path in paths.items():
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
-                files[role] = {"name": path.name, "bytes": path.stat().st_size, "digest": _digest(path)}
+                digest = _digest(path, advance)
+                files[role] = {"name": path.name, "bytes": path.stat().st_size, "digest": digest}
             sync_folder(folder)
         except BaseException as error:
             for path in paths.values():

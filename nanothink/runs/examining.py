@@ -24,12 +24,12 @@ def examine(
 ) -> dict[str, str]:
     """Findings by topic, each one a sentence a person can act on."""
     device = choose_device(device_name)
-    progress("measuring precisions", 0, 3)
+    progress("examining", 0, 3)
     precision = choose_precision(TrainExpertConfig(), device)
     gain = bfloat16_gain()
-    progress("trying the selective scan", 1, 3)
+    progress("examining", 1, 3)
     scan = choose_scan(device.type)
-    progress("looking for the tokenizer", 2, 3)
+    progress("examining", 2, 3)
     tokenizer = DataConfig().tokenizer
     where_from = availability(tokenizer)
     folder = checkpoint_dir.absolute()

@@ -39,7 +39,7 @@ class Export:
     """The class of ``transformers`` that opens it; None: only NanoThink does."""
     n_parameters: int
     files: tuple[str, ...]
-    bytes: int
+    n_bytes: int
     how_to_load: str
     """A line of Python."""
     notes: tuple[str, ...]

@@ -28,6 +28,7 @@ from nanothink.errors import (
     CheckpointNotFoundError,
     DataError,
     UsageError,
+    some_of,
 )
 from nanothink.models import COMBINED, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
@@ -175,8 +176,9 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
         tokenizer = _tokenizer_of(origin, resolved, corpus)
     elif lender is not None:
         tokenizer = _tokenizer_lent(lender, resolved, corpus)
-        named = " and ".join(f"{e.name} ({e.path})" for e in experts)
-        what = f"Combining {named}" if experts else f"Learning from {lender.path}"
+        named = [f"{e.name} ({e.path})" for e in experts]
+        together = " and ".join(part for part in (", ".join(named[:-1]), *named[-1:]) if part)
+        what = f"Combining {together}" if experts else f"Learning from {lender.path}"
         watch.note(f"{what}, with the tokenizer '{tokenizer.name}' of its training.")
     else:
         tokenizer = resolve_tokenizer(
@@ -293,7 +295,7 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, watch: Watch) -> Where:
                     f"There is no checkpoint in {checkpoint_dir}. Name the folder by --checkpoint-dir, or "
                     "train a model: nanothink pretrain transformer"
                 )
-            there = ", ".join(e.path.name for e in entries)
+            there = some_of([e.path.name for e in entries], 12)
             raise CheckpointNotFoundError(
                 f"Nothing in {checkpoint_dir} was interrupted (there: {there}). To train a finished model "
                 "further, name its checkpoint and raise --max-epochs or --max-steps."

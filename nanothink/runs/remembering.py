@@ -534,7 +534,7 @@ def compact_memory(
             return None
         from nanothink.runs.loading import load
 
-        loaded = load(found.checkpoint, device=str(found.expert.precision.device))
+        loaded = load(found.checkpoint, device=str(found.expert.precision.device), progress=progress)
         length = found.config.model.max_seq_len
         return evaluate_model(
             loaded.model,
@@ -546,11 +546,11 @@ def compact_memory(
             on_progress=lambda done, total: progress(label, done, total),
         )
 
-    store = found.open(writable=True)
+    store = found.open(writable=True, progress=progress)
     before, scored_before = facts_of(store), score("evaluating before")
     contents = merge_duplicates(
         store, similarity, lambda done, total: progress("comparing keys", done, total)
     )
-    write_store(found.folder, found.expert.owner, store.index, contents, note=note)
-    after = facts_of(found.open())
+    write_store(found.folder, found.expert.owner, store.index, contents, note=note, progress=progress)
+    after = facts_of(found.open(progress=progress))
     return Compaction(before, after, scored_before, score("evaluating after"))

@@ -136,7 +136,7 @@ def test_summary(written):
         assert (summary.path, summary.kind, summary.name) == (written, "transformer", "first")
         assert (summary.step, summary.epoch, summary.position, summary.best_loss) == (7, 2, 224, 3.25)
         assert summary.n_parameters == 2 * 24 * 16
-        assert summary.bytes == written.stat().st_size
+        assert summary.n_bytes == written.stat().st_size
         assert summary.modified == written.stat().st_mtime
         assert summary.format_version == FORMAT_VERSION
 

@@ -313,7 +313,7 @@ def test_list_is_sorted_and_shows_damaged_files(tmp_path, make_payload):
     assert kinds == [CheckpointSummary] * 4 + [DamagedEntry] + [CheckpointSummary]
     entry = entries[4]
     assert isinstance(entry, DamagedEntry)
-    assert entry.bytes == 0
+    assert entry.n_bytes == 0
     assert entry.reason.startswith("it is empty")
     assert list_checkpoints(tmp_path / "none") == []
     with pytest.raises(StorageError):

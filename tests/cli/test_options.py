@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from nanothink.cli.app import run
 from nanothink.cli.options import fill_bare_resume
 
 
@@ -30,3 +31,34 @@ def test_a_file_without_an_ending_is_a_path_too(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "saved").touch()
     monkeypatch.chdir(tmp_path)
     assert fill_bare_resume(["--resume", "saved"]) == ["--resume", "saved"]
+
+
+def test_a_word_beside_the_kind_is_the_checkpoint() -> None:
+    assert fill_bare_resume(["transformer", "--resume", "where"]) == ["transformer", "--resume", "where"]
+    assert fill_bare_resume(["--resume", "where", "state-space"]) == ["--resume", "where", "state-space"]
+    assert fill_bare_resume(["--resume", "where"], takes_kind=False) == ["--resume", "where"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "advice"),
+    [
+        ("pretrain transformer --resume kept", "pretrain transformer --resume --checkpoint-dir kept"),
+        ("pretrain --resume kept/", "pretrain KIND --resume --checkpoint-dir kept/"),
+        ("pretrain --resume=kept diffuser", "pretrain diffuser --resume --checkpoint-dir kept"),
+        ("train-mla --resume kept", "train-mla --resume --checkpoint-dir kept"),
+    ],
+)
+def test_a_folder_to_resume_from_is_one_clear_error(
+    typed: str,
+    advice: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "kept").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run(typed.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: --resume takes a checkpoint, and kept")
+    assert err.endswith(f": nanothink {advice}\n")

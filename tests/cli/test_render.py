@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -189,3 +190,33 @@ def test_a_long_label_leaves_the_eta_whole(monkeypatch: pytest.MonkeyPatch) -> N
     with drawn.capture() as captured:
         drawn.print(bars)
     assert "ETA 1:02:05" in captured.get()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_json_keeps_what_the_encoding_lacks(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="replace"))
+    value = {
+        "générale": "Ωμέγα 😀 é \x9b \u202e \udcff \\ \n",
+        "path": Path("é"),
+        "loss": [float("nan"), 1e300],
+    }
+    render.print_json(value)
+    sys.stdout.flush()
+    written = raw.getvalue().decode(encoding)
+    assert json.loads(written) == {**value, "path": "é", "loss": [None, 1e300]}
+    assert ("é" in written) == (encoding != "ascii")
+    assert ("😀" in written) == (encoding == "utf-8")
+    assert not any(driving in written for driving in "\x9b\u202e\udcff")
+
+
+def test_a_total_that_is_known_late_is_taken_over() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with ProgressBars(*progress_columns(), console=console) as drawn:
+        bars = Bars(drawn)
+        bars("merging", 0, 300)
+        bars("merging", 400, 900)
+        (task,) = drawn.tasks
+        assert (task.completed, task.total) == (400, 900)
+        bars("merging", 900, 900)
+        assert drawn.tasks == []

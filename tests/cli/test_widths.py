@@ -1,4 +1,4 @@
-"""Every command of the program on a terminal of 80 and of 160 columns, in a pipe, and without colours.
+"""Every command on a terminal of 80 and of 160 columns, in a pipe, without colours, and with --json.
 
 Names are long here, so that tables have no room. Lines are those that the program writes: a path or a command
 that is longer than a line is one of them, for the terminal to wrap and a person to copy; nothing else is.
@@ -20,6 +20,7 @@ import termios
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from documentation import commands_of_the_program
@@ -217,3 +218,71 @@ SLOW = tuple(f"nanothink {name}" for name in ("doctor", "memory compact", "pretr
 
 SHORTER = ("nanothink checkpoints ls", "nanothink eval")
 """These leave out columns that say what stands elsewhere, where there is no room."""
+
+
+# --- for scripts -------------------------------------------------------------------------------
+
+
+TAKES_JSON = [
+    path.removeprefix("nanothink ")
+    for path, command in commands_of_the_program()
+    if any("--json" in parameter.opts for parameter in command.params)
+]
+
+
+def one_document(written: str) -> Any:
+    """The object in ``written``, which is nothing else; and JSON as the standard has it, without NaN."""
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} is not JSON")
+
+    document = json.loads(written, parse_constant=refuse)
+    assert isinstance(document, dict)
+    assert written.endswith("}\n")
+    return document
+
+
+def leaves(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, below in value.items():
+            yield from leaves(below, f"{at}.{key}".strip("."))
+    elif isinstance(value, list):
+        for below in value:
+            yield from leaves(below, f"{at}[]")
+    else:
+        yield at, value
+
+
+def test_commands_that_take_json() -> None:
+    assert len(TAKES_JSON) >= 20
+    assert {"eval", "data validate", "tokenizer train", "checkpoints export"} <= set(TAKES_JSON)
+
+
+@pytest.mark.parametrize("line", [line for command in TAKES_JSON for line in lines_of(command)])
+def test_json_is_one_document_or_an_error(place: Place, line: str, tmp_path: Path) -> None:
+    """With everything there, and in a folder where nothing is. In the first, stdout holds ASCII alone."""
+    for folder in (place.folder, tmp_path):
+        ascii_only = {"PYTHONIOENCODING": "ascii"} if folder == place.folder else {}
+        exports = "".join(f"export {name}={value}; " for name, value in ascii_only.items())
+        done = place.shell.run(f"{exports}{line} --json", folder)
+        assert "Traceback" not in done.stderr, done.stderr
+        assert "\x1b" not in done.stdout + done.stderr
+        if done.returncode == 0 or done.stdout:
+            document = one_document(done.stdout)
+            for at, value in leaves(document):
+                numeral = isinstance(value, str) and re.fullmatch(
+                    r"-?[\d,]+(?:\.\d+)?(?: ?(?:%|[KMGT]?B|s|ms))?", value
+                )
+                assert not numeral, f"{at} is {value!r}"
+        if done.returncode:
+            assert done.returncode in (1, 2)
+            assert done.stdout or done.stderr.startswith("error: ")
+        if done.returncode == 2:
+            assert done.stdout == ""
+
+
+@pytest.mark.parametrize("command", TAKES_JSON)
+def test_json_of_a_mistyped_command_is_an_error_alone(place: Place, command: str) -> None:
+    done = place.shell.run(f"nanothink {command} --json --no-such-option", place.folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")

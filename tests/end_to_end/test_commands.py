@@ -544,7 +544,7 @@ def test_bad_records_stop_training_unless_skipped(
     assert run(["data", "validate", str(data), "--json"]) == 1
     report = as_json(said)
     assert report["ok"] is False
-    assert (report["files"], report["records"]) == (3, 110)
+    assert (report["n_files"], report["n_records"]) == (3, 110)
     assert [(e["line"], sorted(e)) for e in report["errors"]] == [
         (21, ["column", "file", "line", "reason"]),
         (22, ["column", "file", "line", "reason"]),

@@ -234,7 +234,7 @@ def test_as_a_command(
     assert run(["checkpoints", "export", "--checkpoint-dir", str(tmp_path), "--to", str(out), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["checkpoint"], said["architecture"]) == (str(path), "MambaForCausalLM")
-    assert said["bytes"] == sum(p.stat().st_size for p in out.iterdir())
+    assert said["n_bytes"] == sum(p.stat().st_size for p in out.iterdir())
     assert "AutoModelForCausalLM.from_pretrained" in said["how_to_load"]
     assert run(["checkpoints", "export", str(path), "--to", str(out), "--overwrite"]) == 0
     assert "MambaForCausalLM" in capsys.readouterr().out

@@ -19,6 +19,7 @@ import torch
 import nanothink as package
 from nanothink.checkpoints.file import read_checkpoint
 from nanothink.cli.app import run
+from nanothink.cli.render.progress import Bars
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import tokenise
 from nanothink.errors import VectorStoreNotFoundError
@@ -180,7 +181,7 @@ def test_a_domain_is_learnt_without_training(
     out, said = capsys.readouterr()
     assert "Adding to the memory" in said
     added = json.loads(out)
-    assert added["keys_by_domain"]["chants"] == planned["new_keys"] > 0
+    assert added["keys_by_domain"]["chants"] == planned["n_new_keys"] > 0
     assert path.read_bytes() == weights
     after = bits(capsys, *on_chants)
     assert after["overall"]["bits_per_byte"] < 0.9 * before["overall"]["bits_per_byte"]
@@ -330,6 +331,22 @@ def test_it_is_made_smaller(copied: Path, capsys: pytest.CaptureFixture[str]) ->
     assert scored["overall"]["bits_per_byte"] == pytest.approx(done["bits_per_byte"]["after"], abs=1e-6)
     assert run(["memory", "compact", "--max-tokens", "500", *where]) == 0
     assert "bits per byte, all" in capsys.readouterr().out
+
+
+def test_what_compacting_is_at_is_told(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+    monkeypatch.setattr(Bars, "__call__", lambda self, label, *at: told.setdefault(label, []).append(at))
+    assert run(["memory", "compact", "--max-tokens", "500", "--checkpoint-dir", str(copied)]) == 0
+    memory = f"{STEM}.memory"
+    stages = ("evaluating before", "comparing keys", f"writing {memory}", "evaluating after")
+    assert [label for label in told if label in stages] == list(stages)
+    # Opened to be compacted, for the score before, again when it is written, and for the score after.
+    verified = told[f"verifying {memory}"]
+    assert sum(done == total for done, total in verified) == 4
+    done, total = told[f"writing {memory}"][-1]
+    assert done == total == sum(p.stat().st_size for p in (copied / memory).glob("*-*.*") if p.is_file())
 
 
 def test_without_faiss_everything_else_works(

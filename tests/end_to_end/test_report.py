@@ -49,7 +49,7 @@ def test_the_whole_page(trained: Path, capsys: pytest.CaptureFixture[str]) -> No
     said = json.loads(capsys.readouterr().out)
     assert code == 0
     assert said["report"] == str(out)
-    assert said["bytes"] == out.stat().st_size
+    assert said["n_bytes"] == out.stat().st_size
     assert [(r["kind"], r["step"], bool(r["passages"])) for r in said["runs"]] == [
         ("transformer", 3, False),
         ("diffuser", 3, True),

@@ -176,3 +176,26 @@ def test_faiss_comes_with_the_first_use_alone() -> None:
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert not hasattr(index_module, "faiss")
+
+
+@pytest.mark.parametrize("kind", ["sq8", "pq"])
+def test_training_in_steps_equals_one_call(kind: Kind) -> None:
+    keys = clustered(12_000)[: sample_size(kind, 12_000)]
+    steps, reference = (NeighbourIndex.create(kind, WIDTH, 12_000, 16) for _ in range(2))
+    at: list[tuple[int, int]] = []
+    steps.train(keys, lambda *told: at.append(told))
+    reference._index.cp.max_points_per_centroid = 1 << 30
+    reference._index.train(keys)
+    assert at == [(step, 11) for step in range(1, 12)]
+    for index in (steps, reference):
+        index.add(keys, np.arange(len(keys)))
+    lists = [index._index.quantizer.reconstruct_n(0, index.n_lists) for index in (steps, reference)]
+    assert np.array_equal(*lists)
+    found = [index.search(keys[:50], 8) for index in (steps, reference)]
+    assert all(np.array_equal(*of) for of in zip(*found, strict=True))
+
+
+def test_an_exact_index_has_nothing_to_train() -> None:
+    at: list[tuple[int, int]] = []
+    NeighbourIndex.create("exact", WIDTH, 10, 16).train(clustered(10), lambda *told: at.append(told))
+    assert at == []

@@ -120,7 +120,22 @@ def chapter(title: str, command: str) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON object on standard output. What JSON cannot say (NaN, infinity) becomes null."""
-    sys.stdout.write(json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(_escaped(text, sys.stdout.encoding or "utf-8") + "\n")
+
+
+def _escaped(text: str, encoding: str) -> str:
+    """JSON with escapes for what ``encoding`` lacks or what drives a terminal: nothing of it is lost."""
+    odd = [c for c in set(text) if not c.isascii() and (_drives(c) or not _encodable(c, encoding))]
+    return text.translate({ord(c): json.dumps(c)[1:-1] for c in odd})
+
+
+def _encodable(char: str, encoding: str) -> bool:
+    try:
+        char.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _jsonable(value: Any) -> Any:
