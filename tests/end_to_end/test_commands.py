@@ -639,3 +639,11 @@ def test_a_resumed_run_holds_the_rates_of_its_last_step(copied: Path) -> None:
     groups = [g for o in resumed.optimizer.optimizers.values() for g in o.param_groups]
     assert resumed.state.step == 20
     assert [g["lr"] for g in groups] == pytest.approx([g["peak_lr"] * fraction for g in groups])
+
+
+def test_doctor_tells_how_far_it_is(tmp_path: Path) -> None:
+    from nanothink.runs.examining import examine
+
+    told: list[tuple[str, int, int]] = []
+    examine(None, tmp_path, lambda *at: told.append(at))
+    assert told == [("examining", done, 3) for done in range(3)]
