@@ -20,6 +20,8 @@ class TrainState:
     """Training blocks consumed since the start of the run."""
     best_loss: float | None = None
     """Lowest validation loss so far, in nats per token."""
+    best_step: int = 0
+    """The step it was found at."""
     bad_evaluations: int = 0
     """Evaluations in a row without improvement."""
     evaluated_step: int = -1

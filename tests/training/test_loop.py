@@ -14,7 +14,7 @@ from nanothink.errors import InterruptedRun, TrainingDivergedError
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped, Score
 from nanothink.models import build_model
 from nanothink.models.precision import Precision
-from nanothink.training.events import Evaluated, RunFinished, StepDone
+from nanothink.training.events import Evaluated, Note, RunFinished, StepDone
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Run, Services, train
 from nanothink.training.objectives import Batch, Loss, next_token
@@ -226,6 +226,29 @@ def test_it_stops_when_validation_stops_improving() -> None:
     assert finished.epoch == 4
     assert "no improvement in 3 evaluations" in finished.reason
     assert finished.best_loss == 1.0
+
+
+def test_stopping_before_the_rate_has_come_down_is_said_with_what_to_do() -> None:
+    """The best is after the third of twenty epochs, whose last step reads a block of the fourth."""
+    losses = [3.0, 2.0, 1.0, *[2.0] * 9]
+    harness = Harness(validation=losses, n_blocks=13, max_epochs=20, early_stopping_patience=3)
+    harness.go()
+    (advice,) = [event.message for event in harness.events if isinstance(event, Note)]
+    assert "at step 20 of 130, before the learning rate had come down" in advice
+    assert "--max-epochs 3 --overwrite" in advice
+
+
+@pytest.mark.parametrize(
+    ("losses", "epochs"),
+    [
+        ([4.0, 3.0, 2.0, 1.0, 2.0, 2.0], 7),  # the best was past the middle
+        ([1.0, 2.0, 2.0], 3),  # the run went to its end
+    ],
+)
+def test_nothing_is_advised_where_the_rate_came_down(losses: list[float], epochs: int) -> None:
+    harness = Harness(validation=losses, max_epochs=epochs, early_stopping_patience=2)
+    harness.go()
+    assert not [event for event in harness.events if isinstance(event, Note)]
 
 
 def test_a_run_that_stopped_early_stays_stopped() -> None:
