@@ -95,12 +95,25 @@ def _checksum(array: NDArray[Any], of_before: int = 0) -> int:
 def _map(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
     if path.stat().st_size != _HEADER_BYTES + length * dtype.itemsize:
         raise ValueError(f"{path} is cut off")
+    with open(path, "rb") as file:  # compared, not parsed: numpy ends a damaged one in errors of all sorts
+        if dtype.hasobject or file.read(_HEADER_BYTES) != _header(dtype, length):
+            raise ValueError(f"{path} holds something else")
     if length == 0:  # an empty stretch cannot be mapped
         return np.empty(0, dtype)
-    array: NDArray[Any] = np.load(path, mmap_mode="r")
-    if array.dtype != dtype or array.shape != (length,):
-        raise ValueError(f"{path} holds something else")
+    array: NDArray[Any] = np.memmap(path, dtype, "r", _HEADER_BYTES, (length,))
     return array
+
+
+def _header(dtype: np.dtype[Any], length: int) -> bytes:
+    """Of a .npy file of one dimension, in version 1.0: magic, two bytes of version, two of header length, a
+    Python literal, a newline."""
+    described = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": (length,),
+    }
+    literal = repr(described).encode("latin-1").ljust(_HEADER_BYTES - 11) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(literal).to_bytes(2, "little") + literal
 
 
 class TokenFileWriter:
@@ -204,15 +217,8 @@ class _ArrayFile:
         self.checksum = _checksum(array, self.checksum)
 
     def finish(self) -> None:
-        described = {
-            "descr": np.lib.format.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (self.length,),
-        }
-        # Version 1.0: magic, two bytes of version, two of header length, a Python literal, a newline.
-        literal = repr(described).encode("latin-1").ljust(_HEADER_BYTES - 11) + b"\n"
         self._file.seek(0)
-        self._file.write(b"\x93NUMPY\x01\x00" + len(literal).to_bytes(2, "little") + literal)
+        self._file.write(_header(self._dtype, self.length))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -422,6 +422,22 @@ def test_damaged_tokens_are_made_again(root: Path, tokenizer: Tokenizer, damage:
     assert open_token_file(folder) is not None
 
 
+@pytest.mark.parametrize("name", ["tokens.npy", "documents.npy"])
+def test_any_bit_of_a_header_that_flips_is_found(root: Path, tokenizer: Tokenizer, name: str) -> None:
+    """numpy's own reader ends some of them in a TokenError or SyntaxError of its parser."""
+    _run(root, tokenizer)
+    folder = root / ".nanothink" / "tokens" / tokenizer.fingerprint[:16] / sorted(_digests(root))[0]
+    whole = (folder / name).read_bytes()
+    for bit in range(0, 8 * 256, 3):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (folder / name).write_bytes(flipped)
+        assert open_token_file(folder) is None, bit
+    (folder / name).write_bytes(whole)
+    assert open_token_file(folder) is not None
+    assert len(np.load(folder / name)) > 0  # it is a .npy file all the same
+
+
 def test_progress_counts_bytes_to_the_end(root: Path, tokenizer: Tokenizer) -> None:
     total = find_corpus(root).n_bytes
     for _ in range(2):
