@@ -14,6 +14,7 @@ that was never interrupted.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
@@ -133,9 +134,7 @@ class RunRecorder:
                 file.close()
 
     def _line(self, file: Any, values: Mapping[str, Any]) -> None:
-        # JSON has no NaN: a loss that is not a number is written as null
-        clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in values.items()}
-        file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+        file.write(json.dumps(_finite(values), ensure_ascii=False) + "\n")
         file.flush()
 
     def _scalars(self, group: str, numbers: Mapping[str, float], step: int) -> None:
@@ -229,6 +228,13 @@ def routing_as_dict(evaluation: Evaluation) -> dict[str, Any]:
             for domain, routing in evaluation.routing.items()
         }
     }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite is written as null, however deep it lies."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _set_aside(folder: Path) -> None:

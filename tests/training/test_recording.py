@@ -82,9 +82,18 @@ def test_a_new_run_begins_with_an_empty_folder_and_sets_the_old_one_aside(tmp_pa
 def test_a_loss_that_is_not_a_number_is_null(tmp_path: Path) -> None:
     recorder = RunRecorder(tmp_path, {}, TrainState())
     recorder(step(1, loss=math.nan))
+    diverged = Evaluation({"a": Score(math.nan, 100, 300)}, denoising={1: math.inf})
+    recorder(Evaluated(1, 1, diverged, False, 1))
     recorder.close()
-    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
-    assert lines(tmp_path)[0]["loss"] is None
+    written = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in written
+    assert "Infinity" not in written
+    trained, validated = lines(tmp_path)
+    assert trained["loss"] is None
+    assert validated["loss"] is None
+    assert validated["domains"]["a"]["loss"] is None
+    assert validated["domains"]["a"]["tokens"] == 100
+    assert validated["denoising_mse"] == {"1": None}
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
