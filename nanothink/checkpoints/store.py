@@ -90,18 +90,19 @@ class CheckpointStore:
     def newest(self, on_skip: Callable[[Path, str], None], progress: Progress | None = None) -> Path | None:
         """The latest state there is: interrupted, then the newest snapshot, then best.
 
-        A best file that is further on than the newest snapshot, as a completed run may leave it, comes
-        before the snapshots. Each candidate is verified to the last byte; a damaged one is passed over,
-        and ``on_skip`` gets its path and the reason.
+        The best file comes before the snapshots that it is further on than: a completed run may leave it
+        after all of them. Each candidate is verified to the last byte; a damaged one is passed over, and
+        ``on_skip`` gets its path and the reason.
 
         Raises StorageError, CheckpointMismatchError: a candidate cannot be read, or belongs to a newer
         version or another program. It may be sound, and going on without it would write over it.
         """
         files = self.existing()  # best, snapshots by number, interrupted
+        best_steps = _steps_done(self.best)
         snapshots = [path for path in files if path not in (self.best, self.interrupted)]
-        if snapshots and _steps_done(self.best) > _steps_done(snapshots[-1]) >= 0:
+        if behind := [path for path in snapshots if 0 <= _steps_done(path) < best_steps]:
             files.remove(self.best)
-            files.insert(len(snapshots), self.best)
+            files.insert(files.index(behind[-1]) + 1, self.best)
         for path in reversed(files):
             try:
                 verify_checkpoint(path, progress=progress)

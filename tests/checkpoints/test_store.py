@@ -81,6 +81,20 @@ def test_newest_prefers_a_best_file_that_is_further_on_than_the_snapshots(store,
     assert store.newest(never) == store.epoch(7)
 
 
+@pytest.mark.parametrize("cut_off", [True, False])
+def test_newest_goes_from_a_damaged_snapshot_to_the_best_file_not_past_it(store, make_payload, cut_off):
+    store.write(store.epoch(5), make_payload(step=50))
+    store.write(store.best, make_payload(step=60))
+    store.write(store.epoch(7), make_payload(step=70))
+    if cut_off:
+        store.epoch(7).write_bytes(b"")
+    else:
+        damage(store.epoch(7))
+    skipped: list[Path] = []
+    assert store.newest(lambda path, _: skipped.append(path)) == store.best
+    assert skipped == [store.epoch(7)]
+
+
 def test_newest_passes_over_damaged_files_and_says_why(store, make_payload):
     for path in (store.best, store.epoch(9), store.epoch(10), store.interrupted):
         store.write(path, make_payload())
