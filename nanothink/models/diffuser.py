@@ -213,23 +213,24 @@ class Diffuser(Decoder):
     # Targets
 
     @torch.no_grad()
-    def adopt(self, transformer: Transformer, tokens: Tensor) -> None:
+    def adopt(self, transformer: Transformer, targets: Tensor) -> None:
         """Start from a frozen transformer: its embeddings, its targets, and their mean and spread.
 
         Args:
             transformer: of the same vocabulary and width.
-            tokens: (B, T), a sample of training targets to take mean and spread over.
+            targets: (B, T), a sample of training targets to take mean and spread over, IGNORE left out.
         """
         self.embedding.weight.copy_(transformer.embedding.weight)
+        valid = targets != IGNORE
         if self.shape.target == "hidden_state":
-            sample = transformer.hidden(tokens).flatten(0, 1)
+            sample = transformer.hidden(targets.clamp_min(0))[valid]
         else:
             table = transformer.embedding.weight
             if self.shape.target == "head_row":
                 table = transformer.head_weight
                 table = table - table.mean(0)
             table = F.rms_norm(table, (self.d_model,))
-            sample = table[tokens.flatten()]
+            sample = table[targets[valid]]
         self.target_mean.copy_(sample.mean(0))
         self.target_scale.copy_(sample.std(0).clamp_min(_SMALLEST_SCALE))
         if self.shape.target != "hidden_state":
@@ -357,8 +358,8 @@ class Diffuser(Decoder):
             ``mse_pure``: squared error of the guess from pure noise, mean over the D features.
             ``mse_noised``: the same at a random level, of what the network predicts there: the clean
             target or the velocity. ``cross_entropy``: of the head on the states of the former, in nats.
-            ``rounding``: of the head on those of the latter, at every ``rounding_every``-th token and times
-            that number. Where only some blocks or tokens have a part, it is scaled up to stand for all.
+            ``rounding``: of the head on those of the latter, at every ``rounding_every``-th token. Where only
+            some blocks or tokens have a part, it is scaled up to stand for all.
         """
         shape, last = self.shape, self.shape.training_steps
         condition = self.condition(self.encode(inputs))
@@ -380,7 +381,8 @@ class Diffuser(Decoder):
             chosen = torch.arange(0, length, every, device=targets.device)  # (T / every,)
             chosen = (draws.offset.unsqueeze(1) + chosen) % length  # (B, T / every)
             picked = rounding_states.gather(1, chosen.unsqueeze(-1).expand(-1, -1, self.d_model))
-            parts["rounding"] = self._cross_entropy(picked, targets.gather(1, chosen), scale * every)
+            stands_for = length / chosen.shape[1]  # ``every``, where that divides the length
+            parts["rounding"] = self._cross_entropy(picked, targets.gather(1, chosen), scale * stands_for)
         return parts
 
     def _one_evaluation(

@@ -223,6 +223,36 @@ def test_targets_are_the_transformer_s_standardised_over_the_sample(target: str)
     torch.testing.assert_close(found * model.target_scale + model.target_mean, raw, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_fills_up_a_block_counts_for_nothing_in_mean_and_spread(target: str) -> None:
+    """A domain smaller than a block gives blocks that are mostly filling."""
+    sample = tokens(6, CONTEXT, seed=11)
+    filled = sample.clone()
+    filled[:, 9:] = IGNORE
+    model, frozen = build(target=target, trained=False), teacher()
+    model.adopt(frozen, filled)
+    mean, scale = model.target_mean.clone(), model.target_scale.clone()
+    model.adopt(frozen, sample[:, :9])
+    torch.testing.assert_close(mean, model.target_mean)
+    torch.testing.assert_close(scale, model.target_scale)
+
+
+@pytest.mark.parametrize(("length", "every"), [(16, 4), (10, 4), (5, 16)])
+def test_the_tokens_that_are_rounded_stand_for_all(length: int, every: int) -> None:
+    """Averaged over where they begin, their cross-entropy is that of every token."""
+    model = build(rounding_every=every)
+    x = tokens(1, length + 1)
+    clean, chance = model.clean_targets(x[:, 1:]), draws(model, 1, length)
+
+    def rounding(offset: int) -> float:
+        begun = replace(chance, offset=torch.tensor([offset]))
+        return float(model.denoising_losses(x[:, :-1], x[:, 1:], clean, begun, 1.0)["rounding"].detach())
+
+    found = sum(map(rounding, range(length))) / length
+    model.shape = model.shape.model_copy(update={"rounding_every": 1})
+    assert found == pytest.approx(rounding(0), rel=1e-5)
+
+
 def test_only_hidden_states_need_the_transformer_afterwards() -> None:
     for target in ("input_embedding", "head_row"):
         model = build(target=target)
@@ -286,7 +316,7 @@ def by_hand(model: Diffuser, batch: Batch, chance: Draws) -> dict[str, Tensor]:
             sums["mse_noised"] += noised_error(model, second[0], noisy, clean[b, t], alpha_bar)
             sums["cross_entropy"] += F.cross_entropy(model.head(hidden)[0], y)
             if t in chosen:
-                sums["rounding"] += every * F.cross_entropy(model.head(rounded)[0], y)
+                sums["rounding"] += states.shape[1] / len(chosen) * F.cross_entropy(model.head(rounded)[0], y)
     return sums
 
 
