@@ -130,7 +130,8 @@ def plan_build(
     if settings.max_keys is not None and store is None:  # what is added to one, somebody wants in it
         share = min(1.0, settings.max_keys / max(1, n_fresh))
     intakes = tuple(
-        Intake(domain, stream, documents, ends, fresh, _evenly(touched, round(share * len(touched))))
+        # at least one, however low the bound: a memory of nothing could not be searched
+        Intake(domain, stream, documents, ends, fresh, _evenly(touched, max(1, round(share * len(touched)))))
         for domain, stream, documents, ends, fresh, touched in chosen
     )
     read = sum(len(intake.blocks) for intake in intakes)

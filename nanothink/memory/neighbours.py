@@ -55,6 +55,7 @@ class TrainingNeighbours:
         name = hashlib.blake2b(orjson.dumps(described), digest_size=6).hexdigest()
         self.folder = store.folder / f"neighbours-{store.generation}-{name}"
         self._files: dict[str, BlockFile] = {}
+        self._read_documents: dict[str, tuple[Int64, NDArray[np.uint64]]] = {}
 
     def missing(self, places: Iterable[tuple[str, int]]) -> dict[str, Int64]:
         """Of these blocks (domain, index), those that were not searched yet, by domain."""
@@ -103,12 +104,11 @@ class TrainingNeighbours:
     def _search(self, domain: str, blocks: Int64) -> tuple[NDArray[np.uint32], NDArray[np.int16]]:
         """Numbers and coded similarities, (B, T, K) both."""
         stream = self._streams[domain]
-        documents = stream.documents()
-        ends = np.cumsum(documents.n_tokens)
+        ends, keys = self._documents(domain)
         read = [stream.block(int(index), self._length) for index in blocks]
         inputs, targets = (np.stack(part) for part in zip(*read, strict=True))  # (B, T)
         places = blocks[:, None] * self._length + np.arange(self._length)
-        own = documents.keys[np.searchsorted(ends, places, side="right").clip(max=len(ends) - 1)]
+        own = keys[np.searchsorted(ends, places, side="right").clip(max=len(ends) - 1)]
         near, which = self._store.search_elsewhere(
             self._states(torch.from_numpy(inputs)).reshape(-1, self._store.owner.width),
             own.reshape(-1),
@@ -143,6 +143,18 @@ class TrainingNeighbours:
         which = np.where(numbers == _MISSING, -1, numbers.astype(np.int64))
         similarities[which < 0] = -np.inf
         return self._store.neighbours(similarities, which)
+
+    def _documents(self, domain: str) -> tuple[Int64, NDArray[np.uint64]]:
+        """Where each document of a domain ends, in tokens, and the hash of its text. Read once."""
+        if domain not in self._read_documents:
+            documents = self._streams[domain].documents()
+            self._read_documents[domain] = np.cumsum(documents.n_tokens), documents.keys
+        return self._read_documents[domain]
+
+    def close(self) -> None:
+        """Close the files; what is asked afterwards opens them again."""
+        while self._files:
+            self._files.popitem()[1].close()
 
     def _known(self, domain: str) -> NDArray[np.bool_]:
         n_blocks = self._streams[domain].n_blocks(self._length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -18,13 +19,14 @@ import torch
 from nanothink.config import VectorStoreConfig
 from nanothink.data.corpus import find_corpus, text_key
 from nanothink.data.tokenizer import Tokenizer, resolve_tokenizer
-from nanothink.data.tokens import IGNORE, TokenisedCorpus, tokenise
+from nanothink.data.tokens import IGNORE, Documents, TokenisedCorpus, TokenStream, tokenise
 from nanothink.errors import (
     StorageError,
     VectorStoreDamagedError,
     VectorStoreMismatchError,
     VectorStoreNotFoundError,
 )
+from nanothink.memory import neighbours
 from nanothink.memory import store as store_module
 from nanothink.memory.building import States, build, held_out_texts, plan_build
 from nanothink.memory.compact import merge_duplicates
@@ -294,6 +296,13 @@ def test_a_bound_on_keys_spreads_them_over_the_text(read: Read, make: Make) -> N
         own = int(sizes[store.contents.documents["domain"] == i].sum())
         assert store.contents.domains[i] == domain
         assert own == pytest.approx(stream.n_tokens / 3, rel=0.25)
+
+
+def test_however_low_the_bound_there_is_something_to_recall(read: Read, make: Make) -> None:
+    store = make(read(), EXACT.model_copy(update={"max_keys": 1}))
+    assert store.index.n_keys > 0
+    query = torch.nn.functional.normalize(torch.ones(1, WIDTH), dim=-1)
+    assert store.search(query).tokens[0, 0] != NO_TOKEN
 
 
 def test_what_is_added_is_added_in_full_whatever_the_bound(read: Read, make: Make) -> None:
@@ -598,6 +607,38 @@ def test_a_disk_without_room_is_said_before_the_search(
     with pytest.raises(StorageError, match="Make room"):
         known.find(known.missing(all_places(tokens)), lambda *_: None)
     assert not known.folder.exists()
+
+
+def test_a_search_reads_the_documents_of_a_domain_once(
+    read: Read, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are as many as the text is long: at every batch, that would grow with its square."""
+    tokens = read()
+    known = TrainingNeighbours(make(tokens), tokens, LENGTH, states)
+    asked: list[str] = []
+    of_stream = TokenStream.documents
+
+    def counted(stream: TokenStream) -> Documents:
+        asked.append(stream.domain)
+        return of_stream(stream)
+
+    monkeypatch.setattr(TokenStream, "documents", counted)
+    monkeypatch.setattr(neighbours, "BATCH_TOKENS", 2 * LENGTH)
+    known.find(known.missing(all_places(tokens)), lambda *_: None)
+    assert sorted(asked) == sorted(tokens.train)
+
+
+def test_files_of_neighbours_are_closed_and_opened_again(read: Read, make: Make) -> None:
+    tokens = read()
+    known = TrainingNeighbours(make(tokens), tokens, LENGTH, states)
+    places = all_places(tokens)[:2]
+    known.find(known.missing(places), lambda *_: None)
+    expected = known.read(places)
+    n_open = len(os.listdir("/proc/self/fd"))
+    known.close()
+    assert len(os.listdir("/proc/self/fd")) == n_open - 2  # blocks and marks of the one domain
+    assert torch.equal(known.read(places).tokens, expected.tokens)
+    known.close()
 
 
 def test_neighbours_that_are_gone_are_no_traceback(read: Read, make: Make) -> None:
