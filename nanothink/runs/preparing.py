@@ -116,7 +116,7 @@ class Prepared:
     inside: tuple[ExpertDescription, ...] = ()
     """The experts inside a combined model."""
     finds_best_anew: bool = False
-    """The best loss of the run so far was measured on other validation text."""
+    """The best loss of the run so far was measured on other validation text, or in other blocks."""
 
     @property
     def training(self) -> TrainConfig:
@@ -209,14 +209,17 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     else:
         inside = tuple(expert.describe(device) for expert in experts)
     state = TrainState.from_dict(payload["run"].get("state")) if payload is not None else TrainState()
+    state.fit(batches.n_blocks)
     finds_best_anew = (
-        payload is not None and state.best_loss is not None and (_validates_anew(payload, tokens, training))
+        payload is not None
+        and state.best_loss is not None
+        and _validates_anew(payload, tokens, config, where)
     )
     if finds_best_anew:
         state.best_loss, state.bad_evaluations = None, 0
         watch.note(
-            "The best loss so far was measured on other validation text, so it counts no more: the next "
-            "evaluation writes the best checkpoint anew."
+            "The best loss so far was measured on other validation text, or in blocks of another length, so "
+            "it counts no more: the next evaluation writes the best checkpoint anew."
         )
     return Prepared(
         where=where,
@@ -426,11 +429,16 @@ def _changes(before: Mapping[str, Any], config: Config) -> list[str]:
     return lines
 
 
-def _validates_anew(payload: CheckpointPayload, tokens: TokenisedCorpus, training: TrainConfig) -> bool:
-    """Whether losses from here on are of other text than those before, and cannot be compared with them."""
-    before = payload["config"].get(training.section, {})
+def _validates_anew(
+    payload: CheckpointPayload, tokens: TokenisedCorpus, config: Config, where: Where
+) -> bool:
+    """Whether losses from here on are of other text than those before, or of tokens with more or less before
+    them, and cannot be compared with them."""
+    training = config.training_of(where.kind)
+    before, model = (payload["config"].get(section, {}) for section in (training.section, "model"))
     capped_alike = before.get("eval_max_tokens", training.eval_max_tokens) == training.eval_max_tokens
-    return payload["data_fingerprint"] != tokens.fingerprint or not capped_alike
+    cut_alike = model.get("max_seq_len", config.model.max_seq_len) == config.model.max_seq_len
+    return payload["data_fingerprint"] != tokens.fingerprint or not (capped_alike and cut_alike)
 
 
 def _tokenizer_of(origin: Origin, resolved: ResolvedConfig, corpus: Corpus) -> Tokenizer:

@@ -88,7 +88,8 @@ def train(run: Run, services: Services) -> RunFinished:
 
     Raises:
         InterruptedRun: a signal came; the state is saved.
-        TrainingDivergedError: too many steps in a row were not finite; the last good checkpoint stays.
+        TrainingDivergedError: too many steps in a row were not finite, or no validation was; the last good
+            checkpoint stays.
         StorageError: a checkpoint could not be written; the one before it is intact.
     """
     config, plan, state = run.config, run.plan, run.state
@@ -155,6 +156,11 @@ def train(run: Run, services: Services) -> RunFinished:
             _save("interrupted", run, services)
             last_saved = time.monotonic()
 
+    if state.best_loss is None and state.bad_evaluations:
+        raise TrainingDivergedError(
+            f"No validation loss was finite ({counted(state.bad_evaluations, 'evaluation')}), so there is no "
+            f"best checkpoint. The last good one is untouched. {_remedy(config)}"
+        )
     if advice := _advice(run):
         services.observe(Note(advice))
     finished = RunFinished(state.step, state.epoch, reason, state.best_loss, time.monotonic() - started)
@@ -232,16 +238,15 @@ def _evaluate(run: Run, services: Services) -> None:
     evaluation = services.evaluate()
     # Here already, since a stop must leave the state as it was: the resumed run would miss these samples.
     samples = services.sample() if config.sample_tokens else {}
-    epoch_over = plan.epoch_is_over(state)
-    while plan.epoch_is_over(state):  # a corpus that shrank between two runs can end several at once
-        state.epoch += 1
+    before = state.epoch
+    state.epoch = max(before, plan.epochs_over(state))  # one step can end several where there are few blocks
     state.evaluated_step = state.step
     loss = evaluation.overall.loss
     best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
     state.bad_evaluations = 0 if best else state.bad_evaluations + 1
     if best:
         state.best_loss, state.best_step = loss, state.step
-    epoch_parts = state.end_epoch() if epoch_over else {}
+    epoch_parts = state.end_epoch() if state.epoch > before else {}
     services.observe(Evaluated(state.step, state.epoch, evaluation, best, state.bad_evaluations, epoch_parts))
     if config.sample_tokens:
         services.observe(Sampled(state.step, state.epoch, samples))
@@ -249,7 +254,7 @@ def _evaluate(run: Run, services: Services) -> None:
         return  # nothing to go on from: the checkpoints stay as they are
     if best:
         _save("best", run, services)
-    if epoch_over and state.epoch % config.snapshot_every_epochs == 0:
+    if state.epoch // config.snapshot_every_epochs > before // config.snapshot_every_epochs:
         _save("epoch", run, services)
     _save("interrupted", run, services)
 

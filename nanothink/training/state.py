@@ -29,6 +29,10 @@ class TrainState:
     skipped_steps: int = 0
     """Steps skipped because loss or gradient were not finite, in all."""
     skipped_in_a_row: int = 0
+    epoch_blocks: int = 0
+    """Training blocks in an epoch; 0 before the first plan."""
+    epoch_shift: int = 0
+    """By how much later epochs end than at a multiple of that: the training text had another size before."""
     epoch_targets: int = 0
     """Targets trained on since the epoch began, in steps that were not skipped."""
     epoch_parts: dict[str, float] = field(default_factory=dict)
@@ -47,6 +51,12 @@ class TrainState:
         self.epoch_targets, self.epoch_parts = 0, {}
         return means
 
+    def fit(self, n_blocks: int) -> None:
+        """An epoch has so many blocks from here on. The one under way began where it began."""
+        if self.epoch_blocks:
+            self.epoch_shift += self.epoch * (self.epoch_blocks - n_blocks)
+        self.epoch_blocks = n_blocks
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -64,6 +74,8 @@ class TrainState:
                 sound = value is None or type(value) is float
             elif name == "epoch_parts":
                 sound = isinstance(value, dict) and all(type(total) is float for total in value.values())
+            elif name == "epoch_shift":
+                sound = type(value) is int and abs(value) < _NEVER_REACHED
             else:
                 sound = type(value) is int and -1 <= value < _NEVER_REACHED
             if not sound:
@@ -88,23 +100,29 @@ class Plan:
     """Training blocks in an epoch."""
     blocks_per_step: int
     total_steps: int
+    epoch_shift: int = 0
+    """See ``TrainState``."""
 
     @classmethod
     def make(cls, config: TrainConfig, n_blocks: int, state: TrainState) -> Plan:
         """``max_steps`` decides where it is set; else the steps taken plus what the remaining blocks need."""
         blocks_per_step = config.batch_size * config.grad_accum_steps
-        remaining = max(0, config.max_epochs * n_blocks - state.position)
+        remaining = max(0, state.epoch_shift + config.max_epochs * n_blocks - state.position)
         total = config.max_steps or state.step + -(-remaining // blocks_per_step)
-        return cls(n_blocks, blocks_per_step, total)
+        return cls(n_blocks, blocks_per_step, total, state.epoch_shift)
 
     @property
     def epochs(self) -> int:
         """Epochs that the run takes; the blocks by which its last step overshoots do not begin another."""
-        consumed = (self.total_steps - 1) * self.blocks_per_step + 1
+        consumed = (self.total_steps - 1) * self.blocks_per_step + 1 - self.epoch_shift
         return max(1, -(-consumed // self.n_blocks))
 
+    def epochs_over(self, state: TrainState) -> int:
+        """Epochs whose blocks are used up, be they counted as completed yet or not."""
+        return (state.position - self.epoch_shift) // self.n_blocks
+
     def epoch_is_over(self, state: TrainState) -> bool:
-        return state.position >= (state.epoch + 1) * self.n_blocks
+        return self.epochs_over(state) > state.epoch
 
     def is_over(self, state: TrainState) -> bool:
         return state.step >= self.total_steps

@@ -264,11 +264,26 @@ def test_validation_that_is_not_a_number_is_never_best() -> None:
     assert harness.go().best_loss == 2.0
 
 
+def test_a_run_without_any_finite_validation_has_not_ended_well() -> None:
+    """Its rolling checkpoint would be removed, and nothing be left of it."""
+    harness = Harness(validation=[math.nan, math.inf, math.nan], max_epochs=3)
+    with pytest.raises(TrainingDivergedError, match=r"No validation loss was finite \(3 evaluations\)"):
+        harness.go()
+    assert not [event for event in harness.events if isinstance(event, RunFinished)]
+
+
 def test_it_evaluates_at_the_end_of_a_run_that_ends_within_an_epoch() -> None:
     harness = Harness(max_steps=3, n_blocks=100)
     finished = harness.go()
     assert finished.best_loss == 1.0
     assert finished.epoch == 0
+
+
+def test_a_step_of_several_epochs_misses_no_snapshot() -> None:
+    """Three epochs a step, a snapshot every two: due in each step, though 3 and 9 are odd."""
+    harness = Harness(n_blocks=2, batch_size=6, max_epochs=12, snapshot_every_epochs=2)
+    harness.go()
+    assert [epoch for role, epoch, _ in harness.saved if role == "epoch"] == [3, 6, 9, 12]
 
 
 def test_it_evaluates_between_epochs_when_asked() -> None:

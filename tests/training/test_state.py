@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from nanothink.config import TrainExpertConfig
 from nanothink.training.state import Plan, TrainState
 
@@ -40,6 +42,28 @@ def test_an_epoch_is_over_when_its_blocks_are_used_up() -> None:
     assert plan.epoch_is_over(TrainState(step=3, position=12))
     assert not plan.epoch_is_over(TrainState(step=3, position=12, epoch=1))
     assert plan.epoch_is_over(TrainState(step=5, position=20, epoch=1))
+
+
+@pytest.mark.parametrize("n_blocks", [200, 100, 50, 7])
+def test_text_that_grows_or_shrinks_makes_epochs_longer_or_shorter_from_there_on(n_blocks: int) -> None:
+    """Else five epochs of 100 blocks would make the sixth, of 200, end after 3.5 of them, unvalidated."""
+    config = TrainExpertConfig(batch_size=1, max_epochs=20)
+    state = TrainState()
+    state.fit(100)
+    state.step = state.position = 500
+    state.epoch = 5
+    state.fit(n_blocks)
+    plan = Plan.make(config, n_blocks, state)
+    assert plan.total_steps == 500 + 15 * n_blocks
+    assert plan.epochs == 20
+    ends = []
+    while state.position < plan.total_steps:
+        state.step, state.position = state.step + 1, state.position + 1
+        if plan.epoch_is_over(state):
+            state.epoch += 1
+            ends.append(state.position)
+    assert ends == [500 + n * n_blocks for n in range(1, 16)]
+    assert TrainState.from_dict(state.to_dict()) == state
 
 
 def test_state_survives_the_trip_through_a_dict() -> None:
