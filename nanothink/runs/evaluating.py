@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,9 +39,17 @@ class CheckpointEvaluation:
 def above_best(results: Sequence[CheckpointEvaluation]) -> list[Difference | None]:
     """How far each is above the one with the fewest bits per byte.
 
-    None for that one itself, and for what was not scored on the same documents.
+    None for that one itself, and for what was not scored on the same documents. A model without a finite
+    score is never the best beside one that has one.
     """
-    best = min(results, key=lambda result: result.evaluation.overall.bits_per_byte)
+
+    def order(result: CheckpointEvaluation) -> float:
+        bits = result.evaluation.overall.bits_per_byte
+        return (
+            math.inf if math.isnan(bits) else bits
+        )  # NaN compares with nothing, so min would keep a first one
+
+    best = min(results, key=order)
     return [None if result is best else result.evaluation.less(best.evaluation) for result in results]
 
 

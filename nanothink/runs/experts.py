@@ -85,12 +85,14 @@ def find_experts(
     Raises:
         CheckpointError: one is missing (with the command to run), is no expert, or differs from the first in
             tokenizer or width.
-        UsageError: one is named twice.
+        UsageError: one is named twice, or too many are.
     """
     defaults = [checkpoint_dir / f"{kind}{_ENDING}.pt" for kind in EXPERT_KINDS]
     chosen = list(paths or defaults)
     if len({path.resolve() for path in chosen}) < len(chosen):
         raise UsageError(f"--expert names a checkpoint twice: {', '.join(map(str, chosen))}.")
+    if len(chosen) > MAX_EXPERTS:
+        raise UsageError(f"--expert names {len(chosen)} checkpoints; at most {MAX_EXPERTS} can be combined.")
     if missing := [path for path in chosen if not path.exists()]:
         others = "" if paths else " Or name the experts you have: --expert PATH, repeated."
         raise CheckpointNotFoundError(
@@ -166,16 +168,26 @@ def described(payload: ModelPayload, device: torch.device, path: Path) -> tuple[
     """
     if payload["kind"] != COMBINED:
         return ()
-    match payload["run"].get("experts"):
+    return tuple(
+        ExpertDescription(
+            entry["name"],
+            entry["kind"],
+            scan_that_runs(resolve_config(base=entry["config"]).config, device),
+        )
+        for entry in entries_of(payload["run"], path)
+    )
+
+
+def entries_of(run: Mapping[str, Any], path: Path) -> Sequence[Mapping[str, Any]]:
+    """What a combined model's checkpoint says of its experts: name, kind and config of each, and its digest,
+    which an export leaves out.
+
+    Raises:
+        CheckpointDamagedError: it is not what ``as_entries`` gives.
+    """
+    match run.get("experts"):
         case [_, *_] as entries if len(entries) <= MAX_EXPERTS and all(map(_is_entry, entries)):
-            return tuple(
-                ExpertDescription(
-                    entry["name"],
-                    entry["kind"],
-                    scan_that_runs(resolve_config(base=entry["config"]).config, device),
-                )
-                for entry in entries
-            )
+            return entries
     raise CheckpointDamagedError(
         f"{path}: what it says of the experts inside it makes no sense. Use another checkpoint"
     )
@@ -198,10 +210,10 @@ def as_entries(experts: Sequence[FrozenExpert]) -> list[dict[str, Any]]:
 
 def check_same_experts(experts: Sequence[FrozenExpert], run: Mapping[str, Any], path: Path) -> None:
     """Refuse to go on from ``path`` when other experts are named than those inside it."""
-    inside = [entry.get("digest") for entry in run["experts"]]
-    if [expert.digest for expert in experts] != inside:
+    inside = entries_of(run, path)
+    if [expert.digest for expert in experts] != [entry.get("digest") for entry in inside]:
         raise CheckpointMismatchError(
-            f"{path} carries its own experts ({', '.join(entry['name'] for entry in run['experts'])}), and "
+            f"{path} carries its own experts ({', '.join(entry['name'] for entry in inside)}), and "
             "those named by --expert are not the same. Leave --expert out to go on, or start anew without "
             "--resume."
         )

@@ -23,13 +23,14 @@ from nanothink.checkpoints import (
     CheckpointStore,
     model_state,
     pack_rng,
+    read_summary,
     restore_model,
     unpack_rng,
 )
 from nanothink.config import TrainMLAConfig
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream
-from nanothink.errors import DataError, counted
+from nanothink.errors import CheckpointError, DataError, StorageError, counted
 from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped, evaluate_model
 from nanothink.inference.generate import generate
@@ -110,9 +111,7 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
         if ending is not None:
             watch.note("This run is complete. To train on, raise --max-epochs or --max-steps.")
             return ending
-        run = build_run(prepared, watch, processes)
-        if isinstance(run.objective, Routed) and run.objective.states is not None:
-            stack.callback(run.objective.states.close)
+        run = build_run(prepared, watch, processes, stack)
         processes.require_same("their first weights", weights_checksum(run.model))
         # Only from here on is there a state to save; a signal during the preparation just ends it.
         stop = stack.enter_context(StopRequest(watch.note if processes.is_first else None))
@@ -120,7 +119,8 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
             # Before the first step, so that a disk without room says so now, and so that what --overwrite
             # replaces is set aside all at once: the files here, the records just below.
             store.write(store.interrupted, checkpoint_payload(prepared, run))
-        if prepared.finds_best_anew and processes.is_first and (kept := store.keep_best()):
+        leaves_best = prepared.finds_best_anew or _knows_no_better(prepared, store)
+        if leaves_best and processes.is_first and (kept := store.keep_best()):
             watch.note(f"The best checkpoint so far is kept as {kept}.")
         tell = observe
         if processes.is_first:
@@ -176,6 +176,20 @@ def _check_new_run(where: Where, configure: Configure, store: CheckpointStore, w
     store.guard_new_run(overwrite=where.overwrite)
 
 
+def _knows_no_better(prepared: Prepared, store: CheckpointStore) -> bool:
+    """Whether the best checkpoint is better than all that this run knows of, and so would be written over.
+
+    It is where a run goes on from a file that is older than its best. The rolling file may be older too, by a
+    kill between the two: then the evaluation that follows writes the same best again.
+    """
+    if prepared.origin is None or prepared.origin.path.resolve() == store.interrupted.resolve():
+        return False
+    with suppress(CheckpointError, StorageError):
+        best, known = read_summary(store.best).best_loss, prepared.state.best_loss
+        return best is not None and (known is None or best < known)
+    return False
+
+
 def _unheard(_: object) -> None:
     """What all but the first of several processes say."""
 
@@ -207,8 +221,15 @@ def weights_checksum(model: LanguageModel) -> str:
     return str(torch.stack(sums).tolist())
 
 
-def build_run(prepared: Prepared, watch: Watch, processes: Processes = ALONE) -> Run:
-    """Model, optimizer and where they stand: fresh, or as the checkpoint has them."""
+def build_run(
+    prepared: Prepared, watch: Watch, processes: Processes = ALONE, stack: ExitStack | None = None
+) -> Run:
+    """Model, optimizer and where they stand: fresh, or as the checkpoint has them.
+
+    Args:
+        stack: closes at its end the files that the run reads from; None leaves them open.
+    """
+    stack = stack or ExitStack()
     train_config = prepared.training
     device = prepared.precision.device
     # Nothing here draws from Python or numpy, but an objective may, and then it must repeat.
@@ -226,9 +247,9 @@ def build_run(prepared: Prepared, watch: Watch, processes: Processes = ALONE) ->
     elif isinstance(model, Diffuser):
         assert prepared.frozen is not None
         _, targets = prepared.batches.read(0, TARGET_SAMPLE_BLOCKS)
-        model.adopt(prepared.frozen.build(watch.note), targets.clamp_min(0))
+        model.adopt(prepared.frozen.build(watch.note), targets)
     model.to(device)
-    neighbours = _remember(prepared, model, watch, processes)
+    neighbours = _remember(prepared, model, watch, processes, stack)
     optimizer = GroupedOptimizer(model.parameter_groups(), train_config)
     if prepared.origin is not None:
         fresh = optimizer.load_state_dict(payload["optimizer_state"])
@@ -252,7 +273,7 @@ def build_run(prepared: Prepared, watch: Watch, processes: Processes = ALONE) ->
         model=model,
         optimizer=optimizer,
         scaler=scaler,
-        objective=_objective(prepared, model, watch, neighbours),
+        objective=_objective(prepared, model, watch, neighbours, stack),
         batches=prepared.batches,
         precision=prepared.precision,
         config=train_config,
@@ -272,7 +293,7 @@ def _build_model(prepared: Prepared, watch: Watch) -> LanguageModel:
 
 
 def _remember(
-    prepared: Prepared, model: LanguageModel, watch: Watch, processes: Processes
+    prepared: Prepared, model: LanguageModel, watch: Watch, processes: Processes, stack: ExitStack
 ) -> Callable[[Sequence[int]], Neighbours] | None:
     """Attach the memory of a run that has one, and give the neighbours of the blocks at some positions."""
     if not isinstance(model, NanoThink) or model.recall is None:
@@ -311,6 +332,7 @@ def _remember(
 
     # The others find the store that the first has built, and the neighbours that it has looked up.
     known = processes.one_after_first(lambda: (remembered(), ""), lambda _: remembered())
+    stack.callback(known.close)
     return lambda positions: known.read([batches.place(position) for position in positions])
 
 
@@ -319,10 +341,14 @@ def _objective(
     model: LanguageModel,
     watch: Watch,
     neighbours: Callable[[Sequence[int]], Neighbours] | None,
+    stack: ExitStack,
 ) -> Objective:
     if isinstance(prepared.training, TrainMLAConfig):
         assert isinstance(model, NanoThink)
-        return Routed(prepared.training.entropy_reg, keep_states(prepared, model, watch), neighbours)
+        states = keep_states(prepared, model, watch)
+        if states is not None:
+            stack.callback(states.close)
+        return Routed(prepared.training.entropy_reg, states, neighbours)
     if prepared.where.kind != "diffuser":
         return next_token
     transformer = None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanothink.checkpoints import parse_name, read_checkpoint
+from nanothink.checkpoints import ModelPayload, parse_name, read_checkpoint, restore_model
 from nanothink.config import Config, VectorStoreConfig
 from nanothink.config.run import resolve_config
 from nanothink.data.corpus import find_corpus
@@ -41,12 +41,13 @@ from nanothink.memory.store import (
     store_bytes,
     write_store,
 )
-from nanothink.models import COMBINED, build_model
+from nanothink.models import COMBINED
 from nanothink.models.contract import LanguageModel
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import Precision, choose_device
 from nanothink.models.recall import choose_key_expert
-from nanothink.runs.experts import find_experts, scan_that_runs, shaped_by
+from nanothink.runs.experts import entries_of, find_experts, scan_that_runs, shaped_by
+from nanothink.runs.rebuilding import rebuild
 
 Progress = Callable[[str, int, int], None]
 Note = Callable[[str], None]
@@ -93,7 +94,7 @@ def _owner(entry: Mapping[str, Any], config: Config, tokenizer: Tokenizer) -> Ow
     return Owner(
         expert=entry["name"],
         kind=entry["kind"],
-        digest=entry["digest"],
+        digest=entry.get("digest", ""),
         tokenizer=tokenizer.fingerprint,
         width=config.model.d_model,
         block_length=config.model.max_seq_len,
@@ -292,18 +293,23 @@ def find_remembering(
             )
         config = resolve_config(base=payload["config"], assignments=assignments).config
         tokenizer = Tokenizer.from_state(payload["tokenizer"])
-        entries = {entry["name"]: entry for entry in payload["run"]["experts"]}
+        entries = {entry["name"]: entry for entry in entries_of(payload["run"], checkpoint)}
         chosen = choose_key_expert({n: e["kind"] for n, e in entries.items()}, config.vector_store.expert)
         own = scan_that_runs(resolve_config(base=entries[chosen]["config"]).config, chosen_device)
-        model = build_model(entries[chosen]["kind"], own, tokenizer.vocab_size)
         prefix = f"experts.{list(entries).index(chosen)}."
-        model.load_state_dict(
-            {
-                key.removeprefix(prefix): tensor
-                for key, tensor in payload["model_state"].items()
-                if key.startswith(prefix)
-            }
-        )
+        weights = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in payload["model_state"].items()
+            if key.startswith(prefix)
+        }
+        inside: ModelPayload = {**payload, "kind": entries[chosen]["kind"], "model_state": weights}
+        model = rebuild(inside["kind"], own, tokenizer.vocab_size, payload=inside, path=checkpoint)
+        report = restore_model(model, inside, expect_kind=inside["kind"], path=checkpoint)
+        if report.missing or report.surplus or report.reshaped:
+            raise CheckpointMismatchError(
+                f"{checkpoint}: the weights of its expert '{chosen}' are not what its settings say: "
+                f"{'. '.join(report.lines())}. Use another checkpoint"
+            )
         entry: Mapping[str, Any] = entries[chosen]
         folder = folder_of(checkpoint)
     else:

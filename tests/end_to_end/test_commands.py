@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -20,6 +21,8 @@ import nanothink
 from nanothink.checkpoints import read_checkpoint, write_checkpoint
 from nanothink.cli.app import run
 from nanothink.data.corpus import assign_sides, text_key
+from nanothink.inference.evaluate import DocumentScores, Evaluation, Score
+from nanothink.runs.evaluating import CheckpointEvaluation, above_best
 
 SMALL = [
     *("--set", "model.d_model=32", "--set", "model.max_seq_len=32", "--set", "transformer.n_layers=1"),
@@ -320,6 +323,45 @@ def test_the_best_is_found_anew_where_validation_text_has_changed(
     assert "measured on other validation text" in " ".join(said()[1].split())
     assert run(["resume", str(best), "--max-steps", "14"]) == 0
     assert "measured on other validation text" not in " ".join(said()[1].split())
+    assert run(["resume", str(best), "--max-steps", "15", "--set", "model.max_seq_len=16"]) == 0
+    assert "in blocks of another length" in " ".join(said()[1].split())
+
+
+def test_a_run_that_goes_on_from_an_older_file_keeps_the_better_best(
+    pretrain: Callable[..., int], tmp_path: Path, said: Said
+) -> None:
+    """It knows nothing of what came after that file, so all that it finds better than before is its best."""
+    often = ("--set", "train_expert.snapshot_every_epochs=1", "--set", "train_expert.batch_size=64")
+    assert pretrain(tmp_path, "--max-epochs", "3", *often) == 0
+    best, old = tmp_path / "transformer_expert.pt", (tmp_path / "transformer_expert.pt").read_bytes()
+    before = read_checkpoint(best)["best_loss"]
+    said()
+    slower = ("--max-epochs", "2", "--set", "train_expert.lr=0.00001")
+    assert run(["resume", str(tmp_path / "transformer_expert_epoch1.pt"), *slower]) == 0
+    assert "The best checkpoint so far is kept as" in " ".join(said()[1].split())
+    assert read_checkpoint(best)["best_loss"] > before
+    (kept,) = tmp_path.glob("replaced/*/transformer_expert.pt")
+    assert kept.read_bytes() == old
+
+    assert run(["resume", str(best), "--max-epochs", "3"]) == 0
+    assert len(list(tmp_path.glob("replaced/*/transformer_expert.pt"))) == 1
+
+
+def test_a_model_whose_score_is_not_a_number_is_not_the_best() -> None:
+    good, bad = (
+        CheckpointEvaluation(
+            Path(name),
+            "transformer",
+            Evaluation(
+                {"d": Score(nats, 1, 4)},
+                documents={"d": DocumentScores(np.array([nats / 2] * 2), np.array([2, 2]))},
+            ),
+        )
+        for name, nats in (("good", 2.0), ("bad", math.nan))
+    )
+    for order in ([good, bad], [bad, good]):
+        assert above_best(order)[order.index(good)] is None
+        assert above_best(order)[order.index(bad)] is not None
 
 
 def test_fewer_steps_than_are_done(pretrain: Callable[..., int], tmp_path: Path, said: Said) -> None:
@@ -558,7 +600,9 @@ def test_checkpoints_are_listed_shown_verified_and_pruned(copied: Path, said: Sa
     assert run(["checkpoints", "ls", *where]) == 0
     assert "transformer_expert_epoch2.pt" in said()[0]
     assert run(["checkpoints", "show", str(copied / "transformer_expert.pt")]) == 0
-    assert "blocks.0" in said()[0]
+    shown = said()[0]
+    assert "blocks.0" in shown
+    assert "completed, 80 blocks read in all" in shown
     assert run(["checkpoints", "verify", *where]) == 0
     damaged = copied / "transformer_expert_epoch2.pt"
     damaged.write_bytes(damaged.read_bytes()[:-100])

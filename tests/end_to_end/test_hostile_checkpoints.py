@@ -140,6 +140,42 @@ def test_generating_from_it_is_refused(name: str, good: dict[str, Any], tmp_path
     assert reason in answer
 
 
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        (None, "makes no sense"),
+        ({"name": "x", "kind": "transformer"}, "makes no sense"),
+        ({"name": "x", "kind": "transformer", "config": {}}, "hardly anything in it fits"),
+        (
+            {
+                "name": "x",
+                "kind": "transformer",
+                "config": {"model": {"d_model": 16384}, "transformer": {"n_layers": 256, "n_heads": 1}},
+            },
+            "hardly anything in it fits",
+        ),
+    ],
+)
+def test_experts_that_are_not_inside(
+    entry: Any, reason: str, good: dict[str, Any], tmp_path: Path, said: Said
+) -> None:
+    """Asked for by the commands that look for one of them alone."""
+    torch.save(good, tmp_path / "transformer_expert.pt")
+    forged = changed(good, ("kind",), "nanothink_mla")
+    if entry is not None:
+        forged = changed(forged, ("run", "experts"), [entry])
+    path = str(tmp_path / "nanothink_mla.pt")
+    torch.save(forged, path)
+    said()
+    assert run(["memory", "info", "-c", path]) == 1
+    assert reason in " ".join(said().split())
+    if reason == "makes no sense":
+        expert = ("--expert", str(tmp_path / "transformer_expert.pt"))
+        own = ("--checkpoint-dir", str(tmp_path))
+        assert run(["train-mla", "--resume", path, *expert, *own]) == 1
+        assert reason in " ".join(said().split())
+
+
 def test_memory_stays_where_it_was(good: dict[str, Any], tmp_path: Path) -> None:
     """All of them in one process that may take 4 GB of addresses; torch alone takes most of one."""
     paths = []

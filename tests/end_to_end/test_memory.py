@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -122,6 +123,8 @@ def test_it_is_built_says_its_cost_and_holds_no_validation_text(
 ) -> None:
     capsys.readouterr()
     assert run(typed(tmp_path)) == 0
+    opened = map(os.path.realpath, Path("/proc/self/fd").iterdir())
+    assert not [path for path in opened if "neighbours-" in path]
     said = capsys.readouterr().err
     assert "Building the memory" in said
     assert "of memory and" in said

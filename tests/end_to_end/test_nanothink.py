@@ -22,6 +22,7 @@ from nanothink.config.run import resolve_config
 from nanothink.errors import InterruptedRun, UsageError
 from nanothink.models import COMBINED
 from nanothink.models.nanothink import NanoThink
+from nanothink.runs.experts import MAX_EXPERTS, find_experts
 from nanothink.runs.preparing import Watch, Where
 from nanothink.runs.pretraining import pretrain as pretrain_run
 from nanothink.training.events import Event, RunStarted, StepDone
@@ -403,6 +404,12 @@ def test_it_is_loaded_and_scored_by_itself(alone: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "weight of the experts" in shown
     assert "entropy" in shown
+
+
+def test_more_experts_than_can_be_opened_again_are_refused(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}_expert.pt" for i in range(MAX_EXPERTS + 1)]
+    with pytest.raises(UsageError, match="names 65 checkpoints; at most 64"):
+        find_experts(paths, tmp_path)
 
 
 def test_an_expert_routes_nothing(experts: Path, capsys: pytest.CaptureFixture[str]) -> None:
