@@ -82,7 +82,7 @@ def show(
         "kind": summary.kind,
         "run": summary.name or "-",
         "step": render.count(summary.step),
-        "epoch": f"{render.count(summary.epoch)}, and {counted(summary.position, 'block')} of the next",
+        "epoch": f"{render.count(summary.epoch)} completed, {counted(summary.position, 'block')} read in all",
         "best loss": "-" if summary.best_loss is None else f"{summary.best_loss:.4f} nats a token",
         "parameters": render.count(summary.n_parameters),
         "size": render.size(summary.n_bytes),

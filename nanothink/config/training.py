@@ -95,7 +95,7 @@ class TrainConfig(Settings):
     """Non-finite steps in a row after which training gives up."""
 
     sample_prompts: tuple[str, ...] | None = None
-    """Prompts continued at every epoch's end, to watch the text improve; when empty, the first words of a
+    """Prompts continued at every evaluation, to watch the text improve; when empty, the first words of a
     held-out text of each domain, of three at most."""
 
     sample_tokens: int = Field(48, ge=0)

@@ -2,6 +2,7 @@
 
     <data root>/.nanothink/            or <user's cache>/nanothink/<hash of root>/ if that is not writable
         lock                           held by whoever is writing here
+        manifest.json                  digests of the corpus's files (token_files.py)
         tokenizer/                     trained when the one asked for could not be reached (tokenizer.py)
         tokens/                        tokenised files (token_files.py)
         states/                        states of frozen experts (training/expert_states.py)

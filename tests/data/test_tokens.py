@@ -424,7 +424,7 @@ def test_damaged_tokens_are_made_again(root: Path, tokenizer: Tokenizer, damage:
 
 @pytest.mark.parametrize("name", ["tokens.npy", "documents.npy"])
 def test_any_bit_of_a_header_that_flips_is_found(root: Path, tokenizer: Tokenizer, name: str) -> None:
-    """numpy's own reader ends some of them in a TokenError or SyntaxError of its parser."""
+    """The reader of numpy ends some of them in a TokenError or SyntaxError of its parser."""
     _run(root, tokenizer)
     folder = root / ".nanothink" / "tokens" / tokenizer.fingerprint[:16] / sorted(_digests(root))[0]
     whole = (folder / name).read_bytes()
