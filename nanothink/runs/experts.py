@@ -178,16 +178,16 @@ def described(payload: ModelPayload, device: torch.device, path: Path) -> tuple[
     )
 
 
-def entries_of(run: Mapping[str, Any], path: Path) -> Sequence[Mapping[str, Any]]:
+def entries_of(run: Mapping[str, Any], path: Path) -> list[Mapping[str, Any]]:
     """What a combined model's checkpoint says of its experts: name, kind and config of each, and its digest,
     which an export leaves out.
 
     Raises:
         CheckpointDamagedError: it is not what ``as_entries`` gives.
     """
-    match run.get("experts"):
-        case [_, *_] as entries if len(entries) <= MAX_EXPERTS and all(map(_is_entry, entries)):
-            return entries
+    entries: Any = run.get("experts")
+    if isinstance(entries, list) and 1 <= len(entries) <= MAX_EXPERTS and all(map(_is_entry, entries)):
+        return list(entries)
     raise CheckpointDamagedError(
         f"{path}: what it says of the experts inside it makes no sense. Use another checkpoint"
     )

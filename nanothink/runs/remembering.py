@@ -302,7 +302,13 @@ def find_remembering(
             for key, tensor in payload["model_state"].items()
             if key.startswith(prefix)
         }
-        inside: ModelPayload = {**payload, "kind": entries[chosen]["kind"], "model_state": weights}
+        inside: ModelPayload = {
+            "kind": entries[chosen]["kind"],
+            "model_state": weights,
+            "config": payload["config"],
+            "tokenizer": payload["tokenizer"],
+            "run": payload["run"],
+        }
         model = rebuild(inside["kind"], own, tokenizer.vocab_size, payload=inside, path=checkpoint)
         report = restore_model(model, inside, expect_kind=inside["kind"], path=checkpoint)
         if report.missing or report.surplus or report.reshaped:
