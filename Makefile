@@ -6,7 +6,7 @@ DEMO      ?= demo
 DATA      ?= $(DEMO)/data
 TOKENIZER ?= $(DEMO)/tokenizer
 
-.PHONY: help install demo test check docs bench bench-gpu clean
+.PHONY: help install demo test test-bench check docs bench bench-gpu clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -18,11 +18,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
+
 demo: install    ## the whole story on text that Python itself carries: data, four models, evaluation, a sample
 	$(BIN)/nanothink demo --out $(DEMO) --overwrite
 
 test: install    ## the default test suite, under ten minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-bench: $(VENV)/.bench  ## the second suite: every documented benchmark made tiny, and lm-eval
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m bench
 
 check: install   ## lint, format, types
 	$(BIN)/ruff check .
@@ -37,8 +44,7 @@ $(DEMO)/data:
 
 $(DEMO)/tokenizer: | $(DEMO)/data
 
-bench: install $(DATA) $(TOKENIZER)  ## side by side with what people would use instead, on the text of the demo unless told (DATA=..., TOKENIZER=...)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+bench: $(VENV)/.bench $(DATA) $(TOKENIZER)  ## side by side with what people would use instead, on the text of the demo unless told (DATA=..., TOKENIZER=...)
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/selective_scan.py
 	$(BIN)/python benchmarks/state_space.py step --threads 1
@@ -51,8 +57,7 @@ bench: install $(DATA) $(TOKENIZER)  ## side by side with what people would use 
 	$(BIN)/python benchmarks/tokenising.py --data-dir $(DATA) --tokenizer $(TOKENIZER)
 	$(BIN)/python benchmarks/startup.py
 
-bench-gpu: install $(DATA) $(TOKENIZER)  ## the same on this machine's CUDA device, with MFU, and the selective scan's kernels (DATA=..., TOKENIZER=...)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+bench-gpu: $(VENV)/.bench $(DATA) $(TOKENIZER)  ## the same on this machine's CUDA device, with MFU, and the selective scan's kernels (DATA=..., TOKENIZER=...)
 	$(BIN)/python benchmarks/selective_scan_gpu.py
 	$(BIN)/python benchmarks/training_step.py --device cuda --batch 64 --memory-batch 64 --rounds 20
 	$(BIN)/python benchmarks/state_space.py step --device cuda --batch 32 --rounds 10

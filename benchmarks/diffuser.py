@@ -2,9 +2,9 @@
 
 Everything is done with a trained transformer checkpoint, on the data and with the tokenizer that it names.
 
-    python benchmarks/diffuser.py ablate --transformer CHECKPOINT --settings '{"target": "head_row"}'
-    python benchmarks/diffuser.py pair --transformer CHECKPOINT --steps 300 --seeds 0 1 --save FOLDER
-    python benchmarks/diffuser.py sampling --transformer CHECKPOINT --diffuser CHECKPOINT
+    python benchmarks/diffuser.py ablate --settings '{"target": "head_row"}'
+    python benchmarks/diffuser.py pair --steps 300 --seeds 0 1 --save FOLDER
+    python benchmarks/diffuser.py sampling
     python benchmarks/diffuser.py cost --preset tiny --vocabulary 4096 --batch 8
 
 "ablate" trains one diffuser for each JSON object of ``diffuser`` (and ``train_diffuser.``) settings on the
@@ -254,10 +254,11 @@ def cost(options: argparse.Namespace) -> None:
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
     print(f"width {config.model.d_model}, {options.layers} layers, vocabulary {options.vocabulary}, ", end="")
     print(f"step of {options.batch} x {config.model.max_seq_len} tokens")
+    print("\n| model | seconds (median) | min | max |\n|---|---:|---:|---:|")
     for kind, values in seconds.items():
         low, middle, high = min(values), statistics.median(values), max(values)
         print(f"| {kind} | {middle:.3f} | {low:.3f} | {high:.3f} |")
-    print(f"diffuser / transformer, pair by pair: median {statistics.median(ratios):.2f}, ", end="")
+    print(f"\ndiffuser / transformer, pair by pair: median {statistics.median(ratios):.2f}, ", end="")
     print(f"min {min(ratios):.2f}, max {max(ratios):.2f}")
 
 
@@ -266,8 +267,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("ablate", "pair", "sampling", "cost"))
-    parser.add_argument("--transformer", help="checkpoint of the frozen transformer")
-    parser.add_argument("--diffuser", help="checkpoint to sample from")
+    parser.add_argument("--transformer", default="checkpoints/transformer_expert.pt", help="the frozen one")
+    parser.add_argument("--diffuser", default="checkpoints/diffuser_expert.pt", help="to sample from")
     parser.add_argument("--data-dir", help="default: what the transformer was trained on")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--set", action="append", default=[], help="section.key=value, as for nanothink")

@@ -1,6 +1,6 @@
 """Tokens a second of NanoThink's generation against ``transformers``' ``generate`` with its cache.
 
-    python benchmarks/generation.py
+    python benchmarks/generation.py --threads 1
 
 Whole calls as a person makes them: ``nanothink.inference.generate`` here, ``model.generate`` there, a prompt
 of 16 tokens and ``--tokens`` new ones, greedy and drawn (temperature 0.8, top-k 50), at each batch size,

@@ -27,7 +27,7 @@ from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-VOCABULARY, TOKENS = 8192, 2048  # tokens in a step, but where the batch is the dial
+VOCABULARY = 8192
 PEER = "Qwen3, transformers"
 KINDS = ("transformer", "state_space", "diffuser", "nanothink_mla", PEER)
 Point = dict[str, float]
@@ -151,7 +151,9 @@ def in_a_fresh_process(*arguments: object) -> Point:
     return found
 
 
-def by_dial(dial: str, values: Sequence[int], kinds: Sequence[str], device: str) -> dict[str, list[Point]]:
+def by_dial(
+    dial: str, values: Sequence[int], kinds: Sequence[str], device: str, n_tokens: int
+) -> dict[str, list[Point]]:
     """Points by kind, one for each value of a dial; prints them as rows."""
     label, _ = DIALS[dial]
     print(f"\n| {dial} ({label}) | model | parameters | seconds a step | tokens/s | peak memory |")
@@ -160,7 +162,7 @@ def by_dial(dial: str, values: Sequence[int], kinds: Sequence[str], device: str)
     for value in values:
         width = value if dial == "size" else 384
         length = value if dial == "context" else 256
-        batch = value if dial == "batch" else TOKENS // length
+        batch = value if dial == "batch" else max(1, n_tokens // length)
         for kind, points in found.items():
             point = in_a_fresh_process("step", kind, device, width, batch, length)
             point["tokens"] = batch * length
@@ -216,6 +218,8 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=[])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--values", type=int, nargs="+", default=None, help="of the one dial that is named")
+    parser.add_argument("--points", type=int, default=None, help="of each dial, the smallest ones (all)")
+    parser.add_argument("--tokens", type=int, default=2048, help="in a step, but where the batch is the dial")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[2, 8, 32, 64])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
@@ -235,7 +239,8 @@ def main() -> None:
             draw(dial, "megabytes of text", by_corpus(options.megabytes), options.figures)
         else:
             label, values = DIALS[dial]
-            found = by_dial(dial, options.values or values, options.kinds, options.device)
+            values = (options.values or values)[: options.points]
+            found = by_dial(dial, values, options.kinds, options.device, options.tokens)
             draw(dial, label, found, options.figures)
     print(f"\nplots: {options.figures}/growth_*.svg")
 

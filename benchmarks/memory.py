@@ -2,12 +2,12 @@
 
     python benchmarks/memory.py quality --experts DIR --data-dir DATA
                                         NanoThink trained with and without it
-    python benchmarks/memory.py recall --checkpoint FILE
+    python benchmarks/memory.py recall --checkpoint checkpoints/nanothink_mla.pt
                                         recall and speed against exact search
     python benchmarks/memory.py scale   a million made-up keys: time, size, recall
-    python benchmarks/memory.py add --checkpoint FILE --data-dir DATA --domains NAME
+    python benchmarks/memory.py add --checkpoint checkpoints/nanothink_mla.pt --data-dir more --domains manual
                                         text it was never trained on, before and after
-    python benchmarks/memory.py compact --checkpoint FILE
+    python benchmarks/memory.py compact --checkpoint checkpoints/nanothink_mla.pt
                                         size and bits per byte by similarity
 
 Everything goes through the commands that a person would type. ``quality`` trains what is not in ``--out``
@@ -43,6 +43,7 @@ from nanothink.models.nanothink import NanoThink
 from nanothink.runs.loading import load
 
 K = 32
+PROBES = (4, 8, 16, 32, 64)  # lists to look into
 
 
 def call(*arguments: str | Path) -> Any:
@@ -124,9 +125,7 @@ def quality(options: argparse.Namespace) -> None:
         print(f"lower than '{name}' by {100 * gain:.1f} %")
 
 
-def measured(
-    index: NeighbourIndex, keys: Float32, numbers: Int64, queries: Float32, probes: list[int]
-) -> list[list[str]]:
+def measured(index: NeighbourIndex, keys: Float32, numbers: Int64, queries: Float32) -> list[list[str]]:
     """Recall@32 against exact search over the keys as they were before coding, and queries a second."""
     exact = NeighbourIndex.create("exact", keys.shape[1], len(keys), 0)
     exact.add(keys, numbers)
@@ -134,7 +133,9 @@ def measured(
     truth = exact.search(queries, K)[1]
     exact_rate = len(queries) / (time.process_time() - begun)
     rows = [["exact", "1.000", f"{exact_rate:,.0f}", "1.0"]]
-    for n in probes:
+    for n in PROBES:
+        if n > index.n_lists:  # an exact index has none
+            break
         index._index.nprobe = n
         begun = time.process_time()
         found = index.search(queries, K)[1]
@@ -174,7 +175,7 @@ def recall(options: argparse.Namespace) -> None:
         f"{len(keys):,} keys of width {keys.shape[1]}, {store.index.n_lists} lists, {len(queries):,} queries"
     )
     print(f"{facts['n_bytes'] / facts['n_keys']:.1f} bytes a key, {facts['n_bytes'] / 1e6:.1f} MB\n")
-    rows = measured(store.index, keys, numbers, queries, [4, 8, 16, 32, 64])
+    rows = measured(store.index, keys, numbers, queries)
     table(["looking into", "recall@32", "queries a CPU second", "against exact"], rows)
 
 
@@ -204,7 +205,7 @@ def scale(options: argparse.Namespace) -> None:
         with timed("writing"):
             index.write(Path(folder) / "index")
         print(f"{(Path(folder) / 'index').stat().st_size / options.keys:.1f} bytes a key\n")
-    rows = measured(index, keys, numbers, drawn(1000), [4, 8, 16, 32, 64])
+    rows = measured(index, keys, numbers, drawn(1000))
     table(["looking into", "recall@32", "queries a CPU second", "against exact"], rows)
 
 

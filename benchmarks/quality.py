@@ -1,13 +1,14 @@
 """NanoThink against its experts, their ensembles, and its own ablations, in bits per byte by domain.
 
     python benchmarks/quality.py shared --data-dir DATA     three experts of all kinds that saw the same data
+    python benchmarks/quality.py shared --data-dir DATA --single    and one transformer as large as NanoThink
     python benchmarks/quality.py domains --data-dir DATA    one expert a domain, kinds mixed
 
 Everything is trained by the commands that a person would type, one tokenizer for all, and scored on the same
 validation text. ``--expert-steps`` and ``--steps`` are the budgets of phase 1 (each expert) and phase 2, in
 optimizer steps of ``--batch`` blocks (times ``--accumulate`` in phase 2): unless given 600 and 300 for shared
-data, 300 and 200 for different domains; an hour on two cores at most. ``--single`` adds, to shared data,
-one transformer of NanoThink's size, on as many tokens as experts and phase 2 together and in the same time.
+data, 300 and 200 for different domains; an hour on two cores at most. ``--single`` trains one transformer of
+NanoThink's size, on as many tokens as experts and phase 2 together and in the same time.
 ``--seeds`` repeats all of it. What is already in ``--out`` is not trained again, so a benchmark that was
 stopped goes on. ``--set`` goes to every command, after the settings of ``BUDGET``.
 """

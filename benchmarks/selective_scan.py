@@ -70,10 +70,12 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--length", type=int, help="T of every shape, instead of its own")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(machine())
-    for title, shape in SHAPES.items():
+    for title, (batch, length, width, n_states) in SHAPES.items():
+        shape = (batch, options.length or length, width, n_states)
         values = inputs(*shape)
         grad = torch.randn(shape[:3], generator=torch.Generator().manual_seed(1))
         scans = {"mambapy": mambapy_scan, "plain": ours(plain.scan)}

@@ -9,17 +9,21 @@ torch.compile unrolls the loop over time, one operation a step, and is measured 
     python benchmarks/selective_scan_gpu.py
     python benchmarks/selective_scan_gpu.py --rounds 50 --sides triton mamba_ssm
 
-Needs CUDA, and exits with 2 where there is none.
+Needs CUDA, and exits with 2 where there is none. ``--device cpu`` runs the kernel in Triton's interpreter,
+which shows that all of this works and says nothing about speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from side_by_side import machine
 from torch import Tensor
 
 from nanothink.models.selective_scan import Scan, implementation, plain, reference, unavailable
@@ -46,17 +50,17 @@ def sides(names: list[str]) -> dict[str, Scan]:
     return found
 
 
-def inputs(size: tuple[int, int, int, int], dtype: torch.dtype) -> list[Tensor]:
+def inputs(size: Sequence[int], dtype: torch.dtype, device: str) -> list[Tensor]:
     """u, delta, A, B, C, D; those that depend on time in ``dtype``."""
     batch, length, width, n_states = size
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda", generator=generator)
+        return torch.randn(*shape, device=device, generator=generator)
 
     u, B, C = normal(batch, length, width), normal(batch, length, n_states), normal(batch, length, n_states)
     delta = torch.nn.functional.softplus(normal(batch, length, width) - 4)
-    A = -torch.arange(1.0, n_states + 1, device="cuda").repeat(width, 1)
+    A = -torch.arange(1.0, n_states + 1, device=device).repeat(width, 1)
     tensors = [u.to(dtype), delta.to(dtype), A, B.to(dtype), C.to(dtype), normal(width)]
     return [z.requires_grad_() for z in tensors]
 
@@ -68,9 +72,9 @@ def results(scan: Scan, tensors: list[Tensor]) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad((y * weights).sum(), tensors)]
 
 
-def check(found: Mapping[str, Scan], dtype: torch.dtype) -> None:
+def check(found: Mapping[str, Scan], size: Sequence[int], dtype: torch.dtype, device: str) -> None:
     """Compare every side with the reference; print the largest relative error of each."""
-    tensors = inputs(CHECKED, dtype)
+    tensors = inputs(size, dtype, device)
     expected = results(reference.scan, [z.detach().double().requires_grad_() for z in tensors])
     for name, scan in found.items():
         pairs = zip(results(scan, tensors), expected, strict=True)
@@ -92,19 +96,28 @@ def call(scan: Scan, tensors: list[Tensor], backward: bool) -> Callable[[], None
     return run
 
 
-def milliseconds(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median time of each call by the device's own clock, the calls taking turns."""
+def once(call: Callable[[], None], device: str) -> float:
+    """Milliseconds of a call, on a GPU by the device's own clock."""
+    if device == "cpu":
+        begun = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - begun)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop))
+
+
+def milliseconds(calls: Mapping[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
+    """Median time of each call, the calls taking turns."""
     for one in calls.values():
         one(), one()  # the first compiles
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, one in calls.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            one()
-            stop.record()
-            stop.synchronize()
-            times[name].append(start.elapsed_time(stop))
+            times[name].append(once(one, device))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -121,27 +134,32 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--compiled-steps", type=int, default=512, help="longest T for torch.compile")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--size", type=int, nargs=4, metavar=("B", "T", "D", "N"), help="one, not all three")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: Triton's interpreter")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if options.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it when it is imported, which comes later
+    elif not torch.cuda.is_available():
         print("this benchmark needs a CUDA device, and torch finds none here", file=sys.stderr)
         return 2
     found = sides(options.sides)
+    checked = [min(pair) for pair in zip(CHECKED, options.size or CHECKED, strict=True)]
     for dtype in LIMITS:
-        check(found, dtype)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, median of {options.rounds} rounds, ms")
+        check(found, checked, dtype, options.device)
+    print(f"{machine(options.device)}, median of {options.rounds} rounds, ms")
     print()
     print("| batch, T, D, N | inputs | pass | " + " | ".join(found) + " |")
     print("|---" * (3 + len(found)) + "|")
-    for size in SIZES:
+    for size in [options.size] if options.size else SIZES:
         for dtype in LIMITS:
-            tensors = inputs(size, dtype)
+            tensors = inputs(size, dtype, options.device)
             for way, backward in WAYS.items():
                 calls = {
                     name: call(scan, tensors, backward)
                     for name, scan in found.items()
                     if name != "compile" or size[1] <= options.compiled_steps
                 }
-                times = milliseconds(calls, options.rounds)
+                times = milliseconds(calls, options.rounds, options.device)
                 cells = [cell(times, name) for name in found]
                 first = [", ".join(map(str, size)), str(dtype).removeprefix("torch."), way]
                 print(f"| {' | '.join([*first, *cells])} |", flush=True)

@@ -1,9 +1,9 @@
 """The state-space expert: training against mambapy and ``transformers``, decoding, and long texts.
 
-    python benchmarks/state_space.py step       a whole training step, bfloat16 autocast on all sides
-    python benchmarks/state_space.py memory     its peak memory, a fresh process a side
-    python benchmarks/state_space.py decode     tokens/s at batch 1, and a step's cost far into a text
-    python benchmarks/state_space.py length     memory and time of a step by length, and the plot of both
+    python benchmarks/state_space.py step --threads 1     a training step, bfloat16 autocast on all sides
+    python benchmarks/state_space.py memory --batch 16    its peak memory, a fresh process a side
+    python benchmarks/state_space.py decode --threads 1   tokens/s at batch 1, a step far into a text
+    python benchmarks/state_space.py length --threads 1   memory and time of a step by length, a plot
 
 ``--sides`` picks what is compared; ``transformers`` is MambaForCausalLM as it comes, whose backward on a CPU
 is quadratic in length (``--length 128`` is about what it can bear), ``transformers+mambapy`` the same with

@@ -1,6 +1,7 @@
 """How fast `nanothink data validate` reads good data, beside loops that only parse it.
 
-    python benchmarks/validate.py [--data-dir DIR] [--megabytes 100] [--repeats 5]
+    python benchmarks/validate.py
+    python benchmarks/validate.py --data-dir DATA
 
 Without a data folder it makes lines of words, of 200 bytes to 10 KB, a fifth of them beyond ASCII. All three
 readers get the same files, one after another in each round, on one core; best of the rounds. The loops

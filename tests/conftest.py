@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from documentation import ROOT
+from forking_shell import ForkingShell, quick
 
 # Tests run beside one another and compare bits: one thread, no network, no settings from outside.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -83,6 +85,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="kill writing commands at each change to the disk (test_killed_commands.py; some minutes more)",
     )
+
+
+@pytest.fixture(scope="session")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkingShell]:
+    """For documented lines: ``nanothink`` starts at once in it, and all models and runs are tiny."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    small = quick(steps=4, max_keys=2000)
+    environment = {**os.environ, **small, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    shell = ForkingShell(tmp_path_factory.mktemp("bin"), environment)
+    yield shell
+    shell.close()
 
 
 Nanothink = Callable[..., "subprocess.CompletedProcess[str]"]

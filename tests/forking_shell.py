@@ -91,7 +91,7 @@ class ForkingShell:
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=600,
         )
 
     def start(self, command: str, cwd: Path) -> subprocess.Popen[str]:

@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-import pytest
 from documentation import ROOT
 from forking_shell import ForkingShell
 
@@ -150,17 +149,13 @@ def with_a_browser_and_more_runs(script: str, place: Place) -> None:
 
 
 def with_lm_eval(script: str, place: Place) -> None:
-    """Where it is installed, since it has an environment of its own; in a new folder with more text."""
-    if shutil.which("lm_eval") is None:
-        pytest.skip("lm_eval is not on the PATH")
-    with tempfile.TemporaryDirectory() as folder:
-        there = replace(place, folder=Path(folder))
-        there.run("nanothink data sample\nnanothink pretrain transformer --preset tiny")
-        task = Path("benchmarks", "lm_eval")
-        shutil.copytree(ROOT / task, there.folder / task)
-        text = (there.folder / "data" / "code" / "starter.jsonl").read_text().splitlines(keepends=True)
-        (there.folder / "held_out.jsonl").write_text("".join(text[:20]))
-        there.run(script, HF_DATASETS_OFFLINE="1", HF_DATASETS_CACHE=str(there.folder / "cache"))
+    """With more text, and some of it held out."""
+    place.run("nanothink data sample\nnanothink pretrain transformer --preset tiny")
+    task = Path("benchmarks", "lm_eval")
+    shutil.copytree(ROOT / task, place.folder / task)
+    text = (place.folder / "data" / "code" / "starter.jsonl").read_text().splitlines(keepends=True)
+    (place.folder / "held_out.jsonl").write_text("".join(text[:20]))
+    place.run(script, HF_DATASETS_OFFLINE="1", HF_DATASETS_CACHE=str(place.folder / "cache"))
 
 
 SURROUNDINGS: dict[str, Callable[[str, Place], None]] = {

@@ -20,7 +20,6 @@ from documentation import (
     ROOT,
     Block,
     blocks,
-    calls_in_prose,
     commands_of_the_program,
     leaf,
 )
@@ -61,7 +60,7 @@ def test_the_tree_is_the_package() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 2. Every command parses
+# 2. Every command of an example parses
 
 
 def parse(words: list[str]) -> None:
@@ -70,14 +69,6 @@ def parse(words: list[str]) -> None:
     assert not hasattr(command, "commands") or rest, f"{' '.join(words)}: a command is missing"
     if not {"--help", "--version"} & set(rest):
         command.make_context(" ".join(words), rest)
-
-
-def check_names(words: list[str]) -> None:
-    """The command and its options exist; arguments may be missing."""
-    command, rest = leaf(words)
-    known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
-    known |= {"--install-completion", "--show-completion"}
-    assert {word.partition("=")[0] for word in rest if word.startswith("-")} <= known, words
 
 
 def test_there_are_commands_to_check() -> None:
@@ -91,12 +82,6 @@ def test_there_are_commands_to_check() -> None:
 @pytest.mark.parametrize(("block", "call"), CALLS, ids=[f"{b}: {' '.join(c)}" for b, c in CALLS])
 def test_every_command_parses(block: Block, call: list[str]) -> None:
     parse(call)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_command_in_prose_exists(page: Path) -> None:
-    for call in calls_in_prose(page):
-        check_names(call)
 
 
 def test_the_reference_names_every_command_and_option() -> None:

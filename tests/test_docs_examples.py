@@ -1,33 +1,35 @@
 """Every example of the documentation runs, in the order of its page, in a folder as its reader would have it.
 
 Pages that need no more begin with text alone, the others with what the tutorial leaves behind. Before an
-example stands ``<!-- run -->``; ``<!-- run: in a clone -->`` if it wants more, see surroundings.py; or
-``<!-- ci -->`` if it takes minutes and is a line of ``.ci/run``.
+example stands ``<!-- run -->``; ``<!-- run: in a clone -->`` if it wants more around it, see surroundings.py;
+``<!-- bench: with lm-eval -->`` if it wants packages that only ``make test-bench`` has; or ``<!-- ci -->`` if
+it takes minutes and is a line of ``.ci/run``.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shlex
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from documentation import (
+    CALLS,
     PAGES,
     ROOT,
     SHELL,
     Block,
     blocks,
+    calls_in_prose,
     commands,
     commands_of_the_program,
     leaf,
     shell_lines,
 )
-from forking_shell import ForkingShell, quick
+from forking_shell import ForkingShell
 from surroundings import SURROUNDINGS, Place
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
@@ -38,22 +40,34 @@ BEGIN_WITH_TEXT = (
     ROOT / "docs" / "data.md",
     ROOT / "docs" / "configuration.md",
     ROOT / "docs" / "distributed.md",
-    ROOT / "docs" / "evaluation.md",
 )
 EXAMPLES = {page: [b for b in blocks(page) if b.language in {"console", "bash", "python"}] for page in PAGES}
 EXAMPLES = {page: found for page, found in EXAMPLES.items() if found}
 RUN = {page: [block for block in found if block.mark == "run"] for page, found in EXAMPLES.items()}
 RUN = {page: marked for page, marked in RUN.items() if marked}
+BENCH = [block for found in EXAMPLES.values() for block in found if block.mark == "bench"]
 
-
-@pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkingShell]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    small = quick(steps=4, max_keys=2000)
-    environment = {**os.environ, **small, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    shell = ForkingShell(tmp_path_factory.mktemp("bin"), environment)
-    yield shell
-    shell.close()
+IN_PROSE = {f"nanothink {shlex.join(call)}" for page in PAGES for call in calls_in_prose(page)}
+IN_PROSE -= {f"nanothink {shlex.join(call)}" for _, call in CALLS}
+SLOW = {"nanothink data sample"}  # more than ten seconds: make test-bench
+NAMES = {"nanothink data import"}  # of commands, which need an argument: their help runs
+WORDS = {
+    "PATH": "checkpoints/transformer_expert.pt",
+    "FILE": "own.csv",
+    "NAME": "own",
+    "N": "2",
+    "2000": "8",
+    "480": "4",
+}
+BEFORE = {
+    "nanothink data import FILE --domain NAME --text-field txt": "printf 'n,txt\\n1,A text.\\n' > own.csv",
+    "nanothink memory build": "rm -r checkpoints/*.memory",
+    "nanothink pretrain transformer": "mv checkpoints others",
+    "nanothink pretrain diffuser --preset tiny --max-steps 480 --set diffuser.n_layers=2": (
+        "mv checkpoints others; mkdir checkpoints; cp others/transformer_expert.pt checkpoints"
+    ),
+}
+"""Where a command in running text finds something else than what the tutorial leaves behind."""
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +139,40 @@ def test_examples_run_in_order(
         run(block, Place(folder, own_text, shell))
 
 
+@pytest.mark.bench
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("block", BENCH, ids=str)
+def test_examples_with_more_packages_run(
+    block: Block, shell: ForkingShell, own_text: Path, tmp_path: Path
+) -> None:
+    run(block, Place(tmp_path, own_text, shell))
+
+
+@pytest.mark.timeout(900)
+def test_commands_in_running_text_run(
+    shell: ForkingShell, own_text: Path, after_the_tutorial: Callable[[], Path]
+) -> None:
+    """Those that no example shows, each in the folder that the tutorial leaves behind."""
+    for command in sorted(IN_PROSE - SLOW):
+        place = Place(after_the_tutorial(), own_text, shell)
+        place.run(BEFORE.get(command, ""))
+        typed = command + " --help" * (command in NAMES)
+        for word, other in WORDS.items():
+            typed = re.sub(rf"\b{word}\b", other, typed)
+        place.run(typed, HOME=str(place.folder))
+
+
+@pytest.mark.bench
+def test_slow_commands_in_running_text_run(shell: ForkingShell, own_text: Path, tmp_path: Path) -> None:
+    for command in sorted(SLOW):
+        Place(tmp_path, own_text, shell).run(command)
+
+
 @pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_example_runs_here_or_in_ci(page: Path) -> None:
     ci = set(map(without_comment, (ROOT / ".ci" / "run").read_text().splitlines()))
     for block in EXAMPLES[page]:
-        if block.mark == "run":
+        if block.mark in {"run", "bench"}:
             assert block.note in SURROUNDINGS, block
         else:
             assert block.mark == "ci", f"{block} runs nowhere"

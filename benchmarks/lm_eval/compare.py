@@ -10,8 +10,8 @@ before each (lm-eval fills its last one up with tokens before). So the held-out 
     one text a domain    its documents with a blank line between them: both read the same, and must agree
     document by document a record each: what the habits of the two programs make of them
 
-Exits with 1 where the first differs by more than half a percent. lm-eval needs an environment of its own:
-``pip install 'lm-eval[hf]'``.
+Exits with 1 where the first differs by more than half a percent. ``pip install -e '.[bench]'`` brings
+lm-eval along; it may as well have an environment of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -111,6 +112,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lm-eval", default="lm_eval", help="the program")
     options = parser.parse_args()
+    found = shutil.which(options.lm_eval)
+    if found is None:
+        parser.error(
+            f"there is no program {options.lm_eval}: pip install -e '.[bench]', or name it by --lm-eval"
+        )
+    program = str(Path(found).absolute())  # it runs in another folder
 
     import nanothink
     from nanothink.runs.exporting import export_checkpoint
@@ -134,7 +141,7 @@ def main() -> None:
             place.mkdir()
             write(place, texts)
             ours = nanothink_eval(options.checkpoint, place)
-            theirs = lm_eval(options.lm_eval, export, place, options.batch)
+            theirs = lm_eval(program, export, place, options.batch)
             ratios.append(theirs / ours)
             print(f"| {name} | {ours:.4f} | {theirs:.4f} | {theirs / ours:.4f} |", flush=True)
     if abs(ratios[0] - 1) > TOLERANCE:
