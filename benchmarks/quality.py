@@ -67,12 +67,13 @@ class Ensemble(nn.Module):
         )  # untrained, it is the log-linear ensemble
         self.linear = linear
 
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def log_likelihood(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """See ``LanguageModel.log_likelihood``, the one method that evaluation asks for."""
         if not self.linear:
-            return self.joined.loss(inputs, targets)
+            return self.joined.log_likelihood(inputs, targets)
         each = torch.stack([m.log_likelihood(inputs, targets) for m in self.experts.values()])  # (E, B, T)
         mixed = each.logsumexp(0) - torch.tensor(float(len(each))).log()
-        return -mixed[targets != IGNORE].sum()
+        return mixed.masked_fill(targets == IGNORE, 0.0)
 
 
 class Bench:

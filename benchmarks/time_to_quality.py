@@ -105,9 +105,10 @@ class Scored(nn.Module):
         super().__init__()
         self.model = model
 
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def log_likelihood(self, inputs: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(input_ids=inputs).logits.flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORE)
+        nats = F.cross_entropy(logits, targets.flatten(), reduction="none", ignore_index=IGNORE)
+        return -nats.view(targets.shape)
 
 
 class Race:
