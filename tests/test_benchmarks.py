@@ -213,7 +213,7 @@ def project(shell: ForkingShell, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.mark.bench
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_a_benchmark_runs(command: str, shell: ForkingShell, project: Path, tmp_path: Path) -> None:
     for named in project.iterdir():
         (tmp_path / named.name).symlink_to(named)
@@ -239,7 +239,7 @@ def rows_of_tables(text: str) -> list[list[str]]:
     return rows
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_a_benchmark_takes_its_command_line(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
