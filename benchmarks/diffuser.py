@@ -63,7 +63,7 @@ def train(
     batches = TrainingBatches(tokens.train, config.model.max_seq_len, seed)
     objective: Objective = next_token
     if isinstance(model, Diffuser):
-        model.adopt(frozen, batches.read(0, TARGET_SAMPLE_BLOCKS)[1].clamp_min(0))
+        model.adopt(frozen, batches.read(0, TARGET_SAMPLE_BLOCKS)[1])
         objective = objective_of(config, seed, frozen)
     optimizer = GroupedOptimizer(model.parameter_groups(), training)
     seconds = []

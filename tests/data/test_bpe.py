@@ -35,8 +35,18 @@ def many_words(n_texts: int, seed: int = 0) -> list[str]:
     return [" ".join(rng.choices(words, k=400)) for _ in range(n_texts)]
 
 
+_OF_OTHERS: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def _those_of_other_tests() -> None:
+    """Processes that other files' tests keep running in this one."""
+    _OF_OTHERS.clear()
+    _OF_OTHERS.update(process.pid for process in psutil.Process().children())
+
+
 def children() -> list[psutil.Process]:
-    return psutil.Process().children()
+    return [process for process in psutil.Process().children() if process.pid not in _OF_OTHERS]
 
 
 def canonical(tokenizer: tokenizers.Tokenizer) -> bytes:
