@@ -8,6 +8,7 @@ underscore spellings of the older scripts (``--data_dir``) for the hyphenated on
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,11 +80,11 @@ def _is_value(following: list[str], others: list[str], takes_kind: bool) -> bool
     if not following or following[0].startswith("-"):
         return False
     value = following[0]
-    if value == NEWEST or value.endswith(".pt") or "/" in value or Path(value).is_file() or not takes_kind:
+    if value == NEWEST or value.endswith(".pt") or "/" in value or os.path.isfile(value) or not takes_kind:
         return True
     if _is_kind(value):
         return False
-    return Path(value).is_dir() or any(map(_is_kind, others))
+    return os.path.isdir(value) or any(map(_is_kind, others))
 
 
 def _is_kind(word: str) -> bool:
@@ -99,7 +100,7 @@ def _refuse_folder(args: list[str], command: str, *, takes_kind: bool) -> None:
     values = [args[i + 1] for i, argument in enumerate(args[:-1]) if argument == "--resume"]
     values += [argument.partition("=")[2] for argument in args if argument.startswith("--resume=")]
     for value in values:
-        if value and Path(value).is_dir():
+        if value not in ("", NEWEST) and os.path.isdir(value):  # pathlib's raises where one may not look
             kind = f" {next(filter(_is_kind, args), 'KIND')}" if takes_kind else ""
             raise UsageError(
                 f"--resume takes a checkpoint, and {value} is a folder. To go on with the latest run in it: "

@@ -122,7 +122,7 @@ def test_reading_commands_leave_too(
 ) -> None:
     path = str(uninterrupted("transformer") / f"{STEM}.pt")
     arguments = ["eval", path] if command == "eval" else ["generate", "time", "-c", path, "-n", "500"]
-    called = "loss" if command == "eval" else "step"
+    called = "log_likelihood" if command == "eval" else "step"
     strike = {"call": f"nanothink.models.transformer:Transformer.{called}", "signals": [sent]}
     ended = ground.server.run(arguments, strike=strike)
     check_left(ended)
