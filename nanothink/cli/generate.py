@@ -40,7 +40,7 @@ def generate(
             "--checkpoint",
             "-c",
             metavar="PATH",
-            help="Which model. [default: the newest best one in --checkpoint-dir]",
+            help="Which model. [default: the newest best one in --checkpoint-dir that can do it]",
             autocompletion=completion.checkpoints,
         ),
     ] = None,
@@ -120,6 +120,7 @@ def generate(
     from nanothink.cli import render
     from nanothink.errors import UsageError
     from nanothink.inference.sampling import sampling_config
+    from nanothink.models import COMBINED
     from nanothink.runs.evaluating import newest_finished
     from nanothink.runs.loading import load
 
@@ -145,8 +146,9 @@ def generate(
         raise UsageError("--level is for --denoise.")
     if ddim or ddim_steps is not None:
         sampling["ddim_steps"] = ddim_steps or 0
+    kind = "diffuser" if denoise or "ddim_steps" in sampling else COMBINED if show_routing else None
     with render.progress() as bars:
-        path = checkpoint or newest_finished(checkpoint_dir, bars.note, bars)
+        path = checkpoint or newest_finished(checkpoint_dir, bars.note, bars, kind=kind)
         loaded = load(path, device=device, memory=not no_memory, progress=bars)
     for line in loaded.notes:
         render.note(line)

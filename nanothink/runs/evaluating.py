@@ -21,6 +21,7 @@ from nanothink.data.tokens import TokenStream, tokenise
 from nanothink.errors import CheckpointError, CheckpointNotFoundError, DataError, UsageError
 from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Difference, Evaluation, evaluate_model
+from nanothink.models import COMBINED
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.loading import LoadedModel, load
@@ -183,17 +184,25 @@ def finished_checkpoints(
 
 
 def newest_finished(
-    checkpoint_dir: Path, note: Callable[[str], None], progress: Progress | None = None
+    checkpoint_dir: Path,
+    note: Callable[[str], None],
+    progress: Progress | None = None,
+    *,
+    kind: str | None = None,
 ) -> Path:
     """Of the best checkpoints in a folder the one written last; ``note`` hears of damaged newer ones.
+
+    Args:
+        kind: of which it must be, where not any will do.
 
     Raises:
         CheckpointNotFoundError: there is none.
     """
     newest_first = sorted(_best_of_each(checkpoint_dir), key=lambda entry: entry.modified, reverse=True)
-    for path in _sound(newest_first, note, progress):
+    wanted = [e for e in newest_first if isinstance(e, DamagedEntry) or kind in (None, e.kind)]
+    for path in _sound(wanted, note, progress):
         return path
-    raise _nothing_trained(checkpoint_dir)
+    raise _nothing_trained(checkpoint_dir, kind)
 
 
 def _best_of_each(checkpoint_dir: Path) -> list[CheckpointSummary | DamagedEntry]:
@@ -215,8 +224,9 @@ def _sound(
             yield entry.path
 
 
-def _nothing_trained(checkpoint_dir: Path) -> CheckpointNotFoundError:
+def _nothing_trained(checkpoint_dir: Path, kind: str | None = None) -> CheckpointNotFoundError:
+    how = "train-mla" if kind == COMBINED else f"pretrain {kind or 'transformer'}"
     return CheckpointNotFoundError(
-        f"No trained model in {checkpoint_dir}. Train one (nanothink pretrain transformer), or name a "
+        f"No trained {kind or 'model'} in {checkpoint_dir}. Train one (nanothink {how}), or name a "
         "checkpoint."
     )

@@ -139,6 +139,22 @@ def test_the_newest_sound_checkpoint_is_taken(copied: Path, said: Said) -> None:
     assert f"Passing over {other}" in noted
 
 
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        (["--denoise"], "diffuser in {}. Train one (nanothink pretrain diffuser)"),
+        (["--ddim-steps", "2"], "diffuser in {}. Train one (nanothink pretrain diffuser)"),
+        (["--show-routing"], "nanothink_mla in {}. Train one (nanothink train-mla)"),
+    ],
+)
+def test_what_only_one_kind_can_do_looks_for_that_kind(
+    asked: list[str], wanted: str, trained: Path, said: Said
+) -> None:
+    """Here is a transformer alone; with a diffuser beside it see test_diffuser.py."""
+    assert run(["generate", "The", *asked, "--checkpoint-dir", str(trained)]) == 1
+    assert "No trained " + wanted.format(trained) in " ".join(said()[1].split())
+
+
 def test_samples_continue_held_out_texts_unless_prompts_are_given(
     pretrain: Callable[..., int], tiny_corpus: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -260,3 +261,17 @@ def test_a_passage_is_rebuilt_from_noise(
         ["generate", passage, "--level", "3", "-c", str(alone)],
     ):
         assert run(typed) == 2
+
+
+@pytest.mark.parametrize("asked", [["--denoise"], ["--ddim"], ["--ddim-steps", "2"]])
+def test_what_a_diffuser_alone_can_do_is_asked_of_it_though_another_is_newer(
+    asked: list[str], trained: Path, transformer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(trained / f"{STEM}.pt", tmp_path)
+    newer = Path(shutil.copy(transformer, tmp_path))
+    os.utime(newer, (4e9, 4e9))
+    where = ["--checkpoint-dir", str(tmp_path), "--json", "-n", "2"]
+    assert run(["generate", "the morning", *where]) == 0
+    assert json.loads(capsys.readouterr().out)["checkpoint"] == str(newer)
+    assert run(["generate", "the morning", *asked, *where]) == 0
+    assert json.loads(capsys.readouterr().out)["checkpoint"] == str(tmp_path / f"{STEM}.pt")
