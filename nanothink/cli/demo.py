@@ -81,16 +81,16 @@ def _steps(out: Path, *, overwrite: bool) -> Iterator[tuple[str, list[str]]]:
     held_out = ["--checkpoint-dir", checkpoints, "--max-tokens", "20000"]
     yield "All four on held-out text", ["eval", *held_out]
     combined = str(out / "checkpoints" / "nanothink_mla.pt")
-    prompt = ["generate", "def main(", "--checkpoint", combined, "-n", "80", "--seed", "1", "--show-routing"]
+    prompt = ["generate", "def main(", "-c", combined, "-n", "80", "--seed", "1", "--show-routing"]
     yield "What it writes, and which expert is trusted", prompt
 
 
 def _next_commands(out: Path) -> Iterator[str]:
     combined = shlex.quote(str(out / "checkpoints" / "nanothink_mla.pt"))
     checkpoints = shlex.quote(str(out / "checkpoints"))
-    yield f'nanothink generate "The module" --checkpoint {combined}   # let it write'
+    yield f'nanothink generate "The module" -c {combined}   # let it write'
     yield f"nanothink report --checkpoint-dir {checkpoints}   # curves, domains, routing as one HTML page"
-    yield f'nanothink memory search "return the" --checkpoint {combined}   # what it recalls'
+    yield f'nanothink memory search "return the" -c {combined}   # what it recalls'
     yield f"nanothink checkpoints ls --checkpoint-dir {checkpoints}   # what there is"
     yield "nanothink data import notes.csv --domain notes   # your own text, one folder a domain"
     yield "nanothink pretrain transformer --dry-run   # what training on it would take"
