@@ -46,9 +46,8 @@ def above_best(results: Sequence[CheckpointEvaluation]) -> list[Difference | Non
 
     def order(result: CheckpointEvaluation) -> float:
         bits = result.evaluation.overall.bits_per_byte
-        return (
-            math.inf if math.isnan(bits) else bits
-        )  # NaN compares with nothing, so min would keep a first one
+        # NaN compares with nothing, so that min would keep one that comes first.
+        return math.inf if math.isnan(bits) else bits
 
     best = min(results, key=order)
     return [None if result is best else result.evaluation.less(best.evaluation) for result in results]
