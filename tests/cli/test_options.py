@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from nanothink.cli.app import run
-from nanothink.cli.options import fill_bare_resume
+from nanothink.cli.options import _refuse_folder, fill_bare_resume
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,22 @@ from nanothink.cli.options import fill_bare_resume
 )
 def test_resume_may_stand_bare(typed: str, parsed: str) -> None:
     assert fill_bare_resume(typed.split()) == parsed.split()
+
+
+@pytest.mark.parametrize("word", ["where", "where.pt"])
+def test_a_word_that_may_not_be_looked_at_is_no_folder(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a folder of somebody else's; pathlib raises there."""
+
+    def refuse(path: object, *more: object, **options: object) -> os.stat_result:
+        if os.fspath(path) == word:  # type: ignore[call-overload]
+            raise PermissionError(13, "Permission denied", word)
+        return really(path, *more, **options)  # type: ignore[arg-type]
+
+    really = os.stat
+    monkeypatch.setattr(os, "stat", refuse)
+    parsed = fill_bare_resume(["transformer", "--resume", word])
+    assert parsed == ["transformer", "--resume", word]
+    _refuse_folder(parsed, "nanothink pretrain", takes_kind=True)
 
 
 def test_a_file_without_an_ending_is_a_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
