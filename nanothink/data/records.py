@@ -16,7 +16,7 @@ What is decided about odd input, each with a test:
              a file that cannot be read (line 1, column 1, or the line that was reached)
     warning  byte-order mark at the start, blank lines (one warning a file, with their number),
              an escaped NUL in the text, a repeated key (the last one counts), a file without any record
-    fine     CRLF, no newline at the end, other fields whatever they hold, null for source or id
+    fine     CRLF, no newline at the end, other fields whatever they hold, null for source, id or group
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Annotated
 
 import orjson
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 from nanothink.data.lines import MAX_LINE_BYTES, Problem, ProblemSink, column_at, iter_lines, shown
 from nanothink.data.strict_json import JsonFault, Member, decode_string, scan
@@ -40,7 +40,7 @@ from nanothink.errors import StorageError, did_you_mean
 
 __all__ = ["MAX_LINE_BYTES", "Problem", "ProblemSink", "Record", "iter_records", "shown", "write_records"]
 
-_KEYS = ("text", "source", "id")
+_KEYS = ("text", "source", "id", "group")
 _INTEGER = re.compile(r"-?[0-9]+")
 _MAX_DIGITS = 4300  # Python refuses to convert longer ones, because that takes quadratic time
 
@@ -49,6 +49,13 @@ def _not_blank(text: str) -> str:
     if not text or text.isspace():
         raise ValueError("text is empty")
     return text
+
+
+def _group(value: object) -> str | None:
+    """The value as the name of a group: a string or an integer; anything else is another program's field."""
+    if isinstance(value, float):  # the fast parser's form of integers beyond 64 bits, too
+        raise ValueError("a group must be a string or an integer")
+    return str(value) or None if isinstance(value, str) or type(value) is int else None
 
 
 class Record(BaseModel):
@@ -64,6 +71,9 @@ class Record(BaseModel):
 
     id: int | None = None
     """Any integer; unique within its file by convention, which nothing relies on."""
+
+    group: Annotated[str | None, BeforeValidator(_group)] = None
+    """Name of the document that this record is a piece of; the pieces of one are on one side of the split."""
 
 
 def iter_records(
@@ -99,7 +109,7 @@ def iter_records(
                 record = validate(obj)
                 # Written out again, a line without repeated keys is as long as before, give or take
                 # the blanks between three keys. That costs a tenth of searching the line for them.
-                n_known = 1 + ("source" in obj) + ("id" in obj)
+                n_known = 1 + ("source" in obj) + ("id" in obj) + ("group" in obj)
                 doubtful = len(line) - len(dumps(obj)) > 6 or len(obj) != n_known
             except (ValueError, TypeError):  # TypeError: too deep to be written out
                 if not line or line.isspace():
@@ -156,7 +166,8 @@ def _look_closely(line: bytes) -> Record:
         raise JsonFault(last["text"].start, f"`text` is {what}; a record needs some text")
     source = _string_value(text, last["source"]) if "source" in last else None
     number = _integer_value(text, last["id"]) if "id" in last else None
-    return Record(text=value, source=source, id=number)
+    group = _group_value(text, last["group"]) if "group" in last else None
+    return Record(text=value, source=source, id=number, group=group)
 
 
 def decode_line(line: bytes) -> str:
@@ -187,6 +198,13 @@ def _integer_value(text: str, member: Member) -> int | None:
     if len(literal) > _MAX_DIGITS:
         raise JsonFault(member.start, f"`{member.key}` has more than {_MAX_DIGITS:,} digits")
     return int(literal)
+
+
+def _group_value(text: str, member: Member) -> str | None:
+    literal = text[member.start : member.end]
+    if literal.startswith('"'):
+        return decode_string(literal) or None
+    return literal if _INTEGER.fullmatch(literal) else None
 
 
 def _kind(literal: str) -> str:

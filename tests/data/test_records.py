@@ -62,6 +62,29 @@ def test_reads_fields_and_line_numbers(tmp_path):
     assert reading.warnings == []
 
 
+@pytest.mark.parametrize("slow", [b"", b', "deep": 1e999'], ids=["fast path", "slow look"])
+@pytest.mark.parametrize(
+    ("value", "group"),
+    [
+        (b'"a \\u00e9"', "a é"),
+        (b"7", "7"),
+        (b"-3", "-3"),
+        (b"1" + b"0" * 30, "1" + "0" * 30),
+        (b'""', None),
+        (b"null", None),
+        (b"true", None),
+        (b"1.5", None),
+        (b'["a"]', None),
+        (b'{"a": 1}', None),
+    ],
+)
+def test_a_group_is_a_string_or_an_integer_and_anything_else_is_ignored(tmp_path, value, group, slow):
+    reading = read(tmp_path, b'{"text": "a", "group": %b%b}\n' % (value, slow))
+    assert reading.numbered == [(1, Record(text="a", group=group))]
+    assert not reading.problems
+    assert not reading.warnings
+
+
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"", b" \t\r\n"])
 def test_line_ends_and_a_last_line_without_one(tmp_path, end):
     reading = read(tmp_path, b'{"text": "a"}\r\n{"text": "b"}' + end)
