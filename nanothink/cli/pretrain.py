@@ -34,7 +34,8 @@ from nanothink.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from nanothink.runs.preparing import Configure, Where
+    from nanothink.runs.preparing import Configure
+    from nanothink.runs.resuming import Where
 
 
 PRETRAIN_EXAMPLES = examples(
@@ -116,7 +117,7 @@ def pretrain(
     configure = configure_from(preset=preset, config_file=config_file, assignments=assignments, flags=flags)
     if resume is None:
         refuse_early(configure)
-    from nanothink.runs.preparing import Where
+    from nanothink.runs.resuming import Where
 
     where = Where(
         kind=kind,
@@ -165,7 +166,7 @@ def resume(
 
     from nanothink.cli import render
     from nanothink.config.run import training_section
-    from nanothink.runs.preparing import Watch, locate
+    from nanothink.runs.resuming import Watch, locate
 
     with render.progress() as bars:
         shown = is_first_process()
@@ -185,7 +186,8 @@ def resume(
 def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -> int:
     """Train what ``where`` names and show how it goes; or say what it would take."""
     from nanothink.cli import render
-    from nanothink.runs.preparing import Watch, prepare
+    from nanothink.runs.preparing import prepare
+    from nanothink.runs.resuming import Watch
 
     if dry_run:
         if not is_first_process():

@@ -108,7 +108,7 @@ def train_mla(
     configure = configure_from(preset=preset, config_file=config_file, assignments=assignments, flags=flags)
     if resume is None:
         refuse_early(configure)
-    from nanothink.runs.preparing import Where
+    from nanothink.runs.resuming import Where
 
     where = Where(
         kind=COMBINED,

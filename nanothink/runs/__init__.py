@@ -1,6 +1,7 @@
 """The composition root: here settings meet data, models, training and checkpoints.
 
-preparing.py   what a run will consist of: data, tokenizer, precision, where to go on from
+resuming.py    which run is meant, and the checkpoint it goes on from
+preparing.py   what a run will consist of: data, tokenizer, precision
 pretraining.py train an expert
 keeping.py     the experts' states on the disk: whether, and for what
 planning.py    the same, only estimated: --dry-run

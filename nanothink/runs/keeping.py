@@ -12,7 +12,8 @@ from nanothink.config import TrainMLAConfig
 from nanothink.models import EXPERT_KINDS
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.frozen import weights_digest
-from nanothink.runs.preparing import Prepared, Watch
+from nanothink.runs.preparing import Prepared
+from nanothink.runs.resuming import Watch
 from nanothink.training.expert_states import ExpertStates, Shape, open_states, states_bytes
 
 

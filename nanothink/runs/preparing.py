@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanothink.checkpoints import (
     CheckpointPayload,
-    CheckpointStore,
-    Progress,
-    list_checkpoints,
-    read_checkpoint,
-    verify_checkpoint,
 )
 from nanothink.config import Config, TrainConfig
 from nanothink.config.run import ResolvedConfig, flatten
@@ -23,12 +18,9 @@ from nanothink.data.corpus import Corpus, find_corpus
 from nanothink.data.tokenizer import Tokenizer, resolve_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
 from nanothink.errors import (
-    CheckpointDamagedError,
     CheckpointMismatchError,
-    CheckpointNotFoundError,
     DataError,
     UsageError,
-    some_of,
 )
 from nanothink.models import COMBINED, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
@@ -43,56 +35,13 @@ from nanothink.runs.experts import (
 )
 from nanothink.runs.frozen import FrozenTransformer, check_same_transformer, find_transformer
 from nanothink.runs.rebuilding import rebuild
+from nanothink.runs.resuming import Origin, Watch, Where, find_start
 from nanothink.training.events import RunFinished
 from nanothink.training.recording import ENDING
 from nanothink.training.state import Plan, TrainState
 
-NEWEST = "newest"
-"""Stands for ``--resume`` without a path."""
-
 Configure = Callable[[Mapping[str, Any] | None], ResolvedConfig]
 """Resolves the settings; takes a checkpoint's settings as their base when a run goes on from one."""
-
-
-@dataclass(frozen=True)
-class Where:
-    """Which run is meant."""
-
-    kind: str
-    checkpoint_dir: Path
-    name: str | None = None
-    resume: str | None = None
-    """None: start anew. NEWEST: the latest state of this name, or anew if there is none. Else a path."""
-    overwrite: bool = False
-    device: str | None = None
-    experts: tuple[Path, ...] = ()
-    """Checkpoints that a combined model combines; none: the three experts in ``checkpoint_dir``."""
-
-    @property
-    def stem(self) -> str:
-        if self.kind == COMBINED:
-            return f"{self.name}_{COMBINED}" if self.name else COMBINED
-        return f"{self.name or self.kind}_expert"
-
-    @property
-    def store(self) -> CheckpointStore:
-        return CheckpointStore(self.checkpoint_dir, self.stem)
-
-
-@dataclass(frozen=True)
-class Watch:
-    """How the preparation reports: single lines, and (done, total) bytes of a long step."""
-
-    note: Callable[[str], None]
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The checkpoint that a run goes on from."""
-
-    path: Path
-    payload: CheckpointPayload
 
 
 @dataclass(frozen=True)
@@ -148,7 +97,7 @@ def largest_share(prepared: Prepared, n_processes: int) -> int:
 
 def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     """Find the checkpoint to go on from, settle the settings, read and tokenise the data."""
-    origin = _find_start(where, watch)
+    origin = find_start(where, watch)
     payload = origin.payload if origin is not None else None
     resolved = configure(payload["config"] if payload is not None else None)
     if payload is not None:
@@ -280,72 +229,6 @@ def frozen_transformer(
     return frozen
 
 
-def locate(checkpoint: str | None, checkpoint_dir: Path, watch: Watch) -> Where:
-    """Which run ``nanothink resume [CHECKPOINT]`` means.
-
-    Without a checkpoint it is the run that was interrupted last, from its latest state that verifies;
-    ``watch.note`` gets a line for each file that is passed over.
-
-    Raises:
-        CheckpointNotFoundError: nothing there to go on with.
-    """
-    if checkpoint is None:
-        entries = list_checkpoints(checkpoint_dir)
-        paths = [e.path for e in entries if e.path.name.endswith("_interrupted.pt")]
-        if not paths:
-            if not entries:
-                raise CheckpointNotFoundError(
-                    f"There is no checkpoint in {checkpoint_dir}. Name the folder by --checkpoint-dir, or "
-                    "train a model: nanothink pretrain transformer"
-                )
-            there = some_of([e.path.name for e in entries], 12)
-            raise CheckpointNotFoundError(
-                f"Nothing in {checkpoint_dir} was interrupted (there: {there}). To train a finished model "
-                "further, name its checkpoint and raise --max-epochs or --max-steps."
-            )
-        newest = _newest_of(sorted(paths, key=_modified_ns, reverse=True), watch)
-        if newest is None:
-            raise CheckpointNotFoundError(
-                f"Runs in {checkpoint_dir} were interrupted, but no file of theirs verifies. "
-                "nanothink checkpoints ls shows what there is."
-            )
-        checkpoint = str(newest)
-    path = Path(checkpoint)
-    payload = read_checkpoint(path, mmap=True, progress=watch.progress)
-    stem = payload["run"].get("name")
-    if not isinstance(stem, str):
-        raise CheckpointDamagedError(f"{path}: does not say which run it is of. Use another checkpoint")
-    ending = f"_{COMBINED}" if payload["kind"] == COMBINED else "_expert"
-    return Where(
-        kind=payload["kind"],
-        checkpoint_dir=path.parent,
-        name=None if stem == COMBINED else stem.removesuffix(ending),
-        resume=str(path),
-    )
-
-
-def _newest_of(interrupted: Sequence[Path], watch: Watch) -> Path | None:
-    """The latest state that verifies of the first of these runs that has any."""
-    for path in interrupted:
-        stem = path.name.removesuffix("_interrupted.pt")
-        store = CheckpointStore(path.parent, stem)
-        newest = _newest_in(store, watch)
-        if newest is not None:
-            return newest
-    return None
-
-
-def _newest_in(store: CheckpointStore, watch: Watch) -> Path | None:
-    return store.newest(lambda p, why: watch.note(f"Passing over {p}: {why}"), watch.progress)
-
-
-def _modified_ns(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:  # a run that has just ended
-        return 0
-
-
 def earlier_ending(prepared: Prepared) -> RunFinished | None:
     """How this run ended, if nothing is left to do; None if there is.
 
@@ -372,44 +255,6 @@ def ending_settings(train: TrainConfig) -> dict[str, Any]:
         "max_steps": train.max_steps,
         "early_stopping_patience": train.early_stopping_patience,
     }
-
-
-def _find_start(where: Where, watch: Watch) -> Origin | None:
-    if where.resume is None:
-        return None
-    store = where.store
-    if where.resume == NEWEST:
-        path = _newest_in(store, watch)
-        if path is None:
-            watch.note(f"Nothing of {where.stem} in {where.checkpoint_dir} to go on from; starting anew.")
-            return None
-    else:
-        path = Path(where.resume)
-    payload = read_checkpoint(path, progress=watch.progress)
-    if payload["kind"] != where.kind:
-        raise CheckpointMismatchError(
-            f"{path} holds a {payload['kind']}, not a {where.kind}. Go on with it by: nanothink resume {path}"
-        )
-    if (
-        store.interrupted.exists()
-        and store.interrupted.resolve() != path.resolve()
-        and not where.overwrite
-        and (later := _steps_of(store.interrupted, watch)) is not None
-        and later > payload["step"]
-    ):
-        raise UsageError(
-            f"{store.interrupted} is further on (step {later}) than {path} (step {payload['step']}) and "
-            "would be lost. Go on with the later one by bare --resume, or add --overwrite to give it up."
-        )
-    watch.note(f"Going on from {path}: epoch {payload['epoch']}, step {payload['step']}.")
-    return Origin(path, payload)
-
-
-def _steps_of(path: Path, watch: Watch) -> int | None:
-    try:
-        return verify_checkpoint(path, progress=watch.progress).step
-    except (CheckpointDamagedError, CheckpointNotFoundError):  # nothing that could be lost
-        return None
 
 
 def _changes(before: Mapping[str, Any], config: Config) -> list[str]:

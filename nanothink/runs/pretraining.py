@@ -45,8 +45,6 @@ from nanothink.runs.keeping import keep_states
 from nanothink.runs.preparing import (
     Configure,
     Prepared,
-    Watch,
-    Where,
     earlier_ending,
     ending_settings,
     experts_to_combine,
@@ -54,6 +52,7 @@ from nanothink.runs.preparing import (
     largest_share,
     prepare,
 )
+from nanothink.runs.resuming import Watch, Where
 from nanothink.training.distributed import ALONE, Processes, join
 from nanothink.training.events import EvaluationProgress, Event, Note, Observer, RunFinished, RunStarted
 from nanothink.training.interruption import StopRequest

@@ -685,8 +685,9 @@ def test_the_doctor_answers(said: Said, tmp_path: Path) -> None:
 def test_a_resumed_run_holds_the_rates_of_its_last_step(copied: Path) -> None:
     """A checkpoint written before the next step, as at an epoch's end, must not differ in them."""
     from nanothink.config.run import resolve_config
-    from nanothink.runs.preparing import Watch, Where, prepare
+    from nanothink.runs.preparing import prepare
     from nanothink.runs.pretraining import build_run
+    from nanothink.runs.resuming import Watch, Where
     from nanothink.training.optimizer import learning_rate_fraction
 
     watch = Watch(note=lambda message: None, progress=lambda label, done, total: None)

@@ -23,8 +23,8 @@ from nanothink.errors import InterruptedRun, UsageError
 from nanothink.models import COMBINED
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.experts import MAX_EXPERTS, find_experts
-from nanothink.runs.preparing import Watch, Where
 from nanothink.runs.pretraining import pretrain as pretrain_run
+from nanothink.runs.resuming import Watch, Where
 from nanothink.training.events import Event, RunStarted, StepDone
 
 STEM = "nanothink_mla"

@@ -1,0 +1,172 @@
+"""Which run is meant, and the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanothink.checkpoints import (
+    CheckpointPayload,
+    CheckpointStore,
+    Progress,
+    list_checkpoints,
+    read_checkpoint,
+    verify_checkpoint,
+)
+from nanothink.errors import (
+    CheckpointDamagedError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    UsageError,
+    some_of,
+)
+from nanothink.models import COMBINED
+
+NEWEST = "newest"
+"""Stands for ``--resume`` without a path."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which run is meant."""
+
+    kind: str
+    checkpoint_dir: Path
+    name: str | None = None
+    resume: str | None = None
+    """None: start anew. NEWEST: the latest state of this name, or anew if there is none. Else a path."""
+    overwrite: bool = False
+    device: str | None = None
+    experts: tuple[Path, ...] = ()
+    """Checkpoints that a combined model combines; none: the three experts in ``checkpoint_dir``."""
+
+    @property
+    def stem(self) -> str:
+        if self.kind == COMBINED:
+            return f"{self.name}_{COMBINED}" if self.name else COMBINED
+        return f"{self.name or self.kind}_expert"
+
+    @property
+    def store(self) -> CheckpointStore:
+        return CheckpointStore(self.checkpoint_dir, self.stem)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How the preparation reports: single lines, and (done, total) bytes of a long step."""
+
+    note: Callable[[str], None]
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run goes on from."""
+
+    path: Path
+    payload: CheckpointPayload
+
+
+def locate(checkpoint: str | None, checkpoint_dir: Path, watch: Watch) -> Where:
+    """Which run ``nanothink resume [CHECKPOINT]`` means.
+
+    Without a checkpoint it is the run that was interrupted last, from its latest state that verifies;
+    ``watch.note`` gets a line for each file that is passed over.
+
+    Raises:
+        CheckpointNotFoundError: nothing there to go on with.
+    """
+    if checkpoint is None:
+        entries = list_checkpoints(checkpoint_dir)
+        paths = [e.path for e in entries if e.path.name.endswith("_interrupted.pt")]
+        if not paths:
+            if not entries:
+                raise CheckpointNotFoundError(
+                    f"There is no checkpoint in {checkpoint_dir}. Name the folder by --checkpoint-dir, or "
+                    "train a model: nanothink pretrain transformer"
+                )
+            there = some_of([e.path.name for e in entries], 12)
+            raise CheckpointNotFoundError(
+                f"Nothing in {checkpoint_dir} was interrupted (there: {there}). To train a finished model "
+                "further, name its checkpoint and raise --max-epochs or --max-steps."
+            )
+        newest = _newest_of(sorted(paths, key=_modified_ns, reverse=True), watch)
+        if newest is None:
+            raise CheckpointNotFoundError(
+                f"Runs in {checkpoint_dir} were interrupted, but no file of theirs verifies. "
+                "nanothink checkpoints ls shows what there is."
+            )
+        checkpoint = str(newest)
+    path = Path(checkpoint)
+    payload = read_checkpoint(path, mmap=True, progress=watch.progress)
+    stem = payload["run"].get("name")
+    if not isinstance(stem, str):
+        raise CheckpointDamagedError(f"{path}: does not say which run it is of. Use another checkpoint")
+    ending = f"_{COMBINED}" if payload["kind"] == COMBINED else "_expert"
+    return Where(
+        kind=payload["kind"],
+        checkpoint_dir=path.parent,
+        name=None if stem == COMBINED else stem.removesuffix(ending),
+        resume=str(path),
+    )
+
+
+def _newest_of(interrupted: Sequence[Path], watch: Watch) -> Path | None:
+    """The latest state that verifies of the first of these runs that has any."""
+    for path in interrupted:
+        stem = path.name.removesuffix("_interrupted.pt")
+        store = CheckpointStore(path.parent, stem)
+        newest = _newest_in(store, watch)
+        if newest is not None:
+            return newest
+    return None
+
+
+def _newest_in(store: CheckpointStore, watch: Watch) -> Path | None:
+    return store.newest(lambda p, why: watch.note(f"Passing over {p}: {why}"), watch.progress)
+
+
+def _modified_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # a run that has just ended
+        return 0
+
+
+def find_start(where: Where, watch: Watch) -> Origin | None:
+    if where.resume is None:
+        return None
+    store = where.store
+    if where.resume == NEWEST:
+        path = _newest_in(store, watch)
+        if path is None:
+            watch.note(f"Nothing of {where.stem} in {where.checkpoint_dir} to go on from; starting anew.")
+            return None
+    else:
+        path = Path(where.resume)
+    payload = read_checkpoint(path, progress=watch.progress)
+    if payload["kind"] != where.kind:
+        raise CheckpointMismatchError(
+            f"{path} holds a {payload['kind']}, not a {where.kind}. Go on with it by: nanothink resume {path}"
+        )
+    if (
+        store.interrupted.exists()
+        and store.interrupted.resolve() != path.resolve()
+        and not where.overwrite
+        and (later := _steps_of(store.interrupted, watch)) is not None
+        and later > payload["step"]
+    ):
+        raise UsageError(
+            f"{store.interrupted} is further on (step {later}) than {path} (step {payload['step']}) and "
+            "would be lost. Go on with the later one by bare --resume, or add --overwrite to give it up."
+        )
+    watch.note(f"Going on from {path}: epoch {payload['epoch']}, step {payload['step']}.")
+    return Origin(path, payload)
+
+
+def _steps_of(path: Path, watch: Watch) -> int | None:
+    try:
+        return verify_checkpoint(path, progress=watch.progress).step
+    except (CheckpointDamagedError, CheckpointNotFoundError):  # nothing that could be lost
+        return None
