@@ -32,6 +32,7 @@ from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.batches import TrainingBatches
 from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule
 from nanothink.data.tokens import IGNORE, TokenisedCorpus, tokenise
 from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import evaluate_model
@@ -99,7 +100,7 @@ def opened(options: argparse.Namespace) -> tuple[LoadedModel, TokenisedCorpus]:
     frozen = load(options.transformer)
     data = frozen.config.data
     corpus = find_corpus(options.data_dir or data.data_dir, data.domains)
-    return frozen, tokenise(corpus, frozen.tokenizer, val_split=data.val_split)
+    return frozen, tokenise(corpus, frozen.tokenizer, split=SplitRule.of(data))
 
 
 def ablate(options: argparse.Namespace) -> None:

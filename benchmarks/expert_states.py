@@ -123,6 +123,7 @@ def losses(checkpoint: Path, max_tokens: int) -> str:
     """Validation loss of a trained NanoThink, and with its experts' states rounded to 16 bits."""
     import nanothink
     from nanothink.data.corpus import find_corpus
+    from nanothink.data.split import SplitRule
     from nanothink.data.tokens import tokenise
     from nanothink.inference.evaluate import evaluate_model
 
@@ -130,7 +131,7 @@ def losses(checkpoint: Path, max_tokens: int) -> str:
     model, data = loaded.model, loaded.config.data
     assert isinstance(model, NanoThink)
     corpus = find_corpus(data.data_dir, data.domains)
-    streams = tokenise(corpus, loaded.tokenizer, val_split=data.val_split).val
+    streams = tokenise(corpus, loaded.tokenizer, split=SplitRule.of(data)).val
     exact = model.expert_states
     lines = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -116,6 +116,7 @@ def measure_corpus(megabytes: int) -> Point:
     from side_by_side import peak
 
     from nanothink.data.corpus import find_corpus
+    from nanothink.data.split import SplitRule
     from nanothink.data.tokenizer import train_tokenizer
     from nanothink.data.tokens import tokenise
 
@@ -132,10 +133,10 @@ def measure_corpus(megabytes: int) -> Point:
                 file.write(json.dumps({"text": " ".join(rng.choices(words, common, k=400))}) + "\n")
         before = peak()
         start = time.perf_counter()
-        tokenise(find_corpus(folder), tokenizer, val_split=0.1)
+        tokenise(find_corpus(folder), tokenizer, split=SplitRule(0.1))
         first = time.perf_counter() - start
         start = time.perf_counter()
-        tokenise(find_corpus(folder), tokenizer, val_split=0.1)
+        tokenise(find_corpus(folder), tokenizer, split=SplitRule(0.1))
         again = time.perf_counter() - start
     return {"seconds": first, "again": again, "bytes": peak() - before}
 

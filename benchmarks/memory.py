@@ -35,6 +35,7 @@ import torch
 from nanothink.cli.app import run
 from nanothink.config import VectorStoreConfig
 from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule
 from nanothink.data.tokens import IGNORE, tokenise
 from nanothink.memory.index import Float32, Int64, Kind, NeighbourIndex, import_faiss, sample_size
 from nanothink.memory.store import VectorStore
@@ -155,7 +156,7 @@ def recall(options: argparse.Namespace) -> None:
     tokens = tokenise(
         find_corpus(data, loaded.config.data.domains),
         loaded.tokenizer,
-        val_split=loaded.config.data.val_split,
+        split=SplitRule.of(loaded.config.data),
     )
     length = loaded.config.model.max_seq_len
     asked = []

@@ -22,6 +22,7 @@ import torch
 from nanothink.config.run import resolve_config
 from nanothink.data.batches import TrainingBatches
 from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
 from nanothink.inference.evaluate import evaluate_model
@@ -122,7 +123,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     tokenizer = load_tokenizer(options.tokenizer)
-    tokens = tokenise(find_corpus(Path(options.data_dir)), tokenizer, val_split=0.1)
+    tokens = tokenise(find_corpus(Path(options.data_dir)), tokenizer, split=SplitRule(0.1))
     compared = json.loads(options.settings) if options.settings else list(settings(options.only))
     budgets = " | ".join(f"{n} steps" for n in options.steps)
     print(f"| optimizer | matrices | embeddings | head | other | schedule | {budgets} | s/step |")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from nanothink.cli.app import run
 from nanothink.config.run import resolve_config
 from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule
 from nanothink.data.tokens import tokenise
 from nanothink.errors import NanoThinkError
 from nanothink.inference.evaluate import Evaluation, evaluate_model
@@ -158,7 +159,7 @@ class Bench:
     def score(self, model: LoadedModel | Ensemble) -> dict[str, float]:
         """Bits per byte by domain, and over all."""
         loaded = model if isinstance(model, LoadedModel) else load(self.any_expert)
-        tokens = tokenise(self.corpus, loaded.tokenizer, val_split=loaded.config.data.val_split)
+        tokens = tokenise(self.corpus, loaded.tokenizer, split=SplitRule.of(loaded.config.data))
         length = loaded.config.model.max_seq_len
         scored: LanguageModel = model.model if isinstance(model, LoadedModel) else model  # type: ignore[assignment]
         found: Evaluation = evaluate_model(
@@ -252,7 +253,7 @@ def domains(bench: Bench) -> Table:
 def oracle(scores: Sequence[Mapping[str, float]], names: Sequence[str], bench: Bench) -> dict[str, float]:
     """Each domain by its own expert; over all, by the bytes of each domain."""
     loaded = load(bench.any_expert)
-    tokens = tokenise(bench.corpus, loaded.tokenizer, val_split=loaded.config.data.val_split)
+    tokens = tokenise(bench.corpus, loaded.tokenizer, split=SplitRule.of(loaded.config.data))
     sizes = {name: tokens.val[name].prefix(bench.options.tokens)[1] for name in names}
     own = {name: score[name] for name, score in zip(names, scores, strict=True)}
     return own | {"all": sum(own[name] * sizes[name] for name in names) / sum(sizes.values())}

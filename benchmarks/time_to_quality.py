@@ -38,6 +38,7 @@ from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.batches import TrainingBatches
 from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import Tokenizer, load_tokenizer
 from nanothink.data.tokens import IGNORE, TokenisedCorpus, tokenise
 from nanothink.inference.evaluate import evaluate_model
@@ -117,7 +118,7 @@ class Race:
         self.tokenizer: Tokenizer = load_tokenizer(options.tokenizer)
         self.config: Config = resolve_config(preset=options.preset, assignments=options.set).config
         corpus = find_corpus(options.data_dir, options.domains)
-        self.tokens: TokenisedCorpus = tokenise(corpus, self.tokenizer, val_split=self.config.data.val_split)
+        self.tokens: TokenisedCorpus = tokenise(corpus, self.tokenizer, split=SplitRule.of(self.config.data))
         self.length = self.config.model.max_seq_len
         self.batch = self.config.train_expert.batch_size
         self.device = torch.device(options.device)

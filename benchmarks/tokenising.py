@@ -23,6 +23,7 @@ import tokenizers
 
 from nanothink.data.corpus import find_corpus
 from nanothink.data.records import iter_records
+from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import load_tokenizer, save_tokenizer
 from nanothink.data.tokens import tokenise
 
@@ -60,7 +61,7 @@ def main() -> None:
             copy = Path(folder) / str(round_number)
             shutil.copytree(corpus.root, copy, ignore=shutil.ignore_patterns(".nanothink"))
             start = time.perf_counter()
-            tokenise(find_corpus(copy), load_tokenizer(options.tokenizer), val_split=0.1)
+            tokenise(find_corpus(copy), load_tokenizer(options.tokenizer), split=SplitRule(0.1))
             seconds[ours].append(time.perf_counter() - start)
             export = save_tokenizer(load_tokenizer(options.tokenizer), Path(folder) / "tokenizer")
             start = time.perf_counter()

@@ -72,10 +72,11 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_tokenizer(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a byte-level BPE of about 300 entries."""
     from nanothink.data.corpus import find_corpus
+    from nanothink.data.split import SplitRule
     from nanothink.data.tokenizer import save_tokenizer, train_on_corpus
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_on_corpus(find_corpus(tiny_corpus), vocab_size=320, val_split=0.1), folder)
+    save_tokenizer(train_on_corpus(find_corpus(tiny_corpus), vocab_size=320, split=SplitRule(0.1)), folder)
     return folder
 
 

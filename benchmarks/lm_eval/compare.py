@@ -35,13 +35,14 @@ def held_out(
 ) -> dict[str, list[str]]:
     """Documents that the checkpoint was not trained on, by domain: about ``n_bytes`` of each."""
     import nanothink
-    from nanothink.data.corpus import find_corpus, text_key
+    from nanothink.data.corpus import find_corpus
     from nanothink.data.records import iter_records
+    from nanothink.data.split import SplitRule, text_key
     from nanothink.data.tokens import tokenise
 
     model = nanothink.load(checkpoint)
     corpus = find_corpus(data_dir, domains)
-    tokens = tokenise(corpus, model.tokenizer, val_split=model.config.data.val_split)
+    tokens = tokenise(corpus, model.tokenizer, split=SplitRule.of(model.config.data))
     found: dict[str, list[str]] = {}
     for domain, paths in corpus.domains.items():
         wanted, size = set(tokens.val[domain].documents().keys.tolist()), 0

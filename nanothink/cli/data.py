@@ -59,6 +59,7 @@ def inspect(
     from nanothink.cli import render
     from nanothink.config import DataConfig
     from nanothink.data.corpus import find_corpus
+    from nanothink.data.split import SplitRule
     from nanothink.data.summary import summarise
     from nanothink.data.tokenizer import resolve_tokenizer
     from nanothink.data.tokens import tokenise
@@ -71,7 +72,7 @@ def inspect(
         resolved = resolve_tokenizer(
             tokenizer or settings.tokenizer,
             corpus,
-            val_split=settings.val_split,
+            split=SplitRule.of(settings),
             skip_bad_records=skip_bad_records,
             note=bars.note,
             on_progress=bars,
@@ -79,7 +80,7 @@ def inspect(
         tokens = tokenise(
             corpus,
             resolved,
-            val_split=settings.val_split,
+            split=SplitRule.of(settings),
             skip_bad_records=skip_bad_records,
             on_progress=lambda done, total: bars("tokenising", done, total),
             note=bars.note,

@@ -38,6 +38,7 @@ def train(
     from nanothink.config import DataConfig
     from nanothink.data.corpus import find_corpus
     from nanothink.data.records import try_to_write
+    from nanothink.data.split import SplitRule
     from nanothink.data.tokenizer import save_tokenizer, train_on_corpus
     from nanothink.errors import UsageError
 
@@ -52,7 +53,7 @@ def train(
         trained = train_on_corpus(
             corpus,
             vocab_size=vocab_size,
-            val_split=settings.val_split,
+            split=SplitRule.of(settings),
             on_progress=bars,
         )
     path = save_tokenizer(trained, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from nanothink.config.base import Settings
 
@@ -21,10 +21,22 @@ class DataConfig(Settings):
     """A Hugging Face Hub name, a local folder, or a tokenizer.json file."""
 
     val_split: float = Field(0.1, gt=0, lt=1)
-    """Fraction of the documents, chosen by a hash of their text, that is held out for validation."""
+    """Fraction of the text that is held out for validation, in whole groups of documents chosen by a hash."""
+
+    test_split: float = Field(0.0, ge=0, lt=1)
+    """Fraction of the text that is kept for testing: nothing in training sees it, not even validation."""
 
     skip_bad_records: bool = False
     """Go on without lines that are not valid records (they are counted and named) instead of stopping."""
+
+    @model_validator(mode="after")
+    def _leaves_text_to_train_on(self) -> DataConfig:
+        if self.val_split + self.test_split >= 1:
+            raise ValueError(
+                f"data.val_split={self.val_split} and data.test_split={self.test_split} leave nothing to "
+                "train on; together they must be below 1"
+            )
+        return self
 
     @field_validator("domains", mode="before")
     @classmethod

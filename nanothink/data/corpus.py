@@ -1,4 +1,4 @@
-"""A folder of folders: which domains there are, whether their lines are records, and who validates.
+"""A folder of folders: which domains there are, and whether their lines are records.
 
     <data root>/<domain>/*.jsonl, *.jsonl.gz, *.jsonl.zst
 
@@ -8,24 +8,15 @@ warning, so that nothing a person meant as data is left out unseen.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from nanothink.config.data import SPLIT_SEED
 from nanothink.data.lines import SUFFIXES, Problem, shown
 from nanothink.data.records import iter_records
 from nanothink.errors import BadRecordsError, DataError, UsageError, counted, did_you_mean, some_of
-
-Keys = NDArray[np.uint64]
-Sides = NDArray[np.bool_]
 
 _SILENT_IN_ROOT = (".nanothink", "README.md")
 _NAMED_AT_MOST = 5
@@ -114,65 +105,6 @@ def find_corpus(data_dir: str | Path, domains: Sequence[str] | None = None) -> C
     if not found:
         raise DataError(_nothing_here(root, stray))
     return Corpus(root, found, tuple(warnings))
-
-
-def text_key(text: str) -> int:
-    """64 bits that stand for a text: BLAKE2b of its UTF-8 bytes, little-endian."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def assign_sides(keys: Mapping[str, Keys], val_split: float) -> dict[str, Sides]:
-    """Which documents validate (True) and which train, one value per key and domain.
-
-    ``keys`` are text_key()s, (documents,) uint64 per domain, copies included. A document validates
-    when splitmix64(key ^ splitmix64(42)) / 2**64 < ``val_split``. That looks at nothing but its text: a
-    corpus may grow, shrink or be put in another order, and two copies of a text are on one side.
-
-    A domain with two or more texts needs both sides. If the rule leaves one of them empty, the text of
-    smallest hash is moved to validation, or the one of largest hash to training, in every domain that
-    holds it (the next one if that would take a side from another domain). A domain with a single text
-    trains on it; whoever makes tokens cuts that text in two. Such moves are the only way in which growth
-    can change a document's side: the moved one goes back to where the rule puts it. As a rule that is
-    from validation to training, which harms nothing; the other way needs a domain whose texts so far
-    were all drawn for validation, or a domain of one text.
-    Where domains share texts, they can make it impossible to serve them all (three domains, each two out
-    of three texts). Then copies still agree, and a domain goes without one side.
-    """
-    names = sorted(name for name in keys if len(keys[name]))
-    threshold = np.uint64(min(math.ceil(val_split * 2.0**64), 2**64 - 1))
-    hashes = {name: _hash(keys[name]) for name in names}
-    sides = {name: hashes[name] < threshold for name in names}
-    single = {name for name in names if bool((hashes[name] == hashes[name][0]).all())}
-    pinned = {int(hashes[name][0]) for name in single}
-    for name in names:
-        sides[name][np.isin(hashes[name], np.fromiter(pinned, np.uint64, len(pinned)))] = False
-
-    def one_sided(side: Sides) -> bool:
-        return bool(side.all()) or not side.any()
-
-    def moved(value: np.uint64) -> dict[str, Sides]:
-        """The sides of all domains that hold the text, as they are once it has moved."""
-        holders = {name: hashes[name] == value for name in names}
-        return {name: sides[name] ^ held for name, held in holders.items() if held.any()}
-
-    # A move serves one domain and harms none, so there are at most as many moves as domains.
-    settled = False
-    while not settled:
-        settled = True
-        for name in names:
-            if name in single or not one_sided(sides[name]):
-                continue
-            nearest_first = np.unique(hashes[name])
-            if sides[name].any():
-                nearest_first = nearest_first[::-1]
-            for value in nearest_first:
-                after = moved(value)
-                harmed = (n for n, side in after.items() if one_sided(side) and not one_sided(sides[n]))
-                if int(value) not in pinned and next(harmed, None) is None:
-                    sides.update(after)
-                    settled = False
-                    break
-    return {name: sides.get(name, np.zeros(0, np.bool_)) for name in keys}
 
 
 _NAMED_PROBLEMS = 5
@@ -337,19 +269,3 @@ def _size(path: Path) -> int:
 
 # ---------------------------------------------------------------------------------------------------
 # The hash of the split
-
-
-def _splitmix64(state: Keys) -> Keys:
-    """The output of SplitMix64 (Steele, Lea and Flood 2014) for each state; a bijection of 64 bits."""
-    mixed: Keys = state + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return mixed
-
-
-_SEED = _splitmix64(np.array([SPLIT_SEED], np.uint64))
-
-
-def _hash(keys: Keys) -> Keys:
-    return _splitmix64(np.asarray(keys, np.uint64) ^ _SEED)

@@ -1,40 +1,290 @@
-"""The one case a split by document cannot serve: a domain that holds a single text.
-
-That text is cut in two, and so is every copy of it in any domain, so that copies still agree:
-the head trains, the tail validates.
-"""
+"""Which documents train, which validate and which are kept for testing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import bisect
+import hashlib
+import math
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nanothink.config.data import SPLIT_SEED, DataConfig
 from nanothink.errors import DataError
 
+Keys = NDArray[np.uint64]
+Sides = NDArray[np.uint8]
 
-def single_texts(keys: Mapping[str, NDArray[np.uint64]]) -> dict[int, str]:
+TRAIN, VAL, TEST = 0, 1, 2
+
+_PART_CHARS = 1 << 16
+_SPACE = re.compile(r"\s")
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """The fractions of the validation and test sides, and the seed of the hash that deals the documents."""
+
+    val_split: float
+    test_split: float = 0.0
+    seed: int = SPLIT_SEED
+
+    def __post_init__(self) -> None:
+        if not (0 < self.val_split < 1 and 0 <= self.test_split < 1 and self.val_split + self.test_split < 1):
+            raise ValueError(
+                f"val_split={self.val_split} and test_split={self.test_split} leave nothing to train on: "
+                "val_split must be above 0, test_split 0 or more, and both together below 1"
+            )
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"the seed of a split must be from 0 to 2^64 - 1, not {self.seed}")
+
+    @classmethod
+    def of(cls, config: DataConfig) -> SplitRule:
+        """The rule that the settings ask for."""
+        return cls(config.val_split, config.test_split)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"val_split": self.val_split, "test_split": self.test_split, "seed": self.seed}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SplitRule:
+        """The inverse of ``to_dict``. Raises ValueError for anything else."""
+        if not isinstance(values, Mapping) or values.keys() != {"val_split", "test_split", "seed"}:
+            raise ValueError("a split rule has the keys val_split, test_split and seed")
+        val_split, test_split, seed = values["val_split"], values["test_split"], values["seed"]
+        if type(seed) is not int or not all(type(v) in (int, float) for v in (val_split, test_split)):
+            raise ValueError("the fractions of a split rule are numbers, and its seed is an integer")
+        return cls(float(val_split), float(test_split), seed)
+
+
+def _no_keys() -> Keys:
+    return np.empty(0, np.uint64)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedText:
+    """The documents that a model was trained on, by hash: 8 bytes a document, and 8 a named group."""
+
+    keys: Keys = field(default_factory=_no_keys)
+    """``text_key`` of each, sorted, without repeats."""
+    heads: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    """Key of a text of which only the head was trained on, to characters of that head, normalised."""
+    groups: Keys = field(default_factory=_no_keys)
+    """``group_key`` of the groups on the training side, sorted, without repeats."""
+
+    def holds(self, keys: Keys) -> NDArray[np.bool_]:
+        """Mask of the texts that were trained on, wholly or in part."""
+        return np.isin(keys, self.keys) | np.isin(keys, _head_keys(self.heads))
+
+    def __or__(self, other: TrainedText) -> TrainedText:
+        heads = dict(self.heads)
+        for key, n_chars in other.heads.items():
+            heads[key] = max(n_chars, heads.get(key, 0))
+        return TrainedText(np.union1d(self.keys, other.keys), heads, np.union1d(self.groups, other.groups))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TrainedText):
+            return NotImplemented
+        return (
+            np.array_equal(self.keys, other.keys)
+            and dict(self.heads) == dict(other.heads)
+            and np.array_equal(self.groups, other.groups)
+        )
+
+    def to_state(self) -> dict[str, Any]:
+        """Tensors for a checkpoint: int64 of the same bits, since few operations take uint64."""
+        import torch
+
+        heads = sorted(self.heads.items())
+        return {
+            "keys": torch.from_numpy(self.keys.view(np.int64).copy()),
+            "groups": torch.from_numpy(self.groups.view(np.int64).copy()),
+            "head_keys": torch.from_numpy(np.array([key for key, _ in heads], np.uint64).view(np.int64)),
+            "head_chars": torch.tensor([n_chars for _, n_chars in heads], dtype=torch.int64),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> TrainedText:
+        """The inverse of ``to_state``. Raises ValueError for anything else."""
+        import torch
+
+        names = ("keys", "groups", "head_keys", "head_chars")
+        if not isinstance(state, Mapping) or state.keys() != set(names):
+            raise ValueError(f"trained text has the parts {', '.join(names)}")
+        arrays = {}
+        for name in names:
+            tensor = state[name]
+            if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64 or tensor.dim() != 1:
+                raise ValueError(f"trained text: {name} is not a row of 64-bit integers")
+            arrays[name] = tensor.detach().cpu().numpy().view(np.uint64).copy()
+            if name != "head_chars" and (arrays[name][1:] <= arrays[name][:-1]).any():
+                raise ValueError(f"trained text: {name} is not sorted")
+        chars = arrays["head_chars"].view(np.int64)
+        if len(chars) != len(arrays["head_keys"]) or (chars < 1).any():
+            raise ValueError("trained text: head_chars is not a length for each of head_keys")
+        heads = dict(zip(arrays["head_keys"].tolist(), chars.tolist(), strict=True))
+        return cls(arrays["keys"], heads, arrays["groups"])
+
+
+NOTHING = TrainedText()
+
+
+def _head_keys(heads: Mapping[int, int]) -> Keys:
+    return np.array(sorted(heads), np.uint64)
+
+
+def text_key(text: str) -> int:
+    """64 bits that stand for a text: BLAKE2b of its normalised UTF-8, little-endian.
+
+    Line ends, other white space (amount and kind) and the form of Unicode do not count, so that a file saved
+    on another system holds the same texts.
+    """
+    hashed = hashlib.blake2b(digest_size=8)
+    between = b""
+    for part in _normalised_parts(text):
+        hashed.update(between + part.encode())
+        between = b" "
+    return int.from_bytes(hashed.digest(), "little")
+
+
+def normalised(text: str) -> str:
+    """The text in NFC, each run of white space as one blank, none at the ends."""
+    return " ".join(_normalised_parts(text))
+
+
+def _normalised_parts(text: str) -> Iterator[str]:
+    """The normalised text in parts that one blank keeps apart, since a list of all words takes ten times its
+    memory."""
+    text = unicodedata.normalize("NFC", text)
+    start = 0
+    while start < len(text):
+        space = _SPACE.search(text, start + _PART_CHARS)
+        end = space.start() if space else len(text)
+        if part := " ".join(text[start:end].split()):
+            yield part
+        start = end
+
+
+def group_key(group: str | None, source: str | None) -> int:
+    """64 bits for the group of a record: odd for its ``group``, else even for its ``source``, else 0."""
+    if group is not None and (name := group.strip()):
+        return text_key("group " + name) | 1
+    if source is not None and (name := source.strip()):
+        return (text_key("source " + name) & ~1) or 2
+    return 0
+
+
+def single_texts(keys: Mapping[str, Keys]) -> dict[int, str]:
     """Text key to domain, for each domain that holds one distinct text (copies do not count)."""
     return {int(own[0]): domain for domain, own in keys.items() if len(own) and bool((own == own[0]).all())}
 
 
-def head_and_tail(text: str, val_split: float, domain: str) -> tuple[str, str]:
-    """Cuts a text in two, ``val_split`` of it in the tail, at the white space nearest to that place.
+def cut_text(text: str, rule: SplitRule, domain: str, trained_chars: int = 0) -> tuple[str, str, str]:
+    """Cuts the only text of a domain into head, middle and tail: what trains, tests and validates.
 
-    White space farther away than a twentieth of the text or a thousand characters is not looked for.
-    The tail begins with its white space, as GPT-2's words do. Neither part is ever empty, and together
-    they are the text. Raises DataError for a text of one character.
+    The tail is ``rule.val_split`` of the text, the middle ``rule.test_split`` (empty without one, or where
+    the text is too short). Each begins at the white space nearest to its place, as GPT-2's words do; white
+    space farther away than a twentieth of the text or a thousand characters is not looked for. The head is
+    at least the first ``trained_chars`` normalised characters, and head and tail are never empty. Raises
+    DataError where that cannot be.
     """
     if len(text) < 2:
         raise DataError(
             f"Domain '{domain}' holds one text of one character, which leaves nothing to validate on. "
             "Add text to it, or leave the domain out with --domains."
         )
-    aim = min(max(round(len(text) * (1 - val_split)), 1), len(text) - 1)
-    reach = min(len(text) // 20, 1000)
-    for distance in range(reach + 1):
+    first = max(1, _raw_place(text, trained_chars))
+    if first >= len(text):
+        raise DataError(
+            f"Domain '{domain}' holds one text, all of which the model was trained on, which leaves nothing "
+            "to validate on. Add text to it, or leave the domain out with --domains."
+        )
+    last = _near_space(text, round(len(text) * (1 - rule.val_split)), first, len(text) - 1)
+    if not rule.test_split or last <= first:
+        return text[:last], "", text[last:]
+    aim = round(len(text) * (1 - rule.val_split - rule.test_split))
+    middle = _near_space(text, aim, first, last - 1)
+    return text[:middle], text[middle:last], text[last:]
+
+
+def _near_space(text: str, aim: int, lowest: int, highest: int) -> int:
+    """Place of the white space nearest to ``aim`` within these bounds; ``aim`` itself if there is none."""
+    aim = min(max(aim, lowest), highest)
+    for distance in range(min(len(text) // 20, 1000) + 1):
         for place in (aim - distance, aim + distance):
-            if 0 < place < len(text) and text[place].isspace():
-                return text[:place], text[place:]
-    return text[:aim], text[aim:]
+            if lowest <= place <= highest and text[place].isspace():
+                return place
+    return aim
+
+
+def _raw_place(text: str, n_chars: int) -> int:
+    """Length of the shortest head of ``text`` that holds its first ``n_chars`` normalised characters."""
+    if not n_chars:
+        return 0
+    return bisect.bisect_left(range(len(text)), n_chars, key=lambda place: len(normalised(text[:place])))
+
+
+def assign_sides(
+    documents: Mapping[str, NDArray[Any]], rule: SplitRule, trained: TrainedText = NOTHING
+) -> dict[str, Sides]:
+    """Side of each document, TRAIN, VAL or TEST, by domain."""
+    keys = {name: rows["key"] for name, rows in documents.items()}
+    names = sorted(name for name in keys if len(keys[name]))
+    threshold = np.uint64(min(math.ceil(rule.val_split * 2.0**64), 2**64 - 1))
+    hashes = {name: _hash(keys[name]) for name in names}
+    sides = {name: hashes[name] < threshold for name in names}
+    single = {name for name in names if bool((hashes[name] == hashes[name][0]).all())}
+    pinned = {int(hashes[name][0]) for name in single}
+    for name in names:
+        known = trained.holds(keys[name])
+        pinned |= set(hashes[name][known].tolist())
+        sides[name][np.isin(hashes[name], np.fromiter(pinned, np.uint64, len(pinned))) | known] = False
+
+    def one_sided(side: NDArray[np.bool_]) -> bool:
+        return bool(side.all()) or not side.any()
+
+    def moved(value: np.uint64) -> dict[str, NDArray[np.bool_]]:
+        """The sides of all domains that hold the text, as they are once it has moved."""
+        holders = {name: hashes[name] == value for name in names}
+        return {name: sides[name] ^ held for name, held in holders.items() if held.any()}
+
+    # A move serves one domain and harms none, so there are at most as many moves as domains.
+    settled = False
+    while not settled:
+        settled = True
+        for name in names:
+            if name in single or not one_sided(sides[name]):
+                continue
+            nearest_first = np.unique(hashes[name])
+            if sides[name].any():
+                nearest_first = nearest_first[::-1]
+            for value in nearest_first:
+                after = moved(value)
+                harmed = (n for n, side in after.items() if one_sided(side) and not one_sided(sides[n]))
+                if int(value) not in pinned and next(harmed, None) is None:
+                    sides.update(after)
+                    settled = False
+                    break
+    return {name: sides.get(name, np.zeros(0, np.bool_)).astype(np.uint8) for name in keys}
+
+
+def _splitmix64(state: Keys) -> Keys:
+    """The output of SplitMix64 (Steele, Lea and Flood 2014) for each state; a bijection of 64 bits."""
+    mixed: Keys = state + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
+
+
+_SEED = _splitmix64(np.array([SPLIT_SEED], np.uint64))
+
+
+def _hash(keys: Keys) -> Keys:
+    return _splitmix64(np.asarray(keys, np.uint64) ^ _SEED)

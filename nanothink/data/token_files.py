@@ -30,19 +30,19 @@ import orjson
 from numpy.typing import NDArray
 
 from nanothink.data.cache import storage_error, sync_folder, write_whole
-from nanothink.data.corpus import text_key
+from nanothink.data.split import text_key
 from nanothink.data.temporary import sweep
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.errors import StorageError
 
-DOCUMENT = np.dtype([("end", "<i8"), ("n_bytes", "<i8"), ("key", "<u8"), ("line", "<i8")])
+DOCUMENT = np.dtype([("end", "<i8"), ("n_bytes", "<i8"), ("key", "<u8"), ("group", "<u8"), ("line", "<i8")])
 """Of one document: where its tokens end in tokens.npy (they begin where the one before ends), its size
-in UTF-8 bytes, the hash of its text, and its line in the file."""
+in UTF-8 bytes, the hashes of its text and group (split.text_key, split.group_key), and its line."""
 
 NAMED_PROBLEMS = 5
 """Bad lines of a file whose place and reason are kept; the others are counted."""
 
-_FORMAT = 2
+_FORMAT = 3
 _HEADER_BYTES = 256
 _TEMPORARY = "tmp-"
 _CHUNK_CHARS = 1 << 20
@@ -129,6 +129,7 @@ class TokenFileWriter:
         self._n_tokens = 0
         self._texts: list[str] = []
         self._lines: list[int] = []
+        self._groups: list[int] = []
         self._n_chars = 0
 
     def __enter__(self) -> TokenFileWriter:
@@ -149,9 +150,10 @@ class TokenFileWriter:
                 file.abandon()
         shutil.rmtree(self._work, ignore_errors=True)
 
-    def add(self, line: int, text: str) -> None:
+    def add(self, line: int, text: str, group: int = 0) -> None:
         self._texts.append(text)
         self._lines.append(line)
+        self._groups.append(group)
         self._n_chars += len(text)
         if self._n_chars >= _CHUNK_CHARS or len(self._texts) >= _CHUNK_DOCUMENTS:
             self._flush()
@@ -165,6 +167,7 @@ class TokenFileWriter:
         rows["end"] = self._n_tokens + np.cumsum([len(ids) + 1 for ids in encoded])
         rows["n_bytes"] = [len(text.encode()) for text in self._texts]
         rows["key"] = [text_key(text) for text in self._texts]
+        rows["group"] = self._groups
         rows["line"] = self._lines
         self._n_tokens = int(rows["end"][-1])
         try:
@@ -172,7 +175,7 @@ class TokenFileWriter:
             self._documents.append(rows)
         except OSError as error:
             raise storage_error(error, self._folder.parent) from error
-        self._texts, self._lines, self._n_chars = [], [], 0
+        self._texts, self._lines, self._groups, self._n_chars = [], [], [], 0
 
     def commit(self, n_bad: int = 0, problems: Iterable[tuple[int, int, str]] = ()) -> None:
         self._flush()

@@ -26,17 +26,10 @@ from nanothink.data.bpe import make_byte_level
 from nanothink.data.bpe_process import Progress, learn_in_process
 from nanothink.data.byte_level import ByteLevelEncoder, is_byte_level, rounds
 from nanothink.data.cache import cache_folder, locked, storage_error, write_whole
-from nanothink.data.corpus import (
-    Corpus,
-    assign_sides,
-    bad_records_error,
-    find_corpus,
-    text_key,
-    validate_corpus,
-)
+from nanothink.data.corpus import Corpus, bad_records_error, find_corpus, validate_corpus
 from nanothink.data.hub import TokenizerUnreachableError, hub_folder
-from nanothink.data.records import Problem, iter_records
-from nanothink.data.split import head_and_tail, single_texts
+from nanothink.data.records import Problem, Record, iter_records
+from nanothink.data.split import TRAIN, SplitRule, assign_sides, cut_text, group_key, single_texts, text_key
 from nanothink.data.tokenizer_json import check_tokenizer_json, failures_told
 from nanothink.errors import DataError, TokenizerError
 
@@ -330,7 +323,7 @@ def train_on_corpus(
     corpus: Corpus,
     *,
     vocab_size: int | None = None,
-    val_split: float,
+    split: SplitRule,
     on_progress: Progress | None = None,
 ) -> Tokenizer:
     """``train_tokenizer`` on the training side of a corpus, on an even sample of it when that is very large.
@@ -353,39 +346,41 @@ def train_on_corpus(
         return advance
 
     advance = reader_of("reading")
-    keys: dict[str, NDArray[np.uint64]] = {}
-    sizes: dict[str, NDArray[np.int64]] = {}
+    rows: dict[str, NDArray[Any]] = {}
     for domain, paths in corpus.domains.items():
-        seen = np.fromiter(
-            ((text_key(text), len(text.encode())) for text in _texts(paths, advance)),
-            dtype=[("key", np.uint64), ("size", np.int64)],
+        rows[domain] = np.fromiter(
+            (
+                (text_key(record.text), group_key(record.group, record.source), len(record.text.encode()))
+                for record in _records(paths, advance)
+            ),
+            dtype=[("key", "<u8"), ("group", "<u8"), ("n_bytes", "<i8")],
         )
-        keys[domain], sizes[domain] = seen["key"].copy(), seen["size"].copy()
-    if not any(len(own) for own in keys.values()):
+    if not any(len(own) for own in rows.values()):
         raise DataError(f"No record in {corpus.root} is valid, so there is nothing to train a tokenizer on.")
-    sides = assign_sides(keys, val_split)
-    single = single_texts(keys)
-    n_bytes = sum(int(own[~sides[domain]].sum()) for domain, own in sizes.items())
+    sides = assign_sides(rows, split)
+    single = single_texts({domain: own["key"] for domain, own in rows.items()})
+    n_bytes = sum(int(own["n_bytes"][sides[domain] == TRAIN].sum()) for domain, own in rows.items())
     share = min(1.0, _MAX_TRAINING_BYTES / max(n_bytes, 1))
 
     def chosen() -> Iterator[str]:
         advance = reader_of("counting words")
         for domain, paths in corpus.domains.items():
-            for text, key, held_out in zip(_texts(paths, advance), keys[domain], sides[domain], strict=False):
-                if int(key) in single:
-                    yield head_and_tail(text, val_split, single[int(key)])[0]
-                elif not held_out and int(key) % 2**32 < share * 2**32:
-                    yield text
+            keys = rows[domain]["key"].tolist()
+            for record, key, side in zip(_records(paths, advance), keys, sides[domain], strict=False):
+                if key in single:
+                    yield cut_text(record.text, split, single[key])[0]
+                elif side == TRAIN and key % 2**32 < share * 2**32:
+                    yield record.text
 
     return train_tokenizer(chosen(), vocab_size, n_bytes=n_bytes, on_progress=on_progress)
 
 
-def _texts(paths: Sequence[Path], on_bytes: Callable[[int], None]) -> Iterator[str]:
+def _records(paths: Sequence[Path], on_bytes: Callable[[int], None]) -> Iterator[Record]:
     def pass_over(_problem: Problem) -> None: ...
 
     for path in paths:
         for _, record in iter_records(path, on_problem=pass_over, on_bytes=on_bytes):
-            yield record.text
+            yield record
 
 
 def save_tokenizer(
@@ -428,7 +423,7 @@ def resolve_tokenizer(
     name: str,
     corpus: Corpus,
     *,
-    val_split: float,
+    split: SplitRule,
     skip_bad_records: bool = False,
     note: Callable[[str], None],
     on_progress: Progress | None = None,
@@ -467,7 +462,7 @@ def resolve_tokenizer(
     with locked(cache, note):
         if kept := _stand_in(folder, name, note):
             return kept
-        trained = train_on_corpus(find_corpus(corpus.root), val_split=val_split, on_progress=told)
+        trained = train_on_corpus(find_corpus(corpus.root), split=split, on_progress=told)
         save_tokenizer(trained, folder, stands_for=name)
     note(
         f"Tokenizer '{name}' is neither cached nor reachable, so one was trained on this corpus instead "

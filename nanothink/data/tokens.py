@@ -23,9 +23,23 @@ import orjson
 from numpy.typing import NDArray
 
 from nanothink.data.cache import Note, cache_folder, locked, silent
-from nanothink.data.corpus import Corpus, assign_sides, bad_records_error, text_key
+from nanothink.data.corpus import Corpus, bad_records_error
 from nanothink.data.records import Problem, iter_records
-from nanothink.data.split import head_and_tail, single_texts
+from nanothink.data.split import (
+    NOTHING,
+    TEST,
+    TRAIN,
+    VAL,
+    Sides,
+    SplitRule,
+    TrainedText,
+    assign_sides,
+    cut_text,
+    group_key,
+    normalised,
+    single_texts,
+    text_key,
+)
 from nanothink.data.token_files import (
     DOCUMENT,
     NAMED_PROBLEMS,
@@ -55,7 +69,7 @@ class Documents:
     n_bytes: Int64
     """UTF-8 bytes of the text."""
     keys: NDArray[np.uint64]
-    """Hash of the text (corpus.text_key)."""
+    """Hash of the text (split.text_key)."""
     lines: Int64
     """Line in its file."""
     files: Int64
@@ -175,31 +189,37 @@ def _runs(ends: Int64, chosen: NDArray[np.bool_]) -> tuple[Int64, Int64]:
 class TokenisedCorpus:
     train: dict[str, TokenStream]
     val: dict[str, TokenStream]
-    """By domain, sorted; both hold every domain, if with no text where nothing is held out."""
+    test: dict[str, TokenStream]
+    """By domain, sorted; all three hold every domain, if with no text where nothing is held out."""
     fingerprint: str
     """Equal for two runs if and only if they see the same blocks on the same sides."""
     tokenizer_fingerprint: str
     skipped_records: int
     """Bad lines passed over (``skip_bad_records``)."""
+    trained_text: TrainedText
+    """What a model is trained on that sees the training side."""
 
 
 def tokenise(
     corpus: Corpus,
     tokenizer: Tokenizer,
     *,
-    val_split: float | None,
+    split: SplitRule | None,
+    trained: TrainedText = NOTHING,
     skip_bad_records: bool = False,
     on_progress: Progress | None = None,
     note: Note | None = None,
 ) -> TokenisedCorpus:
     """Tokenises what is not tokenised yet, splits, and opens the streams.
 
-    Without a ``val_split`` nothing is held out or cut: the training side is all there is, in its order.
-    ``on_progress`` receives bytes of files done and in total. ``note`` receives a line when something
-    is not as usual: another folder is used, something damaged is made again, another process is waited for.
+    Without a ``split`` nothing is held out or cut: the training side is all there is, in its order. Documents
+    in ``trained`` are on the training side whatever the rule says. ``on_progress`` receives bytes of files
+    done and in total. ``note`` receives a line when something is not as usual: another folder is used,
+    something damaged is made again, another process is waited for.
 
     Raises BadRecordsError for lines that are no records (unless they are to be skipped), DataError for
-    a domain without any text, StorageError when the tokens cannot be kept.
+    a domain without any text, or with nothing to train or validate on; StorageError when the tokens cannot
+    be kept.
     """
     builder = _Builder(corpus, tokenizer, skip_bad_records, on_progress, note or silent)
     files = builder.files()
@@ -209,53 +229,77 @@ def tokenise(
                 f"Domain '{domain}' in {corpus.root} holds no valid record. Add some, or leave it out with "
                 "--domains."
             )
-    keys = {
-        domain: np.concatenate([file.documents["key"] for _, file in own]) for domain, own in files.items()
-    }
-    cuts: dict[int, tuple[str, TokenFile]] = {}
-    if val_split is None:
-        sides = {domain: np.zeros(len(own), np.bool_) for domain, own in keys.items()}
+    rows = {domain: np.concatenate([file.documents for _, file in own]) for domain, own in files.items()}
+    keys = {domain: own["key"] for domain, own in rows.items()}
+    cuts: dict[int, _Cut] = {}
+    if split is None:
+        sides = {domain: np.full(len(own), TRAIN, np.uint8) for domain, own in keys.items()}
     else:
-        sides = assign_sides(keys, val_split)
+        sides = assign_sides(rows, split, trained)
         for key, domain in single_texts(keys).items():
-            cuts[key] = builder.cut(key, corpus.domains[domain], domain, val_split)
+            floor = trained.heads.get(key, 0)
+            whole = bool(np.isin(np.uint64(key), trained.keys))
+            cuts[key] = builder.cut(key, corpus.domains[domain], domain, split, None if whole else floor)
     held = np.array(sorted(cuts), dtype=np.uint64)
-    train: dict[str, TokenStream] = {}
-    val: dict[str, TokenStream] = {}
+    streams: dict[int, dict[str, TokenStream]] = {TRAIN: {}, VAL: {}, TEST: {}}
     for domain in sorted(files):
         parts = _by_file(files[domain], sides[domain])
-        cut_here = [cuts[key] for key in cuts if bool((keys[domain] == np.uint64(key)).any())]
-        for streams, side, document in ((train, False, 0), (val, True, 1)):
-            chosen = [
-                (file, (on_val == side) & ~np.isin(file.documents["key"], held)) for file, on_val in parts
-            ]
-            chosen += [(file, np.arange(2) == document) for _, file in cut_here]
-            streams[domain] = TokenStream(domain, tokenizer.eos_id, chosen)
-        if val_split is not None and not (train[domain].n_documents and val[domain].n_documents):
-            purpose = "validate" if train[domain].n_documents else "train"
+        cut_here = [cuts[key].file for key in cuts if bool((keys[domain] == np.uint64(key)).any())]
+        for side, of_side in streams.items():
+            chosen = [(file, (own == side) & ~np.isin(file.documents["key"], held)) for file, own in parts]
+            chosen += [(file, _part_of_cut(len(file.documents), side)) for file in cut_here]
+            of_side[domain] = TokenStream(domain, tokenizer.eos_id, chosen)
+        if split is not None and not (
+            streams[TRAIN][domain].n_documents and streams[VAL][domain].n_documents
+        ):
+            purpose = "validate" if streams[TRAIN][domain].n_documents else "train"
             raise DataError(
                 f"Domain '{domain}' has nothing to {purpose} on: all its texts are in other domains too, "
                 "where they are needed on the other side. Add text of its own to it, or leave it out with "
                 "--domains."
             )
     identity = [
-        repr(None if val_split is None else float(val_split)),
         tokenizer.fingerprint,
-        [[domain, [digest for digest, _ in own]] for domain, own in sorted(files.items())],
-        sorted(name for name, _ in cuts.values()),
+        [
+            [domain, [digest for digest, _ in own], hashlib.blake2b(sides[domain].tobytes()).hexdigest()]
+            for domain, own in sorted(files.items())
+        ],
+        sorted(cut.name for cut in cuts.values()),
     ]
     return TokenisedCorpus(
-        train=train,
-        val=val,
+        train=streams[TRAIN],
+        val=streams[VAL],
+        test=streams[TEST],
         fingerprint=hashlib.blake2b(orjson.dumps(identity), digest_size=32).hexdigest(),
         tokenizer_fingerprint=tokenizer.fingerprint,
         skipped_records=builder.n_unreadable + sum(file.n_bad for own in files.values() for _, file in own),
+        trained_text=TrainedText(
+            np.setdiff1d(np.concatenate([keys[domain][own == TRAIN] for domain, own in sides.items()]), held),
+            {key: cut.trained_chars for key, cut in cuts.items()},
+        ),
     )
 
 
-def _by_file(
-    files: Sequence[tuple[str, TokenFile]], sides: NDArray[np.bool_]
-) -> list[tuple[TokenFile, NDArray[np.bool_]]]:
+@dataclass(frozen=True)
+class _Cut:
+    """The only text of a domain in two or three documents: head, middle (for testing) and tail."""
+
+    name: str
+    file: TokenFile
+    trained_chars: int
+    """Normalised characters of the head."""
+
+
+def _part_of_cut(n_parts: int, side: int) -> NDArray[np.bool_]:
+    chosen = np.zeros(n_parts, np.bool_)
+    if side == TEST:
+        chosen[1:-1] = True
+    else:
+        chosen[0 if side == TRAIN else -1] = True
+    return chosen
+
+
+def _by_file(files: Sequence[tuple[str, TokenFile]], sides: Sides) -> list[tuple[TokenFile, Sides]]:
     """Each file with its own stretch of the domain's sides."""
     ends = np.cumsum([len(file.documents) for _, file in files])
     return [(file, own) for (_, file), own in zip(files, np.split(sides, ends[:-1]), strict=True)]
@@ -318,21 +362,25 @@ class _Builder:
             for domain, paths in self._corpus.domains.items()
         }
 
-    def cut(self, key: int, paths: Sequence[Path], domain: str, val_split: float) -> tuple[str, TokenFile]:
-        """Name and tokens of one text in two documents: its head, which trains, and its tail."""
-        name = f"cut-{key:016x}-{val_split!r}"
+    def cut(
+        self, key: int, paths: Sequence[Path], domain: str, split: SplitRule, trained_chars: int | None
+    ) -> _Cut:
+        """The text of that key cut in parts; ``trained_chars`` is None if all of it was trained on."""
+        line, text = self._find(key, paths)
+        n_chars = len(normalised(text)) if trained_chars is None else trained_chars
+        parts = [part for part in cut_text(text, split, domain, n_chars) if part]
+        name = f"cut-{key:016x}-{'-'.join(str(len(part)) for part in parts)}"
         found = open_token_file(self._folder / name)
         if found is None:
-            line, text = self._find(key, paths)
             with (
                 locked(self._cache, self._note),
                 TokenFileWriter(self._folder / name, self._tokenizer) as writer,
             ):
-                for part in head_and_tail(text, val_split, domain):
+                for part in parts:
                     writer.add(line, part)
                 writer.commit()
             found = self._reopened(self._folder / name)
-        return name, self._named(found, paths[0])
+        return _Cut(name, self._named(found, paths[0]), len(normalised(parts[0])))
 
     def _named(self, file: TokenFile, path: Path) -> TokenFile:
         return replace(file, path=os.path.relpath(path, self._corpus.root))
@@ -367,7 +415,7 @@ class _Builder:
             with TokenFileWriter(folder, self._tokenizer) as writer:
                 for line, record in iter_records(path, on_problem=on_problem, on_bytes=self._advance):
                     if self._skip or not self._n_bad:
-                        writer.add(line, record.text)
+                        writer.add(line, record.text, group_key(record.group, record.source))
                 if stamp(path) != before:
                     raise _changed(path)
                 self._advance(start + before[0] - self._done)

@@ -17,6 +17,7 @@ from nanothink.checkpoints import (
     verify_checkpoint,
 )
 from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule
 from nanothink.data.tokens import TokenStream, tokenise
 from nanothink.errors import CheckpointError, CheckpointNotFoundError, DataError, UsageError
 from nanothink.inference.denoising import denoising_errors
@@ -120,7 +121,7 @@ def evaluate_checkpoints(
         tokens = tokenise(
             corpus,
             model.tokenizer,
-            val_split=val_split,
+            split=None if val_split is None else SplitRule(val_split),
             skip_bad_records=skip_bad_records or model.config.data.skip_bad_records,
             on_progress=lambda done, total: progress("tokenising", done, total),
             note=note,

@@ -15,6 +15,7 @@ from nanothink.config import Config, TrainConfig
 from nanothink.config.run import ResolvedConfig, flatten
 from nanothink.data.batches import TrainingBatches
 from nanothink.data.corpus import Corpus, find_corpus
+from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import Tokenizer, resolve_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
 from nanothink.errors import (
@@ -133,7 +134,7 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
         tokenizer = resolve_tokenizer(
             config.data.tokenizer,
             corpus,
-            val_split=config.data.val_split,
+            split=SplitRule.of(config.data),
             skip_bad_records=config.data.skip_bad_records,
             note=watch.note,
             on_progress=watch.progress,
@@ -141,7 +142,7 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     tokens = tokenise(
         corpus,
         tokenizer,
-        val_split=config.data.val_split,
+        split=SplitRule.of(config.data),
         skip_bad_records=config.data.skip_bad_records,
         on_progress=lambda done, total: watch.progress("tokenising", done, total),
         note=watch.note,
@@ -291,7 +292,7 @@ def _tokenizer_of(origin: Origin, resolved: ResolvedConfig, corpus: Corpus) -> T
     own = Tokenizer.from_state(origin.payload["tokenizer"])
     if resolved.config.data.tokenizer != origin.payload["config"].get("data", {}).get("tokenizer"):
         data = resolved.config.data
-        asked = resolve_tokenizer(data.tokenizer, corpus, val_split=data.val_split, note=lambda _: None)
+        asked = resolve_tokenizer(data.tokenizer, corpus, split=SplitRule.of(data), note=lambda _: None)
         if asked.fingerprint != own.fingerprint:
             raise CheckpointMismatchError(
                 f"{origin.path} was trained with the tokenizer '{own.name}' ({own.vocab_size} tokens), not "
@@ -308,7 +309,7 @@ def _tokenizer_lent(
     data = resolved.config.data
     asked_for = resolved.sources["data.tokenizer"] != "default"
     if asked_for and data.tokenizer != lender.tokenizer_setting:
-        asked = resolve_tokenizer(data.tokenizer, corpus, val_split=data.val_split, note=lambda _: None)
+        asked = resolve_tokenizer(data.tokenizer, corpus, split=SplitRule.of(data), note=lambda _: None)
         if asked.fingerprint != lender.tokenizer.fingerprint:
             kind = lender.payload["kind"]
             raise CheckpointMismatchError(

@@ -15,6 +15,7 @@ from nanothink.checkpoints import ModelPayload, parse_name, read_checkpoint, res
 from nanothink.config import Config, VectorStoreConfig
 from nanothink.config.run import resolve_config
 from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.data.tokens import TokenisedCorpus, TokenStream, tokenise
 from nanothink.errors import (
@@ -250,7 +251,7 @@ class Remembering:
         return tokenise(
             corpus,
             self.tokenizer,
-            val_split=data.val_split,
+            split=SplitRule.of(data),
             skip_bad_records=skip_bad_records or data.skip_bad_records,
             on_progress=lambda done, total: progress("tokenising", done, total),
             note=note,

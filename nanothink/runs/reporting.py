@@ -16,6 +16,7 @@ from nanothink import __version__
 from nanothink.checkpoints import parse_name
 from nanothink.data.corpus import find_corpus
 from nanothink.data.records import try_to_write
+from nanothink.data.split import SplitRule
 from nanothink.data.temporary import sweep, temporary_path
 from nanothink.data.tokens import TokenStream, tokenise
 from nanothink.errors import (
@@ -208,7 +209,7 @@ def _held_out(
     tokens = tokenise(
         find_corpus(folder, config.domains),
         loaded.tokenizer,
-        val_split=config.val_split,
+        split=SplitRule.of(config),
         skip_bad_records=True,
         on_progress=lambda done, total: progress("tokenising", done, total),
         note=note,

@@ -22,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanothink.data import hub
-from nanothink.data.corpus import assign_sides, find_corpus, text_key
+from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import (
     Tokenizer,
     TokenizerUnreachableError,
@@ -33,6 +34,7 @@ from nanothink.data.tokenizer import (
     train_on_corpus,
     train_tokenizer,
 )
+from nanothink.data.tokens import tokenise
 from nanothink.errors import BadRecordsError, DataError, TokenizerError
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog's day is done. Hello world! " * 20
@@ -243,11 +245,11 @@ def test_training_sees_the_training_split_only(tmp_path: Path) -> None:
     trained = train_on_corpus(
         corpus,
         vocab_size=4000,
-        val_split=0.3,
+        split=SplitRule(0.3),
         on_progress=lambda stage, *at: told.setdefault(stage, []).append(at),
     )
-    keys = {"a": np.array([text_key(text) for text in texts], dtype=np.uint64)}
-    held_out = assign_sides(keys, 0.3)["a"]
+    held_out_lines = tokenise(corpus, trained, split=SplitRule(0.3)).val["a"].documents().lines
+    held_out = np.isin(np.arange(1, len(texts) + 1), held_out_lines)
     learnt = [len(trained.encode(f" {word}")) == 1 for word in words]
     assert 10 < held_out.sum() < 50
     assert learnt == (~held_out).tolist()
@@ -262,7 +264,7 @@ def test_nothing_to_train_on(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.jsonl").write_text("not json\n")
     with pytest.raises(DataError, match="nothing to train"):
-        train_on_corpus(find_corpus(tmp_path), val_split=0.1)
+        train_on_corpus(find_corpus(tmp_path), split=SplitRule(0.1))
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -509,7 +511,7 @@ def test_offline_a_stand_in_is_trained_and_kept(corpus_root: Path) -> None:
     one = resolve_tokenizer(
         NAME,
         find_corpus(corpus_root, ["a"]),
-        val_split=0.1,
+        split=SplitRule(0.1),
         note=notes.append,
         on_progress=lambda stage, *_: told.append(stage),
     )
@@ -525,7 +527,9 @@ def test_offline_a_stand_in_is_trained_and_kept(corpus_root: Path) -> None:
     _domain(corpus_root, "c", [f"cherry {i} " * 50 for i in range(50)])
     before = (folder / "tokenizer.json").stat().st_mtime_ns
     for name, domains in ((NAME, ["b"]), (NAME, None), (NAME, ["c"])):
-        again = resolve_tokenizer(name, find_corpus(corpus_root, domains), val_split=0.2, note=notes.append)
+        again = resolve_tokenizer(
+            name, find_corpus(corpus_root, domains), split=SplitRule(0.2), note=notes.append
+        )
         assert again.fingerprint == one.fingerprint
         assert str(folder) in notes[-1]
     assert (folder / "tokenizer.json").stat().st_mtime_ns == before
@@ -533,7 +537,7 @@ def test_offline_a_stand_in_is_trained_and_kept(corpus_root: Path) -> None:
 
 def test_only_the_default_is_ever_replaced(corpus_root: Path) -> None:
     with pytest.raises(TokenizerError, match="tokenzer"):
-        resolve_tokenizer("tokenzer", find_corpus(corpus_root), val_split=0.1, note=lambda _: None)
+        resolve_tokenizer("tokenzer", find_corpus(corpus_root), split=SplitRule(0.1), note=lambda _: None)
     assert not (corpus_root / ".nanothink" / "tokenizer").exists()
 
 
@@ -542,17 +546,17 @@ def test_a_refused_corpus_leaves_no_stand_in(corpus_root: Path) -> None:
         file.write('{"text": ""}\n')
     corpus, notes = find_corpus(corpus_root), []
     with pytest.raises(BadRecordsError, match=r"broken\.jsonl:1"):
-        resolve_tokenizer(NAME, corpus, val_split=0.1, note=notes.append)
+        resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), note=notes.append)
     assert not (corpus_root / ".nanothink" / "tokenizer").exists()
-    assert resolve_tokenizer(NAME, corpus, val_split=0.1, skip_bad_records=True, note=notes.append)
+    assert resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), skip_bad_records=True, note=notes.append)
 
 
 def test_a_damaged_stand_in_is_trained_again(corpus_root: Path) -> None:
     notes: list[str] = []
     corpus = find_corpus(corpus_root)
-    one = resolve_tokenizer(NAME, corpus, val_split=0.1, note=notes.append)
+    one = resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), note=notes.append)
     (corpus_root / ".nanothink" / "tokenizer" / "tokenizer.json").write_text("{")
-    again = resolve_tokenizer(NAME, corpus, val_split=0.1, note=notes.append)
+    again = resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), note=notes.append)
     assert again.fingerprint == one.fingerprint
     assert any("damaged" in note for note in notes)
 
@@ -561,10 +565,10 @@ def test_paths_are_never_replaced_by_a_stand_in(corpus_root: Path, trained: Toke
     corpus = find_corpus(corpus_root)
     notes: list[str] = []
     with pytest.raises(TokenizerError, match="no tokenizer at"):
-        resolve_tokenizer("./typo", corpus, val_split=0.1, note=notes.append)
+        resolve_tokenizer("./typo", corpus, split=SplitRule(0.1), note=notes.append)
     folder = save_tokenizer(trained, corpus_root / "kept")
     assert (
-        resolve_tokenizer(str(folder), corpus, val_split=0.1, note=notes.append).fingerprint
+        resolve_tokenizer(str(folder), corpus, split=SplitRule(0.1), note=notes.append).fingerprint
         == trained.fingerprint
     )
     assert notes == []
@@ -578,8 +582,8 @@ def test_a_data_root_that_cannot_be_written_to(corpus_root: Path, monkeypatch: p
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     notes: list[str] = []
     corpus = find_corpus(corpus_root)
-    one = resolve_tokenizer(NAME, corpus, val_split=0.1, note=notes.append)
+    one = resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), note=notes.append)
     assert str(cache) in notes[-1]
-    again = resolve_tokenizer(NAME, corpus, val_split=0.1, note=notes.append)
+    again = resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), note=notes.append)
     assert again.fingerprint == one.fingerprint
     assert (corpus_root / ".nanothink").read_text() == "in the way"

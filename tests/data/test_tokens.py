@@ -17,7 +17,8 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanothink.data.corpus import find_corpus, text_key
+from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule, text_key
 from nanothink.data.token_files import DOCUMENT, TokenFile, open_token_file, token_dtype
 from nanothink.data.tokenizer import Tokenizer, train_tokenizer
 from nanothink.data.tokens import IGNORE, TokenisedCorpus, TokenStream, tokenise
@@ -56,13 +57,13 @@ def root(tmp_path: Path) -> Path:
 
 
 def _run(root: Path, tokenizer: Tokenizer, val_split: float = 0.2, **options: object) -> TokenisedCorpus:
-    return tokenise(find_corpus(root), tokenizer, val_split=val_split, **options)  # type: ignore[arg-type]
+    return tokenise(find_corpus(root), tokenizer, split=SplitRule(val_split), **options)  # type: ignore[arg-type]
 
 
 def test_without_a_split_all_text_is_there_in_its_order(root: Path, tokenizer: Tokenizer) -> None:
     _write(root / "c" / "1.jsonl", ["x"])  # one text of one character: nothing to split
     corpus = find_corpus(root)
-    tokens = tokenise(corpus, tokenizer, val_split=None)
+    tokens = tokenise(corpus, tokenizer, split=None)
     for domain, paths in corpus.domains.items():
         expected = [t for text in _written(*paths) for t in [*tokenizer.encode(text), tokenizer.eos_id]]
         stream = tokens.train[domain]
@@ -126,7 +127,7 @@ def _stream(lengths: list[int], chosen: list[bool], n_files: int = 1) -> tuple[T
             _, (length, mine) = documents[i]
             document = [1 + (7 * i + j) % 250 for j in range(length)] + [EOS]
             tokens += document
-            rows.append((len(tokens), 3 * length, i, i + 1))
+            rows.append((len(tokens), 3 * length, i, 0, i + 1))
             expected += document if mine else []
         file = TokenFile(np.array(tokens, np.uint16), np.array(rows, DOCUMENT), 0, ())
         parts.append((file, np.array([chosen[i] for i in group], dtype=np.bool_)))
@@ -241,7 +242,7 @@ def test_equal_fingerprints_mean_equal_blocks(root: Path, tokenizer: Tokenizer, 
     different = [
         _run(root, tokenizer, 0.3).fingerprint,
         _run(root, other).fingerprint,
-        tokenise(find_corpus(root, ["a"]), tokenizer, val_split=0.2).fingerprint,
+        tokenise(find_corpus(root, ["a"]), tokenizer, split=SplitRule(0.2)).fingerprint,
     ]
     _write(root / "a" / "1.jsonl", _texts("apples", 41))
     different.append(_run(root, tokenizer).fingerprint)
@@ -323,7 +324,7 @@ def test_a_file_that_has_gone(root: Path, tokenizer: Tokenizer) -> None:
     corpus = find_corpus(root)
     (root / "b" / "1.jsonl").unlink()
     with pytest.raises(DataError, match=r"b/1\.jsonl:1:1: the file is gone"):
-        tokenise(corpus, tokenizer, val_split=0.1)
+        tokenise(corpus, tokenizer, split=SplitRule(0.1))
 
 
 def test_a_file_that_changes_meanwhile(root: Path, tokenizer: Tokenizer) -> None:
@@ -492,13 +493,14 @@ _SCRIPT = """
 import sys
 from pathlib import Path
 from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import tokenise
 root, tokenizer = sys.argv[1:3]
 exec(sys.argv[3])
 def progress(done, total):
     if done: print(done, flush=True)
-tokens = tokenise(find_corpus(root), load_tokenizer(tokenizer), val_split=0.1, on_progress=progress)
+tokens = tokenise(find_corpus(root), load_tokenizer(tokenizer), split=SplitRule(0.1), on_progress=progress)
 print(tokens.fingerprint, flush=True)
 status = Path("/proc/self/status").read_text()  # getrusage's peak would include that of the parent
 print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), flush=True)
@@ -660,7 +662,7 @@ def test_real_text_has_the_tokens_gpt2_gives_it(shared_data: Path, linked_corpor
     from nanothink.data.tokenizer import load_tokenizer
 
     gpt2 = load_tokenizer(str(shared_data / "tokenizers" / "gpt2"))
-    tokens = tokenise(find_corpus(linked_corpora), gpt2, val_split=0.1)
+    tokens = tokenise(find_corpus(linked_corpora), gpt2, split=SplitRule(0.1))
     for domain, paths in find_corpus(linked_corpora).domains.items():
         texts = _written(*paths)
         expected = sorted([*gpt2.encode(text), gpt2.eos_id] for text in texts)
@@ -682,9 +684,9 @@ def test_what_is_no_file_is_a_bad_line_and_can_be_skipped(tmp_path: Path, tokeni
     (tmp_path / "d" / "link.jsonl").symlink_to("nowhere")
     corpus = find_corpus(tmp_path)
     with pytest.raises(BadRecordsError, match="3 bad lines") as caught:
-        tokenise(corpus, tokenizer, val_split=0.1)
+        tokenise(corpus, tokenizer, split=SplitRule(0.1))
     assert all(name in str(caught.value) for name in ("folder.jsonl", "pipe.jsonl", "link.jsonl"))
     notes: list[str] = []
-    tokens = tokenise(corpus, tokenizer, val_split=0.1, skip_bad_records=True, note=notes.append)
+    tokens = tokenise(corpus, tokenizer, split=SplitRule(0.1), skip_bad_records=True, note=notes.append)
     assert tokens.skipped_records == 3
     assert sum("Left out" in note for note in notes) == 3

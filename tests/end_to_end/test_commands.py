@@ -20,7 +20,10 @@ import torch
 import nanothink
 from nanothink.checkpoints import read_checkpoint, write_checkpoint
 from nanothink.cli.app import run
-from nanothink.data.corpus import assign_sides, text_key
+from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule
+from nanothink.data.tokenizer import load_tokenizer
+from nanothink.data.tokens import tokenise
 from nanothink.inference.evaluate import DocumentScores, Evaluation, Score
 from nanothink.runs.evaluating import CheckpointEvaluation, above_best
 
@@ -156,7 +159,7 @@ def test_what_only_one_kind_can_do_looks_for_that_kind(
 
 
 def test_samples_continue_held_out_texts_unless_prompts_are_given(
-    pretrain: Callable[..., int], tiny_corpus: Path, tmp_path: Path
+    pretrain: Callable[..., int], tiny_corpus: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
     def prompts_of(folder: Path) -> list[str]:
         line = (folder / "runs" / "transformer_expert" / "samples.jsonl").read_text("utf-8").splitlines()[-1]
@@ -172,9 +175,9 @@ def test_samples_continue_held_out_texts_unless_prompts_are_given(
         ]
         for domain in domains
     }
-    sides = assign_sides({d: np.array([text_key(t) for t in texts[d]], np.uint64) for d in domains}, 0.1)
+    tokens = tokenise(find_corpus(tiny_corpus), load_tokenizer(str(tiny_tokenizer)), split=SplitRule(0.1))
     for prompt, domain in zip(prompts_of(tmp_path / "own"), domains, strict=True):
-        first_held_out = texts[domain][int(np.argmax(sides[domain]))]
+        first_held_out = texts[domain][int(tokens.val[domain].documents().lines[0]) - 1]
         assert prompt
         assert first_held_out.startswith(prompt)
         assert len(prompt) < len(first_held_out)

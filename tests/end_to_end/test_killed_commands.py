@@ -25,6 +25,7 @@ from struck_runs import Ground, assert_same_run, stem
 
 from nanothink.config import VectorStoreConfig
 from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import tokenise
 from nanothink.errors import CheckpointDamagedError, TokenizerError, VectorStoreNotFoundError
@@ -211,7 +212,7 @@ def test_tokens_are_whole_or_made_again(ground: Ground, tmp_path: Path) -> None:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(corpus, copy)
         notes: list[str] = []
-        tokens = tokenise(find_corpus(copy), tokenizer, val_split=0.1, note=notes.append)
+        tokens = tokenise(find_corpus(copy), tokenizer, split=SplitRule(0.1), note=notes.append)
         assert not [note for note in notes if "damaged" in note]
         whole = {
             (d, side): stream.block(0, stream.n_tokens)[1].tobytes()

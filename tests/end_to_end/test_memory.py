@@ -22,6 +22,7 @@ from nanothink.checkpoints.file import read_checkpoint
 from nanothink.cli.app import run
 from nanothink.cli.render.progress import Bars
 from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule
 from nanothink.data.tokens import tokenise
 from nanothink.errors import VectorStoreNotFoundError
 from nanothink.memory.building import held_out_texts
@@ -132,7 +133,7 @@ def test_it_is_built_says_its_cost_and_holds_no_validation_text(
     assert said.index("That takes about") < said.index("step 1/30")
     store = store_of(tmp_path)
     loaded = package.load(tmp_path / f"{STEM}.pt")
-    tokens = tokenise(find_corpus(corpus, ("letters", "manuals")), loaded.tokenizer, val_split=0.1)
+    tokens = tokenise(find_corpus(corpus, ("letters", "manuals")), loaded.tokenizer, split=SplitRule(0.1))
     assert store.index.n_keys == sum(stream.n_tokens for stream in tokens.train.values())
     assert (store.documents_of(held_out_texts(tokens)) == -1).all()
     lines = [

@@ -12,6 +12,7 @@ from torch import Tensor
 from nanothink.config.run import resolve_config
 from nanothink.data.batches import validation_batches
 from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import IGNORE, TokenisedCorpus, tokenise
 from nanothink.errors import UsageError, counted
@@ -26,7 +27,7 @@ EXACT = Precision(torch.device("cpu"), torch.float32, "test")
 
 @pytest.fixture(scope="module")
 def tokens(tiny_corpus: Path, tiny_tokenizer: Path) -> TokenisedCorpus:
-    return tokenise(find_corpus(tiny_corpus), load_tokenizer(str(tiny_tokenizer)), val_split=0.1)
+    return tokenise(find_corpus(tiny_corpus), load_tokenizer(str(tiny_tokenizer)), split=SplitRule(0.1))
 
 
 @pytest.fixture

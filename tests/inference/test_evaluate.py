@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from nanothink.config.run import resolve_config
 from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import Tokenizer, load_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
 from nanothink.inference.evaluate import (
@@ -36,7 +37,7 @@ def tokenizer(tiny_tokenizer: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def tokens(tiny_corpus: Path, tokenizer: Tokenizer) -> TokenisedCorpus:
-    return tokenise(find_corpus(tiny_corpus), tokenizer, val_split=0.1)
+    return tokenise(find_corpus(tiny_corpus), tokenizer, split=SplitRule(0.1))
 
 
 @pytest.fixture

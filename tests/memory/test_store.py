@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from nanothink.config import VectorStoreConfig
-from nanothink.data.corpus import find_corpus, text_key
+from nanothink.data.corpus import find_corpus
+from nanothink.data.split import SplitRule, text_key
 from nanothink.data.tokenizer import Tokenizer, resolve_tokenizer
 from nanothink.data.tokens import IGNORE, Documents, TokenisedCorpus, TokenStream, tokenise
 from nanothink.errors import (
@@ -61,14 +62,16 @@ def corpus_folder(tiny_corpus: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def tokenizer(tiny_tokenizer: Path, corpus_folder: Path) -> Tokenizer:
     return resolve_tokenizer(
-        str(tiny_tokenizer), find_corpus(corpus_folder), val_split=0.1, note=lambda _: None
+        str(tiny_tokenizer), find_corpus(corpus_folder), split=SplitRule(0.1), note=lambda _: None
     )
 
 
 @pytest.fixture
 def read(corpus_folder: Path, tokenizer: Tokenizer) -> Callable[..., TokenisedCorpus]:
     def tokens(*domains: str, folder: Path | None = None) -> TokenisedCorpus:
-        return tokenise(find_corpus(folder or corpus_folder, domains or None), tokenizer, val_split=0.1)
+        return tokenise(
+            find_corpus(folder or corpus_folder, domains or None), tokenizer, split=SplitRule(0.1)
+        )
 
     return tokens
 
