@@ -33,7 +33,7 @@ def map_with_datasets(paths: list[str], tokenizer_folder: Path, cache: Path) -> 
     from transformers import AutoTokenizer
 
     datasets.disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     records = datasets.load_dataset("json", data_files=paths, split="train", cache_dir=str(cache))
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:

@@ -32,14 +32,14 @@ from nanothink.checkpoints.payload import ModelPayload
 from nanothink.data.cache import storage_error
 from nanothink.data.temporary import sweep, temporary_path
 from nanothink.data.tokenizer import load_tokenizer
-from nanothink.errors import CheckpointMismatchError, NanoThinkError, StorageError, UsageError
+from nanothink.errors import CheckpointMismatchError, NanoThinkError, StorageError, TokenizerError, UsageError
 from nanothink.models.state_space import from_mamba_state_dict
 from nanothink.models.transformer import from_qwen3_state_dict
 
-CONFIG, WEIGHTS, OWN_SECTION = "config.json", "model.safetensors", "nanothink"
+CONFIG, WEIGHTS, TOKENIZER, OWN_SECTION = "config.json", "model.safetensors", "tokenizer.json", "nanothink"
 FILES = (
     *(CONFIG, WEIGHTS, "generation_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "README.md"),
+    *(TOKENIZER, "tokenizer_config.json", "README.md"),
 )
 """Every file of an export."""
 
@@ -136,7 +136,7 @@ def read_export(folder: Path) -> ModelPayload:
         StorageError: it can't be read.
     """
     try:
-        settings = json.loads((folder / CONFIG).read_text("utf-8"))
+        settings = json.loads((folder / CONFIG).read_text("utf-8-sig"))
         own = settings.get(OWN_SECTION) if isinstance(settings, dict) else None
         if not isinstance(own, dict):
             raise CheckpointMismatchError(
@@ -155,6 +155,8 @@ def read_export(folder: Path) -> ModelPayload:
         tied = bool(settings.get("tie_word_embeddings"))
         weights = _FOREIGN_NAMES[kind](weights, tied=tied)
     try:
+        if not (folder / TOKENIZER).is_file():  # other forms are not ours, and some want code to be run
+            raise TokenizerError(f"{TOKENIZER} is missing")
         tokenizer = load_tokenizer(str(folder))
     except NanoThinkError as error:
         raise damaged(folder, f"its tokenizer can't be used ({error})") from None

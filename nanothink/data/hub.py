@@ -1,5 +1,6 @@
 """Tokenizer files of the Hugging Face Hub: from its cache, or downloaded into it.
 
+Only ``DATA_FILES`` are ever fetched or read, none of which can hold code.
 Offline is a normal state here, so it is found out within seconds and before anything heavy is imported.
 """
 
@@ -16,15 +17,18 @@ from nanothink.errors import TokenizerError
 
 _PROBE_SECONDS = 5.0
 _MARKS = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
-_WANTED = [
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "config.json",
-]
+DATA_FILES = (
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "config.json",
+    ),
+    *("vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "spm.model"),
+)
+"""Names of the files that tokenizers consist of: JSON, text and SentencePiece's tables."""
 
 
 class TokenizerUnreachableError(TokenizerError):
@@ -112,7 +116,7 @@ def _download(name: str) -> Path:
     try:
         disable_progress_bars()
         return Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=_WANTED, etag_timeout=_PROBE_SECONDS)
+            huggingface_hub.snapshot_download(name, allow_patterns=[*DATA_FILES], etag_timeout=_PROBE_SECONDS)
         )
     except errors.GatedRepoError as error:
         raise TokenizerError(

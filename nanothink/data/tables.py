@@ -179,7 +179,9 @@ def hub_rows(
     except ImportError:
         raise DataError(f"{note}Hub data sets need an extra: pip install 'nanothink[datasets]'") from None
     try:
-        rows = iter(datasets.load_dataset(name, config_name, split=split, streaming=True))
+        rows = iter(
+            datasets.load_dataset(name, config_name, split=split, streaming=True, trust_remote_code=False)
+        )
         first = next(rows, None)
     except Exception as error:  # the library raises dozens of kinds, of its own and of the network
         reason = f"{type(error).__name__}: {error}"

@@ -1,18 +1,14 @@
-"""Text to token ids and back: where tokenizers come from, and the one form they all take here.
+"""The tokenizer of a corpus: loaded, trained, saved, or a stand-in.
 
-    load_tokenizer      a folder, a tokenizer.json, or a name of the Hugging Face Hub
-    train_tokenizer     byte-level BPE (data/bpe.py, in a process of its own)
+    load_tokenizer      a folder, a tokenizer.json, or a name of the Hugging Face Hub (tokenizer_files.py)
+    train_tokenizer     byte-level BPE (bpe.py, in a process of its own)
     resolve_tokenizer   load, or train a stand-in when the Hub cannot be reached
 
-A ``Tokenizer`` is pure: no truncation, padding, dropout or special tokens come between text and ids,
-whatever its file says, and text that spells a special token is text. Documents are ended by ``eos_id``
-alone, so no document can fake a boundary.
+All of them give a ``Tokenizer`` (encoding.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +18,14 @@ import orjson
 import tokenizers
 from numpy.typing import NDArray
 
-from nanothink.data.bpe import make_byte_level
 from nanothink.data.bpe_process import Progress, learn_in_process
-from nanothink.data.byte_level import ByteLevelEncoder, is_byte_level, rounds
 from nanothink.data.cache import cache_folder, locked, storage_error, write_whole
 from nanothink.data.corpus import Corpus, bad_records_error, find_corpus, validate_corpus
-from nanothink.data.hub import TokenizerUnreachableError, hub_folder
+from nanothink.data.encoding import EOS, Tokenizer
+from nanothink.data.hub import TokenizerUnreachableError
 from nanothink.data.records import Problem, Record, iter_records
 from nanothink.data.split import TRAIN, SplitRule, assign_sides, cut_text, group_key, single_texts, text_key
-from nanothink.data.tokenizer_json import check_tokenizer_json, failures_told
+from nanothink.data.tokenizer_files import load_tokenizer, looks_like_path, tokenizer_settings
 from nanothink.errors import DataError, TokenizerError
 
 __all__ = [
@@ -43,253 +38,10 @@ __all__ = [
     "train_tokenizer",
 ]
 
-EOS = "<|endoftext|>"
-_KNOWN_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<｜end▁of▁sentence｜>")
 REPLACEABLE = "gpt2"
 """The name that a tokenizer trained here may stand in for: the default of ``DataConfig``."""
-_MAX_EOS_CHARS = 1000
-_PROBE = "Hello world"
 _MAX_TRAINING_BYTES = 256 * 2**20  # counts of words have settled long before
 _STANDS_FOR = "nanothink_stands_for"
-
-
-class Tokenizer:
-    """Token ids of a text. Equal fingerprints mean equal ids for every text.
-
-    Parameters
-    ----------
-    backend: copied, and freed of everything that is not text to ids.
-    name: what the user calls it; no part of its identity.
-    eos_token: ends every document; added to the vocabulary when it is not there (or None: ``<|endoftext|>``).
-
-    Raises TokenizerError for one that cannot give "Hello world" back, or that takes a text spelling
-    its EOS for the end of a document.
-    """
-
-    name: str
-    vocab_size: int
-    """One more than the largest id: rows of an embedding that fits."""
-    eos_id: int
-    fingerprint: str
-    """SHA-256, in hex, of the vocabulary, rules and EOS."""
-
-    def __init__(self, backend: tokenizers.Tokenizer, name: str, eos_token: str | None = None) -> None:
-        where = f"tokenizer '{name:.100}'"
-        eos = eos_token or EOS
-        if len(eos) > _MAX_EOS_CHARS or not eos.isprintable():
-            raise TokenizerError(
-                f"The EOS token of {where} is too long or holds odd characters: {eos!r:.60}."
-            )
-        self.name, self._eos = name, eos
-        with failures_told(where):
-            self._backend, canonical = _purified(backend, eos)
-            self._json = canonical.decode()
-            vocabulary = self._backend.get_vocab(with_added_tokens=True)
-            self.vocab_size = max(vocabulary.values()) + 1
-            self.eos_id = vocabulary[eos]
-            self.fingerprint = hashlib.sha256(canonical + b"\0" + eos.encode()).hexdigest()
-            byte_level = is_byte_level(orjson.loads(canonical))
-            self._words = ByteLevelEncoder(self._encode_whole) if byte_level else None
-            self._check()
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of one text, without EOS. Raises TokenizerError for a lone surrogate."""
-        with _encodable(text):
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Ids of each text; the same as ``encode`` gives one by one, several times faster."""
-        with _encodable(*texts):
-            if self._words is not None:
-                return self._words(texts)
-            return [
-                np.array(ids, dtype=np.uint32) for group in rounds(texts) for ids in self._encode_whole(group)
-            ]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids. Bytes that are no UTF-8 become U+FFFD; EOS is written as it is spelled."""
-        try:
-            return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
-        except OverflowError as error:
-            raise TokenizerError(f"Token ids lie between 0 and {self.vocab_size - 1}.") from error
-
-    def to_state(self) -> dict[str, str]:
-        """Everything there is to it, in strings only, for a checkpoint."""
-        return {"name": self.name, "eos_token": self._eos, "tokenizer_json": self._json}
-
-    @classmethod
-    def from_state(cls, state: dict[str, str]) -> Tokenizer:
-        """The tokenizer that ``to_state`` described; same fingerprint."""
-        try:
-            name, eos, text = (state[key] for key in ("name", "eos_token", "tokenizer_json"))
-        except (KeyError, TypeError) as error:
-            raise TokenizerError(f"A saved tokenizer lacks {error}.") from error
-        return cls(_parse(text, f"saved tokenizer '{name}'"), name, eos)
-
-    def __repr__(self) -> str:
-        return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size}, fingerprint={self.fingerprint[:16]})"
-
-    def _encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def _check(self) -> None:
-        back = self.decode(self.encode(_PROBE))
-        if back != _PROBE:
-            raise TokenizerError(
-                f"Tokenizer '{self.name}' gives {back!r} back for {_PROBE!r}: it loses text, or its files "
-                "are incomplete. Nothing could be measured with it; use another."
-            )
-        if self.eos_id in self.encode(f"a{self._eos}b") + self.encode(self._eos):
-            raise TokenizerError(
-                f"Tokenizer '{self.name}' cannot tell a text that spells '{self._eos}' from the end of a "
-                "document; use another."
-            )
-
-
-def _purified(backend: tokenizers.Tokenizer, eos: str) -> tuple[tokenizers.Tokenizer, bytes]:
-    """A copy that maps text to ids and nothing else, with its JSON in one canonical order."""
-    state: dict[str, Any] = orjson.loads(backend.to_str())
-    state.update(truncation=None, padding=None, post_processor=None)
-    if "dropout" in state["model"]:
-        state["model"]["dropout"] = None
-    for token in state["added_tokens"]:
-        token["special"] = token["special"] or token["content"] == eos
-    pure = tokenizers.Tokenizer.from_str(orjson.dumps(state).decode())
-    if all(token["content"] != eos for token in state["added_tokens"]):
-        pure.add_special_tokens([tokenizers.AddedToken(eos, special=True, normalized=False)])
-    pure.encode_special_tokens = True
-    return pure, orjson.dumps(orjson.loads(pure.to_str()), option=orjson.OPT_SORT_KEYS)
-
-
-@contextlib.contextmanager
-def _encodable(*texts: str) -> Iterator[None]:
-    try:
-        yield
-    except TypeError as error:
-        for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as wrong:
-                raise TokenizerError(
-                    f"Character {wrong.start + 1} of the text is half of a surrogate pair, which is no "
-                    "valid Unicode; remove it."
-                ) from error
-        raise
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer in a folder or a tokenizer.json file, or of that name on the Hugging Face Hub.
-
-    Raises TokenizerError (TokenizerUnreachableError when only the Hub could have it and it is offline).
-    """
-    path = Path(name).expanduser()
-    try:
-        if name and path.is_dir():
-            return _from_folder(path, name)
-        if path.is_file():
-            eos = _eos_beside(path)
-            return _with_eos(_parse(_read(path), str(path)), name, eos)
-    except OSError as error:
-        raise TokenizerError(f"Cannot read tokenizer {path}: {error.strerror}.") from error
-    if _looks_like_path(name):
-        raise TokenizerError(
-            f"There is no tokenizer at {path}: give a folder, a tokenizer.json or a Hub name."
-        )
-    return _from_folder(hub_folder(name), name)
-
-
-def _looks_like_path(name: str) -> bool:
-    """A Hub name is 'name' or 'owner/name'; anything else with a separator is meant as a path."""
-    parts = name.split("/")
-    return (
-        not name
-        or name.endswith(".json")
-        or "\\" in name
-        or len(parts) > 2
-        or parts[0] in ("", ".", "..", "~")
-        or not parts[-1]
-        or (len(parts) == 2 and Path(parts[0]).is_dir())
-    )
-
-
-def _from_folder(folder: Path, name: str) -> Tokenizer:
-    whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
-    if whole.is_file():
-        return _with_eos(_parse(_read(whole), str(whole)), name, _eos_beside(whole))
-    if vocab.is_file() and merges.is_file():
-        return _with_eos(_gpt2(vocab, merges), name, _eos_beside(vocab))
-    return _through_transformers(folder, name)
-
-
-def _gpt2(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
-    """GPT-2's cutting and bytes around a vocabulary and merges; transformers would cost 3 s to import."""
-    try:
-        model = tokenizers.models.BPE.from_file(str(vocab), str(merges))
-    except Exception as error:
-        raise TokenizerError(f"{vocab} and {merges.name} make no tokenizer: {error}.") from error
-    backend = tokenizers.Tokenizer(model)
-    make_byte_level(backend)
-    return backend
-
-
-def _through_transformers(folder: Path, name: str) -> Tokenizer:
-    """Other formats (SentencePiece and the like), which transformers knows how to convert."""
-    if not any(
-        file.name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for file in folder.iterdir()
-    ):
-        raise TokenizerError(
-            f"{folder} holds no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt."
-        )
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        backend = loaded.backend_tokenizer
-    except Exception as error:
-        raise TokenizerError(f"transformers cannot read the tokenizer in {folder}: {error}") from error
-    return Tokenizer(backend, name, loaded.eos_token)
-
-
-def _with_eos(backend: tokenizers.Tokenizer, name: str, eos: str | None) -> Tokenizer:
-    if eos is None:
-        special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
-        known = special | ({EOS} if backend.token_to_id(EOS) is not None else set())
-        eos = next((token for token in _KNOWN_EOS if token in known), None)
-    return Tokenizer(backend, name, eos)
-
-
-def _eos_beside(path: Path) -> str | None:
-    """EOS as the configuration files beside a tokenizer name it."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _settings(path.with_name(name)).get("eos_token")
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str) and token:
-            return token
-    return None
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise TokenizerError(f"{path} is not valid JSON: {error}.") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path} is not a tokenizer: it is not UTF-8 text.") from error
-
-
-def _parse(text: str, where: str) -> tokenizers.Tokenizer:
-    check_tokenizer_json(text, where)
-    with failures_told(where):
-        return tokenizers.Tokenizer.from_str(text)
 
 
 def fitting_vocab_size(n_bytes: int) -> int:
@@ -437,7 +189,7 @@ def resolve_tokenizer(
     selected, and is used for that name from then on, whatever becomes of the corpus or the network:
     experts can only be combined if they share one tokenizer. ``on_progress`` hears of the stages of that.
     """
-    if _looks_like_path(name) or Path(name).expanduser().exists():
+    if looks_like_path(name) or Path(name).expanduser().exists():
         return load_tokenizer(name)
     cache = cache_folder(corpus.root)
     folder = cache / "tokenizer"
@@ -473,7 +225,7 @@ def resolve_tokenizer(
 
 def _replaced_by(folder: Path) -> str | None:
     try:
-        name = _settings(folder / "tokenizer_config.json").get(_STANDS_FOR)
+        name = tokenizer_settings(folder / "tokenizer_config.json").get(_STANDS_FOR)
     except (OSError, TokenizerError):
         return None
     return name if isinstance(name, str) else None

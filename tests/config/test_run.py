@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,32 @@ def test_unknown_keys_in_a_file_name_the_file(tmp_path: Path) -> None:
         resolve_config(file=file)
     with pytest.raises(ConfigError, match="does not exist"):
         resolve_config(file=tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("given_by_hand", [True, False])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_file_of_any_editor_is_read(tmp_path: Path, encoding: str, end: str, given_by_hand: bool) -> None:
+    file = tmp_path / "nanothink.toml"
+    file.write_bytes(f"# Größe{end}[model]{end}d_model = 96{end}".encode(encoding))
+    resolved = resolve_config(file=file) if given_by_hand else resolve_config(folder=tmp_path)
+    assert resolved.config.model.d_model == 96
+    assert resolved.sources["model.d_model"] == str(file)
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "iso-8859-1"],
+)
+def test_a_file_of_another_encoding_is_refused_with_a_command_that_works(
+    tmp_path: Path, encoding: str
+) -> None:
+    file = tmp_path / "größe 1.toml"
+    file.write_bytes("[model]\n# Größe\nd_model = 96\n".encode(encoding))
+    with pytest.raises(ConfigError, match="is not UTF-8 text") as caught:
+        resolve_config(file=file)
+    subprocess.run(str(caught.value).partition("use that: ")[2], shell=True, check=True, cwd=tmp_path)
+    assert resolve_config(file=tmp_path / "größe 1-utf8.toml").config.model.d_model == 96
 
 
 def test_an_unknown_variable_of_ours_is_an_error() -> None:

@@ -320,7 +320,9 @@ def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
     module.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
     done = Import(tmp_path, "hf:someone/things", text_field="body", config_name="en", split="test")
-    assert asked == [(("someone/things", "en"), {"split": "test", "streaming": True})]
+    assert asked == [
+        (("someone/things", "en"), {"split": "test", "streaming": True, "trust_remote_code": False})
+    ]
     assert done.report.path.name == "someone--things.jsonl"
     assert list(zip(done.texts, done.sources, strict=True)) == [("one", "s"), ("two", "someone/things:3")]
     assert done.report.empty == 1

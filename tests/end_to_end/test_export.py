@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -356,6 +357,35 @@ def test_a_damaged_export_is_refused(
     assert said.err.startswith("error: ")
     assert "Traceback" not in said.err
     assert reason in said.err
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_code_in_an_export_is_never_run(
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    tiny_corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    with_tokenizer: bool,
+) -> None:
+    export, mark = tmp_path / "export", tmp_path / "code was run"
+    export_checkpoint(checkpoint("transformer"), export)
+    for name in ("tokenization_evil.py", "tokenizer.py", "configuration_evil.py", "modeling_evil.py"):
+        (export / name).write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    auto_map = {"AutoTokenizer": ["tokenization_evil.Evil", None], "AutoConfig": "configuration_evil.Evil"}
+    for name in ("tokenizer_config.json", "config.json"):
+        content = json.loads((export / name).read_text())
+        content |= {"auto_map": auto_map, "model_type": "evil", "tokenizer_class": "Evil"}
+        (export / name).write_text(json.dumps(content))
+    if not with_tokenizer:
+        (export / "tokenizer.json").unlink()
+        (export / "vocab.txt").write_text("[UNK]\nHello\nworld\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 100))
+    monkeypatch.setattr("builtins.input", lambda _prompt="": "yes")
+    code = run(["eval", str(export), "--data-dir", str(tiny_corpus), "--max-tokens", "500"])
+    assert code == (0 if with_tokenizer else 1)
+    assert with_tokenizer or "tokenizer.json is missing" in capsys.readouterr().err
+    assert not mark.exists()
 
 
 def test_a_stranger_s_model_is_no_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
