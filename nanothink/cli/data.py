@@ -227,6 +227,18 @@ def import_text(
     text_field: Annotated[
         str, typer.Option("--text-field", metavar="NAME", help="Field or column that holds the text.")
     ] = "text",
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="Name of the file to write. [default: the source's]"),
+    ] = None,
+    quotes: Annotated[
+        bool | None,
+        typer.Option(
+            "--quotes/--no-quotes",
+            help="Whether fields of a csv or tsv may be quoted. [default: in csv, not in tsv]",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier import of the same name.")
     ] = False,
@@ -244,7 +256,9 @@ def import_text(
             source,
             domain=domain,
             data_dir=Path(data_dir or "data"),
+            name=name,
             text_field=text_field,
+            quotes=quotes,
             overwrite=overwrite,
             on_progress=lambda done, total: bars("importing", done, total),
         )
@@ -256,6 +270,8 @@ def import_text(
                 "n_records": report.records,
                 "n_bytes": report.n_bytes,
                 "n_empty": report.empty,
+                "n_multiline_fields": report.n_spanning,
+                "first_multiline_field": report.first_spanning,
                 "bad_rows": [_problem(p) for p in report.bad_rows],
                 "warnings": [_problem(p) for p in report.warnings],
                 "seconds": report.seconds,
@@ -269,6 +285,13 @@ def import_text(
     if report.empty:
         render.warning(f"{counted(report.empty, 'row')} left out: no text.")
     render.say(f"{report.path}: {counted(report.records, 'record')}, {render.size(report.n_bytes)}.")
+    if report.n_spanning:
+        fields = "1 field spans" if report.n_spanning == 1 else f"{report.n_spanning:,} fields span"
+        first = "it begins" if report.n_spanning == 1 else "the first begins"
+        render.say(
+            f"{fields} several lines; {first} in line {report.first_spanning:,}. A quote that is missing "
+            "would merge rows: is the number of records right?"
+        )
     return 1 if report.bad_rows else 0
 
 

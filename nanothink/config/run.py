@@ -12,8 +12,6 @@ was asked for on the command line itself (preset, file, --set, flag) is laid ove
 
 from __future__ import annotations
 
-import codecs
-import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from nanothink.config.model import (
     TransformerConfig,
     VectorStoreConfig,
 )
+from nanothink.config.text_encoding import conversion, wide_encoding
 from nanothink.config.training import TrainConfig, TrainDiffuserConfig, TrainExpertConfig, TrainMLAConfig
 from nanothink.errors import ConfigError, did_you_mean
 
@@ -43,12 +42,6 @@ else:
 
 DEFAULT_FILE = "nanothink.toml"
 ENVIRONMENT_PREFIX = "NANOTHINK_"
-_WIDE_MARKS = (
-    (codecs.BOM_UTF32_LE, "UTF-32"),  # begins with UTF-16's, so it is looked for first
-    (codecs.BOM_UTF32_BE, "UTF-32"),
-    (codecs.BOM_UTF16_LE, "UTF-16"),
-    (codecs.BOM_UTF16_BE, "UTF-16"),
-)
 
 
 class Config(Settings):
@@ -261,7 +254,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"Config file {path} does not exist.") from None
     except OSError as error:
         raise ConfigError(f"Config file {path} cannot be read: {error.strerror}.") from None
-    encoding, place = _wide_encoding(content), ""
+    encoding, place = wide_encoding(content), ""
     if not encoding:
         try:
             text = content.decode("utf-8-sig")  # editors of Windows begin a file with a byte-order mark
@@ -271,20 +264,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
             encoding, place = "ISO-8859-1", f": byte 0x{content[error.start]:02x} in line {line} does not fit"
     raise ConfigError(
         f"Config file {path} is not UTF-8 text{place}. Convert it to a new file and use that: "
-        f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(f'{path.stem}-utf8.toml')}"
+        f"{conversion(encoding, str(path), f'{path.stem}-utf8.toml')}"
     )
-
-
-def _wide_encoding(content: bytes) -> str:
-    """Name of the encoding of text in units of two or four bytes; empty for any other."""
-    for mark, name in _WIDE_MARKS:
-        if content.startswith(mark):
-            return name
-    if content[:1] == b"\0":
-        return "UTF-32BE" if content[1:2] == b"\0" else "UTF-16BE"
-    if content[1:2] == b"\0":
-        return "UTF-32LE" if content[2:4] == b"\0\0" else "UTF-16LE"
-    return ""
 
 
 def _parse_toml(text: str, source: str) -> dict[str, Any]:

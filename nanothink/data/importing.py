@@ -2,14 +2,18 @@
 
     .txt .md             a file becomes one record, a long one several, cut at blank lines
     a folder             every such file below it, in the order of their names
-    .csv .tsv            one record a row, text from the column ``text_field``
+    .csv                 one record a row, text from the column ``text_field``; fields may be quoted
+    .tsv                 the same; quotes are text like any other, unless they are asked for
     .json                an array of objects, or of strings
     .jsonl (.gz, .zst)   one record a line, text from the key ``text_field``
     .parquet             one record a row, read batch by batch        pip install 'nanothink[parquet]'
     hf:NAME              a data set of the Hugging Face Hub, streamed   pip install 'nanothink[datasets]'
 
-One file is written, whole or not at all. Rows without text are counted and rows that cannot be taken
-are named in the report; only what makes the whole source doubtful is an error.
+One file is written, whole or not at all, and never over what it is made from. Rows without text are counted
+and rows that cannot be taken are named in the report; only what makes the whole source doubtful is an error.
+
+The pieces of a file that is cut have one ``group``, so that a split keeps them together. A ``group`` and a
+``source`` of rows are kept.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from pathlib import Path
 
 import orjson
 
+from nanothink.data.delimited import DELIMITERS, table_rows
+from nanothink.data.import_place import ImportCommand, check_place
 from nanothink.data.lines import MAX_LINE_BYTES, SUFFIXES, Problem, shown
 from nanothink.data.records import Record, write_records
 from nanothink.data.tables import (
@@ -30,7 +36,6 @@ from nanothink.data.tables import (
     json_array_rows,
     json_lines_rows,
     parquet_rows,
-    table_rows,
 )
 from nanothink.data.text_files import TEXT_SUFFIXES, Findings, Progress, Row, folder_rows, text_file_rows
 from nanothink.errors import DataError, UsageError
@@ -38,6 +43,9 @@ from nanothink.errors import DataError, UsageError
 SPLIT_CHARS = 10_000
 """Longest record made of a text file, in characters. Documents are what is split into training and
 validation, so a book as one record would leave nothing to choose from."""
+
+
+_KNOWN_SUFFIXES = (*TEXT_SUFFIXES, *DELIMITERS, ".json", *SUFFIXES, ".parquet")
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,10 @@ class ImportReport:
     """Rows that could not be taken and were left out."""
     warnings: tuple[Problem, ...]
     seconds: float
+    n_spanning: int = 0
+    """Quoted fields of a table that span several lines."""
+    first_spanning: int | None = None
+    """The line where the first of them begins."""
 
 
 def import_source(
@@ -61,27 +73,40 @@ def import_source(
     *,
     domain: str,
     data_dir: str | Path,
+    name: str | None = None,
     text_field: str = "text",
+    quotes: bool | None = None,
     split_chars: int | None = SPLIT_CHARS,
     overwrite: bool = False,
     config_name: str | None = None,
     split: str = "train",
     on_progress: Progress | None = None,
 ) -> ImportReport:
-    """Write ``<data_dir>/<domain>/<name of the source>.jsonl`` from ``source``; see the module for kinds.
+    """Write ``<data_dir>/<domain>/<name>.jsonl`` from ``source``; see the module for kinds of sources.
 
-    ``split_chars`` bounds records made of text files, None leaves each file whole; rows of tables are
-    never cut. ``config_name`` and ``split`` choose a part of a Hub data set. Raises DataError when the
-    source cannot be found, read or understood, or holds no text; UsageError for a domain name that
-    cannot be one; StorageError when the file exists (without ``overwrite``) or cannot be written.
+    ``name`` is that of the source when left out. ``quotes`` says whether fields of a CSV or TSV may be
+    quoted; None: in CSV. ``split_chars`` bounds records made of text files, None leaves each file whole; rows
+    of tables are never cut. ``config_name`` and ``split`` choose a part of a Hub data set.
+
+    Raises DataError when the source cannot be found, read or understood, or holds no text; UsageError for
+    names that cannot be, and for a source that is the file or folder that would be written to; StorageError
+    when the file exists (without ``overwrite``) or cannot be written.
     """
     began = time.perf_counter()
     check_domain_name(domain)
+    if name is not None and (reason := _why_no_name(name)):
+        raise UsageError(f"{name!r} cannot be the name of a file: {reason}. For example: --name letters")
     if split_chars is not None and split_chars < 1:
         raise UsageError(f"A record cannot hold {split_chars} characters; split_chars must be at least 1.")
     findings = Findings(on_progress or (lambda done, total: None))
-    name, rows = _open(str(source), text_field, split_chars, config_name, split, findings)
-    path = Path(data_dir) / domain / f"{name}.jsonl"
+    data_dir = Path(data_dir)
+    own_name, rows = _open(
+        str(source), text_field, quotes, split_chars, config_name, split, findings, data_dir
+    )
+    path = data_dir / domain / f"{name or own_name}.jsonl"
+    options: tuple[str, ...] = ("--text-field", text_field) if text_field != "text" else ()
+    options += () if quotes is None else ("--quotes",) if quotes else ("--no-quotes",)
+    check_place(ImportCommand(str(source), domain, data_dir, name, options, overwrite), path)
     n_records = write_records(path, _records(rows, str(source), findings), overwrite=overwrite)
     return ImportReport(
         path,
@@ -92,22 +117,25 @@ def import_source(
         tuple(findings.bad_rows),
         tuple(findings.warnings),
         time.perf_counter() - began,
+        findings.n_spanning,
+        findings.first_spanning,
     )
 
 
 def check_domain_name(domain: str) -> None:
     """Raises UsageError unless a folder of this name would be found and could be asked for."""
-    reason = ""
-    if not domain or domain != domain.strip():
-        reason = "it must not be empty or begin or end with a blank"
-    elif domain.startswith("."):
-        reason = "it must not begin with a dot: such folders are not read"
-    elif any(char in domain for char in "/\\,") or not domain.isprintable():
-        reason = "it must not hold a slash, a backslash, a comma or a control character"
-    elif len(os.fsencode(domain)) > 200:
-        reason = "it is too long for a folder"
-    if reason:
+    if reason := _why_no_name(domain):
         raise UsageError(f"{domain!r} cannot be the name of a domain: {reason}. For example: --domain novels")
+
+
+def _why_no_name(name: str) -> str:
+    if not name or name != name.strip():
+        return "it must not be empty or begin or end with a blank"
+    if name.startswith("."):
+        return "it must not begin with a dot: what does is not read"
+    if any(char in name for char in "/\\,") or not name.isprintable():
+        return "it must not hold a slash, a backslash, a comma or a control character"
+    return "it is too long" if len(os.fsencode(name)) > 200 else ""
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -116,7 +144,7 @@ def check_domain_name(domain: str) -> None:
 
 def _records(rows: Iterable[Row], source: str, findings: Findings) -> Iterator[Record]:
     n_records = 0
-    for number, origin, value in rows:
+    for number, origin, value, group in rows:
         if value is None or (isinstance(value, str) and (not value or value.isspace())):
             findings.empty += 1
             continue
@@ -124,7 +152,8 @@ def _records(rows: Iterable[Row], source: str, findings: Findings) -> Iterator[R
         if reason:
             findings.bad_rows.append(Problem(shown(source), number, 1, reason))
             continue
-        yield Record(text=str(value), source=origin, id=n_records)
+        name = str(group) if isinstance(group, str) or type(group) is int else None
+        yield Record(text=str(value), source=origin, id=n_records, group=name)
         n_records += 1
     if not n_records:
         why = f" First problem: {findings.bad_rows[0]}." if findings.bad_rows else ""
@@ -149,10 +178,12 @@ def _why_unfit(value: object) -> str:
 def _open(
     source: str,
     text_field: str,
+    quotes: bool | None,
     split_chars: int | None,
     config_name: str | None,
     split: str,
     findings: Findings,
+    data_dir: Path,
 ) -> tuple[str, Iterator[Row]]:
     """A name for the file to write, and the rows of the source."""
     if source.startswith("hf:"):
@@ -163,29 +194,39 @@ def _open(
     except (OSError, ValueError) as error:
         raise DataError(f"Cannot look at {source!r}: {error}.") from None
     if is_folder:
-        return _stem(path.resolve().name), folder_rows(path, split_chars, findings)
-    lower = path.name.lower()
-    known = [*TEXT_SUFFIXES, ".csv", ".tsv", ".json", *SUFFIXES, ".parquet"]
-    suffix = next((suffix for suffix in known if lower.endswith(suffix)), "")
+        return _stem(path.resolve().name), folder_rows(path, split_chars, findings, data_dir)
+    suffix = _suffix(path)
     if not is_file:
         if not suffix and not path.exists() and HUB_NAME.fullmatch(source):
             note = f"There is no file or folder {source!r} here, so it was taken for a Hub data set. "
             return _hub(source, text_field, config_name, split, findings, note=note)
         raise DataError(f"There is no file or folder {shown(path)}. Check the path.")
+    if quotes is not None and suffix not in DELIMITERS:
+        raise UsageError(
+            f"--quotes and --no-quotes say how {' and '.join(DELIMITERS)} are read. Leave them out."
+        )
     stem = _stem(path.name[: len(path.name) - len(suffix)])
     if suffix in TEXT_SUFFIXES:
         return stem, text_file_rows([(path, path.name)], split_chars, findings)
-    if suffix in (".csv", ".tsv"):
-        return stem, table_rows(path, "," if suffix == ".csv" else "\t", text_field, findings)
+    if suffix in DELIMITERS:
+        quoted = suffix == ".csv" if quotes is None else quotes
+        return stem, table_rows(path, DELIMITERS[suffix], text_field, findings, quotes=quoted)
     if suffix == ".json":
         return stem, json_array_rows(path, text_field, findings)
     if suffix in SUFFIXES:
         return stem, json_lines_rows(path, text_field, findings)
     if suffix == ".parquet":
         return stem, parquet_rows(path, text_field, findings)
+    known = ", ".join(_KNOWN_SUFFIXES)
     raise UsageError(
-        f"Do not know how to read {shown(path)}. Files are told by the end of their name: {', '.join(known)}."
+        f"Do not know how to read {shown(path)}. Files are told by the end of their name: {known}."
     )
+
+
+def _suffix(path: Path) -> str:
+    """The ending that tells the kind of a file, in lower case; empty for any other."""
+    lower = path.name.lower()
+    return next((suffix for suffix in _KNOWN_SUFFIXES if lower.endswith(suffix)), "")
 
 
 def _stem(name: str) -> str:

@@ -1,67 +1,35 @@
-"""Tables as rows: CSV, TSV, JSON, JSON Lines, Parquet, and data sets of the Hugging Face Hub."""
+"""Rows of JSON, JSON Lines, Parquet, and data sets of the Hugging Face Hub."""
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from nanothink.data.lines import MAX_LINE_BYTES, Problem, iter_lines, shown
+from nanothink.data.lines import Problem, iter_lines, shown
 from nanothink.data.records import decode_line
 from nanothink.data.strict_json import JsonFault, scan
-from nanothink.data.text_files import Findings, Row, file_size, reading, where_not_utf8
-from nanothink.errors import DataError, counted, did_you_mean
+from nanothink.data.text_files import (
+    Findings,
+    Row,
+    file_size,
+    no_such_field,
+    open_text,
+    reading,
+    where_not_utf8,
+)
+from nanothink.errors import DataError, did_you_mean
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def _no_such_field(where: str, text_field: str, fields: Iterable[object]) -> DataError:
-    names = [str(name) for name in fields]
-    listed = ", ".join(names[:20]) or "none"
-    message = f"{where} has no '{text_field}'.{did_you_mean(text_field, names)} It has: {listed}."
-    return DataError(f"{message} Name the one that holds the text: --text-field NAME")
-
-
-def table_rows(path: Path, delimiter: str, text_field: str, findings: Findings) -> Iterator[Row]:
-    total = file_size(path)
-    limit = csv.field_size_limit(MAX_LINE_BYTES)  # belongs to the whole process: put back below
-    try:
-        with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
-            raw: io.FileIO = file.buffer.raw  # type: ignore[attr-defined]
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
-            header = next(reader, [])
-            if text_field not in header:
-                raise _no_such_field(shown(path), text_field, header)
-            column = header.index(text_field)
-            origin_column = header.index("source") if "source" in header else None
-            for count, row in enumerate(reader, 1):
-                if count % 1000 == 0:
-                    findings.advance(raw.tell(), total)
-                line = reader.line_num
-                if not row:
-                    findings.empty += 1
-                elif len(row) != len(header):
-                    reason = f"the row has {counted(len(row), 'field')}, the header has {len(header)}"
-                    findings.bad_rows.append(Problem(shown(path), line, 1, reason))
-                else:
-                    origin = row[origin_column] if origin_column is not None else ""
-                    yield line, origin or shown(f"{path.name}:{line}"), row[column]
-    except csv.Error as error:
-        raise DataError(f"{shown(path)}, line {reader.line_num}: {error}. Check the quotes there.") from None
-    finally:
-        csv.field_size_limit(limit)
-    findings.advance(total, total)
-
-
 def json_array_rows(path: Path, text_field: str, findings: Findings) -> Iterator[Row]:
-    with reading(path):
+    with reading(path), open_text(path):
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
         items = _parse(data)
@@ -81,7 +49,7 @@ def json_array_rows(path: Path, text_field: str, findings: Findings) -> Iterator
     total = len(data)
     for number, item in enumerate(items, 1):
         if isinstance(item, str):
-            yield number, shown(f"{path.name}:{number}"), item
+            yield Row(number, shown(f"{path.name}:{number}"), item)
         else:
             yield from _from_object(number, item, path, text_field, findings)
         if number % 1000 == 0:
@@ -132,7 +100,8 @@ def _from_object(number: int, item: object, path: Path, text_field: str, finding
         origin = item.get("source")
         if not isinstance(origin, str) or not origin:
             origin = shown(f"{path.name}:{number}")
-        yield number, origin, item[text_field]
+        group = item.get("group") if text_field != "group" else None
+        yield Row(number, origin, item[text_field], group)
         return
     if isinstance(item, dict):
         keys = [str(key) for key in item][:20]
@@ -154,18 +123,19 @@ def parquet_rows(path: Path, text_field: str, findings: Findings) -> Iterator[Ro
             table = pyarrow.parquet.ParquetFile(path)
             names = table.schema_arrow.names
             if text_field not in names:
-                raise _no_such_field(shown(path), text_field, names)
-            columns = [text_field, *(["source"] if "source" in names and text_field != "source" else [])]
+                raise no_such_field(shown(path), text_field, names)
+            others = [name for name in ("source", "group") if name in names and name != text_field]
             number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=columns):
+            for batch in table.iter_batches(batch_size=1024, columns=[text_field, *others]):
                 texts = batch.column(text_field).to_pylist()
-                origins = (
-                    batch.column("source").to_pylist() if "source" in columns[1:] else [None] * len(texts)
+                sources, groups = (
+                    batch.column(name).to_pylist() if name in others else itertools.repeat(None)
+                    for name in ("source", "group")
                 )
-                for text, origin in zip(texts, origins, strict=True):
+                for text, source, group in zip(texts, sources, groups, strict=False):
                     number += 1
-                    named = origin if isinstance(origin, str) and origin else f"{path.name}:{number}"
-                    yield number, shown(named), text
+                    named = source if isinstance(source, str) and source else f"{path.name}:{number}"
+                    yield Row(number, shown(named), text, group)
                 findings.advance(total * number // max(table.metadata.num_rows, 1), total)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{shown(path)} is not sound Parquet: {error}") from None
@@ -189,13 +159,14 @@ def hub_rows(
     if first is None:
         return
     if text_field not in first:
-        raise _no_such_field(f"The data set '{name}'", text_field, first)
+        raise no_such_field(f"The data set '{name}'", text_field, first)
     number = 0
     try:
         for number, row in enumerate(itertools.chain([first], rows), 1):
             origin = row.get("source")
             named = origin if isinstance(origin, str) and origin else f"{name}:{number}"
-            yield number, named, row.get(text_field)
+            group = row.get("group") if text_field != "group" else None
+            yield Row(number, named, row.get(text_field), group)
             if number % 1000 == 0:
                 findings.advance(number, 0)
     except Exception as error:

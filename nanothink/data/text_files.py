@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
+from nanothink.config.text_encoding import conversion, wide_encoding
 from nanothink.data.lines import Problem, shown
-from nanothink.errors import DataError
+from nanothink.errors import DataError, did_you_mean
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
 
 Progress = Callable[[int, int], None]
 """(bytes of the source done, bytes in all); for a data set of the Hub (rows done, 0)."""
 
-Row = tuple[int, str, object]
-"""Number of the row or line from 1, where it comes from, and what stands where its text should be."""
+
+class Row(NamedTuple):
+    """One document of a source, as it was found there."""
+
+    number: int
+    """Of the row, or the line where it begins, from 1."""
+    source: str
+    text: object
+    """What stands where the text should be."""
+    group: object = None
+    """Name of the document that this is a piece of."""
+
 
 _LEADING_BLANK_LINES = re.compile(r"(?:[ \t\f\v]*\n)+")
 _BLANK_LINE = re.compile(r"\n[ \t\f\v]*\n")
@@ -34,6 +47,10 @@ class Findings:
     empty: int = 0
     bad_rows: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    n_spanning: int = 0
+    """Quoted fields of a table that span several lines; an unbalanced quote makes one of several rows."""
+    first_spanning: int | None = None
+    """The line where the first of them begins."""
 
 
 def cut_text(file: TextIO, limit: int | None) -> Iterator[str]:
@@ -84,11 +101,13 @@ def text_file_rows(files: list[tuple[Path, str]], limit: int | None, findings: F
     done, total = 0, sum(sizes)
     for (path, origin), size in zip(files, sizes, strict=True):
         number = 0
-        with reading(path), path.open(encoding="utf-8-sig") as file:
+        with reading(path), open_text(path) as file:
             # Reading as text turns CR LF and CR into LF.
-            for piece in cut_text(file, limit):
-                number += 1
-                yield number, shown(origin), piece
+            pieces = cut_text(file, limit)
+            first = list(itertools.islice(pieces, 2))
+            group = _content_digest(path) if len(first) == 2 else None
+            for number, piece in enumerate(itertools.chain(first, pieces), 1):
+                yield Row(number, shown(origin), piece, group)
                 findings.advance(done + min(file.buffer.raw.tell(), size), total)  # type: ignore[attr-defined]
         if not number:
             findings.empty += 1
@@ -96,7 +115,17 @@ def text_file_rows(files: list[tuple[Path, str]], limit: int | None, findings: F
         findings.advance(done, total)
 
 
-def folder_rows(folder: Path, limit: int | None, findings: Findings) -> Iterator[Row]:
+def _content_digest(path: Path) -> str:
+    """16 hexadecimal digits that stand for a text, whatever its name and its line ends."""
+    digest = hashlib.blake2b(digest_size=8)
+    with open_text(path) as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk.encode())
+    return digest.hexdigest()
+
+
+def folder_rows(folder: Path, limit: int | None, findings: Findings, leave_out: Path) -> Iterator[Row]:
+    """Rows of the text files below ``folder``, without those below ``leave_out``."""
     files: list[tuple[Path, str]] = []
     others: Counter[str] = Counter()
 
@@ -108,6 +137,11 @@ def folder_rows(folder: Path, limit: int | None, findings: Findings) -> Iterator
         # Not followed: links may lead round in circles, or out of the folder a person has named.
         others["link to a folder"] += sum(Path(parent, name).is_symlink() for name in folders)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        own = [name for name in folders if same_file(Path(parent, name), leave_out)]
+        for name in own:
+            folders.remove(name)
+            reason = "left out: it is the data folder, which the import writes to"
+            findings.warnings.append(Problem(shown(Path(parent, name)), 0, 0, reason))
         for name in names:
             path = Path(parent, name)
             if name.startswith("."):
@@ -119,7 +153,8 @@ def folder_rows(folder: Path, limit: int | None, findings: Findings) -> Iterator
             else:
                 others[path.suffix or "without a suffix"] += 1
     if not files:
-        raise DataError(f"There is no text file ({', '.join(TEXT_SUFFIXES)}) in {shown(folder)}.")
+        beside = f" outside {shown(leave_out)}" if findings.warnings else ""
+        raise DataError(f"There is no text file ({', '.join(TEXT_SUFFIXES)}) in {shown(folder)}{beside}.")
     others = +others  # drops the kinds that were counted but not met
     if others:
         kinds = ", ".join(f"{shown(kind)} ({n:,})" for kind, n in others.most_common(8))
@@ -140,7 +175,18 @@ def reading(path: Path) -> Iterator[None]:
         raise DataError(f"Cannot read {shown(path)}: {error.strerror or error}. Check the file.") from None
 
 
+def open_text(path: Path, newline: str | None = None) -> TextIO:
+    """The file opened as UTF-8, behind a byte-order mark. Raises DataError for text in wider units."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    # Without a mark such text may be valid UTF-8 all the same, every second character of it a NUL.
+    if 0 in start[:2] and start.count(0) * 4 >= len(start) and (encoding := wide_encoding(start)):
+        raise DataError(_not_utf8(path, f"it looks like {encoding}", encoding))
+    return path.open(encoding="utf-8-sig", newline=newline)
+
+
 def where_not_utf8(path: Path) -> str:
+    """The error for a file that is no UTF-8, with the place and a command that converts it."""
     # The decoder's own error counts from the start of some buffer, so the place is looked for again.
     offset, rest = 0, b""
     with path.open("rb") as file:
@@ -159,13 +205,29 @@ def where_not_utf8(path: Path) -> str:
                     break
             offset += taken
             rest = block[taken:]
-    guess = "for example with: iconv -f ISO-8859-1 -t UTF-8 OLD > NEW"
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        guess = "for example with: iconv -f UTF-16 -t UTF-8 OLD > NEW"
-    return (
-        f"{shown(path)} is not UTF-8 text: byte 0x{rest[:1].hex()} at offset {offset:,} does not fit. "
-        f"Convert the file, {guess}"
-    )
+    place = f"byte 0x{rest[:1].hex()} at offset {offset:,} does not fit"
+    return _not_utf8(path, place, wide_encoding(start) or "ISO-8859-1")
+
+
+def _not_utf8(path: Path, why: str, encoding: str) -> str:
+    command = conversion(encoding, str(path), f"{path.stem}-utf8{path.suffix}")
+    return f"{shown(path)} is not UTF-8 text: {why}. Convert it, for example with: {command}"
+
+
+def no_such_field(where: str, text_field: str, fields: Iterable[object]) -> DataError:
+    """The error for a table without the column or key that should hold the text."""
+    names = [str(name) for name in fields]
+    listed = ", ".join(names[:20]) or "none"
+    message = f"{where} has no '{text_field}'.{did_you_mean(text_field, names)} It has: {listed}."
+    return DataError(f"{message} Name the one that holds the text: --text-field NAME")
+
+
+def same_file(a: Path, b: Path) -> bool:
+    """True if both are there and are one file or folder, whatever links lead to it."""
+    try:
+        return a.samefile(b)
+    except OSError:
+        return False
 
 
 def file_size(path: Path) -> int:

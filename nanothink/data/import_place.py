@@ -1,0 +1,102 @@
+"""The place that an import writes to: free, and no part of what it is made from."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nanothink.data.lines import SUFFIXES, shown
+from nanothink.data.text_files import same_file
+from nanothink.errors import StorageError, UsageError
+
+
+@dataclass(frozen=True)
+class ImportCommand:
+    """An import as a person would type it, for messages that say what to type instead."""
+
+    source: str
+    domain: str
+    data_dir: Path
+    name: str | None
+    options: tuple[str, ...] = ()
+    overwrite: bool = False
+
+    def __str__(self) -> str:
+        source = f"./{self.source}" if self.source.startswith("-") else self.source
+        words = ["nanothink", "data", "import", source, "--domain", self.domain]
+        if str(self.data_dir) != "data":
+            words += ["--data-dir", str(self.data_dir)]
+        if self.name is not None:
+            words += ["--name", self.name]
+        words += [*self.options, *(["--overwrite"] if self.overwrite else [])]
+        return shlex.join(words)
+
+
+def check_place(command: ImportCommand, path: Path) -> None:
+    """Refuse to write to ``path`` what would destroy or double the source, or replace a file unasked.
+
+    Files are compared by device and inode, so links and the case of a name hide nothing. Raises UsageError or
+    StorageError, with commands that work.
+    """
+    source = Path(command.source).expanduser()
+    if source.is_dir():
+        _check_folder(command, source, path.parent)
+    else:
+        _check_file(command, source, path)
+    if command.overwrite or not os.path.lexists(path):
+        return
+    free = next(number for number in range(2, 10**9) if not os.path.lexists(_numbered(path, number)))
+    raise StorageError(
+        f"{shown(path)} exists already.\n"
+        f"  keep both:  {replace(command, name=_numbered(path, free).stem)}\n"
+        f"  replace it: {replace(command, overwrite=True)}"
+    )
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name.removesuffix('.jsonl')}-{number}.jsonl")
+
+
+def _check_folder(command: ImportCommand, source: Path, domain_folder: Path) -> None:
+    if not any(same_file(source, folder) for folder in (domain_folder, command.data_dir)):
+        return
+    elsewhere = _beside(command.data_dir, "imported", lambda folder: True)
+    raise UsageError(
+        f"{shown(source)} is the folder that the import writes into: its result would lie among its sources. "
+        f"Write to a data folder of its own:\n  {replace(command, data_dir=elsewhere)}"
+    )
+
+
+def _check_file(command: ImportCommand, source: Path, path: Path) -> None:
+    """Refuse a source that is the file to be written, or that is data of the domain already."""
+    is_target = same_file(source, path)
+    is_data = source.name.lower().endswith(SUFFIXES) and same_file(source.resolve().parent, path.parent)
+    if not is_target and not is_data:
+        return
+    moved = path if is_target else source.resolve()
+    aside = _beside(command.data_dir, "originals", lambda folder: not os.path.lexists(folder / moved.name))
+    # A link is moved out of the way; what it leads to stays where it is.
+    found = source.resolve() if moved.is_symlink() else aside / moved.name
+    moving = [["mkdir", "-p", str(aside)], ["mv", str(moved), f"{aside}/"]]
+    steps = [*map(shlex.join, moving), str(replace(command, source=str(found)))]
+    what = (
+        "is the file that the import writes to: its other fields and refused rows would be lost"
+        if is_target
+        else "is data of that domain already: its texts would be there twice"
+    )
+    listed = "\n  ".join(steps)
+    raise UsageError(f"{shown(source)} {what}. Move it out of the data folder first:\n  {listed}")
+
+
+def _beside(data_dir: Path, word: str, fits: Callable[[Path], bool]) -> Path:
+    """A folder outside the data folder, where possible beside it, as it would be typed here."""
+    real = data_dir.resolve()
+    parents = [folder for folder in (real.parent, Path.home()) if os.access(folder, os.W_OK)]
+    named = (parents or [real.parent])[0] / f"{real.name}-{word}"
+    number = 1
+    while not fits(folder := named if number == 1 else Path(f"{named}-{number}")):
+        number += 1
+    return Path(min(os.path.relpath(folder), str(folder), key=len))
