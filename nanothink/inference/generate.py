@@ -23,7 +23,8 @@ from nanothink.inference.sampling import SamplingConfig, next_tokens
 from nanothink.models.contract import LanguageModel, State
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_LONGEST_PART = 3  # bytes an unfinished UTF-8 character can have, each decoded as one replacement character
+_MAX_PENDING = 16
+"""Tokens held back before a place to cut them is looked for; an unfinished character has three bytes."""
 
 
 class Decoder(Protocol):
@@ -138,7 +139,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 class StreamDecoder:
     """Token by token to text, never showing half a character.
 
-    A token may end inside a UTF-8 character. What could still change is held back until it can't.
+    A token may end inside a UTF-8 character. What could still change is held back until it can't, at most
+    ``_MAX_PENDING`` tokens of it: bytes that never become a character must not make every token decode all
+    those before it.
 
     Args:
         tokenizer: anything that decodes a list of token ids.
@@ -146,9 +149,8 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Decoder) -> None:
         self._tokenizer = tokenizer
-        self._context: list[
-            int
-        ] = []  # tokens already shown: decoders may treat the first of a text differently
+        # Tokens already shown: decoders may treat the first of a text differently.
+        self._context: list[int] = []
         self._pending: list[int] = []
         self._shown = 0  # characters of decode(context + pending) given out
 
@@ -156,15 +158,33 @@ class StreamDecoder:
         """The text that became final with this token; often one token's, sometimes none or more."""
         self._pending.append(token)
         text = self._tokenizer.decode(self._context + self._pending)
-        final = len(text)
-        while final > max(self._shown, len(text) - _LONGEST_PART) and text[final - 1] == _REPLACEMENT:
-            final -= 1
-        new = text[self._shown : final]
-        self._shown = max(self._shown, final)
+        final = max(self._shown, len(text.rstrip(_REPLACEMENT)))
+        n_tokens = end = 0
         if final == len(text):
-            self._context, self._pending = self._pending, []
-            self._shown = len(self._tokenizer.decode(self._context))
+            n_tokens, end = len(self._pending), final
+        elif len(self._pending) >= _MAX_PENDING:
+            n_tokens, end = self._place_to_cut(text)
+            final = max(final, end)
+        new = text[self._shown : final]
+        self._shown = final
+        if n_tokens:
+            self._context, self._pending = self._pending[:n_tokens], self._pending[n_tokens:]
+            self._shown = len(self._tokenizer.decode(self._context)) + final - end
         return new
+
+    def _place_to_cut(self, text: str) -> tuple[int, int]:
+        """The most pending tokens that what follows can't change, and where their text ends; (0, 0) if none.
+
+        Where tokens before and after a place decode to the same apart and together, no character reaches
+        over it: a first byte and one that continues it give one replacement together, and two apart.
+        """
+        for n_tokens in range(len(self._pending) - 1, 0, -1):
+            before = self._tokenizer.decode(self._context + self._pending[:n_tokens])
+            after = self._tokenizer.decode(self._pending[n_tokens:])
+            if after and before + after == text:
+                return n_tokens, len(before)
+        # A decoder of another kind, which may change what it has given out as long as it likes.
+        return (len(self._pending), len(text)) if len(self._pending) >= 4 * _MAX_PENDING else (0, 0)
 
     def flush(self) -> str:
         """What is left at the end of the text: unfinished bytes, as replacement characters."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
@@ -222,6 +224,69 @@ def test_bytes_that_are_no_text_come_out_in_the_end() -> None:
     assert "".join(parts) + stream.flush() == tokenizer.decode(ids)
     assert stream.flush() == ""
     assert "b" in parts[-3]
+
+
+class Bytes:
+    """Decodes tokens that are bytes, and counts them."""
+
+    def __init__(self, decode: Callable[[bytes], str]) -> None:
+        self.decode_bytes = decode
+        self.counts: list[int] = []
+
+    def decode(self, ids: list[int], /) -> str:
+        self.counts.append(len(ids))
+        return self.decode_bytes(bytes(ids))
+
+
+def utf8(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+PIECES = [bytes([value]) for value in (0, 0x41, 0x7F, 0x80, 0xBF, 0xC0, 0xE2, 0xF0, 0xF4, 0xFF)]
+PIECES += [piece.encode() for piece in ("a", "é", "€", "🦜", "\ufffd", "e\u0301")]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=120).map(b"".join))
+@settings(max_examples=400, deadline=None)
+def test_the_stream_of_any_bytes_is_their_text(data: bytes) -> None:
+    stream = StreamDecoder(Bytes(utf8))
+    parts = [stream.push(value) for value in data]
+    assert "".join(parts) + stream.flush() == utf8(data)
+
+
+@pytest.mark.parametrize("unit", [b"\xff", b"\xf0", b"\xf0\x9f\x98", bytes(range(0x80, 0x100))])
+@pytest.mark.parametrize("decode", [utf8, lambda data: "\ufffd" * len(data)])
+def test_bytes_that_are_no_text_cost_no_more_the_more_there_are(
+    unit: bytes, decode: Callable[[bytes], str]
+) -> None:
+    data = (unit * 4000)[:4000]
+    decoder = Bytes(decode)
+    stream = StreamDecoder(decoder)
+    parts = [stream.push(value) for value in data]
+    assert "".join(parts) + stream.flush() == decode(data)
+    assert max(len(part) for part in parts) <= 32  # shown on the way, not at the end
+    assert sum(decoder.counts) < 100 * len(data)
+
+
+def test_a_decoder_that_never_settles_is_not_asked_for_ever_more() -> None:
+    decoder = Bytes(lambda data: "x\ufffd")
+    stream = StreamDecoder(decoder)
+    assert "".join(stream.push(0) for _ in range(2000)).startswith("x")
+    assert max(decoder.counts) < 200
+
+
+def test_characters_spelt_in_byte_tokens_come_out_whole() -> None:
+    decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    names = [f"<0x{value:02X}>" for value in range(256)]
+
+    class Fallback:
+        def decode(self, ids: list[int], /) -> str:
+            return decoder.decode([names[value] for value in ids])
+
+    stream = StreamDecoder(Fallback())
+    parts = [stream.push(value) for value in (TEXT * 3).encode()]
+    assert "".join(parts) + stream.flush() == TEXT * 3
+    assert not any("\ufffd" in part for part in parts)
 
 
 def test_a_replacement_character_in_the_text_is_kept() -> None:
