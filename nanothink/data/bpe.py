@@ -22,6 +22,12 @@ from typing import BinaryIO
 
 import tokenizers
 
+MAX_WORD_BYTES = 256
+"""Longest word that merges are learnt from; a longer one counts as several.
+
+The library rewrites a word in time that grows with the square of its length: 80,000 dots in a row took 3.7 s,
+and 400,000 now take 0.1 s. In 17 MB of English and code the cap changed no merge."""
+
 LENGTH = struct.Struct("<q")
 END = -1
 RESULT = b"tokenizer: "
@@ -42,6 +48,8 @@ def learn(
     """
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     make_byte_level(backend)
+    capped = tokenizers.pre_tokenizers.FixedLength(MAX_WORD_BYTES)  # a byte is a character by now
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([backend.pre_tokenizer, capped])
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -51,6 +59,7 @@ def learn(
         progress_format="json" if show_progress else "silent",
     )
     backend.train_from_iterator(texts, trainer)
+    make_byte_level(backend)
     return backend
 
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanothink.data import bpe_process
-from nanothink.data.bpe import learn
+from nanothink.data.bpe import MAX_WORD_BYTES, learn, make_byte_level
 from nanothink.data.bpe_process import learn_in_process, merging_work
 from nanothink.errors import TokenizerError
 
@@ -76,6 +76,39 @@ def test_equals_the_reference(texts: list[str], vocab_size: int) -> None:
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=50), max_size=8))
 def test_equals_the_reference_on_odd_texts(texts: list[str]) -> None:
     assert same_as_reference([*texts, *texts], 280)
+
+
+RUNS = {
+    "dots": "." * 150_000,
+    "letters": "".join(random.Random(0).choices("ACGT", k=100_000)),
+    "characters of three bytes": "\u754c" * 100_000,
+    "blanks": " " * 150_000,
+    "one word in a text": "a few words " + "=" * 150_000 + " and more words",
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_a_long_run_without_a_break_takes_seconds(run: str) -> None:
+    start = time.process_time()
+    learnt = learn([run, SHORT], 300, EOS)
+    assert time.process_time() - start < 4  # without a cap 12
+    assert learnt.decode(learnt.encode(run).ids) == run
+    assert learnt.pre_tokenizer.__getstate__() == tokenizers.pre_tokenizers.ByteLevel(False).__getstate__()
+
+
+def test_words_of_usual_length_are_learnt_as_if_there_were_no_cap() -> None:
+    texts = [*many_words(20), "x" * MAX_WORD_BYTES, "\u754c" * (MAX_WORD_BYTES // 3), "Donaudampf" * 12]
+    uncapped = tokenizers.Tokenizer(tokenizers.models.BPE())
+    make_byte_level(uncapped)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        min_frequency=2,
+        special_tokens=[EOS],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    uncapped.train_from_iterator(texts, trainer)
+    assert canonical(learn(texts, 600, EOS)) == canonical(uncapped)
 
 
 def test_the_reference_is_silent(capfd: pytest.CaptureFixture[str]) -> None:

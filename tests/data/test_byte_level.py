@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 from collections.abc import Sequence
 
@@ -97,6 +98,15 @@ def test_a_long_document_is_cut_without_a_trace(
     texts = [SAMPLE, "", "x" * 500, SAMPLE[::-1], "漢字😀" * 100 + " a b"]
     assert [ids.tolist() for ids in ByteLevelEncoder(encode)(texts)] == encode(texts)
     assert len(byte_level._parts(SAMPLE)) > 5
+
+
+@pytest.mark.parametrize("unit", [".", " ", "\n", "\u754c", "\U0001f600", "ACGTTGCA", "0", "\u0378"])
+def test_a_long_run_without_a_break_is_encoded_in_seconds(tokenizer: Tokenizer, unit: str) -> None:
+    run = (unit * 200_000)[:200_000]
+    start = time.process_time()
+    (ids,) = tokenizer.encode_batch([run])
+    assert tokenizer.decode(ids.tolist()) == run
+    assert time.process_time() - start < 10  # one second on an idle machine; its square would be minutes
 
 
 def test_every_known_character_has_the_class_the_tokenizer_gives_it() -> None:
