@@ -15,18 +15,23 @@ PACKAGE = Path(nanothink.__file__).parent
 
 MAY_IMPORT = {
     "errors": set(),
+    "disk": {"errors"},
     "config": {"errors"},
-    "data": {"errors", "config"},
-    "models": {"errors", "config", "data"},
-    "memory": {"errors", "config", "data", "models"},
-    "checkpoints": {"errors", "config", "data", "models"},
+    "data": {"errors", "disk", "config"},
+    "models": {"errors", "disk", "config", "data"},
+    "memory": {"errors", "disk", "config", "data", "models"},
+    "checkpoints": {"errors", "disk", "config", "data", "models"},
     "inference": {"errors", "config", "data", "models"},
-    "training": {"errors", "config", "data", "models", "inference"},
+    "training": {"errors", "disk", "config", "data", "models", "inference"},
     "report": {"errors", "config", "training"},
     "runs": {
-        *("errors", "config", "data", "models", "memory", "inference", "training", "checkpoints", "report"),
+        *("errors", "disk", "config", "data", "models", "memory", "inference", "training", "checkpoints"),
+        "report",
     },
-    "cli": {"errors", "config", "data", "models", "memory", "inference", "training", "checkpoints", "runs"},
+    "cli": {
+        *("errors", "disk", "config", "data", "models", "memory", "inference", "training", "checkpoints"),
+        "runs",
+    },
 }
 
 

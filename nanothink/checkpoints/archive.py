@@ -23,6 +23,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -52,9 +53,9 @@ class DigestingWriter:
     failure is kept, for the caller to raise, and later writes do nothing.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, file: FileIO) -> None:
         self.failure: BaseException | None = None
-        self._descriptor = descriptor
+        self._file = file
         self._digest = hashlib.sha256()
 
     def write(self, data: bytes | memoryview) -> int:
@@ -74,15 +75,13 @@ class DigestingWriter:
 
     def seal(self) -> None:
         """Append the digest as the zip's comment. Call once ``torch.save`` has returned."""
-        os.lseek(self._descriptor, -2, os.SEEK_END)
+        self._file.seek(-2, os.SEEK_END)
         digest = self._digest.hexdigest().encode()
         self._write_all(memoryview(struct.pack("<H", _COMMENT_BYTES) + _MARK + digest))
 
     def _write_all(self, view: memoryview) -> None:
         while view:
-            written = os.write(self._descriptor, view[:_CHUNK])
-            if not written:  # no disk should; trying again for ever would be worse
-                raise OSError(errno.EIO, "a write took no bytes")
+            written = self._file.write(view[:_CHUNK])
             self._digest.update(view[:written])
             view = view[written:]
 

@@ -7,8 +7,7 @@
 A transformer goes by the names of ``Qwen3ForCausalLM``, a state-space model by ``MambaForCausalLM``'s; the
 other kinds are nobody else's and keep their own. ``read_export`` opens what ``write_export`` wrote.
 
-A folder is written whole or not at all: beside its final place, synced, and renamed. An export in the way is
-moved aside for the moment of the rename; a kill right there leaves it under its temporary name.
+A folder is written whole or not at all; see ``whole_folder`` in disk/write.py.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import errno
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanothink.checkpoints.archive import damaged
-from nanothink.checkpoints.file import sync_folder
 from nanothink.checkpoints.payload import ModelPayload
-from nanothink.data.cache import storage_error
-from nanothink.data.temporary import sweep, temporary_path
 from nanothink.data.tokenizer import load_tokenizer
+from nanothink.disk import storage_error, whole_folder
 from nanothink.errors import CheckpointMismatchError, NanoThinkError, StorageError, TokenizerError, UsageError
 from nanothink.models.state_space import from_mamba_state_dict
 from nanothink.models.transformer import from_qwen3_state_dict
@@ -69,34 +65,13 @@ def write_export(
     """
     target = folder.resolve()
     check_place(folder, overwrite=overwrite)
-    temporary = temporary_path(target)
-    aside = temporary_path(target.with_name(f"{target.name}.replaced"))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sweep(target)
-        temporary.mkdir()
-        try:
-            _save(weights, temporary / WEIGHTS)
-            fill(temporary)
-            for path in temporary.iterdir():
-                _sync(path)
-            sync_folder(temporary)
-            if target.exists() and any(target.iterdir()):
-                target.rename(aside)
-                try:
-                    temporary.rename(target)
-                except BaseException:
-                    aside.rename(target)
-                    raise
-            else:
-                temporary.rename(target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        sync_folder(target.parent)
-        sweep(target.with_name(f"{target.name}.replaced"))
+        with whole_folder(target) as new:
+            _save(weights, new / WEIGHTS)
+            fill(new)
+            (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors makes it the owner's alone
     except OSError as error:
-        raise storage_error(error, folder) from error
+        raise storage_error(folder, error, False) from error
 
 
 def check_place(folder: Path, *, overwrite: bool) -> None:
@@ -189,12 +164,3 @@ def _save(weights: Mapping[str, Tensor], path: Path) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-    path.chmod(path.parent.stat().st_mode & 0o666)  # it makes the file the owner's alone
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,12 +3,7 @@
 The file is what ``torch.save`` writes of one plain dict (``CheckpointPayload``), so
 ``torch.load(path, weights_only=True)`` opens it anywhere; see archive.py for the digest at its end.
 
-Order of a write, and what a kill or a power cut leaves at each point:
-
-    write a temporary file beside the target    old file intact, a temporary file to sweep up
-    fsync it                                    the same
-    rename it over the target                   old file or new file, each complete
-    fsync the folder                            new file, also after a power cut
+How a file is written, and what a kill leaves at each point: disk/write.py.
 """
 
 from __future__ import annotations
@@ -26,7 +21,6 @@ import torch
 from torch import Tensor
 
 from nanothink.checkpoints.archive import DigestingWriter, check_archive, damaged
-from nanothink.checkpoints.names import orphaned_temporaries
 from nanothink.checkpoints.payload import (
     FORMAT_VERSION,
     CheckpointPayload,
@@ -35,7 +29,7 @@ from nanothink.checkpoints.payload import (
     tensor_bytes,
     wrong_entry,
 )
-from nanothink.data.temporary import temporary_path
+from nanothink.disk import whole_file
 from nanothink.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
@@ -91,27 +85,21 @@ def write_checkpoint(
     if wrong := wrong_entry(values):
         raise TypeError(f"not a checkpoint payload: {wrong}")
     needed = tensor_bytes(values)
-    temporary = temporary_path(path)
-    replaced = False
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for orphan in orphaned_temporaries(path.parent, path.name):
-            orphan.unlink(missing_ok=True)
-        if os.path.isdir(path):
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+
+    def explain(path: Path, error: OSError, replaced: bool) -> StorageError:
+        return _cannot_write(path, error, needed, replaced=replaced)
+
+    with whole_file(path, before_replace=before_replace, explain=explain) as file:
+        writer = DigestingWriter(file.raw)
         try:
-            _write_to_disk(temporary, values)
-            if before_replace is not None:
-                before_replace()
-            os.replace(temporary, path)
-            replaced = True
+            torch.save(values, cast("BinaryIO", writer))
         except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            if writer.failure is not None:
+                raise writer.failure from None
             raise
-        sync_folder(path.parent)
-    except OSError as error:
-        raise _cannot_write(path, error, needed, replaced=replaced) from error
+        if writer.failure is not None:
+            raise writer.failure
+        writer.seal()
 
 
 def read_checkpoint(
@@ -165,38 +153,6 @@ def read_summary(path: Path) -> CheckpointSummary:
     as ``read_checkpoint`` does.
     """
     return _summarise(path, _load(path, thorough=False, map_location="cpu", mmap=True))
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in ``folder`` last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems can't
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _write_to_disk(temporary: Path, values: object) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        writer = DigestingWriter(descriptor)
-        try:
-            torch.save(values, cast("BinaryIO", writer))
-        except BaseException:
-            if writer.failure is not None:
-                raise writer.failure from None
-            raise
-        if writer.failure is not None:
-            raise writer.failure
-        writer.seal()
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_write(path: Path, error: OSError, needed: int, *, replaced: bool) -> StorageError:

@@ -3,7 +3,7 @@
     <stem>.pt                           best         lowest validation loss so far
     <stem>_epoch<N>.pt                  epoch        snapshot; N = epochs completed, without leading zeros
     <stem>_interrupted.pt               interrupted  rolling; the latest state of a run that has not ended
-    .<file name>.<host>.<pid>.tmp       a write under way, or what a killed one left behind
+    .<file name>.<...>.tmp              a write under way, or what a killed one left behind
     .<stem>.lock, .<stem>.holder        who writes this stem at the moment
     replaced/<stem>-<time>/             what ``--overwrite`` set aside, or a run on other data wrote over
 
@@ -12,13 +12,10 @@ A stem can't end in ``_epoch<N>`` or ``_interrupted``, so a file name belongs to
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from nanothink.data.temporary import left_behind
 from nanothink.errors import UsageError
 
 Role = Literal["best", "epoch", "interrupted"]
@@ -86,17 +83,3 @@ def validate_name(name: str) -> str:
             f"at most {MAX_NAME_BYTES}"
         )
     return name
-
-
-def orphaned_temporaries(folder: Path, file_name: str | None = None) -> list[Path]:
-    """Temporary files in ``folder`` that no living process is writing (to ``file_name``, when given).
-
-    A writer on another host can't be asked whether it lives; its file counts as left behind when nothing
-    was written to it for a day. Raises OSError when the folder can't be listed.
-    """
-    found = ((Path(entry.path), left_behind(entry)) for entry in os.scandir(folder) if not entry.is_dir())
-    return sorted(
-        path
-        for path, name in found
-        if name is not None and name.endswith(".pt") and file_name in (None, name)
-    )

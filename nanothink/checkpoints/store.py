@@ -6,33 +6,28 @@ called. Searching, listing and pruning never trust a file by its name alone: wha
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from nanothink.checkpoints.file import (
     CheckpointSummary,
     Progress,
     read_summary,
-    sync_folder,
     verify_checkpoint,
     write_checkpoint,
 )
 from nanothink.checkpoints.names import (
     CheckpointName,
-    orphaned_temporaries,
     parse_name,
     validate_name,
 )
 from nanothink.checkpoints.payload import CheckpointPayload
+from nanothink.disk import HeldError, Note, held, leftovers, make_folder, silent, sync_folder
 from nanothink.errors import (
     CheckpointBusyError,
     CheckpointDamagedError,
@@ -166,39 +161,28 @@ class CheckpointStore:
         )
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold this stem: one run at a time writes it.
+    def lock(self, note: Note = silent) -> Iterator[None]:
+        """Hold this stem: one run at a time writes it. ``note`` hears of a disk without locks.
 
-        The operating system drops the lock when its holder ends, however it ends, and forked workers let
-        go of it as they start (filelock 4 and later; with 3 a surviving worker would keep it). Raises
-        CheckpointBusyError that names the holder; StorageError when the folder can't be written.
+        Raises CheckpointBusyError that names the holder; StorageError when the folder can't be written.
         """
         lock_path = self.folder / f".{self.stem}.lock"
-        holder_path = self.folder / f".{self.stem}.holder"
-        lock = FileLock(lock_path, timeout=0)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout:
-            raise CheckpointBusyError(
-                f"{self.folder}: another run is writing '{self.stem}'{_describe_holder(holder_path)}. Wait "
-                f"for it, stop it, or give this run another name (--name) or --checkpoint-dir"
-            ) from None
-        except (FileExistsError, NotADirectoryError):
-            raise StorageError(
-                f"{self.folder}: is a file, or lies below one. Name a folder by --checkpoint-dir"
-            ) from None
-        except OSError as error:
-            raise _storage_error(lock_path, "cannot be locked", error) from error
-        try:
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-            with suppress(OSError):  # it only serves a message; the lock itself is held
-                holder_path.write_text(json.dumps(holder), encoding="utf-8")
+        with ExitStack() as stack:
+            try:
+                make_folder(self.folder)
+                stack.enter_context(held(lock_path, note))
+            except HeldError as error:
+                raise CheckpointBusyError(
+                    f"{self.folder}: another run is writing '{self.stem}'{error}. Wait for it, stop it, or "
+                    f"give this run another name (--name) or --checkpoint-dir"
+                ) from None
+            except (FileExistsError, NotADirectoryError):
+                raise StorageError(
+                    f"{self.folder}: is a file, or lies below one. Name a folder by --checkpoint-dir"
+                ) from None
+            except OSError as error:
+                raise _storage_error(lock_path, "cannot be locked", error) from error
             yield
-        finally:
-            with suppress(OSError):
-                holder_path.unlink(missing_ok=True)
-            lock.release()
 
     def _set_aside(self) -> None:
         """Move all files of this stem out of the way, the latest state last.
@@ -219,7 +203,7 @@ class CheckpointStore:
         while target.exists():
             attempt += 1
             target = wanted.with_name(f"{wanted.name}-{attempt}")
-        target.mkdir(parents=True)
+        make_folder(target, within=self.folder)
         return target
 
 
@@ -266,7 +250,8 @@ def prune(folder: Path, *, keep: int = 1, dry_run: bool = False) -> list[Path]:
             snapshots.setdefault(name.stem, []).append(path)
     surplus = [path for paths in snapshots.values() for path in _older_than_kept(paths, keep)]
     try:
-        surplus += orphaned_temporaries(folder) if os.path.isdir(folder) else []
+        left = leftovers(folder) if os.path.isdir(folder) else []
+        surplus += [path for path, name in left if name.endswith(".pt")]
     except OSError as error:
         raise _storage_error(folder, "cannot be read", error) from error
     if not dry_run:
@@ -303,15 +288,6 @@ def _checkpoint_files(folder: Path) -> list[tuple[CheckpointName, Path]]:
         raise _storage_error(folder, "cannot be read", error) from error
     found = [(name, folder / file_name) for file_name in names if (name := parse_name(file_name)) is not None]
     return sorted(found, key=lambda item: item[0].sort_key)
-
-
-def _describe_holder(path: Path) -> str:
-    try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
-        return f" (process {int(holder['pid'])} on {holder['host']}, since {since})"
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):
-        return ""  # it has just started or just ended
 
 
 def _reason(path: Path, error: Exception) -> str:

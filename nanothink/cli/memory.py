@@ -76,7 +76,7 @@ def build(
     A key for each token of the training text; text held out for validation is never in it.
     """
     from nanothink.cli import render
-    from nanothink.data.records import try_to_write
+    from nanothink.disk import try_to_write
     from nanothink.errors import UsageError
     from nanothink.memory.store import exists
     from nanothink.runs.remembering import build_memory, facts_of, find_remembering, plan_memory
@@ -136,7 +136,7 @@ def add(
     The model then knows it without training.
     """
     from nanothink.cli import render
-    from nanothink.data.records import try_to_write
+    from nanothink.disk import try_to_write
     from nanothink.errors import counted
     from nanothink.runs.remembering import build_memory, facts_of, find_remembering, plan_memory
 
@@ -237,7 +237,7 @@ def compact(
     Says how large the memory is, and how well the model does, before and after.
     """
     from nanothink.cli import render
-    from nanothink.data.records import try_to_write
+    from nanothink.disk import try_to_write
     from nanothink.runs.remembering import compact_memory, find_remembering
 
     with render.progress() as bars:

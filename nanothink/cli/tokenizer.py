@@ -37,9 +37,9 @@ def train(
     from nanothink.cli import render
     from nanothink.config import DataConfig
     from nanothink.data.corpus import find_corpus
-    from nanothink.data.records import try_to_write
     from nanothink.data.split import SplitRule
     from nanothink.data.tokenizer import save_tokenizer, train_on_corpus
+    from nanothink.disk import try_to_write
     from nanothink.errors import UsageError
 
     if (out / "tokenizer.json").exists() and not overwrite:

@@ -17,6 +17,7 @@ from io import FileIO
 from pathlib import Path
 
 from nanothink.data.strict_json import BARE_CR
+from nanothink.disk import shown as shown
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
@@ -48,16 +49,6 @@ class Problem:
 
 
 ProblemSink = Callable[[Problem], None]
-
-
-def shown(path: str | os.PathLike[str]) -> str:
-    """The path on one line, as it can be printed and written as JSON, whatever bytes are in it."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape").decode()
 
 
 def column_at(line: bytes, offset: int) -> int:

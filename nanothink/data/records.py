@@ -21,8 +21,6 @@ What is decided about odd input, each with a test:
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import re
@@ -35,7 +33,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 from nanothink.data.lines import MAX_LINE_BYTES, Problem, ProblemSink, column_at, iter_lines, shown
 from nanothink.data.strict_json import JsonFault, Member, decode_string, scan
-from nanothink.data.temporary import sweep, temporary_path
+from nanothink.disk import whole_file
 from nanothink.errors import StorageError, did_you_mean
 
 __all__ = ["MAX_LINE_BYTES", "Problem", "ProblemSink", "Record", "iter_records", "shown", "write_records"]
@@ -246,68 +244,16 @@ def _warn_of_repeated_keys(line: bytes, file: str, number: int, warn: ProblemSin
 def write_records(path: Path, records: Iterable[Record], *, overwrite: bool = False) -> int:
     """Write a JSON Lines file whole or not at all; returns the number of records.
 
-    A temporary file in the same folder is flushed to disk and renamed. Whatever goes wrong, also an
-    exception out of ``records``, leaves the folder as it was. Raises StorageError when ``path`` exists
-    and ``overwrite`` is not set, or when the disk refuses.
+    Whatever goes wrong, also an exception out of ``records``, leaves the folder as it was. Raises
+    StorageError when ``path`` exists and ``overwrite`` is not set, or when the disk refuses.
     """
     _refuse_existing(path, overwrite)
-    created: list[Path] = []
     n_records = 0
-    try:
-        for folder in [*reversed(path.parent.parents), path.parent]:
-            if not folder.exists():
-                folder.mkdir()
-                created.append(folder)
-        sweep(path)
-        # Not ending in .jsonl, so that no reader ever takes a half-written file for data.
-        temporary = temporary_path(path)
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        remove_empty(reversed(created))
-        raise storage_error(path, error) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for record in records:
-                line = _record_line(record)
-                try:
-                    file.write(line)
-                except OSError as error:
-                    raise storage_error(path, error) from error
-                n_records += 1
-            try:
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError as error:
-                raise storage_error(path, error) from error
-        _refuse_existing(path, overwrite)
-        try:
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-        except OSError as error:
-            raise storage_error(path, error) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        if not path.exists():
-            remove_empty(reversed(created))
-        raise
+    with whole_file(path, before_replace=lambda: _refuse_existing(path, overwrite)) as file:
+        for record in records:
+            file.write(_record_line(record))
+            n_records += 1
     return n_records
-
-
-def storage_error(path: Path, error: OSError) -> StorageError:
-    """What the disk refused, and what to do about it."""
-    remedies = {
-        errno.ENOSPC: "the disk is full; free some space and try again",
-        errno.EDQUOT: "the disk quota is used up; free some space and try again",
-        errno.EACCES: "no permission to write there; choose another folder or change its permissions",
-        errno.EPERM: "no permission to write there; choose another folder or change its permissions",
-        errno.EROFS: "the file system is read-only; choose another folder",
-        errno.ENOTDIR: "a part of this path is a file, not a folder; choose another folder",
-        errno.EEXIST: "a part of this path is a file, not a folder; choose another folder",
-        errno.EISDIR: "there is a folder of this name; choose another name",
-        errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
-    }
-    remedy = remedies.get(error.errno or 0, f"{error.strerror or error}; check the disk and try again")
-    return StorageError(f"Cannot write {shown(path)}: {remedy}. Nothing was changed.")
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
@@ -323,36 +269,3 @@ def _record_line(record: Record) -> bytes:
         return orjson.dumps(fields) + b"\n"
     except TypeError:  # an integer beyond 64 bits
         return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
-
-
-def try_to_write(folder: Path) -> None:
-    """Say that nothing can be written there before the time that making it takes. Leaves no trace.
-
-    Raises StorageError.
-    """
-    created = [path for path in [folder, *folder.parents] if not os.path.lexists(path)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder / "trial")
-        trial = temporary_path(folder / "trial")
-        trial.mkdir()
-        trial.rmdir()
-    except OSError as error:
-        raise storage_error(folder, error) from error
-    finally:
-        remove_empty(created)
-
-
-def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those folders, inner ones first in the list, that are there and hold nothing."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,9 +17,7 @@ import hashlib
 import inspect
 import io
 import os
-import shutil
 import sysconfig
-import tempfile
 import time
 import tokenize
 import warnings
@@ -30,8 +28,16 @@ from pathlib import Path
 import orjson
 
 from nanothink.data.lines import SUFFIXES, shown
-from nanothink.data.records import Record, remove_empty, storage_error, try_to_write, write_records
+from nanothink.data.records import Record, write_records
 from nanothink.data.text_files import cut_text
+from nanothink.disk import (
+    make_folder,
+    remove_empty,
+    scratch_folder,
+    storage_error,
+    sync_folder,
+    try_to_write,
+)
 from nanothink.errors import DataError, StorageError, counted
 
 MAX_BYTES_PER_DOMAIN = 2 * 2**20
@@ -300,27 +306,23 @@ def _refuse_data(root: Path, name: str, overwrite: bool) -> None:
 
 def _write(root: Path, gathered: dict[str, list[Record]]) -> tuple[StarterDomain, ...]:
     """All files are written aside first, so that only renames are left when the first one appears."""
-    folders = [root / name for name in gathered]
-    created = [path for path in [*folders, root, *root.parents] if not os.path.lexists(path)]
-    staging: Path | None = None
+    created = [path for path in (root, *root.parents) if not os.path.lexists(path)]
     domains: list[StarterDomain] = []
     path = root
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".starter-", dir=root))
-        for name, records in gathered.items():
-            write_records(staging / name / FILE_NAME, records)
-        for path in folders:
-            path.mkdir(exist_ok=True)
-        for name, records in gathered.items():
-            path = root / name / FILE_NAME
-            os.replace(staging / name / FILE_NAME, path)
-            domains.append(StarterDomain(name, path, len(records), path.stat().st_size))
+        with scratch_folder(root / "starter", blamed=root) as staging:
+            for name, records in gathered.items():
+                write_records(staging / name / FILE_NAME, records)
+            for name in gathered:
+                created = [*make_folder(root / name), *created]
+            for name, records in gathered.items():
+                path = root / name / FILE_NAME
+                os.replace(staging / name / FILE_NAME, path)
+                domains.append(StarterDomain(name, path, len(records), path.stat().st_size))
+                sync_folder(path.parent)
     except OSError as error:
-        raise storage_error(path, error) from error
+        raise storage_error(path, error, None if domains else False) from error
     finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
         if not domains:
             remove_empty(created)
     return tuple(domains)

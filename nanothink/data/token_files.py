@@ -16,8 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,10 +27,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from nanothink.data.cache import storage_error, sync_folder, write_whole
 from nanothink.data.split import text_key
-from nanothink.data.temporary import sweep
 from nanothink.data.tokenizer import Tokenizer
+from nanothink.disk import put_folder, scratch_folder, storage_error, sweep, write_whole
 from nanothink.errors import StorageError
 
 DOCUMENT = np.dtype([("end", "<i8"), ("n_bytes", "<i8"), ("key", "<u8"), ("group", "<u8"), ("line", "<i8")])
@@ -44,7 +41,6 @@ NAMED_PROBLEMS = 5
 
 _FORMAT = 3
 _HEADER_BYTES = 256
-_TEMPORARY = "tmp-"
 _CHUNK_CHARS = 1 << 20
 _CHUNK_DOCUMENTS = 1 << 14
 
@@ -133,13 +129,14 @@ class TokenFileWriter:
         self._n_chars = 0
 
     def __enter__(self) -> TokenFileWriter:
+        self._scratch = scratch_folder(self._folder)
+        self._work = self._scratch.__enter__()
         try:
-            self._folder.parent.mkdir(parents=True, exist_ok=True)
-            self._work = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self._folder.parent))
             self._tokens = _ArrayFile(self._work / "tokens.npy", self._dtype)
             self._documents = _ArrayFile(self._work / "documents.npy", DOCUMENT)
         except OSError as error:
-            raise storage_error(error, self._folder.parent) from error
+            self._scratch.__exit__(None, None, None)
+            raise storage_error(self._folder, error, False) from error
         return self
 
     def __exit__(
@@ -148,7 +145,7 @@ class TokenFileWriter:
         for file in (self._tokens, self._documents):
             with contextlib.suppress(OSError):
                 file.abandon()
-        shutil.rmtree(self._work, ignore_errors=True)
+        self._scratch.__exit__(kind, error, trace)
 
     def add(self, line: int, text: str, group: int = 0) -> None:
         self._texts.append(text)
@@ -174,7 +171,7 @@ class TokenFileWriter:
             self._tokens.append(np.concatenate([part for ids in encoded for part in (ids, eos)]))
             self._documents.append(rows)
         except OSError as error:
-            raise storage_error(error, self._folder.parent) from error
+            raise storage_error(self._folder, error, False) from error
         self._texts, self._lines, self._groups, self._n_chars = [], [], [], 0
 
     def commit(self, n_bad: int = 0, problems: Iterable[tuple[int, int, str]] = ()) -> None:
@@ -191,18 +188,10 @@ class TokenFileWriter:
         try:
             self._tokens.finish()
             self._documents.finish()
-            write_whole(self._work / "summary.json", orjson.dumps(summary))
-            shutil.rmtree(self._folder, ignore_errors=True)  # a damaged one, if any
-            os.rename(self._work, self._folder)
-            sync_folder(self._folder.parent)
+            (self._work / "summary.json").write_bytes(orjson.dumps(summary))
         except OSError as error:
-            raise storage_error(error, self._folder) from error
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Deletes what killed processes left half-made. Only for the holder of the cache's lock."""
-    for left in folder.glob(_TEMPORARY + "*"):
-        shutil.rmtree(left, ignore_errors=True)
+            raise storage_error(self._folder, error, False) from error
+        put_folder(self._work, self._folder)
 
 
 class _ArrayFile:
@@ -222,8 +211,6 @@ class _ArrayFile:
     def finish(self) -> None:
         self._file.seek(0)
         self._file.write(_header(self._dtype, self.length))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
 
     def abandon(self) -> None:

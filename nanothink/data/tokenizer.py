@@ -19,13 +19,14 @@ import tokenizers
 from numpy.typing import NDArray
 
 from nanothink.data.bpe_process import Progress, learn_in_process
-from nanothink.data.cache import cache_folder, locked, storage_error, write_whole
+from nanothink.data.cache import cache_folder
 from nanothink.data.corpus import Corpus, bad_records_error, find_corpus, validate_corpus
 from nanothink.data.encoding import EOS, Tokenizer
 from nanothink.data.hub import TokenizerUnreachableError
 from nanothink.data.records import Problem, Record, iter_records
 from nanothink.data.split import TRAIN, SplitRule, assign_sides, cut_text, group_key, single_texts, text_key
 from nanothink.data.tokenizer_files import load_tokenizer, looks_like_path, tokenizer_settings
+from nanothink.disk import locked, make_folder, storage_error, write_whole
 from nanothink.errors import DataError, TokenizerError
 
 __all__ = [
@@ -161,12 +162,12 @@ def save_tokenizer(
     content = orjson.dumps(settings, option=orjson.OPT_INDENT_2)
     whole, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if not config.is_file() or config.read_bytes() != content:
             whole.unlink(missing_ok=True)
             write_whole(config, content)
     except OSError as error:
-        raise storage_error(error, folder) from error
+        raise storage_error(folder, error) from error
     write_whole(whole, state["tokenizer_json"].encode())
     return folder
 

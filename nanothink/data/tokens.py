@@ -22,7 +22,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from nanothink.data.cache import Note, cache_folder, locked, silent
+from nanothink.data.cache import cache_folder
 from nanothink.data.corpus import Corpus, bad_records_error
 from nanothink.data.records import Problem, iter_records
 from nanothink.data.split import (
@@ -47,10 +47,10 @@ from nanothink.data.token_files import (
     TokenFile,
     TokenFileWriter,
     open_token_file,
-    remove_leftovers,
     stamp,
 )
 from nanothink.data.tokenizer import Tokenizer
+from nanothink.disk import Note, locked, make_folder, silent, storage_error, sweep_folder
 from nanothink.errors import DataError, StorageError
 
 IGNORE = -100
@@ -349,7 +349,11 @@ class _Builder:
         if missing or manifest.has_news:
             with locked(self._cache, self._note):
                 manifest.save()
-                remove_leftovers(self._folder)
+                try:
+                    make_folder(self._folder, within=self._cache)
+                    sweep_folder(self._folder)
+                except OSError as error:
+                    raise storage_error(self._folder, error) from error
                 for digest, path in missing.items():
                     made = self._make(path, stamps[path], digest)
                     if made is not None:

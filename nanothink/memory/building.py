@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from nanothink.config import VectorStoreConfig
-from nanothink.data.cache import Note, silent
 from nanothink.data.tokens import IGNORE, Documents, TokenisedCorpus, TokenStream
+from nanothink.disk import Note, silent
 from nanothink.memory.index import (
     Float32,
     Int64,

@@ -1,6 +1,6 @@
 """Neighbours of the training blocks, found once and kept: the experts are frozen, and so are they.
 
-For each domain its blocks in a sparse file (data/block_file.py): one that was never searched takes no space,
+For each domain its blocks in a sparse file (disk/block_file.py): one that was never searched takes no space,
 and one that was is held against its checksum whenever it is read. So a search that was stopped goes on where
 it was, a longer run only searches what it reads in addition, and a block that the disk has damaged is
 searched again. A token's own document, and copies of it, are never among its neighbours.
@@ -21,9 +21,9 @@ import orjson
 import torch
 from numpy.typing import NDArray
 
-from nanothink.data.block_file import BlockFile
-from nanothink.data.cache import storage_error
 from nanothink.data.tokens import IGNORE, TokenisedCorpus
+from nanothink.disk import make_folder, storage_error
+from nanothink.disk.block_file import BlockFile
 from nanothink.errors import StorageError
 from nanothink.memory.building import BATCH_TOKENS, Progress, States
 from nanothink.memory.index import Float32, Int64
@@ -89,7 +89,7 @@ class TrainingNeighbours:
         done, total = 0, sum(map(len, missing.values()))
         at_once = max(1, BATCH_TOKENS // self._length)
         try:
-            self.folder.mkdir(exist_ok=True)
+            make_folder(self.folder, within=self.folder.parent)
             for domain, blocks in missing.items():
                 file = self._file(domain, create=True)
                 for first in range(0, len(blocks), at_once):
@@ -99,7 +99,7 @@ class TrainingNeighbours:
                     done += len(some)
                     progress("neighbours of the training text", done, total)
         except OSError as error:
-            raise storage_error(error, self.folder) from error
+            raise storage_error(self.folder, error) from error
 
     def _search(self, domain: str, blocks: Int64) -> tuple[NDArray[np.uint32], NDArray[np.int16]]:
         """Numbers and coded similarities, (B, T, K) both."""
@@ -163,7 +163,7 @@ class TrainingNeighbours:
         except FileNotFoundError:
             return np.zeros(n_blocks, np.bool_)
         except OSError as error:
-            raise storage_error(error, self.folder) from error
+            raise storage_error(self.folder, error) from error
 
     def _file(self, domain: str, *, create: bool) -> BlockFile:
         if domain not in self._files:

@@ -33,7 +33,17 @@ import torch
 from numpy.typing import NDArray
 
 from nanothink.config import VectorStoreConfig
-from nanothink.data.cache import Note, locked, silent, storage_error, sync_folder, write_whole
+from nanothink.disk import (
+    Note,
+    locked,
+    make_folder,
+    scratch_folder,
+    silent,
+    storage_error,
+    sync_folder,
+    sync_tree,
+    write_whole,
+)
 from nanothink.errors import (
     StorageError,
     VectorStoreDamagedError,
@@ -326,41 +336,41 @@ def write_store(
         StorageError: the disk refused; what was there is intact.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, within=folder.parent)
     except OSError as error:
-        raise storage_error(error, folder) from error
+        raise storage_error(folder, error) from error
     with locked(folder, note):
         _sweep(folder)
         generation = secrets.token_hex(6)
-        paths = {
-            role: folder / f"{role}-{generation}.{'faiss' if role == 'index' else 'npy'}" for role in _ROLES
-        }
+        names = {role: f"{role}-{generation}.{'faiss' if role == 'index' else 'npy'}" for role in _ROLES}
         try:
-            index.write(paths["index"])
-            np.save(paths["tokens"], contents.tokens)
-            np.save(paths["documents"], contents.documents)
-            np.save(paths["heldout"], contents.held_out)
-            np.save(paths["merged"], contents.merged)
-            files = {}
-            total, done = sum(path.stat().st_size for path in paths.values()), 0
+            with scratch_folder(folder / "generation", blamed=folder) as scratch:
+                index.write(scratch / names["index"])
+                np.save(scratch / names["tokens"], contents.tokens)
+                np.save(scratch / names["documents"], contents.documents)
+                np.save(scratch / names["heldout"], contents.held_out)
+                np.save(scratch / names["merged"], contents.merged)
+                files = {}
+                total, done = sum(path.stat().st_size for path in scratch.iterdir()), 0
 
-            def advance(n_bytes: int) -> None:
-                nonlocal done
-                done += n_bytes
-                if progress is not None:
-                    progress(f"writing {folder.name}", done, total)
+                def advance(n_bytes: int) -> None:
+                    nonlocal done
+                    done += n_bytes
+                    if progress is not None:
+                        progress(f"writing {folder.name}", done, total)
 
-            for role, path in paths.items():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-                digest = _digest(path, advance)
-                files[role] = {"name": path.name, "bytes": path.stat().st_size, "digest": digest}
+                sync_tree(scratch)
+                for role, name in names.items():
+                    digest = _digest(scratch / name, advance)
+                    files[role] = {"name": name, "bytes": (scratch / name).stat().st_size, "digest": digest}
+                for name in names.values():
+                    os.rename(scratch / name, folder / name)
             sync_folder(folder)
         except BaseException as error:
-            for path in paths.values():
-                path.unlink(missing_ok=True)
+            for name in names.values():
+                (folder / name).unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise storage_error(error, folder) from error
+                raise storage_error(folder, error, False) from error
             raise
         manifest = {
             "format": FORMAT,

@@ -16,8 +16,8 @@ from nanothink.checkpoints.export import CONFIG, FILES, OWN_SECTION
 from nanothink.checkpoints.payload import CheckpointPayload
 from nanothink.config import Config
 from nanothink.config.run import training_section
-from nanothink.data.records import try_to_write
 from nanothink.data.tokenizer import save_tokenizer
+from nanothink.disk import try_to_write
 from nanothink.errors import counted
 from nanothink.inference.sampling import SamplingConfig
 from nanothink.models import COMBINED

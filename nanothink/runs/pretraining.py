@@ -89,7 +89,7 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
             observe, watch = _unheard, Watch(note=_unheard, progress=lambda *_: None)
 
         def first() -> tuple[tuple[Prepared, RunFinished | None], str]:
-            stack.enter_context(store.lock())
+            stack.enter_context(store.lock(watch.note))
             if where.resume is None:
                 _check_new_run(where, configure, store, watch)
             prepared = prepare(where, configure, watch)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,9 @@ import torch
 from nanothink import __version__
 from nanothink.checkpoints import parse_name
 from nanothink.data.corpus import find_corpus
-from nanothink.data.records import try_to_write
 from nanothink.data.split import SplitRule
-from nanothink.data.temporary import sweep, temporary_path
 from nanothink.data.tokens import TokenStream, tokenise
+from nanothink.disk import storage_error, try_to_write, write_whole
 from nanothink.errors import (
     CheckpointNotFoundError,
     DataError,
@@ -106,7 +103,7 @@ def write_report(
     progress("reading runs", len(folders), len(folders))
     made = time.strftime("%Y-%m-%d %H:%M")
     html = page(runs, made=made, version=__version__).encode("utf-8", "replace")
-    _write_whole(out, html)
+    write_whole(out, html, explain=_cannot_write)
     return Report(out, len(html), tuple(runs))
 
 
@@ -284,21 +281,13 @@ def _on_one_line(text: str) -> str:
     return text.replace("\n", "↵ ")
 
 
-def _write_whole(out: Path, html: bytes) -> None:
-    aside = temporary_path(out)
-    try:
-        sweep(out)
-        aside.write_bytes(html)
-        os.replace(aside, out)
-    except BaseException as error:
-        with suppress(OSError):
-            aside.unlink()
-        if not isinstance(error, OSError):
-            raise
-        raise StorageError(
-            f"The report cannot be written to {out}: {error.strerror or error}. Free space or permissions "
-            "there, or choose another --out."
-        ) from None
+def _cannot_write(out: Path, error: OSError, replaced: bool) -> StorageError:
+    if replaced:
+        return storage_error(out, error, replaced)
+    return StorageError(
+        f"The report cannot be written to {out}: {error.strerror or error}. Free space or permissions "
+        "there, or choose another --out."
+    )
 
 
 def summary(run: ReportedRun) -> dict[str, Any]:

@@ -6,7 +6,7 @@
         marks.u64         a number a block: 0, or 2^32 plus the CRC-32 of its states
 
 Nothing is computed ahead: a block's states are written when it first comes by, and its mark after them
-(data/block_file.py). So a killed process, a power cut or a damaged file costs that the blocks in question are
+(disk/block_file.py). So a killed process, a power cut or a damaged file costs that the blocks in question are
 computed again, and runs that share a folder cannot harm one another.
 
 The numbers are those that the experts give, bit for bit, so a run ends in the same weights with this and
@@ -18,7 +18,6 @@ Shapes: B blocks of a batch, T time, D model width, E experts.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import os
@@ -33,8 +32,9 @@ import orjson
 import torch
 from torch import Tensor
 
-from nanothink.data.block_file import BlockFile
-from nanothink.data.cache import Note, cache_folder, locked, write_whole
+from nanothink.data.cache import cache_folder
+from nanothink.disk import Note, is_in_use, locked, make_folder, sweep_folder, whole_folder
+from nanothink.disk.block_file import BlockFile
 from nanothink.errors import StorageError, counted
 from nanothink.models.nanothink import NanoThink
 
@@ -43,7 +43,6 @@ SPARE_BYTES = 10**9
 
 _FORMAT = 1
 _FOLDER = "states"
-_TEMPORARY = "tmp-"
 _IN_VAIN = "so they are computed in every epoch"
 
 Shape = tuple[int, int, int, int]
@@ -71,8 +70,7 @@ class ExpertStates:
         self._tried = self._told = False
         self._file: BlockFile | None = BlockFile(folder / "states.f32", folder / "marks.u64")
         try:
-            # Until it is closed: _make_room leaves it alone.
-            fcntl.flock(self._file.marks_descriptor, fcntl.LOCK_SH)
+            self._file.hold()  # so that _make_room leaves it alone
         except OSError:
             self.close()
             raise
@@ -187,9 +185,8 @@ def open_states(
         if not (begin or folder.exists()):
             return None
         with locked(cache, note):
-            folder.parent.mkdir(exist_ok=True)
-            for left in folder.parent.glob(_TEMPORARY + "*"):
-                shutil.rmtree(left, ignore_errors=True)
+            make_folder(folder.parent, within=cache)
+            sweep_folder(folder.parent)
             whole = _is_whole(folder, described, shape)
             if folder.exists() and not whole:
                 note(f"The states kept in {folder} are damaged; they are made again.")
@@ -224,13 +221,11 @@ def open_states(
 
 
 def _make(folder: Path, described: bytes, shape: Shape) -> None:
-    work = folder.with_name(f"{_TEMPORARY}{os.getpid()}")
-    work.mkdir()
-    for name, size in _sizes(shape).items():
-        with open(work / name, "wb") as file:
-            file.truncate(size)
-    write_whole(work / "identity.json", described)
-    os.rename(work, folder)
+    with whole_folder(folder) as work:
+        for name, size in _sizes(shape).items():
+            with open(work / name, "wb") as file:
+                file.truncate(size)
+        (work / "identity.json").write_bytes(described)
 
 
 def _is_whole(folder: Path, described: bytes, shape: Shape) -> bool:
@@ -248,7 +243,7 @@ def _sizes(shape: Shape) -> dict[str, int]:
 def _make_room(own: Path, allowed_bytes: int) -> bool:
     """Delete states of others, the longest unused first, until the rest takes no more; whether it does."""
     others = [path for path in own.parent.iterdir() if path != own and path.is_dir()]
-    used = {path for path in others if _in_use(path)}
+    used = {path for path in others if is_in_use(path / "marks.u64")}
     allowed_bytes -= sum(map(_taken, used))
     for path in sorted(set(others) - used, key=lambda path: path.stat().st_mtime, reverse=True):
         allowed_bytes -= (taken := _taken(path))
@@ -256,17 +251,6 @@ def _make_room(own: Path, allowed_bytes: int) -> bool:
             allowed_bytes += taken
             shutil.rmtree(path, ignore_errors=True)
     return allowed_bytes >= 0
-
-
-def _in_use(folder: Path) -> bool:
-    try:
-        with open(folder / "marks.u64", "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _taken(folder: Path) -> int:

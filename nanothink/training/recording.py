@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nanothink.data.temporary import sweep, temporary_path
+from nanothink.disk import make_folder, open_appending, write_whole
 from nanothink.errors import StorageError
 from nanothink.inference.evaluate import Evaluation, Score
 from nanothink.training.events import Evaluated, Event, Sampled, StepDone
@@ -51,11 +51,11 @@ class RunRecorder:
         with self._disk_said_no():
             if state.step == 0 and folder.exists():
                 _set_aside(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder, within=folder.parent.parent)
             for name in _FILES:
                 _drop_lines_beyond(folder / name, state)
             _write_whole(folder / "config.json", description)
-            self._metrics, self._samples = ((folder / name).open("a", encoding="utf-8") for name in _FILES)
+            self._metrics, self._samples = (open_appending(folder / name) for name in _FILES)
             self._tensorboard = _TensorBoard(folder, state)
 
     @contextmanager
@@ -240,7 +240,7 @@ def _finite(value: Any) -> Any:
 def _set_aside(folder: Path) -> None:
     """Move the records of an earlier run of this name beside the checkpoints that --overwrite sets aside."""
     replaced = folder.parent.parent / "replaced"
-    replaced.mkdir(exist_ok=True)
+    make_folder(replaced, within=replaced.parent)
     stem = f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}-records"
     target, attempt = replaced / stem, 1
     while target.exists():
@@ -266,24 +266,9 @@ def _drop_lines_beyond(path: Path, state: TrainState) -> None:
         limit = state.step if entry.get("event") == "train" else state.evaluated_step
         if entry.get("step", 0) <= limit:
             kept.append(line)
-    _replace(path, b"".join(line + b"\n" for line in kept))
+    write_whole(path, b"".join(line + b"\n" for line in kept))
 
 
 def _write_whole(path: Path, values: Mapping[str, Any]) -> None:
     """Write a small JSON file so that a reader finds the old one or the new one, never a part."""
-    _replace(path, (json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    aside = temporary_path(path)
-    try:
-        sweep(path)
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        with suppress(OSError):
-            aside.unlink()
-        raise
+    write_whole(path, (json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n").encode())

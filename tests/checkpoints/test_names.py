@@ -1,18 +1,12 @@
 from __future__ import annotations
 
-import os
-import socket
-import time
-
 import pytest
 
 from nanothink.checkpoints.names import (
     CheckpointName,
-    orphaned_temporaries,
     parse_name,
     validate_name,
 )
-from nanothink.data.temporary import FOREIGN_TEMPORARY_SECONDS, temporary_path
 from nanothink.errors import UsageError
 
 
@@ -71,29 +65,3 @@ def test_good_names(name):
 def test_bad_names(name, reason):
     with pytest.raises(UsageError, match=reason):
         validate_name(name)
-
-
-def test_orphans(tmp_path):
-    def left_by(host: str, pid: int, *, age_seconds: float = 0, file: str = "a.pt") -> str:
-        path = tmp_path / f".{file}.{host}.{pid}.tmp"
-        path.write_bytes(b"x")
-        os.utime(path, (time.time() - age_seconds,) * 2)
-        return path.name
-
-    here = temporary_path(tmp_path / "a.pt").name.split(".")[3]
-    assert here.replace("-", "") in socket.gethostname().replace("-", "").replace(".", "").replace("_", "")
-    dead, alive = 2**22 + 1, os.getppid()  # the first is above any pid that Linux gives out
-    old = FOREIGN_TEMPORARY_SECONDS + 60
-    expected = {
-        left_by(here, dead),
-        left_by(here, os.getpid()),
-        left_by("elsewhere", alive, age_seconds=old),
-        left_by(here, alive, age_seconds=old, file="c.pt"),
-    }
-    of_b = left_by(here, dead, file="b.pt")
-    left_by(here, alive)
-    left_by("elsewhere", dead)
-    for name in (".a.pt.tmp", "a.pt.x.1.tmp", ".a.pt.x.y.tmp", "a.pt"):
-        (tmp_path / name).write_bytes(b"x")
-    assert {path.name for path in orphaned_temporaries(tmp_path)} == {*expected, of_b}
-    assert [path.name for path in orphaned_temporaries(tmp_path, "b.pt")] == [of_b]

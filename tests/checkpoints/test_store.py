@@ -20,7 +20,7 @@ from nanothink.checkpoints import (
     verify_checkpoint,
     write_checkpoint,
 )
-from nanothink.data.temporary import temporary_path
+from nanothink.disk import temporary_path
 from nanothink.errors import CheckpointBusyError, CheckpointMismatchError, StorageError, UsageError
 
 
@@ -340,7 +340,7 @@ def test_prune_keeps_the_newest_snapshots(tmp_path, make_payload, keep, kept):
     others = [store.best, store.interrupted, tmp_path / "b_epoch1.pt", tmp_path / "b.pt"]
     for path in (*others, *(store.epoch(n) for n in (5, 9, 10))):
         write_checkpoint(path, make_payload())
-    orphan = tmp_path / temporary_path(store.best).name.replace(f".{os.getpid()}.", ".99999999.")
+    orphan = tmp_path / temporary_path(store.best).name.replace(f".{os.getpid()}-", ".99999999-")
     orphan.write_bytes(b"x")
     (tmp_path / "notes.txt").write_text("x")
     expected = {store.epoch(n) for n in {5, 9, 10} - kept} | {orphan}

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from nanothink.data.split import SplitRule, text_key
 from nanothink.data.token_files import DOCUMENT, TokenFile, open_token_file, token_dtype
 from nanothink.data.tokenizer import Tokenizer, train_tokenizer
 from nanothink.data.tokens import IGNORE, TokenisedCorpus, TokenStream, tokenise
+from nanothink.disk import locked
 from nanothink.errors import BadRecordsError, DataError, StorageError
 
 EOS = 0
@@ -553,10 +553,10 @@ def test_a_killed_build_leaves_nothing_that_is_trusted(
     process.communicate()
     folder = large / ".nanothink" / "tokens" / tokenizer.fingerprint[:16]
     left = [path.name for path in folder.iterdir()]
-    assert sum(name.startswith("tmp-") for name in left) == 1  # caught in the middle
+    assert sum(name.endswith(".tmp") for name in left) == 1  # caught in the middle
     assert len(left) == 2
     after = _run(large, tokenizer, 0.1)
-    assert not list(folder.glob("tmp-*"))
+    assert not list(folder.glob(".*.tmp"))
 
     # The same as if nothing had happened.
     other = tmp_path / "other"
@@ -587,28 +587,27 @@ def test_two_at_once_do_the_work_once(large: Path, saved: Path, tokenizer: Token
     fingerprints = {_finish(process)[-2] for process in processes}
     assert len(fingerprints) == 1
     assert len(_digests(large)) == 2
-    assert not list((large / ".nanothink").rglob("tmp-*"))
+    assert not list((large / ".nanothink").rglob(".*.tmp"))
 
 
 def test_waiting_for_another_process_is_said(
     root: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanothink.data.cache._PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("nanothink.disk.lock.PATIENCE_SECONDS", 0.05)
     (root / ".nanothink").mkdir()
-    held = FileLock(str(root / ".nanothink" / "lock"))
-    held.acquire()
+    held = locked(root / ".nanothink")
+    held.__enter__()
     notes: list[str] = []
 
     def let_go(message: str) -> None:
         notes.append(message)
-        held.release()
+        held.__exit__(None, None, None)
 
     _run(root, tokenizer, note=let_go)
     assert len(notes) == 1
     assert "waiting" in notes[0]
-    held.acquire()
-    _run(root, tokenizer, note=pytest.fail)  # nothing to write: nothing to wait for
-    held.release()
+    with locked(root / ".nanothink"):
+        _run(root, tokenizer, note=pytest.fail)  # nothing to write: nothing to wait for
 
 
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(large: Path, saved: Path) -> None:
@@ -618,7 +617,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(large: Path, saved: Path
     assert process.returncode == 1
     assert error.splitlines()[-1].startswith("nanothink.errors.StorageError: Cannot write ")
     assert "raise the limit" in error.splitlines()[-1]
-    assert not list((large / ".nanothink").rglob("tmp-*"))
+    assert not list((large / ".nanothink").rglob(".*.tmp"))
     _finish(_start(large, saved))
 
 

@@ -46,7 +46,7 @@ def test_killed_while_the_experts_states_are_written(
     calls = {"before a block": "BlockFile.write", "between a block and its mark": "os.pwrite"}
     struck, whole = tmp_path / "struck", tmp_path / "whole"
     arguments = of_another_corpus(ground.typed("nanothink_mla", struck), corpus)
-    strike = {"call": f"nanothink.data.block_file:{calls[moment]}", "nth": 19, "signals": ["SIGKILL"]}
+    strike = {"call": f"nanothink.disk.block_file:{calls[moment]}", "nth": 19, "signals": ["SIGKILL"]}
     assert ground.server.run(arguments, strike=strike).code == -9
     (states,) = (corpus / ".nanothink" / "states").iterdir()
     if damage == "flipped":

@@ -342,7 +342,7 @@ def test_a_failed_write_leaves_the_old_store(
     elif step == "fsync":
         monkeypatch.setattr(store_module.os, "fsync", full)
     else:
-        monkeypatch.setattr("nanothink.data.cache.os.replace", full)
+        monkeypatch.setattr("nanothink.disk.write.os.replace", full)
     with pytest.raises(StorageError, match="No space left"):
         make(read(), store=writable)
     monkeypatch.undo()

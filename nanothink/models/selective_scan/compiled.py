@@ -11,14 +11,15 @@ whatever types, strides and autocast the caller has.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanothink.data.cache import user_folders
+from nanothink.disk import is_safe, open_private, private_folder
 from nanothink.models.selective_scan import plain
 
 _COMPILERS = ("g++", "c++", "clang++")
@@ -132,14 +133,15 @@ def _load() -> tuple[Any, str]:
         version = subprocess.run([found, "--version"], capture_output=True, check=True, timeout=20).stdout
         parts = (source, version, " ".join(_FLAGS).encode(), _processor().encode())
         name = f"scan-{hashlib.blake2b(b'|'.join(parts), digest_size=12).hexdigest()}.so"
-        folder = _private_folder()
+        folder = private_folder("nanothink", "compiled")
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="nanothink-") as scratch:
-                return _checked(_build(found, source, Path(scratch) / name))
+                if not is_safe(Path(scratch).resolve()):
+                    return None, f"other users can change what is in {tempfile.gettempdir()}"
+                return _checked(_build(found, source, Path(scratch).resolve() / name))
         path = folder / name
-        if path.exists():
-            with contextlib.suppress(OSError):  # damaged: built again below
-                return _checked(_open(path))
+        with contextlib.suppress(OSError):  # not there, another user's or damaged: built again below
+            return _checked(_open(path))
         return _checked(_build(found, source, path))
     except subprocess.CalledProcessError as error:
         lines = bytes(error.stderr or b"").decode(errors="replace").strip().splitlines()
@@ -149,7 +151,10 @@ def _load() -> tuple[Any, str]:
 
 
 def _build(compiler: str, source: bytes, path: Path) -> Any:
-    """Compile to a name of its own and rename, so that no other process ever opens half a library."""
+    """Compile to a name of its own and rename, so that no other process ever opens half a library.
+
+    The compiler's own temporary files lie beside it, where nobody else can reach them either.
+    """
     with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as scratch:
         draft = Path(scratch) / path.name
         subprocess.run(
@@ -158,13 +163,23 @@ def _build(compiler: str, source: bytes, path: Path) -> Any:
             capture_output=True,
             check=True,
             timeout=_BUILD_SECONDS,
+            env={**os.environ, "TMPDIR": scratch},
         )
+        draft.chmod(0o700)
         os.replace(draft, path)
     return _open(path)
 
 
 def _open(path: Path) -> Any:
-    library = ctypes.CDLL(str(path))
+    """Load the library from the very file that was checked. Raises OSError if another user can change it."""
+    descriptor = open_private(path)
+    by_descriptor = Path(f"/proc/self/fd/{descriptor}")
+    try:
+        library = ctypes.CDLL(str(by_descriptor if by_descriptor.exists() else _copied(descriptor)))
+    except OSError:
+        os.close(descriptor)
+        raise
+    # Not closed: the loader would take another library under the same number for this one.
     sizes, pointer = [ctypes.c_int64] * 4, ctypes.c_void_p
     library.nanothink_scan_chunk.restype = library.nanothink_scan_segment.restype = ctypes.c_int64
     library.nanothink_scan_forward.argtypes = [*sizes, *[pointer] * 10, ctypes.c_int]
@@ -192,17 +207,15 @@ def _checked(library: Any) -> tuple[Any, str]:
     return (library, "") if error < _CHECK_ERROR else (None, f"its results are wrong here by {error:.1g}")
 
 
-def _private_folder() -> Path | None:
-    """Where the library is kept: a folder that nobody else can put one into, or None."""
-    for base in user_folders():
-        folder = base / "nanothink" / "compiled"
-        with contextlib.suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = folder.stat()
-            others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-            if status.st_uid == os.getuid() and not others_write and os.access(folder, os.W_OK):
-                return folder
-    return None
+def _copied(descriptor: int) -> Path:
+    """A copy of the open file in a folder of its own, for systems without /proc."""
+    folder = Path(tempfile.mkdtemp(prefix="nanothink-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if not is_safe(folder.resolve()):
+        raise PermissionError(errno.EPERM, "other users can change what is there", str(folder))
+    with open(descriptor, "rb", closefd=False) as file:
+        (folder / "scan.so").write_bytes(file.read())
+    return folder / "scan.so"
 
 
 def _processor() -> str:

@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nanothink.disk.lock import hold_in_use
+from nanothink.disk.write import open_shared
+
 Parts = list[NDArray[Any]]
 """A block in memory: arrays that lie one after the other on the disk, each contiguous."""
 
@@ -42,18 +45,16 @@ class BlockFile:
         """Whether a block was found that does not go with its mark."""
         self._marks_path = marks
         self._files: list[int] = []
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
             for path in (blocks, marks):
-                self._files.append(os.open(path, flags, 0o666))
+                self._files.append(open_shared(path, create=create))
         except OSError:
             self.close()
             raise
 
-    @property
-    def marks_descriptor(self) -> int:
-        """To lock."""
-        return self._files[1]
+    def hold(self) -> None:
+        """Mark the blocks as in use until they are closed; see ``is_in_use`` of the file of marks."""
+        hold_in_use(self._files[1])
 
     def filled(self, n_blocks: int) -> NDArray[np.bool_]:
         """(n_blocks,) which claim to be there."""

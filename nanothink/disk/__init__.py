@@ -1,0 +1,61 @@
+"""The ground floor: the only part that knows how to write whole or not at all, sync, lock and name files.
+
+- ``write``: whole files and folders, folders shared by a group, and the error for a disk that refuses
+- ``names``: temporary names, and what killed writers left under them
+- ``lock``: locks between processes
+- ``private``: folders and files that no other user can have changed
+- ``block_file``: blocks that are changed in place (it needs numpy, so it is imported by itself)
+"""
+
+from nanothink.disk.lock import HeldError, Note, can_lock, held, hold_in_use, is_in_use, locked, silent
+from nanothink.disk.names import leftovers, remove, shown, sweep, sweep_folder, temporary_path
+from nanothink.disk.private import is_safe, open_private, private_folder, user_folders
+from nanothink.disk.write import (
+    Explain,
+    make_folder,
+    open_appending,
+    put_folder,
+    remove_empty,
+    scratch_folder,
+    storage_error,
+    sync_folder,
+    sync_tree,
+    try_to_write,
+    whole_file,
+    whole_folder,
+    write_whole,
+)
+
+__all__ = [
+    "Explain",
+    "HeldError",
+    "Note",
+    "can_lock",
+    "held",
+    "hold_in_use",
+    "is_in_use",
+    "is_safe",
+    "leftovers",
+    "locked",
+    "make_folder",
+    "open_appending",
+    "open_private",
+    "private_folder",
+    "put_folder",
+    "remove",
+    "remove_empty",
+    "scratch_folder",
+    "shown",
+    "silent",
+    "storage_error",
+    "sweep",
+    "sweep_folder",
+    "sync_folder",
+    "sync_tree",
+    "temporary_path",
+    "try_to_write",
+    "user_folders",
+    "whole_file",
+    "whole_folder",
+    "write_whole",
+]

@@ -1,0 +1,361 @@
+"""Files and folders that are written whole or not at all, and folders that a group can share.
+
+Order of a write, and what a kill or a power cut leaves at each point:
+
+    write a temporary file beside the target    old file intact, a temporary file to sweep up
+    fsync it                                    the same
+    rename it over the target                   old file or new file, each complete
+    fsync the folder                            new file, also after a power cut
+
+Nothing is ever written through a symbolic link that lies where a file is to be: temporary files are made
+exclusively under names that cannot be guessed, and the rename replaces a link instead of following it.
+
+A folder that its group may write to stays shared: what is made in it and changed in place later (folders,
+locks, block files) the group may write to as well. Finished files get the mode that the umask gives, or keep
+that of the file they replace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from nanothink.disk.names import shown, sweep, temporary_path
+from nanothink.errors import StorageError
+
+Explain = Callable[[Path, OSError, bool], StorageError]
+"""Makes the error for a failed write: the path, the refusal, and whether the new file is in place."""
+
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+"""Errors that say that a file system lacks an operation, not that the operation failed."""
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space, or choose a larger disk, and run the command again",
+    errno.EDQUOT: "Your quota is used up: free some space and run the command again",
+    errno.EFBIG: "It would be larger than allowed here: raise the limit (ulimit -f) or split the data",
+    errno.EACCES: "Check who may write there, or choose another folder",
+    errno.EPERM: "Check who may write there, or choose another folder",
+    errno.EROFS: "The disk is mounted read-only: choose another folder",
+    errno.EEXIST: "A part of this path is a file, not a folder: choose another place",
+    errno.ENOTDIR: "A part of this path is a file, not a folder: choose another place",
+    errno.EISDIR: "There is a folder of this name: choose another name",
+    errno.ENAMETOOLONG: "The name is too long: choose a shorter one",
+    errno.ELOOP: "A symbolic link is in the way, and nothing is written through those: remove it",
+    errno.EXDEV: "It is a mount point of its own, which cannot be replaced: mount the folder around it",
+    errno.EBUSY: "It is in use or a mount point of its own, which cannot be replaced",
+}
+
+
+def storage_error(path: Path, error: OSError, replaced: bool | None = None) -> StorageError:
+    """Make the error for a failed write: where, what, and what to do about it.
+
+    Args:
+        replaced: whether the new file is in place all the same; None: nothing is said about that.
+    """
+    reason = error.strerror or str(error)
+    if replaced:
+        return StorageError(
+            f"{shown(path)} is written and complete, but the disk does not confirm it ({reason}), so it "
+            "might not survive a power cut. Check the disk."
+        )
+    remedy = _REMEDIES.get(error.errno or 0, "Check the disk and run the command again")
+    kept = " Nothing was changed." if replaced is False else ""
+    return StorageError(f"Cannot write {shown(path)}: {reason}. {remedy}.{kept}")
+
+
+class RawFile(io.FileIO):
+    """The file under way; remembers the error with which the disk refused."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            written = os.write(self.fileno(), data)
+            if not written and len(data):  # no disk should; trying again for ever would be worse
+                raise OSError(errno.EIO, "a write took no bytes")
+            return written
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+@contextlib.contextmanager
+def whole_file(
+    path: Path, *, before_replace: Callable[[], None] | None = None, explain: Explain | None = None
+) -> Iterator[io.BufferedWriter[RawFile]]:
+    """Open a file that appears at ``path`` when the block ends, and only if it ends without an error.
+
+    Missing folders are made, and removed again on an error. ``before_replace`` is called when the new file is
+    complete and on the disk, just before the rename.
+
+    Raises StorageError when the disk refuses; other errors of the block pass through.
+    """
+    explain = explain or storage_error
+    created: list[Path] = []
+    try:
+        created = make_folder(path.parent)
+        if path.is_dir() and not path.is_symlink():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        sweep(path)
+        temporary = temporary_path(path)
+        raw = RawFile(_open_new(temporary), "wb")
+    except OSError as error:
+        remove_empty(created)
+        raise explain(path, error, False) from error
+    file, in_block = io.BufferedWriter(raw), True
+    try:
+        yield file
+        in_block = False
+        file.flush()
+        _keep_mode(raw.fileno(), path)
+        _sync(raw.fileno())
+        if before_replace is not None:
+            before_replace()
+        _rename(temporary, path, raw.fileno())
+        sync_folder(path.parent)
+    except BaseException as error:
+        replaced = _is_at(raw.fileno(), path)
+        if not replaced:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            remove_empty(created)
+        if isinstance(error, OSError) and (error is raw.failure or not in_block):
+            raise explain(path, error, replaced) from error
+        raise
+    finally:
+        raw.close()
+
+
+def write_whole(path: Path, content: bytes, *, explain: Explain | None = None) -> None:
+    """Write a file so that at any moment, a power cut included, it is the old one or the new one.
+
+    Raises StorageError.
+    """
+    with whole_file(path, explain=explain) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to fill that appears as ``path`` when the block ends, if it ends without an error.
+
+    Raises StorageError when the disk refuses; other errors of the block pass through.
+    """
+    with scratch_folder(path) as scratch:
+        yield scratch
+        put_folder(scratch, path)
+
+
+def put_folder(scratch: Path, path: Path) -> None:
+    """Make a filled ``scratch_folder`` of ``path`` appear there.
+
+    What is in the way is moved aside for the moment of the rename and then removed; a kill right there leaves
+    it under the temporary name of ``<path>.replaced``. Raises StorageError.
+    """
+    aside = path.with_name(f"{path.name}.replaced")
+    replaced = False
+    try:
+        sync_tree(scratch)
+        (scratch / "mode").mkdir()  # to learn the mode that the umask gives
+        mode = stat.S_IMODE((scratch / "mode").stat().st_mode)
+        (scratch / "mode").rmdir()
+        scratch.chmod(mode)
+        _share(scratch, path.parent)
+        old = temporary_path(aside) if os.path.lexists(path) else None
+        if old is not None:
+            os.rename(path, old)
+        try:
+            os.rename(scratch, path)
+        except BaseException:
+            if old is not None:
+                os.rename(old, path)
+            raise
+        replaced = True
+        sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(path, error, replaced) from error
+    finally:
+        if replaced:
+            with contextlib.suppress(OSError):
+                sweep(aside)
+
+
+@contextlib.contextmanager
+def scratch_folder(beside: Path, *, blamed: Path | None = None) -> Iterator[Path]:
+    """Give an empty folder on the disk of ``beside`` that this user alone can reach; removed in the end.
+
+    Missing folders above it are made, and removed again on an error. Raises StorageError, which names
+    ``blamed`` or else ``beside``.
+    """
+    created: list[Path] = []
+    try:
+        created = make_folder(beside.parent)
+        sweep(beside)
+        folder = temporary_path(beside)
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        remove_empty(created)
+        raise storage_error(blamed or beside, error, False) from error
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        remove_empty(created)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_folder(folder: Path, *, within: Path | None = None) -> list[Path]:
+    """Make a folder and those above it that are missing; return the new ones, inner ones first.
+
+    Folders below ``within`` have names that NanoThink chose, so a symbolic link among them that somebody
+    else made is not followed.
+
+    Raises OSError.
+    """
+    created: list[Path] = []
+    try:
+        for path in [*reversed(folder.parents), folder]:
+            if within is not None and within in path.parents:
+                _refuse_strangers_link(path)
+            if os.path.lexists(path) and path.is_dir():
+                continue
+            try:
+                path.mkdir()
+            except FileExistsError:
+                if not path.is_dir():  # else another process has just made it
+                    raise
+            else:
+                created.insert(0, path)
+                _share(path, path.parent)
+    except BaseException:
+        remove_empty(created)
+        raise
+    return created
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those folders, inner ones first in the list, that are there and hold nothing."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def try_to_write(folder: Path) -> None:
+    """Find out that nothing can be written there before the work is done. Leaves no trace.
+
+    Raises StorageError.
+    """
+    created = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    with scratch_folder(folder / "trial", blamed=folder):
+        pass
+    remove_empty(created)
+
+
+def open_appending(path: Path) -> TextIO:
+    """Open a text file to append to, made if need be; never through a symbolic link. Raises OSError."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8")
+
+
+def open_shared(path: Path, *, create: bool, heed_umask: bool = True) -> int:
+    """Open a file that several processes change in place, never through a symbolic link.
+
+    One that is made in a folder shared by a group can be opened by the group. Raises OSError.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    if create:
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            _share(descriptor, path.parent, heed_umask=heed_umask)
+            return descriptor
+    return os.open(path, flags)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in ``folder`` outlast a power cut, where the disk can. Raises OSError."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:  # a folder that may be written to but not listed
+        return
+    try:
+        _sync(descriptor, errno.EBADF)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make everything in ``folder`` outlast a power cut. Raises OSError."""
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            sync_tree(Path(entry.path))
+        else:
+            descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                _sync(descriptor)
+            finally:
+                os.close(descriptor)
+    sync_folder(folder)
+
+
+def _sync(descriptor: int, *also_unsupported: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED and error.errno not in also_unsupported:
+            raise
+
+
+def _open_new(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def _rename(temporary: Path, path: Path, descriptor: int) -> None:
+    try:
+        os.replace(temporary, path)
+    except FileNotFoundError:  # NFS: the answer to the first request was lost, and the second found it done
+        if not _is_at(descriptor, path):
+            raise
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    return False
+
+
+def _keep_mode(descriptor: int, path: Path) -> None:
+    """Give the new file the mode of an old one of this user's."""
+    with contextlib.suppress(OSError):  # none there, or a file system without modes
+        old = os.lstat(path)
+        if stat.S_ISREG(old.st_mode) and old.st_uid == os.geteuid():
+            os.fchmod(descriptor, stat.S_IMODE(old.st_mode) & 0o777)
+
+
+def _share(target: int | Path, folder: Path, *, heed_umask: bool = True) -> None:
+    """Let the group of ``folder``, if it may write there, write to what was just made in it.
+
+    What the umask hides from the group altogether stays hidden, unless the umask does not matter.
+    """
+    with contextlib.suppress(OSError):  # not a member of the group, or a file system without modes
+        above, made = os.stat(folder), os.stat(target)
+        if not above.st_mode & stat.S_IWGRP or (heed_umask and not made.st_mode & stat.S_IRGRP):
+            return
+        if made.st_gid != above.st_gid:
+            os.chown(target, -1, above.st_gid)
+        mode = stat.S_IMODE(os.stat(target).st_mode)
+        os.chmod(target, mode | (0o070 if stat.S_ISDIR(made.st_mode) else 0o060))
+
+
+def _refuse_strangers_link(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode) and status.st_uid not in (0, os.geteuid()):
+            raise OSError(errno.ELOOP, "it is a symbolic link of another user", str(path))
