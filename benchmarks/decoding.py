@@ -54,7 +54,7 @@ def attention_step(
     attention: LatentAttention | Attention, rotary_width: int, length: int
 ) -> Callable[[], None]:
     """One token after ``length`` others, CALLS times; the cache stands still, so each overwrites the last."""
-    rotary, width = Rotary(rotary_width, length + 1, 10_000.0), attention.output.weight.shape[0]
+    rotary, width = Rotary(rotary_width, length + 1, 10_000.0), attention.o_proj.weight.shape[0]
     cache = KeyValueCache(1, 1, length + 1)
     attention(torch.randn(1, length, width), rotary(0, length), cache, 0)
     cache.advance(length)

@@ -130,7 +130,7 @@ def pair(options: argparse.Namespace) -> None:
             config = settings_of(options, {})
             model, seconds = train(kind, config, tokens, frozen.model, options.steps, seed)
             score = bits_per_byte(model, tokens, config.model.max_seq_len)
-            layers = len(model.get_submodule("blocks"))  # type: ignore[arg-type]
+            layers = (config.diffuser if kind == "diffuser" else config.transformer).n_layers
             print(f"| {kind} | {layers} | {seed} | {score:.4f} | {seconds:.2f} |", flush=True)
             if options.save:
                 save(Path(options.save) / f"{kind}_{seed}_expert.pt", model, config, frozen)

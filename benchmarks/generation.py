@@ -30,8 +30,8 @@ from nanothink.inference.generate import generate
 from nanothink.inference.sampling import SamplingConfig
 from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
-from nanothink.models.state_space import StateSpace, to_mamba_config, to_mamba_state_dict
-from nanothink.models.transformer import Transformer, to_qwen3_config, to_qwen3_state_dict
+from nanothink.models.state_space import StateSpace, to_mamba_config
+from nanothink.models.transformer import Transformer, to_qwen3_config
 
 VOCABULARY, PROMPT, EOS = 8192, 16, 0
 DRAWN = {"temperature": 0.8, "top_k": 50}
@@ -54,7 +54,7 @@ def counterparts(model: LanguageModel) -> dict[str, Any]:
         from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
         qwen3 = Qwen3ForCausalLM(Qwen3Config(**to_qwen3_config(model)))
-        qwen3.load_state_dict(to_qwen3_state_dict(model), strict=False)
+        qwen3.load_state_dict(model.state_dict(), strict=False)
         qwen3.tie_weights()
         shape = {"n_embd": model.d_model, "n_layer": model.shape.n_layers, "n_head": model.shape.n_heads}
         gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=model.context_length, **shape))
@@ -63,7 +63,7 @@ def counterparts(model: LanguageModel) -> dict[str, Any]:
         from transformers import MambaConfig, MambaForCausalLM
 
         mamba = MambaForCausalLM(MambaConfig(**to_mamba_config(model)))
-        mamba.load_state_dict(to_mamba_state_dict(model), strict=False)
+        mamba.load_state_dict(model.state_dict(), strict=False)
         mamba.tie_weights()
         return {"Mamba, transformers": mamba.eval()}
     return {}

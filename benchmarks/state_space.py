@@ -176,7 +176,7 @@ def training_memory(names: list[str], size: Size) -> None:
 def decoding(rounds: int, n_tokens: int, far: int) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
-    from nanothink.models.state_space import StateSpace, to_mamba_config, to_mamba_state_dict
+    from nanothink.models.state_space import StateSpace, to_mamba_config
 
     model = expert("state_space").eval()
     assert isinstance(model, StateSpace)
@@ -184,7 +184,7 @@ def decoding(rounds: int, n_tokens: int, far: int) -> None:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     theirs = MambaForCausalLM(MambaConfig(**to_mamba_config(model))).eval()
-    theirs.load_state_dict(to_mamba_state_dict(model))
+    theirs.load_state_dict(model.state_dict())
     prompt = tokens(1, 16)[0]
 
     def ours_decode() -> None:

@@ -4,8 +4,9 @@
     model.safetensors        the weights, under the names that config.json's architecture gives them
     tokenizer.json, tokenizer_config.json, generation_config.json, README.md
 
-A transformer goes by the names of ``Qwen3ForCausalLM``, a state-space model by ``MambaForCausalLM``'s; the
-other kinds are nobody else's and keep their own. ``read_export`` opens what ``write_export`` wrote.
+The weights are the model's state dict as it stands: a transformer's is that of ``Qwen3ForCausalLM``, a
+state-space model's that of ``MambaForCausalLM``; no other program has the other kinds. ``read_export`` opens
+what ``write_export`` wrote.
 
 A folder is written whole or not at all; see ``whole_folder`` in disk/write.py.
 """
@@ -29,8 +30,6 @@ from nanothink.checkpoints.payload import ModelPayload
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.disk import storage_error, whole_folder
 from nanothink.errors import CheckpointMismatchError, NanoThinkError, StorageError, TokenizerError, UsageError
-from nanothink.models.state_space import from_mamba_state_dict
-from nanothink.models.transformer import from_qwen3_state_dict
 
 CONFIG, WEIGHTS, TOKENIZER, OWN_SECTION = "config.json", "model.safetensors", "tokenizer.json", "nanothink"
 FILES = (
@@ -39,10 +38,8 @@ FILES = (
 )
 """Every file of an export."""
 
-_FOREIGN_NAMES: dict[str, Callable[..., dict[str, Tensor]]] = {
-    "transformer": from_qwen3_state_dict,
-    "state_space": from_mamba_state_dict,
-}
+EXPORT_VERSION = 2
+"""Version of the names of the weights and of our section in config.json."""
 
 
 def write_export(
@@ -107,7 +104,7 @@ def read_export(folder: Path) -> ModelPayload:
 
     Raises:
         CheckpointDamagedError: a file is missing, cut short or not what it should be.
-        CheckpointMismatchError: a model folder that NanoThink did not write.
+        CheckpointMismatchError: a model folder that NanoThink did not write, or another version of it.
         StorageError: it can't be read.
     """
     try:
@@ -118,6 +115,11 @@ def read_export(folder: Path) -> ModelPayload:
                 f"{folder} holds a model, but none that NanoThink exported: its {CONFIG} has no section "
                 f"'{OWN_SECTION}'. Its own library opens it."
             )
+        if (version := own.get("format_version", 1)) != EXPORT_VERSION:
+            raise CheckpointMismatchError(
+                f"{folder} is an export in format {version}, and this NanoThink reads format "
+                f"{EXPORT_VERSION}. Use the NanoThink that wrote it, or export the checkpoint again."
+            )
         kind, config, experts = _described(own)
         weights = load_file(folder / WEIGHTS)
     except OSError as error:
@@ -126,9 +128,6 @@ def read_export(folder: Path) -> ModelPayload:
         raise StorageError(f"{folder}: cannot be read: {error.strerror or error}.") from error
     except (ValueError, LookupError, SafetensorError) as error:
         raise damaged(folder, f"the export is damaged ({error})") from None
-    if kind in _FOREIGN_NAMES:
-        tied = bool(settings.get("tie_word_embeddings"))
-        weights = _FOREIGN_NAMES[kind](weights, tied=tied)
     try:
         if not (folder / TOKENIZER).is_file():  # other forms are not ours, and some want code to be run
             raise TokenizerError(f"{TOKENIZER} is missing")

@@ -38,9 +38,14 @@ class LoadReport:
     """Numbers in the model's state; tied ones count once."""
 
     @property
+    def complete(self) -> bool:
+        """True if every weight of the model and of the file found its place."""
+        return not (self.missing or self.surplus or self.reshaped)
+
+    @property
     def exact(self) -> bool:
-        """Whether the model is bit for bit as it was saved."""
-        return not (self.missing or self.surplus or self.reshaped or self.converted)
+        """True if the model is bit for bit as it was saved."""
+        return self.complete and not self.converted
 
     def lines(self) -> list[str]:
         """A line per kind of difference; none when exact."""

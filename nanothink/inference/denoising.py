@@ -87,7 +87,7 @@ def denoising_errors(
             inputs, targets = inputs.to(precision.device), targets.to(precision.device)
             valid = (targets != IGNORE).unsqueeze(-1)
             with precision.autocast():
-                condition = model.condition(model.encode(inputs))
+                condition = model.condition(model.encoder(inputs))
                 clean = model.clean_targets(targets, transformer).float()
                 for level in levels:
                     generator = block_generator(number, "measured noise", level, inputs.device)
@@ -137,7 +137,7 @@ def reconstruct(
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     found = []
     with evaluating(model), torch.inference_mode():
-        condition = model.condition(model.encode(inputs))
+        condition = model.condition(model.encoder(inputs))
         clean = model.clean_targets(targets)
         generator = block_generator(seed, "reconstruction", 0, device)
         noise = torch.randn(clean.shape, generator=generator, device=device)

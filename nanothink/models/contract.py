@@ -37,11 +37,13 @@ class LanguageModel(nn.Module, ABC):
     d_model: int
     """Width of the residual stream, and of ``hidden`` too in every model but the combined one."""
 
-    embedding: nn.Embedding
-    """The table of tokens, (V, D)."""
-
     context_length: int | None
     """Most tokens that one forward pass or one decoding state can hold; None: no limit."""
+
+    @property
+    @abstractmethod
+    def embedding(self) -> nn.Embedding:
+        """The table of token embeddings, (V, D)."""
 
     @abstractmethod
     def hidden(self, tokens: Tensor) -> Tensor:

@@ -33,15 +33,11 @@ from torch import Tensor, nn
 
 from nanothink.config import DiffuserConfig, ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
-from nanothink.models.contract import IGNORE, State
+from nanothink.models.contract import IGNORE, LanguageModel, State
 from nanothink.models.layers import (
-    Attention,
-    Block,
     KeyValueCache,
     RMSNorm,
-    Rotary,
     SwiGLU,
-    embedding,
     linear,
 )
 from nanothink.models.loss import CHUNK_ROWS, linear_cross_entropy
@@ -104,16 +100,16 @@ class Denoiser(nn.Module):
 
     def __init__(self, width: int, n_layers: int, inner: int, n_levels: int, *, guided: bool) -> None:
         super().__init__()
-        self.context_in = linear(width, width)
-        self.noisy_in = linear(width, width)
-        self.guess_in = linear(width, width, zero=True) if guided else None
+        self.context_proj = linear(width, width)
+        self.noisy_proj = linear(width, width)
+        self.guess_proj = linear(width, width, zero=True) if guided else None
         self.context_modulation = linear(width, n_layers * 3 * width, zero=True)
-        self.level_in = linear(_LEVEL_FEATURES, width)
+        self.level_proj = linear(_LEVEL_FEATURES, width)
         self.level_modulation = linear(width, n_layers * 3 * width, zero=True)
         self.norms = nn.ModuleList(RMSNorm(width) for _ in range(n_layers))
-        self.feed_forwards = nn.ModuleList(SwiGLU(width, inner) for _ in range(n_layers))
+        self.mlps = nn.ModuleList(SwiGLU(width, inner) for _ in range(n_layers))
         self.norm = RMSNorm(width)
-        self.output = linear(width, width, zero=True)
+        self.out_proj = linear(width, width, zero=True)
         angles = torch.outer(
             torch.arange(n_levels + 1, dtype=torch.float64) / n_levels,
             math.pi * torch.arange(_LEVEL_FEATURES, dtype=torch.float64),
@@ -122,7 +118,7 @@ class Denoiser(nn.Module):
 
     def condition(self, states: Tensor) -> Condition:
         """(..., D) states of the encoder."""
-        return Condition(self.context_in(states), self.context_modulation(states))
+        return Condition(self.context_proj(states), self.context_modulation(states))
 
     def forward(
         self, condition: Condition, noisy: Tensor | None, levels: Tensor | int, guess: Tensor | None
@@ -141,21 +137,21 @@ class Denoiser(nn.Module):
         x = condition.stream.float()
         dtype = product_dtype(x)
         if noisy is not None:
-            x = x + self.noisy_in(noisy.to(dtype))
-        if guess is not None and self.guess_in is not None:
-            x = x + self.guess_in(guess.to(dtype))
-        by_level = self.level_modulation(F.silu(self.level_in(self.level_features)))  # (N + 1, layers * M)
+            x = x + self.noisy_proj(noisy.to(dtype))
+        if guess is not None and self.guess_proj is not None:
+            x = x + self.guess_proj(guess.to(dtype))
+        by_level = self.level_modulation(F.silu(self.level_proj(self.level_features)))  # (N + 1, layers * M)
         of_level = by_level[levels] if isinstance(levels, int) else F.embedding(levels, by_level)
         terms = (condition.modulation + of_level).chunk(3 * len(self.norms), dim=-1)
-        for i, (norm, feed_forward) in enumerate(zip(self.norms, self.feed_forwards, strict=True)):
+        for i, (norm, mlp) in enumerate(zip(self.norms, self.mlps, strict=True)):
             shift, scale, gate = terms[3 * i : 3 * i + 3]
             inside = torch.addcmul(shift, norm(x, dtype), 1 + scale)
-            x = torch.addcmul(x, feed_forward(inside).float(), (1 + gate).float())
+            x = torch.addcmul(x, mlp(inside).float(), (1 + gate).float())
         hidden = self.norm(x)
-        return self.output(hidden.to(dtype)).float(), hidden
+        return self.out_proj(hidden.to(dtype)).float(), hidden
 
 
-class Diffuser(Decoder):
+class Diffuser(LanguageModel):
     """See the head of this file.
 
     A fresh one has no targets yet: ``adopt`` takes them from a transformer, a checkpoint brings them along.
@@ -168,6 +164,7 @@ class Diffuser(Decoder):
     """
 
     kind: ClassVar[str] = "diffuser"
+    context_length: int
     target_table: Tensor
     target_mean: Tensor
     target_scale: Tensor
@@ -182,12 +179,7 @@ class Diffuser(Decoder):
         self.context_length = model.max_seq_len
         self.shape = shape
         self.inner = inner_width(width, blocks.ffn_mult)
-        self.embedding = embedding(vocab_size, width, std=1.0)
-        self.blocks = nn.ModuleList(
-            Block(width, Attention(width, blocks.n_heads), self.inner) for _ in range(shape.n_layers)
-        )
-        self.norm = RMSNorm(width)
-        self.rotary = Rotary(width // blocks.n_heads, model.max_seq_len, blocks.rope_theta)
+        self.encoder = Decoder(vocab_size, model, blocks, n_layers=shape.n_layers, std=1.0)
         self.denoiser = Denoiser(
             width,
             shape.denoiser_layers,
@@ -195,7 +187,7 @@ class Diffuser(Decoder):
             shape.training_steps,
             guided=shape.self_conditioning > 0,
         )
-        self.head = linear(width, vocab_size, zero=True)
+        self.lm_head = linear(width, vocab_size, zero=True)
         looked_up = vocab_size if shape.target != "hidden_state" else 0
         self.register_buffer("target_table", torch.zeros(looked_up, width))
         self.register_buffer("target_mean", torch.zeros(width))
@@ -205,9 +197,14 @@ class Diffuser(Decoder):
         )  # (N + 1,)
 
     @property
+    def embedding(self) -> nn.Embedding:
+        """See ``LanguageModel.embedding``."""
+        return self.encoder.embed_tokens
+
+    @property
     def head_weight(self) -> nn.Parameter:
-        """(V, D): the LM head, read from the denoiser's last state."""
-        return cast(nn.Parameter, self.head.weight)
+        """(V, D): the LM head, which reads the denoiser's last state."""
+        return cast(nn.Parameter, self.lm_head.weight)
 
     # -----------------------------------------------------------------------------------------------
     # Targets
@@ -307,11 +304,11 @@ class Diffuser(Decoder):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) int64, T <= context_length -> (B, T, D) float32: the denoiser's from null noise."""
-        return self.denoise(self.condition(self.encode(tokens)), None, self.shape.training_steps)[1]
+        return self.denoise(self.condition(self.encoder(tokens)), None, self.shape.training_steps)[1]
 
     def start(self, batch_size: int, ddim: Ddim | None = None) -> DiffuserState:
         """An empty decoding state; with ``ddim``, steps give the logits at the end of DDIM sampling."""
-        state = DiffuserState(len(self.blocks), batch_size, self.context_length)
+        state = DiffuserState(len(self.encoder.layers), batch_size, self.context_length)
         if ddim is not None:
             if not 1 <= ddim.n_steps <= self.shape.training_steps:
                 raise UsageError(
@@ -324,7 +321,7 @@ class Diffuser(Decoder):
     def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
         """See ``LanguageModel.read``."""
         assert isinstance(state, DiffuserState)
-        encoded = self.encode_next(tokens, state, last_only=last_only)
+        encoded = self.encoder.read(tokens, state, last_only=last_only)
         with torch.no_grad():
             condition = self.condition(encoded)
             if state.ddim is None:
@@ -362,7 +359,7 @@ class Diffuser(Decoder):
             some blocks or tokens have a part, it is scaled up to stand for all.
         """
         shape, last = self.shape, self.shape.training_steps
-        condition = self.condition(self.encode(inputs))
+        condition = self.condition(self.encoder(inputs))
         valid = targets != IGNORE
         if shape.evaluations == 1:
             return self._one_evaluation(condition, targets, clean, draws, scale)
@@ -424,7 +421,7 @@ class Diffuser(Decoder):
         width, inner = self.d_model, self.inner
         per_width, per_inner = (41, 8) if value_bytes == 4 else (24, 4)
         in_flight = value_bytes * (4 * width + 3 * inner)  # gradients of the block being worked on
-        encoder = len(self.blocks) * (per_width * width + per_inner * inner) + 12 * width
+        encoder = len(self.encoder.layers) * (per_width * width + per_inner * inner) + 12 * width
         denoiser_inner = inner_width(width, self.shape.denoiser_mult)
         a_block = value_bytes * (6 * width + 2 * denoiser_inner)
         denoiser = self.shape.evaluations * (self.shape.denoiser_layers * a_block + 20 * width)

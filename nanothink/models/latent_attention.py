@@ -6,13 +6,13 @@ rotary key that all heads share (section 2.1.3). While decoding, the matrices th
 values of the latents are applied to queries and results instead, so that no key or value is ever made
 again (section 2.1.2, "absorbed").
 
-Weights exchange one to one with ``transformers``' ``DeepseekV3Attention`` (queries without a rank of their
-own), the reference that tests compare outputs and gradients with. It differs in the layout of the rotation,
-whose halves are turned against one another as in the rest of this package (its ``rope_interleave`` pairs
-neighbours), and in an output projection that starts at zero.
+The state dict is that of ``transformers``' ``DeepseekV3Attention`` (``q_lora_rank=None``), the reference that
+tests compare outputs and gradients with. It differs in the layout of the rotation, whose halves are turned
+against one another as in the rest of this package (its ``rope_interleave`` pairs neighbours), and in an
+output projection that starts at zero.
 
-The code's letters in the paper's: latent c^KV, rotary key k^R, query content q^C and rotary query q^R,
-``expand`` W^UK and W^UV.
+The code's names in the paper's letters: latent c^KV, rotary key k^R, query content q^C and rotary query q^R,
+``kv_a_proj_with_mqa`` W^DKV and W^KR, ``kv_b_proj`` W^UK and W^UV.
 
 Shapes: B batch, T time, S keys (cached and new), D model width, H heads, K content width of a head's query
 and key and width of its value, R rotary width, C latent width.
@@ -42,11 +42,11 @@ class LatentAttention(nn.Module):
     def __init__(self, width: int, n_heads: int, head_dim: int, rope_dim: int, latent_dim: int) -> None:
         super().__init__()
         self.n_heads, self.head_dim, self.rope_dim, self.latent_dim = n_heads, head_dim, rope_dim, latent_dim
-        self.query = linear(width, n_heads * (head_dim + rope_dim))
-        self.compress = linear(width, latent_dim + rope_dim)  # the latent, and the key that carries position
-        self.latent_norm = RMSNorm(latent_dim)
-        self.expand = linear(latent_dim, n_heads * 2 * head_dim)  # of each head: its key, then its value
-        self.output = linear(n_heads * head_dim, width, zero=True)
+        self.q_proj = linear(width, n_heads * (head_dim + rope_dim))
+        self.kv_a_proj_with_mqa = linear(width, latent_dim + rope_dim)  # the latent, then the rotary key
+        self.kv_a_layernorm = RMSNorm(latent_dim)
+        self.kv_b_proj = linear(latent_dim, n_heads * 2 * head_dim)  # of each head: its key, then its value
+        self.o_proj = linear(n_heads * head_dim, width, zero=True)
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None = None, layer: int = 0
@@ -56,11 +56,12 @@ class LatentAttention(nn.Module):
         The cache holds latents (B, 1, S, C) where another would hold keys, and rotary keys (B, 1, S, R) in
         place of values.
         """
-        queries = self._split(self.query(x))  # (B, H, T, K + R)
+        queries = self._split(self.q_proj(x))  # (B, H, T, K + R)
         content, rotary = torch.split(queries, [self.head_dim, self.rope_dim], dim=-1)
         rotary = rotate(rotary, rotation, x.dtype)
-        latent, shared_key = torch.split(self.compress(x), [self.latent_dim, self.rope_dim], dim=-1)
-        latent = self.latent_norm(latent, x.dtype).unsqueeze(1)  # (B, 1, T, C)
+        compressed = self.kv_a_proj_with_mqa(x)  # (B, T, C + R)
+        latent, shared_key = torch.split(compressed, [self.latent_dim, self.rope_dim], dim=-1)
+        latent = self.kv_a_layernorm(latent, x.dtype).unsqueeze(1)  # (B, 1, T, C)
         shared_key = rotate(shared_key.unsqueeze(1), rotation, x.dtype)  # (B, 1, T, R)
         if cache is not None and cache.length > 0:
             latent, shared_key = cache.extend(layer, latent, shared_key)
@@ -69,12 +70,12 @@ class LatentAttention(nn.Module):
             if cache is not None:
                 cache.extend(layer, latent, shared_key)
             y = self._expanded(content, rotary, latent, shared_key)
-        output: Tensor = self.output(y.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, D)
+        output: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, D)
         return output
 
     def _expanded(self, content: Tensor, rotary: Tensor, latent: Tensor, shared_key: Tensor) -> Tensor:
         """Attention as in training: keys and values are made, once for every token. (B, H, T, K)."""
-        keys, values = self._split(self.expand(latent.squeeze(1))).chunk(2, dim=-1)  # (B, H, T, K)
+        keys, values = self._split(self.kv_b_proj(latent.squeeze(1))).chunk(2, dim=-1)  # (B, H, T, K)
         keys = torch.cat([keys, shared_key.expand(-1, self.n_heads, -1, -1)], dim=-1)  # (B, H, T, K + R)
         # Values as wide as the keys let the fused kernels serve: 1.4 to 1.8 times the speed on a CPU.
         padded = F.pad(values, (0, self.rope_dim))
@@ -83,7 +84,7 @@ class LatentAttention(nn.Module):
 
     def _absorbed(self, content: Tensor, rotary: Tensor, latent: Tensor, shared_key: Tensor) -> Tensor:
         """The same on what the cache holds, whose last T tokens the queries are. (B, H, T, K)."""
-        up = self.expand.weight.view(self.n_heads, 2 * self.head_dim, self.latent_dim).to(content.dtype)
+        up = self.kv_b_proj.weight.view(self.n_heads, 2 * self.head_dim, self.latent_dim).to(content.dtype)
         to_key, to_value = up.chunk(2, dim=1)  # (H, K, C)
         latent, shared_key = latent.squeeze(1), shared_key.squeeze(1)  # (B, S, C), (B, S, R)
         # All heads look at the same keys, so they are so many more rows of one product.

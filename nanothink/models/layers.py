@@ -1,4 +1,6 @@
-"""What models are built of: RMSNorm, rotary positions, attention with a cache, SwiGLU, a block of both.
+"""Building blocks of the models: RMSNorm, rotary positions, attention with a cache, SwiGLU, a block of both.
+
+Parameters of attention, feed-forward and block are named as in ``transformers``' Qwen3.
 
 Weights are float32 and stay so; under autocast the matrix products run in the autocast type, norms and
 rotations in float32. A norm hands its result over in the type of the products that read it, so that it
@@ -214,20 +216,20 @@ class Attention(nn.Module):
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.query = linear(width, width)
-        self.key = linear(width, width)
-        self.value = linear(width, width)
-        self.query_norm = RMSNorm(width // n_heads)
-        self.key_norm = RMSNorm(width // n_heads)
-        self.output = linear(width, width, zero=True)
+        self.q_proj = linear(width, width)
+        self.k_proj = linear(width, width)
+        self.v_proj = linear(width, width)
+        self.q_norm = RMSNorm(width // n_heads)
+        self.k_norm = RMSNorm(width // n_heads)
+        self.o_proj = linear(width, width, zero=True)
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None = None, layer: int = 0
     ) -> Tensor:
         """(B, T, D) -> (B, T, D). With a cache, the T tokens follow those it holds and are added to it."""
-        q = rotate(self.query_norm(self._split(self.query(x))), rotation, x.dtype)  # (B, H, T, K)
-        k = rotate(self.key_norm(self._split(self.key(x))), rotation, x.dtype)
-        v = self._split(self.value(x))
+        q = rotate(self.q_norm(self._split(self.q_proj(x))), rotation, x.dtype)  # (B, H, T, K)
+        k = rotate(self.k_norm(self._split(self.k_proj(x))), rotation, x.dtype)
+        v = self._split(self.v_proj(x))
         if cache is None or cache.length == 0:
             if cache is not None:
                 cache.extend(layer, k, v)
@@ -239,7 +241,7 @@ class Attention(nn.Module):
             if n_new > 1:
                 mask = torch.ones(n_new, n_before + n_new, dtype=torch.bool, device=x.device).tril(n_before)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        output: Tensor = self.output(y.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, D)
+        output: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, D)
         return output
 
     def _split(self, x: Tensor) -> Tensor:
@@ -248,17 +250,17 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward: ``down(silu(gate(x)) * up(x))`` (Shazeer 2020)."""
+    """Gated feed-forward: ``down_proj(silu(gate_proj(x)) * up_proj(x))`` (Shazeer 2020)."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.gate = linear(width, inner)
-        self.up = linear(width, inner)
-        self.down = linear(inner, width, zero=True)
+        self.gate_proj = linear(width, inner)
+        self.up_proj = linear(width, inner)
+        self.down_proj = linear(inner, width, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        return gated_product(self.gate(x), self.up(x), self.down.weight)
+        return gated_product(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
 
 
 class Block(nn.Module):
@@ -266,18 +268,18 @@ class Block(nn.Module):
 
     def __init__(self, width: int, attention: nn.Module, inner: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(width)
-        self.attention = attention
-        self.feed_forward_norm = RMSNorm(width)
-        self.feed_forward = SwiGLU(width, inner)
+        self.input_layernorm = RMSNorm(width)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(width)
+        self.mlp = SwiGLU(width, inner)
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None = None, layer: int = 0
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         dtype = product_dtype(x)
-        x = x + self.attention(self.attention_norm(x, dtype), rotation, cache, layer)
-        update: Tensor = self.feed_forward(self.feed_forward_norm(x, dtype))
+        x = x + self.self_attn(self.input_layernorm(x, dtype), rotation, cache, layer)
+        update: Tensor = self.mlp(self.post_attention_layernorm(x, dtype))
         return x + update
 
 

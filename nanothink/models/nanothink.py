@@ -130,22 +130,22 @@ class NanoThink(LanguageModel):
             [model.max_seq_len, *(e.context_length for e in parts if e.context_length is not None)]
         )
         self.experts = nn.ModuleList(parts).requires_grad_(False).eval()
-        self.embedding = nn.Embedding(vocab_size, width, _weight=_unit_rows(_first_transformer(parts)))
-        self.embedding_norm = RMSNorm(width)
-        self.inject = nn.ModuleList(linear(width, width) for _ in parts)  # P_e
+        self.embed_tokens = nn.Embedding(vocab_size, width, _weight=_unit_rows(_first_transformer(parts)))
+        self.embed_norm = RMSNorm(width)
+        self.expert_projs = nn.ModuleList(linear(width, width) for _ in parts)  # P_e
         self.inner = inner_width(width, shape.ffn_mult)
         widths = latent_widths(width, shape)
-        self.blocks = nn.ModuleList(
+        self.layers = nn.ModuleList(
             Block(width, LatentAttention(width, shape.n_heads, *widths), self.inner)
             for _ in range(shape.n_layers)
         )
         self.norm = RMSNorm(width)
         self.router = Router(width, len(parts), by_token=shape.router == "token")
         self.log_scale = nn.Parameter(torch.zeros(()))  # s
-        self.head = nn.Linear((len(parts) + 1) * width, vocab_size, bias=False, device="meta")
+        self.lm_head = nn.Linear((len(parts) + 1) * width, vocab_size, bias=False, device="meta")
         heads = [expert.head_weight.detach() for expert in parts]
         own = torch.zeros(vocab_size, width, dtype=heads[0].dtype)
-        self.head.weight = nn.Parameter(torch.cat([*heads, own], dim=1))  # O, (V, (E + 1) D)
+        self.lm_head.weight = nn.Parameter(torch.cat([*heads, own], dim=1))  # O, (V, (E + 1) D)
         self.rotary = Rotary(widths[1], self.context_length, shape.rope_theta)
         self.recall: RecallGate | None = None
         if store is not None and store.enabled:
@@ -155,9 +155,14 @@ class NanoThink(LanguageModel):
             self.n_neighbours = store.n_neighbours
 
     @property
+    def embedding(self) -> nn.Embedding:
+        """See ``LanguageModel.embedding``."""
+        return self.embed_tokens
+
+    @property
     def head_weight(self) -> nn.Parameter:
         """(V, (E + 1) D)."""
-        return cast(nn.Parameter, self.head.weight)
+        return cast(nn.Parameter, self.lm_head.weight)
 
     def train(self, mode: bool = True) -> NanoThink:
         """Training mode for everything but the experts, which stay in evaluation mode."""
@@ -323,7 +328,7 @@ class NanoThink(LanguageModel):
         """Empty states of all experts, and an empty cache of latents."""
         return JointState(
             [cast(LanguageModel, expert).start(batch_size) for expert in self.experts],
-            KeyValueCache(len(self.blocks), batch_size, self.context_length),
+            KeyValueCache(len(self.layers), batch_size, self.context_length),
         )
 
     def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
@@ -352,11 +357,11 @@ class NanoThink(LanguageModel):
     ) -> tuple[Tensor, Tensor]:
         """What the head reads, (B, T, (E + 1) D), and the weights, (B, T, E), given the experts' states."""
         with products(tokens.device.type):
-            u = self.embedding_norm(self.embedding(tokens))  # (B, T, D)
+            u = self.embed_norm(self.embed_tokens(tokens))  # (B, T, D)
             dtype = product_dtype(u)
-            for project, of_expert in zip(self.inject, states, strict=True):
+            for project, of_expert in zip(self.expert_projs, states, strict=True):
                 u = u + project(of_expert.to(dtype))
-            for layer, block in enumerate(self.blocks):
+            for layer, block in enumerate(self.layers):
                 u = block(u, rotation, cache, layer)
             u = self.norm(u)
             weights = self.router(u)
@@ -373,7 +378,7 @@ class NanoThink(LanguageModel):
         joined = width * (4 * (2 * n_experts + 1) + narrow)  # states, and what the head reads
         in_flight = value_bytes * (4 * width + 3 * self.inner)
         columns = (n_experts + 1) * width
-        per_token = len(self.blocks) * a_block + joined + 12 * width + in_flight + 4 * columns
+        per_token = len(self.layers) * a_block + joined + 12 * width + in_flight + 4 * columns
         if self.recall is not None:
             per_token += 32 * self.n_neighbours + 4 * columns
         head = self.vocab_size * (4 * columns + CHUNK_ROWS * 8)  # the head's gradient and a chunk of logits

@@ -81,8 +81,8 @@ class RecallGate(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.05)))
-        self.of_evidence = nn.Parameter(torch.zeros(3))  # a
-        self.of_stream = nn.Parameter(torch.zeros(width))  # c
+        self.evidence_weight = nn.Parameter(torch.zeros(3))  # a
+        self.stream_weight = nn.Parameter(torch.zeros(width))  # c
         self.bias = nn.Parameter(torch.tensor(-1.5))  # b
 
     def distribution(self, neighbours: Neighbours) -> Tensor:
@@ -118,8 +118,8 @@ class RecallGate(nn.Module):
                 ],
                 dim=-1,
             )
-            of_stream = stream.float() @ self.of_stream / math.sqrt(len(self.of_stream))
-            odds = evidence @ self.of_evidence + of_stream + self.bias
+            of_stream = stream.float() @ self.stream_weight / math.sqrt(len(self.stream_weight))
+            odds = evidence @ self.evidence_weight + of_stream + self.bias
             return odds.clamp(-_SURE, _SURE)
 
     def mix(

@@ -2,16 +2,16 @@
 
 A layer widens its input to E channels and a gate, mixes each channel over the last few steps by a
 causal convolution, runs the selective scan, whose step sizes Δ, inputs B and outputs C depend on the token,
-and closes with the gate and a projection. Weights exchange one to one with ``transformers``'
-``MambaForCausalLM``, the reference that tests compare logits and gradients with.
+and closes with the gate and a projection. The state dict is that of ``transformers``' ``MambaForCausalLM``,
+the reference that tests compare logits and gradients with: same names, same shapes.
 
 The start follows the paper where the state is concerned: A = -(1 .. N) (S4D-Real, section 3.6), D = 1, and a
 bias of Δ through the inverse of softplus so that Δ begins log-uniform in [0.001, 0.1] (section 3.6 and
 appendix E.2). Elsewhere it is that of our transformer: embeddings of standard deviation 1 (0.02 when tied),
 output projections and head at zero.
 
-What the layer keeps of the past has one size whatever the length, so there is no context to run out of: a
-forward pass takes any T, and memory grows with T and no faster.
+The decoding state has one size whatever the length, so there is no context to run out of: a forward pass
+takes any T, and memory grows linearly with T.
 
 Shapes: B batch, T time, D model width, V vocabulary; E = expand x D channels, N state, R rank of Δ, W width
 of the convolution.
@@ -20,7 +20,7 @@ of the convolution.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nanothink.config import ModelConfig, StateSpaceConfig
-from nanothink.errors import CheckpointMismatchError, UsageError
+from nanothink.errors import UsageError
 from nanothink.models.contract import LanguageModel, State
 from nanothink.models.layers import NORM_EPS, RMSNorm, embedding, gated_product, linear
 from nanothink.models.loss import CHUNK_ROWS
@@ -46,7 +46,7 @@ _PIECE = 8192
 
 
 class Recurrence(State):
-    """What the layers remember. Its size does not depend on how much was read.
+    """Decoding state of every layer. Its size does not depend on how many tokens were read.
 
     Args:
         n_layers: how many layers write to it.
@@ -55,82 +55,98 @@ class Recurrence(State):
 
     def __init__(self, n_layers: int, batch_size: int) -> None:
         self.batch_size = batch_size
-        self.layers: list[LayerMemory | None] = [None] * n_layers  # None before the first token
+        self.layers: list[LayerState | None] = [None] * n_layers  # None before the first token
 
 
 @dataclass
-class LayerMemory:
-    """One layer's part, and weights of it in the layout that a step reads fastest."""
+class LayerState:
+    """Decoding state of one layer, and copies of its weights in the layout that a step reads fastest."""
 
-    tail: Tensor  # (B, W - 1, E): the last inputs of the convolution
-    state: Tensor  # (B, N, E): the state of the scan
-    entry: Tensor  # (D, 2 E): the input projection; one row times this takes half the time of its transpose
+    conv_state: Tensor  # (B, W - 1, E): the last inputs of the convolution
+    ssm_state: Tensor  # (B, N, E): the state of the scan
+    in_proj: Tensor  # (D, 2 E): the input projection; one row times this takes half the time of its transpose
     taps: Tensor  # (W, E): the weights of the convolution
     rates: Tensor  # (N, E): A log2 e, for exp(delta A) = 2^(delta A log2 e)
 
 
+class CausalConv1d(nn.Module):
+    """One causal filter a channel, then ``silu``. Its weight has the shape of a depthwise ``nn.Conv1d``'s."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-0.5, 0.5))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, E) -> (B, T, E) in the type of ``x``."""
+        y: Tensor = _Convolution.apply(x, self.weight.squeeze(1), self.bias)  # type: ignore[no-untyped-call]
+        return y
+
+    def taps(self) -> Tensor:
+        """(W, E): a copy of the weights, oldest input first."""
+        return self.weight.squeeze(1).t().contiguous()
+
+
 class Mixer(nn.Module):
-    """Projection, causal convolution, selective scan, gate, projection."""
+    """Projection, causal convolution, selective scan, gate, projection. Parameters are named as in Mamba."""
 
     def __init__(self, width: int, shape: StateSpaceConfig) -> None:
         super().__init__()
         channels, rank = shape.expand * width, delta_rank(width, shape)
         self.splits = [rank, shape.d_state, shape.d_state]
         self.scan = shape.scan
-        self.input = linear(width, 2 * channels)  # the channels, then their gates
-        self.filter = nn.Parameter(torch.empty(channels, shape.conv_width).uniform_(-0.5, 0.5))
-        self.filter_bias = nn.Parameter(torch.zeros(channels))
-        self.select = linear(channels, sum(self.splits))  # Δ (of low rank), B and C of each token
-        self.delta = nn.Linear(rank, channels)
-        self.log_rate = nn.Parameter(torch.arange(1.0, shape.d_state + 1).log().repeat(channels, 1))  # A
-        self.skip = nn.Parameter(torch.ones(channels))  # D
-        self.output = linear(channels, width, zero=True)
+        self.in_proj = linear(width, 2 * channels)  # the channels, then their gates
+        self.conv1d = CausalConv1d(channels, shape.conv_width)
+        self.x_proj = linear(channels, sum(self.splits))  # Δ (of low rank), B and C of each token
+        self.dt_proj = nn.Linear(rank, channels)
+        self.A_log = nn.Parameter(torch.arange(1.0, shape.d_state + 1).log().repeat(channels, 1))
+        self.D = nn.Parameter(torch.ones(channels))
+        self.out_proj = linear(channels, width, zero=True)
         with torch.no_grad():
-            nn.init.uniform_(self.delta.weight, -(rank**-0.5), rank**-0.5)
+            nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
             low, high = math.log(_DELTA_MIN), math.log(_DELTA_MAX)
             start = torch.empty(channels).uniform_(low, high).exp_().clamp_(min=_DELTA_FLOOR)
-            self.delta.bias.copy_(start + torch.log(-torch.expm1(-start)))  # softplus of it is start
+            self.dt_proj.bias.copy_(start + torch.log(-torch.expm1(-start)))  # softplus of it is start
 
-    def forward(self, x: Tensor, memory: Recurrence | None = None, layer: int = 0) -> Tensor:
-        """(B, T, D) -> (B, T, D). With a memory, the T tokens follow those it has seen, and it moves on."""
-        before = None if memory is None else memory.layers[layer]
+    def forward(self, x: Tensor, recurrence: Recurrence | None = None, layer: int = 0) -> Tensor:
+        """(B, T, D) -> (B, T, D). With a decoding state, the T tokens follow those it has read."""
+        before = None if recurrence is None else recurrence.layers[layer]
         if before is not None and x.shape[1] == 1:
             return self._step(x, before)
-        x, gate = self.input(x).chunk(2, dim=-1)  # (B, T, E)
-        whole = x if before is None else torch.cat([before.tail, x], 1)
-        convolved: Tensor = _Convolution.apply(whole, self.filter, self.filter_bias)  # type: ignore[no-untyped-call]
-        u = convolved[:, -x.shape[1] :]
-        rank, B, C = self.select(u).split(self.splits, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
-        delta: Tensor = _Softplus.apply(F.linear(rank, self.delta.weight), self.delta.bias)  # type: ignore[no-untyped-call]
-        state = None if before is None else before.state
-        y, last = selective_scan(u, delta, self._rates(), B, C, self.skip, state, name=self.scan)
-        if memory is not None:
-            kept = self.filter.shape[1] - 1
+        x, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E)
+        whole = x if before is None else torch.cat([before.conv_state, x], 1)
+        u = self.conv1d(whole)[:, -x.shape[1] :]
+        rank, B, C = self.x_proj(u).split(self.splits, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
+        delta: Tensor = _Softplus.apply(F.linear(rank, self.dt_proj.weight), self.dt_proj.bias)  # type: ignore[no-untyped-call]
+        state = None if before is None else before.ssm_state
+        y, last = selective_scan(u, delta, self._rates(), B, C, self.D, state, name=self.scan)
+        if recurrence is not None:
+            kept = self.conv1d.weight.shape[-1] - 1
             padded = F.pad(whole, (0, 0, max(0, kept - whole.shape[1]), 0))
             if before is None:
-                entry = self.input.weight.t().to(x.dtype).contiguous()
-                taps, rates = self.filter.t().contiguous(), (self._rates() / math.log(2)).t().contiguous()
+                in_proj = self.in_proj.weight.t().to(x.dtype).contiguous()
+                taps, rates = self.conv1d.taps(), (self._rates() / math.log(2)).t().contiguous()
             else:
-                entry, taps, rates = before.entry, before.taps, before.rates
-            memory.layers[layer] = LayerMemory(padded[:, -kept:].clone(), last, entry, taps, rates)
-        return gated_product(gate, y, self.output.weight)
+                in_proj, taps, rates = before.in_proj, before.taps, before.rates
+            recurrence.layers[layer] = LayerState(padded[:, -kept:].clone(), last, in_proj, taps, rates)
+        return gated_product(gate, y, self.out_proj.weight)
 
     def _rates(self) -> Tensor:
         """(E, N): A, below zero."""
-        return -self.log_rate.float().exp()
+        return -self.A_log.float().exp()
 
-    def _step(self, x: Tensor, memory: LayerMemory) -> Tensor:
+    def _step(self, x: Tensor, state: LayerState) -> Tensor:
         """(B, 1, D) -> (B, 1, D): one step of the recurrence, a fixed number of small operations."""
-        x, gate = (x @ memory.entry).chunk(2, dim=-1)  # (B, 1, E)
-        window = torch.cat([memory.tail, x], 1)  # (B, W, E)
-        memory.tail = window[:, 1:]
-        u = F.silu((window * memory.taps).sum(1, keepdim=True).add_(self.filter_bias)).to(x.dtype)
-        rank, B, C = self.select(u).split(self.splits, dim=-1)
-        delta = F.softplus(F.linear(rank, self.delta.weight).float().add_(self.delta.bias))
-        decay = (delta * memory.rates).exp2_()  # (B, N, E)
-        memory.state = decay.mul_(memory.state).addcmul_(B.float().mT, delta * u)
-        y = (C.float() @ memory.state).addcmul_(self.skip, u).to(gate.dtype)
-        return gated_product(gate, y, self.output.weight)
+        x, gate = (x @ state.in_proj).chunk(2, dim=-1)  # (B, 1, E)
+        window = torch.cat([state.conv_state, x], 1)  # (B, W, E)
+        state.conv_state = window[:, 1:]
+        u = F.silu((window * state.taps).sum(1, keepdim=True).add_(self.conv1d.bias)).to(x.dtype)
+        rank, B, C = self.x_proj(u).split(self.splits, dim=-1)
+        delta = F.softplus(F.linear(rank, self.dt_proj.weight).float().add_(self.dt_proj.bias))
+        decay = (delta * state.rates).exp2_()  # (B, N, E)
+        state.ssm_state = decay.mul_(state.ssm_state).addcmul_(B.float().mT, delta * u)
+        y = (C.float() @ state.ssm_state).addcmul_(self.D, u).to(gate.dtype)
+        return gated_product(gate, y, self.out_proj.weight)
 
 
 class _Convolution(torch.autograd.Function):
@@ -210,10 +226,42 @@ class Layer(nn.Module):
         self.norm = RMSNorm(width)
         self.mixer = Mixer(width, shape)
 
-    def forward(self, x: Tensor, memory: Recurrence | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, recurrence: Recurrence | None = None, layer: int = 0) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        update: Tensor = self.mixer(self.norm(x, product_dtype(x)), memory, layer)
+        update: Tensor = self.mixer(self.norm(x, product_dtype(x)), recurrence, layer)
         return x + update
+
+
+class Backbone(nn.Module):
+    """Embeddings, layers and a norm: everything but the head."""
+
+    def __init__(self, vocab_size: int, width: int, shape: StateSpaceConfig) -> None:
+        super().__init__()
+        self.embeddings = embedding(vocab_size, width, std=0.02 if shape.tie_embeddings else 1.0)
+        self.layers = nn.ModuleList(Layer(width, shape) for _ in range(shape.n_layers))
+        self.norm_f = RMSNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, D) float32, for any T."""
+        x = self.embeddings(tokens)  # (B, T, D)
+        with products(x.device.type):
+            for layer in self.layers:
+                x = layer(x)
+            states: Tensor = self.norm_f(x)
+        return states
+
+    def read(self, tokens: Tensor, recurrence: Recurrence, *, last_only: bool) -> Tensor:
+        """The same of (B, T) tokens after those in the decoding state, which advances. No gradients."""
+        with torch.no_grad(), products(tokens.device.type):
+            pieces = []
+            for piece in torch.split(tokens, _PIECE, 1):
+                x = self.embeddings(piece)  # (B, T, D)
+                for i, layer in enumerate(self.layers):
+                    x = layer(x, recurrence, i)
+                if not last_only:
+                    pieces.append(self.norm_f(x))
+            states: Tensor = self.norm_f(x[:, -1:]) if last_only else torch.cat(pieces, 1)
+            return states
 
 
 class StateSpace(LanguageModel):
@@ -233,29 +281,27 @@ class StateSpace(LanguageModel):
         self.vocab_size = vocab_size
         self.d_model = width = model.d_model
         self.shape = shape
-        self.embedding = embedding(vocab_size, width, std=0.02 if shape.tie_embeddings else 1.0)
-        self.layers = nn.ModuleList(Layer(width, shape) for _ in range(shape.n_layers))
-        self.norm = RMSNorm(width)
-        self.head = None if shape.tie_embeddings else linear(width, vocab_size, zero=True)
+        self.backbone = Backbone(vocab_size, width, shape)
+        self.lm_head = None if shape.tie_embeddings else linear(width, vocab_size, zero=True)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """See ``LanguageModel.embedding``."""
+        return self.backbone.embeddings
 
     @property
     def head_weight(self) -> nn.Parameter:
         """(V, D): the LM head, or the embedding table when tied."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
+        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         return cast(nn.Parameter, weight)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, D) float32, for any T."""
-        x = self.embedding(tokens)  # (B, T, D)
-        with products(x.device.type):
-            for layer in self.layers:
-                x = layer(x)
-            states: Tensor = self.norm(x)
-        return states
+        return cast(Tensor, self.backbone(tokens))
 
     def start(self, batch_size: int) -> Recurrence:
-        """A memory of nothing."""
-        return Recurrence(len(self.layers), batch_size)
+        """An empty decoding state."""
+        return Recurrence(len(self.backbone.layers), batch_size)
 
     def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
         """See ``LanguageModel.read``. Many tokens are read by one scan, which hands on its last state."""
@@ -264,16 +310,7 @@ class StateSpace(LanguageModel):
             raise UsageError(
                 f"this decoding state is for {state.batch_size} sequences, but {tokens.shape[0]} were given"
             )
-        with torch.no_grad(), products(tokens.device.type):
-            pieces = []
-            for piece in torch.split(tokens, _PIECE, 1):
-                x = self.embedding(piece)  # (B, T, D)
-                for i, layer in enumerate(self.layers):
-                    x = layer(x, state, i)
-                if not last_only:
-                    pieces.append(self.norm(x))
-            states: Tensor = self.norm(x[:, -1:]) if last_only else torch.cat(pieces, 1)
-            return states
+        return self.backbone.read(tokens, state, last_only=last_only)
 
     def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
         """See ``LanguageModel.activation_bytes``; what is kept was listed with saved-tensor hooks."""
@@ -282,7 +319,8 @@ class StateSpace(LanguageModel):
         in_products = width + 4 * channels + rank + 4 * n_states  # norm; u, y, channels and gates; Δ, B, C
         in_float32 = width + channels + channels * n_states // _STEPS_BETWEEN_STATES  # stream; Δ; states
         in_flight = 4 * 8 * channels  # gradients of the layer being worked on
-        per_token = len(self.layers) * (value_bytes * in_products + 4 * in_float32) + 12 * width + in_flight
+        a_layer = value_bytes * in_products + 4 * in_float32
+        per_token = self.shape.n_layers * a_layer + 12 * width + in_flight
         head = self.vocab_size * (4 * width + CHUNK_ROWS * 8)  # the head's gradient and one chunk of logits
         return batch_size * length * per_token + head
 
@@ -296,72 +334,6 @@ class StateSpace(LanguageModel):
 def delta_rank(width: int, shape: StateSpaceConfig) -> int:
     """R: as set, else a sixteenth of the model width, rounded up (the paper's default)."""
     return shape.delta_rank or -(-width // 16)
-
-
-_OUTER_NAMES = {
-    "embedding.weight": "backbone.embeddings.weight",
-    "norm.weight": "backbone.norm_f.weight",
-    "head.weight": "lm_head.weight",
-}
-_LAYER_NAMES = {
-    "norm.weight": "norm.weight",
-    "mixer.input.weight": "mixer.in_proj.weight",
-    "mixer.filter": "mixer.conv1d.weight",
-    "mixer.filter_bias": "mixer.conv1d.bias",
-    "mixer.select.weight": "mixer.x_proj.weight",
-    "mixer.delta.weight": "mixer.dt_proj.weight",
-    "mixer.delta.bias": "mixer.dt_proj.bias",
-    "mixer.log_rate": "mixer.A_log",
-    "mixer.skip": "mixer.D",
-    "mixer.output.weight": "mixer.out_proj.weight",
-}
-
-
-def _mamba_names(n_layers: int) -> dict[str, str]:
-    """Our name -> Mamba's name, for every parameter."""
-    names = dict(_OUTER_NAMES)
-    for i in range(n_layers):
-        names |= {
-            f"layers.{i}.{ours}": f"backbone.layers.{i}.{theirs}" for ours, theirs in _LAYER_NAMES.items()
-        }
-    return names
-
-
-def to_mamba_state_dict(model: StateSpace) -> dict[str, Tensor]:
-    """The model's weights under the names and in the shapes of ``MambaForCausalLM``. Shared, not copied.
-
-    A tied model has no ``lm_head.weight``; ``transformers`` ties it on loading.
-    """
-    names = _mamba_names(len(model.layers))
-    return {
-        names[name]: tensor.unsqueeze(1) if name.endswith(".filter") else tensor
-        for name, tensor in model.state_dict().items()
-    }
-
-
-def from_mamba_state_dict(state: Mapping[str, Tensor], *, tied: bool = False) -> dict[str, Tensor]:
-    """The inverse: weights of a ``MambaForCausalLM`` under the names of ``StateSpace``.
-
-    Args:
-        state: by Mamba's names.
-        tied: leave out the head, which is the embedding table.
-
-    Raises:
-        CheckpointMismatchError: a weight that this shape does not have, such as a bias.
-    """
-    layers = [int(name.split(".")[2]) for name in state if name.startswith("backbone.layers.")]
-    names = {theirs: ours for ours, theirs in _mamba_names(max(layers, default=-1) + 1).items()}
-    unknown = sorted(set(state) - set(names))
-    if unknown:
-        raise CheckpointMismatchError(
-            f"not the weights of a Mamba model of this shape: {', '.join(unknown[:5])} "
-            f"({len(unknown)} of {len(state)}) have no place here"
-        )
-    return {
-        names[name]: tensor.squeeze(1) if name.endswith("conv1d.weight") else tensor
-        for name, tensor in state.items()
-        if not (tied and name == "lm_head.weight")
-    }
 
 
 def to_mamba_config(model: StateSpace) -> dict[str, Any]:

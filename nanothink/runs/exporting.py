@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 import nanothink
 from nanothink.checkpoints import Progress, check_place, model_state, read_checkpoint, write_export
-from nanothink.checkpoints.export import CONFIG, FILES, OWN_SECTION
+from nanothink.checkpoints.export import CONFIG, EXPORT_VERSION, FILES, OWN_SECTION
 from nanothink.checkpoints.payload import CheckpointPayload
 from nanothink.config import Config
 from nanothink.config.run import training_section
@@ -23,8 +21,8 @@ from nanothink.inference.sampling import SamplingConfig
 from nanothink.models import COMBINED
 from nanothink.models.contract import LanguageModel
 from nanothink.models.nanothink import NanoThink
-from nanothink.models.state_space import StateSpace, to_mamba_config, to_mamba_state_dict
-from nanothink.models.transformer import Transformer, to_qwen3_config, to_qwen3_state_dict
+from nanothink.models.state_space import StateSpace, to_mamba_config
+from nanothink.models.transformer import Transformer, to_qwen3_config
 from nanothink.runs.loading import LoadedModel, opened
 
 
@@ -73,7 +71,7 @@ def export_checkpoint(
             "its memory is not part of the export: the model in it writes and scores as with --no-memory. "
             "To use the memory, keep the checkpoint"
         )
-    foreign, weights = _foreign(model)
+    foreign = _foreign_config(model)
     architecture = foreign["architectures"][0] if foreign else None
     eos = loaded.tokenizer.eos_id
     config = {
@@ -106,7 +104,7 @@ def export_checkpoint(
 
     if progress is not None:
         progress(f"writing {folder.name}", 0, 0)
-    write_export(folder, weights, fill, overwrite=overwrite)
+    write_export(folder, model_state(model), fill, overwrite=overwrite)
     return Export(
         checkpoint,
         folder,
@@ -120,24 +118,25 @@ def export_checkpoint(
     )
 
 
-def _foreign(model: LanguageModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What transformers reads of config.json, and the weights by its names."""
+def _foreign_config(model: LanguageModel) -> dict[str, Any]:
+    """The part of config.json that transformers reads; empty for a kind that it does not have."""
     kind = {"dtype": "float32", "torch_dtype": "float32", "use_cache": True}  # transformers 5 and 4
     if isinstance(model, Transformer):
         shape = to_qwen3_config(model)
         rope = {"rope_theta": model.shape.rope_theta}  # as transformers 4, llama.cpp and vLLM read it
         own = {"hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False}
         kind |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-        return {**kind, **shape, **rope, **own}, to_qwen3_state_dict(model)
+        return {**kind, **shape, **rope, **own}
     if isinstance(model, StateSpace):
         kind |= {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
-        return {**kind, **to_mamba_config(model)}, to_mamba_state_dict(model)
-    return {}, model_state(model)
+        return {**kind, **to_mamba_config(model)}
+    return {}
 
 
 def _own_section(payload: CheckpointPayload, config: Config) -> dict[str, Any]:
     """Enough for ``load``, and nothing about the machine: no paths."""
     section: dict[str, Any] = {
+        "format_version": EXPORT_VERSION,
         "version": nanothink.__version__,
         "kind": payload["kind"],
         "step": payload["step"],

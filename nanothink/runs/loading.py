@@ -20,7 +20,7 @@ from nanothink.checkpoints import (
 from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.tokenizer import Tokenizer
-from nanothink.errors import UsageError
+from nanothink.errors import CheckpointMismatchError, UsageError
 from nanothink.inference.denoising import Reconstruction, measured_levels, reconstruct
 from nanothink.inference.generate import StreamDecoder, generate
 from nanothink.inference.sampling import sampling_config
@@ -257,13 +257,15 @@ def load(
         progress: hears of (what is being done, bytes done, bytes in all) while the file is verified.
 
     Raises:
-        CheckpointError: it is missing, damaged, or holds something else.
+        CheckpointError: it is missing, damaged, or holds something else; an export's weights are not those of
+            its model.
         VectorStoreError: the vector store is.
     """
     path = Path(path)
+    exported = is_export(path)
     payload: ModelPayload
-    payload = read_export(path) if is_export(path) else read_checkpoint(path, mmap=True, progress=progress)
-    return opened(path, payload, device=device, memory=memory, progress=progress)
+    payload = read_export(path) if exported else read_checkpoint(path, mmap=True, progress=progress)
+    return opened(path, payload, device=device, memory=memory, complete=exported, progress=progress)
 
 
 def opened(
@@ -272,15 +274,26 @@ def opened(
     *,
     device: str | None = None,
     memory: bool = True,
+    complete: bool = False,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """The model of a payload that was read from ``path``; ``progress`` as for ``load``."""
+    """The model of a payload that was read from ``path``; ``progress`` as for ``load``.
+
+    Args:
+        complete: refuse missing and surplus weights, which are otherwise reported in ``notes``. Other
+            programs change exports; without the biases that one of them added it would be another model.
+    """
     chosen = choose_device(device)
     config = scan_that_runs(resolve_config(base=payload["config"]).config, chosen)
     tokenizer = Tokenizer.from_state(payload["tokenizer"])
     inside = described(payload, chosen, path)
     model = rebuild(payload["kind"], config, tokenizer.vocab_size, inside, payload=payload, path=path)
     report = restore_model(model, payload, expect_kind=payload["kind"], path=path)
+    if complete and not report.complete:
+        raise CheckpointMismatchError(
+            f"{path}: its weights are not those of the {model.kind} that its settings describe: "
+            f"{'. '.join(report.lines())}. Export the checkpoint again"
+        )
     model.to(chosen).eval().requires_grad_(False)
     if memory and isinstance(model, NanoThink) and model.recall is not None:
         from nanothink.runs.remembering import attach

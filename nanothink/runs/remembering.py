@@ -312,7 +312,7 @@ def find_remembering(
         }
         model = rebuild(inside["kind"], own, tokenizer.vocab_size, payload=inside, path=checkpoint)
         report = restore_model(model, inside, expect_kind=inside["kind"], path=checkpoint)
-        if report.missing or report.surplus or report.reshaped:
+        if not report.complete:
             raise CheckpointMismatchError(
                 f"{checkpoint}: the weights of its expert '{chosen}' are not what its settings say: "
                 f"{'. '.join(report.lines())}. Use another checkpoint"

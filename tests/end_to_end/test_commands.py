@@ -538,7 +538,7 @@ def test_what_does_not_fit_is_listed_and_a_stranger_refused(
     pretrain: Callable[..., int], copied: Path, said: Said
 ) -> None:
     assert pretrain(copied, "--resume", "--max-steps", "25", "--set", "transformer.n_layers=2") == 0
-    assert "blocks.1" in said()[1]
+    assert "model.layers.1" in said()[1]
     assert pretrain(copied, "--resume", "--max-steps", "35", "--set", "model.d_model=64") == 1
     assert "error:" in said()[1]
 
@@ -620,7 +620,7 @@ def test_checkpoints_are_listed_shown_verified_and_pruned(copied: Path, said: Sa
     assert "transformer_expert_epoch2.pt" in said()[0]
     assert run(["checkpoints", "show", str(copied / "transformer_expert.pt")]) == 0
     shown = said()[0]
-    assert "blocks.0" in shown
+    assert "model.layers.0" in shown
     assert "completed, 80 blocks read in all" in shown
     assert run(["checkpoints", "verify", *where]) == 0
     damaged = copied / "transformer_expert_epoch2.pt"

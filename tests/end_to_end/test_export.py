@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import nanothink as package
@@ -57,7 +58,7 @@ def randomise(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("log_rate"):
+            if name.endswith("A_log"):
                 continue
             noise = torch.randn(parameter.shape, generator=generator) * 0.2
             parameter.add_(noise)
@@ -325,6 +326,15 @@ def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     return damage
 
 
+def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def damage(out: Path) -> None:
+        weights = load_file(out / "model.safetensors")
+        change(weights)
+        save_file(weights, out / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -336,7 +346,14 @@ def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
         (_edit(lambda s: s.pop("nanothink")), "none that NanoThink exported"),
         (_edit(lambda s: s["nanothink"].pop("kind")), "damaged"),
         (_edit(lambda s: s["nanothink"].update(kind="somebody's")), "somebody's"),
-        (_edit(lambda s: s["nanothink"].update(kind="state_space")), "Mamba"),
+        (_edit(lambda s: s["nanothink"].update(kind="state_space")), "hardly anything"),
+        (_edit(lambda s: s["nanothink"].update(format_version=1)), "format 1"),
+        (_edit(lambda s: s["nanothink"].pop("format_version")), "format 1"),
+        (
+            _weights(lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})),
+            "q_proj.bias",
+        ),
+        (_weights(lambda w: w.pop("model.layers.1.mlp.up_proj.weight")), "up_proj.weight"),
         (_edit(lambda s: s["nanothink"].update(config=[])), "damaged"),
         (_edit(lambda s: s["nanothink"]["config"]["model"].update(d_model=64)), "hardly anything"),
         (_edit(lambda s: s["nanothink"]["config"]["model"].update(d_model=-3)), "model.d_model"),

@@ -123,9 +123,9 @@ def test_eos_ends_a_row_and_is_not_part_of_it() -> None:
     model = build()
     with torch.no_grad():  # EOS after exactly the tokens 0..17, whatever came before
         model.embedding.weight.zero_()
-        for block in model.blocks:
-            block.attention.output.weight.zero_()
-            block.feed_forward.down.weight.zero_()
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
         model.embedding.weight[:18, 0] = 1
         model.embedding.weight[18:, 1] = 1
         model.head_weight.zero_()
@@ -162,7 +162,7 @@ def test_tokens_stream_in_order_as_they_are_drawn() -> None:
 
 def test_modes_and_global_random_numbers_are_left_as_they_were() -> None:
     model = build().train()
-    model.blocks[0].eval()  # such as a frozen part
+    model.model.layers[0].eval()  # such as a frozen part
     before = torch.get_rng_state()
 
     def stop(row: int, token: int) -> None:
@@ -175,8 +175,8 @@ def test_modes_and_global_random_numbers_are_left_as_they_were() -> None:
     run(model, [prompt(4)], seed=None)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
-    assert not any(module.training for module in model.blocks[0].modules())
-    assert all(module.training for module in model.blocks[1].modules())
+    assert not any(module.training for module in model.model.layers[0].modules())
+    assert all(module.training for module in model.model.layers[1].modules())
     model.loss(torch.tensor([prompt(4)]), torch.tensor([prompt(4)])).backward()  # still trainable afterwards
 
 

@@ -35,9 +35,9 @@ def test_groups_hold_each_parameter_once(kind: str, tied: bool) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_roles_of_the_transformer(tied: bool) -> None:
     groups = build_model("transformer", config(tied=tied), 50).parameter_groups()
-    assert [name for name, _ in groups["embeddings"]] == ["embedding.weight"]
-    assert [name for name, _ in groups["head"]] == ([] if tied else ["head.weight"])
-    assert all(p.ndim == 2 and name.startswith("blocks.") for name, p in groups["matrices"])
+    assert [name for name, _ in groups["embeddings"]] == ["model.embed_tokens.weight"]
+    assert [name for name, _ in groups["head"]] == ([] if tied else ["lm_head.weight"])
+    assert all(p.ndim == 2 and name.startswith("model.layers.") for name, p in groups["matrices"])
     assert len(groups["matrices"]) == 2 * 7
     assert all(p.ndim == 1 for _, p in groups["other"])
 
@@ -45,10 +45,10 @@ def test_roles_of_the_transformer(tied: bool) -> None:
 def test_frozen_parameters_are_in_no_group() -> None:
     model = build_model("transformer", config(), 50)
     model.head_weight.requires_grad_(False)
-    model.get_parameter("blocks.0.attention.query.weight").requires_grad_(False)
+    model.get_parameter("model.layers.0.self_attn.q_proj.weight").requires_grad_(False)
     names = [name for group in model.parameter_groups().values() for name, _ in group]
-    assert "head.weight" not in names
-    assert "blocks.0.attention.query.weight" not in names
+    assert "lm_head.weight" not in names
+    assert "model.layers.0.self_attn.q_proj.weight" not in names
     assert len(names) == len(list(model.named_parameters())) - 2
 
 
@@ -60,8 +60,8 @@ def test_the_builder_follows_the_config_and_the_seed() -> None:
     first, same, other = models
     assert isinstance(first, Transformer)
     assert (first.kind, first.vocab_size, first.d_model, first.context_length) == ("transformer", 50, 16, 8)
-    assert len(first.blocks) == 2
-    weights = [model.get_parameter("embedding.weight") for model in (first, same, other)]
+    assert len(first.model.layers) == 2
+    weights = [model.get_parameter("model.embed_tokens.weight") for model in (first, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 

@@ -181,7 +181,7 @@ def test_a_perfect_denoiser_is_recovered_by_the_model_s_sampler(monkeypatch: pyt
     model = build()
     clean = torch.randn(3, WIDTH)
     monkeypatch.setattr(model, "denoise", lambda *_: (clean, clean))
-    condition = model.condition(model.encode(tokens(3, 1))[:, 0])
+    condition = model.condition(model.encoder(tokens(3, 1))[:, 0])
     for level, n_steps in ((LEVELS, 5), (7, 100), (1, 1)):
         guess, _ = model.denoise_by_ddim(condition, torch.randn(3, WIDTH), level, n_steps)
         assert torch.equal(guess, clean)
@@ -296,7 +296,7 @@ def test_training_leaves_the_transformer_as_it_was(target: str) -> None:
 def by_hand(model: Diffuser, batch: Batch, chance: Draws) -> dict[str, Tensor]:
     """The parts of the loss for two evaluations, one position at a time, from the equations."""
     clean, n_levels = model.clean_targets(batch.targets), model.shape.training_steps
-    states = model.encode(batch.inputs)
+    states = model.encoder(batch.inputs)
     every = model.shape.rounding_every
     sums = {name: torch.zeros(()) for name in ("cross_entropy", "mse_pure", "mse_noised", "rounding")}
     for b in range(len(states)):
@@ -314,9 +314,11 @@ def by_hand(model: Diffuser, batch: Batch, chance: Draws) -> dict[str, Tensor]:
             second, rounded = model.denoise(condition, noisy.unsqueeze(0), level, earlier)
             sums["mse_pure"] += F.mse_loss(guess[0], clean[b, t])
             sums["mse_noised"] += noised_error(model, second[0], noisy, clean[b, t], alpha_bar)
-            sums["cross_entropy"] += F.cross_entropy(model.head(hidden)[0], y)
+            sums["cross_entropy"] += F.cross_entropy(model.lm_head(hidden)[0], y)
             if t in chosen:
-                sums["rounding"] += states.shape[1] / len(chosen) * F.cross_entropy(model.head(rounded)[0], y)
+                sums["rounding"] += (
+                    states.shape[1] / len(chosen) * F.cross_entropy(model.lm_head(rounded)[0], y)
+                )
     return sums
 
 
@@ -370,7 +372,7 @@ def test_with_one_evaluation_each_block_is_either_pure_or_noised_and_counts_twic
     assert 0 < int(chance.split.sum()) < 6
     clean = model.clean_targets(batch.targets)
     found = Denoising(5)(model, batch, 1.0).parts
-    condition = model.condition(model.encode(batch.inputs))
+    condition = model.condition(model.encoder(batch.inputs))
     valid = batch.targets != IGNORE
     noisy = diffuse(clean, chance.noise, model.alpha_bars[chance.levels].unsqueeze(-1))
     for part, rows, x, levels in (
@@ -382,7 +384,7 @@ def test_with_one_evaluation_each_block_is_either_pure_or_noised_and_counts_twic
         error = ((guess - clean).square().mean(-1) * valid * weight)[rows].sum()
         torch.testing.assert_close(found[part], 2 * error.detach(), rtol=1e-4, atol=1e-4)
         nats = F.cross_entropy(
-            model.head(hidden[rows]).flatten(0, 1), batch.targets[rows].flatten(), reduction="sum"
+            model.lm_head(hidden[rows]).flatten(0, 1), batch.targets[rows].flatten(), reduction="sum"
         )
         head = "cross_entropy" if part == "mse_pure" else "rounding"
         torch.testing.assert_close(found[head], 2 * nats.detach(), rtol=1e-4, atol=1e-4)
@@ -405,12 +407,12 @@ def test_by_mse_alone_the_head_learns_and_nothing_below_it_does_by_it() -> None:
     model = build(cross_entropy_weight=0.0, mse_weight=0.0)
     Denoising(5)(model, batch_of(3), 1.0).total.backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
-    assert moved == {"head.weight"}
+    assert moved == {"lm_head.weight"}
 
 
 def test_velocity_is_turned_into_the_clean_target() -> None:
     model = build(prediction="velocity")
-    condition = model.condition(model.encode(tokens(2, 6)))
+    condition = model.condition(model.encoder(tokens(2, 6)))
     noisy, level = torch.randn(2, 6, WIDTH), 5
     predicted, _ = model.denoiser(condition, noisy, level, None)
     guess, _ = model.denoise(condition, noisy, level)
@@ -424,14 +426,14 @@ def test_velocity_is_turned_into_the_clean_target() -> None:
 def test_without_self_conditioning_there_is_nothing_that_takes_a_guess() -> None:
     model = build(self_conditioning=0.0)
     assert not [name for name, _ in model.named_parameters() if "guess" in name]
-    condition, noisy = model.condition(model.encode(tokens(1, 5))), torch.randn(1, 5, WIDTH)
+    condition, noisy = model.condition(model.encoder(tokens(1, 5))), torch.randn(1, 5, WIDTH)
     alone, _ = model.denoise(condition, noisy, 3)
     assert torch.equal(model.denoise(condition, noisy, 3, torch.ones(1, 5, WIDTH))[0], alone)
 
 
 def test_in_sampling_the_guess_is_the_one_from_pure_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
-    condition = model.condition(model.encode(tokens(1, 5)))
+    condition = model.condition(model.encoder(tokens(1, 5)))
     seen: list[tuple[int, Tensor | None]] = []
     given: list[Tensor] = []
     denoise = model.denoise
@@ -468,13 +470,13 @@ def test_it_starts_uniform_and_knowing_nothing() -> None:
 
 def test_every_parameter_has_the_role_it_should() -> None:
     groups = {role: [name for name, _ in named] for role, named in build().parameter_groups().items()}
-    assert groups["embeddings"] == ["embedding.weight"]
-    assert groups["head"] == ["head.weight"]
+    assert groups["embeddings"] == ["encoder.embed_tokens.weight"]
+    assert groups["head"] == ["lm_head.weight"]
     assert all(name.endswith("norm.weight") or ".norms." in name for name in groups["other"])
     assert {name.rpartition(".")[0] for name in groups["matrices"] if name.startswith("denoiser.")} == {
-        *(f"denoiser.{name}" for name in ("context_in", "noisy_in", "guess_in", "context_modulation")),
-        *(f"denoiser.{name}" for name in ("level_in", "level_modulation", "output")),
-        *(f"denoiser.feed_forwards.{i}.{name}" for i in (0, 1) for name in ("gate", "up", "down")),
+        *(f"denoiser.{name}" for name in ("context_proj", "noisy_proj", "guess_proj", "context_modulation")),
+        *(f"denoiser.{name}" for name in ("level_proj", "level_modulation", "out_proj")),
+        *(f"denoiser.mlps.{i}.{name}" for i in (0, 1) for name in ("gate_proj", "up_proj", "down_proj")),
     }
 
 
@@ -490,7 +492,7 @@ def test_it_learns_to_predict_and_to_denoise(prediction: str) -> None:
     def errors() -> list[float]:
         with torch.no_grad():
             clean = model.clean_targets(text[:, 1:])
-            condition = model.condition(model.encode(text[:, :-1]))
+            condition = model.condition(model.encoder(text[:, :-1]))
             noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
             return [
                 float(F.mse_loss(model.denoise(condition, diffuse(clean, noise, a), level)[0], clean))

@@ -12,14 +12,6 @@ from nanothink.config import MLAConfig
 from nanothink.models.latent_attention import LatentAttention, latent_widths
 from nanothink.models.layers import Attention, KeyValueCache, Rotary
 
-THEIR_NAMES = {
-    "query.weight": "q_proj.weight",
-    "compress.weight": "kv_a_proj_with_mqa.weight",
-    "latent_norm.weight": "kv_a_layernorm.weight",
-    "expand.weight": "kv_b_proj.weight",
-    "output.weight": "o_proj.weight",
-}
-
 
 def build(
     width: int = 24, heads: int = 3, head: int = 10, rope: int = 6, latent: int = 14
@@ -57,7 +49,7 @@ def reference(ours: LatentAttention, width: int, *, interleave: bool) -> nn.Modu
         attn_implementation="eager",
     )
     theirs: nn.Module = DeepseekV3Attention(config, layer_idx=0)
-    theirs.load_state_dict({THEIR_NAMES[name]: tensor for name, tensor in ours.state_dict().items()})
+    theirs.load_state_dict(ours.state_dict())
     return theirs
 
 
@@ -85,7 +77,7 @@ def test_outputs_and_all_gradients_equal_deepseek(
     (expected * upstream).sum().backward()
     pairs: dict[str, tuple[Any, Any]] = {"x": (inputs[0].grad, inputs[1].grad)}
     named = dict(theirs.named_parameters())
-    pairs |= {name: (p.grad, named[THEIR_NAMES[name]].grad) for name, p in ours.named_parameters()}
+    pairs |= {name: (p.grad, named[name].grad) for name, p in ours.named_parameters()}
     assert len(pairs) == 6
     for name, (gradient, wanted) in pairs.items():
         assert gradient.any(), f"{name}: a gradient of zero compares nothing"

@@ -89,8 +89,8 @@ def test_feed_forward(x: Tensor, autocast: bool, tolerance: float) -> None:
     assert isinstance(feed_forward, SwiGLU)
 
     def plain(t: Tensor) -> Tensor:
-        gate, up = feed_forward.gate(t), feed_forward.up(t)
-        return F.linear(F.silu(gate) * up, feed_forward.down.weight)
+        gate, up = feed_forward.gate_proj(t), feed_forward.up_proj(t)
+        return F.linear(F.silu(gate) * up, feed_forward.down_proj.weight)
 
     expected = gradients(plain, x, feed_forward)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

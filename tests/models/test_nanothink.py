@@ -44,7 +44,7 @@ def randomise(model: torch.nn.Module, seed: int, size: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("log_rate"):
+            if name.endswith("A_log"):
                 continue  # a growing state would hide everything else
             noise = torch.randn(parameter.shape, generator=generator) * size
             parameter.copy_(noise + (1.0 if parameter.ndim == 1 else 0.0))
@@ -138,7 +138,7 @@ def test_training_moves_everything_but_the_experts() -> None:
     named = {name for group in groups.values() for name, _ in group}
     assert named == {n for n, _ in model.named_parameters() if not n.startswith("experts.")}
     assert {name for name, _ in groups["other"]} >= {"router.weight", "router.bias", "log_scale"}
-    assert [name for name, _ in groups["head"]] == ["head.weight"]
+    assert [name for name, _ in groups["head"]] == ["lm_head.weight"]
     before = frozen_state(model)
     others = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     optimizer = GroupedOptimizer(groups, TrainMLAConfig(lr=1e-2))
@@ -218,12 +218,14 @@ def test_every_earlier_token_and_every_expert_matters() -> None:
         changed[:, t] = (changed[:, t] + 1) % VOCAB
         assert not torch.allclose(model.logits(changed)[:, -1], logits, atol=1e-4), t
         assert not torch.allclose(model.routing(changed)[:, -1], weights, atol=1e-5), t
+    last_norms = {"transformer": "model.norm", "state_space": "backbone.norm_f", "diffuser": "encoder.norm"}
     for expert in model.experts:
-        kept = expert.get_parameter("norm.weight").clone()  # of the state that the head reads, or below it
+        norm = expert.get_parameter(f"{last_norms[expert.kind]}.weight")  # type: ignore[index]
+        kept = norm.clone()
         with torch.no_grad():
-            expert.get_parameter("norm.weight").mul_(0.3)
+            norm.mul_(0.3)
             assert not torch.allclose(model.logits(x)[:, -1], logits, atol=1e-3)
-            expert.get_parameter("norm.weight").copy_(kept)
+            norm.copy_(kept)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ def gate(seed: int = 3) -> RecallGate:
     """With evidence and stream at work."""
     made = RecallGate(WIDTH)
     with torch.no_grad():
-        made.of_evidence.copy_(drawn(3, seed=seed) * 0.3)
-        made.of_stream.copy_(drawn(WIDTH, seed=seed + 1) * 2)
+        made.evidence_weight.copy_(drawn(3, seed=seed) * 0.3)
+        made.stream_weight.copy_(drawn(WIDTH, seed=seed + 1) * 2)
         made.log_temperature.fill_(math.log(0.2))
     return made
 
@@ -79,7 +79,8 @@ def plain_mixture(made: RecallGate, logits: Tensor, stream: Tensor, n: Neighbour
             return math.log(p / (1 - p))
 
         evidence = torch.tensor([(float(n.similarities[row, 0]) - 0.8) / 0.1, odds(agreement), odds(peak)])
-        total = evidence @ made.of_evidence + stream[row] @ made.of_stream / math.sqrt(WIDTH) + made.bias
+        of_stream = stream[row] @ made.stream_weight / math.sqrt(WIDTH)
+        total = evidence @ made.evidence_weight + of_stream + made.bias
         share = float(total.sigmoid())
         mixed[row] = (1 - share) * own + share * recalled
         shares[row] = share
@@ -218,7 +219,7 @@ def test_without_a_store_nothing_of_it_is_there() -> None:
     plain, with_gate = build(enabled=False, memory=False), build(memory=False)
     assert not [name for name in plain.state_dict() if "recall" in name]
     assert {n for n in with_gate.state_dict() if n not in plain.state_dict()} == {
-        f"recall.{name}" for name in ("log_temperature", "of_evidence", "of_stream", "bias")
+        f"recall.{name}" for name in ("log_temperature", "evidence_weight", "stream_weight", "bias")
     }
     x, y = tokens(2, 20), tokens(2, 20, seed=1)
     for found, other in (
@@ -327,7 +328,7 @@ def test_stepwise_equals_parallel(chunks: tuple[int, ...]) -> None:
 def test_training_moves_the_gate_and_not_the_experts() -> None:
     model = build().train()
     groups = model.parameter_groups()
-    names = {f"recall.{name}" for name in ("log_temperature", "of_evidence", "of_stream", "bias")}
+    names = {f"recall.{name}" for name in ("log_temperature", "evidence_weight", "stream_weight", "bias")}
     assert {name for name, _ in groups["other"]} >= names
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = GroupedOptimizer(groups, TrainMLAConfig(lr=1e-2))

@@ -9,17 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from nanothink.config import ModelConfig, StateSpaceConfig
-from nanothink.errors import CheckpointMismatchError, UsageError
+from nanothink.errors import UsageError
 from nanothink.models import state_space
 from nanothink.models.contract import IGNORE
 from nanothink.models.selective_scan import compiled
-from nanothink.models.state_space import (
-    StateSpace,
-    delta_rank,
-    from_mamba_state_dict,
-    to_mamba_config,
-    to_mamba_state_dict,
-)
+from nanothink.models.state_space import StateSpace, delta_rank, to_mamba_config
 
 VOCAB = 61
 SCANS = [
@@ -46,11 +40,11 @@ def build(
     if trained:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name.endswith(("filter_bias", "output.weight", "head.weight")):
+                if name.endswith(("conv1d.bias", "out_proj.weight", "lm_head.weight")):
                     parameter.normal_(std=0.3)
-                elif name.endswith(("norm.weight", "skip", "log_rate")):
+                elif name.endswith(("norm.weight", "norm_f.weight", ".D", "A_log")):
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
-                elif name.endswith("delta.bias"):
+                elif name.endswith("dt_proj.bias"):
                     parameter.add_(2.0)  # steps large enough that the state forgets within a test
     return model
 
@@ -78,7 +72,7 @@ def test_logits_and_all_gradients_equal_mamba(
 
     model = build(tie_embeddings=tied, scan=scan, **shape)
     reference = MambaForCausalLM(MambaConfig(**to_mamba_config(model)))
-    missing, unexpected = reference.load_state_dict(to_mamba_state_dict(model), strict=False)
+    missing, unexpected = reference.load_state_dict(model.state_dict(), strict=False)
     reference.tie_weights()
     assert unexpected == []
     assert missing == (["lm_head.weight"] if tied else [])
@@ -91,29 +85,14 @@ def test_logits_and_all_gradients_equal_mamba(
     nn.functional.cross_entropy(expected.flatten(0, 1), y.flatten()).backward()
     model.loss(x, y, scale=1 / y.numel()).backward()
     theirs = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
-    renamed = from_mamba_state_dict(theirs, tied=tied)
     ours = {name: p.grad for name, p in model.named_parameters()}
-    assert renamed.keys() == ours.keys()
+    assert theirs.keys() == ours.keys()
     for name, gradient in ours.items():
         assert gradient is not None, name
         # A single step from a state of zero forgets nothing, so A has no say; more than two use every tap.
-        assert gradient.any() or (length == 1 and name.endswith("log_rate")), name
-        error = float((gradient - renamed[name]).norm() / renamed[name].norm().clamp_min(1e-12))
+        assert gradient.any() or (length == 1 and name.endswith("A_log")), name
+        error = float((gradient - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-12))
         assert error < 1e-4, f"{name}: relative error {error:.1e}"
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_mamba_names_and_shapes_go_there_and_back(tied: bool) -> None:
-    model = build(layers=12, tie_embeddings=tied)  # two-digit layers too
-    back = from_mamba_state_dict(to_mamba_state_dict(model), tied=tied)
-    assert back.keys() == model.state_dict().keys()
-    assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_weights_of_another_shape_are_refused_by_name() -> None:
-    state = to_mamba_state_dict(build()) | {"backbone.layers.0.mixer.in_proj.bias": torch.zeros(24)}
-    with pytest.raises(CheckpointMismatchError, match=r"in_proj\.bias"):
-        from_mamba_state_dict(state)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -185,7 +164,7 @@ def test_the_memory_has_one_size_and_no_end() -> None:
     model.step(tokens(2, 3), state)
     for t in range(200):
         model.step(tokens(2, 1, seed=t), state)
-        kept = [z for layer in state.layers if layer is not None for z in (layer.tail, layer.state)]
+        kept = [z for layer in state.layers if layer is not None for z in (layer.conv_state, layer.ssm_state)]
         sizes.add(sum(z.untyped_storage().nbytes() for z in kept))
     assert len(sizes) == 1
     assert model.hidden(tokens(1, 300)).shape == (1, 300, 24)
@@ -196,12 +175,12 @@ def test_what_was_read_long_ago_is_still_in_the_state() -> None:
     """Nothing is reset at max_seq_len: the state carries over, and so does the gradient."""
     model = build(trained=True)
     with torch.no_grad():
-        for layer in model.layers:
-            layer.mixer.log_rate.fill_(-6.0)  # slow decay, so that 200 steps later something is left
+        for layer in model.backbone.layers:
+            layer.mixer.A_log.fill_(-6.0)  # slow decay, so that 200 steps later something is left
     x = tokens(1, 200)
     embedded = model.embedding(x).detach().requires_grad_()
     y = embedded
-    for layer in model.layers:
+    for layer in model.backbone.layers:
         y = layer(y)
     y[:, -1].square().sum().backward()
     assert embedded.grad is not None
@@ -218,27 +197,28 @@ def test_it_starts_as_designed() -> None:
     model = build(width=96, layers=2, trained=False)
     for name, parameter in model.named_parameters():
         value = parameter.detach()
-        if name.endswith(("output.weight", "head.weight", "filter_bias")):
+        if name.endswith(("out_proj.weight", "lm_head.weight", "conv1d.bias")):
             assert not value.any(), name
-        elif name == "embedding.weight":
+        elif name == "backbone.embeddings.weight":
             assert float(value.std()) == pytest.approx(1.0, rel=0.05)
-        elif name.endswith("log_rate"):  # S4D-Real: A = -(1 .. N) in every channel
+        elif name.endswith("A_log"):  # S4D-Real: A = -(1 .. N) in every channel
             assert torch.allclose(value.exp(), torch.arange(1.0, 17).expand(192, -1))
-        elif name.endswith(("skip", "norm.weight")):
+        elif name.endswith((".D", "norm.weight", "norm_f.weight")):
             assert (value == 1).all(), name
-        elif name.endswith("delta.bias"):  # steps log-uniform between 0.001 and 0.1
+        elif name.endswith("dt_proj.bias"):  # steps log-uniform between 0.001 and 0.1
             steps = nn.functional.softplus(value)
             assert 0.001 * 0.999 < float(steps.min()) < 0.0015
             assert 0.07 < float(steps.max()) < 0.1 * 1.001
             assert float(steps.log().mean()) == pytest.approx(math.log(0.01), abs=0.25)
-        elif name.endswith("delta.weight"):
+        elif name.endswith("dt_proj.weight"):
             assert float(value.abs().max()) == pytest.approx(6**-0.5, rel=0.02)
-        elif name.endswith("filter"):
+        elif name.endswith("conv1d.weight"):
             assert float(value.abs().max()) == pytest.approx(0.5, rel=0.02)
         else:
             assert float(value.std()) == pytest.approx(0.6 * parameter.shape[1] ** -0.5, rel=0.05), name
     # The logarithm instead of the inverse of softplus would end at log(1.1) = 0.0953.
-    steps = torch.cat([nn.functional.softplus(layer.mixer.delta.bias.detach()) for layer in model.layers])
+    biases = [layer.mixer.dt_proj.bias.detach() for layer in model.backbone.layers]
+    steps = nn.functional.softplus(torch.cat(biases))
     assert 0.0955 < float(steps.max()) < 0.1 * 1.001
     x = tokens(2, 20)
     assert model.loss(x, x, scale=1 / x.numel()).item() == pytest.approx(math.log(VOCAB), rel=1e-5)
@@ -246,12 +226,14 @@ def test_it_starts_as_designed() -> None:
 
 def test_roles_of_the_parameters() -> None:
     groups = build().parameter_groups()
-    assert [name for name, _ in groups["embeddings"]] == ["embedding.weight"]
-    assert [name for name, _ in groups["head"]] == ["head.weight"]
-    matrices = {name.split(".", 2)[2] for name, _ in groups["matrices"]}
-    assert matrices == {f"mixer.{part}.weight" for part in ("input", "select", "delta", "output")}
-    others = {name.rsplit(".", 1)[1] if "mixer" in name else "norm" for name, _ in groups["other"]}
-    assert others == {"filter", "filter_bias", "log_rate", "skip", "bias", "norm"}
+    assert [name for name, _ in groups["embeddings"]] == ["backbone.embeddings.weight"]
+    assert [name for name, _ in groups["head"]] == ["lm_head.weight"]
+    matrices = {name.split("mixer.")[1] for name, _ in groups["matrices"]}
+    assert matrices == {f"{part}.weight" for part in ("in_proj", "x_proj", "dt_proj", "out_proj")}
+    others = {name.split("mixer.")[-1] for name, _ in groups["other"]}
+    of_mixer = {"A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"}
+    norms = {"backbone.norm_f.weight", *(f"backbone.layers.{i}.norm.weight" for i in range(2))}
+    assert others == of_mixer | norms
 
 
 @pytest.mark.usefixtures("narrow_products")
@@ -275,7 +257,7 @@ def test_the_state_is_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         model.step(tokens(1, 9), state)
         model.step(tokens(1, 1), state)
-    assert [layer.state.dtype for layer in state.layers if layer is not None] == [torch.float32] * 2
+    assert [layer.ssm_state.dtype for layer in state.layers if layer is not None] == [torch.float32] * 2
 
 
 def test_loss_and_log_likelihood_agree_with_the_logits() -> None:
