@@ -254,7 +254,7 @@ def oracle(scores: Sequence[Mapping[str, float]], names: Sequence[str], bench: B
     """Each domain by its own expert; over all, by the bytes of each domain."""
     loaded = load(bench.any_expert)
     tokens = tokenise(bench.corpus, loaded.tokenizer, split=SplitRule.of(loaded.config.data))
-    sizes = {name: tokens.val[name].prefix(bench.options.tokens)[1] for name in names}
+    sizes = {name: tokens.val[name].sample(bench.options.tokens).n_bytes for name in names}
     own = {name: score[name] for name, score in zip(names, scores, strict=True)}
     return own | {"all": sum(own[name] * sizes[name] for name in names) / sum(sizes.values())}
 

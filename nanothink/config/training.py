@@ -77,7 +77,7 @@ class TrainConfig(Settings):
     """Evaluate this often as well as at every epoch's end."""
 
     eval_max_tokens: int | None = Field(None, ge=1)
-    """Validate on at most this many tokens per domain (whole documents); on all of them when empty."""
+    """Validate on a sample of whole documents, at most this many tokens per domain; on all when empty."""
 
     early_stopping_patience: int = Field(5, ge=1)
     """Evaluations in a row without improvement after which training stops."""

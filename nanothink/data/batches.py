@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from nanothink.data.tokens import IGNORE, TokenStream
+from nanothink.data.tokens import TokenStream
 
 if TYPE_CHECKING:
     import torch
@@ -72,22 +72,13 @@ class TrainingBatches:
 
 
 def validation_batches(
-    stream: TokenStream, length: int, batch_size: int, max_tokens: int | None = None
+    stream: TokenStream, length: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The stream in order, in batches of at most ``batch_size`` blocks: inputs and targets (B, length) int64.
-
-    With ``max_tokens``, only the tokens of ``stream.prefix(max_tokens)`` are targets; what lies beyond
-    is IGNORE, and blocks without any target do not come.
-    """
-    limit, _ = stream.prefix(max_tokens)
-    n_blocks = -(-limit // length)
+    """The stream in order, at most ``batch_size`` blocks at a time: inputs and targets (B, length) int64."""
+    n_blocks = stream.n_blocks(length)
     for first in range(0, n_blocks, batch_size):
         indices = range(first, min(first + batch_size, n_blocks))
-        inputs, targets = _stacked(stream.block(index, length) for index in indices)
-        beyond = limit - first * length
-        if beyond < targets.numel():
-            targets.view(-1)[beyond:] = IGNORE
-        yield inputs, targets
+        yield _stacked(stream.block(index, length) for index in indices)
 
 
 def _stacked(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import math
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -19,9 +18,6 @@ from nanothink.config.data import SPLIT_SEED, DataConfig
 from nanothink.errors import DataError
 
 Keys = NDArray[np.uint64]
-Sides = NDArray[np.uint8]
-
-TRAIN, VAL, TEST = 0, 1, 2
 
 _PART_CHARS = 1 << 16
 _SPACE = re.compile(r"\s")
@@ -180,11 +176,6 @@ def group_key(group: str | None, source: str | None) -> int:
     return 0
 
 
-def single_texts(keys: Mapping[str, Keys]) -> dict[int, str]:
-    """Text key to domain, for each domain that holds one distinct text (copies do not count)."""
-    return {int(own[0]): domain for domain, own in keys.items() if len(own) and bool((own == own[0]).all())}
-
-
 def cut_text(text: str, rule: SplitRule, domain: str, trained_chars: int = 0) -> tuple[str, str, str]:
     """Cuts the only text of a domain into head, middle and tail: what trains, tests and validates.
 
@@ -230,48 +221,9 @@ def _raw_place(text: str, n_chars: int) -> int:
     return bisect.bisect_left(range(len(text)), n_chars, key=lambda place: len(normalised(text[:place])))
 
 
-def assign_sides(
-    documents: Mapping[str, NDArray[Any]], rule: SplitRule, trained: TrainedText = NOTHING
-) -> dict[str, Sides]:
-    """Side of each document, TRAIN, VAL or TEST, by domain."""
-    keys = {name: rows["key"] for name, rows in documents.items()}
-    names = sorted(name for name in keys if len(keys[name]))
-    threshold = np.uint64(min(math.ceil(rule.val_split * 2.0**64), 2**64 - 1))
-    hashes = {name: _hash(keys[name]) for name in names}
-    sides = {name: hashes[name] < threshold for name in names}
-    single = {name for name in names if bool((hashes[name] == hashes[name][0]).all())}
-    pinned = {int(hashes[name][0]) for name in single}
-    for name in names:
-        known = trained.holds(keys[name])
-        pinned |= set(hashes[name][known].tolist())
-        sides[name][np.isin(hashes[name], np.fromiter(pinned, np.uint64, len(pinned))) | known] = False
-
-    def one_sided(side: NDArray[np.bool_]) -> bool:
-        return bool(side.all()) or not side.any()
-
-    def moved(value: np.uint64) -> dict[str, NDArray[np.bool_]]:
-        """The sides of all domains that hold the text, as they are once it has moved."""
-        holders = {name: hashes[name] == value for name in names}
-        return {name: sides[name] ^ held for name, held in holders.items() if held.any()}
-
-    # A move serves one domain and harms none, so there are at most as many moves as domains.
-    settled = False
-    while not settled:
-        settled = True
-        for name in names:
-            if name in single or not one_sided(sides[name]):
-                continue
-            nearest_first = np.unique(hashes[name])
-            if sides[name].any():
-                nearest_first = nearest_first[::-1]
-            for value in nearest_first:
-                after = moved(value)
-                harmed = (n for n, side in after.items() if one_sided(side) and not one_sided(sides[n]))
-                if int(value) not in pinned and next(harmed, None) is None:
-                    sides.update(after)
-                    settled = False
-                    break
-    return {name: sides.get(name, np.zeros(0, np.bool_)).astype(np.uint8) for name in keys}
+def hashed(keys: Keys, seed: int) -> Keys:
+    """splitmix64(key ^ splitmix64(seed)): 64 random bits by key and seed."""
+    return _splitmix64(np.asarray(keys, np.uint64) ^ _splitmix64(np.array([seed], np.uint64)))
 
 
 def _splitmix64(state: Keys) -> Keys:
@@ -281,10 +233,3 @@ def _splitmix64(state: Keys) -> Keys:
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)
     return mixed
-
-
-_SEED = _splitmix64(np.array([SPLIT_SEED], np.uint64))
-
-
-def _hash(keys: Keys) -> Keys:
-    return _splitmix64(np.asarray(keys, np.uint64) ^ _SEED)

@@ -24,7 +24,8 @@ from nanothink.data.corpus import Corpus, bad_records_error, find_corpus, valida
 from nanothink.data.encoding import EOS, Tokenizer
 from nanothink.data.hub import TokenizerUnreachableError
 from nanothink.data.records import Problem, Record, iter_records
-from nanothink.data.split import TRAIN, SplitRule, assign_sides, cut_text, group_key, single_texts, text_key
+from nanothink.data.sides import CUT, TRAIN, assign_sides
+from nanothink.data.split import SplitRule, cut_text, group_key, text_key
 from nanothink.data.tokenizer_files import load_tokenizer, looks_like_path, tokenizer_settings
 from nanothink.disk import locked, make_folder, storage_error, write_whole
 from nanothink.errors import DataError, TokenizerError
@@ -110,8 +111,8 @@ def train_on_corpus(
         )
     if not any(len(own) for own in rows.values()):
         raise DataError(f"No record in {corpus.root} is valid, so there is nothing to train a tokenizer on.")
-    sides = assign_sides(rows, split)
-    single = single_texts({domain: own["key"] for domain, own in rows.items()})
+    assigned = assign_sides(rows, split)
+    sides = assigned.sides
     n_bytes = sum(int(own["n_bytes"][sides[domain] == TRAIN].sum()) for domain, own in rows.items())
     share = min(1.0, _MAX_TRAINING_BYTES / max(n_bytes, 1))
 
@@ -120,8 +121,8 @@ def train_on_corpus(
         for domain, paths in corpus.domains.items():
             keys = rows[domain]["key"].tolist()
             for record, key, side in zip(_records(paths, advance), keys, sides[domain], strict=False):
-                if key in single:
-                    yield cut_text(record.text, split, single[key])[0]
+                if side == CUT:
+                    yield cut_text(record.text, split, assigned.cut[key])[0]
                 elif side == TRAIN and key % 2**32 < share * 2**32:
                     yield record.text
 

@@ -25,19 +25,15 @@ from numpy.typing import NDArray
 from nanothink.data.cache import cache_folder
 from nanothink.data.corpus import Corpus, bad_records_error
 from nanothink.data.records import Problem, iter_records
+from nanothink.data.sides import CUT, TEST, TRAIN, VAL, Sides, assign_sides, group_keys, sources_count
 from nanothink.data.split import (
     NOTHING,
-    TEST,
-    TRAIN,
-    VAL,
-    Sides,
     SplitRule,
     TrainedText,
-    assign_sides,
     cut_text,
     group_key,
+    hashed,
     normalised,
-    single_texts,
     text_key,
 )
 from nanothink.data.token_files import (
@@ -56,6 +52,9 @@ from nanothink.errors import DataError, StorageError
 IGNORE = -100
 """Target that is not to be predicted (PyTorch's own convention)."""
 
+SAMPLE_SEED = 43
+"""The seed of ``TokenStream.sample``: another one than the split's, and as fixed."""
+
 Progress = Callable[[int, int], None]
 Int64 = NDArray[np.int64]
 
@@ -70,6 +69,8 @@ class Documents:
     """UTF-8 bytes of the text."""
     keys: NDArray[np.uint64]
     """Hash of the text (split.text_key)."""
+    groups: NDArray[np.uint64]
+    """Hash of the group that it is split with (sides.group_keys)."""
     lines: Int64
     """Line in its file."""
     files: Int64
@@ -85,9 +86,14 @@ class TokenStream:
     """
 
     def __init__(
-        self, domain: str, eos_id: int, parts: Sequence[tuple[TokenFile, NDArray[np.bool_]]]
+        self,
+        domain: str,
+        eos_id: int,
+        parts: Sequence[tuple[TokenFile, NDArray[np.bool_]]],
+        sources_count: bool = True,
     ) -> None:
         self.domain = domain
+        self._sources_count = sources_count
         self._eos_id = eos_id
         self._parts = [(file, chosen) for file, chosen in parts if chosen.any()]
         runs = [_runs(file.documents["end"], chosen) for file, chosen in self._parts]
@@ -124,23 +130,27 @@ class TokenStream:
         targets[:n] = tokens[1:]
         return inputs, targets
 
-    def prefix(self, max_tokens: int | None) -> tuple[int, int]:
-        """Tokens and bytes of as many whole documents as fit in ``max_tokens``, at least one; or of all."""
+    def sample(self, max_tokens: int | None) -> TokenStream:
+        """A random sample of whole documents of at most ``max_tokens`` tokens, at least one; in order.
+
+        Documents are drawn by a hash of their text that has nothing to do with the split's, so that a file
+        sorted by difficulty gives no easier sample. A larger sample holds the smaller ones.
+        """
         if max_tokens is None or max_tokens >= self.n_tokens:
-            return self.n_tokens, self.n_bytes
-        tokens = n_bytes = 0
+            return self
+        documents = self.documents()
+        order = np.argsort(hashed(documents.keys, SAMPLE_SEED), kind="stable")
+        fit = int(np.searchsorted(np.cumsum(documents.n_tokens[order]), max_tokens, side="right"))
+        drawn = np.zeros(self.n_documents, np.bool_)
+        drawn[order[: max(fit, 1)]] = True
+        parts, first = [], 0
         for file, chosen in self._parts:
-            sizes = np.diff(file.documents["end"], prepend=0)[chosen]
-            ends = tokens + np.cumsum(sizes)
-            fit = int(np.searchsorted(ends, max_tokens, side="right"))
-            if tokens == 0:
-                fit = max(fit, 1)
-            if fit:
-                tokens = int(ends[fit - 1])
-                n_bytes += int(file.documents["n_bytes"][chosen][:fit].sum())
-            if fit < len(sizes):
-                break
-        return tokens, n_bytes
+            count = int(chosen.sum())
+            of_file = np.zeros(len(chosen), np.bool_)
+            of_file[chosen] = drawn[first : first + count]
+            parts.append((file, of_file))
+            first += count
+        return TokenStream(self.domain, self._eos_id, parts, self._sources_count)
 
     def documents(self) -> Documents:
         """What is known of each document, in the stream's order; read from disk at each call."""
@@ -151,6 +161,7 @@ class TokenStream:
             n_tokens=np.concatenate(sizes or [np.empty(0, np.int64)]),
             n_bytes=found["n_bytes"].copy(),
             keys=found["key"].copy(),
+            groups=group_keys(found, self._sources_count),
             lines=found["line"].copy(),
             files=np.repeat(np.arange(len(rows)), [len(of_file) for of_file in rows]),
             paths=tuple(file.path for file, _ in self._parts),
@@ -230,42 +241,29 @@ def tokenise(
                 "--domains."
             )
     rows = {domain: np.concatenate([file.documents for _, file in own]) for domain, own in files.items()}
-    keys = {domain: own["key"] for domain, own in rows.items()}
+    assigned = assign_sides(rows, split, trained)
     cuts: dict[int, _Cut] = {}
-    if split is None:
-        sides = {domain: np.full(len(own), TRAIN, np.uint8) for domain, own in keys.items()}
-    else:
-        sides = assign_sides(rows, split, trained)
-        for key, domain in single_texts(keys).items():
-            floor = trained.heads.get(key, 0)
-            whole = bool(np.isin(np.uint64(key), trained.keys))
-            cuts[key] = builder.cut(key, corpus.domains[domain], domain, split, None if whole else floor)
-    held = np.array(sorted(cuts), dtype=np.uint64)
+    if split is not None:
+        for key, domain in assigned.cut.items():
+            cuts[key] = builder.cut(key, corpus.domains[domain], domain, split, trained)
     streams: dict[int, dict[str, TokenStream]] = {TRAIN: {}, VAL: {}, TEST: {}}
     for domain in sorted(files):
-        parts = _by_file(files[domain], sides[domain])
-        cut_here = [cuts[key].file for key in cuts if bool((keys[domain] == np.uint64(key)).any())]
+        sides = assigned.sides[domain]
+        parts = _by_file(files[domain], sides)
+        cut_here = [cuts[key].file for key in np.unique(rows[domain]["key"][sides == CUT]).tolist()]
         for side, of_side in streams.items():
-            chosen = [(file, (own == side) & ~np.isin(file.documents["key"], held)) for file, own in parts]
+            chosen = [(file, own == side) for file, own in parts]
             chosen += [(file, _part_of_cut(len(file.documents), side)) for file in cut_here]
-            of_side[domain] = TokenStream(domain, tokenizer.eos_id, chosen)
-        if split is not None and not (
-            streams[TRAIN][domain].n_documents and streams[VAL][domain].n_documents
-        ):
-            purpose = "validate" if streams[TRAIN][domain].n_documents else "train"
-            raise DataError(
-                f"Domain '{domain}' has nothing to {purpose} on: all its texts are in other domains too, "
-                "where they are needed on the other side. Add text of its own to it, or leave it out with "
-                "--domains."
-            )
+            of_side[domain] = TokenStream(domain, tokenizer.eos_id, chosen, sources_count(rows[domain]))
+        if split is not None:
+            _check_both_sides(domain, streams[TRAIN][domain], streams[VAL][domain], trained)
+    side_digests = {d: hashlib.blake2b(sides.tobytes()).hexdigest() for d, sides in assigned.sides.items()}
     identity = [
         tokenizer.fingerprint,
-        [
-            [domain, [digest for digest, _ in own], hashlib.blake2b(sides[domain].tobytes()).hexdigest()]
-            for domain, own in sorted(files.items())
-        ],
+        [[d, side_digests[d], [digest for digest, _ in own]] for d, own in sorted(files.items())],
         sorted(cut.name for cut in cuts.values()),
     ]
+    on_train = [own["key"][assigned.sides[domain] == TRAIN] for domain, own in rows.items()]
     return TokenisedCorpus(
         train=streams[TRAIN],
         val=streams[VAL],
@@ -274,9 +272,26 @@ def tokenise(
         tokenizer_fingerprint=tokenizer.fingerprint,
         skipped_records=builder.n_unreadable + sum(file.n_bad for own in files.values() for _, file in own),
         trained_text=TrainedText(
-            np.setdiff1d(np.concatenate([keys[domain][own == TRAIN] for domain, own in sides.items()]), held),
+            np.unique(np.concatenate(on_train)),
             {key: cut.trained_chars for key, cut in cuts.items()},
+            assigned.trained_groups,
         ),
+    )
+
+
+def _check_both_sides(domain: str, train: TokenStream, val: TokenStream, trained: TrainedText) -> None:
+    if train.n_documents and val.n_documents:
+        return
+    if train.n_documents and trained.holds(train.documents().keys).all():
+        reason = "validate on: the model was trained on all of its texts"
+    else:
+        purpose = "validate" if train.n_documents else "train"
+        reason = (
+            f"{purpose} on: all its texts are in other domains too, where they are needed on the other side"
+        )
+    raise DataError(
+        f"Domain '{domain}' has nothing to {reason}. Add text of its own to it, or leave it out with "
+        "--domains."
     )
 
 
@@ -367,11 +382,12 @@ class _Builder:
         }
 
     def cut(
-        self, key: int, paths: Sequence[Path], domain: str, split: SplitRule, trained_chars: int | None
+        self, key: int, paths: Sequence[Path], domain: str, split: SplitRule, trained: TrainedText
     ) -> _Cut:
-        """The text of that key cut in parts; ``trained_chars`` is None if all of it was trained on."""
+        """The only text of a domain in parts."""
         line, text = self._find(key, paths)
-        n_chars = len(normalised(text)) if trained_chars is None else trained_chars
+        is_whole = np.isin(np.uint64(key), trained.keys)
+        n_chars = len(normalised(text)) if is_whole else trained.heads.get(key, 0)
         parts = [part for part in cut_text(text, split, domain, n_chars) if part]
         name = f"cut-{key:016x}-{'-'.join(str(len(part)) for part in parts)}"
         found = open_token_file(self._folder / name)

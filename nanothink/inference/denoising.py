@@ -64,7 +64,7 @@ def denoising_errors(
     the same noise in every call, and no earlier guess.
 
     Args:
-        streams: text, by domain; the beginning of each is used.
+        streams: text, by domain; a sample of each is used.
         length: tokens a block.
         transformer: needed where the targets are its hidden states.
         n_tokens: about how many tokens to measure on, in all; whole documents.
@@ -78,7 +78,7 @@ def denoising_errors(
         batch
         for stream in streams.values()
         if stream.n_tokens
-        for batch in validation_batches(stream, length, max(1, _BATCH_TOKENS // length), share)
+        for batch in validation_batches(stream.sample(share), length, max(1, _BATCH_TOKENS // length))
     ]
     with evaluating(model), torch.inference_mode():
         for number, (inputs, targets) in enumerate(batches):

@@ -4,7 +4,7 @@ Bits per byte divides by what was written, not by how it was cut up: total nats 
 the scored documents. The end-of-text token of each document is predicted too and its nats count,
 while it adds no byte. So the figure does not depend on the tokenizer and can be compared across them.
 
-Its standard error says how far another sample of as many documents would put it, and that of a
+Its standard error says how far another sample of as many groups of documents would put it, and that of a
 difference whether one model is better than another or was luckier with these documents.
 """
 
@@ -49,10 +49,12 @@ class Score:
 
 @dataclass(frozen=True)
 class DocumentScores:
-    """What each document of some text took, in its order."""
+    """Nats, bytes and group of each document, in the order of the text."""
 
     nats: NDArray[np.float64]
     n_bytes: NDArray[np.int64]
+    groups: NDArray[np.uint64]
+    """Documents of one group are alike, so the standard error counts them as one draw."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Difference:
 
     bits_per_byte: float
     standard_error: float | None
-    """None where some domain has less than two documents."""
+    """None where some domain has less than two groups of documents."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,10 @@ class Evaluation:
     def standard_error(self, domain: str | None = None) -> float | None:
         """Of the bits per byte of a domain, or overall.
 
-        None where a domain has less than two documents, or where it is not known what each took.
+        None where a domain has less than two groups of documents, or where the scores of documents are
+        unknown.
         """
-        chosen = [of for name, of in self.documents.items() if domain in (None, name)]
-        return _standard_error([(of.nats, of.n_bytes) for of in chosen])
+        return _standard_error([of for name, of in self.documents.items() if domain in (None, name)])
 
     def less(self, other: Evaluation) -> Difference | None:
         """Bits per byte overall less another model's; None where the two did not read the same documents.
@@ -141,24 +143,27 @@ class Evaluation:
         pairs = [(own, other.documents[domain]) for domain, own in self.documents.items()]
         if not all(np.array_equal(own.n_bytes, others.n_bytes) for own, others in pairs):
             return None
-        error = _standard_error([(own.nats - others.nats, own.n_bytes) for own, others in pairs])
+        error = _standard_error([replace(own, nats=own.nats - others.nats) for own, others in pairs])
         return Difference(self.overall.bits_per_byte - other.overall.bits_per_byte, error)
 
 
-def _standard_error(strata: Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]]) -> float | None:
-    """Of total nats / ln 2 / total bytes, over documents that are drawn at random within each stratum.
+def _standard_error(strata: Sequence[DocumentScores]) -> float | None:
+    """Of total nats / ln 2 / total bytes, over groups of documents drawn at random within each stratum.
 
-    The combined ratio estimate of a stratified sample (Cochran 1977, Sampling Techniques, section 6.11),
-    for a population of which the sample is a small part. Documents that need more nats than others for
-    their bytes make it large; their length alone does not.
+    The combined ratio estimate of a stratified sample (Cochran 1977, Sampling Techniques, section 6.11) of
+    clusters, for a population of which the sample is a small part. Groups that need more nats than others for
+    their bytes make it large; their length alone does not. Counting each document of a book as a draw of its
+    own would make it too small, as such documents are hard or easy together.
     """
-    if not strata or any(len(nats) < 2 for nats, _ in strata):
+    clusters = [np.unique(of.groups, return_inverse=True)[1] for of in strata]
+    if not strata or any(len(own) == 0 or own.max() == 0 for own in clusters):
         return None
-    total_bytes = sum(float(n_bytes.sum()) for _, n_bytes in strata)
-    ratio = sum(float(nats.sum()) for nats, _ in strata) / total_bytes
+    total_bytes = sum(float(of.n_bytes.sum()) for of in strata)
+    ratio = sum(float(of.nats.sum()) for of in strata) / total_bytes
     variance = 0.0
-    for nats, n_bytes in strata:
-        variance += len(nats) * float(np.var(nats - ratio * n_bytes, ddof=1))
+    for of, own in zip(strata, clusters, strict=True):
+        residuals = np.bincount(own, of.nats - ratio * of.n_bytes)
+        variance += len(residuals) * float(np.var(residuals, ddof=1))
     return math.sqrt(variance) / math.log(2) / total_bytes
 
 
@@ -181,16 +186,16 @@ def evaluate_model(
     """Score the streams in order, in blocks of ``length`` tokens.
 
     Args:
-        max_tokens: at most this many tokens of each domain, in whole documents.
+        max_tokens: a random sample of whole documents of at most this many tokens in each domain.
         on_progress: called with (tokens scored, tokens in all).
         should_stop: asked before each batch.
         share: (number, of how many): one's own part of the batches; ``Evaluation.added`` adds all parts.
 
-    Deterministic: no sampling, a fixed order, sums in float64. Leaves the model's training flag as it was.
+    Deterministic: a fixed sample, a fixed order, sums in float64. Leaves the model's training flag as it was.
     """
     number, n_shares = share
-    planned = {name: stream.prefix(max_tokens) for name, stream in streams.items() if stream.n_tokens}
-    total = sum(tokens for tokens, _ in planned.values())
+    scored = {name: stream.sample(max_tokens) for name, stream in streams.items() if stream.n_tokens}
+    total = sum(stream.n_tokens for stream in scored.values())
     done = n_batches = 0
     scores: dict[str, Score] = {}
     documents: dict[str, DocumentScores] = {}
@@ -199,15 +204,14 @@ def evaluate_model(
     model.eval()
     try:
         with torch.inference_mode():
-            for name, (n_tokens, n_bytes) in planned.items():
-                sizes = streams[name].documents()
+            for name, stream in scored.items():
+                sizes = stream.documents()
                 ends = np.cumsum(sizes.n_tokens)
-                ends = ends[ends <= n_tokens]
                 nats = np.zeros(len(ends))
                 first = 0  # of a batch's targets, in the stream
                 if isinstance(model, NanoThink):
                     routing[name] = Routing(dict.fromkeys(model.speakers, 0.0), 0.0, 0)
-                for inputs, targets in validation_batches(streams[name], length, batch_size, max_tokens):
+                for inputs, targets in validation_batches(stream, length, batch_size):
                     if should_stop is not None and should_stop():
                         raise EvaluationStopped
                     real = targets != IGNORE
@@ -228,8 +232,8 @@ def evaluate_model(
                     done += n_real
                     if on_progress is not None:
                         on_progress(done, total)
-                scores[name] = Score(float(nats.sum()), n_tokens, n_bytes)
-                documents[name] = DocumentScores(nats, sizes.n_bytes[: len(ends)])
+                scores[name] = Score(float(nats.sum()), stream.n_tokens, stream.n_bytes)
+                documents[name] = DocumentScores(nats, sizes.n_bytes, sizes.groups)
     finally:
         model.train(was_training)
     return Evaluation(scores, routing=routing, documents=documents if n_shares == 1 else {})

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanothink.data.split import VAL, SplitRule, assign_sides, text_key
+from nanothink.data.sides import VAL, assign_sides
+from nanothink.data.split import SplitRule, text_key
 from nanothink.data.token_files import DOCUMENT
 
 
@@ -20,7 +21,7 @@ def assign(keys: Mapping[str, np.ndarray], val_split: float) -> dict[str, np.nda
     for name, own in keys.items():
         rows[name] = np.zeros(len(own), DOCUMENT)
         rows[name]["key"], rows[name]["n_bytes"] = own, 10
-    return {name: sides == VAL for name, sides in assign_sides(rows, SplitRule(val_split)).items()}
+    return {name: sides == VAL for name, sides in assign_sides(rows, SplitRule(val_split)).sides.items()}
 
 
 def keys_of(*texts: str) -> np.ndarray:

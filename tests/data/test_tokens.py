@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanothink.config.data import SPLIT_SEED
 from nanothink.data.corpus import find_corpus
-from nanothink.data.split import SplitRule, text_key
+from nanothink.data.split import SplitRule, hashed, text_key
 from nanothink.data.token_files import DOCUMENT, TokenFile, open_token_file, token_dtype
 from nanothink.data.tokenizer import Tokenizer, train_tokenizer
 from nanothink.data.tokens import IGNORE, TokenisedCorpus, TokenStream, tokenise
@@ -157,15 +158,45 @@ def test_packing_loses_and_doubles_nothing(drawn: list[tuple[int, bool]], length
 
 @settings(max_examples=200, deadline=None)
 @given(drawn=documents, max_tokens=st.integers(1, 300), n_files=st.integers(1, 4))
-def test_prefix_is_whole_documents(drawn: list[tuple[int, bool]], max_tokens: int, n_files: int) -> None:
+def test_a_sample_is_whole_documents_in_order(
+    drawn: list[tuple[int, bool]], max_tokens: int, n_files: int
+) -> None:
     stream, _ = _stream([n for n, _ in drawn], [mine for _, mine in drawn], n_files)
-    sizes = [n + 1 for n, mine in drawn if mine]
-    taken = 1
-    while taken < len(sizes) and sum(sizes[: taken + 1]) <= max_tokens:
-        taken += 1
-    tokens = sum(sizes[:taken])
-    assert stream.prefix(max_tokens) == (tokens, 3 * (tokens - taken))
-    assert stream.prefix(None) == (stream.n_tokens, stream.n_bytes)
+    sample, more = stream.sample(max_tokens), stream.sample(max_tokens + 20)
+    assert sample.n_tokens <= max_tokens or sample.n_documents == 1
+    of_all, of_sample, of_more = (s.documents() for s in (stream, sample, more))
+    assert of_sample.keys.tolist() == [key for key in of_all.keys if key in of_sample.keys]
+    assert set(of_sample.keys) <= set(of_more.keys)
+    tokens = _tokens(stream)
+    places = np.cumsum([0, *of_all.n_tokens])
+    expected = [
+        token
+        for i, key in enumerate(of_all.keys)
+        if key in of_sample.keys
+        for token in tokens[places[i] : places[i + 1]]
+    ]
+    assert _tokens(sample) == expected
+    assert sample.n_bytes == of_sample.n_bytes.sum()
+    assert stream.sample(None) is stream
+
+
+def test_a_file_sorted_by_difficulty_gives_no_easier_sample() -> None:
+    n = 2000
+    rows = np.zeros(n, DOCUMENT)
+    rows["end"] = 10 * np.arange(1, n + 1)
+    rows["key"] = [text_key(f"text {i}") for i in range(n)]
+    rows["n_bytes"] = difficulty = np.arange(n)
+    stream = TokenStream(
+        "d", EOS, [(TokenFile(np.ones(10 * n, np.uint16), rows, 0, ()), np.ones(n, np.bool_))]
+    )
+    for fraction in (0.05, 0.2, 0.5):
+        found = stream.sample(round(fraction * stream.n_tokens)).documents().n_bytes
+        assert len(found) == fraction * n
+        assert abs(found.mean() - difficulty.mean()) < 3 * difficulty.std() / len(found) ** 0.5
+    # Nor does the side of the split say anything about who is drawn.
+    drawn = np.isin(difficulty, found)
+    val = hashed(rows["key"], SPLIT_SEED) < np.uint64(2**62)
+    assert abs(drawn[val].mean() - 0.5) < 0.06
 
 
 def test_a_block_that_is_not_there() -> None:

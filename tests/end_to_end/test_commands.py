@@ -218,7 +218,7 @@ def test_all_of_a_text_is_scored_as_it_stands(trained: Path, tmp_path: Path, sai
         assert (scored[domain]["tokens"], scored[domain]["bytes"]) == (len(stream) - 1, n_bytes)
         assert scored[domain]["bits_per_byte"] == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-5)
     assert run([*command, "--split", "all", "--domains", "two", "--max-tokens", "1"]) == 0
-    assert as_json(said)["checkpoints"][0]["overall"]["bytes"] == len("first text")
+    assert as_json(said)["checkpoints"][0]["overall"]["bytes"] in map(len, texts["two"])
     assert run([*command, "--domains", "two"]) == 0
     assert "--split all scores all of it" in " ".join(said()[1].split())
 
@@ -373,7 +373,11 @@ def test_a_model_whose_score_is_not_a_number_is_not_the_best() -> None:
             "transformer",
             Evaluation(
                 {"d": Score(nats, 1, 4)},
-                documents={"d": DocumentScores(np.array([nats / 2] * 2), np.array([2, 2]))},
+                documents={
+                    "d": DocumentScores(
+                        np.array([nats / 2] * 2), np.array([2, 2]), np.arange(2, dtype=np.uint64)
+                    )
+                },
             ),
         )
         for name, nats in (("good", 2.0), ("bad", math.nan))

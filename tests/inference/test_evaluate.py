@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,10 +116,11 @@ def test_the_batch_size_does_not_matter(model: LanguageModel, tokens: TokenisedC
     assert one.overall.nats == pytest.approx(many.overall.nats, rel=1e-6)
 
 
-def test_a_cap_keeps_whole_documents(model: LanguageModel, tokens: TokenisedCorpus) -> None:
+def test_a_cap_takes_a_sample_of_whole_documents(model: LanguageModel, tokens: TokenisedCorpus) -> None:
     capped = score(model, tokens, max_tokens=100)
     for domain, found in capped.domains.items():
-        assert (found.tokens, found.n_bytes) == tokens.val[domain].prefix(100)
+        sample = tokens.val[domain].sample(100)
+        assert (found.tokens, found.n_bytes) == (sample.n_tokens, sample.n_bytes)
         assert capped.documents[domain].n_bytes.sum() == found.n_bytes
     assert capped.overall.tokens < score(model, tokens).overall.tokens
 
@@ -129,38 +131,53 @@ def test_overall_weighs_domains_by_size() -> None:
     assert evaluation.overall.loss == 2.0
 
 
-def drawn(strata: list[tuple[int, float]], random: np.random.Generator) -> Evaluation:
-    """Documents of lengths far apart, each as hard as its domain but for chance."""
+def drawn(strata: list[tuple[int, float]], random: np.random.Generator, in_group: int = 1) -> Evaluation:
+    """Documents of lengths far apart, each as hard as its domain but for chance, which each group shares."""
     documents = {}
-    for name, (n_documents, nats_per_byte) in enumerate(strata):
-        n_bytes = random.lognormal(7, 0.8, n_documents).astype(np.int64) + 1
-        nats = n_bytes * nats_per_byte * random.lognormal(0, 0.2, n_documents)
-        documents[f"d{name}"] = DocumentScores(nats, n_bytes)
+    for name, (n_groups, nats_per_byte) in enumerate(strata):
+        groups = np.repeat(random.integers(2**63, size=n_groups).astype(np.uint64), in_group)
+        n_bytes = random.lognormal(7, 0.8, len(groups)).astype(np.int64) + 1
+        hardness = np.repeat(random.lognormal(0, 0.2, n_groups), in_group)
+        nats = n_bytes * nats_per_byte * hardness * random.lognormal(0, 0.05, len(groups))
+        order = random.permutation(len(groups))
+        documents[f"d{name}"] = DocumentScores(nats[order], n_bytes[order], groups[order])
     scores = {d: Score(float(of.nats.sum()), 1, int(of.n_bytes.sum())) for d, of in documents.items()}
     return Evaluation(scores, documents=documents)
 
 
+@pytest.mark.parametrize("in_group", [1, 6])
 @pytest.mark.parametrize("strata", [[(80, 1.0)], [(60, 0.5), (90, 1.5)]])
-def test_the_standard_error_is_how_far_samples_lie_apart(strata: list[tuple[int, float]]) -> None:
+def test_the_standard_error_is_how_far_samples_lie_apart(
+    strata: list[tuple[int, float]], in_group: int
+) -> None:
     random = np.random.default_rng(1)
-    samples = [drawn(strata, random) for _ in range(1500)]
-    apart = np.std([sample.overall.bits_per_byte for sample in samples])
+    samples = [drawn(strata, random, in_group) for _ in range(1500 if len(strata) == 1 else 1)]
+    first = samples[0].documents
     said = np.mean([sample.standard_error() for sample in samples])  # type: ignore[arg-type]
     if len(strata) == 1:
-        assert said == pytest.approx(apart, rel=0.1)
+        apart = np.std([sample.overall.bits_per_byte for sample in samples])
         assert samples[0].standard_error("d0") == samples[0].standard_error()
-        return
-    # Of given documents: how much comes from each domain is no chance, and is drawn here.
-    of = samples[0].documents
-    resampled = []
-    for _ in range(1500):
-        chosen = {d: random.integers(len(each.nats), size=len(each.nats)) for d, each in of.items()}
-        nats = sum(of[d].nats[which].sum() for d, which in chosen.items())
-        resampled.append(nats / math.log(2) / sum(of[d].n_bytes[which].sum() for d, which in chosen.items()))
-    assert samples[0].standard_error() == pytest.approx(np.std(resampled), rel=0.1)
+    else:
+        # Of given groups: how much comes from each domain is no chance, and is drawn here.
+        sums = {}
+        for d, of in first.items():
+            own = np.unique(of.groups, return_inverse=True)[1]
+            sums[d] = np.stack([np.bincount(own, of.nats), np.bincount(own, of.n_bytes)])
+        resampled = []
+        for _ in range(1500):
+            chosen = [own[:, random.integers(own.shape[1], size=own.shape[1])] for own in sums.values()]
+            nats, n_bytes = np.sum([own.sum(1) for own in chosen], 0)
+            resampled.append(nats / math.log(2) / n_bytes)
+        apart = np.std(resampled)
+    assert said == pytest.approx(apart, rel=0.1)
+    if in_group > 1:  # documents taken for independent would promise too much
+        alone = {d: replace(of, groups=np.arange(len(of.nats), dtype=np.uint64)) for d, of in first.items()}
+        promised = replace(samples[0], documents=alone).standard_error()
+        assert promised is not None
+        assert promised < 0.8 * apart
 
 
-def test_of_one_document_no_error_is_known() -> None:
+def test_of_one_group_no_error_is_known() -> None:
     one = drawn([(1, 1.0), (5, 1.0)], np.random.default_rng(0))
     assert one.standard_error("d0") is None
     assert one.standard_error() is None
@@ -169,6 +186,9 @@ def test_of_one_document_no_error_is_known() -> None:
     assert difference is not None
     assert difference.standard_error is None
     assert Evaluation({"d": Score(1.0, 1, 1)}).standard_error() is None
+    one_book = drawn([(1, 1.0), (5, 1.0)], np.random.default_rng(0), in_group=20)
+    assert one_book.standard_error("d0") is None
+    assert one_book.standard_error("d1") is not None
 
 
 def test_a_difference_is_one_of_pairs() -> None:
@@ -177,7 +197,7 @@ def test_a_difference_is_one_of_pairs() -> None:
     nats = {d: of.nats + 0.01 * of.n_bytes for d, of in hard.documents.items()}
     worse = Evaluation(
         {d: Score(float(nats[d].sum()), 1, score.n_bytes) for d, score in hard.domains.items()},
-        documents={d: DocumentScores(nats[d], of.n_bytes) for d, of in hard.documents.items()},
+        documents={d: replace(of, nats=nats[d]) for d, of in hard.documents.items()},
     )
     difference, own = worse.less(hard), hard.standard_error()
     assert difference is not None

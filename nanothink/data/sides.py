@@ -1,0 +1,341 @@
+"""Which side of the split each document of a corpus is on.
+
+1. Documents that belong together are one group: those that name the same ``group``; else the same ``source``,
+   unless that names every document of its domain; else copies of one text.
+2. A group is dealt by the hash of its key, as a fraction h of 2**64: it validates if h < val_split, tests if
+   h >= 1 - test_split, trains otherwise. That looks at nothing else: a corpus may grow or be put in another
+   order, and another val_split moves only the groups between the old and the new one.
+3. A text that trains anywhere trains everywhere; else one that validates anywhere validates everywhere.
+4. A domain whose sides are too uneven gets whole groups moved (``_Settler``). One of a single group validates
+   on its last documents, so that only one boundary is shared; one of a single text has that text cut.
+5. What a model was trained on stays on the training side, before all other rules.
+
+Texts and groups are numbered, and a step is a few operations of numpy on all of them. Only domains that need
+a move are looked at one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanothink.data.split import NOTHING, Keys, SplitRule, TrainedText, hashed
+
+Sides = NDArray[np.int8]
+Int64 = NDArray[np.int64]
+
+TRAIN, VAL, TEST = 0, 1, 2
+CUT = 3
+"""Not a side: the only text of some domain, of which each side gets a part, in every domain that holds it."""
+
+_FREE = -1
+
+
+@dataclass(frozen=True)
+class Assignment:
+    sides: dict[str, Sides]
+    """TRAIN, VAL, TEST or CUT of each document, by domain."""
+    trained_groups: Keys
+    """Keys of the groups with a name on the training side, sorted."""
+    cut: dict[int, str]
+    """Key of each text that is to be cut, to the domain that holds no other."""
+
+
+def assign_sides(
+    documents: Mapping[str, NDArray[Any]], rule: SplitRule | None, trained: TrainedText = NOTHING
+) -> Assignment:
+    """Deals the documents of a corpus to the sides; see the top of this file.
+
+    Args:
+        documents: rows with ``key``, ``group`` and ``n_bytes`` (token_files.DOCUMENT has them), in the order
+            of the domain, copies included.
+        rule: without one, all documents train.
+
+    Domains that share texts can make it impossible to serve them all (three domains, each two out of three
+    texts). Copies agree even then, and a domain goes without one side.
+    """
+    names = sorted(name for name in documents if len(documents[name]))
+    if not names:
+        return Assignment({name: np.empty(0, np.int8) for name in documents}, np.empty(0, np.uint64), {})
+    table = _Table([documents[name] for name in names])
+    if rule is None:
+        sides = np.full(len(table.keys), TRAIN, np.int8)
+        unit_sides, cut = np.full(len(table.unit_keys), TRAIN, np.int8), {}
+    else:
+        settler = _Settler(table, rule, trained)
+        settler.settle()
+        sides, unit_sides = settler.text_sides[table.texts], settler.unit_sides
+        sides[settler.is_cut[table.texts]] = CUT
+        cut = {int(table.keys[table.starts[d]]): names[d] for d in reversed(np.flatnonzero(table.one_text))}
+    parts = dict(zip(names, np.split(sides, table.starts[1:]), strict=True))
+    return Assignment(
+        {name: parts.get(name, np.empty(0, np.int8)) for name in documents},
+        table.unit_keys[table.is_named & (unit_sides == TRAIN)],
+        cut,
+    )
+
+
+def group_keys(rows: NDArray[Any], sources_count: bool) -> Keys:
+    """Key of the group of each document: the one it names, or that of its text alone."""
+    return np.where(_named(rows["group"], sources_count), rows["group"], rows["key"])
+
+
+def sources_count(rows: NDArray[Any]) -> bool:
+    """False if all documents of a domain are of one source, which then does not make them one group."""
+    group = rows["group"]
+    return not (len(group) and group[0] and group[0] % 2 == 0 and bool((group == group[0]).all()))
+
+
+def _named(group: Keys, source_counts: bool | NDArray[np.bool_]) -> NDArray[np.bool_]:
+    named: NDArray[np.bool_] = (group % 2 == 1) | ((group != 0) & source_counts)
+    return named
+
+
+class _Table:
+    """All documents, domain by domain; texts and groups ("units") are numbered in the order of their keys."""
+
+    def __init__(self, domains: list[NDArray[Any]]) -> None:
+        counts = np.array([len(rows) for rows in domains])
+        self.starts: Int64 = np.cumsum(counts) - counts
+        self.domains: Int64 = np.repeat(np.arange(len(domains)), counts)
+        self.keys: Keys = np.concatenate([rows["key"] for rows in domains])
+        self.sizes: Int64 = np.concatenate([rows["n_bytes"] for rows in domains])
+        group = np.concatenate([rows["group"] for rows in domains])
+        first = group[self.starts]
+        one_source = self._all_alike(group) & (first != 0) & (first % 2 == 0)
+        named = _named(group, ~one_source[self.domains])
+        self.text_keys, self.texts = np.unique(self.keys, return_inverse=True)
+        self.unit_keys, self.units = np.unique(np.where(named, group, self.keys), return_inverse=True)
+        self.is_named = np.zeros(len(self.unit_keys), np.bool_)
+        self.is_named[self.units[named]] = True
+        self.one_text = self._all_alike(self.texts)
+        self.one_unit = self._all_alike(self.units) & ~self.one_text
+
+    def has_three_units(self) -> NDArray[np.bool_]:
+        """By domain."""
+        others = self.units != self.units[self.starts][self.domains]
+        places = np.where(others, np.arange(len(others)), len(others) - 1)
+        second = self.units[np.minimum.reduceat(places, self.starts)]
+        return np.logical_or.reduceat(others & (self.units != second[self.domains]), self.starts)
+
+    def _all_alike(self, values: NDArray[Any]) -> NDArray[np.bool_]:
+        """By domain: whether all its documents have the same value."""
+        return np.logical_and.reduceat(values == values[self.starts][self.domains], self.starts)
+
+    def of_domain(self, domain: int) -> slice:
+        last = domain + 1 == len(self.starts)
+        return slice(int(self.starts[domain]), len(self.keys) if last else int(self.starts[domain + 1]))
+
+
+class _Settler:
+    """Deals units, then moves some where a domain is left with sides that are too uneven.
+
+    In a domain of two units or more, training and validation are not empty, validation is at most half of the
+    bytes (or ``val_split`` if that is more) and all that is held out at most half (or ``val_split`` plus
+    ``test_split``). Where the rule does not give that:
+
+    1. Validation keeps its units in the order of their hashes as long as they fit, the others train; then
+       the test side likewise, from the highest hash down.
+    2. If validation is empty, the unit that comes nearest to ``val_split`` of the bytes moves there; of equal
+       ones that of lowest hash. Then the same for an empty test side, in a domain of three units or more.
+
+    Groups that a model was trained on come last for a move. A move that would take a side from another domain
+    is not made, except that validation takes from testing.
+    """
+
+    def __init__(self, table: _Table, rule: SplitRule, trained: TrainedText) -> None:
+        self.table, self.rule = table, rule
+        self.hashes = hashed(table.unit_keys, rule.seed)
+        self.is_trained = table.is_named & np.isin(table.unit_keys, trained.groups)
+        self.is_trained[table.units[table.one_unit[table.domains]]] = True
+        self.unit_sides = np.where(self.is_trained, TRAIN, _dealt(self.hashes, rule)).astype(np.int8)
+
+        self.is_cut = np.zeros(len(table.text_keys), np.bool_)
+        self.is_cut[table.texts[table.starts[table.one_text]]] = True
+        self.forced = np.where(self.is_cut | trained.holds(table.text_keys), TRAIN, _FREE).astype(np.int8)
+        for domain in np.flatnonzero(table.one_unit):
+            self._hold_out_the_end(table.of_domain(int(domain)))
+
+        self.text_sides = np.full(len(table.text_keys), TEST, np.int8)
+        for side in (VAL, TRAIN):  # in that order: training wins
+            self.text_sides[table.texts[self.unit_sides[table.units] == side]] = side
+        self.text_sides = np.where(self.forced == _FREE, self.text_sides, self.forced)
+
+        n_domains = len(table.starts)
+        self.bytes: Int64 = np.zeros((n_domains, 3), np.int64)
+        """(domains, sides)"""
+        for side in (TRAIN, VAL, TEST):
+            here = self.text_sides[table.texts] == side
+            self.bytes[:, side] = np.bincount(table.domains[here], table.sizes[here], n_domains)
+        self.several = ~(table.one_text | table.one_unit)
+        self.wants_test = self.several & table.has_three_units() & (rule.test_split > 0)
+        totals = self.bytes.sum(1)
+        self.filled = np.zeros((n_domains, 3), np.bool_)
+        self.most_val = max(0.5, rule.val_split) * totals
+        self.most_held_out = max(0.5, rule.val_split + rule.test_split) * totals
+
+    def _hold_out_the_end(self, documents: slice) -> None:
+        """Forces the texts of a domain of one unit, in the order in which they first occur: the last ones
+        validate, those before them test, the rest train."""
+        texts, first, number = np.unique(self.table.texts[documents], return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        sizes, texts = np.bincount(number, self.table.sizes[documents])[order], texts[order]
+        forced, total = self.forced[texts], sizes.sum()
+        kept = int(not (forced == TRAIN).any())  # for training
+        texts, free = texts[forced == _FREE], sizes[forced == _FREE]
+        end = len(texts)
+        for side, fraction in ((VAL, self.rule.val_split), (TEST, self.rule.test_split)):
+            given = sizes[forced == side].sum()  # by another such domain
+            least = int(fraction > 0 and not given)
+            held = np.concatenate(([0.0], np.cumsum(free[kept:end][::-1])))[least:]
+            n = least + int(np.argmin(np.abs(held + given - fraction * total))) if len(held) else 0
+            self.forced[texts[end - n : end]] = side
+            end -= n
+        self.forced[texts[:end]] = TRAIN
+
+    def settle(self) -> None:
+        waiting = deque(np.flatnonzero(self._uneven(np.arange(len(self.several)))).tolist())
+        if not waiting:
+            return
+        table = self.table
+        self._documents_of_unit, self._documents_of_text = _Index(table.units), _Index(table.texts)
+        pairs = np.sort(table.texts * np.int64(len(table.unit_keys)) + table.units)
+        pairs = pairs[np.diff(pairs, prepend=-1) > 0]
+        self._pair_units = pairs % len(table.unit_keys)
+        self._pairs_of_text = _Index(pairs // len(table.unit_keys))
+        # Every domain is given each side at most once, and between that the held-out sides only shrink.
+        queued = set(waiting)
+        while waiting:
+            domain = waiting.popleft()
+            queued.discard(domain)
+            touched = np.array(sorted(self._settle_one(domain) - queued - {domain}), np.int64)
+            again = touched[self._uneven(touched)].tolist()
+            waiting.extend(again)
+            queued.update(again)
+
+    def _uneven(self, domains: Int64) -> NDArray[np.bool_]:
+        train, val, test = self.bytes[domains].T
+        found: NDArray[np.bool_] = self.several[domains] & (
+            (train == 0)
+            | (val == 0)
+            | (val > self.most_val[domains])
+            | (val + test > self.most_held_out[domains])
+            | ((test == 0) & self.wants_test[domains])
+        )
+        return found
+
+    def _settle_one(self, domain: int) -> set[int]:
+        """Makes the moves that one domain needs; returns the domains whose sides they changed."""
+        touched = self._shrink(domain, VAL) | self._shrink(domain, TEST)
+        if not self.bytes[domain, VAL]:
+            touched |= self._fill(domain, VAL, self.rule.val_split)
+        if not self.bytes[domain, TEST] and self.wants_test[domain] and not self.filled[domain, TEST]:
+            touched |= self._fill(domain, TEST, self.rule.test_split)
+        return touched
+
+    def _shrink(self, domain: int, side: int) -> set[int]:
+        most = self.most_val[domain] if side == VAL else self.most_held_out[domain] - self.bytes[domain, VAL]
+        if self.bytes[domain, side] <= most:
+            return set()
+        texts, sizes, units, number = self._documents(domain)
+        here = (self.text_sides[texts] == side) & (self.forced[texts] == _FREE)
+        held = np.bincount(number, sizes * (here & (self.unit_sides[units[number]] == side)), len(units))
+        kept = self.bytes[domain, side] - held.sum()
+        order = np.argsort(self.hashes[units] if side == VAL else ~self.hashes[units])
+        order = order[(held > 0)[order]]
+        own = None if self.filled[domain, side] else domain
+        staying, touched = [], set[int]()
+        for i in order:
+            if kept + held[i] <= most or (changed := self._move(int(units[i]), TRAIN, own)) is None:
+                kept += held[i]
+                staying.append(i)
+            else:
+                touched |= changed
+        for i in reversed(staying):  # where one had to stay for another domain's sake
+            if self.bytes[domain, side] > most:
+                touched |= self._move(int(units[i]), TRAIN) or set()
+        return touched
+
+    def _fill(self, domain: int, side: int, fraction: float) -> set[int]:
+        texts, sizes, units, number = self._documents(domain)
+        own = self.unit_sides[units]
+        # A text follows its unit to a side if no other unit holds it on a side that wins.
+        distinct, place = np.unique(texts, return_inverse=True)
+        pairs, starts = self._pairs_of_text.members(distinct)
+        winning = np.add.reduceat(self.unit_sides[self._pair_units[pairs]] < side, starts, dtype=np.int64)
+        follows = (winning[place] == (own[number] < side)) & (self.forced[texts] == _FREE)
+        gains = np.bincount(number, sizes * follows, len(units))
+        held_out = self.bytes[domain, VAL] + self.bytes[domain, TEST]
+        over = (gains > self.most_val[domain]) | (gains + held_out > self.most_held_out[domain])
+        distance = np.abs(gains - fraction * self.bytes[domain].sum())
+        order = np.lexsort((self.hashes[units], distance, own != TRAIN, over, self.is_trained[units]))
+        possible = (gains > 0) & ((own == TRAIN) | (own > side)) & ~(over & (side == TEST))
+        for i in order[possible[order]]:
+            touched = self._move(int(units[i]), side)
+            if touched is not None:
+                self.filled[domain, side] = True
+                return touched
+        return set()
+
+    def _documents(self, domain: int) -> tuple[Int64, Int64, Int64, Int64]:
+        """Text and size of each document, the domain's units, and the place of each document's among them."""
+        here = self.table.of_domain(domain)
+        units, number = np.unique(self.table.units[here], return_inverse=True)
+        return self.table.texts[here], self.table.sizes[here], units, number
+
+    def _move(self, unit: int, side: int, may_empty: int | None = None) -> set[int] | None:
+        """Moves a unit and what follows it; returns the domains that this changes, None if it is not made."""
+        before = self.unit_sides[unit]
+        self.unit_sides[unit] = side
+        texts = np.unique(self.table.texts[self._documents_of_unit.members(np.array([unit]))[0]])
+        texts = texts[self.forced[texts] == _FREE]
+        if not len(texts):
+            return set()
+        pairs, starts = self._pairs_of_text.members(texts)
+        now = np.minimum.reduceat(self.unit_sides[self._pair_units[pairs]], starts)
+        documents, starts = self._documents_of_text.members(texts)
+        counts = np.diff(np.append(starts, len(documents)))
+        where, sizes = self.table.domains[documents], self.table.sizes[documents]
+        domains = np.unique(where)
+        kept = self.bytes[domains]
+        np.subtract.at(self.bytes, (where, np.repeat(self.text_sides[texts], counts)), sizes)
+        np.add.at(self.bytes, (where, np.repeat(now, counts)), sizes)
+        lost = (kept > 0) & (self.bytes[domains] == 0)
+        lost[:, TEST] &= side != VAL
+        if lost[domains != may_empty].any():
+            self.bytes[domains] = kept
+            self.unit_sides[unit] = before
+            return None
+        self.text_sides[texts] = now
+        return set(domains.tolist())
+
+
+def _dealt(hashes: Keys, rule: SplitRule) -> Sides:
+    """The side of each hash by the rule alone."""
+    sides = np.full(len(hashes), TRAIN, np.int8)
+    if rule.test_split:
+        sides[hashes >= np.uint64(2**64 - math.ceil(rule.test_split * 2.0**64))] = TEST
+    sides[hashes < np.uint64(min(math.ceil(rule.val_split * 2.0**64), 2**64 - 1))] = VAL
+    return sides
+
+
+class _Index:
+    """Places at which each of the numbers 0, 1, ... stands in an array."""
+
+    def __init__(self, numbers: Int64) -> None:
+        self._order = np.argsort(numbers, kind="stable")
+        counts = np.bincount(numbers)
+        self._counts, self._starts = counts, np.cumsum(counts) - counts
+
+    def members(self, numbers: Int64) -> tuple[Int64, Int64]:
+        """The places of these numbers, one number after the other, and where each number's begin."""
+        counts = self._counts[numbers]
+        starts = np.cumsum(counts) - counts
+        steps = np.arange(counts.sum()) - np.repeat(starts - self._starts[numbers], counts)
+        return self._order[steps], starts
