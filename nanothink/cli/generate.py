@@ -154,6 +154,10 @@ def generate(
         render.note(line)
     if "ddim_steps" in sampling and loaded.kind != "diffuser":  # before the prompt is shown
         raise UsageError(f"{path} holds a {loaded.kind}; only a diffuser can denoise.")
+    if not denoise:
+        for text in prompts:
+            if loss := loaded.tokenizer.loss(text):
+                render.warning(f"The tokenizer loses a part of the prompt: {loss}.")
     if denoise:
         found = loaded.denoise(
             prompts[0], levels or None, seed=seed or 0, ddim_steps=sampling.get("ddim_steps", 1)
@@ -196,12 +200,15 @@ def _say_if_nothing(texts: list[str]) -> None:
 
 def _read(prompt: str) -> str:
     """A prompt, byte for byte as it was given: the text stream of standard input would make LF of CRLF."""
+    import codecs
     import sys
 
+    from nanothink.config.text_encoding import wide_encoding
     from nanothink.errors import UsageError
 
     if prompt == "-":
-        where, given = "Standard input", sys.stdin.buffer.read()
+        # A file that an editor of Windows has saved begins with a mark that is no text.
+        where, given = "Standard input", sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8)
     else:
         where, given = "The prompt", prompt.encode("utf-8", "surrogateescape")
     try:
@@ -209,7 +216,7 @@ def _read(prompt: str) -> str:
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{where} is not UTF-8 at byte {error.start + 1}. Convert it, for example with: "
-            "iconv -f ISO-8859-1 -t UTF-8"
+            f"iconv -f {wide_encoding(given) or 'ISO-8859-1'} -t UTF-8"
         ) from None
 
 

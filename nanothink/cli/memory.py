@@ -205,6 +205,8 @@ def search(
     with render.progress() as bars:
         found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
         store = found.open(progress=bars)
+    if loss := found.tokenizer.loss(text):
+        render.warning(f"The tokenizer loses a part of the text: {loss}.")
     recalled = search_memory(found, store, text, neighbours)
     if as_json:
         render.print_json({"text": text, "recalled": [asdict(one) for one in recalled]})

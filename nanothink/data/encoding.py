@@ -1,8 +1,9 @@
-"""A tokenizer as NanoThink uses it: text to ids and back, and nothing else.
+"""A tokenizer as NanoThink uses it: text to ids and back, byte for byte, and nothing else.
 
 No truncation, padding, dropout or special tokens come between text and ids, whatever the tokenizer's file
 says, and text that spells a special token is text. Documents are ended by ``eos_id`` alone, so no document
-can fake a boundary.
+can fake a boundary. Documents are encoded by ``encode_batch``, which raises for a text that does not come
+back; only a prompt, which nothing is measured on, may lose something.
 """
 
 from __future__ import annotations
@@ -18,12 +19,30 @@ import tokenizers
 from numpy.typing import NDArray
 
 from nanothink.data.byte_level import ByteLevelEncoder, is_byte_level, rounds
+from nanothink.data.round_trip import difference, is_lossless
 from nanothink.data.tokenizer_json import check_tokenizer_json, failures_told
 from nanothink.errors import TokenizerError
 
 EOS = "<|endoftext|>"
 _MAX_EOS_CHARS = 1000
 _PROBE = "Hello world"
+
+
+class TextLostError(TokenizerError):
+    """A tokenizer does not give a text back."""
+
+    def __init__(self, tokenizer: str, loss: str, index: int, place: str = "") -> None:
+        where = f"{place}: " if place else ""
+        super().__init__(
+            f"{where}tokenizer '{tokenizer}' loses text: {loss}. Nothing could be learnt from what is lost, "
+            "or measured on it. Use a tokenizer that spells every text, such as the default, or one of your "
+            "own (nanothink tokenizer train), or leave that text out."
+        )
+        self.tokenizer, self.loss, self.index = tokenizer, loss, index
+
+    def at(self, place: str) -> TextLostError:
+        """The same, with the file and line of the text."""
+        return TextLostError(self.tokenizer, self.loss, self.index, place)
 
 
 class Tokenizer:
@@ -45,6 +64,8 @@ class Tokenizer:
     eos_id: int
     fingerprint: str
     """SHA-256, in hex, of the vocabulary, rules and EOS."""
+    lossless: bool
+    """Every text comes back by construction, so that none has to be tried."""
 
     def __init__(self, backend: tokenizers.Tokenizer, name: str, eos_token: str | None = None) -> None:
         where = f"tokenizer '{name:.100}'"
@@ -61,23 +82,51 @@ class Tokenizer:
             self.vocab_size = max(vocabulary.values()) + 1
             self.eos_id = vocabulary[eos]
             self.fingerprint = hashlib.sha256(canonical + b"\0" + eos.encode()).hexdigest()
-            byte_level = is_byte_level(orjson.loads(canonical))
-            self._words = ByteLevelEncoder(self._encode_whole) if byte_level else None
+            rules = orjson.loads(canonical)
+            self.lossless = is_lossless(rules, eos)
+            self._words = ByteLevelEncoder(self._encode_whole) if is_byte_level(rules) else None
             self._check()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text, without EOS. Raises TokenizerError for a lone surrogate."""
+        """Ids of one text, without EOS; ``loss`` says what is not in them.
+
+        Raises TokenizerError for a lone surrogate.
+        """
         with _encodable(text):
             return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Ids of each text; the same as ``encode`` gives one by one, several times faster."""
+        """Ids of each text; the same as ``encode`` gives one by one, several times faster.
+
+        Raises TextLostError for the first text that they do not give back.
+        """
         with _encodable(*texts):
             if self._words is not None:
-                return self._words(texts)
-            return [
-                np.array(ids, dtype=np.uint32) for group in rounds(texts) for ids in self._encode_whole(group)
-            ]
+                encoded = self._words(texts)
+                if not self.lossless:
+                    self._check_losses(texts, [ids.tolist() for ids in encoded], 0)
+                return encoded
+            encoded = []
+            for group in rounds(texts):
+                ids_of_group = self._encode_whole(group)
+                if not self.lossless:
+                    self._check_losses(group, ids_of_group, len(encoded))
+                encoded += [np.array(ids, dtype=np.uint32) for ids in ids_of_group]
+            return encoded
+
+    def loss(self, text: str) -> str | None:
+        """What the ids of a text do not give back, in words; None if they give all of it."""
+        if self.lossless:
+            return None
+        ids = self.encode(text)
+        return self._loss(text, ids, self.decode(ids))
+
+    def encode_exactly(self, text: str) -> list[int]:
+        """``encode``, for a text that something is measured on. Raises TextLostError."""
+        ids = self.encode(text)
+        if not self.lossless:
+            self._check_losses([text], [ids], 0)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids. Bytes that are no UTF-8 become U+FFFD; EOS is written as it is spelled."""
@@ -104,6 +153,19 @@ class Tokenizer:
 
     def _encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _check_losses(self, texts: Sequence[str], ids: Sequence[list[int]], first: int) -> None:
+        decoded = self._backend.decode_batch(list(ids), skip_special_tokens=False)
+        for index, (text, own, back) in enumerate(zip(texts, ids, decoded, strict=True), first):
+            if loss := self._loss(text, own, back):
+                raise TextLostError(self.name, loss, index)
+
+    def _loss(self, text: str, ids: list[int], back: str) -> str | None:
+        if back != text:
+            return difference(text, back)
+        if self.eos_id in ids:
+            return f"text that spells {self._eos!r} becomes the end of a document"
+        return None
 
     def _check(self) -> None:
         back = self.decode(self.encode(_PROBE))

@@ -27,8 +27,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from nanothink.data.encoding import TextLostError, Tokenizer
+from nanothink.data.lines import shown
 from nanothink.data.split import text_key
-from nanothink.data.tokenizer import Tokenizer
 from nanothink.disk import put_folder, scratch_folder, storage_error, sweep, write_whole
 from nanothink.errors import StorageError
 
@@ -39,7 +40,7 @@ in UTF-8 bytes, the hashes of its text and group (split.text_key, split.group_ke
 NAMED_PROBLEMS = 5
 """Bad lines of a file whose place and reason are kept; the others are counted."""
 
-_FORMAT = 3
+_FORMAT = 4
 _HEADER_BYTES = 256
 _CHUNK_CHARS = 1 << 20
 _CHUNK_DOCUMENTS = 1 << 14
@@ -116,11 +117,12 @@ class TokenFileWriter:
     """Tokenises documents into a folder, in chunks; ``commit`` makes it appear, leaving without drops it.
 
     Use it under the lock of the cache. Memory depends on the chunk, not on the number of documents.
-    Raises StorageError when the disk refuses.
+    ``source`` is the file that the documents stand in, for messages. Raises StorageError when the disk
+    refuses, TextLostError for a document that its tokens do not give back.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        self._folder, self._tokenizer = folder, tokenizer
+    def __init__(self, folder: Path, tokenizer: Tokenizer, source: Path) -> None:
+        self._folder, self._tokenizer, self._source = folder, tokenizer, source
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._n_tokens = 0
         self._texts: list[str] = []
@@ -159,7 +161,10 @@ class TokenFileWriter:
         if not self._texts:
             return
         eos = np.array([self._tokenizer.eos_id], dtype=self._dtype)
-        encoded = self._tokenizer.encode_batch(self._texts)
+        try:
+            encoded = self._tokenizer.encode_batch(self._texts)
+        except TextLostError as error:
+            raise error.at(f"{shown(self._source)}:{self._lines[error.index]}") from None
         rows = np.empty(len(encoded), DOCUMENT)
         rows["end"] = self._n_tokens + np.cumsum([len(ids) + 1 for ids in encoded])
         rows["n_bytes"] = [len(text.encode()) for text in self._texts]

@@ -229,8 +229,8 @@ def tokenise(
     something damaged is made again, another process is waited for.
 
     Raises BadRecordsError for lines that are no records (unless they are to be skipped), DataError for
-    a domain without any text, or with nothing to train or validate on; StorageError when the tokens cannot
-    be kept.
+    a domain without any text, or with nothing to train or validate on; TextLostError for a document that the
+    tokenizer does not give back; StorageError when the tokens cannot be kept.
     """
     builder = _Builder(corpus, tokenizer, skip_bad_records, on_progress, note or silent)
     files = builder.files()
@@ -394,7 +394,7 @@ class _Builder:
         if found is None:
             with (
                 locked(self._cache, self._note),
-                TokenFileWriter(self._folder / name, self._tokenizer) as writer,
+                TokenFileWriter(self._folder / name, self._tokenizer, paths[0]) as writer,
             ):
                 for part in parts:
                     writer.add(line, part)
@@ -432,7 +432,7 @@ class _Builder:
                     problems.append((problem.line, problem.column, problem.reason))
 
             start = self._done
-            with TokenFileWriter(folder, self._tokenizer) as writer:
+            with TokenFileWriter(folder, self._tokenizer, path) as writer:
                 for line, record in iter_records(path, on_problem=on_problem, on_bytes=self._advance):
                     if self._skip or not self._n_bad:
                         writer.add(line, record.text, group_key(record.group, record.source))

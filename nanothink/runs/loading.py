@@ -207,11 +207,12 @@ class LoadedModel:
 
         Raises:
             UsageError: not a diffuser, or a passage or level that it cannot take.
+            TextLostError: the tokenizer does not give the passage back.
         """
         model = self._diffuser()
         levels = measured_levels(model.shape.training_steps) if levels is None else levels
         n_steps = ddim_steps or model.shape.inference_steps
-        return reconstruct(model, self.tokenizer.encode(passage), levels, seed=seed, n_steps=n_steps)
+        return reconstruct(model, self.tokenizer.encode_exactly(passage), levels, seed=seed, n_steps=n_steps)
 
     def _start_by_ddim(self, n_steps: int) -> Callable[[Sequence[int]], State]:
         model = self._diffuser()

@@ -171,6 +171,9 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
             "The best loss so far was measured on other validation text, or in blocks of another length, so "
             "it counts no more: the next evaluation writes the best checkpoint anew."
         )
+    for prompt in training.sample_prompts or ():
+        if loss := tokenizer.loss(prompt):
+            watch.note(f"The tokenizer loses a part of a sample prompt: {loss}.")
     return Prepared(
         where=where,
         config=config,
