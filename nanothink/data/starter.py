@@ -125,7 +125,7 @@ class _Domain:
             if digest in self._seen:
                 continue
             record = Record(text=text, source=source, id=len(self.records))
-            size = len(orjson.dumps(record.model_dump())) + 1
+            size = len(orjson.dumps(record.model_dump(exclude_none=True))) + 1
             if self.n_bytes + size > self._limit:
                 return False
             self._seen.add(digest)
