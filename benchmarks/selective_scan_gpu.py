@@ -1,4 +1,4 @@
-"""The selective scan on a CUDA device: Triton's kernel against plain PyTorch, torch.compile and mamba_ssm.
+"""The selective scan on a CUDA device: Triton's kernel against plain PyTorch and torch.compile.
 
 Every side is first compared with the sequential reference in float64, outputs and gradients, and then
 measured in turns, forward alone and forward with backward: the median of several rounds. A ratio is the
@@ -7,7 +7,7 @@ time of a side over that of Triton's kernel on the same line, so above 1 is slow
 torch.compile unrolls the loop over time, one operation a step, and is measured up to --compiled-steps only.
 
     python benchmarks/selective_scan_gpu.py
-    python benchmarks/selective_scan_gpu.py --rounds 50 --sides triton mamba_ssm
+    python benchmarks/selective_scan_gpu.py --rounds 50 --sides triton plain
 
 Needs CUDA, and exits with 2 where there is none. ``--device cpu`` runs the kernel in Triton's interpreter,
 which shows that all of this works and says nothing about speed.
@@ -31,7 +31,7 @@ from nanothink.models.selective_scan import Scan, implementation, plain, referen
 SIZES = ((32, 512, 768, 16), (8, 2048, 1536, 16), (1, 16384, 1536, 16))  # batch, T, D, N
 CHECKED = (2, 150, 40, 16)
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative error; bfloat16 has 8 bits
-SIDES = ("triton", "compile", "plain", "mamba_ssm")
+SIDES = ("triton", "compile", "plain")
 WAYS = {"forward": False, "forward + backward": True}
 
 
@@ -43,10 +43,10 @@ def sides(names: list[str]) -> dict[str, Scan]:
             found[name] = torch.compile(plain.scan)
         elif name == "plain":
             found[name] = plain.scan
-        elif why_not := unavailable("triton" if name == "triton" else "mamba_ssm", "cuda"):
+        elif why_not := unavailable("triton", "cuda"):
             print(f"{name} is left out: {why_not}", file=sys.stderr)
         else:
-            found[name] = implementation("triton" if name == "triton" else "mamba_ssm")
+            found[name] = implementation("triton")
     return found
 
 

@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--figure", type=Path, default=Path("docs/figures/state_space_length.svg"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    every = ("mambapy", "transformers", "transformers+mambapy", "plain", "compiled", "triton", "mamba_ssm")
+    every = ("mambapy", "transformers", "transformers+mambapy", "plain", "compiled", "triton")
     parser.add_argument("--sides", nargs="+", choices=every, default=None)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--time-only", type=int, default=0, help=argparse.SUPPRESS)

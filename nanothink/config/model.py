@@ -54,7 +54,7 @@ class StateSpaceConfig(Settings):
     tie_embeddings: bool = False
     """Share one matrix between token embeddings and LM head."""
 
-    scan: Literal["auto", "plain", "compiled", "triton", "mamba_ssm"] = "auto"
+    scan: Literal["auto", "plain", "compiled", "triton"] = "auto"
     """How the selective scan is computed; 'auto' takes the fastest that this machine has."""
 
 

@@ -111,7 +111,7 @@ def test_a_scan_that_is_gone_ends_the_resume_but_not_the_model(ground: Ground, t
 
     refused = subprocess.run(more, capture_output=True, text=True, check=False, env=bare)
     assert refused.returncode == 2
-    assert "scan=compiled cannot be had here: no C++ compiler found" in refused.stderr
+    assert "scan=compiled is not available here: no C++ compiler found" in refused.stderr
     assert "--set state_space.scan=auto" in refused.stderr
     used = [*nanothink, "generate", "The", "-n", "3", "--checkpoint", best]
     assert subprocess.run(used, capture_output=True, check=False, env=bare).returncode == 0

@@ -14,7 +14,7 @@ SMALL = [
     *("--set", "train_expert.batch_size=2", "--set", "train_expert.eval_max_tokens=64"),
     *("--set", "train_expert.sample_tokens=2", "--max-steps", "1"),
 ]
-BLOCKED = ("faiss", "pyarrow", "datasets", "triton", "mamba_ssm", "matplotlib")
+BLOCKED = ("faiss", "pyarrow", "datasets", "triton", "matplotlib")
 
 
 @pytest.fixture

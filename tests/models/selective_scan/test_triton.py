@@ -13,7 +13,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,7 @@ import torch
 from torch import Tensor
 
 from nanothink.models import selective_scan
-from nanothink.models.selective_scan import (
-    ScanChoice,
-    choose_on_cuda,
-    choose_scan,
-    mamba_ssm,
-    plain,
-    reference,
-)
+from nanothink.models.selective_scan import ScanChoice, choose_scan, plain, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("u", "delta", "A", "B", "C", "D", "state")
@@ -333,137 +325,27 @@ def test_only_a_run_that_trains_keeps_states(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # ---------------------------------------------------------------------------------------------------
-# mamba_ssm
-
-
-def kernel_of_mamba(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, return_last_state: bool
-) -> tuple[Tensor, Tensor]:
-    """What mamba_ssm's function computes, by its own layout: u (batch, D, T), B (batch, N, T)."""
-    assert return_last_state
-    assert u.dtype == delta.dtype == B.dtype == C.dtype
-    assert A.dtype == D.dtype == torch.float32
-    h = torch.zeros(u.shape[0], *A.shape)  # (batch, D, N)
-    ys = []
-    for t in range(u.shape[2]):
-        x = delta[:, :, t, None] * u[:, :, t, None] * B[:, None, :, t]
-        h = torch.exp(delta[:, :, t, None] * A) * h + x
-        ys.append((h * C[:, None, :, t]).sum(2) + D * u[:, :, t])
-    return torch.stack(ys, 2).to(u.dtype), h
-
-
-def test_mamba_ssm_gives_what_the_reference_gives() -> None:
-    *tensors, state = inputs(2, 5, 4, 3)
-
-    def scan(*six: Tensor) -> tuple[Tensor, Tensor]:
-        return mamba_ssm.scan_with(kernel_of_mamba, *six[:6])
-
-    got = results(scan, [*tensors, state], through_last=False)  # type: ignore[arg-type]
-    zero = torch.zeros_like(state)
-    expected = results(reference.scan, doubled([*tensors, zero]), through_last=False)
-    expected["state"].zero_()
-    assert_equal(got, expected)
-
-
-def test_mamba_ssm_widens_mixed_types_and_returns_that_of_u() -> None:
-    u, delta, A, B, C, D, _ = inputs(2, 5, 4, 3)
-    y, last = mamba_ssm.scan_with(kernel_of_mamba, u.bfloat16(), delta, A.double(), B.bfloat16(), C, D)
-    expected, expected_last = reference.scan(*doubled([u.bfloat16(), delta, A, B.bfloat16(), C, D]))
-    assert (y.dtype, last.dtype) == (torch.bfloat16, torch.float32)
-    assert error(y, expected) < torch.finfo(torch.bfloat16).eps
-    assert error(last, expected_last) < TOLERANCE
-
-
-def test_mamba_ssm_refuses_a_gradient_of_the_last_state() -> None:
-    tensors = [z.requires_grad_() for z in inputs(1, 2, 2, 2)[:6]]
-    _, last = mamba_ssm.scan_with(kernel_of_mamba, *tensors)
-    with pytest.raises(RuntimeError, match=r"no gradient of the last state.*scan=triton"):
-        last.sum().backward()
-
-
-def test_with_a_state_mamba_ssm_leaves_the_work_to_another_scan() -> None:
-    tensors = inputs(1, 3, 2, 2)
-    got, expected = results(mamba_ssm.scan, tensors), results(plain.scan, tensors)
-    assert all(torch.equal(got[name], expected[name]) for name in got)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is not None, reason="mamba_ssm is installed")
-def test_without_mamba_ssm_it_says_so() -> None:
-    assert mamba_ssm.unavailable() == "the package mamba_ssm is not installed"
-    with pytest.raises(RuntimeError, match="mamba_ssm is not installed"):
-        mamba_ssm.scan(*inputs(1, 2, 2, 2)[:6])
-
-
-# ---------------------------------------------------------------------------------------------------
 # The rule
-
-MISSING = "the package is not installed"
-
-
-def times(triton: float, mamba: float) -> Callable[[], dict[Any, float]]:
-    return lambda: {"triton": triton, "mamba_ssm": mamba}
-
-
-def never() -> dict[Any, float]:
-    raise AssertionError("there is nothing to compare")
-
-
-@pytest.mark.parametrize(
-    ("no_triton", "no_mamba", "race", "name", "reason"),
-    [
-        ("", MISSING, never, "triton", "the fastest on cuda"),
-        (MISSING, MISSING, never, "plain", f"no triton scan: {MISSING}"),
-        (MISSING, "", never, "mamba_ssm", f"no triton scan: {MISSING}"),
-        ("", "", times(0.002, 0.001), "mamba_ssm", "triton 2.00 ms, mamba_ssm 1.00 ms"),
-        ("", "", times(0.001, 0.002), "triton", "triton 1.00 ms, mamba_ssm 2.00 ms"),
-        ("", "", times(0.001, 0.00096), "triton", "triton 1.00 ms, mamba_ssm 0.96 ms"),
-    ],
-)
-def test_the_rule_on_cuda(no_triton: str, no_mamba: str, race: Any, name: str, reason: str) -> None:
-    choice = choose_on_cuda({"triton": no_triton, "mamba_ssm": no_mamba}, race)
-    assert choice.name == name
-    assert reason in choice.reason
-    measured = race is not never
-    assert ("not be equal to the bit" in choice.reason) == (measured and name == "mamba_ssm")
-
-
-def test_a_mamba_ssm_that_does_not_run_is_not_chosen() -> None:
-    def race() -> dict[Any, float]:
-        raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
-
-    assert choose_on_cuda({"triton": "", "mamba_ssm": ""}, race) == ScanChoice(
-        "triton", "mamba_ssm does not run here: CUDA error: no kernel image is available"
-    )
-
-
-def test_the_stopwatch_takes_the_best_of_turns_and_waits_for_the_device() -> None:
-    now, log = 0.0, []
-    costs = {"triton": iter([9.0, 3.0, 1.0, 2.0]), "mamba_ssm": iter([9.0, 2.0, 4.0, 3.0])}
-
-    def call(name: str) -> Callable[[], None]:
-        def run() -> None:
-            nonlocal now
-            now += next(costs[name])
-            log.append(name)
-
-        return run
-
-    best = mamba_ssm.best_seconds(
-        {name: call(name) for name in costs}, lambda: log.append("wait"), clock=lambda: now, rounds=3
-    )
-    assert best == {"triton": 1.0, "mamba_ssm": 2.0}  # the first call of each compiles and does not count
-    turns = ["wait", "triton", "wait", "wait", "mamba_ssm", "wait"]
-    assert log == ["triton", "mamba_ssm", *3 * turns]
 
 
 @needs_triton
-@pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is not None, reason="mamba_ssm is installed")
-def test_on_cuda_without_mamba_ssm_it_is_triton() -> None:
+def test_on_cuda_it_is_triton() -> None:
     assert choose_scan("cuda") == ScanChoice("triton", "the fastest on cuda")
 
 
-def test_on_a_cpu_neither_is_offered() -> None:
+def test_without_triton_cuda_gets_the_plain_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    choose_scan.cache_clear()
+    try:
+        choice = ScanChoice("plain", "no triton scan: the package triton is not installed")
+        assert choose_scan("cuda") == choice
+        with pytest.raises(selective_scan.UsageError, match="not available here: the package triton"):
+            choose_scan("cuda", "triton")
+    finally:
+        choose_scan.cache_clear()
+
+
+def test_triton_is_refused_on_a_cpu() -> None:
     assert choose_scan("cpu").name in {"compiled", "plain"}
-    for name in ("triton", "mamba_ssm"):
-        with pytest.raises(selective_scan.UsageError, match="it is for CUDA, and this runs on cpu"):
-            choose_scan("cpu", name)
+    with pytest.raises(selective_scan.UsageError, match="it is for CUDA, and this runs on cpu"):
+        choose_scan("cpu", "triton")
