@@ -32,12 +32,12 @@ _BATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A passage whose every token was hidden in noise and found again, given the tokens before it."""
+    """A passage whose tokens were each noised and predicted again, given the tokens before them."""
 
     level: int
-    """0 to N; what was left of each target is √ᾱ of it."""
+    """0 to N; each target was scaled by √ᾱ of that level."""
     tokens: list[int]
-    """The likeliest token at each position, but for the first, which nothing comes before."""
+    """The likeliest token at each position but the first, which has no context."""
     right: float
     """Share of the tokens that are those of the passage."""
 
@@ -60,7 +60,7 @@ def denoising_errors(
 ) -> dict[int, float]:
     """Mean squared error of the guess at the clean target, by noise level, in one evaluation each.
 
-    The clean targets have variance 1 or so, so a model that knows nothing has an error of 1. Each level sees
+    The clean targets have a variance of about 1, so predicting their mean has an error of 1. Each level gets
     the same noise in every call, and no earlier guess.
 
     Args:
@@ -68,8 +68,8 @@ def denoising_errors(
         length: tokens a block.
         transformer: needed where the targets are its hidden states.
         n_tokens: about how many tokens to measure on, in all; whole documents.
-        should_stop: asked before each batch; EvaluationStopped is raised when it says so.
-        on_progress: hears of (levels of batches done, of so many in all).
+        should_stop: called before each batch; EvaluationStopped is raised when it returns True.
+        on_progress: called with (levels of batches done, all of them).
     """
     levels = measured_levels(model.shape.training_steps)
     sums, n_values, n_done = dict.fromkeys(levels, 0.0), 0, 0
@@ -110,10 +110,10 @@ def reconstruct(
     seed: int = 0,
     n_steps: int = 1,
 ) -> list[Reconstruction]:
-    """Hide every token of a passage behind noise, level by level, and let the model find it again.
+    """Add noise to the target of every token of a passage, level by level, and predict the tokens from it.
 
-    Each position is denoised given the true tokens before it; at level N nothing is left of the target, and
-    what comes back is a next-token prediction.
+    Each position is denoised given the true tokens before it. At level N nothing is left of the target, so
+    the result is a next-token prediction.
 
     Args:
         passage: token ids, 2 to context_length + 1 of them.

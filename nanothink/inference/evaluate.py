@@ -1,11 +1,11 @@
 """Loss, perplexity and bits per byte of a model on held-out text, by domain.
 
-Bits per byte divides by what was written, not by how it was cut up: total nats / ln 2 / UTF-8 bytes of
-the scored documents. The end-of-text token of each document is predicted too and its nats count,
-while it adds no byte. So the figure does not depend on the tokenizer and can be compared across them.
+Bits per byte are per byte of text, not per token: total nats / ln 2 / UTF-8 bytes of the scored documents.
+The end-of-text token of each document is predicted too, and its nats count although it adds no byte. So the
+figure can be compared across tokenizers.
 
-Its standard error says how far another sample of as many groups of documents would put it, and that of a
-difference whether one model is better than another or was luckier with these documents.
+Its standard error is the spread over samples of as many groups of documents. That of a difference tells a
+better model from one that was lucky with these documents.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nanothink.models.precision import Precision
 
 @dataclass(frozen=True)
 class Score:
-    """What a model needs to write down some text."""
+    """Code length of some text under a model, with its tokens and bytes."""
 
     nats: float
     tokens: int
@@ -59,7 +59,7 @@ class DocumentScores:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two models on the same documents."""
+    """Difference of two models on the same documents."""
 
     bits_per_byte: float
     standard_error: float | None
@@ -68,10 +68,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Routing:
-    """How far each expert of a combined model was trusted over some text."""
+    """Weights of the experts of a combined model, summed over some text."""
 
     totals: Mapping[str, float]
-    """By expert, and "memory" where there is one: its weights, summed over the tokens."""
+    """Sum of the weights over the tokens, by expert, and "memory" where a vector store is attached."""
     entropy_total: float
     tokens: int
 
@@ -96,15 +96,15 @@ class Evaluation:
     denoising: Mapping[int, float] = field(default_factory=dict)
     """Mean squared error by noise level, of a model that denoises; see inference/denoising.py."""
     routing: Mapping[str, Routing] = field(default_factory=dict)
-    """By domain, of a model that combines experts."""
+    """Routing by domain, of a model that combines experts."""
     documents: Mapping[str, DocumentScores] = field(default_factory=dict, compare=False)
-    """By domain; empty where several processes shared the text out."""
+    """Documents by domain; empty where several processes each scored a share."""
 
     def added(self, total: Callable[[Sequence[float]], Sequence[float]]) -> Evaluation:
-        """The whole, of one's own share.
+        """The evaluation of the whole text, from this process's share.
 
         Args:
-            total: adds numbers over all who have a share; each gives as many.
+            total: adds equally long lists of numbers over all processes.
         """
         parts = [score.nats for score in self.domains.values()]
         for own in self.routing.values():
@@ -119,14 +119,14 @@ class Evaluation:
 
     @property
     def overall(self) -> Score:
-        """All domains together, each with the weight of its size."""
+        """All domains together, weighted by size."""
         scores = self.domains.values()
         return Score(
             sum(s.nats for s in scores), sum(s.tokens for s in scores), sum(s.n_bytes for s in scores)
         )
 
     def standard_error(self, domain: str | None = None) -> float | None:
-        """Of the bits per byte of a domain, or overall.
+        """Standard error of the bits per byte of a domain, or overall.
 
         None where a domain has less than two groups of documents, or where the scores of documents are
         unknown.
@@ -134,9 +134,9 @@ class Evaluation:
         return _standard_error([of for name, of in self.documents.items() if domain in (None, name)])
 
     def less(self, other: Evaluation) -> Difference | None:
-        """Bits per byte overall less another model's; None where the two did not read the same documents.
+        """Bits per byte overall minus another model's; None if the two did not score the same documents.
 
-        The standard error is that of pairs: what makes a document hard for both cancels.
+        The standard error is that of paired differences: the difficulty of a document for both cancels.
         """
         if not self.documents or self.documents.keys() != other.documents.keys():
             return None
@@ -148,7 +148,7 @@ class Evaluation:
 
 
 def _standard_error(strata: Sequence[DocumentScores]) -> float | None:
-    """Of total nats / ln 2 / total bytes, over groups of documents drawn at random within each stratum.
+    """Standard error of total nats / ln 2 / total bytes, for groups of documents drawn within each stratum.
 
     The combined ratio estimate of a stratified sample (Cochran 1977, Sampling Techniques, section 6.11) of
     clusters, for a population of which the sample is a small part. Groups that need more nats than others for
@@ -188,8 +188,8 @@ def evaluate_model(
     Args:
         max_tokens: a random sample of whole documents of at most this many tokens in each domain.
         on_progress: called with (tokens scored, tokens in all).
-        should_stop: asked before each batch.
-        share: (number, of how many): one's own part of the batches; ``Evaluation.added`` adds all parts.
+        should_stop: called before each batch.
+        share: (index, number of shares): the batches scored here; ``Evaluation.added`` adds all shares.
 
     Deterministic: a fixed sample, a fixed order, sums in float64. Leaves the model's training flag as it was.
     """
@@ -210,7 +210,7 @@ def evaluate_model(
                 nats = np.zeros(len(ends))
                 first = 0  # of a batch's targets, in the stream
                 if isinstance(model, NanoThink):
-                    routing[name] = Routing(dict.fromkeys(model.speakers, 0.0), 0.0, 0)
+                    routing[name] = Routing(dict.fromkeys(model.components, 0.0), 0.0, 0)
                 for inputs, targets in validation_batches(stream, length, batch_size):
                     if should_stop is not None and should_stop():
                         raise EvaluationStopped
@@ -240,7 +240,7 @@ def evaluate_model(
 
 
 def _routing_over(weights: torch.Tensor, model: NanoThink) -> Routing:
-    """Of (N, E) weights, or (N, E + 1) with a memory."""
+    """Routing of (N, E) weights, or (N, E + 1) with a vector store."""
     totals = weights.sum(0).tolist()
     entropy = float(routing_entropy(model.router_weights(weights)).sum())
-    return Routing(dict(zip(model.speakers, totals, strict=True)), entropy, len(weights))
+    return Routing(dict(zip(model.components, totals, strict=True)), entropy, len(weights))

@@ -1,11 +1,11 @@
 """Continue prompts with any model of the contract, one or many at once, as a stream.
 
-The rows of a batch advance in step. Tokens that all prompts have are read in one parallel pass; after
-that a row whose prompt is not used up takes its own next prompt token where another takes a drawn
-one. That needs neither padding nor masks, so it works for a recurrent state as for a cache.
+The rows of a batch advance together. Positions that all prompts have are read in one parallel pass; after
+that, a row with prompt tokens left takes the next of them where another row takes a sampled token. That
+needs neither padding nor masks, so it works for recurrent states and for caches.
 
-Past the model's context the state is started anew from the last half of a context. Where that happens
-is a function of the number of tokens read alone, so a long prompt is treated the same whether it was
+Past the model's context a new state is started from the last half of a context. The position where that
+happens is a function of the number of tokens read alone, so a long prompt is treated the same whether it was
 read at once or token by token, alone or in a batch.
 """
 
@@ -24,7 +24,7 @@ from nanothink.models.contract import LanguageModel, State
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_PENDING = 16
-"""Tokens held back before a place to cut them is looked for; an unfinished character has three bytes."""
+"""Tokens held back before they are searched for a place to cut; an unfinished character has three bytes."""
 
 
 class Decoder(Protocol):
@@ -45,13 +45,13 @@ def generate(
     """Continue each prompt.
 
     Args:
-        model: any model; it is put in evaluation mode meanwhile and left as it was. Autocast is the caller's.
+        model: any model; in evaluation mode during the call, left as it was. The caller sets autocast.
         prompts: token ids; an empty prompt stands for the beginning of a document, ``[eos_id]``.
         config: see its fields. Row i draws from a generator seeded with seed + i.
         eos_id: ends a document.
         on_token: called with (row, token) for each new token as soon as it is drawn.
-        start: makes a decoding state, given the seed of each of its rows, for models that can decode in more
-            ways than one; ``model.start`` when left out.
+        start: makes a decoding state from the seed of each of its rows, for models with several ways to
+            decode; the default is ``model.start``.
 
     Returns:
         The new tokens of each prompt, without the prompt and without EOS.
@@ -112,10 +112,10 @@ def generate(
 
 
 def window_start(n_read: int, context_length: int | None) -> int:
-    """First token that the state holds when ``n_read`` tokens have been read.
+    """First token in the decoding state when ``n_read`` tokens have been read.
 
-    0 while everything fits. A token that no longer does starts a new state, in which it is the last of
-    ``context_length // 2`` tokens; that one is used until it is full in turn, and so on.
+    0 while everything fits. The first token that does not fit starts a new state, in which it is the last of
+    ``context_length // 2`` tokens; that state is used until it is full, and so on.
     """
     if context_length is None or n_read <= context_length:
         return 0
@@ -126,7 +126,7 @@ def window_start(n_read: int, context_length: int | None) -> int:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is as it was, frozen parts included."""
+    """Set evaluation mode in the block; afterwards every module is as it was, frozen parts included."""
     were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -137,11 +137,11 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 class StreamDecoder:
-    """Token by token to text, never showing half a character.
+    """Decode tokens one by one to text, without showing unfinished characters.
 
-    A token may end inside a UTF-8 character. What could still change is held back until it can't, at most
-    ``_MAX_PENDING`` tokens of it: bytes that never become a character must not make every token decode all
-    those before it.
+    A token may end inside a UTF-8 character. Text that could still change is held back, at most
+    ``_MAX_PENDING`` tokens of it: otherwise bytes that never become a character would make each token decode
+    all those before it.
 
     Args:
         tokenizer: anything that decodes a list of token ids.
@@ -155,7 +155,7 @@ class StreamDecoder:
         self._shown = 0  # characters of decode(context + pending) given out
 
     def push(self, token: int) -> str:
-        """The text that became final with this token; often one token's, sometimes none or more."""
+        """Text that became final with this token: often that of one token, sometimes none or more."""
         self._pending.append(token)
         text = self._tokenizer.decode(self._context + self._pending)
         final = max(self._shown, len(text.rstrip(_REPLACEMENT)))
@@ -173,21 +173,21 @@ class StreamDecoder:
         return new
 
     def _place_to_cut(self, text: str) -> tuple[int, int]:
-        """The most pending tokens that what follows can't change, and where their text ends; (0, 0) if none.
+        """Number of pending tokens that later ones cannot change, and the end of their text; (0, 0) if none.
 
-        Where tokens before and after a place decode to the same apart and together, no character reaches
-        over it: a first byte and one that continues it give one replacement together, and two apart.
+        If the tokens before and after a place decode to the same apart and together, no character spans it: a
+        first byte and one that continues it give one replacement character together, and two apart.
         """
         for n_tokens in range(len(self._pending) - 1, 0, -1):
             before = self._tokenizer.decode(self._context + self._pending[:n_tokens])
             after = self._tokenizer.decode(self._pending[n_tokens:])
             if after and before + after == text:
                 return n_tokens, len(before)
-        # A decoder of another kind, which may change what it has given out as long as it likes.
+        # Another kind of decoder, which may change earlier text at any time.
         return (len(self._pending), len(text)) if len(self._pending) >= 4 * _MAX_PENDING else (0, 0)
 
     def flush(self) -> str:
-        """What is left at the end of the text: unfinished bytes, as replacement characters."""
+        """The rest at the end of the text: unfinished bytes, as replacement characters."""
         text = self._tokenizer.decode(self._context + self._pending)[self._shown :]
         self._context, self._pending, self._shown = [], [], 0
         return text

@@ -22,7 +22,7 @@ from nanothink.errors import NanoThinkError, UsageError
 
 
 class SamplingConfig(Settings):
-    """How text is drawn from a model."""
+    """Settings of sampling from a model."""
 
     temperature: float = Field(0.8, ge=0, le=100)
     """Logits are divided by this: below 1 sharper, above 1 flatter, 0 always the likeliest token."""
@@ -38,7 +38,7 @@ class SamplingConfig(Settings):
     """Above 1, tokens seen lately become less likely (Keskar et al. 2019, section 4.1); 1 changes nothing."""
 
     repetition_window: int = Field(64, ge=1)
-    """How many of the last tokens, prompt included, count as seen lately."""
+    """Number of last tokens, prompt included, that count as seen lately."""
 
     max_new_tokens: int = Field(128, ge=1)
     """Stop after this many tokens."""

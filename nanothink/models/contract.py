@@ -1,7 +1,7 @@
-"""What every language model here can do. Trainer, evaluation, sampling and NanoThink know only this.
+"""The interface of every language model. Trainer, evaluation, sampling and NanoThink use nothing else.
 
-Two promises come with it, and tests hold each model to them: *causality* (tokens after t change nothing
-at or before t) and *one model, two ways* (``step`` gives the logits that the parallel forward gives).
+Two promises come with it, and each model is tested for them: *causality* (tokens after t change nothing at
+or before t) and *equal decoding* (``step`` gives the logits that the parallel forward pass gives).
 
 Shapes: B batch, T time, D model width, V vocabulary.
 """
@@ -23,7 +23,7 @@ __all__ = ["IGNORE", "LanguageModel", "State"]
 
 
 class State:
-    """What a model remembers of the tokens it has read. Opaque: ``start`` makes it, ``step`` uses it."""
+    """Decoding state of a model after the tokens read so far. Opaque: made by ``start``, used by ``step``."""
 
 
 class LanguageModel(nn.Module, ABC):
@@ -60,12 +60,12 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
-        """Read (B, T) more tokens, T >= 1: what ``hidden`` gives for them, (B, T, D) float32.
+        """Read (B, T) more tokens, T >= 1, and return their states as ``hidden`` does, (B, T, D) float32.
 
-        Advances ``state`` in place. However a sequence is cut up, the states are the same. No gradients.
+        Advances ``state`` in place. The result does not depend on how a sequence is cut. No gradients.
 
         Args:
-            last_only: give the last token's alone, (B, 1, D), which can be cheaper.
+            last_only: return the last token's state alone, (B, 1, D), which can be cheaper.
 
         Raises:
             UsageError: the state would hold more than ``context_length`` tokens.
@@ -105,7 +105,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
-        """About what a training step keeps for its backward pass, in bytes.
+        """Estimate of what a training step keeps for its backward pass, in bytes.
 
         Args:
             value_bytes: size of a value in the type that matrix products run in, 4 or 2.
@@ -113,10 +113,10 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def reading_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
-        """About the most that ``hidden`` holds at a time where no gradients are wanted, in bytes."""
+        """Estimate of the most that ``hidden`` holds at a time without gradients, in bytes."""
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters by the role they play for the optimizer, each exactly once, with names.
+        """Trainable parameters with their names, by their role for the optimizer, each exactly once.
 
         "embeddings": tables looked up by token. "head": the LM head; where it is the embedding table
         itself, the table counts as embeddings. "matrices": weights of linear layers. "other": the rest.

@@ -5,8 +5,8 @@ RMS-normalised and standardised; its row in the embedding table, or the hidden s
 causal *context encoder*, transformer blocks over the tokens up to i, gives z; a *denoiser*, feed-forward
 blocks with adaptive normalisation (Peebles & Xie 2023, section 3.2; per position and conditioned on z as
 in MAR, Li et al. 2024, section 3.3), predicts y from x_t, z and the noise level t, with self-conditioning
-as a setting (after Chen et al. 2023). No position ever sees a target of another, noised or clean, so the
-model is causal by construction.
+as a setting (after Chen et al. 2023). No position sees the target of another, noised or clean, so the model
+is causal by construction.
 
 As a language model its distribution is that of its LM head on the denoiser's last state, from the null
 noise x_N = 0 at the last level, in one evaluation: exact, and what loss, perplexity and generation use.
@@ -56,31 +56,32 @@ from nanothink.models.transformer import Decoder, Transformer, block_reading_byt
 _LEVEL_FEATURES = (
     32  # cosines of the noise level: smooth over 100 levels, fine enough to tell neighbours apart
 )
-_SMALLEST_SCALE = 1e-3  # a feature that hardly varies is not blown up
+_SMALLEST_SCALE = 1e-3  # features that hardly vary are not amplified
 
 
 @dataclass(frozen=True)
 class Ddim:
-    """How text is sampled by DDIM: evaluations a token, and a seed for each sequence."""
+    """Settings of DDIM sampling: evaluations per token, and a seed for each sequence."""
 
     n_steps: int
     seeds: Sequence[int]
 
 
 class DiffuserState(KeyValueCache):
-    """The encoder's keys and values, and how the next token is denoised: None, by the null noise."""
+    """The encoder's keys and values, and the settings of DDIM."""
 
     ddim: Ddim | None = None
+    """None: the next token is predicted from the null noise."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What the denoiser knows of the context, computed once for all evaluations at its positions."""
+    """The context as the denoiser reads it, computed once for all evaluations at its positions."""
 
     stream: Tensor
-    """(..., D): where the denoiser's stream begins."""
+    """(..., D): the initial value of the denoiser's stream."""
     modulation: Tensor
-    """(..., layers * M): shift, scale and gate of each block, short of the level's term."""
+    """(..., layers * M): shift, scale and gate of each block, without the term of the noise level."""
 
 
 class Denoiser(nn.Module):
@@ -93,7 +94,7 @@ class Denoiser(nn.Module):
         n_layers: blocks.
         inner: inner width of a block.
         n_levels: N.
-        guided: whether it takes an earlier guess.
+        guided: True if it reads an earlier guess (self-conditioning).
     """
 
     level_features: Tensor
@@ -132,7 +133,7 @@ class Denoiser(nn.Module):
             guess: an earlier guess at the clean target, (..., D); None stands for zeros.
 
         Returns:
-            What is predicted, and the last normalised state, (..., D) float32 each.
+            The prediction, and the last normalised state, (..., D) float32 each.
         """
         x = condition.stream.float()
         dtype = product_dtype(x)
@@ -154,7 +155,7 @@ class Denoiser(nn.Module):
 class Diffuser(LanguageModel):
     """See the head of this file.
 
-    A fresh one has no targets yet: ``adopt`` takes them from a transformer, a checkpoint brings them along.
+    A new one has no targets yet: ``adopt`` takes them from a transformer, and checkpoints contain them.
 
     Args:
         vocab_size: V.
@@ -252,10 +253,10 @@ class Diffuser(LanguageModel):
         return (transformer.hidden(known) - self.target_mean) / self.target_scale
 
     # -----------------------------------------------------------------------------------------------
-    # The denoiser on what the encoder has read
+    # The denoiser, given the encoder's states
 
     def condition(self, states: Tensor) -> Condition:
-        """What the denoiser knows of (..., D) states of the encoder."""
+        """Condition of the denoiser on (..., D) states of the encoder."""
         with products(states.device.type):
             return self.denoiser.condition(states.to(product_dtype(states)))
 
@@ -282,10 +283,10 @@ class Diffuser(LanguageModel):
     def denoise_by_ddim(
         self, condition: Condition, noisy: Tensor, level: int, n_steps: int
     ) -> tuple[Tensor, Tensor]:
-        """From x at ``level`` to level 0 in at most ``n_steps`` evaluations.
+        """Denoise x from ``level`` to level 0 in at most ``n_steps`` evaluations.
 
-        With self-conditioning all but the first see the guess from pure noise, as in training; a later guess
-        in its place took away more tokens with every step (docs/log.md).
+        With self-conditioning all but the first see the guess from pure noise, as in training. With a later
+        guess in its place, fewer tokens were right at every further step (docs/log.md).
 
         Returns:
             The last guess at the clean target, and the state of that evaluation, (..., D) float32 each.
@@ -346,9 +347,9 @@ class Diffuser(LanguageModel):
 
         Args:
             inputs: (B, T) tokens.
-            targets: (B, T) the tokens that follow.
-            clean: (B, T, D) their clean targets.
-            draws: what chance has decided for these blocks.
+            targets: (B, T), the next tokens.
+            clean: (B, T, D), their clean targets.
+            draws: the random choices for these blocks.
             scale: such as 1 / number of targets for means.
 
         Returns:
@@ -405,7 +406,7 @@ class Diffuser(LanguageModel):
     def _noised_error(
         self, guess: Tensor, clean: Tensor, levels: Tensor, valid: Tensor, scale: float
     ) -> Tensor:
-        """``_squared_error`` of what the network predicts: the velocity's is the guess's over 1 − ᾱ."""
+        """``_squared_error`` of the prediction. A velocity's error is that of the guess divided by 1 − ᾱ."""
         weight: Tensor | float = scale
         if self.shape.prediction == "velocity":
             weight = scale / (1 - self.alpha_bars[levels])  # (B, T)
@@ -413,7 +414,7 @@ class Diffuser(LanguageModel):
 
     def _cross_entropy(self, states: Tensor, targets: Tensor, scale: float) -> Tensor:
         if not self.shape.cross_entropy_weight:
-            states = states.detach()  # the head alone learns by it
+            states = states.detach()  # only the head is trained by it
         return linear_cross_entropy(states.flatten(0, 1), self.head_weight, targets.flatten(), scale=scale)
 
     def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:

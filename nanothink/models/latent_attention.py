@@ -1,10 +1,10 @@
 """Multi-head latent attention, MLA (DeepSeek-V2, 2024, section 2.1).
 
-Keys and values of all heads come from one latent a token, and only the latent is cached. A rotation would
-stand between the latent and the queries, so position has a part of its own: rotary queries, and one
-rotary key that all heads share (section 2.1.3). While decoding, the matrices that would make keys and
-values of the latents are applied to queries and results instead, so that no key or value is ever made
-again (section 2.1.2, "absorbed").
+Keys and values of all heads are computed from one latent per token, and only the latent is cached. A
+rotation of the keys would prevent that, so position is encoded apart: in rotary queries and one rotary key
+that all heads share (section 2.1.3). While decoding, the matrices that expand latents to keys and values
+are applied to queries and results instead, so that no key or value is computed again (section 2.1.2,
+"absorbed").
 
 The state dict is that of ``transformers``' ``DeepseekV3Attention`` (``q_lora_rank=None``), the reference that
 tests compare outputs and gradients with. It differs in the layout of the rotation, whose halves are turned
@@ -74,7 +74,7 @@ class LatentAttention(nn.Module):
         return output
 
     def _expanded(self, content: Tensor, rotary: Tensor, latent: Tensor, shared_key: Tensor) -> Tensor:
-        """Attention as in training: keys and values are made, once for every token. (B, H, T, K)."""
+        """Attention as in training: keys and values are computed for every token. (B, H, T, K)."""
         keys, values = self._split(self.kv_b_proj(latent.squeeze(1))).chunk(2, dim=-1)  # (B, H, T, K)
         keys = torch.cat([keys, shared_key.expand(-1, self.n_heads, -1, -1)], dim=-1)  # (B, H, T, K + R)
         # Values as wide as the keys let the fused kernels serve: 1.4 to 1.8 times the speed on a CPU.
@@ -83,11 +83,11 @@ class LatentAttention(nn.Module):
         return F.scaled_dot_product_attention(queries, keys, padded, is_causal=True)[..., : self.head_dim]
 
     def _absorbed(self, content: Tensor, rotary: Tensor, latent: Tensor, shared_key: Tensor) -> Tensor:
-        """The same on what the cache holds, whose last T tokens the queries are. (B, H, T, K)."""
+        """The same on cached latents, whose last T tokens are those of the queries. (B, H, T, K)."""
         up = self.kv_b_proj.weight.view(self.n_heads, 2 * self.head_dim, self.latent_dim).to(content.dtype)
         to_key, to_value = up.chunk(2, dim=1)  # (H, K, C)
         latent, shared_key = latent.squeeze(1), shared_key.squeeze(1)  # (B, S, C), (B, S, R)
-        # All heads look at the same keys, so they are so many more rows of one product.
+        # All heads share the keys, so they are rows of one matrix product.
         scores = (content @ to_key).flatten(1, 2) @ latent.mT + rotary.flatten(1, 2) @ shared_key.mT
         (batch, _, n_new, _), n_keys = content.shape, latent.shape[1]
         scores = scores.view(batch, self.n_heads, n_new, n_keys)

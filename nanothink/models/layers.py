@@ -3,12 +3,12 @@
 Parameters of attention, feed-forward and block are named as in ``transformers``' Qwen3.
 
 Weights are float32 and stay so; under autocast the matrix products run in the autocast type, norms and
-rotations in float32. A norm hands its result over in the type of the products that read it, so that it
-is converted once and not once a product.
+rotations in float32. A norm returns its result in the type of the matrix products that read it, so that it
+is converted once and not once per product.
 
-Norm, rotation and feed-forward have backward passes of their own, which compute cheap intermediate results
-again instead of keeping them: 8 MiB of activations a layer for 512 tokens of width 384 under bfloat16
-autocast, where autograd kept 15.5.
+Norm, rotation and feed-forward have their own backward passes, which recompute cheap intermediate results
+instead of keeping them: 8 MiB of activations per layer for 512 tokens of width 384 under bfloat16 autocast,
+where autograd kept 15.5.
 
 Shapes: B batch, T time, S keys (cached and new), D model width, H heads, K = D / H width of a head,
 F inner width of the feed-forward.
@@ -50,7 +50,7 @@ def embedding(vocab_size: int, width: int, *, std: float) -> nn.Embedding:
 
 
 class _UndrawnLinear(nn.Linear):
-    # To be filled only once. PyTorch's own way, by the device "meta", imports its compiler: two seconds.
+    # Filled once, by the caller. PyTorch's way, the device "meta", imports its compiler: two seconds.
     def reset_parameters(self) -> None:
         pass
 
@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNormFunction(torch.autograd.Function):
-    """Keeps its input and one number a row; autograd would keep the normalised rows too."""
+    """Keeps its input and one number per row; autograd would keep the normalised rows too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,9 +96,9 @@ class _RMSNormFunction(torch.autograd.Function):
 
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021) in the half-split layout: feature k turns with feature k + K/2.
+    """Rotary positions (Su et al. 2021) in the half-split layout: feature k rotates with feature k + K/2.
 
-    The tables are made in float64, kept in float32, and are not part of the state dict.
+    The tables are computed in float64, kept in float32, and are not part of the state dict.
     """
 
     cos: Tensor
@@ -119,13 +119,13 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Turn (B, H, T, K) by the angles of its T positions; the result in ``dtype``."""
+    """Rotate (B, H, T, K) by the angles of its T positions. Returns ``dtype``."""
     y: Tensor = _RotateFunction.apply(x, *rotation, dtype)  # type: ignore[no-untyped-call]
     return y
 
 
 class _RotateFunction(torch.autograd.Function):
-    """A rotation is undone by turning back, so backward needs the tables alone."""
+    """The inverse of a rotation is the opposite rotation, so the backward pass needs the tables alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,12 +150,12 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class KeyValueCache(State):
-    """Keys and values of the tokens read so far, layer by layer, in buffers that double when full.
+    """Keys and values of the tokens read so far, for each layer, in buffers that double when full.
 
     Args:
         n_layers: how many layers write to it.
         batch_size: B.
-        max_length: most tokens it may hold.
+        max_length: the most tokens it may hold.
     """
 
     def __init__(self, n_layers: int, batch_size: int, max_length: int) -> None:
@@ -166,7 +166,7 @@ class KeyValueCache(State):
         self._values: list[Tensor | None] = [None] * n_layers
 
     def check_room(self, tokens: Tensor) -> None:
-        """Refuse a (B, T) step that does not fit."""
+        """Raise UsageError for (B, T) tokens that do not fit."""
         batch_size, n_tokens = tokens.shape
         if batch_size != self.batch_size:
             raise UsageError(
@@ -179,9 +179,9 @@ class KeyValueCache(State):
             )
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, H, T, K) to a layer; returns all its keys and values, (B, H, S, K) views.
+        """Append (B, H, T, K) to a layer. Returns all its keys and values, (B, H, S, K) views.
 
-        ``length`` moves on once, in ``advance``, when every layer has been extended.
+        ``length`` changes in ``advance`` alone, after every layer has been extended.
         """
         self._keys[layer] = self._append(self._keys[layer], keys)
         self._values[layer] = self._append(self._values[layer], values)
@@ -292,7 +292,7 @@ def gated_product(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
 
 
 class _GatedProduct(torch.autograd.Function):
-    """Keeps gate and up, and computes what is between again in backward."""
+    """Keeps gate and up, and recomputes the rest in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:

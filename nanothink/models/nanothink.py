@@ -1,23 +1,23 @@
 """NanoThink itself: latent attention and a router over frozen experts.
 
-Experts e = 1 .. E are language models of any kind that share vocabulary and width. They are frozen, always
-in evaluation mode, and read the tokens by themselves; h_e is the final state of one, W_e its LM head.
+Experts e = 1 .. E are language models of any kind with the same vocabulary and width. They are frozen, stay
+in evaluation mode, and read the tokens independently; h_e is the final state of one, W_e its LM head.
 
     u⁰ = norm(E x) + Σ_e P_e h_e
     u  = block ∘ ... ∘ block (u⁰)                     latent attention, then feed-forward
-    w  = softmax(R norm(u) + b)                       one weight an expert, for each token
+    w  = softmax(R norm(u) + b)                       one weight per expert and token
     z  = e^s O [w_1 h_1 ; ... ; w_E h_E ; norm(u)]    the logits
 
 With O = [W_1 ... W_E 0], R = b = s = 0 and blocks that begin as the identity, the model starts as the
-uniform log-linear ensemble of its experts (Hinton 2002, "Training products of experts", section 1), and
-training goes on from there. A mixture of experts (Jacobs et al. 1991) gates outputs, or runs a few experts
-(Shazeer et al. 2017); here all experts speak, and every token decides anew how loud.
+uniform log-linear ensemble of its experts (Hinton 2002, "Training products of experts", section 1). A
+mixture of experts (Jacobs et al. 1991) gates outputs, or runs a few experts (Shazeer et al. 2017); here all
+experts run, and each token sets their weights.
 
-With a memory (recall.py) that is p_model, and its prediction is mixed with what followed in the training text
-wherever one expert was in a like state.
+With a vector store (recall.py) that is p_model, and it is mixed with the tokens that followed in the training
+text after similar states of one expert.
 
-What the head reads, [w_1 h_1 ; ... ; norm(u)], is (E + 1) D wide: that is this model's ``hidden``, so that
-one chunked cross-entropy serves it as it serves the others.
+The head reads [w_1 h_1 ; ... ; norm(u)], which is (E + 1) D wide: that is this model's ``hidden``, so that it
+uses the same chunked cross-entropy as the other models.
 
 Shapes: B batch, T time, D model width, V vocabulary, E experts.
 """
@@ -49,10 +49,10 @@ from nanothink.models.transformer import Transformer, inner_width
 
 
 class Router(nn.Module):
-    """How far each expert is trusted: equally at first.
+    """The weight of each expert: equal at first.
 
-    Its parameters are no linear layer's, so that the optimizer treats them like a bias: orthogonalised,
-    the first step would already decide between the experts.
+    Its parameters are not those of a linear layer, so that the optimizer treats them like a bias. With an
+    orthogonalised update the first step would already decide between the experts.
     """
 
     def __init__(self, width: int, n_experts: int, *, by_token: bool) -> None:
@@ -70,19 +70,19 @@ class Router(nn.Module):
 
 
 def routing_entropy(weights: Tensor) -> Tensor:
-    """(..., E) weights -> (...) nats: log E where all are equal, 0 where one has all."""
+    """(..., E) weights -> (...) nats: log E where all are equal, 0 where one of them is 1."""
     entropy: Tensor = torch.special.entr(weights).sum(-1)
     return entropy
 
 
 @dataclass
 class JointState(State):
-    """What every expert remembers, the latents of the blocks, and of the last token read what the next one's
-    prediction needs."""
+    """Decoding state: the experts' states, the latents of the blocks, and the last token's weights, query and
+    stream."""
 
     experts: Sequence[State]
     latents: KeyValueCache
-    weights: Tensor | None = None  # (B, E), or (B, E + 1) once a memory has been asked
+    weights: Tensor | None = None  # (B, E), or (B, E + 1) after a search
     query: Tensor | None = None  # (B, D)
     stream: Tensor | None = None  # (B, D)
 
@@ -90,21 +90,21 @@ class JointState(State):
 class NanoThink(LanguageModel):
     """See the head of this file.
 
-    Token embeddings start as those of the first transformer among the experts (of the first expert if there
-    is none), brought to RMS 1; the head as the experts' heads. Both are copies.
+    Token embeddings start as a copy of those of the first transformer among the experts (of the first expert
+    if there is none), scaled to RMS 1; the head as a copy of the experts' heads.
 
     Args:
         vocab_size: V.
         model: width and context.
         shape: blocks, latents, router.
-        experts: by name, in the order of their weights. They become part of this model, and are frozen.
-        store: the memory's settings; where it is not enabled nothing of it is built.
+        experts: by name, in the order of their weights. They become part of this model and are frozen.
+        store: settings of the vector store; nothing of it is built unless it is enabled.
     """
 
     kind: ClassVar[str] = "nanothink_mla"
     context_length: int
     memory: Memory | None = None
-    """Where neighbours are looked up; None to predict without. Attached, and no part of the weights."""
+    """Finds neighbours in the vector store; None to predict without. Attached, not part of the weights."""
 
     def __init__(
         self,
@@ -179,14 +179,14 @@ class NanoThink(LanguageModel):
         return self.routed(tokens)[0]
 
     @property
-    def speakers(self) -> tuple[str, ...]:
-        """Who has a say in each prediction: the experts, and the memory where one is attached."""
+    def components(self) -> tuple[str, ...]:
+        """Names of the parts of each prediction: the experts, and the vector store if one is attached."""
         return self.names if self.memory is None or self.recall is None else (*self.names, MEMORY)
 
     def routing(self, tokens: Tensor) -> Tensor:
-        """How far each of ``speakers`` is trusted in the prediction after each token: rows of sum 1.
+        """Weight of each of ``components`` in the prediction after each token: rows of sum 1.
 
-        (B, T) int64 -> (B, T, E) float32, the router's weights; with a memory (B, T, E + 1),
+        (B, T) int64 -> (B, T, E) float32, the router's weights; with a vector store (B, T, E + 1),
         [(1 - g) w_1, ..., (1 - g) w_E, g].
         """
         states, weights, queries = self._passed(tokens)
@@ -215,14 +215,14 @@ class NanoThink(LanguageModel):
         """``hidden`` and the router's weights (B, T, E) of the same tokens, from one pass.
 
         Args:
-            states: what ``expert_states`` gives for these tokens, where it is known already.
+            states: ``expert_states`` of these tokens, if already computed.
         """
         return self._passed(tokens, states)[:2]
 
     def _passed(
         self, tokens: Tensor, states: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``routed``, and what the memory is to be asked, (B, T, D), where there is one."""
+        """``routed``, and the queries for the vector store, (B, T, D), where one is attached."""
         n_tokens = tokens.shape[1]
         if n_tokens > self.context_length:
             raise UsageError(
@@ -235,7 +235,7 @@ class NanoThink(LanguageModel):
         return *combined, self._query(states)
 
     def _query(self, states: Sequence[Tensor]) -> Tensor | None:
-        """The direction of the key expert's state: keys and queries have length 1."""
+        """The key expert's state, scaled to length 1 as keys are; None without a vector store."""
         if self.memory is None or self.recall is None:
             return None
         return F.normalize(states[self.key_expert].detach().float(), dim=-1)
@@ -261,7 +261,7 @@ class NanoThink(LanguageModel):
 
         Args:
             states: as for ``routed``.
-            neighbours: of each input, (B, T, K), where they are known; else the memory is asked.
+            neighbours: of each input, (B, T, K); searched for if None.
         """
         read, weights, queries = self._passed(inputs, states)
         if queries is None:
@@ -288,7 +288,7 @@ class NanoThink(LanguageModel):
         return mixed, _shared(weights, share)
 
     def _mixed(self, states: Tensor, targets: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:
-        """(B, T) log-likelihoods, 0 where there is no target, and the memory's shares."""
+        """(B, T) log-likelihoods, 0 where there is no target, and the shares of the vector store."""
         assert self.recall is not None
         own, peak = (
             each.view(targets.shape)
@@ -299,7 +299,7 @@ class NanoThink(LanguageModel):
         return mixed.masked_fill(targets == IGNORE, 0.0), share
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """See ``LanguageModel.logits``. With a memory these are logarithms of probabilities."""
+        """See ``LanguageModel.logits``. With a vector store these are logarithms of probabilities."""
         states, _, queries = self._passed(tokens)
         with products(states.device.type):
             logits = F.linear(states, self.head_weight).float()
@@ -334,7 +334,7 @@ class NanoThink(LanguageModel):
     def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
         """See ``LanguageModel.read``."""
         assert isinstance(state, JointState)
-        state.latents.check_room(tokens)  # before any expert has moved on
+        state.latents.check_room(tokens)  # before any expert's state has advanced
         with torch.no_grad():
             states = [
                 cast(LanguageModel, expert).read(tokens, of_expert)
@@ -355,7 +355,7 @@ class NanoThink(LanguageModel):
         rotation: tuple[Tensor, Tensor],
         cache: KeyValueCache | None,
     ) -> tuple[Tensor, Tensor]:
-        """What the head reads, (B, T, (E + 1) D), and the weights, (B, T, E), given the experts' states."""
+        """Input of the head, (B, T, (E + 1) D), and the weights, (B, T, E), from the experts' states."""
         with products(tokens.device.type):
             u = self.embed_norm(self.embed_tokens(tokens))  # (B, T, D)
             dtype = product_dtype(u)
@@ -386,7 +386,7 @@ class NanoThink(LanguageModel):
         return max(training, self.reading_bytes(batch_size, length, value_bytes))
 
     def reading_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
-        """See ``LanguageModel.reading_bytes``: the experts read one after another, before anything else."""
+        """See ``LanguageModel.reading_bytes``: the experts run one after another, before the rest."""
         a_state = 4 * self.d_model * batch_size * length
         return max(
             i * a_state + cast(LanguageModel, expert).reading_bytes(batch_size, length, value_bytes)
@@ -395,7 +395,7 @@ class NanoThink(LanguageModel):
 
 
 def _shared(weights: Tensor, share: Tensor) -> Tensor:
-    """The experts' weights (..., E) and the memory's share (...) as one distribution, (..., E + 1)."""
+    """The experts' weights (..., E) and the vector store's share (...) as one distribution, (..., E + 1)."""
     share = share.unsqueeze(-1)
     return torch.cat([weights * (1 - share), share], dim=-1)
 
@@ -406,5 +406,5 @@ def _first_transformer(experts: Sequence[LanguageModel]) -> Tensor:
 
 
 def _unit_rows(table: Tensor) -> Tensor:
-    """A copy with rows of RMS 1. The norm that follows makes no difference between them."""
+    """A copy with rows of RMS 1. The norm that follows makes their scale irrelevant."""
     return F.rms_norm(table, table.shape[-1:])

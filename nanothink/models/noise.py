@@ -57,17 +57,17 @@ def noise_from_clean(noisy: Tensor, clean: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def velocity(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """V of a clean vector and the noise put on it."""
+    """The velocity v of a clean vector and the noise added to it."""
     return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
 
 
 def clean_from_velocity(noisy: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Y of x_t and v, well-conditioned at every level."""
+    """The y of x_t and v, well-conditioned at every level."""
     return alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * v
 
 
 def noise_from_velocity(noisy: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
-    """ε of x_t and v, well-conditioned at every level."""
+    """The ε of x_t and v, well-conditioned at every level."""
     return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * noisy
 
 
@@ -80,7 +80,7 @@ def ddim_step(
     eta: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """From x_t and a guess at y to x at a lower level.
+    """Step from x_t and a guess at y to x at a lower level.
 
     Args:
         noisy: x_t, at a level above 0.
@@ -110,20 +110,20 @@ def ddim_levels(n_levels: int, n_steps: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Draws:
-    """All that chance decides in a training step, block by block."""
+    """All random choices of a training step, block by block."""
 
     levels: Tensor
     """(B, T) int64, uniform in 1 .. N."""
     noise: Tensor
-    """(B, T, D): what is put on the clean targets."""
+    """(B, T, D): added to the clean targets."""
     pure: Tensor
-    """(B, T, D): what the first evaluation starts from: N(0, 1), or 0 (the null noise)."""
+    """(B, T, D): input of the first evaluation: N(0, 1), or 0 (the null noise)."""
     guided: Tensor
-    """(B, 1, 1) bool: whether the second evaluation sees the first one's guess."""
+    """(B, 1, 1) bool: True if the second evaluation sees the first one's guess."""
     split: Tensor
-    """(B,) bool: with one evaluation a step, whether the block's is the one from pure noise."""
+    """(B,) bool: with one evaluation per step, True if the block's is the one from pure noise."""
     offset: Tensor
-    """(B,) int64: where the tokens begin at which the head is trained at a random level too."""
+    """(B,) int64: first of the tokens at which the head is trained at a random level too."""
 
     @classmethod
     def make(
@@ -138,11 +138,11 @@ class Draws:
         guided_fraction: float,
         device: torch.device,
     ) -> Draws:
-        """What chance decides for the blocks at these positions of the run.
+        """Draws for the blocks at these positions of the run.
 
         Args:
             seed: the run's.
-            positions: of the blocks, counted over the whole run; a block that comes again has another one.
+            positions: of the blocks, counted over the whole run; a repeated block has a new one.
             length: T.
             width: D.
             n_levels: N.
@@ -171,7 +171,7 @@ class Draws:
 
 
 def block_generator(seed: int, purpose: str, number: int, device: torch.device) -> torch.Generator:
-    """A generator that (seed, purpose, number) alone decide."""
+    """A generator seeded by (seed, purpose, number)."""
     named = f"{seed}\0{purpose}\0{number}".encode()
     key = int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "little")
     return torch.Generator(device).manual_seed(key % (1 << 63))

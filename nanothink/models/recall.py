@@ -1,21 +1,21 @@
-"""What NanoThink makes of a memory's neighbours: a distribution, and how far to trust it.
+"""The distribution of a vector store's neighbours, and the gate that mixes it with the model's.
 
 The kNN language model (Khandelwal et al. 2020, section 2): neighbours j of the state at position t, at
-similarity s_j, each with the token v_j that followed it in the text it comes from, give
+similarity s_j, each with the token v_j that followed it in its text, give
 
     p_mem(v) = Σ_j softmax(s / τ)_j [v_j = v]
     p(v)     = (1 - g) p_model(v) + g p_mem(v)
 
-where they took one λ for g, a learned gate decides at each position (as in He, Neubig and Berg-Kirkpatrick
+where they took one λ for g, a learned gate sets it at each position (as in He, Neubig and Berg-Kirkpatrick
 2021, "Efficient nearest neighbor language models", section 4.1):
 
     g = σ(a · evidence + c · u / √D + b)
 
-with u the stream that the router reads, and as evidence how near the nearest neighbour is, how much of p_mem
-its token has, and the log-odds of the model's likeliest token. All of it is a function of the tokens up to t.
-A position without neighbours has g = 0.
+with u the stream that the router reads. The evidence is the similarity of the nearest neighbour, the share of
+p_mem that its token has, and the log-odds of the model's likeliest token, all functions of the tokens up to
+t. A position without neighbours has g = 0.
 
-A compacted memory keeps one key for several that said the same; such a key counts as often, n_j:
+A compacted store keeps one key in place of n_j similar ones with the same token, which then counts n_j times:
 softmax(s / τ + log n).
 
 Shapes: ... any, K neighbours, D width, V vocabulary.
@@ -35,29 +35,29 @@ from torch import Tensor, nn
 from nanothink.errors import UsageError, did_you_mean
 
 MEMORY = "memory"
-"""The name under which the memory stands beside the experts."""
+"""Name of the vector store beside the experts' names."""
 
 NO_TOKEN = -1
-"""Stands where there are fewer neighbours than were asked for."""
+"""Fills up where there are fewer neighbours than were asked for."""
 
 TINY = 1e-20
-"""Probability that p_mem gives to what no neighbour says, so that its logarithm is a number."""
+"""Probability in p_mem of a token that no neighbour has, so that its logarithm is finite."""
 
-_CERTAIN = 1e-4  # probabilities nearer to 0 or 1 than this are all the same evidence
+_CERTAIN = 1e-4  # probabilities nearer to 0 or 1 than this count the same
 _SURE = 12.0  # log-odds beyond which 1 - g would round to 0 in float32
 _NEAR = 0.1  # a difference in similarity that matters
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What a memory recalls, nearest first. Missing ones come last."""
+    """Nearest neighbours, nearest first. Missing ones come last."""
 
     similarities: Tensor
     """(..., K) float32, -inf where missing."""
     tokens: Tensor
-    """(..., K) int64: what followed each; NO_TOKEN where missing."""
+    """(..., K) int64: the token that followed each; NO_TOKEN where missing."""
     counts: Tensor | None = None
-    """(..., K) float32: how many keys each stands for; None where all stand for themselves."""
+    """(..., K) float32: number of keys that each stands for; None if all are 1."""
 
     def to(self, device: torch.device) -> Neighbours:
         counts = None if self.counts is None else self.counts.to(device)
@@ -73,9 +73,9 @@ class Memory(Protocol):
 
 
 class RecallGate(nn.Module):
-    """Temperature and gate. Few parameters, and none of a linear layer: the optimizer takes them for biases.
+    """Temperature and gate. Few parameters, none of a linear layer: the optimizer treats them like biases.
 
-    It begins at τ = 0.05 and g = σ(-1.5) = 0.18, blind to all evidence.
+    The start is τ = 0.05 and g = σ(-1.5) = 0.18, whatever the evidence.
     """
 
     def __init__(self, width: int) -> None:
@@ -99,7 +99,7 @@ class RecallGate(nn.Module):
             return weights.masked_fill(none, 0.0)
 
     def log_odds(self, stream: Tensor, neighbours: Neighbours, weights: Tensor, peak: Tensor) -> Tensor:
-        """(...) log g / (1 - g); meaningless where there are no neighbours.
+        """Log-odds of the gate, (...) log g / (1 - g); undefined where there are no neighbours.
 
         Args:
             stream: (..., D), u.

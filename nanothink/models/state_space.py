@@ -42,7 +42,7 @@ _DELTA_MIN, _DELTA_MAX, _DELTA_FLOOR = 0.001, 0.1, 1e-4
 _STEPS_BETWEEN_STATES = 32  # of those that the scan keeps for its backward pass (plain.py, compiled.py)
 
 _PIECE = 8192
-"""Tokens of a long prompt read at a time, so that its length does not decide how much memory it takes."""
+"""Tokens of a long prompt read at a time, so that memory does not grow with its length."""
 
 
 class Recurrence(State):
@@ -150,9 +150,9 @@ class Mixer(nn.Module):
 
 
 class _Convolution(torch.autograd.Function):
-    """Causal convolution and ``silu``; keeps its input alone and computes the sum again in backward.
+    """Causal convolution and ``silu``. Keeps its input alone and recomputes the sum in the backward pass.
 
-    On a CPU one sequence at a time, which stays in the cache: four times the speed of ``F.conv1d``.
+    On a CPU it handles one sequence at a time, which stays in the cache: four times as fast as ``F.conv1d``.
     """
 
     @staticmethod
@@ -201,7 +201,7 @@ def _cache_rows(x: Tensor) -> Iterator[slice]:
 
 
 class _Softplus(torch.autograd.Function):
-    """``softplus(x + bias)`` in float32; its slope follows from its value, so the value alone is kept."""
+    """``softplus(x + bias)`` in float32. Its slope follows from its value, so only the value is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ class StateSpace(LanguageModel):
         return Recurrence(len(self.backbone.layers), batch_size)
 
     def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
-        """See ``LanguageModel.read``. Many tokens are read by one scan, which hands on its last state."""
+        """See ``LanguageModel.read``. Many tokens are read by one scan, which returns its last state."""
         assert isinstance(state, Recurrence)
         if tokens.shape[0] != state.batch_size:
             raise UsageError(

@@ -248,7 +248,7 @@ def _check_alike(expert: FrozenExpert, first: FrozenExpert) -> None:
 
 
 def _name_of(path: Path, taken: Sequence[str]) -> str:
-    """``code`` of ``code_expert.pt``; numbered where two speakers would be called the same."""
+    """``code`` of ``code_expert.pt``; numbered where two experts would have the same name."""
     parsed = parse_name(path.name)
     name = (parsed.stem if parsed else path.stem).removesuffix(_ENDING) or path.stem
     number, unique = 1, name

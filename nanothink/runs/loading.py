@@ -75,7 +75,7 @@ class LoadedModel:
 
         The weights at position t are those of the prediction of token t + 1. The experts' names, in their
         order, are ``.model.names``. With a memory there is one column more, its share of the prediction, and
-        the others have the rest; ``.model.speakers`` names them all.
+        the others have the rest; ``.model.components`` names them all.
 
         Raises:
             UsageError: this model combines no experts, or the tokens are not its own.
@@ -169,7 +169,7 @@ class LoadedModel:
         def say(text: str, token: int) -> None:
             weights = states[0].weights
             assert weights is not None
-            trust = dict(zip(model.speakers, weights[0].tolist(), strict=True))
+            trust = dict(zip(model.components, weights[0].tolist(), strict=True))
             pieces.append(RoutedPiece(text, token, trust))
             if on_piece is not None:
                 on_piece(pieces[-1])

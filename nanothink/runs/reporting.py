@@ -240,7 +240,7 @@ def _routed(loaded: LoadedModel, passages: dict[str, list[int]]) -> tuple[Routed
         weights = loaded.routing(torch.tensor([tokens[:-1]]))[0].tolist()  # (T - 1, E), or E + 1
         pieces = zip(_texts(loaded, tokens[1:]), weights, strict=True)
         own = tuple(RoutedToken(text, weight) for text, weight in pieces if text)
-        found.append(RoutedPassage(domain, loaded.model.speakers, own))
+        found.append(RoutedPassage(domain, loaded.model.components, own))
     return tuple(found)
 
 

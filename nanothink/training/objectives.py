@@ -119,5 +119,5 @@ class Routed:
         lacking = math.log(len(model.names)) * valid.sum() - entropy
         means = (trust.detach() * valid.unsqueeze(-1)).sum((0, 1))  # no product: autocast would narrow it
         parts = {"cross_entropy": cross_entropy.detach(), "routing_entropy": entropy.detach()}
-        parts |= {f"{WEIGHT_PART}{name}": mean for name, mean in zip(model.speakers, means, strict=True)}
+        parts |= {f"{WEIGHT_PART}{name}": mean for name, mean in zip(model.components, means, strict=True)}
         return Loss(cross_entropy + self.entropy_reg * lacking, parts)

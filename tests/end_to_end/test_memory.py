@@ -245,7 +245,7 @@ def test_its_share_is_shown_token_by_token(trained: Path, capsys: pytest.Capture
     x = torch.tensor([[*model.tokenizer.encode("time light"), *(t["token"] for t in sample["tokens"])]])
     first = len(model.tokenizer.encode("time light"))
     routing = model.routing(x)[0, first - 1 :]
-    assert model.model.speakers == ("transformer", "state_space", "memory")  # type: ignore[union-attr]
+    assert model.model.components == ("transformer", "state_space", "memory")  # type: ignore[union-attr]
     differences = [
         abs(mine - other)
         for token, weights in zip(sample["tokens"], routing, strict=False)
@@ -397,4 +397,4 @@ def test_a_model_without_one_is_trained_on_with_one(
     assert run(["resume", path, "--set", "vector_store.enabled=true", "--max-steps", "40"]) == 0
     after = set(read_checkpoint(Path(path))["model_state"])
     assert {name.partition(".")[0] for name in after - before} == {"recall"}
-    assert package.load(path).model.speakers[-1] == "memory"  # type: ignore[union-attr]
+    assert package.load(path).model.components[-1] == "memory"  # type: ignore[union-attr]

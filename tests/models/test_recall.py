@@ -232,7 +232,7 @@ def test_without_a_store_nothing_of_it_is_there() -> None:
     plain.memory = FewKeys()  # a memory that the model has no gate for is not asked
     plain.logits(x)
     assert plain.memory.asked == 0
-    assert plain.speakers == ("one", "two")
+    assert plain.components == ("one", "two")
 
 
 def test_all_ways_to_ask_agree() -> None:
@@ -246,7 +246,7 @@ def test_all_ways_to_ask_agree() -> None:
     loss, trust = model.loss_and_routing(x, y)
     torch.testing.assert_close(loss, -expected.sum(), rtol=1e-4, atol=1e-4)
     assert trust.shape == (3, 20, 3)
-    assert model.speakers == ("one", "two", "memory")
+    assert model.components == ("one", "two", "memory")
     torch.testing.assert_close(trust.sum(-1), torch.ones(3, 20))
     valid = y != IGNORE
     torch.testing.assert_close(trust[valid], model.routing(x)[valid], rtol=1e-4, atol=1e-5)
@@ -280,7 +280,7 @@ def test_neighbours_that_are_known_are_not_searched() -> None:
         "weight_two",
         "weight_memory",
     }
-    torch.testing.assert_close(sum(loss.parts[f"weight_{n}"] for n in model.speakers), torch.tensor(1.0))
+    torch.testing.assert_close(sum(loss.parts[f"weight_{n}"] for n in model.components), torch.tensor(1.0))
     weights = model.routed(x)[1]
     entropy = torch.special.entr(weights).sum(-1).mean()
     torch.testing.assert_close(loss.parts["routing_entropy"], entropy, rtol=1e-4, atol=1e-5)

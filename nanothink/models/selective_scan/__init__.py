@@ -3,7 +3,7 @@
     hₜ = exp(Δₜ A) hₜ₋₁ + Δₜ uₜ Bₜ        a state of N numbers for each of D channels
     yₜ = Cₜ · hₜ + D uₜ
 
-reference.py   as the definition reads; slow, the measure for the others
+reference.py   the definition, step by step; slow, the reference of the others
 plain.py       chunked PyTorch: any device, no compiler
 compiled.py    C++ for the processor at hand (scan.cpp), built at first use
 triton.py      CUDA, without anything that torch for CUDA does not bring along
@@ -35,7 +35,7 @@ Scan: TypeAlias = Callable[
 
 @dataclass(frozen=True)
 class ScanChoice:
-    """Which implementation runs, and why."""
+    """The implementation that runs, and the reason."""
 
     name: ScanName
     reason: str
@@ -58,15 +58,15 @@ def selective_scan(
         u: (batch, T, D) input.
         delta: (batch, T, D) step sizes, at least 0 (after softplus).
         A: (D, N) rates of decay, at most 0.
-        B: (batch, T, N) how the input enters the state.
-        C: (batch, T, N) how the state is read.
+        B: (batch, T, N) weights of the input in the state.
+        C: (batch, T, N) weights of the state in the output.
         D: (D,) weight of the input in the output.
-        state: (batch, N, D) the state that earlier steps left behind; zero when None.
+        state: (batch, N, D) the state after earlier steps; zero when None.
         name: which implementation; "auto" follows ``choose_scan``.
 
     Returns:
         y (batch, T, D) in the type of ``u``, and the last state (batch, N, D) in float32 (float64 for float64
-        inputs). A sequence scanned in pieces, the state handed on, gives what it gives as a whole.
+        inputs). Scanning a sequence in pieces, with the state passed on, gives the same as scanning it whole.
     """
     if name == "auto":
         name = choose_scan(u.device.type).name
@@ -109,7 +109,7 @@ def implementation(name: ScanName) -> Scan:
 
 
 def unavailable(name: ScanName, device: str) -> str:
-    """Why an implementation cannot run on a device; empty where it can."""
+    """Reason that an implementation cannot run on a device; empty where it can."""
     if name == "compiled":
         from nanothink.models.selective_scan import compiled
 

@@ -59,7 +59,7 @@ def scan(
 
 
 def unavailable() -> str:
-    """Why the compiled scan cannot be used here; empty where it can. The first call may build it."""
+    """Reason that the compiled scan cannot be used here; empty where it can. The first call may build it."""
     return _load()[1]
 
 
@@ -151,7 +151,7 @@ def _load() -> tuple[Any, str]:
 
 
 def _build(compiler: str, source: bytes, path: Path) -> Any:
-    """Compile to a name of its own and rename, so that no other process ever opens half a library.
+    """Compile under a temporary name and rename, so that no other process opens an unfinished library.
 
     The compiler's own temporary files lie beside it, where nobody else can reach them either.
     """
@@ -189,7 +189,7 @@ def _open(path: Path) -> Any:
 
 
 def _checked(library: Any) -> tuple[Any, str]:
-    """Refuse a library that does not compute: a compiler can be wrong about a processor."""
+    """Refuse a library whose results are wrong: a compiler can be wrong about a processor."""
     batch, length, width, n_states = 2, 21, 19, 3
 
     def waves(*shape: int) -> Tensor:  # no random numbers: the generators of a run must not move
@@ -219,7 +219,7 @@ def _copied(descriptor: int) -> Path:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home folder can be shared by machines of several kinds."""
+    """The processor as -march=native sees it: a home folder can be shared by different machines."""
     with contextlib.suppress(OSError):
         first = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").partition("\n\n")[0]
         keep = ("vendor_id", "cpu family", "model", "flags", "CPU", "Features")

@@ -1,4 +1,4 @@
-"""The selective scan as its definition reads, one step after the other. Slow; the measure for the others."""
+"""The selective scan by its definition, step by step. Slow; the reference that the others are tested with."""
 
 from __future__ import annotations
 
