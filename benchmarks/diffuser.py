@@ -32,8 +32,7 @@ from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.batches import TrainingBatches
 from nanothink.data.corpus import find_corpus
-from nanothink.data.split import SplitRule
-from nanothink.data.tokens import IGNORE, TokenisedCorpus, tokenise
+from nanothink.data.tokens import IGNORE, TokenisedCorpus
 from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import evaluate_model
 from nanothink.models import build_model
@@ -41,6 +40,7 @@ from nanothink.models.contract import LanguageModel
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.precision import Precision
 from nanothink.models.transformer import Transformer
+from nanothink.runs.held_out import held_out
 from nanothink.runs.loading import LoadedModel, load
 from nanothink.runs.pretraining import TARGET_SAMPLE_BLOCKS
 from nanothink.training.objectives import Batch, Denoising, Objective, next_token
@@ -100,7 +100,7 @@ def opened(options: argparse.Namespace) -> tuple[LoadedModel, TokenisedCorpus]:
     frozen = load(options.transformer)
     data = frozen.config.data
     corpus = find_corpus(options.data_dir or data.data_dir, data.domains)
-    return frozen, tokenise(corpus, frozen.tokenizer, split=SplitRule.of(data))
+    return frozen, held_out(corpus, [frozen], frozen.tokenizer)
 
 
 def ablate(options: argparse.Namespace) -> None:

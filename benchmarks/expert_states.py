@@ -123,15 +123,14 @@ def losses(checkpoint: Path, max_tokens: int) -> str:
     """Validation loss of a trained NanoThink, and with its experts' states rounded to 16 bits."""
     import nanothink
     from nanothink.data.corpus import find_corpus
-    from nanothink.data.split import SplitRule
-    from nanothink.data.tokens import tokenise
     from nanothink.inference.evaluate import evaluate_model
+    from nanothink.runs.held_out import held_out
 
     loaded = nanothink.load(checkpoint, device="cpu")
     model, data = loaded.model, loaded.config.data
     assert isinstance(model, NanoThink)
     corpus = find_corpus(data.data_dir, data.domains)
-    streams = tokenise(corpus, loaded.tokenizer, split=SplitRule.of(data)).val
+    streams = held_out(corpus, [loaded], loaded.tokenizer).val
     exact = model.expert_states
     lines = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -35,12 +35,12 @@ import torch
 from nanothink.cli.app import run
 from nanothink.config import VectorStoreConfig
 from nanothink.data.corpus import find_corpus
-from nanothink.data.split import SplitRule
-from nanothink.data.tokens import IGNORE, tokenise
+from nanothink.data.tokens import IGNORE
 from nanothink.memory.index import Float32, Int64, Kind, NeighbourIndex, import_faiss, sample_size
 from nanothink.memory.store import VectorStore
 from nanothink.models.contract import LanguageModel
 from nanothink.models.nanothink import NanoThink
+from nanothink.runs.held_out import held_out
 from nanothink.runs.loading import load
 
 K = 32
@@ -153,11 +153,7 @@ def recall(options: argparse.Namespace) -> None:
     store = model.memory
     assert isinstance(store, VectorStore)
     data = options.data_dir or loaded.config.data.data_dir
-    tokens = tokenise(
-        find_corpus(data, loaded.config.data.domains),
-        loaded.tokenizer,
-        split=SplitRule.of(loaded.config.data),
-    )
+    tokens = held_out(find_corpus(data, loaded.config.data.domains), [loaded], loaded.tokenizer)
     length = loaded.config.model.max_seq_len
     asked = []
     for stream in tokens.val.values():

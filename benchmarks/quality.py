@@ -27,13 +27,12 @@ from torch import Tensor, nn
 from nanothink.cli.app import run
 from nanothink.config.run import resolve_config
 from nanothink.data.corpus import find_corpus
-from nanothink.data.split import SplitRule
-from nanothink.data.tokens import tokenise
 from nanothink.errors import NanoThinkError
 from nanothink.inference.evaluate import Evaluation, evaluate_model
 from nanothink.models import EXPERT_KINDS, build_model
 from nanothink.models.contract import IGNORE, LanguageModel
 from nanothink.models.nanothink import NanoThink
+from nanothink.runs.held_out import held_out
 from nanothink.runs.loading import LoadedModel, load
 from nanothink.training.records import read_run
 
@@ -61,6 +60,7 @@ class Ensemble(nn.Module):
 
     def __init__(self, members: Sequence[LoadedModel], *, linear: bool) -> None:
         super().__init__()
+        self.members = list(members)
         self.experts = {m.path.stem: m.model for m in members}
         first = members[0]
         self.joined = NanoThink(
@@ -159,7 +159,8 @@ class Bench:
     def score(self, model: LoadedModel | Ensemble) -> dict[str, float]:
         """Bits per byte by domain, and over all."""
         loaded = model if isinstance(model, LoadedModel) else load(self.any_expert)
-        tokens = tokenise(self.corpus, loaded.tokenizer, split=SplitRule.of(loaded.config.data))
+        members = [model] if isinstance(model, LoadedModel) else model.members
+        tokens = held_out(self.corpus, members, loaded.tokenizer)
         length = loaded.config.model.max_seq_len
         scored: LanguageModel = model.model if isinstance(model, LoadedModel) else model  # type: ignore[assignment]
         found: Evaluation = evaluate_model(
@@ -253,7 +254,7 @@ def domains(bench: Bench) -> Table:
 def oracle(scores: Sequence[Mapping[str, float]], names: Sequence[str], bench: Bench) -> dict[str, float]:
     """Each domain by its own expert; over all, by the bytes of each domain."""
     loaded = load(bench.any_expert)
-    tokens = tokenise(bench.corpus, loaded.tokenizer, split=SplitRule.of(loaded.config.data))
+    tokens = held_out(bench.corpus, [loaded], loaded.tokenizer)
     sizes = {name: tokens.val[name].sample(bench.options.tokens).n_bytes for name in names}
     own = {name: score[name] for name, score in zip(names, scores, strict=True)}
     return own | {"all": sum(own[name] * sizes[name] for name in names) / sum(sizes.values())}

@@ -4,7 +4,8 @@
     ├── UsageError            exit 2   the command or a setting is wrong
     │   └── ConfigError                a setting, its name or its value
     ├── DataError                      the corpus: missing, empty, malformed, unreadable
-    │   └── BadRecordsError            lines that are not records; carries every problem found
+    │   ├── BadRecordsError            lines that are not records; carries every problem found
+    │   └── SeenTextError              text to be scored or validated on that was trained on
     ├── TokenizerError                 a tokenizer that cannot be found, read or used
     ├── CheckpointError
     │   ├── CheckpointNotFoundError
@@ -51,6 +52,10 @@ class DataError(NanoThinkError):
 
 class BadRecordsError(DataError):
     pass
+
+
+class SeenTextError(DataError):
+    """The text to be scored or validated on was trained on."""
 
 
 class TokenizerError(NanoThinkError):

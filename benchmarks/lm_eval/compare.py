@@ -37,12 +37,12 @@ def held_out(
     import nanothink
     from nanothink.data.corpus import find_corpus
     from nanothink.data.records import iter_records
-    from nanothink.data.split import SplitRule, text_key
-    from nanothink.data.tokens import tokenise
+    from nanothink.data.split import text_key
+    from nanothink.runs import held_out as split
 
     model = nanothink.load(checkpoint)
     corpus = find_corpus(data_dir, domains)
-    tokens = tokenise(corpus, model.tokenizer, split=SplitRule.of(model.config.data))
+    tokens = split.held_out(corpus, [model], model.tokenizer)
     found: dict[str, list[str]] = {}
     for domain, paths in corpus.domains.items():
         wanted, size = set(tokens.val[domain].documents().keys.tolist()), 0

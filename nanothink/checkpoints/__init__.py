@@ -12,6 +12,7 @@ from nanothink.checkpoints.file import (
 from nanothink.checkpoints.names import CheckpointName, Role, parse_name, validate_name
 from nanothink.checkpoints.payload import FORMAT_VERSION, CheckpointPayload, ModelPayload
 from nanothink.checkpoints.restore import LoadReport, model_state, pack_rng, restore_model, unpack_rng
+from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.checkpoints.store import CheckpointStore, DamagedEntry, list_checkpoints, prune
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "ModelPayload",
     "Progress",
     "Role",
+    "SplitRecord",
     "check_place",
     "is_export",
     "list_checkpoints",

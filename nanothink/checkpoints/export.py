@@ -2,6 +2,7 @@
 
     config.json              what transformers reads; our own settings under the key "nanothink"
     model.safetensors        the weights, under the names that config.json's architecture gives them
+    training_documents.st    hashes of the documents it was trained on, in the format of safetensors
     tokenizer.json, tokenizer_config.json, generation_config.json, README.md
 
 The weights are the model's state dict as it stands: a transformer's is that of ``Qwen3ForCausalLM``, a
@@ -27,24 +28,29 @@ from torch import Tensor
 
 from nanothink.checkpoints.archive import damaged
 from nanothink.checkpoints.payload import ModelPayload
+from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.disk import storage_error, whole_folder
 from nanothink.errors import CheckpointMismatchError, NanoThinkError, StorageError, TokenizerError, UsageError
 
 CONFIG, WEIGHTS, TOKENIZER, OWN_SECTION = "config.json", "model.safetensors", "tokenizer.json", "nanothink"
+DOCUMENTS = "training_documents.st"
+"""Not called .safetensors: other programs load every file of that name as weights."""
+
 FILES = (
-    *(CONFIG, WEIGHTS, "generation_config.json"),
+    *(CONFIG, WEIGHTS, DOCUMENTS, "generation_config.json"),
     *(TOKENIZER, "tokenizer_config.json", "README.md"),
 )
 """Every file of an export."""
 
-EXPORT_VERSION = 2
-"""Version of the names of the weights and of our section in config.json."""
+EXPORT_VERSION = 3
+"""Version of the names of the weights, of our section in config.json and of the split."""
 
 
 def write_export(
     folder: Path,
     weights: Mapping[str, Tensor],
+    documents: Mapping[str, Tensor],
     fill: Callable[[Path], None],
     *,
     overwrite: bool = False,
@@ -53,6 +59,7 @@ def write_export(
 
     Args:
         weights: by the names that they are to have; each with storage of its own.
+        documents: the tensors of ``SplitRecord.to_state()``.
         fill: writes the other files of ``FILES`` into the folder that it is given.
         overwrite: replace an earlier export. A folder that holds any other file is never replaced.
 
@@ -65,8 +72,10 @@ def write_export(
     try:
         with whole_folder(target) as new:
             _save(weights, new / WEIGHTS)
+            _save(documents, new / DOCUMENTS)
             fill(new)
-            (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors makes it the owner's alone
+            for name in (WEIGHTS, DOCUMENTS):  # safetensors makes them the owner's alone
+                (new / name).chmod((new / CONFIG).stat().st_mode)
     except OSError as error:
         raise storage_error(folder, error, False) from error
 
@@ -120,14 +129,18 @@ def read_export(folder: Path) -> ModelPayload:
                 f"{folder} is an export in format {version}, and this NanoThink reads format "
                 f"{EXPORT_VERSION}. Use the NanoThink that wrote it, or export the checkpoint again."
             )
-        kind, config, experts = _described(own)
+        kind, config, experts, split = _described(own)
         weights = load_file(folder / WEIGHTS)
+        documents = load_file(folder / DOCUMENTS)
+        split["held_out"] = {name: documents.pop(name) for name in ("val", "test") if name in documents}
+        split["trained"] = documents
     except OSError as error:
         if error.errno in (None, errno.ENOENT):  # safetensors raises its own without a number
             raise damaged(folder, f"a file of the export is missing ({error})") from None
         raise StorageError(f"{folder}: cannot be read: {error.strerror or error}.") from error
     except (ValueError, LookupError, SafetensorError) as error:
         raise damaged(folder, f"the export is damaged ({error})") from None
+    SplitRecord.from_state(split, folder)
     try:
         if not (folder / TOKENIZER).is_file():  # other forms are not ours, and some want code to be run
             raise TokenizerError(f"{TOKENIZER} is missing")
@@ -139,20 +152,23 @@ def read_export(folder: Path) -> ModelPayload:
         "model_state": weights,
         "config": config,
         "tokenizer": tokenizer.to_state(),
+        "split": split,
         "run": {"experts": experts},
     }
 
 
-def _described(own: dict[str, Any]) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
-    """Kind, settings and experts. Raises ValueError or LookupError when they are anything else."""
-    kind, config, experts = own["kind"], own["config"], own["experts"]
+def _described(
+    own: dict[str, Any],
+) -> tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """Kind, settings, experts and split. Raises ValueError or LookupError when they are anything else."""
+    kind, config, experts, split = own["kind"], own["config"], own["experts"], own["split"]
     named = isinstance(experts, list) and all(
         isinstance(e, dict) and {"name", "kind", "config"} <= e.keys() and isinstance(e["config"], dict)
         for e in experts
     )
-    if not (isinstance(kind, str) and isinstance(config, dict) and named):
+    if not (isinstance(kind, str) and isinstance(config, dict) and named and isinstance(split, dict)):
         raise ValueError(f"the section '{OWN_SECTION}' of {CONFIG} does not describe a model")
-    return kind, config, experts
+    return kind, config, experts, split
 
 
 def _save(weights: Mapping[str, Tensor], path: Path) -> None:

@@ -29,6 +29,7 @@ from nanothink.checkpoints.payload import (
     tensor_bytes,
     wrong_entry,
 )
+from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.disk import whole_file
 from nanothink.errors import (
     CheckpointMismatchError,
@@ -111,7 +112,7 @@ def read_checkpoint(
     meanwhile, since a replaced file lives on while it is mapped. ``progress`` hears of the verification.
 
     Raises CheckpointNotFoundError, CheckpointDamagedError (cut short, changed, hostile, not a checkpoint),
-    CheckpointMismatchError (no NanoThink checkpoint, or of a newer version), StorageError (not readable).
+    CheckpointMismatchError (no NanoThink checkpoint, or of another version), StorageError (not readable).
     """
     return _load(
         path,
@@ -232,10 +233,10 @@ def _load(
         raise StorageError(
             f"{path}: cannot be read: {error.strerror or error}. Check its permissions and the disk"
         ) from error
-    return _checked(path, payload)
+    return _checked(path, payload, thorough=thorough)
 
 
-def _checked(path: Path, payload: object) -> CheckpointPayload:
+def _checked(path: Path, payload: object, *, thorough: bool) -> CheckpointPayload:
     if not isinstance(payload, dict):
         raise CheckpointMismatchError(
             f"{path}: is not a NanoThink checkpoint: it holds a {type(payload).__name__}, not a dict"
@@ -246,12 +247,20 @@ def _checked(path: Path, payload: object) -> CheckpointPayload:
             f"{path}: was written by a newer NanoThink (format {version}; this one reads up to "
             f"{FORMAT_VERSION}). Upgrade NanoThink to use it"
         )
+    if type(version) is int and 0 < version < FORMAT_VERSION:
+        raise CheckpointMismatchError(
+            f"{path}: was written by an earlier NanoThink (format {version}; this one reads "
+            f"{FORMAT_VERSION}) and does not say which documents it was trained on, so that no figure of it "
+            "could be trusted. Train it again"
+        )
     if wrong := wrong_entry(payload):
         raise CheckpointMismatchError(
             f"{path}: is not a NanoThink checkpoint: {wrong}. If it comes from another program, only its "
             f"weights could be of use; NanoThink can't resume from it"
         )
     check_values(path, payload)
+    if thorough:  # reads the hashes of the documents
+        SplitRecord.from_state(payload["split"], path)
     return cast("CheckpointPayload", payload)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from nanothink.checkpoints.archive import damaged
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: with the split and the hashes of the documents that were trained on."""
 
 _MAX_NODES = 2_000_000
 """Values in a payload. Shared containers let a small pickle unfold to more than any memory holds."""
@@ -35,6 +36,9 @@ class ModelPayload(TypedDict):
 
     tokenizer: dict[str, str]
     """``Tokenizer.to_state()``."""
+
+    split: dict[str, Any]
+    """``SplitRecord.to_state()``: the rule of the split, and the hashes of all text that was trained on."""
 
     run: dict[str, Any]
     """Plain values about the run: its name, the ``TrainState``, what a diffuser learnt from,
@@ -90,6 +94,7 @@ _REQUIRED: dict[str, tuple[type, ...]] = {
     "config": (dict,),
     "tokenizer": (dict,),
     "data_fingerprint": (str,),
+    "split": (dict,),
     "run": (dict,),
 }
 
@@ -108,7 +113,7 @@ def wrong_entry(payload: dict[Any, Any]) -> str | None:
     for name, tensor in payload["model_state"].items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             return f"its entry 'model_state' holds {name!r}, which is no tensor"
-    for key in ("tokenizer", "run", "config"):
+    for key in ("tokenizer", "run", "config", "split"):
         if not all(isinstance(name, str) for name in payload[key]):
             return f"its entry '{key}' has keys that are not strings"
     if not all(isinstance(value, str) for value in payload["tokenizer"].values()):

@@ -89,8 +89,8 @@ class CheckpointStore:
         after all of them. Each candidate is verified to the last byte; a damaged one is passed over, and
         ``on_skip`` gets its path and the reason.
 
-        Raises StorageError, CheckpointMismatchError: a candidate cannot be read, or belongs to a newer
-        version or another program. It may be sound, and going on without it would write over it.
+        Raises StorageError, CheckpointMismatchError: a candidate cannot be read, or belongs to another
+        version or program. It may be sound, and going on without it would write over it.
         """
         files = self.existing()  # best, snapshots by number, interrupted
         best_steps = _steps_done(self.best)

@@ -61,17 +61,19 @@ def show(
 
     Where the run stood, its settings, its tokenizer, the shape of every tensor.
     """
-    from nanothink.checkpoints import read_checkpoint, read_summary
+    from nanothink.checkpoints import SplitRecord, read_checkpoint, read_summary
     from nanothink.cli import render
     from nanothink.errors import counted
 
     summary = read_summary(checkpoint)
     payload = read_checkpoint(checkpoint, mmap=True)
+    split = SplitRecord.from_state(payload["split"], checkpoint).described()
     shapes = {name: list(tensor.shape) for name, tensor in payload["model_state"].items()}
     facts: dict[str, Any] = {
         **_as_dict(summary),
         "tokenizer": payload["tokenizer"].get("name"),
         "data_fingerprint": payload["data_fingerprint"],
+        "split": split,
         "run": payload["run"],
     }
     if as_json:
@@ -90,6 +92,8 @@ def show(
         "format": str(summary.format_version),
         "tokenizer": str(facts["tokenizer"]),
         "data fingerprint": str(facts["data_fingerprint"])[:16],
+        "split": f"val_split {split['val_split']}, test_split {split['test_split']}, seed {split['seed']}; "
+        f"trained on {counted(split['n_trained_documents'], 'document')} of {', '.join(split['domains'])}",
         **{
             name.replace("_", " "): render.count(value)
             for name, value in (stood if isinstance(stood, dict) else {}).items()

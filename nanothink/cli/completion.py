@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 KINDS = ("transformer", "state_space", "diffuser")
-SPLITS = ("val", "train", "all")
+SPLITS = ("val", "test", "train", "all")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 

@@ -55,7 +55,7 @@ def evaluate(
         typer.Option(
             "--split",
             metavar="NAME",
-            help="Which part of each domain: train, val or all.",
+            help="Which part of each domain: val, test, train or all.",
             autocompletion=completion.splits,
         ),
     ] = "val",
@@ -72,6 +72,10 @@ def evaluate(
     device: Device = None,
     skip_bad_records: SkipBadRecords = False,
     no_memory: NoMemory = False,
+    allow_seen: Annotated[
+        bool,
+        typer.Option("--allow-seen", help="Score text that a model was trained on too; it is marked."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Score checkpoints on held-out text.
@@ -83,10 +87,9 @@ def evaluate(
     from nanothink.config.data import DataConfig
     from nanothink.errors import UsageError, did_you_mean
 
-    if split not in ("train", "val", "all"):
-        raise UsageError(
-            f"--split {split}: use train, val or all.{did_you_mean(split, ('train', 'val', 'all'))}"
-        )
+    sides = ("val", "test", "train", "all")
+    if split not in sides:
+        raise UsageError(f"--split {split}: use val, test, train or all.{did_you_mean(split, sides)}")
     from nanothink.runs.evaluating import evaluate_checkpoints, finished_checkpoints
 
     with render.progress() as bars:
@@ -100,6 +103,7 @@ def evaluate(
             device=device,
             skip_bad_records=skip_bad_records,
             memory=not no_memory,
+            allow_seen=allow_seen,
             note=bars.note,
             progress=bars,
         )
@@ -124,6 +128,7 @@ def _rows(results: Sequence[CheckpointEvaluation]) -> list[dict[str, Any]]:
             {
                 "path": str(result.path),
                 "kind": result.kind,
+                "seen_documents": result.n_seen,
                 "overall": {**score_as_dict(found.overall), "bits_per_byte_stderr": found.standard_error()},
                 "above_best": above
                 and {"bits_per_byte": above.bits_per_byte, "bits_per_byte_stderr": above.standard_error},

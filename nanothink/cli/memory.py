@@ -248,7 +248,7 @@ def compact(
     with render.progress() as bars:
         tokens = None
         if max_tokens and found.checkpoint is not None:
-            tokens = found.tokens(None, None, skip_bad_records=False, note=bars.note, progress=bars)
+            tokens = found.held_out(note=bars.note, progress=bars)
         done = compact_memory(
             found, similarity, tokens=tokens, max_tokens=max_tokens or None, note=bars.note, progress=bars
         )

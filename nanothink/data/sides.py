@@ -8,7 +8,8 @@
 3. A text that trains anywhere trains everywhere; else one that validates anywhere validates everywhere.
 4. A domain whose sides are too uneven gets whole groups moved (``_Settler``). One of a single group validates
    on its last documents, so that only one boundary is shared; one of a single text has that text cut.
-5. What a model was trained on stays on the training side, before all other rules.
+5. What a model was trained on stays on the training side, and what it held out on the side where it was,
+   before all other rules.
 
 Texts and groups are numbered, and a step is a few operations of numpy on all of them. Only domains that need
 a move are looked at one by one.
@@ -25,7 +26,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nanothink.data.split import NOTHING, Keys, SplitRule, TrainedText, hashed
+from nanothink.data.split import (
+    NOTHING,
+    NOTHING_HELD_OUT,
+    HeldOutText,
+    Keys,
+    SplitRule,
+    TrainedText,
+    hashed,
+)
 
 Sides = NDArray[np.int8]
 Int64 = NDArray[np.int64]
@@ -44,11 +53,14 @@ class Assignment:
     trained_groups: Keys
     """Keys of the groups with a name on the training side, sorted."""
     cut: dict[int, str]
-    """Key of each text that is to be cut, to the domain that holds no other."""
+    """Key of each text that is to be cut, to a domain that holds it: one that holds no other, if there is."""
 
 
 def assign_sides(
-    documents: Mapping[str, NDArray[Any]], rule: SplitRule | None, trained: TrainedText = NOTHING
+    documents: Mapping[str, NDArray[Any]],
+    rule: SplitRule | None,
+    trained: TrainedText = NOTHING,
+    held_out: HeldOutText = NOTHING_HELD_OUT,
 ) -> Assignment:
     """Deals the documents of a corpus to the sides; see the top of this file.
 
@@ -64,15 +76,20 @@ def assign_sides(
     if not names:
         return Assignment({name: np.empty(0, np.int8) for name in documents}, np.empty(0, np.uint64), {})
     table = _Table([documents[name] for name in names])
+    cut: dict[int, str] = {}
     if rule is None:
         sides = np.full(len(table.keys), TRAIN, np.int8)
-        unit_sides, cut = np.full(len(table.unit_keys), TRAIN, np.int8), {}
+        unit_sides = np.full(len(table.unit_keys), TRAIN, np.int8)
     else:
-        settler = _Settler(table, rule, trained)
+        settler = _Settler(table, rule, trained, held_out)
         settler.settle()
         sides, unit_sides = settler.text_sides[table.texts], settler.unit_sides
         sides[settler.is_cut[table.texts]] = CUT
-        cut = {int(table.keys[table.starts[d]]): names[d] for d in reversed(np.flatnonzero(table.one_text))}
+        for only in (False, True):  # the latter overrides
+            places = np.flatnonzero((sides == CUT) & (table.one_text[table.domains] == only))
+            keys, first = np.unique(table.keys[places], return_index=True)
+            domains = table.domains[places[first]]
+            cut |= {int(key): names[domain] for key, domain in zip(keys, domains, strict=True)}
     parts = dict(zip(names, np.split(sides, table.starts[1:]), strict=True))
     return Assignment(
         {name: parts.get(name, np.empty(0, np.int8)) for name in documents},
@@ -149,16 +166,25 @@ class _Settler:
     is not made, except that validation takes from testing.
     """
 
-    def __init__(self, table: _Table, rule: SplitRule, trained: TrainedText) -> None:
+    def __init__(self, table: _Table, rule: SplitRule, trained: TrainedText, held_out: HeldOutText) -> None:
         self.table, self.rule = table, rule
         self.hashes = hashed(table.unit_keys, rule.seed)
         self.is_trained = table.is_named & np.isin(table.unit_keys, trained.groups)
         self.is_trained[table.units[table.one_unit[table.domains]]] = True
         self.unit_sides = np.where(self.is_trained, TRAIN, _dealt(self.hashes, rule)).astype(np.int8)
 
-        self.is_cut = np.zeros(len(table.text_keys), np.bool_)
+        # A text that was cut once stays cut, also where its domain has others.
+        self.is_cut = np.isin(table.text_keys, np.array(list(trained.heads), np.uint64))
         self.is_cut[table.texts[table.starts[table.one_text]]] = True
-        self.forced = np.where(self.is_cut | trained.holds(table.text_keys), TRAIN, _FREE).astype(np.int8)
+        self.is_cut &= ~np.isin(table.text_keys, trained.keys)
+        self.forced = np.full(len(table.text_keys), _FREE, np.int8)
+        for side, keys in ((TEST, held_out.test), (VAL, held_out.val)):
+            self.forced[np.isin(table.text_keys, keys)] = side
+        self.forced[self.is_cut | trained.holds(table.text_keys)] = TRAIN
+        for side in (TEST, VAL):
+            held = np.zeros(len(table.unit_keys), np.bool_)
+            held[table.units[self.forced[table.texts] == side]] = True
+            self.unit_sides[held & ~self.is_trained] = side
         for domain in np.flatnonzero(table.one_unit):
             self._hold_out_the_end(table.of_domain(int(domain)))
 

@@ -20,6 +20,7 @@ from nanothink.errors import DataError
 Keys = NDArray[np.uint64]
 
 _PART_CHARS = 1 << 16
+_MAX_HEADS = 1 << 17
 _SPACE = re.compile(r"\s")
 
 
@@ -78,6 +79,10 @@ class TrainedText:
         """Mask of the texts that were trained on, wholly or in part."""
         return np.isin(keys, self.keys) | np.isin(keys, _head_keys(self.heads))
 
+    @property
+    def is_empty(self) -> bool:
+        return not (len(self.keys) or self.heads or len(self.groups))
+
     def __or__(self, other: TrainedText) -> TrainedText:
         heads = dict(self.heads)
         for key, n_chars in other.heads.items():
@@ -108,27 +113,72 @@ class TrainedText:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TrainedText:
         """The inverse of ``to_state``. Raises ValueError for anything else."""
-        import torch
-
-        names = ("keys", "groups", "head_keys", "head_chars")
-        if not isinstance(state, Mapping) or state.keys() != set(names):
-            raise ValueError(f"trained text has the parts {', '.join(names)}")
-        arrays = {}
-        for name in names:
-            tensor = state[name]
-            if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64 or tensor.dim() != 1:
-                raise ValueError(f"trained text: {name} is not a row of 64-bit integers")
-            arrays[name] = tensor.detach().cpu().numpy().view(np.uint64).copy()
-            if name != "head_chars" and (arrays[name][1:] <= arrays[name][:-1]).any():
-                raise ValueError(f"trained text: {name} is not sorted")
-        chars = arrays["head_chars"].view(np.int64)
-        if len(chars) != len(arrays["head_keys"]) or (chars < 1).any():
+        names = ("keys", "groups", "head_keys")
+        if not isinstance(state, Mapping) or state.keys() != {*names, "head_chars"}:
+            raise ValueError(f"trained text has the parts {', '.join(names)} and head_chars")
+        keys, groups, head_keys = (_sorted_keys(state[name], f"trained text: {name}") for name in names)
+        chars = _bits(state["head_chars"], "trained text: head_chars").view(np.int64)
+        if len(chars) != len(head_keys) or (chars < 1).any():
             raise ValueError("trained text: head_chars is not a length for each of head_keys")
-        heads = dict(zip(arrays["head_keys"].tolist(), chars.tolist(), strict=True))
-        return cls(arrays["keys"], heads, arrays["groups"])
+        if len(chars) > _MAX_HEADS:
+            raise ValueError(
+                f"trained text: {len(chars):,} texts that were cut, and a domain has one at most"
+            )
+        return cls(keys, dict(zip(head_keys.tolist(), chars.tolist(), strict=True)), groups)
+
+
+def _sorted_keys(tensor: Any, what: str) -> Keys:
+    keys = _bits(tensor, what)
+    if (keys[1:] <= keys[:-1]).any():
+        raise ValueError(f"{what} is not sorted")
+    return keys
+
+
+def _bits(tensor: Any, what: str) -> Keys:
+    """The numbers of an int64 tensor of one dimension, bit for bit."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64 or tensor.dim() != 1:
+        raise ValueError(f"{what} is not a row of 64-bit integers")
+    bits: Keys = tensor.detach().cpu().numpy().view(np.uint64)
+    return np.array(bits)
 
 
 NOTHING = TrainedText()
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutText:
+    """The documents on the other sides, by hash (``text_key``), sorted, without repeats; no cut ones.
+
+    A rule alone does not give them: where a side would be too small or too large, groups were moved, and in a
+    part of the corpus, or once it has grown, others would be.
+    """
+
+    val: Keys = field(default_factory=_no_keys)
+    test: Keys = field(default_factory=_no_keys)
+
+    def __or__(self, other: HeldOutText) -> HeldOutText:
+        """What either holds out; a text that one of them validates on is no test text."""
+        val = np.union1d(self.val, other.val)
+        return HeldOutText(val, np.setdiff1d(np.union1d(self.test, other.test), val))
+
+    def to_state(self) -> dict[str, Any]:
+        """Tensors for a checkpoint, as of ``TrainedText``."""
+        import torch
+
+        keys = {"val": self.val, "test": self.test}
+        return {name: torch.from_numpy(of.view(np.int64).copy()) for name, of in keys.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> HeldOutText:
+        """The inverse of ``to_state``. Raises ValueError for anything else."""
+        if not isinstance(state, Mapping) or state.keys() != {"val", "test"}:
+            raise ValueError("held-out text has the parts val and test")
+        return cls(*(_sorted_keys(state[name], f"held-out text: {name}") for name in ("val", "test")))
+
+
+NOTHING_HELD_OUT = HeldOutText()
 
 
 def _head_keys(heads: Mapping[int, int]) -> Keys:

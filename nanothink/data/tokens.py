@@ -28,6 +28,8 @@ from nanothink.data.records import Problem, iter_records
 from nanothink.data.sides import CUT, TEST, TRAIN, VAL, Sides, assign_sides, group_keys, sources_count
 from nanothink.data.split import (
     NOTHING,
+    NOTHING_HELD_OUT,
+    HeldOutText,
     SplitRule,
     TrainedText,
     cut_text,
@@ -209,6 +211,10 @@ class TokenisedCorpus:
     """Bad lines passed over (``skip_bad_records``)."""
     trained_text: TrainedText
     """What a model is trained on that sees the training side."""
+    held_out: HeldOutText
+    """The other sides, without texts that are cut."""
+    kept_in_training: int
+    """Documents that the rule would hold out, but for ``trained``."""
 
 
 def tokenise(
@@ -217,6 +223,7 @@ def tokenise(
     *,
     split: SplitRule | None,
     trained: TrainedText = NOTHING,
+    held_out: HeldOutText = NOTHING_HELD_OUT,
     skip_bad_records: bool = False,
     on_progress: Progress | None = None,
     note: Note | None = None,
@@ -224,13 +231,15 @@ def tokenise(
     """Tokenises what is not tokenised yet, splits, and opens the streams.
 
     Without a ``split`` nothing is held out or cut: the training side is all there is, in its order. Documents
-    in ``trained`` are on the training side whatever the rule says. ``on_progress`` receives bytes of files
-    done and in total. ``note`` receives a line when something is not as usual: another folder is used,
-    something damaged is made again, another process is waited for.
+    in ``trained`` are on the training side whatever the rule says, others in ``held_out`` on the side that is
+    theirs there. ``on_progress`` receives bytes of files done and in total. ``note`` receives a line when
+    something is not as usual: another folder is used, something damaged is made again, another process is
+    waited for.
 
     Raises BadRecordsError for lines that are no records (unless they are to be skipped), DataError for
     a domain without any text, or with nothing to train or validate on; TextLostError for a document that the
-    tokenizer does not give back; StorageError when the tokens cannot be kept.
+    tokenizer does not give back; StorageError when the tokens cannot be kept. With ``trained`` a domain may
+    have nothing to validate on.
     """
     builder = _Builder(corpus, tokenizer, skip_bad_records, on_progress, note or silent)
     files = builder.files()
@@ -241,11 +250,18 @@ def tokenise(
                 "--domains."
             )
     rows = {domain: np.concatenate([file.documents for _, file in own]) for domain, own in files.items()}
-    assigned = assign_sides(rows, split, trained)
+    assigned = assign_sides(rows, split, trained, held_out)
     cuts: dict[int, _Cut] = {}
+    kept_in_training = 0
     if split is not None:
         for key, domain in assigned.cut.items():
-            cuts[key] = builder.cut(key, corpus.domains[domain], domain, split, trained)
+            cuts[key] = builder.cut(key, corpus.domains[domain], domain, split, trained.heads.get(key, 0))
+        if not trained.is_empty:
+            drawn = assign_sides(rows, split).sides
+            kept_in_training = sum(
+                int(((own == TRAIN) & np.isin(drawn[domain], (VAL, TEST))).sum())
+                for domain, own in assigned.sides.items()
+            )
     streams: dict[int, dict[str, TokenStream]] = {TRAIN: {}, VAL: {}, TEST: {}}
     for domain in sorted(files):
         sides = assigned.sides[domain]
@@ -255,15 +271,19 @@ def tokenise(
             chosen = [(file, own == side) for file, own in parts]
             chosen += [(file, _part_of_cut(len(file.documents), side)) for file in cut_here]
             of_side[domain] = TokenStream(domain, tokenizer.eos_id, chosen, sources_count(rows[domain]))
-        if split is not None:
-            _check_both_sides(domain, streams[TRAIN][domain], streams[VAL][domain], trained)
+        if split is not None and trained.is_empty:
+            _check_both_sides(domain, streams[TRAIN][domain], streams[VAL][domain])
     side_digests = {d: hashlib.blake2b(sides.tobytes()).hexdigest() for d, sides in assigned.sides.items()}
     identity = [
         tokenizer.fingerprint,
         [[d, side_digests[d], [digest for digest, _ in own]] for d, own in sorted(files.items())],
         sorted(cut.name for cut in cuts.values()),
     ]
-    on_train = [own["key"][assigned.sides[domain] == TRAIN] for domain, own in rows.items()]
+    keys_on = {
+        side: np.unique(np.concatenate([own["key"][assigned.sides[d] == side] for d, own in rows.items()]))
+        for side in streams
+    }
+    heads = np.array([cut.file.documents["key"][0] for cut in cuts.values()], np.uint64)
     return TokenisedCorpus(
         train=streams[TRAIN],
         val=streams[VAL],
@@ -272,26 +292,22 @@ def tokenise(
         tokenizer_fingerprint=tokenizer.fingerprint,
         skipped_records=builder.n_unreadable + sum(file.n_bad for own in files.values() for _, file in own),
         trained_text=TrainedText(
-            np.unique(np.concatenate(on_train)),
+            np.union1d(keys_on[TRAIN], heads),
             {key: cut.trained_chars for key, cut in cuts.items()},
             assigned.trained_groups,
         ),
+        held_out=HeldOutText(keys_on[VAL], keys_on[TEST]),
+        kept_in_training=kept_in_training,
     )
 
 
-def _check_both_sides(domain: str, train: TokenStream, val: TokenStream, trained: TrainedText) -> None:
+def _check_both_sides(domain: str, train: TokenStream, val: TokenStream) -> None:
     if train.n_documents and val.n_documents:
         return
-    if train.n_documents and trained.holds(train.documents().keys).all():
-        reason = "validate on: the model was trained on all of its texts"
-    else:
-        purpose = "validate" if train.n_documents else "train"
-        reason = (
-            f"{purpose} on: all its texts are in other domains too, where they are needed on the other side"
-        )
+    purpose = "validate" if train.n_documents else "train"
     raise DataError(
-        f"Domain '{domain}' has nothing to {reason}. Add text of its own to it, or leave it out with "
-        "--domains."
+        f"Domain '{domain}' has nothing to {purpose} on: all its texts are in other domains too, where they "
+        "are needed on the other side. Add text of its own to it, or leave it out with --domains."
     )
 
 
@@ -381,14 +397,10 @@ class _Builder:
             for domain, paths in self._corpus.domains.items()
         }
 
-    def cut(
-        self, key: int, paths: Sequence[Path], domain: str, split: SplitRule, trained: TrainedText
-    ) -> _Cut:
-        """The only text of a domain in parts."""
+    def cut(self, key: int, paths: Sequence[Path], domain: str, split: SplitRule, trained_chars: int) -> _Cut:
+        """The text of that key cut in parts, of which the first holds what was trained on already."""
         line, text = self._find(key, paths)
-        is_whole = np.isin(np.uint64(key), trained.keys)
-        n_chars = len(normalised(text)) if is_whole else trained.heads.get(key, 0)
-        parts = [part for part in cut_text(text, split, domain, n_chars) if part]
+        parts = [part for part in cut_text(text, split, domain, trained_chars) if part]
         name = f"cut-{key:016x}-{'-'.join(str(len(part)) for part in parts)}"
         found = open_token_file(self._folder / name)
         if found is None:

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from nanothink.config import VectorStoreConfig
+from nanothink.data.split import TrainedText
 from nanothink.data.tokens import IGNORE, Documents, TokenisedCorpus, TokenStream
 from nanothink.disk import Note, silent
 from nanothink.memory.index import (
@@ -202,14 +203,22 @@ def build(
         tuple(domains),
         tuple(files),
         held_out,
+        _heads(old, tokens.trained_text),
         old.merged,
     )
     write_store(folder, owner, index, contents, note=note, progress=progress)
 
 
+def _heads(old: Contents, trained: TrainedText) -> NDArray[np.uint64]:
+    """Cut texts whose heads may be inside, each with the characters of the longest head."""
+    heads = (old.trained_text | trained).heads
+    return np.array(sorted(heads.items()), np.uint64).reshape(-1, 2)
+
+
 def held_out_texts(tokens: TokenisedCorpus) -> NDArray[np.uint64]:
-    """Sorted hashes of the validation texts."""
-    keys = [stream.documents().keys for stream in tokens.val.values()]
+    """Sorted hashes of the validation and test texts."""
+    streams = [*tokens.val.values(), *tokens.test.values()]
+    keys = [stream.documents().keys for stream in streams]
     return np.unique(np.concatenate(keys or [np.empty(0, np.uint64)]))
 
 

@@ -13,6 +13,7 @@ chapter 3).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -51,15 +52,7 @@ def merge_duplicates(store: VectorStore, similarity: float, progress: Callable[[
         found = np.searchsorted(new[at, 0], old[:, 1]).clip(max=len(new) - 1)
         moved = new[at[found], 0] == old[:, 1]
         old = np.stack([old[:, 0], np.where(moved, new[at[found], 1], old[:, 1])], 1)
-    contents = store.contents
-    return Contents(
-        contents.tokens,
-        contents.documents,
-        contents.domains,
-        contents.files,
-        contents.held_out,
-        np.concatenate([old, new]),
-    )
+    return replace(store.contents, merged=np.concatenate([old, new]))
 
 
 def _leaders(keys: Float32, similarity: float) -> Int64:

@@ -5,7 +5,8 @@
         index-<generation>.faiss       the keys (index.py), under the numbers of their tokens
         tokens-<generation>.npy        the text: token n is what followed key n
         documents-<generation>.npy     where each document of it ends, and where it comes from
-        heldout-<generation>.npy       hashes of the validation texts of all data that went in
+        heldout-<generation>.npy       hashes of the validation and test texts of all data that went in
+        heads-<generation>.npy         hashes of texts of which only the head may be in it, and its length
         merged-<generation>.npy        keys that others stand for (compact.py)
         neighbours-<...>/              what training found once and need not search again (neighbours.py)
         lock                           held by whoever is writing
@@ -33,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 
 from nanothink.config import VectorStoreConfig
+from nanothink.data.split import NOTHING, TrainedText
 from nanothink.disk import (
     Note,
     locked,
@@ -55,7 +57,7 @@ from nanothink.models.recall import NO_TOKEN, Neighbours
 
 Progress = Callable[[str, int, int], None]
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".memory"
 
 DOCUMENT = np.dtype([("end", "<i8"), ("key", "<u8"), ("line", "<i8"), ("domain", "<i4"), ("file", "<i4")])
@@ -63,7 +65,7 @@ DOCUMENT = np.dtype([("end", "<i8"), ("key", "<u8"), ("line", "<i8"), ("domain",
 where it comes from; domain and file are indices into the manifest's lists."""
 
 _MANIFEST = "manifest.json"
-_ROLES = ("index", "tokens", "documents", "heldout", "merged")
+_ROLES = ("index", "tokens", "documents", "heldout", "heads", "merged")
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,16 @@ class Contents:
     domains: tuple[str, ...]
     files: tuple[str, ...]
     held_out: NDArray[np.uint64]
-    """Sorted hashes of validation texts, none of which is ever let in."""
+    """Sorted hashes of validation and test texts, none of which is ever let in."""
+    heads: NDArray[np.uint64] = field(default_factory=lambda: np.empty((0, 2), np.uint64))
+    """(H, 2): hash of a text of which only the head may be let in, and normalised characters of that head."""
     merged: Int64 = field(default_factory=lambda: np.empty((0, 2), np.int64))
     """(M, 2): a key that was taken out, and the one that stands for it."""
+
+    @property
+    def trained_text(self) -> TrainedText:
+        """The texts that are in the store, wholly or in part."""
+        return trained_text(self.documents, self.heads)
 
     @classmethod
     def empty(cls, vocab_size: int) -> Contents:
@@ -119,6 +128,11 @@ class VectorStore:
         self.n_neighbours = n_neighbours
         self.generation = generation
         self._ends = contents.documents["end"].copy()
+
+    @property
+    def trained_text(self) -> TrainedText:
+        """The texts that are in the store, wholly or in part."""
+        return self.contents.trained_text
 
     def search(self, queries: torch.Tensor) -> Neighbours:
         """(Q, D) queries of length 1 -> Q rows of ``n_neighbours``, on their device."""
@@ -206,6 +220,11 @@ class VectorStore:
         return np.unique(key * len(self._ends) + self.document(member))
 
 
+def trained_text(documents: NDArray[Any], heads: NDArray[np.uint64]) -> TrainedText:
+    """The texts of a store's ``documents`` and ``heads``."""
+    return TrainedText(np.unique(documents["key"]), {int(key): int(chars) for key, chars in heads})
+
+
 def memory_folder(checkpoint_dir: Path, stem: str) -> Path:
     """Where the memory of a run lies."""
     return checkpoint_dir / f"{stem}{SUFFIX}"
@@ -283,6 +302,7 @@ def open_store(
         domains=tuple(manifest["domains"]),
         files=tuple(manifest["sources"]),
         held_out=np.asarray(_map(paths["heldout"])),
+        heads=np.asarray(_map(paths["heads"])),
         merged=np.asarray(_map(paths["merged"])),
     )
     kind: Kind = manifest["index"]["kind"]
@@ -297,6 +317,28 @@ def open_store(
         n_neighbours=settings.n_neighbours,
         generation=manifest["generation"],
     )
+
+
+def read_texts(folder: Path, digest: str) -> TrainedText:
+    """The texts in the store of ``folder``, without opening its index; none where it is not this expert's.
+
+    Args:
+        digest: of the key expert's weights.
+
+    Raises:
+        VectorStoreError: it is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    if manifest["owner"]["digest"] != digest:
+        return NOTHING
+    found = {
+        role: _map(_verified(folder, role, manifest["files"][role], lambda _: None))
+        for role in ("documents", "heads")
+        if role in manifest["files"]
+    }
+    if len(found) < 2:
+        raise _damaged(folder / _MANIFEST, "it does not name all files")
+    return trained_text(found["documents"], found["heads"])
 
 
 def check_owner(folder: Path, found: Owner, wanted: Owner) -> None:
@@ -349,6 +391,7 @@ def write_store(
                 np.save(scratch / names["tokens"], contents.tokens)
                 np.save(scratch / names["documents"], contents.documents)
                 np.save(scratch / names["heldout"], contents.held_out)
+                np.save(scratch / names["heads"], contents.heads)
                 np.save(scratch / names["merged"], contents.merged)
                 files = {}
                 total, done = sum(path.stat().st_size for path in scratch.iterdir()), 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from nanothink.checkpoints import (
     CheckpointSummary,
@@ -17,17 +17,14 @@ from nanothink.checkpoints import (
     verify_checkpoint,
 )
 from nanothink.data.corpus import find_corpus
-from nanothink.data.split import SplitRule
-from nanothink.data.tokens import TokenStream, tokenise
 from nanothink.errors import CheckpointError, CheckpointNotFoundError, DataError, UsageError
 from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Difference, Evaluation, evaluate_model
 from nanothink.models import COMBINED
 from nanothink.models.diffuser import Diffuser
-from nanothink.models.nanothink import NanoThink
+from nanothink.runs.held_out import Side, TextToScore
 from nanothink.runs.loading import LoadedModel, load
 
-Split = Literal["train", "val", "all"]
 _BATCH_TOKENS = 8192
 
 
@@ -36,6 +33,8 @@ class CheckpointEvaluation:
     path: Path
     kind: str
     evaluation: Evaluation
+    n_seen: int
+    """Documents of the text that it was trained on, or has in its vector store."""
 
 
 def above_best(results: Sequence[CheckpointEvaluation]) -> list[Difference | None]:
@@ -59,23 +58,26 @@ def evaluate_checkpoints(
     *,
     data_dir: str | None = None,
     domains: Sequence[str] | None = None,
-    split: Split = "val",
+    split: Side = "val",
     max_tokens: int | None = None,
     device: str | None = None,
     skip_bad_records: bool = False,
     memory: bool = True,
+    allow_seen: bool = False,
     note: Callable[[str], None],
     progress: Progress,
 ) -> list[CheckpointEvaluation]:
     """Score each checkpoint on the same documents.
 
-    Without ``data_dir`` the text is what the checkpoints were trained on (its held-out part under
-    ``split="val"``), and several checkpoints must agree on the folder. Each checkpoint cuts the text up
-    with its own tokenizer and reads it in blocks of its own ``max_seq_len``. Where they held out different
-    fractions, it is the text that all of them held out, or trained on. A model that was trained with a memory
-    is scored with it unless ``memory`` is False.
+    Without ``data_dir`` the text is that of the domains that the checkpoints were trained on, and several
+    checkpoints must agree on the folder. The checkpoints say what of it is held out: by the rule of their
+    split, and by the documents that they were trained on, none of which is scored unless ``allow_seen``; see
+    ``TextToScore``. Each checkpoint cuts the text up with its own tokenizer and reads it in blocks of its
+    own ``max_seq_len``. A model that was trained with a vector store is scored with it, unless ``memory`` is
+    False.
 
     Raises:
+        SeenTextError: one of them was trained on some of the text.
         UsageError: the checkpoints come from different data, and none was given.
         DataError: there is no text to score.
     """
@@ -83,21 +85,8 @@ def evaluate_checkpoints(
     for model in loaded:
         for line in model.notes:
             note(f"{model.path}: {line}")
-    if data_dir is None:
-        folders = sorted({model.config.data.data_dir for model in loaded})
-        if len(folders) > 1:
-            raise UsageError(
-                f"These checkpoints were trained on different data ({', '.join(folders)}). "
-                "Say which text to score them on: --data-dir DIR."
-            )
-        data_dir = folders[0]
-        if not Path(data_dir).is_dir():
-            raise DataError(
-                f"The folder this was trained on, {data_dir}, is not there. Name one: --data-dir DIR."
-            )
-        if domains is None and all(model.config.data.domains for model in loaded):
-            domains = sorted({d for model in loaded for d in model.config.data.domains or ()})
-    corpus = find_corpus(data_dir, domains)
+    retry = _retry(paths, data_dir, domains, memory)
+    corpus = find_corpus(*_where(loaded, data_dir, domains, note))
     for warning in corpus.warnings:
         note(str(warning))
     if len({model.tokenizer.fingerprint for model in loaded}) > 1:
@@ -106,67 +95,88 @@ def evaluate_checkpoints(
             "are by token, and do not compare."
         )
     own = {Path(model.config.data.data_dir).resolve() for model in loaded}
-    if split == "val" and Path(data_dir).resolve() not in own:
-        note(f"Of {data_dir} the part that training would hold out is scored; --split all scores all of it.")
-    fractions = sorted({model.config.data.val_split for model in loaded})
-    val_split = {"train": fractions[-1], "val": fractions[0], "all": None}[split]
-    if len(fractions) > 1 and val_split is not None:
-        did = "held out" if split == "val" else "trained on"
+    if split == "val" and corpus.root.resolve() not in own:
         note(
-            f"These checkpoints held out different fractions of their data (data.val_split "
-            f"{', '.join(map(str, fractions))}). They are scored on what all of them {did}."
+            f"Of {corpus.root} the part that training would hold out is scored; --split all scores all of it."
         )
+    rules = {model.split.rule for model in loaded}
+    if len(rules) > 1 and split in ("val", "test"):
+        fractions = sorted({getattr(rule, f"{split}_split") for rule in rules})
+        note(
+            f"These checkpoints held out different fractions of their data (data.{split}_split "
+            f"{', '.join(map(str, fractions))}). They are scored on what all of them held out."
+        )
+    text = TextToScore(
+        corpus,
+        loaded,
+        split,
+        max_tokens=max_tokens,
+        allow_seen=allow_seen,
+        skip_bad_records=skip_bad_records,
+        retry=retry,
+        note=note,
+        progress=lambda done, total: progress("tokenising", done, total),
+    )
     results = []
-    for model in loaded:
-        tokens = tokenise(
-            corpus,
-            model.tokenizer,
-            split=None if val_split is None else SplitRule(val_split),
-            skip_bad_records=skip_bad_records or model.config.data.skip_bad_records,
-            on_progress=lambda done, total: progress("tokenising", done, total),
-            note=note,
-        )
+    for number, model in enumerate(loaded):
+        scored = text.in_tokens_of(model.tokenizer)
         length = model.config.model.max_seq_len
-        streams = tokens.val if split == "val" else tokens.train
-        if (recalled := _inside_memory(model, streams)) > 0:
-            note(
-                f"Warning: {recalled:,} of these documents are in the memory of {model.path}, which knows "
-                "them by heart: these figures say nothing about other text."
-            )
         label = f"evaluating {model.path.name}"
         evaluation = evaluate_model(
             model.model,
-            streams,
+            scored.streams,
             length=length,
             batch_size=max(1, _BATCH_TOKENS // length),
             precision=model.precision,
             max_tokens=max_tokens,
             on_progress=lambda done, total, label=label: progress(label, done, total),  # type: ignore[misc]
         )
-        if not evaluation.domains:
-            raise DataError(f"There is no text in the {split} part of {data_dir}.")
         if isinstance(model.model, Diffuser) and model.config.diffuser.target != "hidden_state":
             errors = denoising_errors(
                 model.model,
-                streams,
+                scored.streams,
                 length=length,
                 precision=model.precision,
                 on_progress=lambda done, total: progress("errors by noise level", done, total),
             )
             evaluation = replace(evaluation, denoising=errors)
-        results.append(CheckpointEvaluation(model.path, model.kind, evaluation))
+        results.append(CheckpointEvaluation(model.path, model.kind, evaluation, scored.n_seen[number]))
     return results
 
 
-def _inside_memory(model: LoadedModel, streams: Mapping[str, TokenStream]) -> int:
-    """Documents of these streams that the model has in its memory."""
-    if not isinstance(model.model, NanoThink) or model.model.memory is None:
-        return 0
-    from nanothink.memory.store import VectorStore
-    from nanothink.runs.remembering import held_out_inside
+def _where(
+    loaded: Sequence[LoadedModel],
+    data_dir: str | None,
+    domains: Sequence[str] | None,
+    note: Callable[[str], None],
+) -> tuple[str, Sequence[str] | None]:
+    """Folder and domains of the text: those that were named, else those of the training."""
+    if data_dir is not None:
+        return data_dir, domains
+    folders = sorted({model.config.data.data_dir for model in loaded})
+    if len(folders) > 1:
+        raise UsageError(
+            f"These checkpoints were trained on different data ({', '.join(folders)}). "
+            "Say which text to score them on: --data-dir DIR."
+        )
+    folder = Path(folders[0])
+    if not folder.is_dir():
+        raise DataError(f"The folder this was trained on, {folder}, is not there. Name one: --data-dir DIR.")
+    if domains is None:
+        own = sorted({domain for model in loaded for domain in model.split.domains})
+        domains = [domain for domain in own if (folder / domain).is_dir()] or own
+        if gone := sorted(set(own) - set(domains)):
+            note(f"Not scored, because {folder} has no such domains any more: {', '.join(gone)}.")
+    return str(folder), domains
 
-    assert isinstance(model.model.memory, VectorStore)
-    return held_out_inside(model.model.memory, streams.values())
+
+def _retry(paths: Sequence[Path], data_dir: str | None, domains: Sequence[str] | None, memory: bool) -> str:
+    """The command that would score the same again."""
+    words = ["nanothink", "eval", *map(str, paths)]
+    words += ["--data-dir", data_dir] if data_dir is not None else []
+    words += ["--domains", ",".join(domains)] if domains else []
+    words += [] if memory else ["--no-memory"]
+    return shlex.join(words)
 
 
 def finished_checkpoints(

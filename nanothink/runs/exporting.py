@@ -104,7 +104,9 @@ def export_checkpoint(
 
     if progress is not None:
         progress(f"writing {folder.name}", 0, 0)
-    write_export(folder, model_state(model), fill, overwrite=overwrite)
+    split = loaded.split
+    documents = {**split.trained.to_state(), **split.held_out.to_state()}
+    write_export(folder, model_state(model), documents, fill, overwrite=overwrite)
     return Export(
         checkpoint,
         folder,
@@ -143,6 +145,7 @@ def _own_section(payload: CheckpointPayload, config: Config) -> dict[str, Any]:
         "epoch": payload["epoch"],
         "best_loss": payload["best_loss"],
         "config": _shapes(config.model_dump(mode="json"), payload["kind"]),
+        "split": {name: part for name, part in payload["split"].items() if name in ("rule", "domains")},
         "experts": [],
     }
     if payload["kind"] == COMBINED:
@@ -158,7 +161,7 @@ def _shapes(config: dict[str, Any], kind: str) -> dict[str, Any]:
     own = "mla" if kind == COMBINED else kind
     kept = {name: dict(config[name]) for name in {"model", "transformer", own}}  # heads must divide the width
     kept.get("diffuser", {}).pop("transformer", None)
-    kept["data"] = {"val_split": config["data"]["val_split"], "domains": config["data"]["domains"]}
+    kept["data"] = {name: config["data"][name] for name in ("val_split", "test_split", "domains")}
     phase = training_section(kind)
     kept[phase] = {"amp_dtype": config[phase]["amp_dtype"]}
     return kept

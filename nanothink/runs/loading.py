@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nanothink.checkpoints import (
     ModelPayload,
     Progress,
+    SplitRecord,
     is_export,
     read_checkpoint,
     read_export,
@@ -19,6 +21,7 @@ from nanothink.checkpoints import (
 )
 from nanothink.config import Config
 from nanothink.config.run import resolve_config
+from nanothink.data.split import TrainedText, text_key
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.errors import CheckpointMismatchError, UsageError
 from nanothink.inference.denoising import Reconstruction, measured_levels, reconstruct
@@ -57,12 +60,42 @@ class LoadedModel:
     config: Config
     tokenizer: Tokenizer
     precision: Precision
+    split: SplitRecord
+    """The rule of its split, and the documents that it was trained on; see ``trained_on``."""
     notes: tuple[str, ...]
     """What did not fit when the weights were read; empty when everything did."""
 
     @property
     def kind(self) -> str:
         return self.model.kind
+
+    @property
+    def trained_text(self) -> TrainedText:
+        """The documents that any part of the model was trained on, and those in its vector store."""
+        remembered = self._remembered()
+        return self.split.trained if remembered is None else self.split.trained | remembered
+
+    def trained_on(self, text: str) -> bool:
+        """Whether this text is a document that any part of the model was trained on, or that is in its store.
+
+        White space, line ends and the form of Unicode do not count; a text of which only the head was trained
+        on counts as trained on.
+        """
+        return bool(self.trained_text.holds(np.array([text_key(text)], np.uint64))[0])
+
+    def seen_by(self) -> dict[str, TrainedText]:
+        """``trained_text`` by who has it: the model, and its vector store."""
+        remembered = self._remembered()
+        own = {str(self.path): self.split.trained}
+        return own if remembered is None else {**own, f"the vector store of {self.path}": remembered}
+
+    def _remembered(self) -> TrainedText | None:
+        if not isinstance(self.model, NanoThink) or self.model.memory is None:
+            return None
+        from nanothink.memory.store import VectorStore
+
+        assert isinstance(self.model.memory, VectorStore)
+        return self.model.memory.trained_text
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Next-token logits: (B, T) int64 -> (B, T, V) float32, on the device of ``tokens``."""
@@ -306,6 +339,7 @@ def opened(
         config,
         tokenizer,
         _same_precision(config, model.kind, chosen),
+        SplitRecord.from_state(payload["split"], path),
         tuple(report.lines()),
     )
 

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nanothink.checkpoints import (
     CheckpointPayload,
+    SplitRecord,
 )
 from nanothink.config import Config, TrainConfig
 from nanothink.config.run import ResolvedConfig, flatten
 from nanothink.data.batches import TrainingBatches
 from nanothink.data.corpus import Corpus, find_corpus
-from nanothink.data.split import SplitRule
+from nanothink.data.split import NOTHING, SplitRule, TrainedText
 from nanothink.data.tokenizer import Tokenizer, resolve_tokenizer
-from nanothink.data.tokens import TokenisedCorpus, tokenise
+from nanothink.data.tokens import TokenisedCorpus
 from nanothink.errors import (
     CheckpointMismatchError,
     DataError,
     UsageError,
+    VectorStoreError,
 )
+from nanothink.memory.store import memory_folder, read_texts
 from nanothink.models import COMBINED, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision, choose_device, choose_precision
+from nanothink.models.recall import choose_key_expert
 from nanothink.models.selective_scan import choose_scan
 from nanothink.runs.experts import (
     FrozenExpert,
     check_same_experts,
     described,
+    entries_of,
     find_experts,
     shaped_by,
 )
 from nanothink.runs.frozen import FrozenTransformer, check_same_transformer, find_transformer
+from nanothink.runs.held_out import InheritedSplit, spelled
 from nanothink.runs.rebuilding import rebuild
 from nanothink.runs.resuming import Origin, Watch, Where, find_start
 from nanothink.training.events import RunFinished
@@ -55,6 +61,8 @@ class Prepared:
     corpus: Corpus
     tokenizer: Tokenizer
     tokens: TokenisedCorpus
+    split: SplitRecord
+    """Rule and trained text, as the checkpoints of this run have them."""
     batches: TrainingBatches
     precision: Precision
     state: TrainState
@@ -120,6 +128,11 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     for warning in corpus.warnings:
         watch.note(str(warning))
     watch.note(f"Computing in {precision.name} on {precision.device}: {precision.reason}.")
+    split = _inherited_split(origin, frozen, experts, resolved)
+    fractions = {"val_split": split.rule.val_split, "test_split": split.rule.test_split}
+    if split.rule != SplitRule.of(config.data):
+        watch.note(f"Holding out what {' and '.join(split.trained_by)} held out: {spelled(split.rule)}.")
+    config = config.model_copy(update={"data": config.data.model_copy(update=fractions)})
     lender = frozen or (experts[0] if experts else None)
     config = _settled(config, precision, where.kind, lender, watch)
     if origin is not None:
@@ -139,13 +152,14 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
             note=watch.note,
             on_progress=watch.progress,
         )
-    tokens = tokenise(
+    if where.kind == COMBINED and config.vector_store.enabled:
+        split = replace(split, store=_text_in_store(where, config, origin, experts))
+    tokens = split.tokenise(
         corpus,
         tokenizer,
-        split=SplitRule.of(config.data),
         skip_bad_records=config.data.skip_bad_records,
-        on_progress=lambda done, total: watch.progress("tokenising", done, total),
         note=watch.note,
+        progress=lambda done, total: watch.progress("tokenising", done, total),
     )
     if payload is not None and payload["data_fingerprint"] != tokens.fingerprint:
         watch.note(
@@ -182,6 +196,7 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
         corpus=corpus,
         tokenizer=tokenizer,
         tokens=tokens,
+        split=split.record(tokens),
         batches=batches,
         precision=precision,
         state=state,
@@ -191,6 +206,37 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
         inside=inside,
         finds_best_anew=finds_best_anew,
     )
+
+
+def _inherited_split(
+    origin: Origin | None,
+    frozen: FrozenTransformer | None,
+    experts: Sequence[FrozenExpert],
+    resolved: ResolvedConfig,
+) -> InheritedSplit:
+    """The split of the checkpoint that the run goes on from, else of the models that it builds on."""
+    parts: dict[str, SplitRecord] = {}
+    for part in (origin,) if origin is not None else (frozen, *experts):
+        if part is not None:
+            parts[str(part.path)] = SplitRecord.from_state(part.payload["split"], part.path)
+    return InheritedSplit.of(parts, resolved)
+
+
+def _text_in_store(
+    where: Where, config: Config, origin: Origin | None, experts: Sequence[FrozenExpert]
+) -> TrainedText:
+    """The documents of the vector store that the run will find; none where it will make one."""
+    if origin is not None:
+        entries = entries_of(origin.payload["run"], origin.path)
+        of_experts = {e["name"]: (e["kind"], str(e.get("digest", ""))) for e in entries}
+    else:
+        of_experts = {e.name: (e.kind, e.digest) for e in experts}
+    kinds = {name: kind for name, (kind, _) in of_experts.items()}
+    digest = of_experts[choose_key_expert(kinds, config.vector_store.expert)][1]
+    try:
+        return read_texts(memory_folder(where.checkpoint_dir, where.stem), digest)
+    except VectorStoreError:  # missing, or damaged: whoever opens it says so, or builds it anew
+        return NOTHING
 
 
 def experts_to_combine(

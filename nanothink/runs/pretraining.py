@@ -472,6 +472,7 @@ def checkpoint_payload(prepared: Prepared, run: Run) -> CheckpointPayload:
         "config": prepared.config.model_dump(mode="json"),
         "tokenizer": prepared.tokenizer.to_state(),
         "data_fingerprint": prepared.tokens.fingerprint,
+        "split": prepared.split.to_state(),
         "run": {
             "name": prepared.where.stem,
             "state": state.to_dict(),

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanothink.checkpoints import ModelPayload, parse_name, read_checkpoint, restore_model
+from nanothink.checkpoints import ModelPayload, SplitRecord, parse_name, read_checkpoint, restore_model
 from nanothink.config import Config, VectorStoreConfig
 from nanothink.config.run import resolve_config
 from nanothink.data.corpus import find_corpus
-from nanothink.data.split import SplitRule
+from nanothink.data.split import NOTHING, TrainedText
 from nanothink.data.tokenizer import Tokenizer
-from nanothink.data.tokens import TokenisedCorpus, TokenStream, tokenise
+from nanothink.data.tokens import TokenisedCorpus, tokenise
 from nanothink.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
@@ -26,6 +26,7 @@ from nanothink.errors import (
     VectorStoreDamagedError,
     VectorStoreError,
     VectorStoreMismatchError,
+    VectorStoreNotFoundError,
     counted,
 )
 from nanothink.inference.evaluate import Evaluation, evaluate_model
@@ -39,6 +40,7 @@ from nanothink.memory.store import (
     exists,
     memory_folder,
     open_store,
+    read_texts,
     store_bytes,
     write_store,
 )
@@ -48,6 +50,7 @@ from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import Precision, choose_device
 from nanothink.models.recall import choose_key_expert
 from nanothink.runs.experts import entries_of, find_experts, scan_that_runs, shaped_by
+from nanothink.runs.held_out import InheritedSplit, seen_documents, spelled
 from nanothink.runs.rebuilding import rebuild
 
 Progress = Callable[[str, int, int], None]
@@ -151,9 +154,9 @@ def remember(
             note=note,
         )
         store = open_store(folder, settings, owner=expert.owner, progress=progress)
-    if held := held_out_inside(store, tokens.val.values()):
+    if held := sum(seen_documents(side, store.trained_text) for side in (tokens.val, tokens.test)):
         raise VectorStoreMismatchError(
-            f"{folder} holds {held} of the documents that this run validates on, so its figures would say "
+            f"{folder} holds {held} of the documents that this run holds out, so its figures would say "
             "nothing. Build it again from this data: nanothink memory build --overwrite, or start with "
             "--overwrite."
         )
@@ -171,11 +174,6 @@ def remember(
         known.find(missing, progress)
     model.memory = RepeatedSearch(store)
     return known
-
-
-def held_out_inside(store: VectorStore, streams: Iterable[TokenStream]) -> int:
-    """Documents of these streams that the store holds."""
-    return sum(int((store.documents_of(stream.documents().keys) >= 0).sum()) for stream in streams)
 
 
 def _cost(folder: Path, plan: BuildPlan) -> str:
@@ -218,6 +216,8 @@ class Remembering:
     tokenizer: Tokenizer
     checkpoint: Path | None
     """None where there are only experts so far."""
+    split: InheritedSplit
+    """Of the model, or of the experts together."""
 
     @property
     def settings(self) -> VectorStoreConfig:
@@ -238,7 +238,32 @@ class Remembering:
         note: Note,
         progress: Progress,
     ) -> TokenisedCorpus:
-        """The data named, or what the model was trained on."""
+        """The data named, or what the model was trained on, split as for the model.
+
+        Text that the model holds out stays out of its vector store, so that figures on it stay true.
+        """
+        tokens = self._read(self.split.trained, data_dir, domains, skip_bad_records, note, progress)
+        held_out = sum(s.n_documents for side in (tokens.val, tokens.test) for s in side.values())
+        note(f"{counted(held_out, 'document')} held out by {spelled(self.split.rule)}: not put in.")
+        return tokens
+
+    def held_out(self, *, note: Note, progress: Progress) -> TokenisedCorpus:
+        """The model's own data, whose validation side is in neither the model nor its vector store."""
+        try:
+            inside = read_texts(self.folder, self.expert.owner.digest)
+        except VectorStoreNotFoundError:
+            inside = NOTHING
+        return self._read(self.split.trained | inside, None, None, False, note, progress)
+
+    def _read(
+        self,
+        trained: TrainedText,
+        data_dir: str | None,
+        domains: Sequence[str] | None,
+        skip_bad_records: bool,
+        note: Note,
+        progress: Progress,
+    ) -> TokenisedCorpus:
         data = self.config.data
         where = data_dir or data.data_dir
         if data_dir is None and not Path(where).is_dir():
@@ -251,7 +276,9 @@ class Remembering:
         return tokenise(
             corpus,
             self.tokenizer,
-            split=SplitRule.of(data),
+            split=self.split.rule,
+            trained=trained,
+            held_out=self.split.held_out,
             skip_bad_records=skip_bad_records or data.skip_bad_records,
             on_progress=lambda done, total: progress("tokenising", done, total),
             note=note,
@@ -292,7 +319,9 @@ def find_remembering(
                 f"Build one for experts that are yet to be combined: nanothink memory build --expert "
                 f"{checkpoint}"
             )
-        config = resolve_config(base=payload["config"], assignments=assignments).config
+        resolved = resolve_config(base=payload["config"], assignments=assignments)
+        config = resolved.config
+        parts = {str(checkpoint): SplitRecord.from_state(payload["split"], checkpoint)}
         tokenizer = Tokenizer.from_state(payload["tokenizer"])
         entries = {entry["name"]: entry for entry in entries_of(payload["run"], checkpoint)}
         chosen = choose_key_expert({n: e["kind"] for n, e in entries.items()}, config.vector_store.expert)
@@ -308,6 +337,7 @@ def find_remembering(
             "model_state": weights,
             "config": payload["config"],
             "tokenizer": payload["tokenizer"],
+            "split": payload["split"],
             "run": payload["run"],
         }
         model = rebuild(inside["kind"], own, tokenizer.vocab_size, payload=inside, path=checkpoint)
@@ -328,6 +358,7 @@ def find_remembering(
                 f"No {stem}.pt in {checkpoint_dir}, and no experts to build a memory for. {error}"
             ) from None
         config = shaped_by(found, resolved)
+        parts = {str(e.path): SplitRecord.from_state(e.payload["split"], e.path) for e in found}
         kinds = {e.name: e.kind for e in found}
         one = next(e for e in found if e.name == choose_key_expert(kinds, config.vector_store.expert))
         tokenizer = one.tokenizer
@@ -338,7 +369,7 @@ def find_remembering(
         folder = memory_folder(checkpoint_dir, stem)
     model.to(chosen_device).eval().requires_grad_(False)
     expert = KeyExpert(_owner(entry, config, tokenizer), model, precision)
-    return Remembering(folder, expert, config, tokenizer, checkpoint)
+    return Remembering(folder, expert, config, tokenizer, checkpoint, InheritedSplit.of(parts, resolved))
 
 
 def folder_of(checkpoint: Path) -> Path:

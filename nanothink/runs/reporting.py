@@ -13,8 +13,7 @@ import torch
 from nanothink import __version__
 from nanothink.checkpoints import parse_name
 from nanothink.data.corpus import find_corpus
-from nanothink.data.split import SplitRule
-from nanothink.data.tokens import TokenStream, tokenise
+from nanothink.data.tokens import TokenStream
 from nanothink.disk import storage_error, try_to_write, write_whole
 from nanothink.errors import (
     CheckpointNotFoundError,
@@ -38,6 +37,7 @@ from nanothink.report import (
     RoutedToken,
     page,
 )
+from nanothink.runs.held_out import held_out
 from nanothink.runs.loading import LoadedModel, load
 from nanothink.training.records import RunRecords, read_description, read_run
 
@@ -203,13 +203,13 @@ def _held_out(
     folder = data_dir or config.data_dir
     if not Path(folder).is_dir():
         raise DataError(f"The folder it was trained on, {folder}, is not there. Name it: --data-dir DIR.")
-    tokens = tokenise(
+    tokens = held_out(
         find_corpus(folder, config.domains),
+        [loaded],
         loaded.tokenizer,
-        split=SplitRule.of(config),
         skip_bad_records=True,
-        on_progress=lambda done, total: progress("tokenising", done, total),
         note=note,
+        progress=lambda done, total: progress("tokenising", done, total),
     )
     length = min(PASSAGE_TOKENS, loaded.config.model.max_seq_len)
     found = {

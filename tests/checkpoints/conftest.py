@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from nanothink.checkpoints import FORMAT_VERSION, CheckpointPayload
+from nanothink.checkpoints import FORMAT_VERSION, CheckpointPayload, SplitRecord
+from nanothink.data.split import HeldOutText, SplitRule, TrainedText
 
 
 def build_payload(seed: int = 0, **changes: Any) -> CheckpointPayload:
@@ -39,6 +41,9 @@ def build_payload(seed: int = 0, **changes: Any) -> CheckpointPayload:
         "config": {"model": {"d_model": 16}, "data": {"domains": ["a", "b"]}},
         "tokenizer": {"tokenizer.json": "{}"},
         "data_fingerprint": "abc",
+        "split": SplitRecord(
+            SplitRule(0.1), ("a", "b"), TrainedText(np.arange(3, dtype=np.uint64)), HeldOutText()
+        ).to_state(),
         "run": {"name": "first", "n_skipped_steps": 0},
     }
     return {**payload, **changes}  # type: ignore[typeddict-item]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import pickle
 import random
@@ -37,8 +38,8 @@ from nanothink.errors import (
 def same(a: Any, b: Any) -> bool:
     """Equal to the bit and to the type."""
     if isinstance(a, torch.Tensor):
-        if a.dtype != b.dtype or a.shape != b.shape:
-            return False
+        if a.dtype != b.dtype or a.shape != b.shape or not a.numel():
+            return a.dtype == b.dtype and a.shape == b.shape
         return bool(
             torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
         )
@@ -283,7 +284,9 @@ def test_a_sound_file_of_something_else_is_a_mismatch(tmp_path, content, reason)
         read_checkpoint(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("key", ["kind", "model_state", "position", "amp_scaler", "rng", "tokenizer", "run"])
+@pytest.mark.parametrize(
+    "key", ["kind", "model_state", "position", "amp_scaler", "rng", "tokenizer", "split", "run"]
+)
 def test_each_entry_is_required_with_its_type(tmp_path, make_payload, key):
     payload: dict[str, Any] = dict(make_payload())
     path = tmp_path / "a.pt"
@@ -302,6 +305,47 @@ def test_a_newer_format_asks_for_an_upgrade(tmp_path, make_payload):
         read_checkpoint(tmp_path / "a.pt")
     torch.save(make_payload(format_version=0), tmp_path / "a.pt")
     with pytest.raises(CheckpointMismatchError, match="'format_version' is 0"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_an_older_format_is_refused_in_a_line(tmp_path, make_payload):
+    payload: dict[str, Any] = dict(make_payload(format_version=1))
+    del payload["split"]
+    torch.save(payload, tmp_path / "a.pt")
+    for read in (read_checkpoint, verify_checkpoint, read_summary):
+        with pytest.raises(CheckpointMismatchError, match=r"an earlier NanoThink \(format 1.*Train it again"):
+            read(tmp_path / "a.pt")
+
+
+ROW = torch.arange(3)
+FORGED_SPLITS = [
+    ("rule", {"val_split": math.nan, "test_split": 0.0, "seed": 42}, "leave nothing to train on"),
+    ("rule", {"val_split": 0.6, "test_split": 0.6, "seed": 42}, "leave nothing to train on"),
+    ("rule", {"val_split": 0.1, "test_split": 0.0, "seed": "42"}, "its seed is an integer"),
+    ("rule", [0.1], "a split rule has the keys"),
+    ("domains", [1], "not a list of names"),
+    ("trained", {"keys": ROW}, "trained text has the parts"),
+    ("trained.keys", ROW.float(), "not a row of 64-bit integers"),
+    ("trained.keys", ROW.reshape(3, 1), "not a row of 64-bit integers"),
+    ("trained.keys", [1, 2], "not a row of 64-bit integers"),
+    ("trained.keys", ROW.flip(0), "not sorted"),
+    ("trained.head_chars", ROW, "not a length for each"),
+    ("held_out", {"val": ROW}, "held-out text has the parts"),
+    ("held_out.test", torch.zeros(3, dtype=torch.int64), "not sorted"),
+    ("more", 1, "other parts"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "reason"), FORGED_SPLITS)
+def test_a_forged_split_is_refused(tmp_path, make_payload, place, value, reason):
+    payload = make_payload()
+    *outer, last = place.split(".")
+    inner = payload["split"]
+    for name in outer:
+        inner = inner[name]
+    inner[last] = value
+    torch.save(payload, tmp_path / "a.pt")
+    with pytest.raises(CheckpointDamagedError, match=f"its split makes no sense.*{reason}"):
         read_checkpoint(tmp_path / "a.pt")
 
 

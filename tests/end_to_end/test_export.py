@@ -12,18 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import nanothink as package
-from nanothink.checkpoints import model_state, pack_rng, write_checkpoint
+from nanothink.checkpoints import SplitRecord, model_state, pack_rng, write_checkpoint
 from nanothink.checkpoints.export import FILES
 from nanothink.checkpoints.payload import FORMAT_VERSION
 from nanothink.cli.app import run
 from nanothink.config import Config
 from nanothink.config.run import resolve_config
+from nanothink.data.split import HeldOutText, SplitRule, TrainedText
 from nanothink.data.tokenizer import Tokenizer, load_tokenizer
 from nanothink.models import COMBINED, ExpertDescription, build_model
 from nanothink.runs.exporting import export_checkpoint
@@ -98,6 +100,9 @@ def checkpoint(tiny_tokenizer: Path, tmp_path: Path) -> Callable[..., Path]:
                 "config": config.model_dump(mode="json"),
                 "tokenizer": tokenizer.to_state(),
                 "data_fingerprint": "-",
+                "split": SplitRecord(
+                    SplitRule(0.1), ("a",), TrainedText(np.arange(5, dtype=np.uint64)), HeldOutText()
+                ).to_state(),
                 "run": {"name": kind, "experts": entries},
             },
         )

@@ -136,7 +136,7 @@ def evaluations(results: Sequence[CheckpointEvaluation], split: str) -> None:
                 [*row[:-1], "-" if error is None else f"{error:.4f}", row[-1], count(score.n_bytes)]
                 for row, error, score in zip(_score_rows(found), errors, scores, strict=True)
             ],
-            title=f"{results[0].path} ({results[0].kind}), {split} split",
+            title=f"{results[0].path} ({results[0].kind}), {split} split{_seen(results[0].n_seen)}",
             total=True,
         )
         _errors_by_level(found)
@@ -167,10 +167,14 @@ def _side_by_side(results: Sequence[CheckpointEvaluation], split: str) -> None:
     ]
     perplexities = [f"{r.evaluation.overall.perplexity:.2f}" for r in results]
     above = [_difference(difference) for difference in above_best(results)]
-    title = f"Bits per byte, {split} split"
+    n_seen = max(r.n_seen for r in results)
+    title = f"Bits per byte, {split} split" + (
+        "; seen: documents of it that were trained on" if n_seen else ""
+    )
     columns = ["checkpoint", "kind", *(f">{d}" for d in domains), ">all", ">above the best", ">perplexity"]
+    columns += [">seen"] if n_seen else []
     rows: list[list[str | Text]] = [
-        [str(r.path), r.kind, *row, difference, perplexity]
+        [str(r.path), r.kind, *row, difference, perplexity, *([count(r.n_seen)] if n_seen else [])]
         for r, row, difference, perplexity in zip(results, cells, above, perplexities, strict=True)
     ]
     if fits(columns, rows):
@@ -182,9 +186,15 @@ def _side_by_side(results: Sequence[CheckpointEvaluation], split: str) -> None:
             *([name, *row] for name, row in zip([*domains, "all"], zip(*cells, strict=True), strict=True)),
             ["above the best", *above],
             ["perplexity", *perplexities],
+            *([["seen", *(count(r.n_seen) for r in results)]] if n_seen else []),
         ],
         title=title,
     )
+
+
+def _seen(n_documents: int) -> str:
+    """Marks figures on text that was trained on."""
+    return f"; {counted(n_documents, 'document')} of it seen in training" if n_documents else ""
 
 
 def _difference(above: Difference | None) -> str:
