@@ -4,7 +4,8 @@
     ├── UsageError            exit 2   the command or a setting is wrong
     │   └── ConfigError                a setting, its name or its value
     ├── DataError                      the corpus: missing, empty, malformed, unreadable
-    │   ├── BadRecordsError            lines that are not records; carries every problem found
+    │   ├── BadRecordsError            lines that are not records
+    │   ├── UnreadableError            the machine cannot read a file: no permission, an I/O error, gone
     │   └── SeenTextError              text to be scored or validated on that was trained on
     ├── TokenizerError                 a tokenizer that cannot be found, read or used
     ├── CheckpointError
@@ -52,6 +53,22 @@ class DataError(NanoThinkError):
 
 class BadRecordsError(DataError):
     pass
+
+
+class UnreadableError(DataError):
+    """A file could not be read to its end. Says nothing about its content, so it is never skipped.
+
+    Attributes:
+        file: its path, printable.
+        line: line reached, from 1; 0 where nothing was read.
+        reason: what failed.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, file: str, reason: str, remedy: str, line: int = 0) -> None:
+        at = f", from line {line:,} on" if line > 1 else ""
+        super().__init__(f"Cannot read {file}{at}: {reason}. {remedy}.")
+        self.file, self.reason, self.remedy, self.line = file, reason, remedy, line
 
 
 class SeenTextError(DataError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from nanothink.cli.options import (
     examples,
 )
 from nanothink.errors import counted
+
+if TYPE_CHECKING:
+    from nanothink.data.corpus import ValidationReport
 
 app = typer.Typer(
     help="Inspect, validate, sample and import text.", no_args_is_help=True, rich_markup_mode=None
@@ -137,34 +140,43 @@ def inspect(
 
 @app.command(cls=ForgivingCommand)
 def validate(
-    folder: DataDirArgument = None, data_dir: DataDir = None, domains: Domains = None, as_json: Json = False
+    folder: DataDirArgument = None,
+    data_dir: DataDir = None,
+    domains: Domains = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Name every bad line, also where many are bad for one reason.")
+    ] = False,
+    as_json: Json = False,
 ) -> int:
-    """Check every line of every file; exit code 1 if any is bad."""
+    """Check every line of every file; exit code 1 if any is bad.
+
+    Of each reason the first 20 lines are named and all are counted.
+    """
     from nanothink.cli import render
     from nanothink.data.corpus import find_corpus, validate_corpus
 
     corpus = find_corpus(_folder(folder, data_dir), _names(domains))
+    stream = render.ErrorStream(as_json=as_json) if every else None
     with render.progress() as bars:
-        report = validate_corpus(corpus, on_progress=lambda done, total: bars("validating", done, total))
-    if as_json:
-        render.print_json(
-            {
-                "ok": report.ok,
-                "n_files": report.files,
-                "n_records": report.records,
-                "errors": [_problem(p) for p in report.errors],
-                "warnings": [_problem(p) for p in report.warnings],
-                "n_bytes": report.n_bytes,
-                "seconds": report.seconds,
-            }
+        report = validate_corpus(
+            corpus,
+            # Not with every line named: the bar and the lines would draw over one another.
+            on_progress=None if stream else lambda done, total: bars("validating", done, total),
+            on_error=stream.add if stream else None,
         )
+    if as_json:
+        if stream:
+            stream.end_json(_rest(report))
+        else:
+            render.print_json({"errors": [problem.to_dict() for problem in report.errors]} | _rest(report))
         return 0 if report.ok else 1
-    for problem in report.warnings:
-        render.say(f"warning: {problem}", style="yellow")
-    for problem in report.errors:
-        render.say(f"error: {problem}", style="red")
+    render.problems(report.found_warnings, "warning", "yellow")
+    if stream:
+        render.hints(report.found_errors)
+    else:
+        render.problems(report.found_errors, "error", "red")
     seconds = max(report.seconds, 1e-9)
-    verdict = "all valid" if report.ok else counted(len(report.errors), "error")
+    verdict = "all valid" if report.ok else counted(len(report.found_errors), "error")
     render.say(
         f"{counted(report.records, 'record')} in {counted(report.files, 'file')}: {verdict}. "
         f"{render.size(report.n_bytes)} in {seconds:.1f} s: "
@@ -172,6 +184,23 @@ def validate(
         style="green" if report.ok else "red",
     )
     return 0 if report.ok else 1
+
+
+def _rest(report: ValidationReport) -> dict[str, Any]:
+    """What `data validate --json` says beside the errors."""
+    return {
+        "ok": report.ok,
+        "n_files": report.files,
+        "n_records": report.records,
+        "n_errors": len(report.found_errors),
+        "n_warnings": len(report.found_warnings),
+        "n_unreadable": len(report.unreadable),
+        "warnings": [problem.to_dict() for problem in report.warnings],
+        "error_groups": [group.to_dict() for group in report.found_errors.groups],
+        "warning_groups": [group.to_dict() for group in report.found_warnings.groups],
+        "n_bytes": report.n_bytes,
+        "seconds": report.seconds,
+    }
 
 
 @app.command(cls=ForgivingCommand)
@@ -272,8 +301,8 @@ def import_text(
                 "n_empty": report.empty,
                 "n_multiline_fields": report.n_spanning,
                 "first_multiline_field": report.first_spanning,
-                "bad_rows": [_problem(p) for p in report.bad_rows],
-                "warnings": [_problem(p) for p in report.warnings],
+                "bad_rows": [p.to_dict() for p in report.bad_rows],
+                "warnings": [p.to_dict() for p in report.warnings],
                 "seconds": report.seconds,
             }
         )
@@ -293,7 +322,3 @@ def import_text(
             "would merge rows: is the number of records right?"
         )
     return 1 if report.bad_rows else 0
-
-
-def _problem(problem: Any) -> dict[str, Any]:
-    return {"file": problem.file, "line": problem.line, "column": problem.column, "reason": problem.reason}

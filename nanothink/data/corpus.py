@@ -1,6 +1,6 @@
 """A folder of folders: which domains there are, and whether their lines are records.
 
-    <data root>/<domain>/*.jsonl, *.jsonl.gz, *.jsonl.zst
+    <data root>/<domain>/*.jsonl, *.ndjson, each also .gz or .zst; *.json.gz, *.json.zst
 
 The folder's name is the domain. Whatever else lies in the root or in a domain folder is named in a
 warning, so that nothing a person meant as data is left out unseen.
@@ -8,15 +8,27 @@ warning, so that nothing a person meant as data is left out unseen.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanothink.data.lines import SUFFIXES, Problem, shown
+from nanothink.data.lines import SUFFIXES, Problem, ProblemSink, shown
+from nanothink.data.problems import Problems
 from nanothink.data.records import iter_records
-from nanothink.errors import BadRecordsError, DataError, UsageError, counted, did_you_mean, some_of
+from nanothink.data.source_file import unreadable
+from nanothink.data.unread import why_not_read
+from nanothink.errors import (
+    BadRecordsError,
+    DataError,
+    UnreadableError,
+    UsageError,
+    counted,
+    did_you_mean,
+    some_of,
+)
 
 _SILENT_IN_ROOT = (".nanothink", "README.md")
 _NAMED_AT_MOST = 5
@@ -44,18 +56,32 @@ class Corpus:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """What reading every line of a corpus found. ``n_bytes`` are bytes on disk."""
+    """What reading every line of a corpus found. ``n_bytes`` are bytes on disk.
+
+    Of each kind of error or warning the first ones are kept, and all are counted.
+    """
 
     files: int
     records: int
     n_bytes: int
     seconds: float
-    errors: tuple[Problem, ...]
-    warnings: tuple[Problem, ...]
+    found_errors: Problems
+    found_warnings: Problems
+    unreadable: tuple[UnreadableError, ...]
+    """Files that the machine could not read, all of which are among the errors too."""
 
     @property
     def ok(self) -> bool:
-        return not self.errors
+        return not self.found_errors
+
+    @property
+    def errors(self) -> tuple[Problem, ...]:
+        """Those that are kept, in the order in which they were found."""
+        return tuple(self.found_errors.named())
+
+    @property
+    def warnings(self) -> tuple[Problem, ...]:
+        return tuple(self.found_warnings.named())
 
 
 def find_corpus(data_dir: str | Path, domains: Sequence[str] | None = None) -> Corpus:
@@ -91,49 +117,72 @@ def find_corpus(data_dir: str | Path, domains: Sequence[str] | None = None) -> C
         folders = {name: entry for name, entry in folders.items() if name in wanted}
 
     found: dict[str, tuple[Path, ...]] = {}
+    not_read: list[Problem] = []
     for name, entry in folders.items():
         paths, notes = _read_domain(root / name)
         warnings += notes
         if paths:
             found[name] = paths
-        elif domains is not None:
+            continue
+        not_read += notes[:-1]
+        if domains is not None:
             reason = f" ({notes[-1].reason})" if notes else ""
             raise DataError(
                 f"The domain '{name}' has no data: {shown(entry.path)} holds no .jsonl file{reason}. "
                 f"Put JSON Lines there, or import text: nanothink data import SOURCE --domain {name}"
+                + _listed(not_read)
             )
     if not found:
-        raise DataError(_nothing_here(root, stray))
+        raise DataError(_nothing_here(root, stray) + _listed(not_read))
     return Corpus(root, found, tuple(warnings))
 
 
 _NAMED_PROBLEMS = 5
 
 
-def bad_records_error(root: Path, problems: Sequence[Problem], n_bad: int) -> BadRecordsError:
-    """The error for a corpus with ``n_bad`` bad lines, naming the first few of ``problems``."""
-    named = sorted(problems, key=lambda problem: (problem.file, problem.line))[:_NAMED_PROBLEMS]
-    lines = [f"{counted(n_bad, 'bad line')} in the corpus:"]
-    lines += [f"  {problem}" for problem in named]
-    if n_bad > len(named):
-        lines.append(f"  and {n_bad - len(named):,} more")
+def bad_records_error(root: Path, problems: Problems) -> BadRecordsError:
+    """The error for a corpus with bad lines, naming a few, of as many kinds as there are."""
+    named = problems.some(_NAMED_PROBLEMS)
+    alike = {id(group.first): group.count for group in problems.groups}
+    lines = [f"{counted(len(problems), 'bad line')} in the corpus:"]
+    for problem in named:
+        count = alike.get(id(problem), 1)
+        lines.append(f"  {problem}" + (f" ({count:,} such lines)" if count > 1 else ""))
+    if len(problems) > len(named):
+        lines.append(f"  and {len(problems) - len(named):,} more")
+    lines += [group.hint for group in problems.groups if group.hint]
     lines.append(
-        f"`nanothink data validate {root}` lists all of them; --skip-bad-records goes on without them."
+        f"`nanothink data validate {root}` shows them by kind, with --all one by one; --skip-bad-records "
+        "leaves them out."
     )
     return BadRecordsError("\n".join(lines))
 
 
 def validate_corpus(
-    corpus: Corpus, *, on_progress: Callable[[int, int], None] | None = None
+    corpus: Corpus,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_error: ProblemSink | None = None,
 ) -> ValidationReport:
-    """Read every line of every file, in memory that does not grow with the files.
+    """Read every line of every file, in memory that grows neither with the files nor with what is wrong.
 
-    ``on_progress`` gets (bytes done, bytes in all) a few times per megabyte and at the end of each file.
-    Every problem is in the report; a domain without one valid record is a problem of its own.
+    A file that cannot be read and a domain without one valid record are errors too.
+
+    Args:
+        on_progress: gets (bytes done, bytes in all) a few times per megabyte and at the end of each file.
+        on_error: gets each error as it is found.
     """
     began = time.perf_counter()
-    errors: list[Problem] = []
-    warnings = list(corpus.warnings)
+    errors, warnings = Problems(), Problems()
+    unreadable_files: list[UnreadableError] = []
+
+    def error(problem: Problem) -> None:
+        errors.add(problem)
+        if on_error:
+            on_error(problem)
+
+    for warning in corpus.warnings:
+        warnings.add(warning)
     sizes = {path: _size(path) for _, path in corpus.files}
     total = sum(sizes.values())
     n_records = done = 0
@@ -149,10 +198,12 @@ def validate_corpus(
                 if on_progress:
                     on_progress(min(at, total), total)
 
-            for _ in iter_records(
-                path, on_problem=errors.append, on_warning=warnings.append, on_bytes=advance
-            ):
-                n_valid += 1
+            try:
+                for _ in iter_records(path, on_problem=error, on_warning=warnings.add, on_bytes=advance):
+                    n_valid += 1
+            except UnreadableError as failure:
+                unreadable_files.append(failure)
+                error(Problem(failure.file, max(failure.line, 1), 1, failure.reason))
             # A file that could not be read to its end is done with all the same.
             done += sizes[path]
             if on_progress:
@@ -160,10 +211,10 @@ def validate_corpus(
         n_records += n_valid
         if not n_valid:
             folder = paths[0].parent if paths else corpus.root / domain
-            errors.append(_whole(folder, f"the domain '{shown(domain)}' has no valid record"))
+            error(_whole(folder, f"the domain '{shown(domain)}' has no valid record"))
 
     seconds = time.perf_counter() - began
-    return ValidationReport(len(sizes), n_records, total, seconds, tuple(errors), tuple(warnings))
+    return ValidationReport(len(sizes), n_records, total, seconds, errors, warnings, tuple(unreadable_files))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -183,8 +234,7 @@ def _list_root(root: Path) -> list[os.DirEntry[str]]:
             f"{message}, or import it: nanothink data import {shown(root)} --domain NAME"
         ) from None
     except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"Cannot look into {shown(root)}: {reason}. Check its permissions.") from None
+        raise unreadable(root, error) from error
 
 
 def _read_domain(folder: Path) -> tuple[tuple[Path, ...], list[Problem]]:
@@ -202,23 +252,24 @@ def _read_domain(folder: Path) -> tuple[tuple[Path, ...], list[Problem]]:
                 elif _holds_data(Path(entry.path)):
                     nested.append(entry.name)
     except OSError as error:
-        return (), [_whole(folder, f"the folder cannot be read: {error.strerror or error}")]
+        raise unreadable(folder, error) from error
     notes = []
     if nested:
         names = _enumerate(nested)
         notes.append(_whole(folder, f"not read, because data must lie in the domain folder itself: {names}"))
-    if others:
-        notes.append(
-            _whole(folder, f"not read, because the name does not end in .jsonl: {_enumerate(others)}")
-        )
+    notes += [_whole(folder, reason) for reason in why_not_read(folder, others)]
     if not paths:
         notes.append(_whole(folder, "the folder holds no .jsonl file, so it is no domain"))
     return tuple(paths), notes
 
 
 def _holds_data(folder: Path) -> bool:
-    # Links to folders are not followed, so a loop of links is no loop here.
-    return any(name.endswith(SUFFIXES) for _, _, names in os.walk(folder) for name in names)
+    """Whether there is data below; as far as one may look. Links are not followed, so a loop is no loop."""
+    refused: list[OSError] = []
+    holds = any(
+        name.endswith(SUFFIXES) for _, _, names in os.walk(folder, onerror=refused.append) for name in names
+    )
+    return holds or bool(refused)
 
 
 def _why_stray(name: str) -> str:
@@ -241,6 +292,13 @@ def _nothing_here(root: Path, stray: list[str]) -> str:
     )
 
 
+def _listed(notes: Sequence[Problem]) -> str:
+    """What lies there all the same, in lines of their own."""
+    shown_notes = [f"\n  {note}" for note in notes[:_NAMED_AT_MOST]]
+    rest = len(notes) - len(shown_notes)
+    return "".join(shown_notes) + (f"\n  and {rest:,} more" if rest else "")
+
+
 def _enumerate(names: Sequence[str]) -> str:
     return some_of([shown(name) for name in names], _NAMED_AT_MOST)
 
@@ -256,8 +314,10 @@ def _is_utf8(name: str) -> bool:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads back to itself
-        return False
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link that leads back to itself
+            return False
+        raise unreadable(entry.path, error) from error
 
 
 def _size(path: Path) -> int:

@@ -1,22 +1,24 @@
 """JSON Lines in and out: one record a line, strict, streamed, and every bad line named.
 
-Reading goes through ``.jsonl``, ``.jsonl.gz`` and ``.jsonl.zst`` alike, in three steps:
+Reading goes through plain, gzip and zstd files alike, in three steps:
 
     chunks of bytes (decompressed)  →  complete lines  →  records
 
 Good lines take a fast path (orjson, then pydantic); a line that fails there gets a slow look that
 finds the column and the reason in plain words. Nothing is raised for bad data: a problem goes to the
-caller's sink and reading goes on at the next line. Memory is bounded by MAX_LINE_BYTES, not by the file.
+caller's sink and reading goes on at the next line. A file that the machine cannot read raises. Memory is
+bounded by MAX_LINE_BYTES, not by the file.
 
 What is decided about odd input, each with a test:
 
     error    invalid UTF-8, escaped lone surrogates, whatever RFC 8259 forbids (NaN, trailing commas,
              comments, ...), nesting beyond 1,024, a line over MAX_LINE_BYTES, bare CR as line end,
              a byte-order mark anywhere but at the file's start, UTF-16, cut or damaged compression,
-             a file that cannot be read (line 1, column 1, or the line that was reached)
+             JSON that is spread over several lines (one error for the file)
     warning  byte-order mark at the start, blank lines (one warning a file, with their number),
              an escaped NUL in the text, a repeated key (the last one counts), a file without any record
-    fine     CRLF, no newline at the end, other fields whatever they hold, null for source, id or group
+    fine     CRLF, no newline at the end, other fields whatever they hold, source and id of any type
+    raised   a file that is gone, that may not be read or is none, an I/O error (UnreadableError)
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +35,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 from nanothink.data.lines import MAX_LINE_BYTES, Problem, ProblemSink, column_at, iter_lines, shown
+from nanothink.data.source_file import Digest
 from nanothink.data.strict_json import JsonFault, Member, decode_string, scan
 from nanothink.disk import whole_file
 from nanothink.errors import StorageError, did_you_mean
@@ -40,6 +44,11 @@ __all__ = ["MAX_LINE_BYTES", "Problem", "ProblemSink", "Record", "iter_records",
 
 _KEYS = ("text", "source", "id", "group")
 _INTEGER = re.compile(r"-?[0-9]+")
+_SPREAD = (
+    "the file holds JSON that is spread over several lines, not one record a line; "
+    "`nanothink data import` reads JSON arrays"
+)
+_TEXT_FIELDS = ("content", "body", "article", "document", "passage", "story", "raw_content", "markdown")
 _MAX_DIGITS = 4300  # Python refuses to convert longer ones, because that takes quadratic time
 
 
@@ -47,6 +56,17 @@ def _not_blank(text: str) -> str:
     if not text or text.isspace():
         raise ValueError("text is empty")
     return text
+
+
+def _source(value: object) -> str | None:
+    """Informational, so that any other type is another program's business, not an error."""
+    return value if isinstance(value, str) else None
+
+
+def _id(value: object) -> int | str | None:
+    if isinstance(value, float):  # the fast parser's form of integers beyond 64 bits, too
+        raise ValueError("an id that must be looked at closely")
+    return value if isinstance(value, (int, str)) and not isinstance(value, bool) else None
 
 
 def _group(value: object) -> str | None:
@@ -64,11 +84,11 @@ class Record(BaseModel):
     text: Annotated[str, AfterValidator(_not_blank)]
     """The document itself; not empty, not whitespace alone."""
 
-    source: str | None = None
-    """Where the text comes from, in the person's own words."""
+    source: Annotated[str | None, BeforeValidator(_source)] = None
+    """Where the text comes from, in the person's own words. What is no string is ignored."""
 
-    id: int | None = None
-    """Any integer; unique within its file by convention, which nothing relies on."""
+    id: Annotated[int | str | None, BeforeValidator(_id)] = None
+    """A number or name by convention, which nothing relies on. What is neither is ignored."""
 
     group: Annotated[str | None, BeforeValidator(_group)] = None
     """Name of the document that this record is a piece of; the pieces of one are on one side of the split."""
@@ -80,12 +100,15 @@ def iter_records(
     on_problem: ProblemSink,
     on_warning: ProblemSink | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    digest: Digest | None = None,
 ) -> Iterator[tuple[int, Record]]:
     """Stream (line number from 1, record). A bad line goes to ``on_problem`` and is passed over.
 
     ``on_bytes`` is called every quarter of a megabyte or so with the bytes of the file (compressed ones,
-    if it is compressed) taken since the last call. Never raises for what the file holds, or for a file
-    that cannot be read.
+    if it is compressed) taken since the last call. ``digest`` is updated with all bytes of the file.
+
+    Raises:
+        UnreadableError: the machine could not read the file to its end. Never for what it holds.
     """
     file = shown(path)
     warn = on_warning or _ignore
@@ -93,15 +116,19 @@ def iter_records(
     validate = Record.__pydantic_validator__.validate_python
     loads, dumps = orjson.loads, orjson.dumps
     n_records = n_blank = first_blank = 0
-    stopped = False
+    stopped = is_spread = False
 
     def report(problem: Problem) -> None:
         nonlocal stopped
         stopped = True
         on_problem(problem)
 
-    for first, lines in iter_lines(path, on_problem=report, on_warning=warn, on_bytes=on_bytes):
+    batches = iter_lines(path, on_problem=report, on_warning=warn, on_bytes=on_bytes, digest=digest)
+    for first, lines in batches:
+        if is_spread:
+            continue
         for number, line in enumerate(lines, first):
+            obj = None
             try:
                 obj = loads(line)
                 record = validate(obj)
@@ -115,9 +142,14 @@ def iter_records(
                     first_blank = first_blank or number
                     continue
                 try:
-                    record = _look_closely(line)
+                    record = _look_closely(line, obj)
                 except JsonFault as fault:
-                    on_problem(Problem(file, number, fault.position + 1, fault.reason))
+                    is_spread = number == 1 and line.strip() in (b"[", b"{")
+                    if is_spread:
+                        report(Problem(file, 1, 1, _SPREAD))
+                        break
+                    field = fault.text_field if isinstance(fault, _NoText) else ""
+                    on_problem(Problem(file, number, fault.position + 1, fault.reason, field))
                     continue
                 doubtful = True
             if doubtful:
@@ -143,12 +175,36 @@ def _ignore(problem: Problem) -> None:
 # The slow look at one line
 
 
-def _look_closely(line: bytes) -> Record:
+class _NoText(JsonFault):
+    """A sound object without the key `text`.
+
+    Attributes:
+        text_field: key that seems to hold the text instead; empty if none does.
+    """
+
+    def __init__(self, record: Mapping[str, object]) -> None:
+        super().__init__(0, f"the key `text` is missing{_closest_key(tuple(record))}")
+        self.text_field = likely_text_field(record)
+
+
+def likely_text_field(record: Mapping[str, object]) -> str:
+    """Key that seems to hold the text of an object without `text`; empty if none does."""
+    strings = {key: value for key, value in record.items() if isinstance(value, str) and value}
+    known = [field for field in _TEXT_FIELDS if field in strings]
+    return known[0] if known else max(strings, key=lambda key: len(strings[key]), default="")
+
+
+def _look_closely(line: bytes, obj: object) -> Record:
     """The record, or a JsonFault that says where and why it is none.
 
     Also takes the few lines that are good though the fast path refuses them: an integer beyond 64
     bits as ``id``, a number beyond double precision or deep nesting in a field nobody reads.
+    ``obj`` is what the fast parser has made of the line; None if it refused it.
     """
+    if isinstance(obj, dict):
+        if "text" not in obj:
+            raise _NoText(obj)
+        _refuse_text_quickly(line, obj["text"])
     text = decode_line(line)
     members = scan(text)
     if members is None:
@@ -157,15 +213,40 @@ def _look_closely(line: bytes) -> Record:
         raise JsonFault(0, f"a record must be a JSON object, not {kind}{hint}")
     last = {member.key: member for member in members}
     if "text" not in last:
-        raise JsonFault(0, f"the key `text` is missing{_closest_key(last)}")
-    value = _string_value(text, last["text"])
+        raise _NoText({key: _string(text, member) for key, member in last.items()})
+    literal = text[last["text"].start : last["text"].end]
+    if not literal.startswith('"') and literal != "null":
+        raise JsonFault(last["text"].start, f"`text` must be a string, not {_kind(literal)}")
+    value = _string(text, last["text"])
     if value is None or not value or value.isspace():
-        what = {None: "null", "": "empty"}.get(value, "whitespace alone")
-        raise JsonFault(last["text"].start, f"`text` is {what}; a record needs some text")
-    source = _string_value(text, last["source"]) if "source" in last else None
-    number = _integer_value(text, last["id"]) if "id" in last else None
+        raise JsonFault(last["text"].start, _why_no_text(value))
+    source = _string(text, last["source"]) if "source" in last else None
+    number = _integer(text, last["id"]) if "id" in last else None
+    named = _string(text, last["id"]) if "id" in last else None
     group = _group_value(text, last["group"]) if "group" in last else None
-    return Record(text=value, source=source, id=number, group=group)
+    return Record(text=value, source=source, id=number if named is None else named, group=group)
+
+
+def _why_no_text(value: str | None) -> str:
+    what = {None: "null", "": "empty"}.get(value, "whitespace alone")
+    return f"`text` is {what}; a record needs some text"
+
+
+def _refuse_text_quickly(line: bytes, value: object) -> None:
+    """Spares the scan of a line whose `text` is no text: there may be as many of them as records.
+
+    Only where the place of the value is beyond doubt; the scan finds the others.
+    """
+    if line.count(b'"text"') != 1 or b"\\u" in line:
+        return
+    key = re.search(rb'"text"\s*:\s*', line)
+    if key is None:
+        return
+    position = column_at(line, key.end()) - 1
+    if value is None or (isinstance(value, str) and (not value or value.isspace())):
+        raise JsonFault(position, _why_no_text(value))
+    if isinstance(value, (bool, int, list, dict)):
+        raise JsonFault(position, f"`text` must be a string, not {_kind(json.dumps(value))}")
 
 
 def decode_line(line: bytes) -> str:
@@ -178,24 +259,14 @@ def decode_line(line: bytes) -> str:
         raise JsonFault(column, f"byte 0x{byte:02x} is not valid UTF-8 here") from None
 
 
-def _string_value(text: str, member: Member) -> str | None:
+def _string(text: str, member: Member) -> str | None:
     literal = text[member.start : member.end]
-    if literal.startswith('"'):
-        return decode_string(literal)
-    if literal == "null":
-        return None
-    raise JsonFault(member.start, f"`{member.key}` must be a string, not {_kind(literal)}")
+    return decode_string(literal) if literal.startswith('"') else None
 
 
-def _integer_value(text: str, member: Member) -> int | None:
+def _integer(text: str, member: Member) -> int | None:
     literal = text[member.start : member.end]
-    if literal == "null":
-        return None
-    if not _INTEGER.fullmatch(literal):
-        raise JsonFault(member.start, f"`{member.key}` must be an integer, not {_kind(literal)}")
-    if len(literal) > _MAX_DIGITS:
-        raise JsonFault(member.start, f"`{member.key}` has more than {_MAX_DIGITS:,} digits")
-    return int(literal)
+    return int(literal) if _INTEGER.fullmatch(literal) and len(literal) <= _MAX_DIGITS else None
 
 
 def _group_value(text: str, member: Member) -> str | None:
@@ -212,7 +283,8 @@ def _kind(literal: str) -> str:
     return "an integer" if _INTEGER.fullmatch(literal.strip()) else "a number with a fraction or exponent"
 
 
-def _closest_key(keys: Iterable[str]) -> str:
+@lru_cache(maxsize=64)  # the lines of a file have the same keys, and the search for a likeness is slow
+def _closest_key(keys: tuple[str, ...]) -> str:
     """What to add to "text is missing": a likely misspelling, else the keys that are there."""
     names = [key for key in keys if len(key) <= 40][:20]
     for name in names:

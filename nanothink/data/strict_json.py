@@ -7,6 +7,7 @@ through the text once without recursion, so neither depth nor length can exhaust
 
 from __future__ import annotations
 
+import json
 import re
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ MAX_DEPTH = 1024
 BARE_CR = "lines end in a bare carriage return (CR); end each line with LF or CR LF"
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+_BLANKS = frozenset(" \t\n\r")
 # At most a thousand steps a match: the regex engine keeps a record of each one until the match ends.
 _PLAIN = re.compile(r'(?:[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}){1,1000}')
 _HEX = re.compile(r"[0-9a-fA-F]{4}")
@@ -100,6 +102,8 @@ def scan(text: str) -> list[Member] | None:
 
 
 def _skip(text: str, pos: int) -> int:
+    if text[pos : pos + 1] not in _BLANKS:
+        return pos
     match = _SPACE.match(text, pos)
     assert match is not None
     return match.end()
@@ -218,8 +222,8 @@ def _nothing_more(text: str, end: int) -> None:
 
 def decode_string(literal: str) -> str:
     """The value of a string literal that ``scan`` has let through, quotes included."""
-    import json
-
+    if "\\" not in literal:
+        return literal[1:-1]
     value = json.loads(literal)
     assert isinstance(value, str)
     return value

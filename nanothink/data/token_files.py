@@ -1,65 +1,104 @@
-"""Tokenised files on disk: one folder for each content, whole or not there.
+"""Tokenised files on disk: one file for each content, whole or not there.
 
-    tokens/<tokenizer>/<content>/
-        tokens.npy        ids of all documents, each with its EOS; smallest unsigned type that fits
-        documents.npy     one DOCUMENT row a document
-        summary.json      counts and checksums, and the bad lines passed over
+    tokens/<tokenizer>/<content>.tokens
+        ids of all documents, each followed by EOS, in pages (pages.py); smallest unsigned type that fits
+        one DOCUMENT row a document, in pages
+        summary: counts, checksums, and the bad lines that were left out, as JSON
+        length and checksum of the summary, and the format
 
-A folder is filled under another name and renamed when everything in it is on disk, so what a killed process
-leaves is never read. Every byte is held against its checksum when a folder is opened: a flipped bit would be
-trained on, or make an id that no embedding has. Names are fingerprints, so that nothing in a folder is ever
+A file is filled under another name and renamed when all of it is written, so what a killed process leaves is
+never read. Every page and the summary are held against their checksums whenever they are read: a flipped bit
+would be trained on, or make an id that no embedding has. A power cut may leave less than was written; that is
+found in the same way, so nothing is synced to the disk. Names are fingerprints, so that nothing here is ever
 out of date.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import struct
+import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
 from nanothink.data.encoding import TextLostError, Tokenizer
-from nanothink.data.lines import shown
+from nanothink.data.lines import Problem, shown
+from nanothink.data.pages import DamagedPageError, OpenFiles, PageWriter, read_pages, stored_bytes
+from nanothink.data.problems import Problems
+from nanothink.data.source_file import SourceFile, unreadable
 from nanothink.data.split import text_key
-from nanothink.disk import put_folder, scratch_folder, storage_error, sweep, write_whole
-from nanothink.errors import StorageError
+from nanothink.disk import storage_error, sweep, whole_file, write_whole
+from nanothink.errors import StorageError, UnreadableError
 
 DOCUMENT = np.dtype([("end", "<i8"), ("n_bytes", "<i8"), ("key", "<u8"), ("group", "<u8"), ("line", "<i8")])
-"""Of one document: where its tokens end in tokens.npy (they begin where the one before ends), its size
-in UTF-8 bytes, the hashes of its text and group (split.text_key, split.group_key), and its line."""
+"""Of one document: where its tokens end (they begin where the one before ends), its size in UTF-8 bytes, the
+hashes of its text and group (split.text_key, split.group_key), and its line."""
 
-NAMED_PROBLEMS = 5
-"""Bad lines of a file whose place and reason are kept; the others are counted."""
+SUFFIX = ".tokens"
 
 _FORMAT = 4
-_HEADER_BYTES = 256
+_TRAILER = struct.Struct("<8sIII")
+_MAGIC = b"NTtokens"
 _CHUNK_CHARS = 1 << 20
 _CHUNK_DOCUMENTS = 1 << 14
+_ROWS_IN_MEMORY_BYTES = 1 << 20
+_PLACES = 5  # of each kind of bad line, kept for the next time that someone asks
+
+
+BadLines = Sequence[tuple[int, Sequence[tuple[int, int, str, str]]]]
+"""Bad lines of a file by kind: how many, and line, column, reason and field of the text of the first few."""
+
+
+def bad_lines_of(problems: Problems) -> BadLines:
+    return [
+        (count, [(p.line, p.column, p.reason, p.text_field) for p in named[:_PLACES]])
+        for count, named in problems.named_groups()
+    ]
+
+
+def named_in(file: str, bad: BadLines) -> list[tuple[int, list[Problem]]]:
+    """For ``Problems.extend``: bad lines as those of ``file``."""
+    return [(count, [Problem(file, *place) for place in named]) for count, named in bad]
+
+
+class Array(Protocol):
+    """An array of one dimension that is read in stretches."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> NDArray[Any]: ...
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One tokenised file, memory-mapped."""
+    """One tokenised file."""
 
-    tokens: NDArray[Any]
+    tokens: Array
     """(number of tokens,) unsigned"""
-    documents: NDArray[Any]
+    rows: Array
     """(number of documents,) DOCUMENT"""
-    n_bad: int
-    """Lines that were no records."""
-    problems: tuple[tuple[int, int, str], ...]
-    """The first of them: line, column, reason."""
+    bad: BadLines = ()
+    """The lines that were no records."""
+    checksum: str = ""
+    """Of tokens and rows."""
     path: str = ""
     """The text file these are the tokens of, from the data root; empty where nobody has said."""
+
+    @property
+    def documents(self) -> NDArray[Any]:
+        """(number of documents,) DOCUMENT, read from the disk at each call."""
+        return self.rows[:]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -67,87 +106,174 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def open_token_file(folder: Path) -> TokenFile | None:
-    """The tokenised file in ``folder``; None when there is none, or one that is damaged."""
-    try:
-        summary = orjson.loads((folder / "summary.json").read_bytes())
-        tokens = _map(folder / "tokens.npy", np.dtype(summary["dtype"]), summary["tokens"])
-        documents = _map(folder / "documents.npy", DOCUMENT, summary["documents"])
-        whole = (
-            summary["format"] == _FORMAT
-            and summary["checksums"] == [_checksum(tokens), _checksum(documents)]
-            and (int(documents["end"][-1]) if len(documents) else 0) == len(tokens)
+class _KeptFile:
+    """A file of tokens that is opened when it is read, and made again if it is damaged or gone."""
+
+    def __init__(self, path: Path, files: OpenFiles, make_again: Callable[[], None] | None) -> None:
+        self.path, self._files, self._make_again = path, files, make_again
+
+    def read(self, offset: int, n_bytes: int, start: int, stop: int) -> NDArray[Any]:
+        """See ``read_pages``. Raises StorageError."""
+        try:
+            return self._read(offset, n_bytes, start, stop)
+        except DamagedPageError:
+            self._files.forget(self.path)
+        if self._make_again is not None:
+            self._make_again()
+            with contextlib.suppress(DamagedPageError):
+                return self._read(offset, n_bytes, start, stop)
+        raise StorageError(
+            f"The tokens kept in {self.path} are damaged. Check the disk; if the file is deleted, it is made "
+            "again."
         )
-        problems = tuple((int(line), int(column), str(why)) for line, column, why in summary["problems"])
-        return TokenFile(tokens, documents, int(summary["bad"]), problems) if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
+
+    def _read(self, offset: int, n_bytes: int, start: int, stop: int) -> NDArray[Any]:
+        try:
+            return read_pages(self._files.descriptor(self.path), offset, n_bytes, start, stop)
+        except OSError as error:
+            raise _damaged_or_unreadable(self.path, error) from error
+
+
+def _damaged_or_unreadable(path: Path, error: OSError) -> DamagedPageError | UnreadableError:
+    """A file that is gone, or a bad place of the disk, can be made good; no descriptors or rights cannot."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
+        return DamagedPageError()
+    return unreadable(path, error)
+
+
+class _PagedArray:
+    """An ``Array`` in the pages of a kept file."""
+
+    def __init__(self, file: _KeptFile, offset: int, dtype: np.dtype[Any], length: int) -> None:
+        self._file, self._offset, self._dtype, self._length = file, offset, dtype, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> NDArray[Any]:
+        start, stop, step = part.indices(self._length)
+        assert step == 1
+        if start >= stop:
+            return np.empty(0, self._dtype)
+        size = self._dtype.itemsize
+        return self._file.read(self._offset, self._length * size, start * size, stop * size).view(self._dtype)
+
+
+def open_token_file(
+    path: Path, files: OpenFiles, make_again: Callable[[], None] | None = None
+) -> TokenFile | None:
+    """The tokenised file at ``path``; None when there is none, or one without a sound summary.
+
+    Args:
+        files: keeps it open while it is read.
+        make_again: called when a page turns out to be damaged; leaves a sound file at ``path``.
+
+    Raises:
+        UnreadableError: the machine could not read it.
+    """
+    try:
+        summary = _read_summary(files.descriptor(path))
+        dtype = np.dtype(summary["dtype"])
+        n_tokens, n_documents = int(summary["tokens"]), int(summary["documents"])
+        bad = [(int(count), [tuple(place) for place in named]) for count, named in summary["bad"]]
+    except OSError as error:
+        failure = _damaged_or_unreadable(path, error)
+        if isinstance(failure, UnreadableError):
+            raise failure from error
         return None
+    except (DamagedPageError, ValueError, KeyError, TypeError):
+        files.forget(path)
+        return None
+    kept = _KeptFile(path, files, make_again)
+    after_tokens = stored_bytes(n_tokens * dtype.itemsize)
+    return TokenFile(
+        _PagedArray(kept, 0, dtype, n_tokens),
+        _PagedArray(kept, after_tokens, DOCUMENT, n_documents),
+        bad,
+        summary["checksum"],
+    )
 
 
-def _checksum(array: NDArray[Any], of_before: int = 0) -> int:
-    """CRC-32 of the bytes, which may follow others; more than two gigabytes a second."""
-    return zlib.crc32(array.view(np.uint8).data, of_before) if len(array) else of_before
+def _read_summary(descriptor: int) -> dict[str, Any]:
+    size = os.fstat(descriptor).st_size
+    end = os.pread(descriptor, 4096, max(0, size - 4096))
+    if len(end) < _TRAILER.size:
+        raise DamagedPageError
+    magic, length, checksum, version = _TRAILER.unpack(end[-_TRAILER.size :])
+    if magic != _MAGIC or version != _FORMAT:
+        raise DamagedPageError
+    start = size - _TRAILER.size - length
+    if length + _TRAILER.size > len(end):
+        end = os.pread(descriptor, length + _TRAILER.size, max(0, start))
+    content = end[-_TRAILER.size - length : -_TRAILER.size]
+    if start < 0 or zlib.crc32(content) != checksum:
+        raise DamagedPageError
+    summary: dict[str, Any] = orjson.loads(content)
+    pages = sum(stored_bytes(summary[n] * np.dtype(d).itemsize) for n, d in _areas(summary))
+    if pages != start:
+        raise DamagedPageError
+    return summary
 
 
-def _map(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
-    if path.stat().st_size != _HEADER_BYTES + length * dtype.itemsize:
-        raise ValueError(f"{path} is cut off")
-    with open(path, "rb") as file:  # compared, not parsed: numpy ends a damaged one in errors of all sorts
-        if dtype.hasobject or file.read(_HEADER_BYTES) != _header(dtype, length):
-            raise ValueError(f"{path} holds something else")
-    if length == 0:  # an empty stretch cannot be mapped
-        return np.empty(0, dtype)
-    array: NDArray[Any] = np.memmap(path, dtype, "r", _HEADER_BYTES, (length,))
-    return array
+def _areas(summary: dict[str, Any]) -> Sequence[tuple[str, Any]]:
+    return (("tokens", summary["dtype"]), ("documents", DOCUMENT))
 
 
-def _header(dtype: np.dtype[Any], length: int) -> bytes:
-    """Of a .npy file of one dimension, in version 1.0: magic, two bytes of version, two of header length, a
-    Python literal, a newline."""
-    described = {
-        "descr": np.lib.format.dtype_to_descr(dtype),
-        "fortran_order": False,
-        "shape": (length,),
-    }
-    literal = repr(described).encode("latin-1").ljust(_HEADER_BYTES - 11) + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(literal).to_bytes(2, "little") + literal
+def is_whole(path: Path, files: OpenFiles) -> bool:
+    """Whether every page of a tokenised file is as it was written."""
+    found = open_token_file(path, files)
+    if found is None:
+        return False
+    step = 1 << 20
+    try:
+        for array in (found.tokens, found.rows):
+            for start in range(0, len(array), step):
+                array[start : start + step]
+    except StorageError:
+        return False
+    return True
+
+
+class _NotCommitted(Exception):
+    """Tells the context of the file under way that it is not to appear."""
 
 
 class TokenFileWriter:
-    """Tokenises documents into a folder, in chunks; ``commit`` makes it appear, leaving without drops it.
+    """Tokenises documents into a file, in chunks, which appears at the end if ``commit`` was called.
 
     Use it under the lock of the cache. Memory depends on the chunk, not on the number of documents.
     ``source`` is the file that the documents stand in, for messages. Raises StorageError when the disk
     refuses, TextLostError for a document that its tokens do not give back.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, source: Path) -> None:
-        self._folder, self._tokenizer, self._source = folder, tokenizer, source
+    def __init__(self, path: Path, tokenizer: Tokenizer, source: Path) -> None:
+        self._path, self._tokenizer, self._source = path, tokenizer, source
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._n_tokens = 0
+        self._n_tokens = self._n_documents = 0
         self._texts: list[str] = []
         self._lines: list[int] = []
         self._groups: list[int] = []
         self._n_chars = 0
+        self._is_whole = False
 
     def __enter__(self) -> TokenFileWriter:
-        self._scratch = scratch_folder(self._folder)
-        self._work = self._scratch.__enter__()
-        try:
-            self._tokens = _ArrayFile(self._work / "tokens.npy", self._dtype)
-            self._documents = _ArrayFile(self._work / "documents.npy", DOCUMENT)
-        except OSError as error:
-            self._scratch.__exit__(None, None, None)
-            raise storage_error(self._folder, error, False) from error
+        # Not synced, and no search for leftovers: there may be ten thousands of files in the folder.
+        self._writing = whole_file(self._path, durable=False)
+        self._file = self._writing.__enter__()
+        self._tokens = PageWriter(self._file)
+        # Rows come after all tokens; a file's few stay in memory until then.
+        self._row_file = tempfile.SpooledTemporaryFile(_ROWS_IN_MEMORY_BYTES, dir=str(self._path.parent))
+        self._rows = PageWriter(cast(BinaryIO, self._row_file))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in (self._tokens, self._documents):
-            with contextlib.suppress(OSError):
-                file.abandon()
-        self._scratch.__exit__(kind, error, trace)
+        with contextlib.suppress(OSError):
+            self._row_file.close()
+        if kind is None and not self._is_whole:
+            kind, error = _NotCommitted, _NotCommitted()
+        self._writing.__exit__(kind, error, trace)
 
     def add(self, line: int, text: str, group: int = 0) -> None:
         self._texts.append(text)
@@ -172,54 +298,38 @@ class TokenFileWriter:
         rows["group"] = self._groups
         rows["line"] = self._lines
         self._n_tokens = int(rows["end"][-1])
+        self._n_documents += len(rows)
+        tokens = np.concatenate([part for ids in encoded for part in (ids, eos)])
         try:
-            self._tokens.append(np.concatenate([part for ids in encoded for part in (ids, eos)]))
-            self._documents.append(rows)
+            self._tokens.append(tokens.astype(self._dtype, copy=False).tobytes())
+            self._rows.append(rows.tobytes())
         except OSError as error:
-            raise storage_error(self._folder, error, False) from error
+            raise storage_error(self._path, error, False) from error
         self._texts, self._lines, self._groups, self._n_chars = [], [], [], 0
 
-    def commit(self, n_bad: int = 0, problems: Iterable[tuple[int, int, str]] = ()) -> None:
+    def commit(self, bad: Problems | None = None) -> None:
+        """Complete the file, with the bad lines that are not in it."""
         self._flush()
-        summary = {
-            "format": _FORMAT,
-            "dtype": self._dtype.str,
-            "tokens": self._n_tokens,
-            "documents": self._documents.length,
-            "checksums": [self._tokens.checksum, self._documents.checksum],
-            "bad": n_bad,
-            "problems": list(problems),
-        }
+        summary = orjson.dumps(
+            {
+                "dtype": self._dtype.str,
+                "tokens": self._n_tokens,
+                "documents": self._n_documents,
+                "checksum": f"{self._tokens.checksum:08x}{self._rows.checksum:08x}",
+                "bad": bad_lines_of(bad) if bad is not None else [],
+            }
+        )
         try:
             self._tokens.finish()
-            self._documents.finish()
-            (self._work / "summary.json").write_bytes(orjson.dumps(summary))
+            self._rows.finish()
+            self._row_file.seek(0)
+            while rows := self._row_file.read(1 << 20):
+                self._file.write(rows)
+            self._file.write(summary)
+            self._file.write(_TRAILER.pack(_MAGIC, len(summary), zlib.crc32(summary), _FORMAT))
         except OSError as error:
-            raise storage_error(self._folder, error, False) from error
-        put_folder(self._work, self._folder)
-
-
-class _ArrayFile:
-    """A .npy file of one dimension whose length is known only at the end: its header is written last."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self._dtype, self.length, self.checksum = dtype, 0, 0
-        self._file = open(path, "wb")  # noqa: SIM115  closed by finish or abandon
-        self._file.write(bytes(_HEADER_BYTES))
-
-    def append(self, array: NDArray[Any]) -> None:
-        array = array.astype(self._dtype, copy=False)
-        self._file.write(array.tobytes())
-        self.length += len(array)
-        self.checksum = _checksum(array, self.checksum)
-
-    def finish(self) -> None:
-        self._file.seek(0)
-        self._file.write(_header(self._dtype, self.length))
-        self._file.close()
-
-    def abandon(self) -> None:
-        self._file.close()
+            raise storage_error(self._path, error, False) from error
+        self._is_whole = True
 
 
 class Manifest:
@@ -243,21 +353,20 @@ class Manifest:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def digest(self, path: Path, root: Path, now_ns: int) -> str:
-        """BLAKE2b of the file's bytes, 32 hex digits. OSErrors are the caller's to explain."""
+    def digest(self, path: Path, root: Path, now_ns: int) -> tuple[str, int]:
+        """BLAKE2b of the file's bytes, 32 hex digits, and their number. Raises UnreadableError."""
         name = os.path.relpath(path, root)
         status = stamp(path)
         known = self._fresh.get(name) or self._known.get(name)
         if isinstance(known, list) and known[:-1] == status:
-            return str(known[-1])
-        hashed = hashlib.blake2b(digest_size=16)
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                hashed.update(block)
+            return str(known[-1]), status[0]
+        hashed = new_digest()
+        with SourceFile(path, digest=hashed) as file:
+            file.drain()
         digest = hashed.hexdigest()
         if now_ns - max(status[1], status[2]) > self._SETTLED_NS:
             self._fresh[name] = [*status, digest]
-        return digest
+        return digest, status[0]
 
     @property
     def has_news(self) -> bool:
@@ -273,7 +382,15 @@ class Manifest:
                 self._fresh = {}
 
 
+def new_digest() -> hashlib.blake2b:
+    """The hash that names a file's content."""
+    return hashlib.blake2b(digest_size=16)
+
+
 def stamp(path: Path) -> list[int]:
-    """Changes whenever the file's content does, as far as the file system can tell."""
-    status = path.stat()
+    """Changes whenever the file's content does, as far as the disk can tell. Raises UnreadableError."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

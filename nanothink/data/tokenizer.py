@@ -207,12 +207,12 @@ def resolve_tokenizer(
         if on_progress is not None:
             on_progress(f"tokenizer: {stage}", done, total)
 
-    if not skip_bad_records and (
-        problems := validate_corpus(corpus, on_progress=lambda *at: told("validating", *at)).errors
-    ):
-        raise bad_records_error(
-            corpus.root, problems, len(problems)
-        )  # a refused corpus leaves nothing behind
+    if not skip_bad_records:  # a refused corpus leaves nothing behind
+        report = validate_corpus(corpus, on_progress=lambda *at: told("validating", *at))
+        if report.unreadable:
+            raise report.unreadable[0]
+        if not report.ok:
+            raise bad_records_error(corpus.root, report.found_errors)
     with locked(cache, note):
         if kept := _stand_in(folder, name, note):
             return kept

@@ -1,55 +1,32 @@
 """A corpus as tokens: each file tokenised once, each side of the split read as one stream.
 
-1. Each file's content has a digest, and its tokens are looked up by it; what is missing is made
-   (token_files.py). The same content in two places is tokenised once.
+1. The tokens of each file are looked up by its content; what is missing is made (token_builder.py).
 2. Every document goes to training or validation by the hash of its text (corpus.py). A domain of one
    text has that text cut in two (split.py).
 3. A ``TokenStream`` strings the documents of one domain and side together, each with its EOS, without
-   copying them: it knows which stretches of which memory-mapped files follow one another. Another
+   copying them: it knows which stretches of which files follow one another. Another
    ``val_split`` or selection of domains therefore costs no tokenising and no disk.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from nanothink.data.cache import cache_folder
-from nanothink.data.corpus import Corpus, bad_records_error
-from nanothink.data.records import Problem, iter_records
+from nanothink.data.corpus import Corpus
+from nanothink.data.encoding import Tokenizer
+from nanothink.data.problems import Problems
 from nanothink.data.sides import CUT, TEST, TRAIN, VAL, Sides, assign_sides, group_keys, sources_count
-from nanothink.data.split import (
-    NOTHING,
-    NOTHING_HELD_OUT,
-    HeldOutText,
-    SplitRule,
-    TrainedText,
-    cut_text,
-    group_key,
-    hashed,
-    normalised,
-    text_key,
-)
-from nanothink.data.token_files import (
-    DOCUMENT,
-    NAMED_PROBLEMS,
-    Manifest,
-    TokenFile,
-    TokenFileWriter,
-    open_token_file,
-    stamp,
-)
-from nanothink.data.tokenizer import Tokenizer
-from nanothink.disk import Note, locked, make_folder, silent, storage_error, sweep_folder
-from nanothink.errors import DataError, StorageError
+from nanothink.data.split import NOTHING, NOTHING_HELD_OUT, HeldOutText, SplitRule, TrainedText, hashed
+from nanothink.data.token_builder import Cut, Progress, TokenBuilder
+from nanothink.data.token_files import DOCUMENT, TokenFile
+from nanothink.disk import Note, silent
+from nanothink.errors import DataError
 
 IGNORE = -100
 """Target that is not to be predicted (PyTorch's own convention)."""
@@ -57,7 +34,6 @@ IGNORE = -100
 SAMPLE_SEED = 43
 """The seed of ``TokenStream.sample``: another one than the split's, and as fixed."""
 
-Progress = Callable[[int, int], None]
 Int64 = NDArray[np.int64]
 
 
@@ -207,14 +183,19 @@ class TokenisedCorpus:
     fingerprint: str
     """Equal for two runs if and only if they see the same blocks on the same sides."""
     tokenizer_fingerprint: str
-    skipped_records: int
-    """Bad lines passed over (``skip_bad_records``)."""
+    left_out: Problems
+    """Bad lines that were passed over (``skip_bad_records``), by kind."""
     trained_text: TrainedText
     """What a model is trained on that sees the training side."""
     held_out: HeldOutText
     """The other sides, without texts that are cut."""
     kept_in_training: int
     """Documents that the rule would hold out, but for ``trained``."""
+
+    @property
+    def skipped_records(self) -> int:
+        """Number of bad lines that were passed over."""
+        return len(self.left_out)
 
 
 def tokenise(
@@ -241,7 +222,7 @@ def tokenise(
     tokenizer does not give back; StorageError when the tokens cannot be kept. With ``trained`` a domain may
     have nothing to validate on.
     """
-    builder = _Builder(corpus, tokenizer, skip_bad_records, on_progress, note or silent)
+    builder = TokenBuilder(corpus, tokenizer, skip_bad_records, on_progress, note or silent)
     files = builder.files()
     for domain, own in files.items():
         if not any(len(file.documents) for _, file in own):
@@ -251,7 +232,7 @@ def tokenise(
             )
     rows = {domain: np.concatenate([file.documents for _, file in own]) for domain, own in files.items()}
     assigned = assign_sides(rows, split, trained, held_out)
-    cuts: dict[int, _Cut] = {}
+    cuts: dict[int, Cut] = {}
     kept_in_training = 0
     if split is not None:
         for key, domain in assigned.cut.items():
@@ -276,7 +257,10 @@ def tokenise(
     side_digests = {d: hashlib.blake2b(sides.tobytes()).hexdigest() for d, sides in assigned.sides.items()}
     identity = [
         tokenizer.fingerprint,
-        [[d, side_digests[d], [digest for digest, _ in own]] for d, own in sorted(files.items())],
+        [
+            [d, side_digests[d], [[digest, file.checksum] for digest, file in own]]
+            for d, own in sorted(files.items())
+        ],
         sorted(cut.name for cut in cuts.values()),
     ]
     keys_on = {
@@ -290,7 +274,7 @@ def tokenise(
         test=streams[TEST],
         fingerprint=hashlib.blake2b(orjson.dumps(identity), digest_size=32).hexdigest(),
         tokenizer_fingerprint=tokenizer.fingerprint,
-        skipped_records=builder.n_unreadable + sum(file.n_bad for own in files.values() for _, file in own),
+        left_out=builder.left_out,
         trained_text=TrainedText(
             np.union1d(keys_on[TRAIN], heads),
             {key: cut.trained_chars for key, cut in cuts.items()},
@@ -311,16 +295,6 @@ def _check_both_sides(domain: str, train: TokenStream, val: TokenStream) -> None
     )
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """The only text of a domain in two or three documents: head, middle (for testing) and tail."""
-
-    name: str
-    file: TokenFile
-    trained_chars: int
-    """Normalised characters of the head."""
-
-
 def _part_of_cut(n_parts: int, side: int) -> NDArray[np.bool_]:
     chosen = np.zeros(n_parts, np.bool_)
     if side == TEST:
@@ -334,175 +308,3 @@ def _by_file(files: Sequence[tuple[str, TokenFile]], sides: Sides) -> list[tuple
     """Each file with its own stretch of the domain's sides."""
     ends = np.cumsum([len(file.documents) for _, file in files])
     return [(file, own) for (_, file), own in zip(files, np.split(sides, ends[:-1]), strict=True)]
-
-
-class _Builder:
-    """Finds or makes the tokens of a corpus's files."""
-
-    def __init__(
-        self, corpus: Corpus, tokenizer: Tokenizer, skip: bool, on_progress: Progress | None, note: Note
-    ) -> None:
-        self._corpus, self._tokenizer, self._skip, self._note = corpus, tokenizer, skip, note
-        self._cache = cache_folder(corpus.root, note)
-        self._folder = self._cache / "tokens" / tokenizer.fingerprint[:16]
-        self._report = on_progress or (lambda done, total: None)
-        self._total = corpus.n_bytes
-        self._done = 0
-        self._problems: list[Problem] = []
-        self._n_bad = 0
-        self.n_unreadable = 0
-
-    def files(self) -> dict[str, list[tuple[str, TokenFile]]]:
-        """Digest and tokens of every file, by domain, in the corpus's order."""
-        manifest = Manifest(self._cache / "manifest.json")
-        stamps: dict[Path, list[int]] = {}
-        digests: dict[Path, str] = {}
-        ready: dict[str, TokenFile] = {}
-        missing: dict[str, Path] = {}
-        for _, path in self._corpus.files:
-            if self._is_unreadable(path):
-                continue
-            try:
-                stamps[path] = stamp(path)
-                digest = digests[path] = manifest.digest(path, self._corpus.root, time.time_ns())
-            except OSError as error:
-                raise DataError(
-                    f"Cannot read {path}: {error.strerror}. Check the file and who may read it."
-                ) from error
-            found = ready.get(digest) or open_token_file(self._folder / digest)
-            if found is not None:
-                ready[digest] = found
-                self._advance(stamps[path][0])
-            elif digest in missing:
-                self._advance(stamps[path][0])
-            else:
-                missing[digest] = path
-        if missing or manifest.has_news:
-            with locked(self._cache, self._note):
-                manifest.save()
-                try:
-                    make_folder(self._folder, within=self._cache)
-                    sweep_folder(self._folder)
-                except OSError as error:
-                    raise storage_error(self._folder, error) from error
-                for digest, path in missing.items():
-                    made = self._make(path, stamps[path], digest)
-                    if made is not None:
-                        ready[digest] = made
-        self._refuse_bad_records(ready, digests)
-        return {
-            domain: [
-                (digests[path], self._named(ready[digests[path]], path)) for path in paths if path in digests
-            ]
-            for domain, paths in self._corpus.domains.items()
-        }
-
-    def cut(self, key: int, paths: Sequence[Path], domain: str, split: SplitRule, trained_chars: int) -> _Cut:
-        """The text of that key cut in parts, of which the first holds what was trained on already."""
-        line, text = self._find(key, paths)
-        parts = [part for part in cut_text(text, split, domain, trained_chars) if part]
-        name = f"cut-{key:016x}-{'-'.join(str(len(part)) for part in parts)}"
-        found = open_token_file(self._folder / name)
-        if found is None:
-            with (
-                locked(self._cache, self._note),
-                TokenFileWriter(self._folder / name, self._tokenizer, paths[0]) as writer,
-            ):
-                for part in parts:
-                    writer.add(line, part)
-                writer.commit()
-            found = self._reopened(self._folder / name)
-        return _Cut(name, self._named(found, paths[0]), len(normalised(parts[0])))
-
-    def _named(self, file: TokenFile, path: Path) -> TokenFile:
-        return replace(file, path=os.path.relpath(path, self._corpus.root))
-
-    def _find(self, key: int, paths: Sequence[Path]) -> tuple[int, str]:
-        for path in paths:
-            for line, record in iter_records(path, on_problem=_pass_over):
-                if text_key(record.text) == key:
-                    return line, record.text
-        raise _changed(paths[0])
-
-    def _make(self, path: Path, before: list[int], digest: str) -> TokenFile | None:
-        """Tokenises one file; None if bad records, in it or before it, make that useless."""
-        folder = self._folder / digest
-        found = open_token_file(folder)  # another process may have made it while this one waited
-        if found is None:
-            if folder.exists():
-                self._note(
-                    f"The kept tokens of {path} are damaged, or an earlier version's; they are made again."
-                )
-            n_bad = 0
-            problems: list[tuple[int, int, str]] = []
-
-            def on_problem(problem: Problem) -> None:
-                nonlocal n_bad
-                n_bad += 1
-                self._n_bad += 1
-                if len(problems) < NAMED_PROBLEMS:
-                    problems.append((problem.line, problem.column, problem.reason))
-
-            start = self._done
-            with TokenFileWriter(folder, self._tokenizer, path) as writer:
-                for line, record in iter_records(path, on_problem=on_problem, on_bytes=self._advance):
-                    if self._skip or not self._n_bad:
-                        writer.add(line, record.text, group_key(record.group, record.source))
-                if stamp(path) != before:
-                    raise _changed(path)
-                self._advance(start + before[0] - self._done)
-                if self._n_bad and not self._skip:
-                    # Nothing is kept: the other files are only read, to tell all that is wrong at once.
-                    self._problems += [Problem(str(path), *problem) for problem in problems]
-                    return None
-                writer.commit(n_bad, problems)
-            return self._reopened(folder)
-        self._advance(before[0])
-        return found
-
-    def _is_unreadable(self, path: Path) -> bool:
-        """Whether a path is a folder, a pipe or gone; if so it counts as one bad line of the corpus."""
-        if path.is_file():
-            return False
-        problems: list[Problem] = []
-        for _ in iter_records(path, on_problem=problems.append):
-            pass
-        self._problems += problems
-        self._n_bad += len(problems)
-        self.n_unreadable += len(problems)
-        for problem in problems if self._skip else ():
-            self._note(f"Left out: {problem}")
-        return True
-
-    def _refuse_bad_records(self, ready: Mapping[str, TokenFile], digests: Mapping[Path, str]) -> None:
-        if self._skip:
-            return
-        problems, n_bad = list(self._problems), self._n_bad
-        for path, digest in digests.items():
-            if digest in ready:
-                problems += [Problem(str(path), *problem) for problem in ready[digest].problems]
-                n_bad += ready[digest].n_bad
-        if not n_bad:
-            return
-        raise bad_records_error(self._corpus.root, problems, n_bad)
-
-    def _reopened(self, folder: Path) -> TokenFile:
-        made = open_token_file(folder)
-        if made is None:
-            raise StorageError(
-                f"The tokens just written to {folder} read back differently. Check the disk, or set "
-                "XDG_CACHE_HOME to another one."
-            )
-        return made
-
-    def _advance(self, n_bytes: int) -> None:
-        self._done += n_bytes
-        self._report(min(self._done, self._total), self._total)
-
-
-def _pass_over(_problem: Problem) -> None:
-    """Bad records were reported, or accepted, when the file was tokenised."""
-
-
-def _changed(path: Path) -> DataError:
-    return DataError(f"{path} changed while it was being read; run the command again.")

@@ -88,12 +88,18 @@ class RawFile(io.FileIO):
 
 @contextlib.contextmanager
 def whole_file(
-    path: Path, *, before_replace: Callable[[], None] | None = None, explain: Explain | None = None
+    path: Path,
+    *,
+    before_replace: Callable[[], None] | None = None,
+    explain: Explain | None = None,
+    durable: bool = True,
 ) -> Iterator[io.BufferedWriter[RawFile]]:
     """Open a file that appears at ``path`` when the block ends, and only if it ends without an error.
 
     Missing folders are made, and removed again on an error. ``before_replace`` is called when the new file is
-    complete and on the disk, just before the rename.
+    complete and on the disk, just before the rename. Without ``durable`` nothing is synced, so that a power
+    cut may leave less than was written, and what dead writers left is not looked for: for files that are
+    checked when they are read, of which there may be many in a folder.
 
     Raises StorageError when the disk refuses; other errors of the block pass through.
     """
@@ -103,7 +109,8 @@ def whole_file(
         created = make_folder(path.parent)
         if path.is_dir() and not path.is_symlink():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        sweep(path)
+        if durable:
+            sweep(path)
         temporary = temporary_path(path)
         raw = RawFile(_open_new(temporary), "wb")
     except OSError as error:
@@ -115,11 +122,13 @@ def whole_file(
         in_block = False
         file.flush()
         _keep_mode(raw.fileno(), path)
-        _sync(raw.fileno())
+        if durable:
+            _sync(raw.fileno())
         if before_replace is not None:
             before_replace()
         _rename(temporary, path, raw.fileno())
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except BaseException as error:
         replaced = _is_at(raw.fileno(), path)
         if not replaced:

@@ -25,7 +25,7 @@ def _stream(domain: str, n_blocks: int, base: int = 0, document: int = 5) -> Tok
     rows = np.zeros(len(ends), DOCUMENT)
     rows["end"] = ends
     rows["n_bytes"] = 2 * np.diff([0, *ends])
-    tokens = TokenFile(base + np.arange(1, n_tokens + 1, dtype=np.uint32), rows, 0, ())
+    tokens = TokenFile(base + np.arange(1, n_tokens + 1, dtype=np.uint32), rows)
     return TokenStream(domain, EOS, [(tokens, np.ones(len(ends), dtype=np.bool_))])
 
 

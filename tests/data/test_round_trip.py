@@ -208,7 +208,7 @@ def test_tokenising_names_file_and_line_and_keeps_nothing(
     assert str(error.value).startswith(
         f"{tmp_path}/data/zh/a.jsonl:31: tokenizer 'unigram' loses text: 'Hello 漢'"
     )
-    assert not list((tmp_path / "data" / ".nanothink").rglob("*.npy"))
+    assert not list((tmp_path / "data" / ".nanothink").rglob("*.tokens"))
     assert tokenise(find_corpus(_corpus(tmp_path / "good", texts)), tokenizer, split=given_split).train
 
 

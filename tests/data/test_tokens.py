@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 from nanothink.config.data import SPLIT_SEED
 from nanothink.data.corpus import find_corpus
+from nanothink.data.pages import OpenFiles
 from nanothink.data.split import SplitRule, hashed, text_key
-from nanothink.data.token_files import DOCUMENT, TokenFile, open_token_file, token_dtype
+from nanothink.data.token_files import DOCUMENT, TokenFile, is_whole, open_token_file, token_dtype
 from nanothink.data.tokenizer import Tokenizer, train_tokenizer
 from nanothink.data.tokens import IGNORE, TokenisedCorpus, TokenStream, tokenise
 from nanothink.disk import locked
-from nanothink.errors import BadRecordsError, DataError, StorageError
+from nanothink.errors import BadRecordsError, DataError, StorageError, UnreadableError
 
 EOS = 0
 
@@ -105,12 +106,12 @@ def _entries(root: Path) -> dict[str, tuple[int, int]]:
     tokens = root / ".nanothink" / "tokens"
     return {
         str(path.relative_to(tokens)): (path.stat().st_ino, path.stat().st_mtime_ns)
-        for path in tokens.glob("*/*/*.npy")
+        for path in tokens.glob("*/*.tokens")
     }
 
 
 def _digests(root: Path) -> set[str]:
-    return {name.split("/")[1] for name in _entries(root)}
+    return {name.split("/")[1].removesuffix(".tokens") for name in _entries(root)}
 
 
 # --- one stream --------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def _stream(lengths: list[int], chosen: list[bool], n_files: int = 1) -> tuple[T
             tokens += document
             rows.append((len(tokens), 3 * length, i, 0, i + 1))
             expected += document if mine else []
-        file = TokenFile(np.array(tokens, np.uint16), np.array(rows, DOCUMENT), 0, ())
+        file = TokenFile(np.array(tokens, np.uint16), np.array(rows, DOCUMENT))
         parts.append((file, np.array([chosen[i] for i in group], dtype=np.bool_)))
     return TokenStream("d", EOS, parts), expected
 
@@ -354,7 +355,7 @@ def test_nothing_valid(root: Path, tokenizer: Tokenizer) -> None:
 def test_a_file_that_has_gone(root: Path, tokenizer: Tokenizer) -> None:
     corpus = find_corpus(root)
     (root / "b" / "1.jsonl").unlink()
-    with pytest.raises(DataError, match=r"b/1\.jsonl:1:1: the file is gone"):
+    with pytest.raises(DataError, match=r"Cannot read .*b/1\.jsonl: the file is gone"):
         tokenise(corpus, tokenizer, split=SplitRule(0.1))
 
 
@@ -418,56 +419,79 @@ def test_unchanged_files_are_not_even_read(root: Path, tokenizer: Tokenizer) -> 
     assert _run(root, tokenizer).fingerprint != before.fingerprint
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        *("tokens.npy", "documents.npy", "summary.json", "header", "empty"),
-        *("a bit of tokens.npy", "a bit of documents.npy", "a bit of summary.json"),
-    ],
-)
+def _kept(root: Path, tokenizer: Tokenizer) -> list[Path]:
+    return sorted((root / ".nanothink" / "tokens" / tokenizer.fingerprint[:16]).glob("*.tokens"))
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "gone", "tokens", "rows", "summary", "end"])
 def test_damaged_tokens_are_made_again(root: Path, tokenizer: Tokenizer, damage: str) -> None:
     before = _run(root, tokenizer)
     expected = [_tokens(stream) for stream in before.train.values()]
-    digest = sorted(_digests(root))[0]
-    folder = root / ".nanothink" / "tokens" / tokenizer.fingerprint[:16] / digest
-    assert open_token_file(folder) is not None
-    del before
-    if damage == "header":
-        content = (folder / "tokens.npy").read_bytes()
-        (folder / "tokens.npy").write_bytes(content.replace(b"<u2", b"<i2"))
-    elif damage == "empty":
-        for path in folder.iterdir():
-            path.unlink()
-    elif damage.startswith("a bit of "):
-        path = folder / damage.removeprefix("a bit of ")
-        flipped = bytearray(path.read_bytes())
-        flipped[len(flipped) // 2] ^= 4
+    path = _kept(root, tokenizer)[0]
+    whole = path.read_bytes()
+    kept = open_token_file(path, OpenFiles())
+    assert kept is not None
+    flipped = bytearray(whole)
+    end_of_tokens = len(kept.tokens) * 2 + 4
+    places = {"tokens": 5, "rows": end_of_tokens + 9, "summary": -30, "end": -3}
+    if damage in places:
+        flipped[places[damage]] ^= 4
         path.write_bytes(flipped)
+    elif damage == "cut off":
+        os.truncate(path, len(whole) - 2)
+    elif damage == "empty":
+        os.truncate(path, 0)
     else:
-        os.truncate(folder / damage, (folder / damage).stat().st_size - 2)
-    assert open_token_file(folder) is None
+        path.unlink()
+    assert not is_whole(path, OpenFiles())
     notes: list[str] = []
     after = _run(root, tokenizer, note=notes.append)
     assert [_tokens(stream) for stream in after.train.values()] == expected
-    assert len(notes) == 1
-    assert "damaged" in notes[0]
-    assert open_token_file(folder) is not None
+    assert after.fingerprint == before.fingerprint
+    assert ["damaged" in note for note in notes] == ([] if damage == "gone" else [True])
+    assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("name", ["tokens.npy", "documents.npy"])
-def test_any_bit_of_a_header_that_flips_is_found(root: Path, tokenizer: Tokenizer, name: str) -> None:
-    """The reader of numpy ends some of them in a TokenError or SyntaxError of its parser."""
+def test_tokens_that_are_damaged_or_lost_while_they_are_used_are_made_again(
+    root: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _which: (8, 8))  # one file open at a time
     _run(root, tokenizer)
-    folder = root / ".nanothink" / "tokens" / tokenizer.fingerprint[:16] / sorted(_digests(root))[0]
-    whole = (folder / name).read_bytes()
-    for bit in range(0, 8 * 256, 3):
+    used = _kept(root, tokenizer)
+    _write(root / "single" / "x.jsonl", ["The only text here, which is cut in two. " * 20])
+    notes: list[str] = []
+    tokens = _run(root, tokenizer, note=notes.append)
+    used += [path for path in _kept(root, tokenizer) if path.name.startswith("cut-")]
+    expected = [_tokens(stream) for stream in tokens.train.values()]
+    whole = {path: path.read_bytes() for path in used}
+    for path, content in whole.items():
+        os.truncate(path, 10)  # the same file, which is open
+        assert [_tokens(stream) for stream in tokens.train.values()] == expected
+        assert path.read_bytes() == content
+    assert ["damaged" in note for note in notes] == [True] * 3  # a cut text is silently cut again
+    for path in whole:
+        path.unlink()
+    assert [_tokens(stream) for stream in tokens.train.values()] == expected
+
+    # With another text in its place there is nothing to make the lost tokens from.
+    _write(root / "b" / "1.jsonl", ["other"])
+    for path in root.rglob("*.tokens"):
+        os.truncate(path, 10)
+    with pytest.raises(DataError, match=r"b/1\.jsonl changed while"):
+        _tokens(tokens.train["b"])
+
+
+def test_any_bit_that_flips_is_found(root: Path, tokenizer: Tokenizer) -> None:
+    _run(root, tokenizer)
+    path = _kept(root, tokenizer)[0]
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 41):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
-        (folder / name).write_bytes(flipped)
-        assert open_token_file(folder) is None, bit
-    (folder / name).write_bytes(whole)
-    assert open_token_file(folder) is not None
-    assert len(np.load(folder / name)) > 0  # it is a .npy file all the same
+        path.write_bytes(flipped)
+        assert not is_whole(path, OpenFiles()), bit
+    path.write_bytes(whole)
+    assert is_whole(path, OpenFiles())
 
 
 def test_progress_counts_bytes_to_the_end(root: Path, tokenizer: Tokenizer) -> None:
@@ -489,11 +513,11 @@ def test_a_data_root_that_cannot_be_written_to(
     first = _run(root, tokenizer, note=notes.append)
     assert len(notes) == 1
     assert str(tmp_path / "cache" / "nanothink") in notes[0]
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
-    assert len(made) == 6
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.tokens")}
+    assert len(made) == 3
     again = _run(root, tokenizer)
     assert again.fingerprint == first.fingerprint
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")} == made
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.tokens")} == made
 
 
 def test_no_place_at_all(
@@ -596,7 +620,7 @@ def test_a_killed_build_leaves_nothing_that_is_trusted(
         os.link(path, other / "a" / path.name)
     undisturbed = _run(other, tokenizer, 0.1)
     assert after.fingerprint == undisturbed.fingerprint
-    for path in (other / ".nanothink" / "tokens").rglob("*.npy"):
+    for path in (other / ".nanothink" / "tokens").rglob("*.tokens"):
         twin = large / path.relative_to(other)
         assert twin.read_bytes() == path.read_bytes()
 
@@ -605,8 +629,8 @@ def test_tokens_do_not_depend_on_the_number_of_threads(large: Path, saved: Path)
     made = []
     for threads in ("1", "3"):
         _finish(_start(large, saved, environment={"RAYON_NUM_THREADS": threads}))
-        files = sorted((large / ".nanothink").rglob("*.npy"))
-        assert len(files) == 4
+        files = sorted((large / ".nanothink").rglob("*.tokens"))
+        assert len(files) == 2
         made.append([path.read_bytes() for path in files])
         for path in files:
             path.unlink()
@@ -706,17 +730,19 @@ def test_real_text_has_the_tokens_gpt2_gives_it(shared_data: Path, linked_corpor
         assert sorted(found) == expected
 
 
-def test_what_is_no_file_is_a_bad_line_and_can_be_skipped(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """A folder, a pipe and a dangling link called like data: named, not hung on, not silently left out."""
+@pytest.mark.parametrize("name", ["folder.jsonl", "pipe.jsonl", "link.jsonl"])
+def test_what_is_no_file_is_an_error_and_never_left_out(
+    tmp_path: Path, tokenizer: Tokenizer, name: str
+) -> None:
+    """A folder, a pipe or a dangling link called like data: named and not hung on."""
+    path = tmp_path / "d" / name
     _write(tmp_path / "d" / "good.jsonl", _texts("d", 20))
-    (tmp_path / "d" / "folder.jsonl").mkdir()
-    os.mkfifo(tmp_path / "d" / "pipe.jsonl")
-    (tmp_path / "d" / "link.jsonl").symlink_to("nowhere")
-    corpus = find_corpus(tmp_path)
-    with pytest.raises(BadRecordsError, match="3 bad lines") as caught:
-        tokenise(corpus, tokenizer, split=SplitRule(0.1))
-    assert all(name in str(caught.value) for name in ("folder.jsonl", "pipe.jsonl", "link.jsonl"))
-    notes: list[str] = []
-    tokens = tokenise(corpus, tokenizer, split=SplitRule(0.1), skip_bad_records=True, note=notes.append)
-    assert tokens.skipped_records == 3
-    assert sum("Left out" in note for note in notes) == 3
+    if name.startswith("folder"):
+        path.mkdir()
+    elif name.startswith("pipe"):
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere")
+    for skip in (False, True):
+        with pytest.raises(UnreadableError, match=f"Cannot read {path}: "):
+            tokenise(find_corpus(tmp_path), tokenizer, split=SplitRule(0.1), skip_bad_records=skip)

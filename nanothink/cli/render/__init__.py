@@ -17,6 +17,7 @@ from nanothink.cli.render.console import (
     warning,
 )
 from nanothink.cli.render.memory import compaction, memory_facts, recalled
+from nanothink.cli.render.problems import ErrorStream, hints, problems
 from nanothink.cli.render.progress import progress
 from nanothink.cli.render.results import (
     estimate,
@@ -31,6 +32,7 @@ from nanothink.cli.render.tables import facts, fits, histogram, table
 from nanothink.cli.render.training import training_view
 
 __all__ = [
+    "ErrorStream",
     "chapter",
     "compaction",
     "count",
@@ -40,10 +42,12 @@ __all__ = [
     "evaluations",
     "facts",
     "fits",
+    "hints",
     "histogram",
     "memory_facts",
     "note",
     "print_json",
+    "problems",
     "progress",
     "recalled",
     "reconstructions",

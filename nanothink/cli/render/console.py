@@ -120,8 +120,13 @@ def chapter(title: str, command: str) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON object on standard output. What JSON cannot say (NaN, infinity) becomes null."""
-    text = json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(_escaped(text, sys.stdout.encoding or "utf-8") + "\n")
+    sys.stdout.write(json_text(value, indent=2) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON that standard output can take."""
+    text = json.dumps(_jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return _escaped(text, sys.stdout.encoding or "utf-8")
 
 
 def _escaped(text: str, encoding: str) -> str:

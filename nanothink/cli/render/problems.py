@@ -1,0 +1,62 @@
+"""Bad lines and warnings: by kind with the first ones named, or one by one as they are found."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from nanothink.cli.render.console import json_text, printable, say
+
+if TYPE_CHECKING:
+    from nanothink.data.lines import Problem
+    from nanothink.data.problems import Problems
+
+
+_FEW = 5
+"""Problems that have one reason and are named in lines of their own all the same."""
+
+
+def problems(found: Problems, head: str, style: str) -> None:
+    """A line each, or a line for all that have one reason; then what mends them."""
+    lines: list[tuple[float, str]] = []
+    for group in found.groups:
+        if group.is_uniform and group.count > _FEW:
+            lines.append((group.named[0][0], f"{group.first} ({group.count:,} times: {group.where()})"))
+            continue
+        lines += [(number, str(problem)) for number, problem in group.named]
+        more = group.count - len(group.named)
+        if more:
+            last = group.named[-1][0]
+            lines.append((last + 0.5, f"{group.first.place}: {more:,} more like this (--all names each)"))
+    for _, line in sorted(lines):
+        say(f"{head}: {line}", style=style)
+    hints(found)
+
+
+def hints(found: Problems) -> None:
+    """What mends the problems, where a command does it."""
+    for group in found.groups:
+        if group.hint:
+            say(group.hint)
+
+
+class ErrorStream:
+    """Writes each error as it is found, however many there are; as JSON, the first part of one object."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._n_written = 0
+
+    def add(self, problem: Problem) -> None:
+        if not self._as_json:
+            sys.stdout.write(printable(f"error: {problem}") + "\n")
+        else:
+            sys.stdout.write(
+                ('{"errors": [\n' if not self._n_written else ",\n") + json_text(problem.to_dict())
+            )
+        self._n_written += 1
+
+    def end_json(self, rest: dict[str, Any]) -> None:
+        """Completes the object with the other keys."""
+        head = "\n], " if self._n_written else '{"errors": [], '
+        sys.stdout.write(head + json_text(rest).removeprefix("{") + "\n")

@@ -1,0 +1,200 @@
+"""Problems by reason: counted all, named a few, in memory that does not grow with their number."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from nanothink.data.lines import Problem
+from nanothink.errors import counted
+
+PLACES = 20
+"""Problems of one kind that are kept whole; and stretches of lines."""
+
+_GROUPS = 100
+_REASONS = 1000
+_OTHER = "other reasons"
+
+# What differs between problems of one kind: names, values, numbers and characters that stand in the data.
+_VARIABLE = re.compile(
+    r"(?:`(?!(?:text|source|id|group)`)[^`]*`(?:, )?)+"
+    r"|'[^']*'|(?<=, found )\S+|U\+[0-9A-F]+|0x[0-9a-f]+|\\u\w+|-?\d[\d,.]*"
+)
+
+
+@dataclass(slots=True)
+class Span:
+    """Neighbouring lines of a file, both ends included; 0 for the file as a whole."""
+
+    file: str
+    first: int
+    last: int
+
+    @property
+    def lines(self) -> str:
+        if not self.first:
+            return ""
+        return f"{self.first}-{self.last}" if self.last > self.first else f"{self.first}"
+
+
+@dataclass
+class ProblemGroup:
+    """Problems of one kind."""
+
+    count: int = 0
+    n_files: int = 0
+    named: list[tuple[int, Problem]] = field(default_factory=list)
+    """The first of them, each with the number of problems before it."""
+    spans: list[Span] = field(default_factory=list)
+    """Where they are, stretch by stretch, as far as PLACES goes."""
+    n_spanned: int = 0
+    """Problems in those stretches."""
+    is_uniform: bool = True
+    """They all have the same reason, to the letter."""
+    last_file: str = ""
+
+    def add(self, problem: Problem, number: int) -> None:
+        if len(self.named) < PLACES:
+            self.named.append((number, problem))
+        self.is_uniform &= problem.reason == self.reason
+        if problem.file != self.last_file:
+            self.last_file = problem.file
+            self.n_files += 1
+        last = self.spans[-1] if self.spans else None
+        if last and last.file == problem.file and last.last <= problem.line <= last.last + 1:
+            if self.n_spanned == self.count:
+                last.last = problem.line
+                self.n_spanned += 1
+        elif len(self.spans) < PLACES and self.n_spanned == self.count:
+            self.spans.append(Span(problem.file, problem.line, problem.line))
+            self.n_spanned += 1
+        self.count += 1
+
+    @property
+    def first(self) -> Problem:
+        return self.named[0][1]
+
+    @property
+    def reason(self) -> str:
+        return self.first.reason if self.named else ""
+
+    @property
+    def hint(self) -> str:
+        """Commands that mend it, in a sentence; empty where there are none."""
+        return _how_to_import(self.first, self.n_files) if self.first.text_field else ""
+
+    def where(self) -> str:
+        """Lines and files: ``a.jsonl: 1-30; b.jsonl: 3, 7-9; and 12 more``."""
+        files: dict[str, list[str]] = {}
+        for span in self.spans:
+            files.setdefault(span.file, []).append(span.lines)
+        told = [f"{file}: {', '.join(lines)}" if any(lines) else file for file, lines in files.items()]
+        rest = self.count - self.n_spanned
+        return "; ".join([*told, *([f"and {rest:,} more"] if rest else [])])
+
+    def summary(self) -> str:
+        """In a sentence: the reason, how many, and where the first is."""
+        if self.count == 1:
+            return f"{self.reason} ({self.first.place})"
+        return f"{self.reason} ({self.count:,}, the first at {self.first.place})"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "reason": self.reason,
+            "n_problems": self.count,
+            "n_files": self.n_files,
+            "first": self.first.place,
+            "lines": [[span.file, span.first, span.last] for span in self.spans],
+            "hint": self.hint or None,
+        }
+
+
+class Problems:
+    """A sink for problems: ``iter_records(path, on_problem=problems.add)``."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, ProblemGroup] = {}
+        self._by_reason: dict[str, ProblemGroup] = {}  # spares most problems the search for what is variable
+        self.count = 0
+
+    def add(self, problem: Problem) -> None:
+        self._group(problem).add(problem, self.count)
+        self.count += 1
+
+    def extend(self, groups: Iterable[tuple[int, Sequence[Problem]]]) -> None:
+        """Adds what ``named_groups`` gave: counts, each with some of the problems, at least one."""
+        for count, named in groups:
+            group = self._group(named[0])
+            for problem in named:
+                group.add(problem, self.count)
+            group.count += count - len(named)
+            self.count += count
+
+    def _group(self, problem: Problem) -> ProblemGroup:
+        group = self._by_reason.get(problem.reason)
+        if group is None:
+            kind = _VARIABLE.sub("…", problem.reason)
+            if kind not in self._groups and len(self._groups) >= _GROUPS:
+                kind = _OTHER
+            group = self._groups.setdefault(kind, ProblemGroup())
+            if len(self._by_reason) >= _REASONS:
+                self._by_reason.clear()
+            self._by_reason[problem.reason] = group
+        return group
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def groups(self) -> list[ProblemGroup]:
+        """The most frequent first."""
+        return sorted(self._groups.values(), key=lambda group: -group.count)
+
+    def named_groups(self) -> list[tuple[int, list[Problem]]]:
+        return [(group.count, [problem for _, problem in group.named]) for group in self._groups.values()]
+
+    def named(self) -> list[Problem]:
+        """Those that are kept, in the order in which they were found."""
+        found = sorted((at for group in self._groups.values() for at in group.named), key=lambda at: at[0])
+        return [problem for _, problem in found]
+
+    def some(self, at_most: int) -> list[Problem]:
+        """A few of those that are kept, of as many kinds as there are; by file and line."""
+        chosen = list(islice(self._firsts(), at_most))
+        return sorted(chosen, key=lambda problem: (problem.file, problem.line, problem.column))
+
+    def _firsts(self) -> Iterator[Problem]:
+        """The first of each kind, then the second of each, and so on."""
+        kept = [group.named for group in self.groups]
+        for place in range(PLACES):
+            for named in kept:
+                if place < len(named):
+                    yield named[place][1]
+
+    def sentence(self, at_most: int = 3) -> str:
+        """The most frequent kinds, for a note on one line."""
+        groups = self.groups
+        told = "; ".join(group.summary() for group in groups[:at_most])
+        rest = sum(group.count for group in groups[at_most:])
+        return told + (f"; and {rest:,} for other reasons" if rest else "")
+
+
+def _how_to_import(problem: Problem, n_files: int) -> str:
+    path = Path(problem.file)
+    domain, root = path.parent.name, path.parent.parent
+    if not root.name:
+        root = root.resolve()
+    aside = root.parent / f"{root.name}-originals" / domain
+    quoted = {name: shlex.quote(str(part)) for name, part in {"aside": aside, "path": path}.items()}
+    command = (
+        f"mkdir -p {quoted['aside']} && mv -n {quoted['path']} {quoted['aside']}/ && "
+        f"nanothink data import {shlex.quote(str(aside / path.name))} --domain {shlex.quote(domain)} "
+        f"--text-field {shlex.quote(problem.text_field)} --data-dir {shlex.quote(str(root))}"
+    )
+    each = f" (and so each of {counted(n_files, 'file')})" if n_files > 1 else ""
+    return f"If `{problem.text_field}` is the text, move the file away and import it{each}: {command}"

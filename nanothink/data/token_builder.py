@@ -1,0 +1,233 @@
+"""Finds or makes the tokens of a corpus's files.
+
+Each file's content has a digest, and its tokens are looked up by it; what is missing is made
+(token_files.py). The same content in two places is tokenised once. The bytes that are tokenised are hashed as
+they are read, so that tokens are never kept for a content that they are not all of.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from nanothink.data.cache import cache_folder
+from nanothink.data.corpus import Corpus, bad_records_error
+from nanothink.data.encoding import Tokenizer
+from nanothink.data.lines import Problem, shown
+from nanothink.data.pages import OpenFiles
+from nanothink.data.problems import Problems
+from nanothink.data.records import iter_records
+from nanothink.data.split import SplitRule, cut_text, group_key, normalised, text_key
+from nanothink.data.token_files import (
+    SUFFIX,
+    BadLines,
+    Manifest,
+    TokenFile,
+    TokenFileWriter,
+    bad_lines_of,
+    is_whole,
+    named_in,
+    new_digest,
+    open_token_file,
+)
+from nanothink.disk import Note, locked, make_folder, storage_error, sweep_folder
+from nanothink.errors import DataError, StorageError, counted
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The only text of a domain in two or three documents: head, middle (for testing) and tail."""
+
+    name: str
+    file: TokenFile
+    trained_chars: int
+    """Normalised characters of the head."""
+
+
+class TokenBuilder:
+    """The tokens of one corpus by one tokenizer.
+
+    Args:
+        skip: leave bad lines out, instead of raising BadRecordsError for them.
+        on_progress: receives bytes of files done and in total.
+        note: receives a line when something is not as usual.
+    """
+
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, skip: bool, on_progress: Progress | None, note: Note
+    ) -> None:
+        self._corpus, self._tokenizer, self._skip, self._note = corpus, tokenizer, skip, note
+        self._cache = cache_folder(corpus.root, note)
+        self._folder = self._cache / "tokens" / tokenizer.fingerprint[:16]
+        self._open_files = OpenFiles()
+        self._report = on_progress or (lambda done, total: None)
+        self._total = corpus.n_bytes
+        self._done = 0
+        self._found_bad = False
+        self.left_out = Problems()
+        """Bad lines of the files; complete when ``files`` has returned."""
+
+    def files(self) -> dict[str, list[tuple[str, TokenFile]]]:
+        """Digest and tokens of every file, by domain, in the corpus's order.
+
+        Raises:
+            UnreadableError: a file could not be read, whatever is to be skipped.
+            BadRecordsError: there are bad lines, and they are not to be skipped.
+            StorageError: the tokens cannot be kept.
+        """
+        manifest = Manifest(self._cache / "manifest.json")
+        sizes: dict[str, int] = {}
+        digests: dict[Path, str] = {}
+        ready: dict[str, TokenFile] = {}
+        missing: dict[str, Path] = {}
+        for _, path in self._corpus.files:
+            digest, size = manifest.digest(path, self._corpus.root, time.time_ns())
+            digests[path], sizes[digest] = digest, size
+            found = ready.get(digest) or self._opened(path, digest)
+            if found is not None:
+                ready[digest] = found
+            elif digest not in missing:
+                missing[digest] = path
+                continue
+            self._advance(size)
+        bad: dict[str, BadLines] = {digest: file.bad for digest, file in ready.items()}
+        if missing or manifest.has_news:
+            with locked(self._cache, self._note):
+                manifest.save()
+                try:
+                    make_folder(self._folder, within=self._cache)
+                    sweep_folder(self._folder)
+                except OSError as error:
+                    raise storage_error(self._folder, error) from error
+                for digest, path in missing.items():
+                    found = self._opened(path, digest)  # another process may have made it meanwhile
+                    if found is not None:
+                        self._advance(sizes[digest])
+                        bad[digest] = found.bad
+                    else:
+                        bad[digest] = self._make(path, digest, self._advance)
+                        found = self._opened(path, digest)
+                    if found is not None:
+                        ready[digest] = found
+        self._settle_bad_lines(bad, digests)
+        return {
+            domain: [(digests[path], self._named(ready, digests[path], path)) for path in paths]
+            for domain, paths in self._corpus.domains.items()
+        }
+
+    def cut(self, key: int, paths: Sequence[Path], domain: str, split: SplitRule, trained_chars: int) -> Cut:
+        """The text of that key cut in parts, of which the first holds what was trained on already."""
+        _, text = self._find(key, paths)
+        parts = [part for part in cut_text(text, split, domain, trained_chars) if part]
+        lengths = [len(part) for part in parts]
+        name = f"cut-{key:016x}-{'-'.join(map(str, lengths))}"
+        make = partial(self._make_cut, name, key, paths, lengths)
+        if open_token_file(self._path(name), self._open_files) is None:
+            make()
+        found = open_token_file(self._path(name), self._open_files, make)
+        return Cut(name, self._checked(found, name, paths[0]), len(normalised(parts[0])))
+
+    def _path(self, name: str) -> Path:
+        return self._folder / (name + SUFFIX)
+
+    def _opened(self, path: Path, digest: str) -> TokenFile | None:
+        again = partial(self._make_again, path, digest)
+        return open_token_file(self._path(digest), self._open_files, again)
+
+    def _named(self, ready: Mapping[str, TokenFile], digest: str, path: Path) -> TokenFile:
+        return self._checked(ready.get(digest), digest, path)
+
+    def _checked(self, found: TokenFile | None, name: str, path: Path) -> TokenFile:
+        if found is None:
+            raise StorageError(
+                f"The tokens just written to {self._path(name)} read back differently. Check the disk, or "
+                "set XDG_CACHE_HOME to another one."
+            )
+        return replace(found, path=os.path.relpath(path, self._corpus.root))
+
+    def _find(self, key: int, paths: Sequence[Path]) -> tuple[int, str]:
+        for path in paths:
+            for line, record in iter_records(path, on_problem=_pass_over):
+                if text_key(record.text) == key:
+                    return line, record.text
+        raise _changed(paths[0])
+
+    def _make(self, path: Path, digest: str, on_bytes: Callable[[int], None] | None = None) -> BadLines:
+        """Tokenises a file, and returns its bad lines; keeps nothing if they, or earlier ones, forbid it."""
+        target = self._path(digest)
+        if target.exists():
+            self._note(
+                f"The kept tokens of {path} are damaged, or an earlier version's; they are made again."
+            )
+        self._open_files.forget(target)
+        bad = Problems()
+        read = new_digest()
+        with TokenFileWriter(target, self._tokenizer, path) as writer:
+            for line, record in iter_records(path, on_problem=bad.add, on_bytes=on_bytes, digest=read):
+                if self._keeps(bad):
+                    writer.add(line, record.text, group_key(record.group, record.source))
+            if read.hexdigest() != digest:
+                raise _changed(path)
+            if self._keeps(bad):
+                writer.commit(bad)
+        self._found_bad |= bool(bad)
+        return bad_lines_of(bad)
+
+    def _keeps(self, bad: Problems) -> bool:
+        """Tokens are of no use if all of this will be refused; files are only read then, to tell all that is
+        wrong at once."""
+        return self._skip or not (bad or self._found_bad)
+
+    def _make_again(self, path: Path, digest: str) -> None:
+        """Called when a page of the file's tokens turned out to be damaged, or they are gone."""
+        target = self._path(digest)
+        with locked(self._cache, self._note):
+            self._open_files.forget(target)
+            if not is_whole(target, self._open_files):  # another process may have done it meanwhile
+                self._make(path, digest)
+
+    def _make_cut(self, name: str, key: int, paths: Sequence[Path], lengths: Sequence[int]) -> None:
+        line, text = self._find(key, paths)
+        target = self._path(name)
+        with (
+            locked(self._cache, self._note),
+            TokenFileWriter(target, self._tokenizer, paths[0]) as writer,
+        ):
+            self._open_files.forget(target)
+            start = 0
+            for length in lengths:
+                writer.add(line, text[start : start + length])
+                start += length
+            writer.commit()
+
+    def _settle_bad_lines(self, bad: Mapping[str, BadLines], digests: Mapping[Path, str]) -> None:
+        """Refuse them, or tell that they are left out."""
+        for path, digest in digests.items():
+            self.left_out.extend(named_in(shown(path), bad[digest]))
+        if not self.left_out:
+            return
+        root = self._corpus.root
+        if not self._skip:
+            raise bad_records_error(root, self.left_out)
+        self._note(
+            f"{counted(len(self.left_out), 'bad line')} of {shown(root)} left out: "
+            f"{self.left_out.sentence()}. All of them: nanothink data validate {shown(root)}"
+        )
+
+    def _advance(self, n_bytes: int) -> None:
+        self._done += n_bytes
+        self._report(min(self._done, self._total), self._total)
+
+
+def _pass_over(_problem: Problem) -> None:
+    """Bad records were reported, or accepted, when the file was tokenised."""
+
+
+def _changed(path: Path) -> DataError:
+    return DataError(f"{path} changed while it was being read; run the command again.")

@@ -1,0 +1,91 @@
+"""Files of a domain's folder that are not read, each with the way in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import orjson
+
+from nanothink.data.records import likely_text_field
+from nanothink.disk import shown
+from nanothink.errors import some_of
+
+_IMPORTED = (".txt", ".text", ".md", ".markdown", ".csv", ".tsv", ".parquet")
+_UNPACKED_BY = {
+    ".xz": "xz -d",
+    ".bz2": "bzip2 -d",
+    ".lz4": "lz4 -d -m --rm",
+    ".zip": "unzip",
+    ".z": "uncompress",
+}
+_NAMED_AT_MOST = 5
+_NAME = "the name does not end in .jsonl, or begins with a dot"
+_PEEKED_BYTES = 2**16
+
+
+def why_not_read(folder: Path, names: Sequence[str]) -> Iterator[str]:
+    """A reason for each kind of file among ``names``, with the names and a command for the first of them."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        kinds.setdefault(_kind(folder, name), []).append(name)
+    for (why, command), own in kinds.items():
+        listed = some_of([shown(name) for name in own], _NAMED_AT_MOST)
+        way_in = ""
+        if command:
+            path = shlex.quote(shown(folder / own[0]))
+            domain, root = (shlex.quote(shown(part)) for part in (folder.name, folder.parent))
+            way_in = f". {command.format(path=path, domain=domain, root=root)}"
+        yield f"not read, because {why}: {listed}{way_in}"
+
+
+_IMPORT = "Import it: nanothink data import {path} --domain {domain} --data-dir {root}"
+
+
+def _kind(folder: Path, name: str) -> tuple[str, str]:
+    """Why a file is not read, and what to do about it, with {path}, {domain} and {root} in it."""
+    suffix = Path(name.lower()).suffix
+    if name.startswith("."):
+        return _NAME, ""
+    if suffix == ".json":
+        return _kind_of_json(folder / name)
+    if suffix in _UNPACKED_BY:
+        return f"{suffix} is not a way of packing that is read", f"Unpack it: {_UNPACKED_BY[suffix]} {{path}}"
+    if suffix in _IMPORTED and not name.lower().startswith(("readme", "license")):
+        return f"{suffix} is not JSON Lines", _IMPORT
+    return _NAME, ""
+
+
+def _kind_of_json(path: Path) -> tuple[str, str]:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            return "it is not a regular file", ""
+        with open(path, "rb") as file:
+            raw = file.read(_PEEKED_BYTES)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})", ""
+    start = raw.decode("utf-8-sig", "ignore").lstrip()
+    if start.startswith("["):
+        return "it is a JSON array", _IMPORT + _field_option(start[1:].lstrip())
+    first, _, rest = start.partition("\n")
+    try:
+        record = orjson.loads(first)
+    except ValueError:
+        record = None
+    if isinstance(record, dict) and (rest.strip() or "text" in record):
+        return "it holds JSON Lines, which .json does not say", "Rename it: mv -n {path} {path}l"
+    return "it is neither JSON Lines nor a JSON array", ""
+
+
+def _field_option(items: str) -> str:
+    """What import has to be told of an array that begins with ``items``."""
+    try:
+        first = json.JSONDecoder().raw_decode(items)[0]
+    except (ValueError, RecursionError):
+        return ""
+    field = likely_text_field(first) if isinstance(first, dict) and "text" not in first else ""
+    return f" --text-field {shlex.quote(field)}".replace("{", "{{").replace("}", "}}") if field else ""
