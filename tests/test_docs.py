@@ -32,8 +32,8 @@ _BEGIN, _END = "<!-- settings: begin -->\n", "<!-- settings: end -->\n"
 
 
 def listed_in_the_tree() -> tuple[set[str], set[str]]:
-    """Folders and files of the tree in the README, as paths from the root."""
-    (block,) = [block for block in blocks(ROOT / "README.md") if block.mark == "tree"]
+    """Folders and files of the tree in docs/architecture.md, as paths from the root."""
+    (block,) = [block for block in blocks(ROOT / "docs" / "architecture.md") if block.mark == "tree"]
     folders, files = set(), set()
     parents: list[str] = []
     for line in block.text.splitlines():
