@@ -258,15 +258,19 @@ class _Settler:
 
     def _settle_one(self, domain: int) -> set[int]:
         """Makes the moves that one domain needs; returns the domains whose sides they changed."""
-        touched = self._shrink(domain, VAL) | self._shrink(domain, TEST)
+        touched = self._shrink(domain, VAL, self.most_val[domain])
         if not self.bytes[domain, VAL]:
-            touched |= self._fill(domain, VAL, self.rule.val_split)
+            touched |= self._fill(domain, VAL, self.most_val[domain])
+        if not self.bytes[domain, VAL]:  # two units, one of them large or for testing
+            touched |= self._shrink(domain, TEST, 0.0)
+            touched |= self._fill(domain, VAL, self.most_val[domain]) or self._fill(domain, VAL, math.inf)
+        room = self.most_held_out[domain] - self.bytes[domain, VAL]
+        touched |= self._shrink(domain, TEST, room)
         if not self.bytes[domain, TEST] and self.wants_test[domain] and not self.filled[domain, TEST]:
-            touched |= self._fill(domain, TEST, self.rule.test_split)
+            touched |= self._fill(domain, TEST, room)
         return touched
 
-    def _shrink(self, domain: int, side: int) -> set[int]:
-        most = self.most_val[domain] if side == VAL else self.most_held_out[domain] - self.bytes[domain, VAL]
+    def _shrink(self, domain: int, side: int, most: float) -> set[int]:
         if self.bytes[domain, side] <= most:
             return set()
         texts, sizes, units, number = self._documents(domain)
@@ -288,7 +292,7 @@ class _Settler:
                 touched |= self._move(int(units[i]), TRAIN) or set()
         return touched
 
-    def _fill(self, domain: int, side: int, fraction: float) -> set[int]:
+    def _fill(self, domain: int, side: int, room: float) -> set[int]:
         texts, sizes, units, number = self._documents(domain)
         own = self.unit_sides[units]
         # A text follows its unit to a side if no other unit holds it on a side that wins.
@@ -297,11 +301,10 @@ class _Settler:
         winning = np.add.reduceat(self.unit_sides[self._pair_units[pairs]] < side, starts, dtype=np.int64)
         follows = (winning[place] == (own[number] < side)) & (self.forced[texts] == _FREE)
         gains = np.bincount(number, sizes * follows, len(units))
-        held_out = self.bytes[domain, VAL] + self.bytes[domain, TEST]
-        over = (gains > self.most_val[domain]) | (gains + held_out > self.most_held_out[domain])
+        fraction = self.rule.val_split if side == VAL else self.rule.test_split
         distance = np.abs(gains - fraction * self.bytes[domain].sum())
-        order = np.lexsort((self.hashes[units], distance, own != TRAIN, over, self.is_trained[units]))
-        possible = (gains > 0) & ((own == TRAIN) | (own > side)) & ~(over & (side == TEST))
+        order = np.lexsort((self.hashes[units], distance, own != TRAIN, self.is_trained[units]))
+        possible = (gains > 0) & (gains <= room) & ((own == TRAIN) | (own > side))
         for i in order[possible[order]]:
             touched = self._move(int(units[i]), side)
             if touched is not None:
