@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from nanothink.config.data import SPLIT_SEED
 from nanothink.data.corpus import find_corpus
 from nanothink.data.pages import OpenFiles
-from nanothink.data.split import SplitRule, hashed, text_key
+from nanothink.data.split import SplitRule, hashed, normalised, text_key
 from nanothink.data.token_files import DOCUMENT, TokenFile, is_whole, open_token_file, token_dtype
 from nanothink.data.tokenizer import Tokenizer, train_tokenizer
 from nanothink.data.tokens import IGNORE, TokenisedCorpus, TokenStream, tokenise
@@ -319,6 +319,127 @@ def test_texts_that_domains_share_until_none_is_left(tmp_path: Path, tokenizer: 
         _write(tmp_path / domain / "x.jsonl", [f"text {letter}" for letter in pair])
     with pytest.raises(DataError, match=r"nothing to (train|validate) on"):
         _run(tmp_path, tokenizer)
+
+
+def _records(path: Path, *records: dict[str, object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def _lines(stream: TokenStream) -> list[tuple[str, int]]:
+    found = stream.documents()
+    return [(found.paths[f], n) for f, n in zip(found.files.tolist(), found.lines.tolist(), strict=True)]
+
+
+def test_a_copy_with_other_line_ends_is_on_the_same_side(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = [f"{i}: it was the best of times,\nit was the worst of times.\n\nIt was {i}." for i in range(60)]
+    _write(tmp_path / "a" / "x.jsonl", texts)
+    _write(tmp_path / "a" / "y.jsonl", [text.replace("\n", "\r\n") + "\r\n" for text in texts])
+    tokens = _run(tmp_path, tokenizer)
+    train, val = ({line for _, line in _lines(side["a"])} for side in (tokens.train, tokens.val))
+    assert val
+    assert not train & val
+    assert tokens.train["a"].n_documents == 2 * len(train)
+    _write(tmp_path / "one" / "x.jsonl", texts[:1])
+    (tmp_path / "one" / "y.jsonl").write_bytes((tmp_path / "a" / "y.jsonl").read_bytes().splitlines(True)[0])
+    tokens = _run(tmp_path, tokenizer)  # one text in that domain too, which is cut
+    assert (tokens.train["one"].n_documents, tokens.val["one"].n_documents) == (1, 1)
+
+
+def test_groups_and_sources_are_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    by = {
+        "groups": lambda i: {"group": f"g{i % 20}", "source": f"s{i}"},
+        "sources": lambda i: {"source": f"s{i % 20}"},
+        "numbers": lambda i: {"group": i % 20},
+    }
+    for domain, naming in by.items():
+        _records(tmp_path / domain / "x.jsonl", *({"text": f"{domain} {i}", **naming(i)} for i in range(200)))
+    _records(
+        tmp_path / "book" / "x.jsonl", *({"text": f"page {i}", "group": "book"} for i in range(100, 200))
+    )
+    one_source = [{"text": f"page {i} of all", "source": "book"} for i in range(100, 200)]
+    _records(tmp_path / "one source" / "x.jsonl", *one_source)
+    tokens = tokenise(find_corpus(tmp_path), tokenizer, split=SplitRule(0.2, 0.2))
+    for domain in by:
+        sides: dict[int, set[str]] = {}
+        for name in ("train", "val", "test"):
+            found = getattr(tokens, name)[domain].documents()
+            assert len(found.lines)
+            for line, group in zip(found.lines, found.groups, strict=True):
+                sides.setdefault(line % 20, set()).add(f"{name} {group}")
+        assert [len(of) for of in sides.values()] == [1] * 20
+    lines = [[line for _, line in _lines(getattr(tokens, n)["book"])] for n in ("train", "test", "val")]
+    assert lines == [list(range(1, 61)), list(range(61, 81)), list(range(81, 101))]
+    assert len(np.unique(tokens.val["book"].documents().groups)) == 1
+    of_one_source = tokens.val["one source"].documents()
+    assert len(np.unique(of_one_source.groups)) == len(of_one_source.lines) > 1
+
+
+def test_the_test_side_is_nowhere_else(root: Path, tokenizer: Tokenizer) -> None:
+    _write(root / "one" / "x.jsonl", ["It was the best of times. " * 50])
+    tokens = tokenise(find_corpus(root), tokenizer, split=SplitRule(0.1, 0.3))
+    without = _run(root, tokenizer, 0.1)
+    for domain in ("a", "b"):
+        train, val, test = (set(_lines(side[domain])) for side in (tokens.train, tokens.val, tokens.test))
+        assert test
+        assert len(train) + len(val) + len(test) == len(train | val | test)
+        assert train | val | test == {
+            place for side in (without.train, without.val) for place in _lines(side[domain])
+        }
+        assert 0.1 < len(test) / len(train | val | test) < 0.5
+    parts = [_read_texts(side["one"], tokenizer) for side in (tokens.train, tokens.test, tokens.val)]
+    assert [len(part) for part in parts] == [1, 1, 1]
+    assert "".join(part[0] for part in parts) == "It was the best of times. " * 50
+    assert without.test["one"].n_documents == without.test["a"].n_documents == 0
+    keys = np.concatenate([tokens.test[d].documents().keys for d in ("a", "b")])
+    assert not tokens.trained_text.holds(keys).any()
+
+
+def test_what_was_trained_on_stays_in_training(root: Path, tokenizer: Tokenizer) -> None:
+    text = "It was the best of times, it was the worst of times. " * 40
+    _write(root / "one" / "x.jsonl", [text])
+    _records(root / "book" / "x.jsonl", *({"text": f"page {i}", "group": "book"} for i in range(50)))
+    corpus = find_corpus(root)
+    first = tokenise(corpus, tokenizer, split=SplitRule(0.1))
+    trained = first.trained_text
+    assert len(trained.keys) == sum(first.train[d].n_documents for d in ("a", "b", "book"))
+    ((key, n_chars),) = trained.heads.items()
+    assert key == text_key(text)
+    assert normalised(text)[:n_chars] == normalised(_read_texts(first.train["one"], tokenizer)[0])
+    same = tokenise(corpus, tokenizer, split=SplitRule(0.1), trained=trained)
+    assert same.fingerprint == first.fingerprint
+    assert same.trained_text == trained
+
+    wider = tokenise(corpus, tokenizer, split=SplitRule(0.4, 0.1), trained=trained)
+    for held_out in (wider.val, wider.test):
+        for domain in ("a", "b", "book"):
+            documents = held_out[domain].documents()
+            assert not trained.holds(documents.keys).any()
+    assert len(_read_texts(wider.train["one"], tokenizer)[0]) >= len(
+        _read_texts(first.train["one"], tokenizer)[0]
+    )
+
+    # The same text, saved elsewhere; then no longer the only one of its domain.
+    _write(root / "one" / "x.jsonl", [text.replace(" ", "\r\n")])
+    crlf = tokenise(find_corpus(root), tokenizer, split=SplitRule(0.4), trained=trained)
+    assert len(normalised(_read_texts(crlf.train["one"], tokenizer)[0])) >= n_chars
+    _write(root / "one" / "y.jsonl", _texts("ones", 5))
+    grown = tokenise(find_corpus(root), tokenizer, split=SplitRule(0.9), trained=trained)
+    assert key in grown.train["one"].documents().keys
+
+
+def test_nothing_is_left_to_validate_on(root: Path, tokenizer: Tokenizer) -> None:
+    everything = tokenise(find_corpus(root), tokenizer, split=None).trained_text
+    with pytest.raises(DataError, match=r"'a' has nothing to validate on: .*trained on all.*--domains"):
+        tokenise(find_corpus(root), tokenizer, split=SplitRule(0.2), trained=everything)
+    tokens = tokenise(find_corpus(root), tokenizer, split=None, trained=everything)
+    assert tokens.train["a"].n_documents == 65
+    text = "It was the best of times, it was the worst of times."
+    _write(root / "one" / "x.jsonl", [text])
+    whole = tokenise(find_corpus(root, ["one"]), tokenizer, split=None).trained_text
+    with pytest.raises(DataError, match=r"'one' holds one text, all of which the model was trained on"):
+        tokenise(find_corpus(root, ["one"]), tokenizer, split=SplitRule(0.2), trained=whole)
 
 
 # --- bad input ---------------------------------------------------------------------------------
