@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from nanothink.data.sides import CUT, TEST, TRAIN, VAL, assign_sides, group_keys, sources_count
 from nanothink.data.split import (
     NOTHING,
+    HeldOutText,
     SplitRule,
     TrainedText,
     cut_text,
@@ -369,12 +370,14 @@ def test_copies_agree_and_nothing_trained_on_is_held_out(
 # What was trained on
 
 
-def trained_on(
-    documents: Mapping[str, np.ndarray], rule: SplitRule, before: TrainedText = NOTHING
-) -> TrainedText:
-    found = assign_sides(documents, rule, before)
-    keys = [rows["key"][found.sides[name] == TRAIN] for name, rows in documents.items()]
-    return before | TrainedText(np.unique(np.concatenate(keys)), {}, found.trained_groups)
+def known_from(documents: Mapping[str, np.ndarray], rule: SplitRule) -> tuple[TrainedText, HeldOutText]:
+    """What a checkpoint says of a run on these documents."""
+    found = assign_sides(documents, rule)
+    train, val, test = (
+        np.unique(np.concatenate([rows["key"][found.sides[d] == side] for d, rows in documents.items()]))
+        for side in (TRAIN, VAL, TEST)
+    )
+    return TrainedText(train, {}, found.trained_groups), HeldOutText(val, test)
 
 
 def test_a_resumed_run_splits_the_same_data_in_the_same_way() -> None:
@@ -388,7 +391,7 @@ def test_a_resumed_run_splits_the_same_data_in_the_same_way() -> None:
         documents["book"] = rows_of(*[(f"piece {seed} {i}", "book", 10) for i in range(30)])
         rule = SplitRule(0.15, rng.choice([0.0, 0.2]))
         first = assign_sides(documents, rule)
-        again = assign_sides(documents, rule, trained_on(documents, rule))
+        again = assign_sides(documents, rule, *known_from(documents, rule))
         for domain, sides in first.sides.items():
             assert again.sides[domain].tolist() == sides.tolist()
         assert again.trained_groups.tolist() == first.trained_groups.tolist()
@@ -400,7 +403,7 @@ def test_another_fraction_on_resume_never_holds_out_what_was_trained_on() -> Non
         "groups": rows_of(*[(f"u{i}", f"g{i % 30}", 10) for i in range(300)]),
         "book": rows_of(*[(f"piece {i}", "book", 10) for i in range(100)]),
     }
-    trained = trained_on(documents, SplitRule(0.1))
+    trained, _ = known_from(documents, SplitRule(0.1))
     before = {name: sides == TRAIN for name, sides in assign_sides(documents, SplitRule(0.1)).sides.items()}
     # The corpus grows, also by documents of groups that were trained on.
     more = {
