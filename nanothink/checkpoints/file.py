@@ -87,8 +87,8 @@ def write_checkpoint(
         raise TypeError(f"not a checkpoint payload: {wrong}")
     needed = tensor_bytes(values)
 
-    def explain(path: Path, error: OSError, replaced: bool) -> StorageError:
-        return _cannot_write(path, error, needed, replaced=replaced)
+    def explain(path: Path, error: OSError) -> StorageError:
+        return _cannot_write(path, error, needed)
 
     with whole_file(path, before_replace=before_replace, explain=explain) as file:
         writer = DigestingWriter(file.raw)
@@ -156,13 +156,9 @@ def read_summary(path: Path) -> CheckpointSummary:
     return _summarise(path, _load(path, thorough=False, map_location="cpu", mmap=True))
 
 
-def _cannot_write(path: Path, error: OSError, needed: int, *, replaced: bool) -> StorageError:
-    if replaced:
-        kept = "The new file is complete, but might not survive a power cut"
-    elif os.path.isfile(path):
-        kept = "The checkpoint that was there is intact"
-    else:
-        kept = "No file was left behind"
+def _cannot_write(path: Path, error: OSError, needed: int) -> StorageError:
+    there = os.path.isfile(path)
+    kept = "The checkpoint that was there is intact" if there else "No file was left behind"
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         try:

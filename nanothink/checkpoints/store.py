@@ -27,7 +27,7 @@ from nanothink.checkpoints.names import (
     validate_name,
 )
 from nanothink.checkpoints.payload import CheckpointPayload
-from nanothink.disk import HeldError, Note, held, leftovers, make_folder, silent, sync_folder
+from nanothink.disk import HeldError, Note, held, leftovers, make_folder, new_folder, silent, sync_folder
 from nanothink.errors import (
     CheckpointBusyError,
     CheckpointDamagedError,
@@ -111,7 +111,16 @@ class CheckpointStore:
 
     def write(self, path: Path, payload: CheckpointPayload) -> None:
         """``write_checkpoint``, and with the first one of an overwriting run, set the old files aside."""
-        write_checkpoint(path, payload, before_replace=self._set_aside if self._to_set_aside else None)
+        moved: list[tuple[Path, Path]] = []
+        set_aside = (lambda: self._set_aside(moved)) if self._to_set_aside else None
+        try:
+            write_checkpoint(path, payload, before_replace=set_aside)
+        except StorageError as error:
+            if not moved or path.exists():  # all files of the stem were moved, so this is the new one
+                raise
+            raise StorageError(
+                f"{error}. The earlier run's files are in {_put_back(moved, moved[0][1].parent)}"
+            ) from error
         self._to_set_aside = False
 
     def remove_interrupted(self) -> None:
@@ -184,8 +193,8 @@ class CheckpointStore:
                 raise _storage_error(lock_path, "cannot be locked", error) from error
             yield
 
-    def _set_aside(self) -> None:
-        """Move all files of this stem out of the way, the latest state last.
+    def _set_aside(self, moved: list[tuple[Path, Path]]) -> None:
+        """Move all files of this stem out of the way, the latest state last; list where from and where to.
 
         In that order a kill at any point leaves the latest of them for a bare ``--resume`` to find.
         """
@@ -193,18 +202,29 @@ class CheckpointStore:
         if not old:
             return
         target = self._new_folder_aside()
-        for path in old:
-            path.rename(target / path.name)
-        sync_folder(target)
+        try:
+            for path in old:
+                path.rename(target / path.name)
+                moved.append((path, target / path.name))
+            sync_folder(target)
+        except OSError:
+            _put_back(moved, target)
+            moved.clear()
+            raise
 
     def _new_folder_aside(self) -> Path:
-        wanted = self.folder / REPLACED_FOLDER / f"{self.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        target, attempt = wanted, 1
-        while target.exists():
-            attempt += 1
-            target = wanted.with_name(f"{wanted.name}-{attempt}")
-        make_folder(target, within=self.folder)
-        return target
+        name = f"{self.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return new_folder(self.folder / REPLACED_FOLDER / name, within=self.folder)
+
+
+def _put_back(moved: list[tuple[Path, Path]], aside: Path) -> Path:
+    """Move files back to where they came from, the last one first; return the folder that holds them now."""
+    with suppress(OSError):
+        for old, new in reversed(moved):
+            new.rename(old)
+        aside.rmdir()
+        return aside.parent.parent
+    return aside
 
 
 def _steps_done(path: Path) -> int:
@@ -251,7 +271,7 @@ def prune(folder: Path, *, keep: int = 1, dry_run: bool = False) -> list[Path]:
     surplus = [path for paths in snapshots.values() for path in _older_than_kept(paths, keep)]
     try:
         left = leftovers(folder) if os.path.isdir(folder) else []
-        surplus += [path for path, name in left if name.endswith(".pt")]
+        surplus += [path for path, name in left if name.endswith(".pt") and not path.is_dir()]
     except OSError as error:
         raise _storage_error(folder, "cannot be read", error) from error
     if not dry_run:

@@ -46,7 +46,7 @@ def cache_folder(root: Path, note: Note = silent) -> Path:
     for base in user_folders():
         folder = base / "nanothink" / name
         if _writable(folder):
-            note(f"{root} cannot be written to; tokens are kept in {folder} instead.")
+            note(f"{first} cannot be written to; tokens are kept in {folder} instead.")
             return folder
         tried.append(folder)
     raise StorageError(

@@ -166,10 +166,10 @@ def save_tokenizer(
         make_folder(folder)
         if not config.is_file() or config.read_bytes() != content:
             whole.unlink(missing_ok=True)
-            write_whole(config, content)
+            write_whole(config, content, explain=storage_error)
     except OSError as error:
         raise storage_error(folder, error) from error
-    write_whole(whole, state["tokenizer_json"].encode())
+    write_whole(whole, state["tokenizer_json"].encode(), explain=storage_error)
     return folder
 
 

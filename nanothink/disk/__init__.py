@@ -13,6 +13,7 @@ from nanothink.disk.private import is_safe, open_private, private_folder, user_f
 from nanothink.disk.write import (
     Explain,
     make_folder,
+    new_folder,
     open_appending,
     put_folder,
     remove_empty,
@@ -38,6 +39,7 @@ __all__ = [
     "leftovers",
     "locked",
     "make_folder",
+    "new_folder",
     "open_appending",
     "open_private",
     "private_folder",

@@ -30,8 +30,9 @@ Note = Callable[[str], None]
 PATIENCE_SECONDS = 2.0
 """How long to wait before a line says so."""
 
-STAND_IN_SECONDS = 30.0
-"""How long to wait for a holder file that stands in for a lock, since its holder may be dead."""
+STAND_IN_SECONDS, ALIVE_SECONDS = 30.0, 3600.0
+"""How long to wait for a holder file that stands in for a lock: in general, since its holder may be dead, and
+where a process of its number runs on this machine."""
 
 _NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
 _POLL_SECONDS = 0.05
@@ -76,11 +77,14 @@ class _Holder:
             since = f", since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.since))}"
         return f"process {self.pid} on {shown(self.host[:60])}{since}"
 
-    def has_ended(self) -> bool:
-        """Whether the process is known to have ended. One of this process's number is an earlier one."""
-        if self.host != socket.gethostname() or self.token in _own_tokens:
-            return False
-        return self.pid == os.getpid() or not is_alive(self.pid)
+    def is_here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    def is_alive(self) -> bool:
+        """Whether the process is known to run. A lock of this process's number may be an earlier one's."""
+        return self.token in _own_tokens or (
+            self.is_here() and self.pid != os.getpid() and is_alive(self.pid)
+        )
 
 
 @contextlib.contextmanager
@@ -169,7 +173,7 @@ def _acquire(path: Path, own: _Holder, note: Note, wait: bool) -> int | None:
         if not told and waited > PATIENCE_SECONDS:
             note(f"Another process is writing to {shown(path.parent)}{clause}; waiting for it to finish.")
             told = True
-        if stands_in and waited > STAND_IN_SECONDS:
+        if stands_in and waited > (ALIVE_SECONDS if holder and holder.is_alive() else STAND_IN_SECONDS):
             raise StorageError(
                 f"{shown(holder_path)} says that another process is writing there{clause}, and this disk has "
                 "no locks that end with their process. If no other NanoThink is writing there, remove that "
@@ -242,8 +246,8 @@ def _announce(holder_path: Path, own: _Holder) -> None:
 
 def _try_stand_in(holder_path: Path, own: _Holder, note: Note) -> bool:
     found = _Holder.read(holder_path)
-    if found is not None and found.has_ended():
-        note(f"{shown(holder_path)} was left behind by a {found}, which has ended; it is removed.")
+    if found is not None and found.is_here() and not found.is_alive():
+        note(f"{shown(holder_path)} was left behind by {found}, which has ended; it is removed.")
         _remove_dead(holder_path, found)
     try:
         _write_new(holder_path, own)
@@ -252,7 +256,8 @@ def _try_stand_in(holder_path: Path, own: _Holder, note: Note) -> bool:
     if holder_path.parent not in _told:
         _told.add(holder_path.parent)
         note(
-            f"The disk of {shown(holder_path.parent)} has no file locks; {holder_path.name} stands in for one"
+            f"{shown(holder_path.parent)} is on a disk without file locks: "
+            f"{holder_path.name} stands in for one."
         )
     return True
 

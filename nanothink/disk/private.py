@@ -36,7 +36,9 @@ def private_folder(*names: str) -> Path | None:
     for base in user_folders():
         with contextlib.suppress(OSError):
             folder = base.joinpath(*names)
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in (*reversed(folder.parents), folder):
+                if not path.exists():
+                    path.mkdir(mode=0o700, exist_ok=True)
             folder = folder.resolve()
             if is_safe(folder) and _is_own(os.stat(folder)) and os.access(folder, os.W_OK):
                 return folder

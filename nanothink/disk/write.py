@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import os
 import shutil
 import stat
@@ -30,8 +31,8 @@ from typing import Any, TextIO
 from nanothink.disk.names import shown, sweep, temporary_path
 from nanothink.errors import StorageError
 
-Explain = Callable[[Path, OSError, bool], StorageError]
-"""Makes the error for a failed write: the path, the refusal, and whether the new file is in place."""
+Explain = Callable[[Path, OSError], StorageError]
+"""Makes the error for a failed write that left what was there in place."""
 
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 """Errors that say that a file system lacks an operation, not that the operation failed."""
@@ -47,9 +48,9 @@ _REMEDIES = {
     errno.ENOTDIR: "A part of this path is a file, not a folder: choose another place",
     errno.EISDIR: "There is a folder of this name: choose another name",
     errno.ENAMETOOLONG: "The name is too long: choose a shorter one",
-    errno.ELOOP: "A symbolic link is in the way, and nothing is written through those: remove it",
-    errno.EXDEV: "It is a mount point of its own, which cannot be replaced: mount the folder around it",
-    errno.EBUSY: "It is in use or a mount point of its own, which cannot be replaced",
+    errno.ELOOP: "Nothing is written through a symbolic link: remove it",
+    errno.EXDEV: "It is a mount point or part of a container's image, and cannot be replaced: choose another",
+    errno.EBUSY: "It is in use, or a mount point of its own, and cannot be replaced: choose another place",
 }
 
 
@@ -62,8 +63,8 @@ def storage_error(path: Path, error: OSError, replaced: bool | None = None) -> S
     reason = error.strerror or str(error)
     if replaced:
         return StorageError(
-            f"{shown(path)} is written and complete, but the disk does not confirm it ({reason}), so it "
-            "might not survive a power cut. Check the disk."
+            f"{shown(path)}: the disk reports: {reason}. The new file is complete, but might not survive a "
+            "power cut. Check the disk."
         )
     remedy = _REMEDIES.get(error.errno or 0, "Check the disk and run the command again")
     kept = " Nothing was changed." if replaced is False else ""
@@ -103,7 +104,6 @@ def whole_file(
 
     Raises StorageError when the disk refuses; other errors of the block pass through.
     """
-    explain = explain or storage_error
     created: list[Path] = []
     try:
         created = make_folder(path.parent)
@@ -112,10 +112,10 @@ def whole_file(
         if durable:
             sweep(path)
         temporary = temporary_path(path)
-        raw = RawFile(_open_new(temporary), "wb")
+        raw = RawFile(_open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
     except OSError as error:
         remove_empty(created)
-        raise explain(path, error, False) from error
+        raise _explained(path, error, explain) from error
     file, in_block = io.BufferedWriter(raw), True
     try:
         yield file
@@ -136,7 +136,9 @@ def whole_file(
                 temporary.unlink()
             remove_empty(created)
         if isinstance(error, OSError) and (error is raw.failure or not in_block):
-            raise explain(path, error, replaced) from error
+            if replaced:
+                raise storage_error(path, error, True) from error
+            raise _explained(path, error, explain) from error
         raise
     finally:
         raw.close()
@@ -152,18 +154,22 @@ def write_whole(path: Path, content: bytes, *, explain: Explain | None = None) -
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, *, in_use: bool = False) -> Iterator[Path]:
     """Give a folder to fill that appears as ``path`` when the block ends, if it ends without an error.
+
+    ``in_use``: its files are changed in place later, by the group too where that shares the folder above.
 
     Raises StorageError when the disk refuses; other errors of the block pass through.
     """
     with scratch_folder(path) as scratch:
         yield scratch
-        put_folder(scratch, path)
+        put_folder(scratch, path, in_use=in_use)
 
 
-def put_folder(scratch: Path, path: Path) -> None:
+def put_folder(scratch: Path, path: Path, *, in_use: bool = False) -> None:
     """Make a filled ``scratch_folder`` of ``path`` appear there.
+
+    Where the group shares the folder above, ``in_use`` lets it change the files too.
 
     What is in the way is moved aside for the moment of the rename and then removed; a kill right there leaves
     it under the temporary name of ``<path>.replaced``. Raises StorageError.
@@ -177,6 +183,8 @@ def put_folder(scratch: Path, path: Path) -> None:
         (scratch / "mode").rmdir()
         scratch.chmod(mode)
         _share(scratch, path.parent)
+        for file in scratch.iterdir() if in_use else ():
+            _share(file, scratch)
         old = temporary_path(aside) if os.path.lexists(path) else None
         if old is not None:
             os.rename(path, old)
@@ -250,6 +258,21 @@ def make_folder(folder: Path, *, within: Path | None = None) -> list[Path]:
     return created
 
 
+def new_folder(wanted: Path, *, within: Path) -> Path:
+    """Make a folder that is not there yet, under this name or else with ``-2``, ``-3``, ... at its end.
+
+    ``within`` as in ``make_folder``. Raises OSError.
+    """
+    make_folder(wanted.parent, within=within)
+    for attempt in itertools.count(1):
+        path = wanted.with_name(f"{wanted.name}-{attempt}") if attempt > 1 else wanted
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            _share(path, path.parent)
+            return path
+    raise AssertionError
+
+
 def remove_empty(folders: Iterable[Path]) -> None:
     """Remove those folders, inner ones first in the list, that are there and hold nothing."""
     for folder in folders:
@@ -270,8 +293,8 @@ def try_to_write(folder: Path) -> None:
 
 def open_appending(path: Path) -> TextIO:
     """Open a text file to append to, made if need be; never through a symbolic link. Raises OSError."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8")
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    return os.fdopen(_open_plain(path, flags), "a", encoding="utf-8")
 
 
 def open_shared(path: Path, *, create: bool, heed_umask: bool = True) -> int:
@@ -279,13 +302,13 @@ def open_shared(path: Path, *, create: bool, heed_umask: bool = True) -> int:
 
     One that is made in a folder shared by a group can be opened by the group. Raises OSError.
     """
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR
     if create:
         with contextlib.suppress(FileExistsError):
-            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            descriptor = _open_plain(path, flags | os.O_CREAT | os.O_EXCL)
             _share(descriptor, path.parent, heed_umask=heed_umask)
             return descriptor
-    return os.open(path, flags)
+    return _open_plain(path, flags)
 
 
 def sync_folder(folder: Path) -> None:
@@ -322,8 +345,17 @@ def _sync(descriptor: int, *also_unsupported: int) -> None:
             raise
 
 
-def _open_new(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+def _open_plain(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "a symbolic link is in the way", str(path)) from None
+        raise
+
+
+def _explained(path: Path, error: OSError, explain: Explain | None) -> StorageError:
+    return explain(path, error) if explain is not None else storage_error(path, error, False)
 
 
 def _rename(temporary: Path, path: Path, descriptor: int) -> None:

@@ -239,6 +239,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         VectorStoreError: there is none, or the manifest is damaged.
+        StorageError: it cannot be read.
     """
     path = folder / _MANIFEST
     try:
@@ -250,7 +251,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"There is no memory in {folder}. If the model was copied, copy that folder too; or build it: "
             f"nanothink memory build{which}"
         ) from None
-    except (OSError, orjson.JSONDecodeError) as error:
+    except OSError as error:
+        raise StorageError(
+            f"Cannot read {path}: {error.strerror}. Check the disk and who may read it."
+        ) from error
+    except orjson.JSONDecodeError as error:
         raise _damaged(path, str(error)) from None
     if not isinstance(manifest, dict) or manifest.get("digest") != _digest_of(manifest):
         raise _damaged(path, "its digest does not match")
@@ -409,24 +414,22 @@ def write_store(
                 for name in names.values():
                     os.rename(scratch / name, folder / name)
             sync_folder(folder)
-        except BaseException as error:
-            for name in names.values():
-                (folder / name).unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise storage_error(folder, error, False) from error
-            raise
-        manifest = {
-            "format": FORMAT,
-            "generation": generation,
-            "owner": asdict(owner),
-            "index": {"kind": index.kind, "lists": index.n_lists, "keys": index.n_keys},
-            "tokens": len(contents.tokens),
-            "domains": list(contents.domains),
-            "sources": list(contents.files),
-            "files": files,
-        }
-        write_whole(folder / _MANIFEST, orjson.dumps({**manifest, "digest": _digest_of(manifest)}))
-        _sweep(folder)
+            manifest = {
+                "format": FORMAT,
+                "generation": generation,
+                "owner": asdict(owner),
+                "index": {"kind": index.kind, "lists": index.n_lists, "keys": index.n_keys},
+                "tokens": len(contents.tokens),
+                "domains": list(contents.domains),
+                "sources": list(contents.files),
+                "files": files,
+            }
+            described = orjson.dumps({**manifest, "digest": _digest_of(manifest)})
+            write_whole(folder / _MANIFEST, described, explain=storage_error)
+        except OSError as error:
+            raise storage_error(folder, error) from error
+        finally:
+            _sweep(folder)
 
 
 def store_bytes(folder: Path) -> int:

@@ -14,7 +14,7 @@ from nanothink import __version__
 from nanothink.checkpoints import parse_name
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream
-from nanothink.disk import storage_error, try_to_write, write_whole
+from nanothink.disk import try_to_write, write_whole
 from nanothink.errors import (
     CheckpointNotFoundError,
     DataError,
@@ -281,9 +281,7 @@ def _on_one_line(text: str) -> str:
     return text.replace("\n", "↵ ")
 
 
-def _cannot_write(out: Path, error: OSError, replaced: bool) -> StorageError:
-    if replaced:
-        return storage_error(out, error, replaced)
+def _cannot_write(out: Path, error: OSError) -> StorageError:
     return StorageError(
         f"The report cannot be written to {out}: {error.strerror or error}. Free space or permissions "
         "there, or choose another --out."

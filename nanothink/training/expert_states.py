@@ -221,7 +221,7 @@ def open_states(
 
 
 def _make(folder: Path, described: bytes, shape: Shape) -> None:
-    with whole_folder(folder) as work:
+    with whole_folder(folder, in_use=True) as work:
         for name, size in _sizes(shape).items():
             with open(work / name, "wb") as file:
                 file.truncate(size)

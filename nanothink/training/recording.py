@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nanothink.disk import make_folder, open_appending, write_whole
+from nanothink.disk import make_folder, new_folder, open_appending, write_whole
 from nanothink.errors import StorageError
 from nanothink.inference.evaluate import Evaluation, Score
 from nanothink.training.events import Evaluated, Event, Sampled, StepDone
@@ -63,11 +63,7 @@ class RunRecorder:
         try:
             yield
         except OSError as error:
-            raise StorageError(
-                f"The run's records cannot be written to {self.folder}: {error.strerror or error}. The "
-                "checkpoints are as they were. Free space or permissions there and go on with --resume, or "
-                "choose another --checkpoint-dir."
-            ) from None
+            raise _cannot_write(self.folder, error) from None
 
     def __call__(self, event: Event) -> None:
         with self._disk_said_no():
@@ -166,7 +162,8 @@ class _TensorBoard:
         from tensorboardX.record_writer import RecordWriter
 
         self._entry = Entry
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        # It is opened by its name, so nobody may guess that and put a link there.
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{secrets.token_hex(6)}"
         self._file = RecordWriter(str(folder / name))
         self._write(file_version="brain.Event:2")
         if state.step:
@@ -239,14 +236,9 @@ def _finite(value: Any) -> Any:
 
 def _set_aside(folder: Path) -> None:
     """Move the records of an earlier run of this name beside the checkpoints that --overwrite sets aside."""
-    replaced = folder.parent.parent / "replaced"
-    make_folder(replaced, within=replaced.parent)
+    checkpoints = folder.parent.parent
     stem = f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}-records"
-    target, attempt = replaced / stem, 1
-    while target.exists():
-        attempt += 1
-        target = replaced / f"{stem}-{attempt}"
-    folder.rename(target)
+    folder.rename(new_folder(checkpoints / "replaced" / stem, within=checkpoints))
 
 
 def _drop_lines_beyond(path: Path, state: TrainState) -> None:
@@ -266,9 +258,22 @@ def _drop_lines_beyond(path: Path, state: TrainState) -> None:
         limit = state.step if entry.get("event") == "train" else state.evaluated_step
         if entry.get("step", 0) <= limit:
             kept.append(line)
-    write_whole(path, b"".join(line + b"\n" for line in kept))
+    write_whole(path, b"".join(line + b"\n" for line in kept), explain=_in_folder)
 
 
 def _write_whole(path: Path, values: Mapping[str, Any]) -> None:
     """Write a small JSON file so that a reader finds the old one or the new one, never a part."""
-    write_whole(path, (json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n").encode())
+    content = json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, content.encode(), explain=_in_folder)
+
+
+def _in_folder(path: Path, error: OSError) -> StorageError:
+    return _cannot_write(path.parent, error)
+
+
+def _cannot_write(folder: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"The run's records cannot be written to {folder}: {error.strerror or error}. The checkpoints are as "
+        "they were. Free space or permissions there and go on with --resume, or choose another "
+        "--checkpoint-dir."
+    )
