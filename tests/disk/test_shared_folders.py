@@ -137,7 +137,7 @@ def test_links_that_another_user_left_in_the_data_are_not_followed(
 def test_leftovers_of_others_that_may_not_be_removed_do_not_matter(shared: Path, as_user: AsUser) -> None:
     from nanothink.disk.names import host
 
-    shared.chmod(0o1777)  # as /tmp
+    shared.chmod(0o1777)  # as the folder of temporary files
     left = shared / f".file.{host()}.{2**22 + 1}-0123456789ab.tmp"
 
     def leave() -> str:
