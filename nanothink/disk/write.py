@@ -159,21 +159,17 @@ def whole_folder(path: Path, *, in_use: bool = False) -> Iterator[Path]:
 
     ``in_use``: its files are changed in place later, by the group too where that shares the folder above.
 
+    What is in the way is moved aside for the moment of the rename and then removed; a kill right there leaves
+    it under the temporary name of ``<path>.replaced``.
+
     Raises StorageError when the disk refuses; other errors of the block pass through.
     """
     with scratch_folder(path) as scratch:
         yield scratch
-        put_folder(scratch, path, in_use=in_use)
+        _put_folder(scratch, path, in_use)
 
 
-def put_folder(scratch: Path, path: Path, *, in_use: bool = False) -> None:
-    """Make a filled ``scratch_folder`` of ``path`` appear there.
-
-    Where the group shares the folder above, ``in_use`` lets it change the files too.
-
-    What is in the way is moved aside for the moment of the rename and then removed; a kill right there leaves
-    it under the temporary name of ``<path>.replaced``. Raises StorageError.
-    """
+def _put_folder(scratch: Path, path: Path, in_use: bool) -> None:
     aside = path.with_name(f"{path.name}.replaced")
     replaced = False
     try:
