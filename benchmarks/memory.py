@@ -36,8 +36,8 @@ from nanothink.cli.app import run
 from nanothink.config import VectorStoreConfig
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import IGNORE
+from nanothink.memory.contents import VectorStore
 from nanothink.memory.index import Float32, Int64, Kind, NeighbourIndex, import_faiss, sample_size
-from nanothink.memory.store import VectorStore
 from nanothink.models.contract import LanguageModel
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.held_out import held_out

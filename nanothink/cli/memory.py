@@ -23,7 +23,7 @@ from nanothink.cli.options import (
 
 if TYPE_CHECKING:
     from nanothink.memory.building import BuildPlan
-    from nanothink.runs.remembering import MemoryFacts
+    from nanothink.runs.vector_store import MemoryFacts
 
 app = typer.Typer(help="Build, add to, search and compact the memory of a model.", **GROUP)
 
@@ -79,7 +79,7 @@ def build(
     from nanothink.disk import try_to_write
     from nanothink.errors import UsageError
     from nanothink.memory.store import exists
-    from nanothink.runs.remembering import build_memory, facts_of, find_remembering, plan_memory
+    from nanothink.runs.vector_store import build_memory, facts_of, find_remembering, plan_memory
 
     with render.progress() as bars:
         found = find_remembering(
@@ -138,7 +138,7 @@ def add(
     from nanothink.cli import render
     from nanothink.disk import try_to_write
     from nanothink.errors import counted
-    from nanothink.runs.remembering import build_memory, facts_of, find_remembering, plan_memory
+    from nanothink.runs.vector_store import build_memory, facts_of, find_remembering, plan_memory
 
     with render.progress() as bars:
         found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
@@ -173,7 +173,7 @@ def info(
 ) -> None:
     """Say what is in a memory; every byte of it is verified."""
     from nanothink.cli import render
-    from nanothink.runs.remembering import facts_of, find_remembering
+    from nanothink.runs.vector_store import facts_of, find_remembering
 
     with render.progress() as bars:
         found = find_remembering(checkpoint, (), checkpoint_dir, name=name, progress=bars)
@@ -200,7 +200,7 @@ def search(
     from dataclasses import asdict
 
     from nanothink.cli import render
-    from nanothink.runs.remembering import find_remembering, search_memory
+    from nanothink.runs.vector_store import find_remembering, search_memory
 
     with render.progress() as bars:
         found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
@@ -240,7 +240,7 @@ def compact(
     """
     from nanothink.cli import render
     from nanothink.disk import try_to_write
-    from nanothink.runs.remembering import compact_memory, find_remembering
+    from nanothink.runs.vector_store import compact_memory, find_remembering
 
     with render.progress() as bars:
         found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)

@@ -77,7 +77,7 @@ class TrainedText:
 
     def holds(self, keys: Keys) -> NDArray[np.bool_]:
         """Mask of the texts that were trained on, wholly or in part."""
-        return np.isin(keys, self.keys) | np.isin(keys, _head_keys(self.heads))
+        return _among(keys, self.keys) | _among(keys, _head_keys(self.heads))
 
     @property
     def is_empty(self) -> bool:
@@ -181,6 +181,14 @@ class HeldOutText:
 NOTHING_HELD_OUT = HeldOutText()
 
 
+def _among(keys: Keys, known: Keys) -> NDArray[np.bool_]:
+    """``np.isin`` for ``known`` keys that are sorted, which are not sorted again at each call."""
+    if not len(known):
+        return np.zeros(len(keys), np.bool_)
+    found: NDArray[np.bool_] = known[np.searchsorted(known, keys).clip(max=len(known) - 1)] == keys
+    return found
+
+
 def _head_keys(heads: Mapping[int, int]) -> Keys:
     return np.array(sorted(heads), np.uint64)
 
@@ -227,13 +235,16 @@ def group_key(group: str | None, source: str | None) -> int:
 
 
 def cut_text(text: str, rule: SplitRule, domain: str, trained_chars: int = 0) -> tuple[str, str, str]:
-    """Cuts the only text of a domain into head, middle and tail: what trains, tests and validates.
+    """Cuts the only text of a domain into head, middle and tail: what trains, validates and tests.
 
-    The tail is ``rule.val_split`` of the text, the middle ``rule.test_split`` (empty without one, or where
-    the text is too short). Each begins at the white space nearest to its place, as GPT-2's words do; white
-    space farther away than a twentieth of the text or a thousand characters is not looked for. The head is
-    at least the first ``trained_chars`` normalised characters, and head and tail are never empty. Raises
-    DataError where that cannot be.
+    The tail is ``rule.test_split`` of the text, the middle ``rule.val_split``. Each begins at the white space
+    nearest to its place, as GPT-2's words do; white space farther away than a twentieth of the text or a
+    thousand characters is not looked for. The head is at least the first ``trained_chars`` normalised
+    characters. Head and middle are never empty; the tail is, without a ``test_split``, in a text of two
+    characters, and in one that was cut by a rule that held out less. Raises DataError where that cannot be.
+
+    With the test side at the end, a rule of smaller fractions validates on text that no larger one tests, and
+    tests on text that no larger one validates.
     """
     if len(text) < 2:
         raise DataError(
@@ -246,12 +257,13 @@ def cut_text(text: str, rule: SplitRule, domain: str, trained_chars: int = 0) ->
             f"Domain '{domain}' holds one text, all of which the model was trained on, which leaves nothing "
             "to validate on. Add text to it, or leave the domain out with --domains."
         )
-    last = _near_space(text, round(len(text) * (1 - rule.val_split)), first, len(text) - 1)
-    if not rule.test_split or last <= first:
-        return text[:last], "", text[last:]
-    aim = round(len(text) * (1 - rule.val_split - rule.test_split))
-    middle = _near_space(text, aim, first, last - 1)
-    return text[:middle], text[middle:last], text[last:]
+    n_chars = len(text)
+    own = _near_space(text, round(n_chars * (1 - rule.val_split - rule.test_split)), 1, n_chars - 1)
+    if not rule.test_split or first > own or own + 1 >= n_chars:
+        place = _near_space(text, round(n_chars * (1 - rule.val_split)), first, n_chars - 1)
+        return text[:place], text[place:], ""
+    end = _near_space(text, round(n_chars * (1 - rule.test_split)), own + 1, n_chars - 1)
+    return text[:own], text[own:end], text[end:]
 
 
 def _near_space(text: str, aim: int, lowest: int, highest: int) -> int:

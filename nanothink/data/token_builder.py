@@ -42,7 +42,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Cut:
-    """The only text of a domain in two or three documents: head, middle (for testing) and tail."""
+    """The only text of a domain in two or three documents, which train, validate and test."""
 
     name: str
     file: TokenFile

@@ -296,11 +296,7 @@ def _check_both_sides(domain: str, train: TokenStream, val: TokenStream) -> None
 
 
 def _part_of_cut(n_parts: int, side: int) -> NDArray[np.bool_]:
-    chosen = np.zeros(n_parts, np.bool_)
-    if side == TEST:
-        chosen[1:-1] = True
-    else:
-        chosen[0 if side == TRAIN else -1] = True
+    chosen: NDArray[np.bool_] = np.arange(n_parts) == side  # TRAIN, VAL, TEST are 0, 1, 2
     return chosen
 
 

@@ -24,6 +24,7 @@ from nanothink.config import VectorStoreConfig
 from nanothink.data.split import TrainedText
 from nanothink.data.tokens import IGNORE, Documents, TokenisedCorpus, TokenStream
 from nanothink.disk import Note, silent
+from nanothink.memory.contents import DOCUMENT, Contents, Owner, VectorStore
 from nanothink.memory.index import (
     Float32,
     Int64,
@@ -34,7 +35,7 @@ from nanothink.memory.index import (
     choose_lists,
     sample_size,
 )
-from nanothink.memory.store import DOCUMENT, Contents, Owner, VectorStore, write_store
+from nanothink.memory.store import write_store
 
 States = Callable[[torch.Tensor], Float32]
 """The key expert: (B, T) int64 tokens -> (B, T, D) states of length 1, on the CPU."""

@@ -26,8 +26,8 @@ from nanothink.disk import make_folder, storage_error
 from nanothink.disk.block_file import BlockFile
 from nanothink.errors import StorageError
 from nanothink.memory.building import BATCH_TOKENS, Progress, States
+from nanothink.memory.contents import VectorStore
 from nanothink.memory.index import Float32, Int64
-from nanothink.memory.store import VectorStore
 from nanothink.models.recall import Neighbours
 
 BYTES_PER_NEIGHBOUR = 6

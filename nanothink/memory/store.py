@@ -23,14 +23,12 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import orjson
-import torch
 from numpy.typing import NDArray
 
 from nanothink.config import VectorStoreConfig
@@ -52,177 +50,16 @@ from nanothink.errors import (
     VectorStoreMismatchError,
     VectorStoreNotFoundError,
 )
-from nanothink.memory.index import Float32, Int64, Kind, NeighbourIndex
-from nanothink.models.recall import NO_TOKEN, Neighbours
+from nanothink.memory.contents import Contents, Owner, VectorStore, trained_text
+from nanothink.memory.index import Kind, NeighbourIndex
 
 Progress = Callable[[str, int, int], None]
 
 FORMAT = 2
 SUFFIX = ".memory"
 
-DOCUMENT = np.dtype([("end", "<i8"), ("key", "<u8"), ("line", "<i8"), ("domain", "<i4"), ("file", "<i4")])
-"""Of one document: where its tokens end (they begin where the one before ends), the hash of its text, and
-where it comes from; domain and file are indices into the manifest's lists."""
-
 _MANIFEST = "manifest.json"
 _ROLES = ("index", "tokens", "documents", "heldout", "heads", "merged")
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The frozen expert whose states the keys are. Whatever model it is a part of can use the store."""
-
-    expert: str
-    kind: str
-    digest: str
-    """Of its weights."""
-    tokenizer: str
-    """Its fingerprint."""
-    width: int
-    block_length: int
-    """Tokens that it read at a time when the keys were made."""
-
-
-@dataclass(frozen=True)
-class Contents:
-    """The text of a store. N tokens, M merged keys."""
-
-    tokens: NDArray[Any]
-    """(N,) unsigned: token n followed key n."""
-    documents: NDArray[Any]
-    """DOCUMENT, in the order of their tokens; no two have the same text."""
-    domains: tuple[str, ...]
-    files: tuple[str, ...]
-    held_out: NDArray[np.uint64]
-    """Sorted hashes of validation and test texts, none of which is ever let in."""
-    heads: NDArray[np.uint64] = field(default_factory=lambda: np.empty((0, 2), np.uint64))
-    """(H, 2): hash of a text of which only the head may be let in, and normalised characters of that head."""
-    merged: Int64 = field(default_factory=lambda: np.empty((0, 2), np.int64))
-    """(M, 2): a key that was taken out, and the one that stands for it."""
-
-    @property
-    def trained_text(self) -> TrainedText:
-        """The texts that are in the store, wholly or in part."""
-        return trained_text(self.documents, self.heads)
-
-    @classmethod
-    def empty(cls, vocab_size: int) -> Contents:
-        dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-        return cls(np.empty(0, dtype), np.empty(0, DOCUMENT), (), (), np.empty(0, np.uint64))
-
-
-class VectorStore:
-    """An open store; a ``Memory`` for a model. See ``open_store``."""
-
-    def __init__(
-        self,
-        folder: Path,
-        owner: Owner,
-        index: NeighbourIndex,
-        contents: Contents,
-        *,
-        n_neighbours: int,
-        generation: str = "",
-    ) -> None:
-        self.folder, self.owner, self.index, self.contents = folder, owner, index, contents
-        self.n_neighbours = n_neighbours
-        self.generation = generation
-        self._ends = contents.documents["end"].copy()
-
-    @property
-    def trained_text(self) -> TrainedText:
-        """The texts that are in the store, wholly or in part."""
-        return self.contents.trained_text
-
-    def search(self, queries: torch.Tensor) -> Neighbours:
-        """(Q, D) queries of length 1 -> Q rows of ``n_neighbours``, on their device."""
-        found = self.index.search(queries.detach().float().cpu().numpy(), self.n_neighbours)
-        return self.neighbours(*found).to(queries.device)
-
-    def search_elsewhere(
-        self, queries: Float32, own: NDArray[np.uint64], n_neighbours: int
-    ) -> tuple[Float32, Int64]:
-        """Neighbours that are no part of the query's own document.
-
-        Twice as many are fetched as are wanted; where that leaves too few, the rest is missing.
-
-        Args:
-            queries: (Q, D).
-            own: (Q,) hash of the text that each query stands in.
-
-        Returns:
-            similarities and numbers (Q, K), nearest first; -inf and -1 where missing.
-        """
-        similarities, numbers = self.index.search(queries, 2 * n_neighbours)
-        gone = self.is_of(numbers, own)
-        similarities[gone], numbers[gone] = -np.inf, -1
-        order = np.argsort(numbers < 0, axis=1, kind="stable")[:, :n_neighbours]
-        return np.take_along_axis(similarities, order, 1), np.take_along_axis(numbers, order, 1)
-
-    def is_of(self, numbers: Int64, texts: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """(Q, K) keys, (Q,) hashes of texts: whether a key, or one that it stands for, is of that text."""
-        documents = self.documents_of(texts)[:, None]
-        known = (numbers >= 0) & (documents >= 0)
-        same = known & (self.document(numbers) == documents)
-        if len(self._members):
-            pairs = numbers * len(self._ends) + documents
-            at = np.searchsorted(self._members, pairs).clip(max=len(self._members) - 1)
-            same |= known & (self._members[at] == pairs)
-        return cast(NDArray[np.bool_], same)
-
-    def document(self, numbers: Int64) -> Int64:
-        """The document that each key's token is of, as an index; any where the number is -1."""
-        return np.searchsorted(self._ends, numbers, side="right").clip(max=max(len(self._ends) - 1, 0))
-
-    def documents_of(self, texts: NDArray[np.uint64]) -> Int64:
-        """Index of the document with each hash; -1 where no such text is in the store."""
-        order, sorted_keys = self._by_text
-        if not len(order):
-            return np.full(len(texts), -1, np.int64)
-        at = np.searchsorted(sorted_keys, texts).clip(max=len(order) - 1)
-        return np.where(sorted_keys[at] == texts, order[at], -1)
-
-    def neighbours(self, similarities: Float32, numbers: Int64) -> Neighbours:
-        """What a search found, as a model wants it."""
-        there = numbers >= 0
-        tokens = np.where(there, self.contents.tokens[np.where(there, numbers, 0)].astype(np.int64), NO_TOKEN)
-        counts = None
-        if len(self.contents.merged):
-            keys, of_key = self._counts
-            at = np.searchsorted(keys, numbers).clip(max=len(keys) - 1)
-            counts = torch.from_numpy(np.where(keys[at] == numbers, of_key[at], 1).astype(np.float32))
-        return Neighbours(torch.from_numpy(similarities), torch.from_numpy(tokens), counts)
-
-    def passage(self, number: int, n_before: int) -> list[int]:
-        """Tokens of key ``number``'s document that lead up to its token, without that one."""
-        document = int(self.document(np.array([number]))[0])
-        start = int(self._ends[document - 1]) if document else 0
-        return [int(t) for t in self.contents.tokens[max(start, number - n_before) : number]]
-
-    @cached_property
-    def _by_text(self) -> tuple[Int64, NDArray[np.uint64]]:
-        keys = self.contents.documents["key"]
-        order = np.argsort(keys, kind="stable")
-        return order, keys[order]
-
-    @cached_property
-    def _counts(self) -> tuple[Int64, Int64]:
-        """Keys that stand for others too, sorted, and how many each is, itself included."""
-        keys, others = np.unique(self.contents.merged[:, 1], return_counts=True)
-        return keys, others + 1
-
-    @cached_property
-    def _members(self) -> Int64:
-        """Sorted key × documents + document, for every document of which a key stands for a part."""
-        if not len(self.contents.merged):
-            return np.empty(0, np.int64)
-        member, key = self.contents.merged[:, 0], self.contents.merged[:, 1]
-        return np.unique(key * len(self._ends) + self.document(member))
-
-
-def trained_text(documents: NDArray[Any], heads: NDArray[np.uint64]) -> TrainedText:
-    """The texts of a store's ``documents`` and ``heads``."""
-    return TrainedText(np.unique(documents["key"]), {int(key): int(chars) for key, chars in heads})
 
 
 def memory_folder(checkpoint_dir: Path, stem: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class LoadedModel:
     def kind(self) -> str:
         return self.model.kind
 
-    @property
+    @cached_property
     def trained_text(self) -> TrainedText:
         """The documents that any part of the model was trained on, and those in its vector store."""
         remembered = self._remembered()
@@ -92,7 +93,7 @@ class LoadedModel:
     def _remembered(self) -> TrainedText | None:
         if not isinstance(self.model, NanoThink) or self.model.memory is None:
             return None
-        from nanothink.memory.store import VectorStore
+        from nanothink.memory.contents import VectorStore
 
         assert isinstance(self.model.memory, VectorStore)
         return self.model.memory.trained_text

@@ -7,9 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import made_up_texts, write_domain
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanothink.data.corpus import find_corpus
-from nanothink.data.split import NOTHING, HeldOutText, SplitRule, TrainedText, text_key
+from nanothink.data.split import (
+    NOTHING,
+    HeldOutText,
+    SplitRule,
+    TrainedText,
+    cut_text,
+    normalised,
+    text_key,
+)
 from nanothink.data.tokenizer import Tokenizer, load_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, TokenStream, tokenise
 
@@ -95,6 +105,28 @@ def test_a_head_that_was_trained_on_makes_its_text_and_itself_known(root: Path, 
     known, tail = (np.array([text_key(text)], np.uint64) for text in (book[:n_chars], book[n_chars:]))
     assert trained.holds(known).all()
     assert not trained.holds(tail).any()
+
+
+FRACTIONS = st.tuples(st.sampled_from([0.05, 0.1, 0.2, 0.4]), st.sampled_from([0.0, 0.05, 0.1, 0.3]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(FRACTIONS, FRACTIONS, st.integers(0, 20), st.integers(3, 60))
+def test_a_cut_text_is_tested_on_what_neither_of_two_rules_trains_or_validates(
+    one: tuple[float, float], other: tuple[float, float], seed: int, n_words: int
+) -> None:
+    """And validated on what neither trains, under the smallest rule of two models that see the same text."""
+    (text,) = made_up_texts(seed, 1, n_words)
+    rules = [SplitRule(*one), SplitRule(*other)]
+    cuts = [cut_text(text, rule, "domain") for rule in rules]
+    n_chars = max(len(normalised(head)) for head, _, _ in cuts)
+    smallest = SplitRule(*map(min, one, other))
+    head, middle, tail = cut_text(text, smallest, "domain", n_chars)
+    assert head + middle + tail == text
+    for own_head, own_middle, _ in cuts:
+        assert len(own_head) <= len(head)
+        assert not tail or len(own_head + own_middle) <= len(head + middle)
+    assert cut_text(text, rules[0], "domain", len(normalised(cuts[0][0]))) == cuts[0]
 
 
 def test_what_two_models_were_trained_on_and_held_out() -> None:

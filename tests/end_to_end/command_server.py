@@ -192,6 +192,7 @@ def warm_up() -> None:
         "nanothink.runs.loading",
         "nanothink.runs.pretraining",
         "nanothink.runs.remembering",
+        "nanothink.runs.vector_store",
         "nanothink.runs.reporting",
         "torch._dynamo",
         "torch.optim",

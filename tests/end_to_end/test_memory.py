@@ -26,7 +26,8 @@ from nanothink.data.split import SplitRule
 from nanothink.data.tokens import tokenise
 from nanothink.errors import VectorStoreNotFoundError
 from nanothink.memory.building import held_out_texts
-from nanothink.memory.store import VectorStore, read_manifest
+from nanothink.memory.contents import VectorStore
+from nanothink.memory.store import read_manifest
 from nanothink.models.nanothink import NanoThink
 
 STEM = "nanothink_mla"

@@ -171,7 +171,7 @@ def test_faiss_and_torch_work_in_one_process_and_its_threads(first: str) -> None
 
 def test_faiss_comes_with_the_first_use_alone() -> None:
     code = (
-        "import sys, nanothink.runs.pretraining, nanothink.runs.evaluating, nanothink.runs.remembering;"
+        "import sys, nanothink.runs.pretraining, nanothink.runs.evaluating, nanothink.runs.vector_store;"
         "import nanothink.cli.memory; sys.exit('faiss' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -31,9 +31,10 @@ from nanothink.memory import neighbours
 from nanothink.memory import store as store_module
 from nanothink.memory.building import States, build, held_out_texts, plan_build
 from nanothink.memory.compact import merge_duplicates
+from nanothink.memory.contents import Owner, VectorStore
 from nanothink.memory.index import Float32
 from nanothink.memory.neighbours import RepeatedSearch, TrainingNeighbours
-from nanothink.memory.store import Owner, VectorStore, open_store, read_manifest, store_bytes, write_store
+from nanothink.memory.store import open_store, read_manifest, store_bytes, write_store
 from nanothink.models.recall import NO_TOKEN
 
 WIDTH, LENGTH = 16, 24

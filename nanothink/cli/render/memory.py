@@ -12,7 +12,7 @@ from nanothink.cli.render.tables import facts, fits, table
 from nanothink.errors import counted
 
 if TYPE_CHECKING:
-    from nanothink.runs.remembering import Compaction, MemoryFacts, Recalled
+    from nanothink.runs.vector_store import Compaction, MemoryFacts, Recalled
 
 
 def memory_facts(found: MemoryFacts) -> None:
