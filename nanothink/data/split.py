@@ -258,8 +258,8 @@ def cut_text(text: str, rule: SplitRule, domain: str, trained_chars: int = 0) ->
             "to validate on. Add text to it, or leave the domain out with --domains."
         )
     n_chars = len(text)
-    own = _near_space(text, round(n_chars * (1 - rule.val_split - rule.test_split)), 1, n_chars - 1)
-    if not rule.test_split or first > own or own + 1 >= n_chars:
+    own = _near_space(text, round(n_chars * (1 - rule.val_split - rule.test_split)), 1, max(1, n_chars - 2))
+    if not rule.test_split or first > own or n_chars < 3:
         place = _near_space(text, round(n_chars * (1 - rule.val_split)), first, n_chars - 1)
         return text[:place], text[place:], ""
     end = _near_space(text, round(n_chars * (1 - rule.test_split)), own + 1, n_chars - 1)
