@@ -6,7 +6,7 @@ DEMO      ?= demo
 DATA      ?= $(DEMO)/data
 TOKENIZER ?= $(DEMO)/tokenizer
 
-.PHONY: help install demo test test-bench check docs bench bench-gpu clean
+.PHONY: help install demo test test-bench check docs wheel bench bench-gpu clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -38,6 +38,9 @@ check: install   ## lint, format, types
 
 docs: install    ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+wheel: install   ## build the wheel, install it outside the clone, and use it there
+	VENV=$(VENV) .ci/wheel
 
 $(DEMO)/data:
 	$(MAKE) demo
