@@ -17,6 +17,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nanothink.config import ModelConfig, TrainExpertConfig
+from nanothink.training.matmul_types import choose_precision
+
 Seconds = dict[str, list[float]]
 
 
@@ -38,6 +41,13 @@ def wait_for(device: str | torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def training_in(dtype: torch.dtype, device: str | torch.device) -> TrainExpertConfig:
+    """Settings of a run of the default preset in ``dtype``, with the type for Muon that it would choose."""
+    train = TrainExpertConfig.model_validate({"amp_dtype": str(dtype).removeprefix("torch.")})
+    settled = choose_precision(train, ModelConfig(), torch.device(device)).settled
+    return train.model_copy(update=settled)
+
+
 def flops_per_token(model: nn.Module, n_layers: int, width: int, length: int) -> float:
     """Operations that training on one token takes, forward and backward.
 
@@ -53,7 +63,9 @@ def flops_per_token(model: nn.Module, n_layers: int, width: int, length: int) ->
     return 6.0 * sum(counted.values()) + 12.0 * n_layers * width * length
 
 
-def peak_flops(device: str | torch.device, dtype: torch.dtype) -> tuple[float, str]:
+def peak_flops(
+    device: str | torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, str]:
     """Operations a second that the device could do at most, and where that is from.
 
     A data sheet's for a 16-bit type on a device that is known; else the best of ten products of two square
@@ -70,10 +82,10 @@ def peak_flops(device: str | torch.device, dtype: torch.dtype) -> tuple[float, s
     best = float("inf")
     for _ in range(10):
         wait_for(found)
-        start = time.perf_counter()
+        start = clock()
         torch.mm(left, right)
         wait_for(found)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return 2.0 * size**3 / best, f"a product of {size} x {size} matrices, measured"
 
 

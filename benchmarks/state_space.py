@@ -28,7 +28,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 import torch.nn.functional as F
-from side_by_side import last_number, machine, peak, rows, take_turns, wait_for
+from side_by_side import last_number, machine, peak, rows, take_turns, training_in, wait_for
 from torch import Tensor, nn
 
 from nanothink.config import Config, TrainExpertConfig
@@ -78,7 +78,7 @@ def tokens(batch: int, length: int) -> tuple[Tensor, Tensor]:
 
 def nanothink_step(scan: str, size: Size) -> Step:
     model = expert("state_space", scan).to(size.device).train()
-    optimizer = GroupedOptimizer(model.parameter_groups(), TrainExpertConfig())
+    optimizer = GroupedOptimizer(model.parameter_groups(), training_in(size.dtype, size.device))
     inputs, targets = size.tokens()
 
     def step() -> None:

@@ -43,7 +43,8 @@ from nanothink.data.tokenizer import Tokenizer, load_tokenizer
 from nanothink.data.tokens import IGNORE, TokenisedCorpus, tokenise
 from nanothink.inference.evaluate import evaluate_model
 from nanothink.models import build_model
-from nanothink.models.precision import Precision, choose_precision
+from nanothink.models.precision import Precision
+from nanothink.training.matmul_types import choose_precision
 from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fraction
 
 USUAL, TUNED, OURS = "GPT-2, Trainer's settings", "GPT-2, tuned", "nanothink"
@@ -146,7 +147,8 @@ class Race:
         model = build_model("transformer", self.config, self.tokenizer.vocab_size)
         model.to(self.device).train()
         side.n_parameters = sum(p.numel() for p in model.parameters())
-        precision = choose_precision(train, self.device)
+        precision = choose_precision(train, self.config.model, self.device)
+        train = train.model_copy(update=precision.settled)
         optimizer = GroupedOptimizer(model.parameter_groups(), train)
         batches = TrainingBatches(self.tokens.train, self.length, options.seed)
         side.go()

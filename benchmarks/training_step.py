@@ -10,6 +10,7 @@ device could do at most, in a side's own operations per token.
 
     python benchmarks/training_step.py
     python benchmarks/training_step.py --batch 8 --rounds 5 --dtype float32
+    python benchmarks/training_step.py --batch 4 --dtype bfloat16 --processor-time --memory-batch 0
     python benchmarks/training_step.py --device cuda --batch 64 --memory-batch 64 --rounds 20
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,12 +34,13 @@ from side_by_side import (
     peak_flops,
     ratios,
     take_turns,
+    training_in,
     wait_for,
 )
 from torch import nn
 
-from nanothink.config import TrainExpertConfig
-from nanothink.models.precision import choose_precision
+from nanothink.config import ModelConfig, TrainExpertConfig
+from nanothink.training.matmul_types import choose_precision
 
 VOCABULARY, LENGTH, LAYERS, WIDTH = 50_257, 512, 6, 384
 Side = tuple[nn.Module, Callable[[], None]]
@@ -90,7 +93,7 @@ def nanothink_step(batch: int, dtype: torch.dtype, device: str) -> Side:
 
     torch.manual_seed(0)
     model = build_model("transformer", Config(), VOCABULARY).to(device).train()
-    optimizer = GroupedOptimizer(model.parameter_groups(), TrainExpertConfig())
+    optimizer = GroupedOptimizer(model.parameter_groups(), training_in(dtype, device))
     tokens = torch.randint(0, VOCABULARY, (batch, LENGTH + 1)).to(device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -121,11 +124,17 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES))
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="seconds of one thread of a CPU that others use as well"
+    )
     parser.add_argument("--child", choices=tuple(SIDES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.dtype == "auto":  # bfloat16 only where it pays, so that no side is held back by it
-        options.dtype = choose_precision(TrainExpertConfig(), torch.device(options.device)).name
+        device = torch.device(options.device)
+        options.dtype = choose_precision(TrainExpertConfig(), ModelConfig(), device).name
     dtype = getattr(torch, options.dtype)
+    if options.processor_time:
+        torch.set_num_threads(1)
     if options.child:
         _, step = SIDES[options.child](options.memory_batch, dtype, options.device)
         step()
@@ -134,8 +143,9 @@ def main() -> None:
         return
 
     sides = {name: SIDES[name](options.batch, dtype, options.device) for name in options.sides}
-    seconds = take_turns({name: step for name, (_, step) in sides.items()}, options.rounds)
-    most, source = peak_flops(options.device, dtype)
+    clock = time.thread_time if options.processor_time else time.perf_counter
+    seconds = take_turns({name: step for name, (_, step) in sides.items()}, options.rounds, clock)
+    most, source = peak_flops(options.device, dtype, clock)
     peers = [name for name in options.sides if name != "nanothink"]
     print(f"a step of {options.batch} x {LENGTH} tokens, {options.dtype}, {machine(options.device)}")
     print(f"MFU against {most / 1e12:.3g} TFLOP/s ({source})\n")

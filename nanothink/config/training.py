@@ -68,10 +68,14 @@ class TrainConfig(Settings):
     """Optimizer steps at which to stop, whatever the epoch; the schedule ends there too."""
 
     use_amp: bool = True
-    """Compute in a 16-bit type where that is faster on this device."""
+    """Compute matrix products in a 16-bit type where that is faster on this device."""
 
     amp_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """The type under use_amp; 'auto' picks the one this device is fastest at."""
+    """The type under use_amp; 'auto' picks the faster one, on a CPU by a measurement. A name is obeyed."""
+
+    muon_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """The type of Muon's Newton-Schulz steps; 'auto': that of the other products, but float32 on a CPU where
+    that is faster."""
 
     eval_every_steps: int | None = Field(None, ge=1)
     """Evaluate this often as well as at every epoch's end."""

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from nanothink.data.tokens import IGNORE
 from nanothink.models.loss import linear_cross_entropy, linear_log_likelihood
-from nanothink.models.precision import products
 
 __all__ = ["IGNORE", "LanguageModel", "State"]
 
@@ -77,7 +76,7 @@ class LanguageModel(nn.Module, ABC):
         Advances ``state`` as ``read`` does.
         """
         last = self.read(tokens, state, last_only=True)[:, -1]  # (B, D)
-        with torch.no_grad(), products(last.device.type):
+        with torch.no_grad():
             return F.linear(last, self.head_weight).float()
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -87,8 +86,7 @@ class LanguageModel(nn.Module, ABC):
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, V) float32. For short inputs: training never holds this tensor."""
         states = self.hidden(tokens)
-        with products(states.device.type):
-            return F.linear(states, self.head_weight).float()
+        return F.linear(states, self.head_weight).float()
 
     def loss(self, inputs: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
         """Cross-entropy summed over the targets (B, T) that are not IGNORE, in nats, times ``scale``.

@@ -50,7 +50,7 @@ from nanothink.models.noise import (
     ddim_step,
     diffuse,
 )
-from nanothink.models.precision import product_dtype, products
+from nanothink.models.precision import matmul_dtype
 from nanothink.models.transformer import Decoder, Transformer, block_reading_bytes, inner_width
 
 _LEVEL_FEATURES = (
@@ -136,7 +136,7 @@ class Denoiser(nn.Module):
             The prediction, and the last normalised state, (..., D) float32 each.
         """
         x = condition.stream.float()
-        dtype = product_dtype(x)
+        dtype = matmul_dtype(x)
         if noisy is not None:
             x = x + self.noisy_proj(noisy.to(dtype))
         if guess is not None and self.guess_proj is not None:
@@ -257,8 +257,7 @@ class Diffuser(LanguageModel):
 
     def condition(self, states: Tensor) -> Condition:
         """Condition of the denoiser on (..., D) states of the encoder."""
-        with products(states.device.type):
-            return self.denoiser.condition(states.to(product_dtype(states)))
+        return self.denoiser.condition(states.to(matmul_dtype(states)))
 
     def denoise(
         self,
@@ -272,8 +271,7 @@ class Diffuser(LanguageModel):
         Returns:
             The guess at the clean target, and the state that the head reads, (..., D) float32 each.
         """
-        with products(condition.stream.device.type):
-            predicted, hidden = self.denoiser(condition, noisy, levels, guess)
+        predicted, hidden = self.denoiser(condition, noisy, levels, guess)
         if self.shape.prediction == "velocity":
             alpha_bar = self.alpha_bars[levels].unsqueeze(-1)
             null = predicted.new_zeros(()) if noisy is None else noisy

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from nanothink.errors import UsageError
 from nanothink.models.contract import State
-from nanothink.models.precision import product_dtype
+from nanothink.models.precision import matmul_dtype
 
 NORM_EPS = 1e-6
 
@@ -277,7 +277,7 @@ class Block(nn.Module):
         self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None = None, layer: int = 0
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        dtype = product_dtype(x)
+        dtype = matmul_dtype(x)
         x = x + self.self_attn(self.input_layernorm(x, dtype), rotation, cache, layer)
         update: Tensor = self.mlp(self.post_attention_layernorm(x, dtype))
         return x + update

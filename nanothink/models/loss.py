@@ -11,9 +11,7 @@ own log-likelihood, whose incoming gradient is not known in the forward pass, so
 logits again in backward.
 
 Precision: the products run in the autocast type where autocast is on, else in the type of the hidden
-states; softmax, log-sum-exp and both accumulated gradients are float32. A CPU without 16-bit matrix
-tiles (AMX) multiplies float32 about twice as fast as bfloat16 (docs/benchmarks.md), so there the
-products stay in float32 whatever autocast says (precision.py).
+states; softmax, log-sum-exp and both accumulated gradients are float32.
 
 Shapes: N rows (batch x time), D model width, V vocabulary, R rows of one chunk.
 """
@@ -28,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanothink.data.tokens import IGNORE
-from nanothink.models.precision import product_dtype
+from nanothink.models.precision import matmul_dtype
 
 _CACHE_BYTES = 3 << 20  # logits the epilogue walks through at a time on a CPU, so that they stay in L2
 
@@ -57,7 +55,7 @@ def linear_cross_entropy(
     need_hidden, need_weight = _needs_gradients(hidden, weight)
     _check_shapes(hidden, weight, targets, chunk_rows)
     result: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, scale, chunk_rows, product_dtype(hidden), need_hidden, need_weight
+        hidden, weight, targets, scale, chunk_rows, matmul_dtype(hidden), need_hidden, need_weight
     )
     return result
 
@@ -91,7 +89,7 @@ def likelihood_and_peak(
     need_hidden, need_weight = _needs_gradients(hidden, weight)
     _check_shapes(hidden, weight, targets, chunk_rows)
     result: tuple[Tensor, Tensor] = _LogLikelihood.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, chunk_rows, product_dtype(hidden), need_hidden, need_weight
+        hidden, weight, targets, chunk_rows, matmul_dtype(hidden), need_hidden, need_weight
     )
     return result
 

@@ -43,7 +43,7 @@ from nanothink.models.loss import (
     linear_cross_entropy,
     linear_log_likelihood,
 )
-from nanothink.models.precision import product_dtype, products
+from nanothink.models.precision import matmul_dtype
 from nanothink.models.recall import MEMORY, Memory, Neighbours, RecallGate, choose_key_expert
 from nanothink.models.transformer import Transformer, inner_width
 
@@ -194,7 +194,7 @@ class NanoThink(LanguageModel):
             return weights
         assert self.recall is not None
         neighbours = self._recalled(queries)
-        with torch.no_grad(), products(states.device.type):
+        with torch.no_grad():
             logits = F.linear(states, self.head_weight)
             _, share = self.recall.mix_logits(logits, states[..., -self.d_model :], neighbours)
         return _shared(weights, share)
@@ -301,8 +301,7 @@ class NanoThink(LanguageModel):
     def logits(self, tokens: Tensor) -> Tensor:
         """See ``LanguageModel.logits``. With a vector store these are logarithms of probabilities."""
         states, _, queries = self._passed(tokens)
-        with products(states.device.type):
-            logits = F.linear(states, self.head_weight).float()
+        logits = F.linear(states, self.head_weight).float()
         if queries is None:
             return logits
         assert self.recall is not None
@@ -356,15 +355,14 @@ class NanoThink(LanguageModel):
         cache: KeyValueCache | None,
     ) -> tuple[Tensor, Tensor]:
         """Input of the head, (B, T, (E + 1) D), and the weights, (B, T, E), from the experts' states."""
-        with products(tokens.device.type):
-            u = self.embed_norm(self.embed_tokens(tokens))  # (B, T, D)
-            dtype = product_dtype(u)
-            for project, of_expert in zip(self.expert_projs, states, strict=True):
-                u = u + project(of_expert.to(dtype))
-            for layer, block in enumerate(self.layers):
-                u = block(u, rotation, cache, layer)
-            u = self.norm(u)
-            weights = self.router(u)
+        u = self.embed_norm(self.embed_tokens(tokens))  # (B, T, D)
+        dtype = matmul_dtype(u)
+        for project, of_expert in zip(self.expert_projs, states, strict=True):
+            u = u + project(of_expert.to(dtype))
+        for layer, block in enumerate(self.layers):
+            u = block(u, rotation, cache, layer)
+        u = self.norm(u)
+        weights = self.router(u)
         weighted = [h * weights[..., e : e + 1] for e, h in enumerate(states)]
         return torch.cat([*weighted, u], dim=-1) * self.log_scale.exp(), weights
 

@@ -34,7 +34,7 @@ from nanothink.errors import UsageError
 from nanothink.models.contract import LanguageModel, State
 from nanothink.models.layers import NORM_EPS, RMSNorm, embedding, gated_product, linear
 from nanothink.models.loss import CHUNK_ROWS
-from nanothink.models.precision import product_dtype, products
+from nanothink.models.precision import matmul_dtype
 from nanothink.models.selective_scan import selective_scan
 
 _DELTA_MIN, _DELTA_MAX, _DELTA_FLOOR = 0.001, 0.1, 1e-4
@@ -228,7 +228,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, recurrence: Recurrence | None = None, layer: int = 0) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        update: Tensor = self.mixer(self.norm(x, product_dtype(x)), recurrence, layer)
+        update: Tensor = self.mixer(self.norm(x, matmul_dtype(x)), recurrence, layer)
         return x + update
 
 
@@ -244,15 +244,14 @@ class Backbone(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, D) float32, for any T."""
         x = self.embeddings(tokens)  # (B, T, D)
-        with products(x.device.type):
-            for layer in self.layers:
-                x = layer(x)
-            states: Tensor = self.norm_f(x)
+        for layer in self.layers:
+            x = layer(x)
+        states: Tensor = self.norm_f(x)
         return states
 
     def read(self, tokens: Tensor, recurrence: Recurrence, *, last_only: bool) -> Tensor:
         """The same of (B, T) tokens after those in the decoding state, which advances. No gradients."""
-        with torch.no_grad(), products(tokens.device.type):
+        with torch.no_grad():
             pieces = []
             for piece in torch.split(tokens, _PIECE, 1):
                 x = self.embeddings(piece)  # (B, T, D)

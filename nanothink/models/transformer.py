@@ -32,7 +32,6 @@ from nanothink.models.layers import (
     linear,
 )
 from nanothink.models.loss import CHUNK_ROWS
-from nanothink.models.precision import products
 
 
 class Decoder(nn.Module):
@@ -73,10 +72,9 @@ class Decoder(nn.Module):
             )
         rotation = self.rotary(0, n_tokens)
         x = self.embed_tokens(tokens)  # (B, T, D)
-        with products(x.device.type):
-            for block in self.layers:
-                x = block(x, rotation)
-            states: Tensor = self.norm(x)
+        for block in self.layers:
+            x = block(x, rotation)
+        states: Tensor = self.norm(x)
         return states
 
     def start(self, batch_size: int) -> KeyValueCache:
@@ -93,7 +91,7 @@ class Decoder(nn.Module):
             UsageError: the cache would hold more than ``context_length`` tokens.
         """
         cache.check_room(tokens)
-        with torch.no_grad(), products(tokens.device.type):
+        with torch.no_grad():
             rotation = self.rotary(cache.length, tokens.shape[1])
             x = self.embed_tokens(tokens)  # (B, T, D)
             for layer, block in enumerate(self.layers):

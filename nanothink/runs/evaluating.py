@@ -24,6 +24,7 @@ from nanothink.models import COMBINED
 from nanothink.models.diffuser import Diffuser
 from nanothink.runs.held_out import Side, TextToScore
 from nanothink.runs.loading import LoadedModel, load
+from nanothink.training.matmul_types import AS_TRAINED
 
 _BATCH_TOKENS = 8192
 
@@ -121,6 +122,8 @@ def evaluate_checkpoints(
     for number, model in enumerate(loaded):
         scored = text.in_tokens_of(model.tokenizer)
         length = model.config.model.max_seq_len
+        if model.precision.reason != AS_TRAINED:
+            note(f"{model.path.name}: computing in {model.precision.name}: {model.precision.reason}.")
         label = f"evaluating {model.path.name}"
         evaluation = evaluate_model(
             model.model,

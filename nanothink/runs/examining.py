@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 
 import nanothink
-from nanothink.config import DataConfig, TrainExpertConfig
+from nanothink.config import DataConfig, ModelConfig, TrainExpertConfig
 from nanothink.data.hub import availability
-from nanothink.models.precision import bfloat16_gain, choose_device, choose_precision
+from nanothink.models.precision import choose_device
 from nanothink.models.selective_scan import RULE, choose_scan
 from nanothink.models.selective_scan.compiled import find_compiler
+from nanothink.training.matmul_speed import MatmulSpeed
+from nanothink.training.matmul_types import choose_precision
 
 
 def examine(
@@ -25,8 +27,7 @@ def examine(
     """Findings by topic, each one a sentence a person can act on."""
     device = choose_device(device_name)
     progress("examining", 0, 3)
-    precision = choose_precision(TrainExpertConfig(), device)
-    gain = bfloat16_gain()
+    precision = choose_precision(TrainExpertConfig(), ModelConfig(), device)
     progress("examining", 1, 3)
     scan = choose_scan(device.type)
     progress("examining", 2, 3)
@@ -42,7 +43,7 @@ def examine(
         "device": _describe(device),
         "precision": f"{precision.name}: {precision.reason}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
-        "bfloat16 on this CPU": f"{gain:.2f} times the speed of float32",
+        "bfloat16 on this CPU": _bfloat16(),
         "C++ compiler": find_compiler()
         or "none (g++, c++ or clang++): state-space models train slower on a CPU. Install one: g++",
         "selective scan": f"{scan.name}: {scan.reason}. {RULE}",
@@ -59,6 +60,20 @@ def examine(
             f"installed: {purpose}" if found else f"missing: {purpose} needs pip install 'nanothink[{extra}]'"
         )
     return findings
+
+
+def _bfloat16() -> str:
+    """The figures that a run of the default preset goes by on this CPU."""
+    speeds = MatmulSpeed.of(TrainExpertConfig(), ModelConfig())
+    try:
+        step, muon = speeds.of_step(torch.bfloat16), speeds.of_muon(torch.bfloat16)
+    except RuntimeError as error:
+        return f"none: {str(error).strip().partition(chr(10))[0]}"
+    kept = f"kept in {step.kept.parent}" if step.kept else "not kept: no cache folder can be written to"
+    return (
+        f"{step.times:.2f} times the speed of float32 in a step's products at width {speeds.width}, "
+        f"{muon.times:.2f} in Muon's ({kept})"
+    )
 
 
 def _describe(device: torch.device) -> str:

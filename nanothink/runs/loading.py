@@ -31,7 +31,7 @@ from nanothink.inference.sampling import sampling_config
 from nanothink.models.contract import LanguageModel, State
 from nanothink.models.diffuser import Ddim, Diffuser
 from nanothink.models.nanothink import JointState, NanoThink
-from nanothink.models.precision import DTYPES, Precision, choose_device
+from nanothink.models.precision import Precision, choose_device
 from nanothink.runs.experts import described, scan_that_runs
 from nanothink.runs.rebuilding import rebuild
 
@@ -60,7 +60,7 @@ class LoadedModel:
     model: LanguageModel
     config: Config
     tokenizer: Tokenizer
-    precision: Precision
+    device: torch.device
     split: SplitRecord
     """The rule of its split, and the documents that it was trained on; see ``trained_on``."""
     notes: tuple[str, ...]
@@ -69,6 +69,16 @@ class LoadedModel:
     @property
     def kind(self) -> str:
         return self.model.kind
+
+    @cached_property
+    def precision(self) -> Precision:
+        """The type to evaluate in: that of training unless this machine is slower in it.
+
+        ``logits`` and ``generate`` compute in float32.
+        """
+        from nanothink.training.matmul_types import precision_of_use
+
+        return precision_of_use(self.config.training_of(self.kind), self.config.model, self.device)
 
     @cached_property
     def trained_text(self) -> TrainedText:
@@ -102,7 +112,7 @@ class LoadedModel:
         """Next-token logits: (B, T) int64 -> (B, T, V) float32, on the device of ``tokens``."""
         self._check_tokens(tokens)
         with torch.inference_mode():
-            return self.model.logits(tokens.to(self.precision.device)).to(tokens.device)
+            return self.model.logits(tokens.to(self.device)).to(tokens.device)
 
     def routing(self, tokens: torch.Tensor) -> torch.Tensor:
         """How far a combined model trusts each expert: (B, T) int64 -> (B, T, E) float32, in rows of sum 1.
@@ -117,7 +127,7 @@ class LoadedModel:
         model = self._combined()
         self._check_tokens(tokens)
         with torch.inference_mode():
-            return model.routing(tokens.to(self.precision.device)).to(tokens.device)
+            return model.routing(tokens.to(self.device)).to(tokens.device)
 
     def generate(
         self,
@@ -339,15 +349,7 @@ def opened(
         model,
         config,
         tokenizer,
-        _same_precision(config, model.kind, chosen),
+        chosen,
         SplitRecord.from_state(payload["split"], path),
         tuple(report.lines()),
     )
-
-
-def _same_precision(config: Config, kind: str, device: torch.device) -> Precision:
-    """The type of training where this device has it: nothing is measured, so figures repeat."""
-    name = config.training_of(kind).amp_dtype
-    if name == "auto" or (name == "float16" and device.type == "cpu"):
-        name = "float32"
-    return Precision(device, DTYPES[name], "as trained")

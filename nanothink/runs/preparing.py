@@ -28,7 +28,7 @@ from nanothink.errors import (
 from nanothink.memory.store import memory_folder, read_texts
 from nanothink.models import COMBINED, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
-from nanothink.models.precision import Precision, choose_device, choose_precision
+from nanothink.models.precision import Precision, choose_device
 from nanothink.models.recall import choose_key_expert
 from nanothink.models.selective_scan import choose_scan
 from nanothink.runs.experts import (
@@ -44,6 +44,7 @@ from nanothink.runs.held_out import InheritedSplit, spelled
 from nanothink.runs.rebuilding import rebuild
 from nanothink.runs.resuming import Origin, Watch, Where, find_start
 from nanothink.training.events import RunFinished
+from nanothink.training.matmul_types import choose_precision
 from nanothink.training.recording import ENDING
 from nanothink.training.state import Plan, TrainState
 
@@ -104,8 +105,14 @@ def largest_share(prepared: Prepared, n_processes: int) -> int:
     return -(-batch_size // n_processes)
 
 
-def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
-    """Find the checkpoint to go on from, settle the settings, read and tokenise the data."""
+def prepare(
+    where: Where, configure: Configure, watch: Watch, types: Mapping[str, str] | None = None
+) -> Prepared:
+    """Find the checkpoint to go on from, settle the settings, read and tokenise the data.
+
+    Args:
+        types: settings of the types to compute in that another process of the run has chosen.
+    """
     origin = find_start(where, watch)
     payload = origin.payload if origin is not None else None
     resolved = configure(payload["config"] if payload is not None else None)
@@ -113,8 +120,8 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
         for line in _changes(payload["config"], resolved.config):
             watch.note(line)
     config = resolved.config
-    training = config.training_of(where.kind)
-    precision = choose_precision(training, choose_device(where.device))
+    training = config.training_of(where.kind).model_copy(update=dict(types or {}))
+    device = choose_device(where.device)
     frozen = frozen_transformer(where, config, origin, watch)
     experts = experts_to_combine(where, resolved, origin, watch)
     if experts:
@@ -127,6 +134,7 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
     corpus = find_corpus(config.data.data_dir, config.data.domains)
     for warning in corpus.warnings:
         watch.note(str(warning))
+    precision = choose_precision(training, config.model, device)
     watch.note(f"Computing in {precision.name} on {precision.device}: {precision.reason}.")
     split = _inherited_split(origin, frozen, experts, resolved)
     fractions = {"val_split": split.rule.val_split, "test_split": split.rule.test_split}
@@ -167,7 +175,6 @@ def prepare(where: Where, configure: Configure, watch: Watch) -> Prepared:
             "equal a run that had either all along."
         )
     batches = TrainingBatches(tokens.train, config.model.max_seq_len, training.seed)
-    device = precision.device
     if origin is not None:
         inside = described(origin.payload, device, origin.path)
     else:
@@ -380,7 +387,7 @@ def _settled(
     """The config as it is saved: what was measured, relative or left to this machine is now fixed."""
     train = config.training_of(kind)
     data = config.data.model_copy(update={"data_dir": str(Path(config.data.data_dir).resolve())})
-    settled: dict[str, Any] = {train.section: train.model_copy(update={"amp_dtype": precision.name})}
+    settled: dict[str, Any] = {train.section: train.model_copy(update=precision.settled)}
     if kind == "state_space":
         scan = choose_scan(precision.device.type, config.state_space.scan)
         watch.note(f"Selective scan: {scan.name} ({scan.reason}).")

@@ -96,14 +96,19 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
             largest_share(prepared, processes.size)
             ending = earlier_ending(prepared)
             origin = prepared.origin.path if prepared.origin is not None else None
-            word = {"origin": str(origin) if origin else None, "ending": ending and asdict(ending)}
+            word = {
+                "origin": str(origin) if origin else None,
+                "ending": ending and asdict(ending),
+                "types": prepared.precision.settled,  # measured: another process might find otherwise
+            }
             return (prepared, ending), json.dumps(word)
 
         def others(word: str) -> tuple[Prepared, RunFinished | None]:
             """From the same checkpoint, or from none; what the first has made is found, not made again."""
             said = json.loads(word)
             ending = RunFinished(**said["ending"]) if said["ending"] else None
-            return prepare(replace(where, resume=said["origin"]), configure, watch), ending
+            where_it_began = replace(where, resume=said["origin"])
+            return prepare(where_it_began, configure, watch, said["types"]), ending
 
         prepared, ending = processes.one_after_first(first, others)
         processes.require_same("settings, data or versions", _identity(prepared))

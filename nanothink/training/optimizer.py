@@ -18,7 +18,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from nanothink.config import TrainConfig
 from nanothink.errors import CheckpointDamagedError
-from nanothink.models.precision import fast_cpu_types
+from nanothink.models.precision import DTYPES
 
 GroupedParameters = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
 
@@ -62,8 +62,10 @@ class GroupedOptimizer:
             fused = all(p.device.type in {"cpu", "cuda"} for g in adamw_groups for p in g["params"])
             self.optimizers["adamw"] = AdamW(adamw_groups, betas=config.betas, eps=1e-8, fused=fused)
         if muon_groups:
+            # a run has settled the type (matmul_types.py); float32 is the exact one
+            dtype = DTYPES.get(config.muon_dtype, torch.float32)
             self.optimizers["muon"] = FastMuon(
-                muon_groups, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"
+                muon_groups, momentum=config.momentum, adjust_lr_fn="match_rms_adamw", dtype=dtype
             )
 
     @property
@@ -146,11 +148,15 @@ class GroupedOptimizer:
 
 
 class FastMuon(Muon):
-    """torch's Muon, orthogonalising in the type that this processor multiplies fastest.
+    """torch's Muon, orthogonalising in a type of one's choice.
 
-    torch does it in bfloat16 everywhere, which without matrix tiles (AMX) took half of a small step
-    on a CPU (docs/log.md). Options, state and arithmetic are torch's; only the type differs.
+    torch does it in bfloat16 everywhere, which took half of a small step on a CPU that is slow at it
+    (docs/log.md). Options, state and arithmetic are torch's; only the type differs.
     """
+
+    def __init__(self, *args: Any, dtype: torch.dtype, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -164,25 +170,34 @@ class FastMuon(Muon):
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 ahead = parameter.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
-                update = orthogonalised(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                settings = group["ns_coefficients"], group["ns_steps"], group["eps"]
+                update = orthogonalised(ahead, *settings, self.dtype)
                 # the root mean square of AdamW's update (Liu et al. 2025, section 2.2)
                 rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
 
+NS_COEFFICIENTS, NS_STEPS = (3.4445, -4.7750, 2.0315), 5  # torch's, which are those of Jordan et al.
+
+
 def orthogonalised(
-    matrix: torch.Tensor, coefficients: tuple[float, float, float], n_steps: int, eps: float
+    matrix: torch.Tensor,
+    coefficients: tuple[float, float, float],
+    n_steps: int,
+    eps: float,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """(M, N) with its singular values brought near 1 by Newton-Schulz steps (Jordan et al. 2024)."""
-    device = matrix.device.type
-    narrow = device != "cpu" or torch.bfloat16 in fast_cpu_types()
-    x = matrix.to(torch.bfloat16 if narrow else torch.float32, copy=True)
+    """(M, N) with its singular values brought near 1 by Newton-Schulz steps (Jordan et al. 2024).
+
+    In ``dtype``, as is the result.
+    """
+    x = matrix.to(dtype, copy=True)
     if matrix.shape[0] > matrix.shape[1]:
         x = x.t()  # the smaller of the two Gram matrices
     x = x.div_(x.norm().clamp(min=eps))
     rows, columns = x.shape
     # by count, what the second way saves begins at N = 2 M; it squares what 16 bits have no digits for
-    steps = _steps_on_gram if not narrow and columns >= 3 * rows else newton_schulz
+    steps = _steps_on_gram if dtype is torch.float32 and columns >= 3 * rows else newton_schulz
     x = steps(x, coefficients, n_steps)
     return x.t() if matrix.shape[0] > matrix.shape[1] else x
 

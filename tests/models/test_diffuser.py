@@ -80,7 +80,6 @@ def batch_of(n_blocks: int, length: int = 16, first: int = 0) -> Batch:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.usefixtures("narrow_products")
 def test_in_use_tokens_after_t_change_nothing_at_or_before_t(training: bool, autocast: bool) -> None:
     model = build().train(training)
     generator = torch.Generator().manual_seed(5)

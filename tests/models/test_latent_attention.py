@@ -161,7 +161,6 @@ def test_the_cache_takes_a_quarter_of_a_multi_head_cache_or_less(width: int, hea
     assert head_dim == width // heads
 
 
-@pytest.mark.usefixtures("narrow_products")
 @pytest.mark.parametrize("n_cached", [0, 11])
 def test_under_autocast_products_are_narrow_and_close(n_cached: int) -> None:
     attention, rotary, x = build(), Rotary(6, 40, 10_000.0), stream(2, 12)

@@ -108,7 +108,6 @@ def test_frozen_weights_get_no_gradient(x: Tensor) -> None:
         assert all(p.grad is None for p in module.parameters())
 
 
-@pytest.mark.usefixtures("narrow_products")
 def test_a_block_keeps_little_for_backward() -> None:
     """Bytes saved per token, block and feature: what makes a large batch fit (docs/benchmarks.md)."""
     width, length, layers = 64, 32, 3

@@ -176,7 +176,6 @@ def outputs(model: NanoThink, x: Tensor, targets: Tensor) -> Iterator[tuple[str,
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.usefixtures("narrow_products")
 def test_tokens_after_t_change_nothing_at_or_before_t(training: bool, autocast: bool) -> None:
     model = build().train(training)
     x, targets = tokens(3, 40), tokens(3, 40, seed=9)
@@ -315,7 +314,6 @@ def test_experts_that_do_not_fit_are_named() -> None:
 
 @pytest.mark.parametrize("layers", [0, 2])
 @pytest.mark.parametrize(("dtype", "value_bytes"), [(torch.float32, 4), (torch.bfloat16, 2)])
-@pytest.mark.usefixtures("narrow_products")
 def test_the_memory_estimate_is_near_what_autograd_keeps(
     dtype: torch.dtype, value_bytes: int, layers: int
 ) -> None:
@@ -359,7 +357,6 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("kind", [*KINDS, COMBINED])
 @pytest.mark.parametrize(("dtype", "value_bytes"), [(torch.float32, 4), (torch.bfloat16, 2)])
-@pytest.mark.usefixtures("narrow_products")
 def test_the_estimate_of_reading_is_near_what_is_allocated(
     dtype: torch.dtype, value_bytes: int, kind: str
 ) -> None:

@@ -98,7 +98,6 @@ def test_logits_and_all_gradients_equal_mamba(
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("scan", SCANS)
-@pytest.mark.usefixtures("narrow_products")
 def test_tokens_after_t_change_nothing_at_or_before_t(training: bool, autocast: bool, scan: str) -> None:
     model = build(layers=3, scan=scan).train(training)
     generator = torch.Generator().manual_seed(5)
@@ -138,7 +137,6 @@ def test_however_a_text_is_cut_into_steps_the_logits_are_the_same(cuts: list[int
         torch.testing.assert_close(found, parallel[:, position - 1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("narrow_products")
 def test_steps_equal_the_parallel_pass_under_autocast_too() -> None:
     model, x = build().eval(), tokens(2, 48)
     with torch.autocast("cpu", torch.bfloat16):
@@ -236,7 +234,6 @@ def test_roles_of_the_parameters() -> None:
     assert others == of_mixer | norms
 
 
-@pytest.mark.usefixtures("narrow_products")
 def test_weights_stay_float32_and_outputs_come_in_float32_under_autocast() -> None:
     model, x = build(), tokens(2, 16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -250,7 +247,6 @@ def test_weights_stay_float32_and_outputs_come_in_float32_under_autocast() -> No
     assert 0 < float((states - exact).norm() / exact.norm()) < 0.05  # it did compute in bfloat16
 
 
-@pytest.mark.usefixtures("narrow_products")
 def test_the_state_is_float32_under_autocast() -> None:
     model = build()
     state = model.start(1)

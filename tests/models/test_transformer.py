@@ -93,7 +93,6 @@ def test_logits_and_all_gradients_equal_qwen3(
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.usefixtures("narrow_products")
 def test_tokens_after_t_change_nothing_at_or_before_t(training: bool, autocast: bool) -> None:
     model = build(layers=3).train(training)
     generator = torch.Generator().manual_seed(5)
@@ -134,7 +133,6 @@ def test_stepwise_logits_equal_parallel_logits(chunks: tuple[int, ...]) -> None:
         torch.testing.assert_close(found, parallel[:, position - 1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("narrow_products")
 def test_steps_under_autocast_stay_close() -> None:
     model, x = build().eval(), tokens(2, 48)
     with torch.autocast("cpu", torch.bfloat16):
@@ -198,7 +196,6 @@ def test_a_tied_model_starts_near_uniform() -> None:
     )
 
 
-@pytest.mark.usefixtures("narrow_products")
 def test_weights_stay_float32_and_outputs_come_in_float32_under_autocast() -> None:
     model, x = build(), tokens(2, 16)
     with torch.autocast("cpu", torch.bfloat16):

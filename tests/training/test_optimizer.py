@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 
@@ -9,9 +10,9 @@ import torch
 from torch import nn
 
 from nanothink.config import TrainExpertConfig
-from nanothink.models.precision import fast_cpu_types
-from nanothink.training import optimizer as optimizer_module
 from nanothink.training.optimizer import (
+    NS_COEFFICIENTS,
+    NS_STEPS,
     FastMuon,
     GroupedOptimizer,
     effective_warmup,
@@ -63,15 +64,13 @@ def test_rates_are_lr_times_multiplier_times_schedule() -> None:
     assert rates == pytest.approx({"matrices": 1e-3, "embeddings": 1.5e-3, "head": 2e-3, "other": 2.5e-3})
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_our_muon_is_torchs_muon_in_another_type(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit where both compute in bfloat16, within its rounding where ours computes in float32."""
-    types = frozenset({torch.float32, *([torch.bfloat16] if narrow else [])})
-    monkeypatch.setattr(optimizer_module, "fast_cpu_types", lambda: types)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_our_muon_is_torchs_muon_in_another_type(dtype: torch.dtype) -> None:
+    """To the bit where both compute in bfloat16, within its rounding where ours computes in another type."""
     torch.manual_seed(0)
     start = [torch.randn(24, 40), torch.randn(40, 24), torch.randn(16, 16), torch.randn(4, 4)]
     made = []
-    for cls in (FastMuon, torch.optim.Muon):
+    for cls in (functools.partial(FastMuon, dtype=dtype), torch.optim.Muon):
         parameters = [nn.Parameter(p.clone()) for p in start]
         muon = cls(parameters, lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
         for step in range(4):
@@ -82,7 +81,7 @@ def test_our_muon_is_torchs_muon_in_another_type(narrow: bool, monkeypatch: pyte
         made.append((parameters, muon.state_dict()))
     (ours, our_state), (theirs, their_state) = made
     for one, other, before in zip(ours, theirs, start, strict=True):
-        if narrow:
+        if dtype is torch.bfloat16:
             assert torch.equal(one, other)
         else:
             moved = float((other - before).detach().norm())
@@ -98,25 +97,33 @@ def test_orthogonalised_brings_every_singular_value_near_one() -> None:
     for shape in ((30, 12), (12, 30)):
         matrix = torch.randn(shape)
         before = matrix.clone()
-        values = torch.linalg.svdvals(orthogonalised(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7).float())
+        values = torch.linalg.svdvals(orthogonalised(matrix, NS_COEFFICIENTS, NS_STEPS, 1e-7, torch.float32))
         assert torch.equal(matrix, before)
         assert float(values.min()) > 0.6
         assert float(values.max()) < 1.3
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (24, 96), (96, 24), (20, 20)])
-@pytest.mark.parametrize("rank", [2, 24])
-def test_orthogonalised_is_newton_schulz_as_the_definition_reads(shape: tuple[int, int], rank: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "rank", "tolerance"),
+    [
+        (torch.bfloat16, 24, 0.1),
+        (torch.float16, 24, 0.02),
+        (torch.float32, 24, 1e-3),
+        (torch.float32, 2, 1e-3),
+    ],
+)
+def test_orthogonalised_is_newton_schulz_as_the_definition_reads(
+    shape: tuple[int, int], dtype: torch.dtype, rank: int, tolerance: float
+) -> None:
     """A long matrix is multiplied in another order; rank 2 leaves most directions almost empty."""
-    coefficients = (3.4445, -4.7750, 2.0315)
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(n, rank, generator=generator) for n in shape)
     matrix = left @ right.t() + 1e-4 * torch.randn(shape, generator=generator)
     x = matrix.double() if shape[0] <= shape[1] else matrix.double().t()
-    expected = newton_schulz(x / x.norm(), coefficients, 5)
-    found = orthogonalised(matrix, coefficients, 5, 1e-7).double()
+    expected = newton_schulz(x / x.norm(), NS_COEFFICIENTS, NS_STEPS)
+    found = orthogonalised(matrix, NS_COEFFICIENTS, NS_STEPS, 1e-7, dtype).double()
     found = found if shape[0] <= shape[1] else found.t()
-    tolerance = 5e-2 if torch.bfloat16 in fast_cpu_types() else 1e-3
     assert float((found - expected).norm() / expected.norm()) < tolerance
 
 

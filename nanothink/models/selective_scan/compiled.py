@@ -131,7 +131,7 @@ def _load() -> tuple[Any, str]:
     source = resources.files(__package__).joinpath("scan.cpp").read_bytes()
     try:
         version = subprocess.run([found, "--version"], capture_output=True, check=True, timeout=20).stdout
-        parts = (source, version, " ".join(_FLAGS).encode(), _processor().encode())
+        parts = (source, version, " ".join(_FLAGS).encode(), processor().encode())
         name = f"scan-{hashlib.blake2b(b'|'.join(parts), digest_size=12).hexdigest()}.so"
         folder = private_folder("nanothink", "compiled")
         if folder is None:
@@ -218,7 +218,7 @@ def _copied(descriptor: int) -> Path:
     return folder / "scan.so"
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor as -march=native sees it: a home folder can be shared by different machines."""
     with contextlib.suppress(OSError):
         first = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").partition("\n\n")[0]
