@@ -206,6 +206,7 @@ def _identity(prepared: Prepared) -> str:
         [
             settings,
             prepared.tokens.fingerprint,
+            prepared.split.described(),
             prepared.tokenizer.fingerprint,
             prepared.state.to_dict(),
             asdict(prepared.plan),

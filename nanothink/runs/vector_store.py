@@ -77,8 +77,8 @@ class Remembering:
         Text that the model holds out stays out of its vector store, so that figures on it stay true.
         """
         tokens = self._read(self.split.trained, data_dir, domains, skip_bad_records, note, progress)
-        held_out = sum(s.n_documents for side in (tokens.val, tokens.test) for s in side.values())
-        note(f"{counted(held_out, 'document')} held out by {spelled(self.split.rule)}: not put in.")
+        if n := sum(s.n_documents for side in (tokens.val, tokens.test) for s in side.values()):
+            note(f"{counted(n, 'document')} held out by {spelled(self.split.rule)}: not put in.")
         return tokens
 
     def held_out(self, *, note: Note, progress: Progress) -> TokenisedCorpus:

@@ -57,10 +57,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def train(data: Path, tiny_tokenizer: Path) -> Callable[..., int]:
     def call(folder: Path, *words: str | Path, where: Path = data, **changed: Any) -> int:
-        """``pretrain KIND``, or ``train-mla``, of 6 steps."""
+        """``pretrain KIND``, or ``train-mla``, of 3 steps."""
         settings = [f"{name}={value}" for name, value in {**SMALL, **changed}.items()]
         told = [part for setting in settings for part in ("--set", setting)]
-        known = ["--data-dir", where, "--checkpoint-dir", folder, "--max-steps", "6"]
+        known = ["--data-dir", where, "--checkpoint-dir", folder, "--max-steps", "3"]
         tokenizer = [] if words[0] == "train-mla" else ["--tokenizer", tiny_tokenizer]
         return run([str(part) for part in (*words, *known, *tokenizer, *told)])
 
@@ -150,7 +150,7 @@ def test_a_resumed_run_never_validates_on_what_it_was_trained_on(
     shutil.copytree(experts, folder)
     path = folder / "transformer_expert.pt"
     before, (first,) = record_of(path), validated(folder, "transformer_expert")
-    more = ["--set", "data.val_split=0.5", "--max-steps", "9"]
+    more = ["--set", "data.val_split=0.5", "--max-steps", "5"]
     assert run(["resume", str(path), *more]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "documents that data.val_split=0.5 would hold out stay in training" in said
@@ -162,7 +162,7 @@ def test_a_resumed_run_never_validates_on_what_it_was_trained_on(
     other = tmp_path / "other"
     write_domain(other / "letters", made_up_texts(0, 40)[:20] + made_up_texts(5, 20))
     capsys.readouterr()
-    assert run(["resume", str(path), "--data-dir", str(other), "--max-steps", "12"]) == 0
+    assert run(["resume", str(path), "--data-dir", str(other), "--max-steps", "7"]) == 0
     assert "the next evaluation writes the best checkpoint anew" in " ".join(capsys.readouterr().err.split())
     last = record_of(path)
     assert after.trained.holds(last.held_out.val).sum() == 0
@@ -185,14 +185,17 @@ def test_text_that_was_trained_on_is_refused_by_name(
         if "all" in words:
             assert f"{n_trained} of {n_documents} documents were trained on by {path}" in error
         assert "/texts.jsonl:" in error
-        command = error.split("Score what is held out: ")[1].split(". Score it")[0]
-        assert run(shlex.split(command)[1:]) == 0  # as it stands
-        (marked,) = scored(capsys, path, *words, "--allow-seen")
-        assert marked["seen_documents"] > 0
-        assert run(["eval", str(path), *map(str, words), "--allow-seen"]) == 0
-        assert "seen in training" in " ".join(capsys.readouterr().out.split())
+        command = shlex.split(error.split("Score what is held out: ")[1].split(". Score it")[0])
+        assert command[:3] == ["nanothink", "eval", str(path)]
+    assert run(command[1:]) == 0  # as it stands
+    (marked,) = scored(capsys, path, "--split", "all", "--data-dir", copy, "--allow-seen")
+    assert marked["seen_documents"] == n_trained
+    (sample,) = scored(capsys, path, "--split", "all", "--allow-seen", "--max-tokens", "300")
+    assert 0 < sample["seen_documents"] < n_trained
+    assert run(["eval", str(path), "--split", "train", "--allow-seen", "--max-tokens", "300"]) == 0
+    assert "seen in training" in " ".join(capsys.readouterr().out.split())
     both = [str(experts / f"{kind}_expert.pt") for kind in ("transformer", "state_space")]
-    assert run(["eval", *both, "--split", "train", "--allow-seen"]) == 0
+    assert run(["eval", *both, "--split", "train", "--allow-seen", "--max-tokens", "300"]) == 0
     assert "seen" in capsys.readouterr().out.split()
     # What is new to the model is scored as it stands.
     write_domain(tmp_path / "new" / "poems", made_up_texts(8, 5))
