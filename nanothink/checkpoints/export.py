@@ -116,6 +116,10 @@ def read_export(folder: Path) -> ModelPayload:
         CheckpointMismatchError: a model folder that NanoThink did not write, or another version of it.
         StorageError: it can't be read.
     """
+    for name in (CONFIG, WEIGHTS, DOCUMENTS):
+        # Opening a pipe waits for ever, in the library's own code, which no signal interrupts.
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise damaged(folder, f"{name} is not a regular file")
     try:
         settings = json.loads((folder / CONFIG).read_text("utf-8-sig"))
         own = settings.get(OWN_SECTION) if isinstance(settings, dict) else None
@@ -138,7 +142,7 @@ def read_export(folder: Path) -> ModelPayload:
         if error.errno in (None, errno.ENOENT):  # safetensors raises its own without a number
             raise damaged(folder, f"a file of the export is missing ({error})") from None
         raise StorageError(f"{folder}: cannot be read: {error.strerror or error}.") from error
-    except (ValueError, LookupError, SafetensorError) as error:
+    except (ValueError, LookupError, RecursionError, SafetensorError) as error:
         raise damaged(folder, f"the export is damaged ({error})") from None
     SplitRecord.from_state(split, folder)
     try:

@@ -42,6 +42,8 @@ else:
 
 DEFAULT_FILE = "nanothink.toml"
 ENVIRONMENT_PREFIX = "NANOTHINK_"
+_MAX_SHOWN_CHARS = 200
+"""Longest part of a wrong value that an error shows."""
 
 
 class Config(Settings):
@@ -163,6 +165,8 @@ def resolve_config(
     def lay(layer: Mapping[str, Any], source: str) -> None:
         for name, value in layer.items():
             _check_known(name, source)
+            if isinstance(value, int) and value.bit_length() > 64:
+                raise ConfigError(f"{source}: {name} is an integer of more than 64 bits. Give a smaller one.")
             values[name] = value
             sources[name] = source
 
@@ -271,7 +275,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _parse_toml(text: str, source: str) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ConfigError(f"{source} is not valid TOML: its values are nested too deeply.") from None
+    except ValueError as error:  # TOMLDecodeError, or an integer of more digits than Python converts
         raise ConfigError(f"{source} is not valid TOML: {error}.") from None
     return loaded
 
@@ -284,8 +290,16 @@ def _parse_value(raw: str) -> Any:
         return raw.lower() == "true"
     try:
         return tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return raw
+
+
+def _shortened(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # an integer of more digits than Python converts, written in hexadecimal
+        return "a number that is too long to show"
+    return shown if len(shown) <= _MAX_SHOWN_CHARS else f"{shown[:_MAX_SHOWN_CHARS]}..."
 
 
 def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
@@ -294,7 +308,7 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
         name = ".".join(str(part) for part in problem["loc"][:2])
         message = problem["msg"].removeprefix("Value error, ")
         if name in sources:
-            lines.append(f"{name} = {problem['input']!r} (from {sources[name]}): {message}.")
+            lines.append(f"{name} = {_shortened(problem['input'])} (from {sources[name]}): {message}.")
         else:
             lines.append(message if message.endswith(".") else f"{message}.")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import itertools
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from nanothink.data.text_files import Findings, Row, file_size, no_such_field, o
 from nanothink.errors import DataError, counted
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+_DELIMITER_NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _MANY_LINES = 100
@@ -45,7 +48,7 @@ def table_rows(
                 quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
             )
             header = next(reader, [])
-            column, source, group = _columns(path, header, text_field)
+            column, source, group = _columns(path, header, text_field, delimiter, quotes=quotes)
             end_of_last = reader.line_num
             for count, row in enumerate(reader, 1):
                 line, end_of_last, n_lines = end_of_last + 1, reader.line_num, reader.line_num - end_of_last
@@ -74,9 +77,18 @@ def table_rows(
     findings.advance(total, total)
 
 
-def _columns(path: Path, header: list[str], text_field: str) -> tuple[int, int | None, int | None]:
+def _columns(
+    path: Path, header: list[str], text_field: str, delimiter: str, *, quotes: bool
+) -> tuple[int, int | None, int | None]:
     """Places of the text, the source and the group."""
     if text_field not in header:
+        if other := _other_delimiter(header, delimiter):
+            raise DataError(_wrong_delimiter(path, delimiter, other, named=header[0].startswith("sep=")))
+        if not quotes and f'"{text_field}"' in header:
+            raise DataError(
+                f"{shown(path)} has no '{text_field}', but a '\"{text_field}\"': its fields are in quotes. "
+                "Import it with --quotes."
+            )
         raise no_such_field(shown(path), text_field, header)
     if header.count(text_field) > 1:
         raise DataError(
@@ -86,6 +98,33 @@ def _columns(path: Path, header: list[str], text_field: str) -> tuple[int, int |
         header.index(name) if name in header and name != text_field else None for name in ("source", "group")
     )
     return header.index(text_field), source, group
+
+
+def _other_delimiter(header: list[str], delimiter: str) -> str:
+    """The character that seems to separate the columns of a header in which ``delimiter`` separates none."""
+    if header == ["sep=", ""]:
+        return delimiter
+    if len(header) != 1:
+        return ""
+    if header[0].startswith("sep=") and len(header[0]) == 5:  # Excel's way to name it
+        return header[0][4]
+    others = [other for other in _DELIMITER_NAMES if other != delimiter]
+    most = max(others, key=header[0].count)
+    return most if most in header[0] else ""
+
+
+def _wrong_delimiter(path: Path, delimiter: str, other: str, *, named: bool) -> str:
+    """The advice; ``named``: the first line names the delimiter and is no header."""
+    means = f"{path.suffix.lower()} means {_DELIMITER_NAMES[delimiter]}"
+    what = f"{shown(path)} separates its columns with {_DELIMITER_NAMES.get(other, repr(other))}, and {means}"
+    for suffix, own in DELIMITERS.items():
+        if own == other and not named:
+            return f"{what}. Rename it to {path.stem}{suffix}."
+    skip = "sys.stdin.readline(); " if named else ""
+    rows = f"csv.reader(sys.stdin, delimiter={other!r}, strict=True)"
+    program = f"import csv, sys; {skip}csv.writer(sys.stdout).writerows({rows})"
+    command = f"PYTHONUTF8=1 python3 -c {shlex.quote(program)} < {shlex.quote(str(path))}"
+    return f"{what}. Convert it: {command} > {shlex.quote(f'{path.stem}-commas.csv')}"
 
 
 class _Spans:
@@ -147,6 +186,11 @@ def _unreadable(path: Path, delimiter: str, first: int, last: int, why: str, quo
     """The error for a row that begins in line ``first`` and could not be read beyond line ``last``."""
     place = f"{shown(path)}, line {last}"
     if not quotes:
+        if "field limit" in why:
+            size = f"{MAX_LINE_BYTES // 2**20} MiB"
+            return DataError(
+                f"{place}: a field takes more than {size}, and no record is that long. Cut its text."
+            )
         return DataError(f"{place}: {why}.")
     began = _open_quote(path, delimiter, first, last)
     field = f"the quoted field that begins in line {began}"

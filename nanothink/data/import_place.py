@@ -57,7 +57,8 @@ def check_place(command: ImportCommand, path: Path) -> None:
 
 
 def _numbered(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.name.removesuffix('.jsonl')}-{number}.jsonl")
+    stem = os.fsencode(path.name.removesuffix(".jsonl"))[:180].decode(errors="ignore")
+    return path.with_name(f"{stem}-{number}.jsonl")
 
 
 def _check_folder(command: ImportCommand, source: Path, domain_folder: Path) -> None:
@@ -73,10 +74,9 @@ def _check_folder(command: ImportCommand, source: Path, domain_folder: Path) -> 
 def _check_file(command: ImportCommand, source: Path, path: Path) -> None:
     """Refuse a source that is the file to be written, or that is data of the domain already."""
     is_target = same_file(source, path)
-    is_data = source.name.lower().endswith(SUFFIXES) and same_file(source.resolve().parent, path.parent)
-    if not is_target and not is_data:
+    moved = path if is_target else _same_data(source, path.parent)
+    if moved is None:
         return
-    moved = path if is_target else source.resolve()
     aside = _beside(command.data_dir, "originals", lambda folder: not os.path.lexists(folder / moved.name))
     # A link is moved out of the way; what it leads to stays where it is.
     found = source.resolve() if moved.is_symlink() else aside / moved.name
@@ -89,6 +89,21 @@ def _check_file(command: ImportCommand, source: Path, path: Path) -> None:
     )
     listed = "\n  ".join(steps)
     raise UsageError(f"{shown(source)} {what}. Move it out of the data folder first:\n  {listed}")
+
+
+def _same_data(source: Path, domain_folder: Path) -> Path | None:
+    """The data file of the domain that a source is, by whatever links; None if it is none."""
+    try:
+        inode = source.stat().st_ino
+        with os.scandir(domain_folder.resolve()) as entries:
+            alike = [
+                Path(entry.path)
+                for entry in entries
+                if entry.name.endswith(SUFFIXES) and (entry.inode() == inode or entry.is_symlink())
+            ]
+    except OSError:  # the folder is not there yet, or writing to it will say what is wrong
+        return None
+    return next((data for data in alike if same_file(source, data)), None)
 
 
 def _beside(data_dir: Path, word: str, fits: Callable[[Path], bool]) -> Path:

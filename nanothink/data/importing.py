@@ -18,6 +18,7 @@ The pieces of a file that is cut have one ``group``, so that a split keeps them 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -152,14 +153,22 @@ def _records(rows: Iterable[Row], source: str, findings: Findings) -> Iterator[R
         if reason:
             findings.bad_rows.append(Problem(shown(source), number, 1, reason))
             continue
-        name = str(group) if isinstance(group, str) or type(group) is int else None
-        yield Record(text=str(value), source=origin, id=n_records, group=name)
+        yield Record(text=str(value), source=origin, id=n_records, group=_group_name(group))
         n_records += 1
     if not n_records:
         why = f" First problem: {findings.bad_rows[0]}." if findings.bad_rows else ""
         if any(problem.reason.startswith("there is no '") for problem in findings.bad_rows[:1]):
             why += " Name the field that holds the text: --text-field NAME"
         raise DataError(f"There is no text in {shown(source)}; nothing was written.{why}")
+
+
+def _group_name(value: object) -> str | None:
+    """A row's group as text: a string or a number. Tables hold integers as floats where some are missing."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return str(int(value)) if value.is_integer() else str(value)
+    return str(value) if isinstance(value, str) or type(value) is int else None
 
 
 def _why_unfit(value: object) -> str:
@@ -197,9 +206,14 @@ def _open(
         return _stem(path.resolve().name), folder_rows(path, split_chars, findings, data_dir)
     suffix = _suffix(path)
     if not is_file:
-        if not suffix and not path.exists() and HUB_NAME.fullmatch(source):
+        if not suffix and not path.exists() and source != "-" and HUB_NAME.fullmatch(source):
             note = f"There is no file or folder {source!r} here, so it was taken for a Hub data set. "
             return _hub(source, text_field, config_name, split, findings, note=note)
+        if path.exists() or source == "-":
+            raise DataError(
+                f"{source!r} is not a regular file, and an import reads its source more than once. Write the "
+                "text to a file and import that."
+            )
         raise DataError(f"There is no file or folder {shown(path)}. Check the path.")
     if quotes is not None and suffix not in DELIMITERS:
         raise UsageError(
@@ -230,8 +244,10 @@ def _suffix(path: Path) -> str:
 
 
 def _stem(name: str) -> str:
-    # Not hidden: a file whose name begins with a dot would not be read afterwards.
-    return name.replace("/", "--").strip(". ") or "imported"
+    """A name that ``_why_no_name`` allows, so that messages can suggest it with a number appended."""
+    name = name.replace("/", "--")
+    kept = "".join(char if char.isprintable() and char not in "\\," else "-" for char in name)
+    return os.fsencode(kept)[:180].decode(errors="ignore").strip(". ") or "imported"
 
 
 def _hub(

@@ -68,7 +68,7 @@ class _Holder:
             with open(_open_existing(path), "rb") as file:
                 values = json.loads(file.read(4096))
             return cls(int(values["pid"]), str(values["host"]), float(values["since"]), str(values["token"]))
-        except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return None
 
     def __str__(self) -> str:

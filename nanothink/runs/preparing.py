@@ -298,7 +298,7 @@ def earlier_ending(prepared: Prepared) -> RunFinished | None:
         return None
     try:
         ending: dict[str, Any] = json.loads(marker.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     whole = isinstance(ending, dict) and {"step", "epoch", "reason", "best_loss"} <= ending.keys()
     if not whole or ending.get("settings") != ending_settings(prepared.training):

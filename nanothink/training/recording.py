@@ -251,7 +251,7 @@ def _drop_lines_beyond(path: Path, state: TrainState) -> None:
     for line in path.read_bytes().split(b"\n"):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the last line of a killed process may be cut off; its step is done again
         if not isinstance(entry, dict):
             continue

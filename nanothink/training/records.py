@@ -146,7 +146,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     row = None
                 yield row if isinstance(row, dict) else None
     except FileNotFoundError:
@@ -158,7 +158,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
 def _object(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     except OSError as error:
         raise _unreadable(path, error) from None

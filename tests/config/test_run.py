@@ -112,6 +112,12 @@ def test_a_setting_that_an_old_checkpoint_still_has_is_passed_over() -> None:
         ("train_expert.lr=-1", "greater than 0"),
         ("train_expert.lr=nan", "finite"),
         ("transformer.n_heads=5", "use one of 1, 2, 3, 4, 6"),
+        pytest.param("train_expert.max_steps=" + "1" * 5000, "1111...", id="5,000 digits"),
+        pytest.param("train_expert.max_steps=0x" + "f" * 5000, "more than 64 bits", id="20,000 bits"),
+        pytest.param(
+            "train_expert.lr=[0x" + "f" * 5000 + "]", "too long to show", id="20,000 bits in a list"
+        ),
+        pytest.param("train_expert.lr=" + "[" * 5000, "[[[...", id="5,000 brackets"),
         ("train_expert.schedule=linear", "'cosine' or 'trapezoid'"),
     ],
 )
@@ -135,6 +141,10 @@ def test_unknown_keys_in_a_file_name_the_file(tmp_path: Path) -> None:
     file.write_text("[model\n")
     with pytest.raises(ConfigError, match="not valid TOML"):
         resolve_config(file=file)
+    for value in ("1" * 5000, "[" * 5000):
+        file.write_text(f"[train_expert]\nmax_steps = {value}\n")
+        with pytest.raises(ConfigError, match=r"my\.toml is not valid TOML"):
+            resolve_config(file=file)
     with pytest.raises(ConfigError, match="does not exist"):
         resolve_config(file=tmp_path / "none.toml")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -221,6 +222,34 @@ def test_a_table_without_the_column_says_which_there_are(tmp_path):
     refused(tmp_path, put(tmp_path, "b.csv", ""), DataError, "It has: none")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a b.csv", 'id;text\n1;"x, y; ""é"\n'),
+        ("a b.csv", 'sep=;\nid;text\n1;"x, y; ""é"\n'),
+        ("a b.csv", 'sep=,\nid,text\n1,"x, y; ""é"\n'),
+        ("a b.TSV", 'id|text\n1|"x, y; ""é"\n'),
+    ],
+)
+def test_another_delimiter_is_named_with_a_command_that_works(tmp_path, name, content):
+    path = put(tmp_path, name, content)
+    with pytest.raises(DataError, match="separates its columns with") as error:
+        import_source(path, domain="d", data_dir=tmp_path / "out")
+    assert "--text-field" not in str(error.value)
+    subprocess.run(str(error.value).partition("Convert it: ")[2], shell=True, check=True, cwd=tmp_path)
+    assert Import(tmp_path, tmp_path / "a b-commas.csv").texts == ['x, y; "é']
+
+
+def test_a_table_under_the_name_of_the_other_kind_says_so(tmp_path):
+    refused(
+        tmp_path, put(tmp_path, "a.csv", "id\ttext\n1\tx\n"), DataError, r"with tabs.*Rename it to a\.tsv"
+    )
+    refused(
+        tmp_path, put(tmp_path, "a.tsv", "id,text\n1,x\n"), DataError, r"with commas.*Rename it to a\.csv"
+    )
+    refused(tmp_path, put(tmp_path, "b.tsv", '"id"\t"text"\n"1"\t"x"\n'), DataError, "with --quotes")
+
+
 def test_a_header_that_has_the_column_twice_is_refused(tmp_path):
     refused(tmp_path, put(tmp_path, "a.csv", "text,text\n1,a\n"), DataError, "2 columns 'text'. Rename")
 
@@ -379,7 +408,7 @@ def test_a_row_too_long_for_a_record_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.json", '[{"text":"a","group":"g"},{"text":"b","group":7},{"text":"c","group":1.5},"d"]'),
+        ("a.json", '[{"text":"a","group":"g"},{"text":"b","group":7.0},{"text":"c","group":true},"d"]'),
         (
             "a.jsonl",
             '{"text":"a","group":"g"}\n{"text":"b","group":7}\n{"text":"c","group":[]}\n{"text":"d"}\n',
@@ -393,6 +422,17 @@ def test_a_group_of_rows_is_kept(tmp_path, name, content):
     assert [record.get("group") for record in done.records] == ["g", "7", None, None]
     other = Import(tmp_path, tmp_path / name, text_field="group", domain="other")
     assert all("group" not in record for record in other.records)
+
+
+def test_numbers_that_are_no_integers_are_groups_all_the_same(tmp_path):
+    """As a table has them where one is missing: dropped, the pieces would fall on both sides of the split."""
+    done = Import(
+        tmp_path,
+        put(
+            tmp_path, "a.jsonl", "".join(f'{{"text":"a","group":{g}}}\n' for g in ("3", "3.0", "1.5", "1e3"))
+        ),
+    )
+    assert [record["group"] for record in done.records] == ["3", "3", "1.5", "1000"]
 
 
 # Parquet and the Hub
@@ -479,6 +519,12 @@ def test_a_source_that_is_not_there_or_of_no_known_kind(tmp_path):
     refused(tmp_path, put(tmp_path, "a.txt", "a"), UsageError, "at least 1", split_chars=0)
 
 
+def test_a_source_that_is_no_regular_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for source in ("-", "/dev/null", tmp_path / "pipe.txt"):
+        refused(tmp_path, source, DataError, "is not a regular file")
+
+
 def test_a_source_without_text_writes_nothing(tmp_path):
     refused(tmp_path, put(tmp_path, "a.txt", "\n \n"), DataError, "no text in")
     refused(
@@ -517,7 +563,7 @@ def run_typed(command: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "way", ["itself", "symlink", "hardlink", "folder link", "named", "dots", "its domain"]
+    "way", ["itself", "symlink", "hardlink", "folder link", "named", "dots", "its domain", "hardlink in it"]
 )
 def test_the_file_that_would_be_written_is_no_source(tmp_path, monkeypatch, way):
     monkeypatch.chdir(tmp_path)
@@ -533,17 +579,17 @@ def test_the_file_that_would_be_written_is_no_source(tmp_path, monkeypatch, way)
     }.get(way, Path("a.jsonl"))
     if way in ("symlink", "named"):
         source.symlink_to(target)
-    elif way == "hardlink":
+    elif way.startswith("hardlink"):
         source.hardlink_to(target)
     elif way == "folder link":
         source.parent.symlink_to(target.parent)
-    options |= {"name": "a"} if way == "named" else {"name": "c"} if way == "its domain" else {}
+    options |= {"name": "a"} if way == "named" else {"name": "c"} if way.endswith(("domain", "it")) else {}
     for overwrite in (False, True):
         with pytest.raises(UsageError, match="Move it out of the data folder") as error:
             import_source(source, overwrite=overwrite, **options)
         assert target.read_text() == lines
     run_typed(as_typed(error), tmp_path)
-    written = target.with_name("c.jsonl") if way == "its domain" else target
+    written = target.with_name(f"{options.get('name', 'a')}.jsonl")
     assert [json.loads(line)["text"] for line in written.read_text().splitlines()] == ["one"]
     assert (tmp_path / "data-originals" / "a.jsonl").read_text() == lines
 
@@ -601,6 +647,20 @@ def test_two_sources_of_one_name_are_both_kept_by_the_command_that_is_said(tmp_p
     assert written == {"notes.jsonl": "x", "notes-2.jsonl": "y y", "notes-3.jsonl": "z"}
     run_typed(as_typed(error, "replace it:"), tmp_path)
     assert json.loads(Path("my data/d/notes.jsonl").read_text())["text"] == "z"
+
+
+@pytest.mark.parametrize("name", ["Smith, J.txt", "a\nb.txt", "a\\b.txt", "é" * 122 + ".txt"])
+def test_whatever_the_name_of_a_source_the_command_that_keeps_both_works(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for text in ("one", "two"):
+        Path(name).write_text(text)
+        with contextlib.suppress(StorageError):
+            import_source(name, domain="d", data_dir="data")
+    with pytest.raises(StorageError, match="exists already") as error:
+        import_source(name, domain="d", data_dir="data")
+    typed = str(error.value).partition("keep both:")[2].partition("\n  replace it:")[0]
+    assert run(shlex.split(typed)[1:]) == 0
+    assert sorted(json.loads(p.read_text())["text"] for p in Path("data/d").iterdir()) == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", ["", ".x", "a/b", "..", " a", "a\n", "x" * 300])

@@ -322,6 +322,14 @@ def _cut(name: str) -> Callable[[Path], None]:
     return damage
 
 
+def _pipe(name: str) -> Callable[[Path], None]:
+    def damage(out: Path) -> None:
+        (out / name).unlink()
+        os.mkfifo(out / name)
+
+    return damage
+
+
 def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def damage(out: Path) -> None:
         settings = json.loads((out / "config.json").read_text())
@@ -348,6 +356,9 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
         (_cut("tokenizer.json"), "tokenizer"),
         (lambda out: (out / "model.safetensors").unlink(), "missing"),
         (lambda out: (out / "tokenizer.json").unlink(), "tokenizer"),
+        (_pipe("model.safetensors"), "model.safetensors is not a regular file"),
+        (_pipe("training_documents.st"), "training_documents.st is not a regular file"),
+        (lambda out: (out / "config.json").write_text("[" * 100_000), "damaged"),
         (_edit(lambda s: s.pop("nanothink")), "none that NanoThink exported"),
         (_edit(lambda s: s["nanothink"].pop("kind")), "damaged"),
         (_edit(lambda s: s["nanothink"].update(kind="somebody's")), "somebody's"),
