@@ -147,7 +147,9 @@ def test_the_table_of_presets_is_the_presets() -> None:
 def test_every_dependency_has_its_reason() -> None:
     table = (ROOT / "docs" / "decisions" / "0001-dependencies.md").read_text("utf-8")
     listed = re.findall(r"^\|(?: `\w+` \|)? `([\w-]+)` \|", table, re.M)
-    section = re.compile(r"^(?:dependencies|parquet|datasets|bench|dev) = \[(.*?)\]$", re.M | re.S)
+    section = re.compile(
+        r"^(?:dependencies|parquet|datasets|near_duplicates|bench|dev) = \[(.*?)\]$", re.M | re.S
+    )
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     asked = [name for part in section.findall(project) for name in re.findall(r'"([\w-]+)', part)]
     assert sorted(listed) == sorted(asked)
@@ -156,7 +158,7 @@ def test_every_dependency_has_its_reason() -> None:
 def test_extras_that_are_named_are_there() -> None:
     extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
     named = {name for page in PAGES for name in re.findall(r"'\.\[(\w+)\]'", page.read_text("utf-8"))}
-    assert {"parquet", "datasets", "bench"} <= named <= set(extras)
+    assert {"parquet", "datasets", "near_duplicates", "bench"} <= named <= set(extras)
 
 
 # ---------------------------------------------------------------------------------------------------

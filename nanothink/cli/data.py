@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nanothink.cli.options import (
+    ConfigFile,
     DataDir,
     Domains,
     ForgivingCommand,
     Json,
+    Set,
     SkipBadRecords,
     TokenizerName,
+    data_settings,
     examples,
 )
 from nanothink.errors import counted
@@ -32,11 +35,15 @@ DataDirArgument = Annotated[
 
 
 def _folder(argument: str | None, option: str | None) -> str:
+    return _named_folder(argument, option) or "data"
+
+
+def _named_folder(argument: str | None, option: str | None) -> str | None:
     from nanothink.errors import UsageError
 
     if argument and option and Path(argument) != Path(option):
         raise UsageError(f"Two data folders were given: {argument} and {option}. Leave one out.")
-    return argument or option or "data"
+    return argument or option
 
 
 def _names(domains: list[str] | None) -> tuple[str, ...] | None:
@@ -55,44 +62,67 @@ def inspect(
         int,
         typer.Option("--block", metavar="N", min=2, help="Block length in tokens, for the block counts."),
     ] = 512,
+    near_duplicates: Annotated[
+        bool,
+        typer.Option("--near-duplicates", help="Look for documents that are nearly the same, by MinHash."),
+    ] = False,
+    config_file: ConfigFile = None,
+    assignments: Set = None,
     skip_bad_records: SkipBadRecords = False,
     as_json: Json = False,
 ) -> None:
     """Count files, records, tokens, lengths, split and duplicates."""
     from nanothink.cli import render
-    from nanothink.config import DataConfig
     from nanothink.data.corpus import find_corpus
+    from nanothink.data.near_duplicates import find_near_duplicates, import_minhash
     from nanothink.data.split import SplitRule
     from nanothink.data.summary import summarise
     from nanothink.data.tokenizer import resolve_tokenizer
     from nanothink.data.tokens import tokenise
 
-    settings = DataConfig()
-    corpus = find_corpus(_folder(folder, data_dir), _names(domains))
+    settings = data_settings(
+        config_file,
+        assignments,
+        data_dir=_named_folder(folder, data_dir),
+        domains=domains,
+        tokenizer=tokenizer,
+        skip_bad_records=skip_bad_records,
+    )
+    if near_duplicates:
+        import_minhash()
+    corpus = find_corpus(settings.data_dir, settings.domains)
+    split = SplitRule.of(settings)
     with render.progress() as bars:
         for problem in corpus.warnings:
             bars.note(str(problem))
         resolved = resolve_tokenizer(
-            tokenizer or settings.tokenizer,
+            settings.tokenizer,
             corpus,
-            split=SplitRule.of(settings),
-            skip_bad_records=skip_bad_records,
+            split=split,
+            skip_bad_records=settings.skip_bad_records,
             note=bars.note,
             on_progress=bars,
         )
         tokens = tokenise(
             corpus,
             resolved,
-            split=SplitRule.of(settings),
-            skip_bad_records=skip_bad_records,
+            split=split,
+            skip_bad_records=settings.skip_bad_records,
             on_progress=lambda done, total: bars("tokenising", done, total),
             note=bars.note,
         )
-    summary = summarise(corpus, tokens, block_tokens=block)
-    if as_json:
-        render.print_json(
-            {"tokenizer": resolved.name, "vocab_size": resolved.vocab_size, **summary.to_dict()}
+        alike = (
+            find_near_duplicates(
+                corpus, tokens, on_progress=lambda done, total: bars("comparing", done, total)
+            )
+            if near_duplicates
+            else None
         )
+        whole = tokenise(corpus, resolved, split=None, skip_bad_records=settings.skip_bad_records)
+    summary = summarise(corpus, whole, tokens, block_tokens=block)
+    if as_json:
+        found = {"tokenizer": resolved.name, "vocab_size": resolved.vocab_size, **summary.to_dict()}
+        render.print_json(found if alike is None else {**found, "near_duplicates": alike.to_dict()})
         return
     # Two tables: one with everything would not fit into 80 columns.
     several = len(summary.domains) > 1
@@ -115,7 +145,11 @@ def inspect(
         total=several,
     )
     render.table(
-        ["domain", ">tokens", ">bytes/token", ">training", ">validation", ">blocks"],
+        [
+            *("domain", ">tokens", ">bytes/token", ">training", ">validation"),
+            *([">test"] if split.test_split else []),
+            ">blocks",
+        ],
         [
             [
                 part.name,
@@ -123,6 +157,7 @@ def inspect(
                 f"{part.n_bytes / max(1, part.n_tokens):.2f}",
                 render.count(part.n_train_tokens),
                 render.count(part.n_val_tokens),
+                *([render.count(part.n_test_tokens)] if split.test_split else []),
                 render.count(part.n_train_blocks),
             ]
             for part in parts
@@ -136,6 +171,8 @@ def inspect(
             f"{counted(summary.total.n_duplicates, 'duplicate')}: all copies of a text are on the same side "
             "of the split."
         )
+    if alike is not None:
+        render.near_duplicates(alike, corpus.root)
 
 
 @app.command(cls=ForgivingCommand)

@@ -19,6 +19,7 @@ from typer.core import TyperCommand
 from nanothink.cli import completion
 
 if TYPE_CHECKING:
+    from nanothink.config import DataConfig
     from nanothink.config.run import ResolvedConfig
     from nanothink.training.distributed import Launch
 
@@ -233,6 +234,26 @@ def refuse_early(configure: Callable[[Mapping[str, Any] | None], ResolvedConfig]
 
         data = configure(None).config.data
         find_corpus(data.data_dir, data.domains)
+
+
+def data_settings(
+    config_file: Path | None,
+    assignments: list[str] | None,
+    *,
+    data_dir: str | None,
+    domains: list[str] | None,
+    tokenizer: str | None = None,
+    skip_bad_records: bool = False,
+) -> DataConfig:
+    """The settings of the data as training would have them: the same sources in the same order."""
+    flags = {
+        "data.data_dir": ("--data-dir", data_dir),
+        "data.domains": ("--domains", domains or None),
+        "data.tokenizer": ("--tokenizer", tokenizer),
+        "data.skip_bad_records": ("--skip-bad-records", skip_bad_records or None),
+    }
+    configure = configure_from(preset=None, config_file=config_file, assignments=assignments, flags=flags)
+    return configure(None).config.data
 
 
 def configure_from(

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from nanothink.cli.options import GROUP, DataDir, Domains, ForgivingCommand, Json
+from nanothink.cli.options import (
+    GROUP,
+    ConfigFile,
+    DataDir,
+    Domains,
+    ForgivingCommand,
+    Json,
+    Set,
+    data_settings,
+)
 
 app = typer.Typer(help="Train a byte-level BPE tokenizer.", **GROUP)
 
@@ -31,11 +40,12 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a tokenizer that is there.")
     ] = False,
+    config_file: ConfigFile = None,
+    assignments: Set = None,
     as_json: Json = False,
 ) -> None:
     """Train a byte-level BPE on the training split of your data."""
     from nanothink.cli import render
-    from nanothink.config import DataConfig
     from nanothink.data.corpus import find_corpus
     from nanothink.data.split import SplitRule
     from nanothink.data.tokenizer import save_tokenizer, train_on_corpus
@@ -45,7 +55,7 @@ def train(
     if (out / "tokenizer.json").exists() and not overwrite:
         raise UsageError(f"{out} already holds a tokenizer. Choose another --out, or add --overwrite.")
     try_to_write(out)
-    settings = DataConfig(data_dir=data_dir or "data", domains=tuple(domains) if domains else None)
+    settings = data_settings(config_file, assignments, data_dir=data_dir, domains=domains)
     corpus = find_corpus(settings.data_dir, settings.domains)
     with render.progress() as bars:
         for problem in corpus.warnings:

@@ -201,7 +201,7 @@ def text_key(text: str) -> int:
     """
     hashed = hashlib.blake2b(digest_size=8)
     between = b""
-    for part in _normalised_parts(text):
+    for part in normalised_parts(text):
         hashed.update(between + part.encode())
         between = b" "
     return int.from_bytes(hashed.digest(), "little")
@@ -209,10 +209,10 @@ def text_key(text: str) -> int:
 
 def normalised(text: str) -> str:
     """The text in NFC, each run of white space as one blank, none at the ends."""
-    return " ".join(_normalised_parts(text))
+    return " ".join(normalised_parts(text))
 
 
-def _normalised_parts(text: str) -> Iterator[str]:
+def normalised_parts(text: str) -> Iterator[str]:
     """The normalised text in parts that one blank keeps apart, since a list of all words takes ten times its
     memory."""
     text = unicodedata.normalize("NFC", text)

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 
 from nanothink.data.corpus import Corpus
-from nanothink.data.tokens import TokenisedCorpus, TokenStream
+from nanothink.data.tokens import Documents, TokenisedCorpus, TokenStream
 
 _LARGEST_BARS = 14
 
 
 @dataclass(frozen=True)
 class DomainSummary:
-    """Counts of one domain. ``n_tokens`` includes the end-of-text token of each record."""
+    """Counts of one domain. ``n_tokens`` includes the end-of-text token of each record.
+
+    The only text of a domain is cut, so that the tokens of its sides are a few more than its own.
+    """
 
     name: str
     n_files: int
@@ -25,9 +28,11 @@ class DomainSummary:
     n_tokens: int
     n_train_tokens: int
     n_val_tokens: int
+    n_test_tokens: int
     n_train_blocks: int
     n_duplicates: int
-    """Records whose text occurred before, in this domain (in any domain for the total)."""
+    """Records whose text occurred before, but for white space and the form of Unicode, in this domain (in any
+    domain for the total)."""
     median_tokens: float
     longest_tokens: int
 
@@ -49,17 +54,23 @@ class CorpusSummary:
         }
 
 
-def summarise(corpus: Corpus, tokens: TokenisedCorpus, *, block_tokens: int) -> CorpusSummary:
-    """Count records, bytes, tokens, blocks of ``block_tokens``, duplicates and lengths."""
+def summarise(
+    corpus: Corpus, whole: TokenisedCorpus, split: TokenisedCorpus, *, block_tokens: int
+) -> CorpusSummary:
+    """Count records, bytes, tokens, blocks of ``block_tokens``, duplicates and lengths.
+
+    Args:
+        whole: the corpus tokenised without a split, for the records as they stand in the files.
+        split: the same with one.
+    """
     domains = []
     lengths, keys = [], []
     for name, files in corpus.domains.items():
-        streams = (tokens.train[name], tokens.val[name])
-        domains.append(_summarise(name, len(files), streams, block_tokens))
-        for stream in streams:
-            documents = stream.documents()
-            lengths.append(documents.n_tokens)
-            keys.append(documents.keys)
+        documents = whole.train[name].documents()
+        sides = (split.train[name], split.val[name], split.test[name])
+        domains.append(_summarise(name, len(files), documents, sides, block_tokens))
+        lengths.append(documents.n_tokens)
+        keys.append(documents.keys)
     all_lengths, all_keys = np.concatenate(lengths), np.concatenate(keys)
     summed = {field: sum(getattr(d, field) for d in domains) for field in _SUMMED}
     total = DomainSummary(
@@ -81,29 +92,28 @@ _SUMMED = (
     "n_tokens",
     "n_train_tokens",
     "n_val_tokens",
+    "n_test_tokens",
     "n_train_blocks",
 )
 
 
 def _summarise(
-    name: str, n_files: int, streams: tuple[TokenStream, TokenStream], block_tokens: int
+    name: str, n_files: int, documents: Documents, sides: Sequence[TokenStream], block_tokens: int
 ) -> DomainSummary:
-    train, val = streams
-    parts = [stream.documents() for stream in streams]
-    lengths = np.concatenate([part.n_tokens for part in parts])
-    keys = np.concatenate([part.keys for part in parts])
+    train, val, test = sides
     return DomainSummary(
         name=name,
         n_files=n_files,
-        n_records=len(keys),
-        n_bytes=train.n_bytes + val.n_bytes,
-        n_tokens=train.n_tokens + val.n_tokens,
+        n_records=len(documents.keys),
+        n_bytes=int(documents.n_bytes.sum()),
+        n_tokens=int(documents.n_tokens.sum()),
         n_train_tokens=train.n_tokens,
         n_val_tokens=val.n_tokens,
+        n_test_tokens=test.n_tokens,
         n_train_blocks=train.n_blocks(block_tokens),
-        n_duplicates=len(keys) - len(np.unique(keys)),
-        median_tokens=float(np.median(lengths)),
-        longest_tokens=int(lengths.max()),
+        n_duplicates=len(documents.keys) - len(np.unique(documents.keys)),
+        median_tokens=float(np.median(documents.n_tokens)),
+        longest_tokens=int(documents.n_tokens.max()),
     )
 
 

@@ -9,6 +9,7 @@ All of them give a ``Tokenizer`` (encoding.py).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ REPLACEABLE = "gpt2"
 """The name that a tokenizer trained here may stand in for: the default of ``DataConfig``."""
 _MAX_TRAINING_BYTES = 256 * 2**20  # counts of words have settled long before
 _STANDS_FOR = "nanothink_stands_for"
+_SPLIT = "nanothink_split"
 
 
 def fitting_vocab_size(n_bytes: int) -> int:
@@ -138,12 +140,18 @@ def _records(paths: Sequence[Path], on_bytes: Callable[[int], None]) -> Iterator
 
 
 def save_tokenizer(
-    tokenizer: Tokenizer, folder: Path, *, stands_for: str | None = None, context: int | None = None
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    stands_for: str | None = None,
+    split: SplitRule | None = None,
+    context: int | None = None,
 ) -> Path:
     """Writes tokenizer.json and tokenizer_config.json; ``load_tokenizer`` and transformers read them.
 
     Both give the same ids. A text begins after EOS, as in GPT-2, so that is the BOS of those that ask for
-    one; nothing puts it there unasked. ``context`` is the most tokens that a model of this tokenizer takes.
+    one; nothing puts it there unasked. ``split`` is the rule whose training side it was trained on;
+    ``context`` is the most tokens that a model of this tokenizer takes.
 
     Whole or not at all: while the configuration changes there is no tokenizer.json, so an old one is
     never read with a new EOS.
@@ -160,6 +168,8 @@ def save_tokenizer(
         settings["model_max_length"] = context
     if stands_for is not None:
         settings[_STANDS_FOR] = stands_for
+    if split is not None:
+        settings[_SPLIT] = split.to_dict()
     content = orjson.dumps(settings, option=orjson.OPT_INDENT_2)
     whole, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     try:
@@ -195,7 +205,7 @@ def resolve_tokenizer(
         return load_tokenizer(name)
     cache = cache_folder(corpus.root)
     folder = cache / "tokenizer"
-    if _replaced_by(folder) == name and (kept := _stand_in(folder, name, note)):
+    if _replaced_by(folder) == name and (kept := _stand_in(folder, name, split, note)):
         return kept
     try:
         return load_tokenizer(name)
@@ -214,10 +224,10 @@ def resolve_tokenizer(
         if not report.ok:
             raise bad_records_error(corpus.root, report.found_errors)
     with locked(cache, note):
-        if kept := _stand_in(folder, name, note):
+        if kept := _stand_in(folder, name, split, note):
             return kept
         trained = train_on_corpus(find_corpus(corpus.root), split=split, on_progress=told)
-        save_tokenizer(trained, folder, stands_for=name)
+        save_tokenizer(trained, folder, stands_for=name, split=split)
     note(
         f"Tokenizer '{name}' is neither cached nor reachable, so one was trained on this corpus instead "
         f"({trained.vocab_size:,} tokens); it is kept in {folder} and used from now on."
@@ -233,7 +243,7 @@ def _replaced_by(folder: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _stand_in(folder: Path, name: str, note: Callable[[str], None]) -> Tokenizer | None:
+def _stand_in(folder: Path, name: str, split: SplitRule, note: Callable[[str], None]) -> Tokenizer | None:
     if not (folder / "tokenizer.json").is_file():
         return None
     try:
@@ -245,4 +255,11 @@ def _stand_in(folder: Path, name: str, note: Callable[[str], None]) -> Tokenizer
         f"Using the tokenizer trained here in place of '{name}' ({kept.vocab_size:,} tokens). Experts "
         f"trained with it combine only with each other; to try '{name}' again, delete {folder}."
     )
+    with contextlib.suppress(OSError, TokenizerError, ValueError, KeyError):
+        rule = SplitRule.from_dict(tokenizer_settings(folder / "tokenizer_config.json")[_SPLIT])
+        if rule.val_split < split.val_split or rule.test_split < split.test_split:
+            note(
+                f"It was trained at data.val_split={rule.val_split} and data.test_split={rule.test_split}, "
+                f"so also on text that is held out now. To train it anew, delete {folder}."
+            )
     return kept

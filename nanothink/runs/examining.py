@@ -54,6 +54,7 @@ def examine(
     for package, purpose, extra in (
         ("pyarrow", "data import of parquet files", "parquet"),
         ("datasets", "data import of Hugging Face datasets", "datasets"),
+        ("datasketch", "data inspect --near-duplicates", "near_duplicates"),
     ):
         found = importlib.util.find_spec(package) is not None
         findings[package] = (

@@ -245,13 +245,15 @@ def test_training_sees_the_training_split_only(tmp_path: Path) -> None:
     trained = train_on_corpus(
         corpus,
         vocab_size=4000,
-        split=SplitRule(0.3),
+        split=SplitRule(0.2, 0.2),
         on_progress=lambda stage, *at: told.setdefault(stage, []).append(at),
     )
-    held_out_lines = tokenise(corpus, trained, split=SplitRule(0.3)).val["a"].documents().lines
-    held_out = np.isin(np.arange(1, len(texts) + 1), held_out_lines)
+    tokens = tokenise(corpus, trained, split=SplitRule(0.2, 0.2))
+    held_out_lines = [side["a"].documents().lines for side in (tokens.val, tokens.test)]
+    held_out = np.isin(np.arange(1, len(texts) + 1), np.concatenate(held_out_lines))
     learnt = [len(trained.encode(f" {word}")) == 1 for word in words]
-    assert 10 < held_out.sum() < 50
+    assert 20 < held_out.sum() < 60
+    assert min(map(len, held_out_lines)) > 5
     assert learnt == (~held_out).tolist()
     assert len(trained.encode(" onlyonetext")) == 1
     assert len(trained.encode(" secrettail")) > 1
@@ -528,10 +530,14 @@ def test_offline_a_stand_in_is_trained_and_kept(corpus_root: Path) -> None:
     before = (folder / "tokenizer.json").stat().st_mtime_ns
     for name, domains in ((NAME, ["b"]), (NAME, None), (NAME, ["c"])):
         again = resolve_tokenizer(
-            name, find_corpus(corpus_root, domains), split=SplitRule(0.2), note=notes.append
+            name, find_corpus(corpus_root, domains), split=SplitRule(0.05), note=notes.append
         )
         assert again.fingerprint == one.fingerprint
         assert str(folder) in notes[-1]
+        assert not any("held out" in note for note in notes)
+    for rule in (SplitRule(0.2), SplitRule(0.1, 0.1)):  # which may hold out text that it was trained on
+        resolve_tokenizer(NAME, find_corpus(corpus_root), split=rule, note=notes.append)
+        assert "data.val_split=0.1 and data.test_split=0.0, so also on text that is held out" in notes[-1]
     assert (folder / "tokenizer.json").stat().st_mtime_ns == before
 
 

@@ -652,7 +652,42 @@ def test_the_corpus_in_numbers(tiny_corpus: Path, tiny_tokenizer: Path, said: Sa
     assert letters["n_train_tokens"] + letters["n_val_tokens"] == letters["n_tokens"]
     assert sum(summary["record_lengths"]["counts"]) == summary["total"]["n_records"] == 110
     assert run(command) == 0
-    assert "letters" in said()[0]
+    shown = said()[0]
+    assert "letters" in shown
+    assert "  test  " not in shown
+
+
+def test_the_corpus_in_numbers_with_a_test_side_and_near_duplicates(
+    tiny_corpus: Path, tiny_tokenizer: Path, said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_corpus, tmp_path / "data")
+    near = tmp_path / "data" / "letters" / "again.jsonl"
+    near.write_text((tiny_corpus / "letters" / "texts.jsonl").read_text().replace('."', '. The end."'))
+    (tmp_path / "data" / "one").mkdir()
+    (tmp_path / "data" / "one" / "a.jsonl").write_text('{"text": "A single text of some words."}\n')
+    monkeypatch.chdir(tmp_path)  # settings of training hold here too: of a file, and by hand
+    (tmp_path / "nanothink.toml").write_text(f"[data]\ntokenizer = '{tiny_tokenizer}'\ntest_split = 0.3\n")
+    command = ["data", "inspect", "--near-duplicates"]
+    assert run([*command, "--json"]) == 0
+    summary = as_json(said)
+    letters, one = summary["domains"]["letters"], summary["domains"]["one"]
+    assert letters["n_tokens"] == sum(letters[f"n_{side}_tokens"] for side in ("train", "val", "test"))
+    assert 0.15 < letters["n_test_tokens"] / letters["n_tokens"] < 0.45
+    assert (one["n_records"], summary["total"]["n_records"]) == (1, 171)
+    assert sum(summary["record_lengths"]["counts"]) == 171
+    found = summary["near_duplicates"]
+    assert (found["n_documents"], found["n_near_duplicates"]) == (171, 120)
+    assert found["n_val"] >= found["n_val_in_training"] > 0
+    assert run(command) == 0
+    shown = " ".join(said()[0].split())
+    assert "validation test blocks" in shown
+    assert "120 of 171 texts have one" in shown
+    assert f"{found['n_test_in_training']} of {found['n_test']} test texts have one in training" in shown
+    assert "data/letters/again.jsonl:" in shown
+    assert run(["data", "inspect", "--set", "data.test_split=0", "--json"]) == 0
+    assert as_json(said)["total"]["n_test_tokens"] == 0
+    assert run(["data", "inspect", "--set", "data.test_split=0.95"]) == 2
+    assert "leave nothing to train on" in said()[1]
 
 
 def test_settings_and_where_they_come_from(

@@ -16,6 +16,7 @@ from nanothink.cli.render.console import (
     size,
     warning,
 )
+from nanothink.cli.render.corpus import near_duplicates
 from nanothink.cli.render.memory import compaction, memory_facts, recalled
 from nanothink.cli.render.problems import ErrorStream, hints, problems
 from nanothink.cli.render.progress import progress
@@ -45,6 +46,7 @@ __all__ = [
     "hints",
     "histogram",
     "memory_facts",
+    "near_duplicates",
     "note",
     "print_json",
     "problems",
