@@ -65,7 +65,7 @@ def evaluate(
             "--max-tokens",
             metavar="N",
             min=1,
-            help="Score at most this many tokens of each domain. [default: all]",
+            help="Score a sample of each domain of at most this many tokens. [default: all]",
         ),
     ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
