@@ -386,7 +386,7 @@ def test_the_test_side_is_nowhere_else(root: Path, tokenizer: Tokenizer) -> None
             place for side in (without.train, without.val) for place in _lines(side[domain])
         }
         assert 0.1 < len(test) / len(train | val | test) < 0.5
-    parts = [_read_texts(side["one"], tokenizer) for side in (tokens.train, tokens.test, tokens.val)]
+    parts = [_read_texts(side["one"], tokenizer) for side in (tokens.train, tokens.val, tokens.test)]
     assert [len(part) for part in parts] == [1, 1, 1]
     assert "".join(part[0] for part in parts) == "It was the best of times. " * 50
     assert without.test["one"].n_documents == without.test["a"].n_documents == 0
