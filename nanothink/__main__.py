@@ -9,6 +9,9 @@ def main() -> None:
     """Hand over to the command line. A Ctrl-C before that is there ends the process without a traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from nanothink.cli.output import hold_descriptors
+
+    hold_descriptors()
     from nanothink.cli.app import main as command
 
     command()

@@ -18,6 +18,8 @@
     │   ├── VectorStoreDamagedError    a file of it is missing, cut off or changed
     │   └── VectorStoreMismatchError   a sound one that belongs to another model
     ├── StorageError                   the disk said no: full, read-only, not permitted
+    ├── OutputError                    standard output takes no result: closed, on a full disk
+    │   └── ReaderGoneError   exit 141 a pipe whose reader has gone (head); nothing is said
     ├── TrainingDivergedError          too many non-finite losses or gradients in a row, or such weights
     ├── DistributedError               the processes of one run lost each other, or differ
     │   └── RankError                  what went wrong in one of them alone
@@ -117,6 +119,19 @@ class VectorStoreMismatchError(VectorStoreError):
 
 class StorageError(NanoThinkError):
     pass
+
+
+class OutputError(NanoThinkError):
+    def __init__(self, reason: str, then: str = "") -> None:
+        then = then or (
+            "The result is lost, or cut off. Send it somewhere else, or make room, and run the command again."
+        )
+        super().__init__(f"Standard output cannot be written: {reason}. {then}")
+        self.reason = reason
+
+
+class ReaderGoneError(OutputError):
+    exit_code = 141  # as a shell reports a program that SIGPIPE ended
 
 
 class TrainingDivergedError(NanoThinkError):

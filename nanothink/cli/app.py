@@ -1,15 +1,18 @@
 """The ``nanothink`` command. Each command parses, calls, renders; errors end up in one place here.
 
-Exit codes: 0 done; 1 the data or the run failed its check; 2 wrong usage; 130 interrupted (saved).
+Exit codes: 0 done; 1 the data or the run failed its check; 2 wrong usage; 130 interrupted (saved); 141 the
+reader of the output has gone.
 Nothing heavy is imported until a command runs, so ``--help`` is instant.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Annotated, Any
 
@@ -25,15 +28,22 @@ from nanothink.cli import (
     evaluate,
     generate,
     memory,
+    output,
     pretrain,
     report,
     tokenizer,
     train_mla,
 )
-from nanothink.cli.options import is_first_process, launch
-from nanothink.errors import InterruptedRun, NanoThinkError, RankError, did_you_mean
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+from nanothink.cli.options import is_first_process, launched_with_others
+from nanothink.errors import (
+    InterruptedRun,
+    NanoThinkError,
+    OutputError,
+    RankError,
+    ReaderGoneError,
+    did_you_mean,
+)
+from nanothink.training.interruption import SignalListener, StopRequests, last_words, stopping_signals
 
 _ORDER = (
     *("data", "tokenizer", "pretrain", "train-mla", "resume", "eval", "generate", "memory"),
@@ -90,6 +100,10 @@ doctor.register(app)
 demo.register(app)
 
 
+_PATIENCE_SECONDS = 0.3
+"""For the main thread to answer a second signal itself."""
+
+
 class _Interrupted(BaseException):
     """A signal, on its way out. Typer turns a KeyboardInterrupt into an exit without a word."""
 
@@ -98,37 +112,73 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     # Said before numpy and torch start their thread pools: libraries must not fork warnings at users.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is shown as '?'
-            stream.reconfigure(errors="replace")
-    for number in _STOPPING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell leaves it for a command behind "&"
-            signal.signal(number, _unwind)
-    code = run(sys.argv[1:] if args is None else args)
-    if code and launch() is not None:
+    output.install()
+    several = launched_with_others()
+    try:
+        with _unwinding_on_signals(forwarded=several):
+            code = run(sys.argv[1:] if args is None else args)
+    except _Interrupted:  # while the message of another end was being printed
+        code = InterruptedRun.exit_code
+    finally:
+        output.finish()
+    if code and several:
         # The others may be gone, and libraries wait for them as they are taken down; torchrun does not wait.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _unwind(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a command as Ctrl-C does: half-made files go. A second signal does not wait for that.
+@contextmanager
+def _unwinding_on_signals(*, forwarded: bool) -> Iterator[None]:
+    """Every signal that asks to stop ends a command as Ctrl-C does: half-made files go.
 
-    Training has its own way to stop (training/interruption.py).
+    A second request does not wait for that. Training has its own way to stop (training/interruption.py).
     """
-    for each in _STOPPING:
-        signal.signal(each, signal.SIG_DFL)
-    raise _Interrupted
+    handled, heard = (StopRequests(forwarded=forwarded) for _ in range(2))
+    unwinding = False
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        nonlocal unwinding
+        if handled.is_second(number):
+            last_words()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not unwinding:
+            unwinding = True
+            raise _Interrupted
+
+    def insist(number: signal.Signals) -> None:
+        if heard.is_second(number):
+            time.sleep(_PATIENCE_SECONDS)  # the main thread, unless a library keeps it, ends by the signal
+            last_words()
+            os._exit(128 + number)
+
+    with SignalListener(insist):
+        before = {number: signal.signal(number, unwind) for number in stopping_signals()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def run(args: list[str]) -> int:
     """Run one command; returns its exit code. Every error message passes here."""
     try:
-        result = app(args=args, standalone_mode=False, prog_name="nanothink")
-        return result if isinstance(result, int) else 0
+        code = _run(args)
+        sys.stdout.flush()
+        return code
+    except ReaderGoneError as error:
+        output.drop()
+        return error.exit_code
+    except InterruptedRun as error:
+        if is_first_process():
+            from nanothink.cli import render
+
+            render.note(str(error))
+        return error.exit_code
     except NanoThinkError as error:
+        if isinstance(error, OutputError):
+            output.drop()
         if isinstance(error, RankError) or is_first_process():
             _print_error(str(error))
         return error.exit_code
@@ -138,16 +188,18 @@ def run(args: list[str]) -> int:
                 sys.stderr.write("\r")  # over the ^C that the terminal has echoed
             _print_error("Interrupted; there was nothing to save.")
         return InterruptedRun.exit_code
-    except BrokenPipeError:
-        # The reader (head, less) has gone; that is its right. Keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except MemoryError:
         _print_error(
             "Out of memory. Lower train_expert.batch_size and raise train_expert.grad_accum_steps "
             "(of a diffuser: train_diffuser; of NanoThink: train_mla) by the same factor."
         )
         return 1
+
+
+def _run(args: list[str]) -> int:
+    try:
+        result = app(args=args, standalone_mode=False, prog_name="nanothink")
+        return result if isinstance(result, int) else 0
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
             return _usage_error(error)

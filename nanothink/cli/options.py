@@ -17,11 +17,12 @@ import typer
 from typer.core import TyperCommand
 
 from nanothink.cli import completion
+from nanothink.errors import UsageError
 
 if TYPE_CHECKING:
     from nanothink.config import DataConfig
     from nanothink.config.run import ResolvedConfig
-    from nanothink.training.distributed import Launch
+    from nanothink.training.launch import Launch
 
 NEWEST = "newest"
 
@@ -96,8 +97,6 @@ def _is_kind(word: str) -> bool:
 
 def _refuse_folder(args: list[str], command: str, *, takes_kind: bool) -> None:
     """A folder is given to ``--resume`` by whoever means the latest run in it."""
-    from nanothink.errors import UsageError
-
     values = [args[i + 1] for i, argument in enumerate(args[:-1]) if argument == "--resume"]
     values += [argument.partition("=")[2] for argument in args if argument.startswith("--resume=")]
     for value in values:
@@ -213,15 +212,26 @@ def launch() -> Launch | None:
     """What torchrun has said to this process; None where there is only the one."""
     import os
 
-    from nanothink.training.distributed import Launch
+    from nanothink.training.launch import Launch
 
     return Launch.of(os.environ)
 
 
 def is_first_process() -> bool:
-    """Whether this process is to speak: the only one, or the first of several."""
-    launched = launch()
+    """Whether this process is to speak: the only one, the first, or one that cannot tell which it is."""
+    try:
+        launched = launch()
+    except UsageError:
+        return True
     return launched is None or launched.rank == 0
+
+
+def launched_with_others() -> bool:
+    """Whether torchrun started this process as one of several."""
+    try:
+        return launch() is not None
+    except UsageError:  # which the command says
+        return False
 
 
 def refuse_early(configure: Callable[[Mapping[str, Any] | None], ResolvedConfig]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nanothink.cli import completion
+from nanothink.cli import completion, output
 from nanothink.cli.options import (
     CheckpointDir,
     ConfigFile,
@@ -186,6 +186,7 @@ def resume(
 def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -> int:
     """Train what ``where`` names and show how it goes; or say what it would take."""
     from nanothink.cli import render
+    from nanothink.errors import OutputError, ReaderGoneError
     from nanothink.runs.preparing import prepare
     from nanothink.runs.resuming import Watch
 
@@ -207,27 +208,37 @@ def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -
     from nanothink.runs.pretraining import pretrain as run_training
 
     if not is_first_process():
-        run_training(where, configure, observe=lambda _: None, watch=Watch(lambda _: None, lambda *_: None))
+        # It speaks only until it has met the first.
+        run_training(where, configure, observe=lambda _: None, watch=Watch(render.note, lambda *_: None))
         return 0
     with render.training_view() as view:
         finished = run_training(
             where, configure, observe=view, watch=Watch(note=view.note, progress=view.progress)
         )
     best = where.store.best
-    if as_json:
-        render.print_json(
-            {
-                "checkpoint": str(best) if best.exists() else None,
-                "step": finished.step,
-                "epoch": finished.epoch,
-                "reason": finished.reason,
-                "best_loss": finished.best_loss,
-                "validation": view.last_validation_as_dict(),
-                "seconds": finished.seconds,
-            }
-        )
-    else:
-        render.training_summary(where.stem, finished, best, view)
+    # A summary that nobody can read any more is no failure of a run that is complete and saved.
+    with output.optional_results() as lost:
+        if as_json:
+            render.print_json(
+                {
+                    "checkpoint": str(best) if best.exists() else None,
+                    "step": finished.step,
+                    "epoch": finished.epoch,
+                    "reason": finished.reason,
+                    "best_loss": finished.best_loss,
+                    "validation": view.last_validation_as_dict(),
+                    "seconds": finished.seconds,
+                }
+            )
+        else:
+            render.training_summary(where.stem, finished, best, view)
+    if lost and isinstance(lost[0], ReaderGoneError):
+        return lost[0].exit_code if as_json else 0
+    if lost:
+        told = OutputError(lost[0].reason, f"The run is complete and saved in {best}; its summary is lost.")
+        if as_json:  # the object was asked for
+            raise told
+        render.note(str(told))
     return 0
 
 

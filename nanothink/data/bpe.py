@@ -32,6 +32,11 @@ LENGTH = struct.Struct("<q")
 END = -1
 RESULT = b"tokenizer: "
 
+_NOT_FOR_THIS_ONE = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
+
 
 def make_byte_level(backend: tokenizers.Tokenizer) -> None:
     """GPT-2's cutting into words, and its bytes."""
@@ -65,7 +70,7 @@ def learn(
 
 def serve(vocab_size: int, eos: str) -> None:
     """Learn from what comes in. Without an end of the texts there is nobody any more who waits for it."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the one who started this, who decides
+    for number in _NOT_FOR_THIS_ONE:  # they reach the one who started this, who decides
         signal.signal(number, signal.SIG_IGN)
     backend = learn(_texts(sys.stdin.buffer), vocab_size, eos, show_progress=True)
     sys.stdout.buffer.write(RESULT + backend.to_str().encode() + b"\n")

@@ -3,10 +3,12 @@
 - ``write``: whole files and folders, folders shared by a group, and the error for a disk that refuses
 - ``names``: temporary names, and what killed writers left under them
 - ``lock``: locks between processes
+- ``growing_file``: files that grow a whole line at a time, and wait for a full disk
 - ``private``: folders and files that no other user can have changed
 - ``block_file``: blocks that are changed in place (it needs numpy, so it is imported by itself)
 """
 
+from nanothink.disk.growing_file import GrowingFile
 from nanothink.disk.lock import HeldError, Note, can_lock, held, hold_in_use, is_in_use, locked, silent
 from nanothink.disk.names import leftovers, remove, shown, sweep, sweep_folder, temporary_path
 from nanothink.disk.private import is_safe, open_private, private_folder, user_folders
@@ -14,7 +16,6 @@ from nanothink.disk.write import (
     Explain,
     make_folder,
     new_folder,
-    open_appending,
     remove_empty,
     scratch_folder,
     storage_error,
@@ -28,6 +29,7 @@ from nanothink.disk.write import (
 
 __all__ = [
     "Explain",
+    "GrowingFile",
     "HeldError",
     "Note",
     "can_lock",
@@ -39,7 +41,6 @@ __all__ = [
     "locked",
     "make_folder",
     "new_folder",
-    "open_appending",
     "open_private",
     "private_folder",
     "remove",

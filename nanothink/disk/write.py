@@ -26,7 +26,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from nanothink.disk.names import shown, sweep, temporary_path
 from nanothink.errors import StorageError
@@ -112,7 +112,7 @@ def whole_file(
         if durable:
             sweep(path)
         temporary = temporary_path(path)
-        raw = RawFile(_open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
+        raw = RawFile(open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
     except OSError as error:
         remove_empty(created)
         raise _explained(path, error, explain) from error
@@ -287,12 +287,6 @@ def try_to_write(folder: Path) -> None:
     remove_empty(created)
 
 
-def open_appending(path: Path) -> TextIO:
-    """Open a text file to append to, made if need be; never through a symbolic link. Raises OSError."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-    return os.fdopen(_open_plain(path, flags), "a", encoding="utf-8")
-
-
 def open_shared(path: Path, *, create: bool, heed_umask: bool = True) -> int:
     """Open a file that several processes change in place, never through a symbolic link.
 
@@ -301,10 +295,10 @@ def open_shared(path: Path, *, create: bool, heed_umask: bool = True) -> int:
     flags = os.O_RDWR
     if create:
         with contextlib.suppress(FileExistsError):
-            descriptor = _open_plain(path, flags | os.O_CREAT | os.O_EXCL)
+            descriptor = open_plain(path, flags | os.O_CREAT | os.O_EXCL)
             _share(descriptor, path.parent, heed_umask=heed_umask)
             return descriptor
-    return _open_plain(path, flags)
+    return open_plain(path, flags)
 
 
 def sync_folder(folder: Path) -> None:
@@ -341,7 +335,7 @@ def _sync(descriptor: int, *also_unsupported: int) -> None:
             raise
 
 
-def _open_plain(path: Path, flags: int) -> int:
+def open_plain(path: Path, flags: int) -> int:
     try:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:

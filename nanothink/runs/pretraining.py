@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import random
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
@@ -82,7 +83,7 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
         NanoThinkError: anything a person can mend, said so; see nanothink.errors.
     """
     with ExitStack() as stack:
-        processes = stack.enter_context(join(where.device))
+        processes = stack.enter_context(join(where.device, watch.note))
         where = replace(where, device=processes.device)
         store = where.store
         if not processes.is_first:
@@ -118,7 +119,8 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
         run = build_run(prepared, watch, processes, stack)
         processes.require_same("their first weights", weights_checksum(run.model))
         # Only from here on is there a state to save; a signal during the preparation just ends it.
-        stop = stack.enter_context(StopRequest(watch.note if processes.is_first else None))
+        say = watch.note if processes.is_first else None
+        stop = stack.enter_context(StopRequest(say, forwarded=processes.size > 1))
         if prepared.origin is None and processes.is_first:
             # Before the first step, so that a disk without room says so now, and so that what --overwrite
             # replaces is set aside all at once: the files here, the records just below.
@@ -128,9 +130,8 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
             watch.note(f"The best checkpoint so far is kept as {kept}.")
         tell = observe
         if processes.is_first:
-            recorder = RunRecorder(
-                where.checkpoint_dir / "runs" / where.stem, _description(prepared, run), run.state
-            )
+            folder = where.checkpoint_dir / "runs" / where.stem
+            recorder = RunRecorder(folder, _description(prepared, run), run.state, watch.note)
             stack.callback(recorder.close)
             recorder.forget_ending()
 
@@ -156,7 +157,7 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
         )
         finished = train(run, _services(prepared, run, store, tell, stop))
         if processes.is_first:
-            recorder.keep_ending(
+            ending_is_kept = recorder.keep_ending(
                 {
                     "reason": finished.reason,
                     "step": finished.step,
@@ -165,7 +166,8 @@ def pretrain(where: Where, configure: Configure, *, observe: Observer, watch: Wa
                     "settings": ending_settings(prepared.training),
                 }
             )
-            store.remove_interrupted()
+            if ending_is_kept:  # else a resume would take the run for one to be trained further
+                store.remove_interrupted()
         return finished
 
 
@@ -434,7 +436,12 @@ def _services(
             store.write(path, checkpoint_payload(prepared, run))
         return path
 
-    return Services(evaluate=evaluate, sample=sample, save=save, observe=tell, stop=stop)
+    def resume_command(path: Path) -> str:
+        asked = prepared.where.device if processes.size == 1 else None  # else each process has its own
+        device = ["--device", asked] if asked else []
+        return shlex.join([*processes.launcher, "nanothink", "resume", str(path), *device])
+
+    return Services(evaluate, sample, save, observe=tell, stop=stop, resume_command=resume_command)
 
 
 def _sample_prompts(prepared: Prepared) -> list[str]:

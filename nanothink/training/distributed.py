@@ -14,16 +14,13 @@ imported. Why not DistributedDataParallel: docs/decisions/0017-distributed.md.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-import re
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +31,15 @@ from nanothink.errors import (
     RankError,
     TrainingDivergedError,
     UsageError,
+)
+from nanothink.training.interruption import stopping_signals
+from nanothink.training.launch import (
+    FIRST_WORD_SECONDS,
+    POLL_SECONDS,
+    Launch,
+    first_sentence,
+    meet,
+    telling_after,
 )
 
 if TYPE_CHECKING:
@@ -48,26 +54,6 @@ BUCKET_BYTES = 25 << 20
 """Gradients are added in pieces of about this size, each sent off while the backward pass goes on."""
 
 _ALIGNMENT = 16  # floats: every gradient begins at a multiple of 64 bytes, as a tensor of its own would
-_POLL_SECONDS = 0.1
-_RUNS = itertools.count()  # that this process has joined
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What torchrun says to a process that it starts."""
-
-    rank: int
-    local_rank: int
-    size: int
-
-    @classmethod
-    def of(cls, environ: Mapping[str, str]) -> Launch | None:
-        """None for a process that is alone, torchrun's only one included."""
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        if any(not environ.get(name) for name in names):
-            return None
-        rank, local_rank, size = (int(environ[name]) for name in names[:3])
-        return cls(rank, local_rank, size) if size > 1 else None
 
 
 class Processes:
@@ -75,6 +61,8 @@ class Processes:
 
     rank = 0
     size = 1
+    launcher: Sequence[str] = ()
+    """Words before ``nanothink`` that start as many again."""
 
     def __init__(self, device: str | None = None) -> None:
         self.device = device
@@ -127,11 +115,12 @@ ALONE = Processes()
 
 
 @contextmanager
-def join(device: str | None = None) -> Iterator[Processes]:
+def join(device: str | None = None, say: Callable[[str], None] = lambda _: None) -> Iterator[Processes]:
     """Meet the other processes of this run, if torchrun has started any.
 
     Args:
         device: as ``--device`` has it; on GPUs every process takes one of its own.
+        say: hears for whom this process waits, if it waits long.
 
     Raises:
         UsageError: the device cannot be shared out.
@@ -143,16 +132,23 @@ def join(device: str | None = None) -> Iterator[Processes]:
         yield Processes(device)
         return
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
 
     own = _own_device(device, launch)
-    with _peers("The processes of this run did not find each other"):
-        # The store first: it is where the others wait, without a time limit, for what the first prepares.
-        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
-        # torchrun keeps it: an earlier run of these processes has left addresses there.
-        store = PrefixStore(f"run {next(_RUNS)}", store)
-        backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+    store = meet(launch, say, TIMEOUT)
+
+    def still_connecting() -> None:
+        if launch.rank == 0:
+            say(
+                "All processes are there and connect to each other. If that does not end, they have chosen "
+                "network cards that cannot reach each other: name one by GLOO_SOCKET_IFNAME and "
+                "NCCL_SOCKET_IFNAME."
+            )
+
+    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+    with (
+        _peers("The processes of this run could not connect to each other"),
+        telling_after(FIRST_WORD_SECONDS, still_connecting),
+    ):
         dist.init_process_group(
             backend, store=store, rank=launch.rank, world_size=launch.size, timeout=TIMEOUT
         )
@@ -161,7 +157,7 @@ def join(device: str | None = None) -> Iterator[Processes]:
     except BaseException as error:
         # torchrun ends all processes once one of them has; this one is to say first why it does.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in stopping_signals():
                 signal.signal(number, signal.SIG_IGN)
         if isinstance(error, (InterruptedRun, TrainingDivergedError)):  # all have agreed on these
             _leave_together()
@@ -174,7 +170,7 @@ def join(device: str | None = None) -> Iterator[Processes]:
 class _Several(Processes):
     def __init__(self, launch: Launch, device: str, store: Any) -> None:
         super().__init__(device)
-        self.rank, self.size = launch.rank, launch.size
+        self.rank, self.size, self.launcher = launch.rank, launch.size, launch.command
         self._store = store
         self._turn = 0
         self._gradients: _GradientSum | None = None
@@ -205,7 +201,7 @@ class _Several(Processes):
             with _peers():
                 if self._store.check([key]):
                     break
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         verdict = self._store.get(key).decode()
         if verdict == "failed":
             raise DistributedError("The first process of this run failed, and says why.")
@@ -376,11 +372,9 @@ def _peers(
     try:
         yield
     except RuntimeError as error:
-        # Without where in the library's source it was raised, and its advice.
-        lines = re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()
-        reason = lines[0].split(". ")[0] if lines else type(error).__name__
         raise DistributedError(
-            f"{what} ({reason}). The last checkpoint is untouched: start all processes again, with --resume."
+            f"{what} ({first_sentence(error)}). The last checkpoint is untouched: start all processes again, "
+            "with --resume."
         ) from error
 
 

@@ -9,6 +9,7 @@ of an epoch and its evaluation resumes with just that evaluation.
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
@@ -74,6 +75,7 @@ class Services:
     sample: text by prompt, leaving every random state as it was; may raise EvaluationStopped likewise.
     save: write a checkpoint of ``state`` in a role ("best", "epoch", "interrupted"), return its path.
     stop: whether this process was asked to stop; where one was, all do.
+    resume_command: what to type to continue from a checkpoint.
     """
 
     evaluate: Callable[[], Evaluation]
@@ -81,6 +83,7 @@ class Services:
     save: Callable[[str], Path]
     observe: Observer
     stop: StopRequest
+    resume_command: Callable[[Path], str] = lambda path: f"nanothink resume {shlex.quote(str(path))}"
 
 
 def train(run: Run, services: Services) -> RunFinished:
@@ -105,8 +108,8 @@ def train(run: Run, services: Services) -> RunFinished:
         if run.processes.any(services.stop()):
             path = _save("interrupted", run, services)
             raise InterruptedRun(
-                f"Stopped by {services.stop.name} after step {state.step} of {plan.total_steps}; "
-                f"everything is in {path}. Go on with: nanothink resume {path}"
+                f"Stopped by {services.stop.name} after step {state.step} of {plan.total_steps}. Paused and "
+                f"saved. Resume with: {services.resume_command(path)}"
             )
         if reason := _reason_to_end(run):
             break

@@ -17,14 +17,15 @@ import json
 import math
 import secrets
 import socket
+import struct
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nanothink.disk import make_folder, new_folder, open_appending, write_whole
-from nanothink.errors import StorageError
+from nanothink.disk import GrowingFile, make_folder, new_folder, write_whole
+from nanothink.errors import StorageError, counted
 from nanothink.inference.evaluate import Evaluation, Score
 from nanothink.training.events import Evaluated, Event, Sampled, StepDone
 from nanothink.training.state import TrainState
@@ -37,17 +38,29 @@ _FILES = ("metrics.jsonl", "samples.jsonl")
 class RunRecorder:
     """An observer that writes a run's files.
 
+    Once it has begun, a disk that refuses does not stop the run: it is said once, what could not be written
+    waits in memory, and each later event tries again.
+
     Args:
         folder: the run's own folder.
         description: what goes into config.json.
         state: where the run stands; lines beyond it are dropped, all of them if it has not begun.
+        note: hears that the disk refuses, and that it takes lines again.
 
     Raises:
         StorageError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, description: Mapping[str, Any], state: TrainState) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        description: Mapping[str, Any],
+        state: TrainState,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.folder = folder
+        self._note = note
+        self._refused = False
         with self._disk_said_no():
             if state.step == 0 and folder.exists():
                 _set_aside(folder)
@@ -55,7 +68,7 @@ class RunRecorder:
             for name in _FILES:
                 _drop_lines_beyond(folder / name, state)
             _write_whole(folder / "config.json", description)
-            self._metrics, self._samples = (open_appending(folder / name) for name in _FILES)
+            self._metrics, self._samples = (GrowingFile(folder / name) for name in _FILES)
             self._tensorboard = _TensorBoard(folder, state)
 
     @contextmanager
@@ -66,8 +79,32 @@ class RunRecorder:
             raise _cannot_write(self.folder, error) from None
 
     def __call__(self, event: Event) -> None:
-        with self._disk_said_no():
-            self._record(event)
+        self._record(event)
+        self._write_out(self._metrics, self._samples)
+        if isinstance(event, Evaluated) or self._tensorboard.is_due():
+            self._write_out(self._tensorboard)
+
+    def _write_out(self, *files: GrowingFile | _TensorBoard) -> None:
+        refused: OSError | None = None
+        for file in files:
+            try:
+                file.write_out()
+            except OSError as error:
+                refused = error
+        if refused is not None and not self._refused:
+            self._refused = True
+            self._note(
+                f"warning: the run's records cannot be written to {self.folder}: "
+                f"{refused.strerror or refused}. Training continues; what is missing is written as soon as "
+                "the disk takes it."
+            )
+        elif self._refused and not any(file.n_waiting for file in self._files):
+            self._refused = False
+            self._note(f"The run's records are complete again in {self.folder}.")
+
+    @property
+    def _files(self) -> tuple[GrowingFile, GrowingFile, _TensorBoard]:
+        return self._metrics, self._samples, self._tensorboard
 
     def _record(self, event: Event) -> None:
         if isinstance(event, StepDone) and event.logged:
@@ -107,7 +144,6 @@ class RunRecorder:
                 },
             )
             self._validation_scalars(event.evaluation, event.step)
-            self._tensorboard.flush()
         elif isinstance(event, Sampled):
             self._line(
                 self._samples, {"step": event.step, "epoch": event.epoch, "samples": dict(event.texts)}
@@ -115,9 +151,14 @@ class RunRecorder:
             for prompt, text in event.texts.items():
                 self._tensorboard.text(f"sample/{prompt}", prompt + text, event.step)
 
-    def keep_ending(self, ending: Mapping[str, Any]) -> None:
-        with self._disk_said_no():
+    def keep_ending(self, ending: Mapping[str, Any]) -> bool:
+        """Record how the run ended. False where the disk refuses, which is said."""
+        try:
             _write_whole(self.folder / ENDING, ending)
+        except StorageError as error:
+            self._note(f"warning: how this run ended is not recorded. {error}")
+            return False
+        return True
 
     def forget_ending(self) -> None:
         """The run goes on."""
@@ -125,13 +166,15 @@ class RunRecorder:
             (self.folder / ENDING).unlink(missing_ok=True)
 
     def close(self) -> None:
-        for file in (self._metrics, self._samples, self._tensorboard):
-            with suppress(OSError):  # a disk that is full has said so already, at the write itself
-                file.close()
+        self._write_out(*self._files)
+        missing = sum(file.n_waiting + file.n_lost for file in (self._metrics, self._samples))
+        if missing:
+            self._note(f"warning: {counted(missing, 'line')} of the run's records could not be written.")
+        for file in self._files:
+            file.close()
 
-    def _line(self, file: Any, values: Mapping[str, Any]) -> None:
-        file.write(json.dumps(_finite(values), ensure_ascii=False) + "\n")
-        file.flush()
+    def _line(self, file: GrowingFile, values: Mapping[str, Any]) -> None:
+        file.add((json.dumps(_finite(values), ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
     def _scalars(self, group: str, numbers: Mapping[str, float], step: int) -> None:
         for name, value in numbers.items():
@@ -147,8 +190,10 @@ class RunRecorder:
 
 
 class _TensorBoard:
-    """One event file. Written in the thread that trains: tensorboardX's own writer hands events to a
-    thread, and where that dies of a full disk, the run would wait for it for ever.
+    """One event file, in the format of TFRecord: length, its checksum, an event, its checksum.
+
+    Not tensorboardX's own writer: it hands events to a thread, and where that dies of a full disk, the run
+    would wait for it for ever.
 
     Raises:
         OSError: the disk refuses.
@@ -159,42 +204,53 @@ class _TensorBoard:
     def __init__(self, folder: Path, state: TrainState) -> None:
         from tensorboardX.proto.event_pb2 import Event as Entry  # it takes a second to import
         from tensorboardX.proto.event_pb2 import SessionLog
-        from tensorboardX.record_writer import RecordWriter
 
         self._entry = Entry
-        # It is opened by its name, so nobody may guess that and put a link there.
+        # Its name cannot be guessed, so nobody can put another file there.
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{secrets.token_hex(6)}"
-        self._file = RecordWriter(str(folder / name))
+        self._file = GrowingFile(folder / name)
         self._write(file_version="brain.Event:2")
         if state.step:
             # TensorBoard hides what earlier processes wrote for the steps that are done again
             self._write(step=state.step + 1, session_log=SessionLog(status=SessionLog.START))
-        self.flush()
+        self.write_out()
 
     def scalar(self, name: str, value: float, step: int) -> None:
         from tensorboardX.summary import scalar
 
-        self._add(scalar(name, value), step)
+        self._write(step=step, summary=scalar(name, value))
 
     def text(self, name: str, text: str, step: int) -> None:
         from tensorboardX.summary import text as as_summary
 
-        self._add(as_summary(name, text), step)
+        self._write(step=step, summary=as_summary(name, text))
 
-    def flush(self) -> None:
-        self._file.flush()
-        self._flushed = time.monotonic()
+    @property
+    def n_waiting(self) -> int:
+        return self._file.n_waiting if self._refused else 0
+
+    @property
+    def n_lost(self) -> int:
+        return self._file.n_lost
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._tried > self.FLUSH_SECONDS
+
+    def write_out(self) -> None:
+        self._tried, self._refused = time.monotonic(), True
+        self._file.write_out()
+        self._refused = False
 
     def close(self) -> None:
         self._file.close()
 
     def _write(self, **entry: Any) -> None:
-        self._file.write(self._entry(wall_time=time.time(), **entry).SerializeToString())
+        from tensorboardX.record_writer import masked_crc32c
 
-    def _add(self, summary: Any, step: int) -> None:
-        self._write(step=step, summary=summary)
-        if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
-            self.flush()
+        event = self._entry(wall_time=time.time(), **entry).SerializeToString()
+        length = struct.pack("<Q", len(event))
+        checks = (struct.pack("<I", masked_crc32c(part)) for part in (length, event))
+        self._file.add(b"".join((length, next(checks), event, next(checks))))
 
 
 def score_as_dict(score: Score) -> dict[str, float]:
@@ -253,10 +309,9 @@ def _drop_lines_beyond(path: Path, state: TrainState) -> None:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue  # the last line of a killed process may be cut off; its step is done again
-        if not isinstance(entry, dict):
+        if not isinstance(entry, dict) or not isinstance(step := entry.get("step", 0), (int, float)):
             continue
-        limit = state.step if entry.get("event") == "train" else state.evaluated_step
-        if entry.get("step", 0) <= limit:
+        if step <= (state.step if entry.get("event") == "train" else state.evaluated_step):
             kept.append(line)
     write_whole(path, b"".join(line + b"\n" for line in kept), explain=_in_folder)
 
@@ -274,6 +329,6 @@ def _in_folder(path: Path, error: OSError) -> StorageError:
 def _cannot_write(folder: Path, error: OSError) -> StorageError:
     return StorageError(
         f"The run's records cannot be written to {folder}: {error.strerror or error}. The checkpoints are as "
-        "they were. Free space or permissions there and go on with --resume, or choose another "
+        "they were. Free space or permissions there and continue with --resume, or choose another "
         "--checkpoint-dir."
     )

@@ -153,8 +153,12 @@ def execute(task: dict[str, Any]) -> int:
         # The system ends a process in the middle of the write that makes a file longer than this.
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (task["file_bytes"], resource.RLIM_INFINITY))
+    for name in task["ignored"]:
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
     if task["strike"] is not None:
         strike_at(task["strike"], task["stderr"] + ".struck")
+    if task["output"]:
+        lose_output(task["output"].removesuffix("2"), (1, 2) if task["output"].endswith("2") else (1,))
     from nanothink.cli.app import main
 
     try:
@@ -168,6 +172,28 @@ def execute(task: dict[str, Any]) -> int:
         if disk is not None and disk.get("kept_in"):
             shutil.copytree(disk["folder"], disk["kept_in"], dirs_exist_ok=True)
     return 0
+
+
+def lose_output(how: str, descriptors: tuple[int, ...]) -> None:
+    """Make them as a shell, a full disk, a reader that has gone or a closed terminal leaves them.
+
+    ``how`` may also be the path of a terminal, for both.
+    """
+    if how == "closed":
+        for descriptor in descriptors:
+            os.close(descriptor)
+            setattr(sys, {1: "stdout", 2: "stderr"}[descriptor], None)  # as Python does when it starts
+        return
+    if how.startswith("/"):
+        lost, descriptors = os.open(how, os.O_WRONLY | os.O_NOCTTY), (1, 2)
+    elif how == "full":
+        lost = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, lost = os.openpty() if how == "hung up" else os.pipe()
+        os.close(reader)
+    for descriptor in descriptors:
+        os.dup2(lost, descriptor)
+    os.close(lost)
 
 
 def fill(folder: str) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -227,13 +227,16 @@ class CommandServer:
         cwd: Path | None = None,
         user: int | None = None,
         disk: Mapping[str, Any] | None = None,
+        ignored: Sequence[str] = (),
+        output: str = "",
         **environment: str,
     ) -> Process:
         """``strike``: see ``strike_at``; ``write_seconds``: what each write of up to 4 KiB takes longer;
         ``file_bytes``: a longer file ends the process, by SIGXFSZ, in the middle of the write;
         ``user``: run as that user id, which only root may ask for; ``disk``: a small file system over
         ``folder``, with ``options`` of tmpfs, beginning with a copy of ``content``, perhaps full (``fill``)
-        or ``read_only``, and copied to ``kept_in`` at the end."""
+        or ``read_only``, and copied to ``kept_in`` at the end; ``ignored``: signals that are; ``output``:
+        "full", "closed", "gone", "hung up" or, with a "2" after it, standard error too: ``lose_output``."""
         assert self._current is None or self._current.has_ended(), "one command at a time"
         files = (Path(self._folder.name) / "stdout", Path(self._folder.name) / "stderr")
         for file in files:
@@ -249,6 +252,8 @@ class CommandServer:
             "cwd": str(cwd or self._folder.name),
             "user": user,
             "disk": disk,
+            "ignored": list(ignored),
+            "output": output,
             "environment": environment,
         }
         assert self._process.stdin is not None

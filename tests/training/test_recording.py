@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -124,19 +125,58 @@ def test_half_a_character_of_a_killed_process_is_dropped(tmp_path: Path) -> None
     assert path.read_bytes() == whole
 
 
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize("which", ["metrics", "tensorboard"])
-def test_a_disk_that_fills_up_ends_in_one_error_and_not_in_waiting(tmp_path: Path, which: str) -> None:
-    recorder = RunRecorder(tmp_path / "runs" / "x", {}, TrainState())
-    recorder(step(1))
-    file = recorder._metrics
-    if which == "tensorboard":
-        file = recorder._tensorboard._file._writer
-    full = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(full, file.fileno())
-    os.close(full)
-    with pytest.raises(StorageError, match=r"records cannot be written.*No space left.*--resume"):
-        for number in range(2, 1000):
-            recorder(step(number))
-            recorder(evaluated(number))
+def test_a_full_disk_is_said_once_and_what_waited_is_written_when_it_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room: float = math.inf
+    really_write = os.write
+
+    def write(descriptor: int, data: memoryview) -> int:
+        nonlocal room
+        if room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = really_write(descriptor, data[: int(min(room, len(data)))])
+        room -= written
+        return written
+
+    monkeypatch.setattr("nanothink.disk.growing_file.os.write", write)
+    notes: list[str] = []
+    recorder = RunRecorder(tmp_path, {}, TrainState(), notes.append)
+    for number in range(1, 9):
+        if number == 3:
+            room = 100  # of a line, a part
+        if number == 7:
+            room = math.inf
+        recorder(step(number))
+        recorder(evaluated(number))
+        recorder(Sampled(number, 1, {"Once": " upon"}))
+        expected = number if number < 3 or number > 6 else 2
+        assert [entry["step"] for entry in lines(tmp_path, "samples.jsonl")] == list(range(1, expected + 1))
+        assert len(lines(tmp_path)) == 2 * expected
     recorder.close()
+    assert [entry["step"] for entry in lines(tmp_path)] == [n for n in range(1, 9) for _ in range(2)]
+    first, second = notes
+    assert "No space left on device. Training continues" in first
+    assert "complete again" in second
+    events = b"".join(path.read_bytes() for path in tmp_path.glob("events.out.*"))
+    assert events.count(b"bits_per_byte/d") == 8
+
+
+def test_what_never_found_room_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    recorder = RunRecorder(tmp_path, {}, TrainState(), notes.append)
+    recorder(step(1))
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("nanothink.disk.growing_file.os.write", refuse)
+    monkeypatch.setattr("nanothink.disk.growing_file.MOST_WAITING_BYTES", 500)  # two lines
+    for number in range(2, 10):
+        recorder(step(number))
+    monkeypatch.setattr("nanothink.disk.write.RawFile", refuse)
+    assert not recorder.keep_ending({})
+    recorder.close()
+    assert [line.partition(":")[0] for line in notes] == ["warning"] * 3
+    assert "8 lines of the run's records could not be written" in notes[2]
+    assert [entry["step"] for entry in lines(tmp_path)] == [1]
