@@ -336,6 +336,7 @@ def _sync(descriptor: int, *also_unsupported: int) -> None:
 
 
 def open_plain(path: Path, flags: int) -> int:
+    """Open a file, never through a symbolic link. Raises OSError."""
     try:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:

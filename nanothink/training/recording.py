@@ -156,7 +156,8 @@ class RunRecorder:
         try:
             _write_whole(self.folder / ENDING, ending)
         except StorageError as error:
-            self._note(f"warning: how this run ended is not recorded. {error}")
+            reason = getattr(error.__cause__, "strerror", None) or error
+            self._note(f"warning: {self.folder / ENDING} cannot be written: {reason}.")
             return False
         return True
 

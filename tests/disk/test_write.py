@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from nanothink.disk import (
+    GrowingFile,
     make_folder,
     new_folder,
-    open_appending,
     scratch_folder,
     storage_error,
     sync_folder,
@@ -284,7 +284,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     (place / "dangling").symlink_to(tmp_path / "made")
     for name in ("log", "dangling"):
         with pytest.raises(OSError, match="a symbolic link is in the way"):
-            open_appending(place / name)
+            GrowingFile(place / name)
     (place / "folder").symlink_to(tmp_path)
     with whole_folder(place / "folder") as folder:
         (folder / "inside").write_bytes(b"x")

@@ -22,7 +22,7 @@ SOON_SECONDS = 20.0
 """For a step, a validation batch or a token of these runs, and one save, on a machine that is busy."""
 
 WHILE_TRAINING: dict[str, dict[str, Any]] = {
-    "the first checkpoint": {"call": "nanothink.checkpoints.file:_write_to_disk"},
+    "the first checkpoint": {"call": "nanothink.checkpoints.archive:DigestingWriter.seal"},
     "the very first step": {"call": "torch:Tensor.backward"},
     "training": {"event": "StepDone", "having": {"step": 6}},
     "evaluation": {"event": "EvaluationProgress", "nth": 4},
