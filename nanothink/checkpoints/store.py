@@ -27,7 +27,17 @@ from nanothink.checkpoints.names import (
     validate_name,
 )
 from nanothink.checkpoints.payload import CheckpointPayload
-from nanothink.disk import HeldError, Note, held, leftovers, make_folder, new_folder, silent, sync_folder
+from nanothink.disk import (
+    HeldError,
+    Note,
+    held,
+    leftovers,
+    make_folder,
+    new_folder,
+    silent,
+    sync_folder,
+    whole_file,
+)
 from nanothink.errors import (
     CheckpointBusyError,
     CheckpointDamagedError,
@@ -143,7 +153,8 @@ class CheckpointStore:
             try:
                 os.link(self.best, kept)
             except OSError:  # a file system without links
-                shutil.copyfile(self.best, kept)
+                with open(self.best, "rb") as best, whole_file(kept) as copy:
+                    shutil.copyfileobj(best, copy)
             sync_folder(kept.parent)
         except OSError as error:
             raise _storage_error(self.best, "cannot be kept", error) from error

@@ -193,11 +193,12 @@ def _release(path: Path, own: _Holder, descriptor: int | None) -> None:
 
 def _try_lock(path: Path) -> int | None:
     """Lock the file; None when another process has it. Raises OSError, _NoLocksError."""
-    while True:
+    for tries_left in reversed(range(10)):
         descriptor = _open(path)
         try:
             _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+            # Some network disks number a file anew each time it is asked for.
+            if not tries_left or os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 return descriptor
         except FileNotFoundError:
             pass  # removed meanwhile: what is locked has no name any more
@@ -207,6 +208,7 @@ def _try_lock(path: Path) -> int | None:
                 return None
             raise
         os.close(descriptor)
+    return None
 
 
 def _open(path: Path) -> int:

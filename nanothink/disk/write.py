@@ -116,7 +116,7 @@ def whole_file(
     except OSError as error:
         remove_empty(created)
         raise _explained(path, error, explain) from error
-    file, in_block = io.BufferedWriter(raw), True
+    file, in_block, renamed = io.BufferedWriter(raw), True, False
     try:
         yield file
         in_block = False
@@ -127,10 +127,11 @@ def whole_file(
         if before_replace is not None:
             before_replace()
         _rename(temporary, path, raw.fileno())
+        renamed = True
         if durable:
             sync_folder(path.parent)
     except BaseException as error:
-        replaced = _is_at(raw.fileno(), path)
+        replaced = renamed or _is_at(raw.fileno(), path)
         if not replaced:
             with contextlib.suppress(OSError):
                 temporary.unlink()

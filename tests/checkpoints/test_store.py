@@ -235,6 +235,54 @@ def test_overwriting_that_never_writes_loses_nothing(store, make_payload, monkey
     assert new_run.existing() == [new_run.best]
 
 
+@pytest.mark.parametrize("failing", [1, 2, 0], ids=["first move", "second move", "the rename"])
+def test_an_overwriting_save_that_fails_late_puts_the_old_files_back(
+    store, make_payload, monkeypatch, failing
+):
+    for path in (store.best, store.interrupted):
+        store.write(path, make_payload(seed=1))
+    before = {path: path.read_bytes() for path in store.existing()}
+    new_run = CheckpointStore(store.folder, store.stem)
+    new_run.guard_new_run(overwrite=True)
+    n_renames, rename, replace = 0, os.rename, os.replace
+
+    def failing_rename(source: Any, target: Any) -> None:
+        nonlocal n_renames
+        n_renames += 1
+        if n_renames == failing:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    def failing_replace(source: Any, target: Any) -> None:
+        if failing == 0:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing_rename)
+        patch.setattr(os, "replace", failing_replace)
+        with pytest.raises(StorageError, match="Input/output error") as caught:
+            new_run.write(new_run.best, make_payload(seed=2))
+    assert {path: path.read_bytes() for path in store.existing()} == before
+    assert os.listdir(store.folder / "replaced") == []
+    if failing == 0:
+        assert f"The earlier run's files are in {store.folder}" in str(caught.value)
+    new_run.write(new_run.best, make_payload(seed=2))
+    assert new_run.existing() == [new_run.best]
+
+
+def test_a_link_in_place_of_a_checkpoint_becomes_a_file(store, make_payload, tmp_path):
+    elsewhere = tmp_path / "elsewhere.pt"
+    store.write(store.best, make_payload(seed=1))
+    before = store.best.read_bytes()
+    store.best.rename(elsewhere)
+    store.best.symlink_to(elsewhere)
+    assert verify_checkpoint(store.best).step == 8  # what it leads to is read
+    store.write(store.best, make_payload(seed=2))
+    assert not store.best.is_symlink()
+    assert elsewhere.read_bytes() == before
+
+
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
 def test_the_best_so_far_is_kept(store, make_payload, monkeypatch, links):
     assert store.keep_best() is None

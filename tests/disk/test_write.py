@@ -293,12 +293,13 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["place", "victim"]
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic link", "hard link"])
 def test_a_name_that_somebody_takes_beforehand_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    link: Callable[[Path, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not by chance but by the system: what is made is made exclusively."""
     (tmp_path / "victim").write_bytes(b"precious")
-    (tmp_path / "guessed").symlink_to(tmp_path / "victim")
+    link(tmp_path / "victim", tmp_path / "guessed")
     monkeypatch.setattr("nanothink.disk.write.temporary_path", lambda path: tmp_path / "guessed")
     with pytest.raises(StorageError, match="Nothing was changed"):
         write_whole(tmp_path / "file", b"new")

@@ -358,6 +358,27 @@ def test_a_failed_write_leaves_the_old_store(
     }  # what the failed one left is swept up
 
 
+def test_a_manifest_that_cannot_be_read_costs_no_file(
+    read: Read, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the disk says nothing of the store, so nothing of it is swept up."""
+    store = make(read("letters"))
+    old = fingerprint(store.folder)
+    writable = open_store(store.folder, EXACT, writable=True)
+    really = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == "manifest.json":
+            raise OSError(5, "Input/output error")
+        return really(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(StorageError, match=r"Cannot read .*manifest\.json: Input/output error"):
+        make(read(), store=writable)
+    monkeypatch.undo()
+    assert fingerprint(store.folder) == old
+
+
 @pytest.mark.parametrize("role", ["index", "tokens", "documents", "heldout", "merged"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
 def test_a_damaged_file_is_named(role: str, damage: str, read: Read, make: Make) -> None:

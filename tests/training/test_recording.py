@@ -125,6 +125,23 @@ def test_half_a_character_of_a_killed_process_is_dropped(tmp_path: Path) -> None
     assert path.read_bytes() == whole
 
 
+def test_records_are_not_written_through_links(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "runs" / "x", tmp_path / "elsewhere"
+    folder.mkdir(parents=True)
+    elsewhere.write_text("precious")
+    (folder / "config.json").symlink_to(elsewhere)
+    (folder / "samples.jsonl").symlink_to(tmp_path / "made")
+    with pytest.raises(StorageError, match=r"records cannot be written.*a symbolic link is in the way"):
+        RunRecorder(folder, {}, TrainState(step=1))
+    (folder / "samples.jsonl").unlink()
+    recorder = RunRecorder(folder, {}, TrainState(step=1))
+    recorder(step(2))
+    recorder.close()
+    assert elsewhere.read_text() == "precious"
+    assert not (folder / "config.json").is_symlink()
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_full_disk_is_said_once_and_what_waited_is_written_when_it_has_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
