@@ -1,6 +1,7 @@
 """The ground floor: the only part that knows how to write whole or not at all, sync, lock and name files.
 
-- ``write``: whole files and folders, folders shared by a group, and the error for a disk that refuses
+- ``write``: whole files and folders, and the error for a disk that refuses
+- ``folders``: folders that are made, shared by a group and synced
 - ``names``: temporary names, and what killed writers left under them
 - ``lock``: locks between processes
 - ``growing_file``: files that grow a whole line at a time, and wait for a full disk
@@ -8,19 +9,15 @@
 - ``block_file``: blocks that are changed in place (it needs numpy, so it is imported by itself)
 """
 
+from nanothink.disk.folders import make_folder, new_folder, remove_empty, sync_folder, sync_tree
 from nanothink.disk.growing_file import GrowingFile
 from nanothink.disk.lock import HeldError, Note, can_lock, held, hold_in_use, is_in_use, locked, silent
 from nanothink.disk.names import leftovers, remove, shown, sweep, sweep_folder, temporary_path
 from nanothink.disk.private import is_safe, open_private, private_folder, user_folders
 from nanothink.disk.write import (
     Explain,
-    make_folder,
-    new_folder,
-    remove_empty,
     scratch_folder,
     storage_error,
-    sync_folder,
-    sync_tree,
     try_to_write,
     whole_file,
     whole_folder,

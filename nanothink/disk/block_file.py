@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nanothink.disk.folders import open_shared
 from nanothink.disk.lock import hold_in_use
-from nanothink.disk.write import open_shared
 
 Parts = list[NDArray[Any]]
 """A block in memory: arrays that lie one after the other on the disk, each contiguous."""

@@ -11,7 +11,7 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
-from nanothink.disk.write import open_plain
+from nanothink.disk.folders import open_plain
 
 MOST_WAITING_BYTES = 64 << 20
 """Beyond that the oldest pieces are given up: a disk may stay full for weeks."""

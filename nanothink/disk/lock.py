@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nanothink.disk.folders import UNSUPPORTED, open_shared
 from nanothink.disk.names import is_alive, shown, temporary_path
-from nanothink.disk.write import UNSUPPORTED, open_shared, storage_error
+from nanothink.disk.write import storage_error
 from nanothink.errors import StorageError
 
 Note = Callable[[str], None]

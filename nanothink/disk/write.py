@@ -10,9 +10,7 @@ Order of a write, and what a kill or a power cut leaves at each point:
 Nothing is ever written through a symbolic link that lies where a file is to be: temporary files are made
 exclusively under names that cannot be guessed, and the rename replaces a link instead of following it.
 
-A folder that its group may write to stays shared: what is made in it and changed in place later (folders,
-locks, block files) the group may write to as well. Finished files get the mode that the umask gives, or keep
-that of the file they replace.
+Finished files get the mode that the umask gives, or keep that of the file they replace.
 """
 
 from __future__ import annotations
@@ -20,22 +18,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import itertools
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nanothink.disk.folders import (
+    make_folder,
+    open_plain,
+    remove_empty,
+    set_mode,
+    share,
+    sync_file,
+    sync_folder,
+    sync_tree,
+)
 from nanothink.disk.names import shown, sweep, temporary_path
 from nanothink.errors import StorageError
 
 Explain = Callable[[Path, OSError], StorageError]
 """Makes the error for a failed write that left what was there in place."""
-
-UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
-"""Errors that say that a file system lacks an operation, not that the operation failed."""
 
 _REMEDIES = {
     errno.ENOSPC: "Free some space, or choose a larger disk, and run the command again",
@@ -123,7 +127,7 @@ def whole_file(
         file.flush()
         _keep_mode(raw.fileno(), path)
         if durable:
-            _sync(raw.fileno())
+            sync_file(raw.fileno())
         if before_replace is not None:
             before_replace()
         _rename(temporary, path, raw.fileno())
@@ -178,10 +182,10 @@ def _put_folder(scratch: Path, path: Path, in_use: bool) -> None:
         (scratch / "mode").mkdir()  # to learn the mode that the umask gives
         mode = stat.S_IMODE((scratch / "mode").stat().st_mode)
         (scratch / "mode").rmdir()
-        scratch.chmod(mode)
-        _share(scratch, path.parent)
+        set_mode(scratch, mode)
+        share(scratch, path.parent)
         for file in scratch.iterdir() if in_use else ():
-            _share(file, scratch)
+            share(file, scratch)
         old = temporary_path(aside) if os.path.lexists(path) else None
         if old is not None:
             os.rename(path, old)
@@ -189,7 +193,7 @@ def _put_folder(scratch: Path, path: Path, in_use: bool) -> None:
             os.rename(scratch, path)
         except BaseException:
             if old is not None:
-                os.rename(old, path)
+                _put_back(old, path)
             raise
         replaced = True
         sync_folder(path.parent)
@@ -199,6 +203,17 @@ def _put_folder(scratch: Path, path: Path, in_use: bool) -> None:
         if replaced:
             with contextlib.suppress(OSError):
                 sweep(aside)
+
+
+def _put_back(aside: Path, path: Path) -> None:
+    try:
+        os.rename(aside, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(
+            f"{shown(path)} could not be replaced, nor put back ({reason}). It lies whole in {shown(aside)}: "
+            "rename that."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -226,57 +241,6 @@ def scratch_folder(beside: Path, *, blamed: Path | None = None) -> Iterator[Path
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def make_folder(folder: Path, *, within: Path | None = None) -> list[Path]:
-    """Make a folder and those above it that are missing; return the new ones, inner ones first.
-
-    Folders below ``within`` have names that NanoThink chose, so a symbolic link among them that somebody
-    else made is not followed.
-
-    Raises OSError.
-    """
-    created: list[Path] = []
-    try:
-        for path in [*reversed(folder.parents), folder]:
-            if within is not None and within in path.parents:
-                _refuse_strangers_link(path)
-            if os.path.lexists(path) and path.is_dir():
-                continue
-            try:
-                path.mkdir()
-            except FileExistsError:
-                if not path.is_dir():  # else another process has just made it
-                    raise
-            else:
-                created.insert(0, path)
-                _share(path, path.parent)
-    except BaseException:
-        remove_empty(created)
-        raise
-    return created
-
-
-def new_folder(wanted: Path, *, within: Path) -> Path:
-    """Make a folder that is not there yet, under this name or else with ``-2``, ``-3``, ... at its end.
-
-    ``within`` as in ``make_folder``. Raises OSError.
-    """
-    make_folder(wanted.parent, within=within)
-    for attempt in itertools.count(1):
-        path = wanted.with_name(f"{wanted.name}-{attempt}") if attempt > 1 else wanted
-        with contextlib.suppress(FileExistsError):
-            path.mkdir()
-            _share(path, path.parent)
-            return path
-    raise AssertionError
-
-
-def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those folders, inner ones first in the list, that are there and hold nothing."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
 def try_to_write(folder: Path) -> None:
     """Find out that nothing can be written there before the work is done. Leaves no trace.
 
@@ -286,64 +250,6 @@ def try_to_write(folder: Path) -> None:
     with scratch_folder(folder / "trial", blamed=folder):
         pass
     remove_empty(created)
-
-
-def open_shared(path: Path, *, create: bool, heed_umask: bool = True) -> int:
-    """Open a file that several processes change in place, never through a symbolic link.
-
-    One that is made in a folder shared by a group can be opened by the group. Raises OSError.
-    """
-    flags = os.O_RDWR
-    if create:
-        with contextlib.suppress(FileExistsError):
-            descriptor = open_plain(path, flags | os.O_CREAT | os.O_EXCL)
-            _share(descriptor, path.parent, heed_umask=heed_umask)
-            return descriptor
-    return open_plain(path, flags)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in ``folder`` outlast a power cut, where the disk can. Raises OSError."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    except PermissionError:  # a folder that may be written to but not listed
-        return
-    try:
-        _sync(descriptor, errno.EBADF)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(folder: Path) -> None:
-    """Make everything in ``folder`` outlast a power cut. Raises OSError."""
-    for entry in list(os.scandir(folder)):
-        if entry.is_dir(follow_symlinks=False):
-            sync_tree(Path(entry.path))
-        else:
-            descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                _sync(descriptor)
-            finally:
-                os.close(descriptor)
-    sync_folder(folder)
-
-
-def _sync(descriptor: int, *also_unsupported: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED and error.errno not in also_unsupported:
-            raise
-
-
-def open_plain(path: Path, flags: int) -> int:
-    """Open a file, never through a symbolic link. Raises OSError."""
-    try:
-        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, "a symbolic link is in the way", str(path)) from None
-        raise
 
 
 def _explained(path: Path, error: OSError, explain: Explain | None) -> StorageError:
@@ -370,25 +276,3 @@ def _keep_mode(descriptor: int, path: Path) -> None:
         old = os.lstat(path)
         if stat.S_ISREG(old.st_mode) and old.st_uid == os.geteuid():
             os.fchmod(descriptor, stat.S_IMODE(old.st_mode) & 0o777)
-
-
-def _share(target: int | Path, folder: Path, *, heed_umask: bool = True) -> None:
-    """Let the group of ``folder``, if it may write there, write to what was just made in it.
-
-    What the umask hides from the group altogether stays hidden, unless the umask does not matter.
-    """
-    with contextlib.suppress(OSError):  # not a member of the group, or a file system without modes
-        above, made = os.stat(folder), os.stat(target)
-        if not above.st_mode & stat.S_IWGRP or (heed_umask and not made.st_mode & stat.S_IRGRP):
-            return
-        if made.st_gid != above.st_gid:
-            os.chown(target, -1, above.st_gid)
-        mode = stat.S_IMODE(os.stat(target).st_mode)
-        os.chmod(target, mode | (0o070 if stat.S_ISDIR(made.st_mode) else 0o060))
-
-
-def _refuse_strangers_link(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        status = os.lstat(path)
-        if stat.S_ISLNK(status.st_mode) and status.st_uid not in (0, os.geteuid()):
-            raise OSError(errno.ELOOP, "it is a symbolic link of another user", str(path))

@@ -23,6 +23,7 @@ from nanothink.disk import (
     whole_folder,
     write_whole,
 )
+from nanothink.disk.folders import set_mode, share
 from nanothink.errors import StorageError
 
 
@@ -252,6 +253,18 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(
     assert os.listdir(tmp_path / "folder") == ["old"]
 
 
+def test_a_folder_that_cannot_be_put_back_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with whole_folder(tmp_path / "folder") as folder:
+        (folder / "old").write_bytes(b"x")
+    refuse(monkeypatch, "rename", errno.EIO, where=lambda old, new: new == tmp_path / "folder")
+    with pytest.raises(StorageError, match="lies whole in") as caught, whole_folder(tmp_path / "folder"):
+        pass
+    assert "Nothing was changed" not in str(caught.value)
+    (aside,) = os.listdir(tmp_path)
+    assert str(tmp_path / aside) in str(caught.value)
+    assert os.listdir(tmp_path / aside) == ["old"]
+
+
 def test_a_new_folder_takes_no_name_that_is_there(tmp_path: Path) -> None:
     made = [new_folder(tmp_path / "a" / "b", within=tmp_path).name for _ in range(3)]
     assert made == ["b", "b-2", "b-3"]
@@ -291,6 +304,20 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     assert os.listdir(place / "folder") == ["inside"]
     assert victim.read_bytes() == b"precious"
     assert sorted(os.listdir(tmp_path)) == ["place", "victim"]
+
+
+def test_modes_are_not_changed_through_a_link(tmp_path: Path) -> None:
+    """Somebody may put one in the place of a folder that was just made."""
+    (tmp_path / "private").mkdir(mode=0o750)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o775)
+    (tmp_path / "shared" / "link").symlink_to(tmp_path / "private")
+    share(tmp_path / "shared" / "link", tmp_path / "shared")
+    with pytest.raises(OSError, match="a symbolic link is in the way"):
+        set_mode(tmp_path / "shared" / "link", 0o777)
+    assert mode(tmp_path / "private") == 0o750
+    share(tmp_path / "private", tmp_path / "shared")
+    assert mode(tmp_path / "private") == 0o770
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic link", "hard link"])
