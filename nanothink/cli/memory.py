@@ -152,7 +152,7 @@ def add(
         plan = plan_memory(found, tokens, store)
         for n, why in (
             (plan.n_known, "known already"),
-            (plan.n_held_out, "held out for validation in other data"),
+            (plan.n_held_out, "held out by earlier data"),
         ):
             if n:
                 bars.note(f"{counted(n, 'document')} left out: {why}.")

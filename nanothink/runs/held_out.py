@@ -93,6 +93,7 @@ class InheritedSplit:
 
         Raises:
             SeenTextError: that leaves nothing to validate on.
+            DataError: all of a domain is held out.
         """
         tokens = tokenise(
             corpus,
@@ -108,6 +109,12 @@ class InheritedSplit:
             raise SeenTextError(
                 f"No document of {corpus.root} is left to validate on: {self._trained_on(tokens.train)}. "
                 "Add text that they were not trained on."
+            )
+        if bare := [domain for domain, stream in tokens.train.items() if not stream.n_tokens]:
+            raise DataError(
+                f"Domain '{bare[0]}' of {corpus.root} has nothing to train on: all its documents are held "
+                f"out, as {' and '.join(self.trained_by)} held them out. Add text to it, or leave it out: "
+                "--domains."
             )
         if n := tokens.kept_in_training:
             stay = "stays in training: it was" if n == 1 else "stay in training: they were"

@@ -268,7 +268,7 @@ def build_memory(
     if not plan.n_keys:
         raise DataError(
             f"There is nothing new to remember: {counted(plan.n_known, 'document')} known already, "
-            f"{plan.n_held_out:,} held out for validation."
+            f"{plan.n_held_out:,} held out by earlier data."
         )
     note(cost(found.folder, plan))
     build(

@@ -230,6 +230,20 @@ def test_nothing_is_left_to_score_or_validate_on(
     assert "letters/texts.jsonl:1" in error
 
 
+def test_nothing_is_left_to_train_on(
+    experts: Path, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = experts / "state_space_expert.pt"
+    held_out = package.load(path).split.held_out.val
+    texts = [text for text in made_up_texts(0, 40) if text_key(text) in held_out]
+    write_domain(tmp_path / "held" / "letters", texts)
+    assert train(tmp_path, "train-mla", "--expert", path, where=tmp_path / "held") == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "nothing to train on: all its documents are held out" in error
+    (figure,) = scored(capsys, path, "--data-dir", tmp_path / "held")
+    assert figure["overall"]["bytes"] == sum(map(len, texts))
+
+
 def test_a_domain_alone_is_the_same_text_as_among_the_others(
     experts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
