@@ -247,9 +247,9 @@ def cost(options: argparse.Namespace) -> None:
         steps[kind] = step
     seconds: dict[str, list[float]] = {kind: [] for kind in steps}
     for _ in range(options.rounds):
-        for kind, step in steps.items():
+        for kind, one_step in steps.items():
             start = time.perf_counter()
-            step()
+            one_step()
             seconds[kind].append(time.perf_counter() - start)
     ratios = [d / t for t, d in zip(seconds["transformer"], seconds["diffuser"], strict=True)]
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")

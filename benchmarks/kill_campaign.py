@@ -1,6 +1,6 @@
 """Training runs of every kind of model, killed by SIGKILL at random moments and resumed until they end.
 
-What must hold after each kill, and at the end, stands in tests/end_to_end/kills.py; a short
+What must hold after each kill, and at the end, stands in tests/kills.py; a short
 campaign is part of the tests. Most of the kills find a checkpoint half written, since writes are slow;
 some hit fresh processes with nothing slowed down.
 
@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "end_to_end"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from kills import Campaign, make_reference, run_campaign
 from side_by_side import machine

@@ -59,7 +59,7 @@ def call(*arguments: str | Path) -> Any:
 
 def score(checkpoint: Path, tokens: int, *more: str) -> dict[str, Any]:
     (found,) = call("eval", checkpoint, "--max-tokens", str(tokens), *more)["checkpoints"]
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 @contextlib.contextmanager

@@ -163,8 +163,8 @@ def main() -> None:
         spread = f"{min(found):.2f} to {max(found):.2f}"
         print(f"\nnanothink's tokens/s against {peer}: median {statistics.median(found):.2f} ({spread})")
     if options.memory_batch:
-        child = (__file__, "--memory-batch", str(options.memory_batch), "--dtype", options.dtype)
-        child = (*child, "--device", options.device, "--child")
+        shape = ("--memory-batch", str(options.memory_batch), "--dtype", options.dtype)
+        child = (__file__, *shape, "--device", options.device, "--child")
         peaks = {name: last_number(*child, name) for name in options.sides}
         print(f"\n| step of {options.memory_batch} x {LENGTH} tokens | peak memory |\n|---|---:|")
         for name, held in peaks.items():

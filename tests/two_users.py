@@ -47,9 +47,9 @@ def as_user() -> AsUser:
             os._exit(0)
         os.close(write_end)
         with open(read_end, "rb") as pipe:
-            answer = pipe.read()
+            given = pipe.read()
         os.waitpid(child, 0)
-        return json.loads(answer)
+        return json.loads(given)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Which device computes, and in which floating-point type.
+"""Choice of the device, and of the floating-point type that matrix products run in.
 
 Weights, optimizer moments and losses stay float32 throughout; only matrix products run in a 16-bit type,
 under autocast. A run chooses the type once: as configured, else by the device, and on a CPU by a measurement

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_restored_parameters_are_the_model_s_own(make_payload):
 def test_model_state_is_contiguous_plain_and_without_prefixes():
     model = Tiny()
     model.layer.weight.data = torch.randn(8, 8).t()
-    wrapped = nn.DataParallel(torch.compile(model))
+    wrapped: Any = nn.DataParallel(torch.compile(model))
     state = model_state(wrapped)
     assert set(state) == set(model.state_dict())
     assert all(type(t) is torch.Tensor and t.is_contiguous() and not t.requires_grad for t in state.values())
@@ -86,7 +87,7 @@ def test_prefixes_of_wrappers_are_accepted_on_either_side(make_payload, prefix):
     payload = make_payload(model_state={prefix + name: t for name, t in saved.state_dict().items()})
     assert restore_model(fresh, payload, expect_kind="transformer", path=PATH).exact
     assert equal(saved, fresh)
-    wrapped = nn.DataParallel(torch.compile(Tiny()))
+    wrapped: Any = nn.DataParallel(torch.compile(Tiny()))
     assert restore_model(wrapped, payload, expect_kind="transformer", path=PATH).exact
     assert torch.equal(wrapped.module.layer.weight, saved.layer.weight)
 

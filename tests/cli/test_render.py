@@ -56,7 +56,7 @@ def test_piped_facts_are_a_line_each(capsys: pytest.CaptureFixture[str]) -> None
 def _evaluated(n_domains: int) -> list[CheckpointEvaluation]:
     domains = {f"domain{i}": Score(1000.0 * (i + 1), 1000, 4000) for i in range(n_domains)}
     return [
-        CheckpointEvaluation(Path(f"checkpoints/{kind}_expert.pt"), kind, Evaluation(domains))
+        CheckpointEvaluation(Path(f"checkpoints/{kind}_expert.pt"), kind, Evaluation(domains), 0)
         for kind in ("transformer", "state_space", "diffuser")
     ]
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -129,7 +130,7 @@ def test_the_pieces_of_a_text_have_a_group_of_their_own(tmp_path):
     put(tmp_path, "books/two.txt", "\n\n".join(reversed(paragraphs)))
     put(tmp_path, "books/short.txt", "A few words.")
     done = Import(tmp_path, tmp_path / "books")
-    groups = {source: set() for source in done.sources}
+    groups: dict[str, set[str | None]] = {source: set() for source in done.sources}
     for record in done.records:
         groups[record["source"]].add(record.get("group"))
     assert groups["short.txt"] == {None}
@@ -569,7 +570,7 @@ def test_the_file_that_would_be_written_is_no_source(tmp_path, monkeypatch, way)
     monkeypatch.chdir(tmp_path)
     lines = '{"body": "one", "title": "T"}\n{"bodies": 3}\n'
     target = put(tmp_path, "data/in p/a.jsonl", lines)
-    options = {"text_field": "body", "domain": "in p", "data_dir": "data"}
+    options: dict[str, Any] = {"text_field": "body", "domain": "in p", "data_dir": "data"}
     source = {
         "itself": target,
         "dots": Path("data/in p/../in p/a.jsonl"),
@@ -637,7 +638,7 @@ def test_two_sources_of_one_name_are_both_kept_by_the_command_that_is_said(tmp_p
     monkeypatch.chdir(tmp_path)
     for folder in ("x", "y y", "z"):
         put(tmp_path, f"{folder}/notes.csv", f"id,body\n1,{folder}\n")
-    options = {"domain": "d", "data_dir": "my data", "text_field": "body", "quotes": False}
+    options: dict[str, Any] = {"domain": "d", "data_dir": "my data", "text_field": "body", "quotes": False}
     import_source("x/notes.csv", **options)
     for source in ("y y/notes.csv", "z/notes.csv"):
         with pytest.raises(StorageError, match="exists already") as error:

@@ -34,7 +34,7 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".zst": zstandard.ZstdCompressor().compress,
 }
-FAULTS = [
+FAULTS: list[int | str] = [
     *(errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EACCES),
     "memory",
     "short",
@@ -123,9 +123,8 @@ def test_no_fault_is_a_bad_record(
         if fault == "short" and after == "opening":
             continue
         disk.breaks(hurt, fault, 0 if after == "opening" else hurt.stat().st_size // 2)
-        what = (
-            "could be read" if fault == "short" else os.strerror(errno.ENOMEM if fault == "memory" else fault)
-        )
+        number = errno.ENOMEM if fault == "memory" else fault
+        what = os.strerror(number) if isinstance(number, int) else "could be read"
         problems: list[Problem] = []
         with pytest.raises(UnreadableError, match=what) as caught:
             for _ in iter_records(hurt, on_problem=problems.append):

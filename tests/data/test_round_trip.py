@@ -134,13 +134,9 @@ def test_what_is_proven_holds(backend: tokenizers.Tokenizer) -> None:
 
 
 def _made(backend: tokenizers.Tokenizer) -> Tokenizer:
-    tokenizer = Tokenizer.__new__(Tokenizer)
-    check, Tokenizer._check = Tokenizer._check, lambda self: None  # it would refuse some of them at once
-    try:
-        tokenizer.__init__(backend, "odd")
-    finally:
-        Tokenizer._check = check
-    return tokenizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokenizer, "_check", lambda self: None)  # it would refuse some of them at once
+        return Tokenizer(backend, "odd")
 
 
 @pytest.mark.parametrize(("backend", "text"), UNPROVEN.values(), ids=UNPROVEN)

@@ -550,7 +550,7 @@ def test_only_the_default_is_ever_replaced(corpus_root: Path) -> None:
 def test_a_refused_corpus_leaves_no_stand_in(corpus_root: Path) -> None:
     with (corpus_root / "a" / "broken.jsonl").open("w") as file:
         file.write('{"text": ""}\n')
-    corpus, notes = find_corpus(corpus_root), []
+    corpus, notes = find_corpus(corpus_root), list[str]()
     with pytest.raises(BadRecordsError, match=r"broken\.jsonl:1"):
         resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), note=notes.append)
     assert not (corpus_root / ".nanothink" / "tokenizer").exists()

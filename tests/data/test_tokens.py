@@ -80,7 +80,8 @@ def _tokens(stream: TokenStream) -> list[int]:
 
 def _read_texts(stream: TokenStream, tokenizer: Tokenizer) -> list[str]:
     """The documents of a stream, decoded."""
-    texts, document = [], []
+    texts: list[str] = []
+    document: list[int] = []
     for token in _tokens(stream):
         if token == tokenizer.eos_id:
             texts.append(tokenizer.decode(document))
@@ -319,7 +320,7 @@ def test_texts_that_domains_share_until_none_is_left(tmp_path: Path, tokenizer: 
         _run(tmp_path, tokenizer)
 
 
-def _records(path: Path, *records: dict[str, object]) -> Path:
+def _records(path: Path, *records: Mapping[str, object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path

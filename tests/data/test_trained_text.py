@@ -120,7 +120,7 @@ def test_a_cut_text_is_tested_on_what_neither_of_two_rules_trains_or_validates(
     rules = [SplitRule(*one), SplitRule(*other)]
     cuts = [cut_text(text, rule, "domain") for rule in rules]
     n_chars = max(len(normalised(head)) for head, _, _ in cuts)
-    smallest = SplitRule(*map(min, one, other))
+    smallest = SplitRule(min(one[0], other[0]), min(one[1], other[1]))
     head, middle, tail = cut_text(text, smallest, "domain", n_chars)
     assert head + middle + tail == text
     for own_head, own_middle, _ in cuts:

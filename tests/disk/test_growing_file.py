@@ -22,7 +22,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         left[0] -= 1
         return really_write(descriptor, data[:1])
 
-    monkeypatch.setattr(growing_file.os, "write", write)
+    monkeypatch.setattr("nanothink.disk.growing_file.os.write", write)
     return left
 
 

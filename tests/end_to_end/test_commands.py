@@ -65,6 +65,12 @@ def said(capsys: pytest.CaptureFixture[str]) -> Said:
     return lambda: tuple(capsys.readouterr())  # type: ignore[return-value]
 
 
+def best_loss(checkpoint: Path) -> float:
+    found = read_checkpoint(checkpoint)["best_loss"]
+    assert found is not None
+    return found
+
+
 def as_json(said: Said) -> dict[str, Any]:
     return dict(json.loads(said()[0]))
 
@@ -330,7 +336,7 @@ def test_the_best_is_found_anew_where_validation_text_has_changed(
     (data / "hard").mkdir()
     hard = (hashlib.sha256(str(i).encode()).hexdigest() * 4 for i in range(40))
     (data / "hard" / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in hard))
-    before, old = read_checkpoint(best)["best_loss"], best.read_bytes()
+    before, old = best_loss(best), best.read_bytes()
     said()
     assert run(["resume", str(best), "--max-steps", "12"]) == 0
     assert "measured on other validation text" in " ".join(said()[1].split())
@@ -338,7 +344,7 @@ def test_the_best_is_found_anew_where_validation_text_has_changed(
     assert kept.read_bytes() == old
     after = read_checkpoint(best)
     assert after["step"] == 12
-    assert after["best_loss"] > before
+    assert best_loss(best) > before
 
     assert run(["resume", str(best), "--max-steps", "13", "--set", "train_expert.eval_max_tokens=50"]) == 0
     assert "measured on other validation text" in " ".join(said()[1].split())
@@ -355,12 +361,12 @@ def test_a_run_that_goes_on_from_an_older_file_keeps_the_better_best(
     often = ("--set", "train_expert.snapshot_every_epochs=1", "--set", "train_expert.batch_size=64")
     assert pretrain(tmp_path, "--max-epochs", "3", *often) == 0
     best, old = tmp_path / "transformer_expert.pt", (tmp_path / "transformer_expert.pt").read_bytes()
-    before = read_checkpoint(best)["best_loss"]
+    before = best_loss(best)
     said()
     slower = ("--max-epochs", "2", "--set", "train_expert.lr=0.00001")
     assert run(["resume", str(tmp_path / "transformer_expert_epoch1.pt"), *slower]) == 0
     assert "The best checkpoint so far is kept as" in " ".join(said()[1].split())
-    assert read_checkpoint(best)["best_loss"] > before
+    assert best_loss(best) > before
     (kept,) = tmp_path.glob("replaced/*/transformer_expert.pt")
     assert kept.read_bytes() == old
 

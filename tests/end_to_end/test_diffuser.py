@@ -218,7 +218,7 @@ def test_it_is_loaded_scored_and_trained_on_by_itself(
 
 def test_it_writes_by_its_head_and_by_ddim(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = nanothink.load(alone)
-    told = {"max_new_tokens": 30, "seed": 3}
+    told: dict[str, Any] = {"max_new_tokens": 30, "seed": 3}
     by_head = model.generate("time light", **told)
     assert by_head == model.generate("time light", **told)
     by_ddim = {n: model.generate("time light", ddim_steps=n, **told) for n in (1, 5, 20)}

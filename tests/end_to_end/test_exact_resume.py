@@ -82,8 +82,8 @@ def test_two_runs_are_the_same_run(
 
 
 def test_a_difference_of_one_bit_would_be_seen(uninterrupted: Callable[[str], Path]) -> None:
-    payload = dict(read_checkpoint(uninterrupted("transformer") / "transformer_expert.pt"))
-    other = dict(read_checkpoint(uninterrupted("transformer") / "transformer_expert.pt"))
+    payload = read_checkpoint(uninterrupted("transformer") / "transformer_expert.pt")
+    other = read_checkpoint(uninterrupted("transformer") / "transformer_expert.pt")
     assert_same(payload, other)
     moments = next(iter(other["optimizer_state"]["muon"]["state"].values()))
     moments["momentum_buffer"].view(-1)[0] = (

@@ -153,7 +153,7 @@ def test_the_standard_error_is_how_far_samples_lie_apart(
     random = np.random.default_rng(1)
     samples = [drawn(strata, random, in_group) for _ in range(1500 if len(strata) == 1 else 1)]
     first = samples[0].documents
-    said = np.mean([sample.standard_error() for sample in samples])  # type: ignore[arg-type]
+    said = np.mean([sample.standard_error() for sample in samples])
     if len(strata) == 1:
         apart = np.std([sample.overall.bits_per_byte for sample in samples])
         assert samples[0].standard_error("d0") == samples[0].standard_error()

@@ -32,7 +32,7 @@ from nanothink.memory import store as store_module
 from nanothink.memory.building import States, build, held_out_texts, plan_build
 from nanothink.memory.compact import merge_duplicates
 from nanothink.memory.contents import Owner, VectorStore
-from nanothink.memory.index import Float32
+from nanothink.memory.index import Float32, NeighbourIndex
 from nanothink.memory.neighbours import RepeatedSearch, TrainingNeighbours
 from nanothink.memory.store import open_store, read_manifest, store_bytes, write_store
 from nanothink.models.recall import NO_TOKEN
@@ -337,11 +337,11 @@ def test_a_failed_write_leaves_the_old_store(
         raise OSError(28, "No space left on device")
 
     if step == "index":
-        monkeypatch.setattr(store_module.NeighbourIndex, "write", full)
+        monkeypatch.setattr(NeighbourIndex, "write", full)
     elif step == "save":
         monkeypatch.setattr(np, "save", full)
     elif step == "fsync":
-        monkeypatch.setattr(store_module.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
     else:
         monkeypatch.setattr("nanothink.disk.write.os.replace", full)
     with pytest.raises(StorageError, match="No space left"):
@@ -686,7 +686,7 @@ def test_damaged_neighbours_are_searched_again(damage: str, read: Read, make: Ma
             content = bytearray(path.read_bytes())
             if "flipped" in damage:
                 content[len(content) // 2] ^= 64
-            cut = {"cut": content[:-100], "emptied": b"", "marks cut": content[:-9]}
+            cut = {"cut": content[:-100], "emptied": bytearray(), "marks cut": content[:-9]}
             path.write_bytes(cut.get(damage, content))
     again = TrainingNeighbours(store, tokens, LENGTH, states)
     again.find(again.missing(places), lambda *_: None)

@@ -332,7 +332,7 @@ def noised_error(model: Diffuser, guess: Tensor, noisy: Tensor, clean: Tensor, a
 @pytest.mark.parametrize("prediction", ["clean", "velocity"])
 @pytest.mark.parametrize("every", [1, 4, 5])
 def test_the_loss_and_all_its_gradients_are_those_of_the_equations(prediction: str, every: int) -> None:
-    shape = {
+    shape: dict[str, Any] = {
         "mse_weight": 0.7,
         "cross_entropy_weight": 1.3,
         "prediction": prediction,
@@ -360,9 +360,7 @@ def test_the_loss_and_all_its_gradients_are_those_of_the_equations(prediction: s
         assert gradient is not None, name
         assert expected.any(), f"{name}: a gradient of zero compares nothing"
         tolerance = 1e-4 * float(expected.abs().max())
-        torch.testing.assert_close(
-            gradient, expected, rtol=1e-3, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=tolerance, msg=f"{name}: {{}}".format)
 
 
 def test_with_one_evaluation_each_block_is_either_pure_or_noised_and_counts_twice() -> None:

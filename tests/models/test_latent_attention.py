@@ -82,9 +82,7 @@ def test_outputs_and_all_gradients_equal_deepseek(
     for name, (gradient, wanted) in pairs.items():
         assert gradient.any(), f"{name}: a gradient of zero compares nothing"
         tolerance = 1e-4 * float(wanted.abs().max())
-        torch.testing.assert_close(
-            gradient, wanted, rtol=1e-4, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=tolerance, msg=f"{name}: {{}}".format)
 
 
 def test_the_layout_of_the_rotation_is_the_only_other_difference() -> None:

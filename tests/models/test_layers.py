@@ -46,6 +46,7 @@ def x() -> Tensor:
 
 def test_norm(x: Tensor) -> None:
     norm = randomised(RMSNorm(12))
+    assert isinstance(norm, RMSNorm)
     plain = gradients(lambda t: F.rms_norm(t, (12,), norm.weight, NORM_EPS), x, norm)
     compare(gradients(norm, x, norm), plain, 1e-5)
 

@@ -35,7 +35,7 @@ def config(*, context: int = 48, width: int = 24, layers: int = 2, router: str =
         transformer=TransformerConfig(n_layers=2, n_heads=2),
         state_space=StateSpaceConfig(n_layers=2, d_state=4, scan="plain"),
         diffuser=DiffuserConfig(n_layers=1, denoiser_layers=1, training_steps=8, inference_steps=4),
-        mla=MLAConfig(n_heads=2, n_layers=layers, router=router),  # type: ignore[arg-type]
+        mla=MLAConfig(n_heads=2, n_layers=layers, router=router),
     )
 
 
@@ -103,7 +103,7 @@ def test_it_starts_as_the_uniform_log_linear_ensemble_of_its_experts(
 
 def test_what_it_takes_from_its_experts_is_a_copy() -> None:
     model = build(trained=False)
-    heads = [expert.head_weight for expert in model.experts]  # type: ignore[union-attr]
+    heads = [expert.head_weight for expert in model.experts]
     for e, head in enumerate(heads):
         block = model.head_weight[:, 24 * e : 24 * (e + 1)]
         assert torch.equal(block, head)  # type: ignore[arg-type]
@@ -187,7 +187,7 @@ def test_tokens_after_t_change_nothing_at_or_before_t(training: bool, autocast: 
             changed[:, t + 1 :] = tokens(3, 39 - t, seed=5 + t)
             for name, found in outputs(model, changed, targets):
                 same, other = found[:, : t + 1], before[name][:, : t + 1]
-                torch.testing.assert_close(same, other, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(same, other, rtol=0, atol=1e-5, msg=f"{name}: {{}}".format)
                 assert not torch.equal(found[:, t + 1 :], before[name][:, t + 1 :]), name
 
 

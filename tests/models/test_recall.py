@@ -307,7 +307,7 @@ def test_tokens_after_t_change_nothing_at_or_before_t() -> None:
             changed[:, t + 1 :] = tokens(2, 23 - t, seed=5 + t)
             for name, found in outputs(model, changed, targets):
                 same, other = found[:, : t + 1], before[name][:, : t + 1]
-                torch.testing.assert_close(same, other, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(same, other, rtol=0, atol=1e-5, msg=f"{name}: {{}}".format)
                 assert not torch.equal(found[:, t + 1 :], before[name][:, t + 1 :]), name
 
 

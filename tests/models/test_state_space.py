@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def build(
     model = StateSpace(
         VOCAB,
         ModelConfig(d_model=width, max_seq_len=16),
-        StateSpaceConfig(n_layers=layers, **shape),  # type: ignore[arg-type]
+        StateSpaceConfig(n_layers=layers, **shape),
     )
     if trained:
         with torch.no_grad():
@@ -66,7 +67,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     ],
 )
 def test_logits_and_all_gradients_equal_mamba(
-    batch: int, length: int, tied: bool, shape: dict[str, int], scan: str
+    batch: int, length: int, tied: bool, shape: dict[str, Any], scan: str
 ) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -174,7 +175,9 @@ def test_what_was_read_long_ago_is_still_in_the_state() -> None:
     model = build(trained=True)
     with torch.no_grad():
         for layer in model.backbone.layers:
-            layer.mixer.A_log.fill_(-6.0)  # slow decay, so that 200 steps later something is left
+            layer.get_parameter("mixer.A_log").fill_(
+                -6.0
+            )  # slow decay, so that 200 steps later something is left
     x = tokens(1, 200)
     embedded = model.embedding(x).detach().requires_grad_()
     y = embedded
@@ -215,7 +218,7 @@ def test_it_starts_as_designed() -> None:
         else:
             assert float(value.std()) == pytest.approx(0.6 * parameter.shape[1] ** -0.5, rel=0.05), name
     # The logarithm instead of the inverse of softplus would end at log(1.1) = 0.0953.
-    biases = [layer.mixer.dt_proj.bias.detach() for layer in model.backbone.layers]
+    biases = [layer.get_parameter("mixer.dt_proj.bias").detach() for layer in model.backbone.layers]
     steps = nn.functional.softplus(torch.cat(biases))
     assert 0.0955 < float(steps.max()) < 0.1 * 1.001
     x = tokens(2, 20)

@@ -32,7 +32,7 @@ def build(
     model = Transformer(
         VOCAB,
         ModelConfig(d_model=width, max_seq_len=context),
-        TransformerConfig(n_layers=layers, n_heads=heads, **shape),  # type: ignore[arg-type]
+        TransformerConfig(n_layers=layers, n_heads=heads, **shape),
     )
     if trained:
         with torch.no_grad():
@@ -86,9 +86,7 @@ def test_logits_and_all_gradients_equal_qwen3(
         assert expected is not None, name
         # against the size of the whole tensor: single entries near zero are rounding noise
         tolerance = 1e-4 * float(expected.abs().max())
-        torch.testing.assert_close(
-            gradient, expected, rtol=1e-4, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=tolerance, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.parametrize("training", [False, True])

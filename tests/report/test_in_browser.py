@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,7 +20,7 @@ from nanothink.report import (
 from nanothink.training.records import read_run
 
 if TYPE_CHECKING:
-    from tests.report.conftest import Browser
+    from report.conftest import Browser
 
 MakeRun = Callable[..., Path]
 
@@ -41,7 +41,7 @@ def report(make_run: MakeRun, tmp_path: Path) -> Path:
         "letters", ("one", "two"), tuple(RoutedToken(w + " ", (0.7, 0.3)) for w in words.split())
     )
     levels = tuple(Rebuilding(n, 0.5, ((words, True), (words, False))) for n in (10, 100))
-    passages = {"dif": (RebuiltPassage("letters", words, 100, levels),), "all": (routed,)}
+    passages: dict[str, Any] = {"dif": (RebuiltPassage("letters", words, 100, levels),), "all": (routed,)}
     runs = [
         ReportedRun(name, read_run(make_run(name, kind)), passages.get(name, ()))
         for name, kind in kinds.items()

@@ -53,11 +53,11 @@ def gradients(processes: Processes) -> dict[str, Any]:
     for bucket_bytes in (1, 100, 1 << 20):
         everybody, some, nobody, earlier = (torch.nn.Parameter(torch.ones(3)) for _ in range(4))
         adding = _GradientSum([everybody, some, nobody, earlier], bucket_bytes)
-        (earlier.sum() * 10).backward()  # type: ignore[no-untyped-call]
+        (earlier.sum() * 10).backward()
         for _ in range(2):  # the second step writes where the first one's sums were
             for parameter in (everybody, some):
                 parameter.grad = None
-            everybody.sum().backward()  # type: ignore[no-untyped-call]
+            everybody.sum().backward()
             with adding.adding():
                 loss = (everybody * (rank + 1)).sum() + (some.sum() * 5 if rank == 1 else 0)
                 loss.backward()

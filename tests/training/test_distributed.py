@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanothink.errors import NanoThinkError, RankError, UsageError
-from nanothink.training.distributed import ALONE, Launch, Processes, join
+from nanothink.training.distributed import ALONE, Processes, join
+from nanothink.training.launch import Launch
 
 N_PROCESSES = 3
 
@@ -54,10 +55,10 @@ def test_alone_nothing_is_joined() -> None:
     weight = torch.nn.Parameter(torch.ones(2))
     ALONE.watch([weight])
     with ALONE.adding_gradients():
-        weight.sum().backward()  # type: ignore[no-untyped-call]
+        weight.sum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [1.0, 1.0]
-    assert not weight._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    assert not weight._post_accumulate_grad_hooks
     assert ALONE.total([2.5, 1.0]) == [2.5, 1.0]
     assert (ALONE.any(True), ALONE.any(False)) == (True, False)
     assert ALONE.one_after_first(lambda: ("done", "word"), str) == "done"

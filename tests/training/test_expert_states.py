@@ -153,7 +153,7 @@ def test_loss_gradients_and_records_are_the_same_bits(model: Counted, place: Pla
         model.zero_grad()
         loss = Routed(0.01, kept)(model, Batch(inputs, targets, range(3)), 0.1)
         loss.total.backward()
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        gradients: dict[str, Any] = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         assert all(g is not None for g in gradients.values())
         results.append({"": loss.total.detach(), **loss.parts, **gradients})
     for other in results[1:]:

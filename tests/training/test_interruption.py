@@ -9,7 +9,6 @@ from queue import Queue
 
 import pytest
 
-from nanothink.training import interruption
 from nanothink.training.interruption import STOPPING, StopRequest, StopRequests
 
 
@@ -53,7 +52,7 @@ def test_signals_of_one_request_are_no_second_one(
     sent: str, after_seconds: float, forwarded: bool, is_second: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("nanothink.training.interruption.time.monotonic", lambda: now[0])
     requests = StopRequests(forwarded=forwarded)
     first, then = (signal.Signals[name] for name in sent.split())
     assert not requests.is_second(first)

@@ -39,6 +39,10 @@ def port() -> int:
     return number
 
 
+def silent(said: str) -> None:
+    pass
+
+
 def of(rank: int, port: int, size: int = 3) -> Launch:
     return Launch(rank, rank, size, "127.0.0.1", port)
 
@@ -49,7 +53,7 @@ def test_the_first_says_who_is_missing_and_gives_up(port: int, monkeypatch: pyte
 
     def second() -> None:
         with suppress(NanoThinkError):
-            meet(of(1, port), str, SOON)
+            meet(of(1, port), silent, SOON)
 
     thread = threading.Thread(target=second)
     thread.start()  # the third does not come
@@ -69,7 +73,7 @@ def test_another_says_that_the_first_does_not_answer(port: int) -> None:
     assert "waits for the first process at" in said[0]
     assert "Connection refused" in said[0]
     with pytest.raises(RankError, match=r"no-such-machine\.invalid"):
-        meet(Launch(1, 1, 2, "no-such-machine.invalid", port), str, SOON)
+        meet(Launch(1, 1, 2, "no-such-machine.invalid", port), silent, SOON)
 
 
 def test_a_port_that_is_taken_is_named() -> None:
@@ -77,7 +81,7 @@ def test_a_port_that_is_taken_is_named() -> None:
         taken.bind(("", 0))
         taken.listen()
         with pytest.raises(RankError, match="choose another MASTER_PORT"):
-            meet(of(0, taken.getsockname()[1]), str, SOON)
+            meet(of(0, taken.getsockname()[1]), silent, SOON)
 
 
 @pytest.mark.parametrize(

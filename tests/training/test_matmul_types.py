@@ -10,7 +10,6 @@ import torch
 from nanothink.config import ModelConfig, TrainExpertConfig
 from nanothink.errors import UsageError
 from nanothink.models.precision import Precision
-from nanothink.training import matmul_types
 from nanothink.training.matmul_speed import Speed
 from nanothink.training.matmul_types import AS_TRAINED, choose_precision, precision_of_use
 
@@ -126,7 +125,7 @@ def test_a_type_that_the_device_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:
         raise RuntimeError("not implemented for 'BFloat16'\nC++ stack")
 
-    monkeypatch.setattr(matmul_types.torch, "autocast", refused)
+    monkeypatch.setattr(torch, "autocast", refused)
     with pytest.raises(UsageError, match=r"train_expert\.amp_dtype=bfloat16.*BFloat16'\. Use"):
         chosen(Measured(), amp_dtype="bfloat16")
     assert "does not run here: not implemented" in chosen(Measured()).reason

@@ -146,13 +146,13 @@ def test_only_matrices_decay() -> None:
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_moments_survive_saving(kind: str) -> None:
-    config = TrainExpertConfig(optimizer=kind)  # type: ignore[arg-type]
+    config = TrainExpertConfig(optimizer=kind)
     one = GroupedOptimizer(_groups(), config)
     for seed in range(3):
         _step(one, seed)
     other_groups = _groups()
-    for named, other in zip(one.parameters, GroupedOptimizer(other_groups, config).parameters, strict=True):
-        other.data.copy_(named.data)
+    for named, copied in zip(one.parameters, GroupedOptimizer(other_groups, config).parameters, strict=True):
+        copied.data.copy_(named.data)
     other = GroupedOptimizer(other_groups, config)
     assert other.load_state_dict(copy.deepcopy(one.state_dict())) == []
     _step(one, 9)

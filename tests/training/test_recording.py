@@ -5,6 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def evaluated(number: int) -> Evaluated:
     return Evaluated(number, 1, Evaluation({"d": Score(2.0, 1, 4)}), True, 0)
 
 
-def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, object]]:
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
@@ -39,7 +40,7 @@ def test_it_writes_what_happens(tmp_path: Path) -> None:
     assert train["tokens_per_second"] == pytest.approx(640)
     assert validation["event"] == "validation"
     assert validation["bits_per_byte"] == pytest.approx(2 / math.log(2) / 4)
-    assert validation["domains"]["d"]["tokens"] == 1  # type: ignore[index]
+    assert validation["domains"]["d"]["tokens"] == 1
     assert lines(tmp_path / "run", "samples.jsonl")[0]["samples"] == {"Once": " upon"}
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"kind": "transformer"}
 

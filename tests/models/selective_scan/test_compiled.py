@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from nanothink.disk import private
 from nanothink.models.selective_scan import compiled
 
 pytestmark = pytest.mark.skipif(bool(compiled.unavailable()), reason=compiled.unavailable() or "-")
@@ -104,7 +105,7 @@ def test_a_library_that_others_can_reach_is_not_loaded(
 def test_a_file_that_changes_after_it_was_checked_is_not_what_is_loaded(
     cache: Path, strangers: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really = compiled.open_private
+    really = private.open_private
 
     def then_replaced(path: Path) -> int:
         descriptor = really(path)
@@ -141,7 +142,12 @@ def test_a_system_without_proc_loads_a_copy_of_its_own(
 ) -> None:
     loaded: list[str] = []
     really = ctypes.CDLL
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: loaded.append(name) or really(name))
+
+    def noted(name: str) -> ctypes.CDLL:
+        loaded.append(name)
+        return really(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", noted)
     exists = Path.exists
     monkeypatch.setattr(Path, "exists", lambda path: not str(path).startswith("/proc") and exists(path))
     assert compiled._load.__wrapped__()[1] == ""

@@ -183,7 +183,7 @@ def test_narrow_inputs_are_computed_with_in_float32(scan: Scan, dtype: torch.dty
 def test_pieces_give_what_the_whole_gives_gradients_included(scan: Scan) -> None:
     values = inputs(2, 70, 24, 16)
 
-    def in_pieces(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor):  # type: ignore[no-untyped-def]
+    def in_pieces(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor):
         ys = []
         for part in (slice(0, 1), slice(1, 34), slice(34, 70)):
             y, state = scan(u[:, part], delta[:, part], A, B[:, part], C[:, part], D, state)

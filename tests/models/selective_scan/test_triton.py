@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanothink.models import selective_scan
+from nanothink.errors import UsageError
 from nanothink.models.selective_scan import ScanChoice, choose_scan, plain, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +64,11 @@ def inputs(batch: int, length: int, width: int, n_states: int, *, seed: int = 0)
 
 
 def results(
-    scan: selective_scan.Scan, tensors: list[Tensor], *, through_y: bool = True, through_last: bool = True
+    scan: Callable[..., tuple[Tensor, Tensor]],
+    tensors: list[Tensor],
+    *,
+    through_y: bool = True,
+    through_last: bool = True,
 ) -> dict[str, Tensor]:
     """Outputs and the gradient of every input, for fixed gradients of y and of the last state."""
     leaves = [z.detach().requires_grad_() for z in tensors]
@@ -132,7 +137,7 @@ def test_the_sizes_above_meet_every_edge() -> None:
 def test_without_a_state_it_starts_from_zero() -> None:
     *tensors, state = inputs(2, 3, 3, 2)
     y, last = triton_scan.scan(*on_device(tensors))
-    expected = reference.scan(*doubled(tensors), torch.zeros_like(state).double())
+    expected = reference.scan(*doubled([*tensors, torch.zeros_like(state)]))
     assert error(y, expected[0]) < TOLERANCE
     assert error(last, expected[1]) < TOLERANCE
 
@@ -204,7 +209,7 @@ def test_pieces_give_the_whole() -> None:
             ys.append(y)
         return torch.cat(ys, 1), state
 
-    got = results(in_pieces, on_device(tensors))  # type: ignore[arg-type]
+    got = results(in_pieces, on_device(tensors))
     assert_equal(got, results(triton_scan.scan, on_device(tensors)))
     assert_equal(got, results(reference.scan, doubled(tensors)))
 
@@ -339,7 +344,7 @@ def test_without_triton_cuda_gets_the_plain_scan(monkeypatch: pytest.MonkeyPatch
     try:
         choice = ScanChoice("plain", "no triton scan: the package triton is not installed")
         assert choose_scan("cuda") == choice
-        with pytest.raises(selective_scan.UsageError, match="not available here: the package triton"):
+        with pytest.raises(UsageError, match="not available here: the package triton"):
             choose_scan("cuda", "triton")
     finally:
         choose_scan.cache_clear()
@@ -347,5 +352,5 @@ def test_without_triton_cuda_gets_the_plain_scan(monkeypatch: pytest.MonkeyPatch
 
 def test_triton_is_refused_on_a_cpu() -> None:
     assert choose_scan("cpu").name in {"compiled", "plain"}
-    with pytest.raises(selective_scan.UsageError, match="it is for CUDA, and this runs on cpu"):
+    with pytest.raises(UsageError, match="it is for CUDA, and this runs on cpu"):
         choose_scan("cpu", "triton")

@@ -196,8 +196,9 @@ class Process:
             raise AssertionError(f"the command did not end within {seconds} s: {self._files[1].read_text()}")
         assert self._code is not None
         struck = Path(f"{self._files[1]}.struck")
-        seconds = self._ended - float(struck.read_text()) if struck.exists() else None
-        return Ended(self._code, *(file.read_text(errors="replace") for file in self._files), seconds)
+        to_end = self._ended - float(struck.read_text()) if struck.exists() else None
+        stdout, stderr = (file.read_text(errors="replace") for file in self._files)
+        return Ended(self._code, stdout, stderr, to_end)
 
 
 class CommandServer:
@@ -342,7 +343,7 @@ def assert_same_run(one: Path, other: Path, run: str) -> None:
     assert f"{run}.pt" in files
     assert f"{run}_interrupted.pt" not in files
     for name in files:
-        left, right = (dict(read_checkpoint(folder / name)) for folder in (one, other))
+        left, right = (read_checkpoint(folder / name) for folder in (one, other))
         for payload in (left, right):
             for section in payload["config"].values():
                 section.pop("save_every_seconds", None)
