@@ -8,11 +8,12 @@ Nothing heavy is imported until a command runs, so ``--help`` is instant.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Annotated, Any
 
@@ -113,6 +114,7 @@ def main(args: list[str] | None = None) -> None:
     # Said before numpy and torch start their thread pools: libraries must not fork warnings at users.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     output.install()
+    _allow_open_files()
     several = launched_with_others()
     try:
         with _unwinding_on_signals(forwarded=several):
@@ -125,6 +127,18 @@ def main(args: list[str] | None = None) -> None:
         # The others may be gone, and libraries wait for them as they are taken down; torchrun does not wait.
         os._exit(code)
     sys.exit(code)
+
+
+_OPEN_FILES = 65_536
+
+
+def _allow_open_files() -> None:
+    """Raise the soft limit on open files, 1,024 on most systems, as far as the hard one allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextmanager

@@ -122,6 +122,7 @@ def inspect(
     summary = summarise(corpus, whole, tokens, block_tokens=block)
     if as_json:
         found = {"tokenizer": resolved.name, "vocab_size": resolved.vocab_size, **summary.to_dict()}
+        found |= render.bad_lines(tokens.left_out)
         render.print_json(found if alike is None else {**found, "near_duplicates": alike.to_dict()})
         return
     # Two tables: one with everything would not fit into 80 columns.
@@ -207,11 +208,10 @@ def validate(
         else:
             render.print_json({"errors": [problem.to_dict() for problem in report.errors]} | _rest(report))
         return 0 if report.ok else 1
-    render.problems(report.found_warnings, "warning", "yellow")
-    if stream:
-        render.hints(report.found_errors)
-    else:
-        render.problems(report.found_errors, "error", "red")
+    render.problems(report.found_warnings, lambda line: render.say(f"warning: {line}", style="yellow"))
+    if not stream:
+        render.problems(report.found_errors, lambda line: render.say(f"error: {line}", style="red"))
+    render.hints(report.found_errors)
     seconds = max(report.seconds, 1e-9)
     verdict = "all valid" if report.ok else counted(len(report.found_errors), "error")
     render.say(
@@ -338,16 +338,19 @@ def import_text(
                 "n_empty": report.empty,
                 "n_multiline_fields": report.n_spanning,
                 "first_multiline_field": report.first_spanning,
+                "n_bad_rows": len(report.found_bad_rows),
+                "n_warnings": len(report.found_warnings),
                 "bad_rows": [p.to_dict() for p in report.bad_rows],
+                "bad_row_groups": [group.to_dict() for group in report.found_bad_rows.groups],
                 "warnings": [p.to_dict() for p in report.warnings],
                 "seconds": report.seconds,
             }
         )
         return 1 if report.bad_rows else 0
-    for problem in report.warnings:
-        render.warning(str(problem))
-    for problem in report.bad_rows:
-        render.error(str(problem))
+    render.problems(report.found_warnings, render.warning)
+    render.problems(report.found_bad_rows, render.error)
+    if report.found_bad_rows:
+        render.warning(f"{counted(len(report.found_bad_rows), 'row')} left out: not sound, as above.")
     if report.empty:
         render.warning(f"{counted(report.empty, 'row')} left out: no text.")
     render.say(f"{report.path}: {counted(report.records, 'record')}, {render.size(report.n_bytes)}.")

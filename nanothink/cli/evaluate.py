@@ -108,7 +108,7 @@ def evaluate(
             progress=bars,
         )
     if as_json:
-        render.print_json({"checkpoints": _rows(results)})
+        render.print_json({"checkpoints": _rows(results)} | render.bad_lines(results[0].left_out))
     else:
         render.evaluations(results, split)
 

@@ -22,6 +22,7 @@ from nanothink.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from nanothink.data.problems import Problems
     from nanothink.memory.building import BuildPlan
     from nanothink.runs.vector_store import MemoryFacts
 
@@ -112,9 +113,9 @@ def build(
         if not dry_run:
             store = build_memory(found, plan, tokens, note=bars.note, progress=bars)
     if dry_run:
-        _show_plan(found.folder, plan, as_json=as_json)
+        _show_plan(found.folder, plan, tokens.left_out, as_json=as_json)
     else:
-        _show(facts_of(store), as_json=as_json)
+        _show(facts_of(store), tokens.left_out, as_json=as_json)
 
 
 @app.command(cls=ForgivingCommand, epilog=examples("memory add data --domains recipes"))
@@ -159,9 +160,9 @@ def add(
         if not dry_run:
             store = build_memory(found, plan, tokens, store, note=bars.note, progress=bars)
     if dry_run:
-        _show_plan(found.folder, plan, as_json=as_json)
+        _show_plan(found.folder, plan, tokens.left_out, as_json=as_json)
     else:
-        _show(facts_of(store), as_json=as_json)
+        _show(facts_of(store), tokens.left_out, as_json=as_json)
 
 
 @app.command(cls=ForgivingCommand)
@@ -280,16 +281,16 @@ def _as_dict(facts: MemoryFacts) -> dict[str, Any]:
     return asdict(facts)
 
 
-def _show(facts: MemoryFacts, *, as_json: bool) -> None:
+def _show(facts: MemoryFacts, left_out: Problems | None = None, *, as_json: bool) -> None:
     from nanothink.cli import render
 
     if as_json:
-        render.print_json(_as_dict(facts))
+        render.print_json(_as_dict(facts) | (render.bad_lines(left_out) if left_out is not None else {}))
     else:
         render.memory_facts(facts)
 
 
-def _show_plan(folder: Path, plan: BuildPlan, *, as_json: bool) -> None:
+def _show_plan(folder: Path, plan: BuildPlan, left_out: Problems, *, as_json: bool) -> None:
     from nanothink.cli import render
 
     facts = {
@@ -305,7 +306,7 @@ def _show_plan(folder: Path, plan: BuildPlan, *, as_json: bool) -> None:
         "n_held_out_documents": plan.n_held_out,
     }
     if as_json:
-        render.print_json(facts)
+        render.print_json(facts | render.bad_lines(left_out))
         return
     shown = {
         **facts,

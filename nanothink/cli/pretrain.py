@@ -206,6 +206,7 @@ def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -
         return 0
 
     from nanothink.runs.pretraining import pretrain as run_training
+    from nanothink.training.records import read_description
 
     if not is_first_process():
         # It speaks only until it has met the first.
@@ -216,6 +217,7 @@ def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -
             where, configure, observe=view, watch=Watch(note=view.note, progress=view.progress)
         )
     best = where.store.best
+    data = read_description(where.checkpoint_dir / "runs" / where.stem).get("data")
     # A summary that nobody can read any more is no failure of a run that is complete and saved.
     with output.optional_results() as lost:
         if as_json:
@@ -228,6 +230,7 @@ def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -
                     "best_loss": finished.best_loss,
                     "validation": view.last_validation_as_dict(),
                     "seconds": finished.seconds,
+                    "n_bad_lines": data.get("n_bad_lines", 0) if isinstance(data, dict) else 0,
                 }
             )
         else:

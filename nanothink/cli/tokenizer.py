@@ -46,7 +46,8 @@ def train(
 ) -> None:
     """Train a byte-level BPE on the training split of your data."""
     from nanothink.cli import render
-    from nanothink.data.corpus import find_corpus
+    from nanothink.data.corpus import find_corpus, left_out
+    from nanothink.data.problems import Problems
     from nanothink.data.split import SplitRule
     from nanothink.data.tokenizer import save_tokenizer, train_on_corpus
     from nanothink.disk import try_to_write
@@ -57,6 +58,7 @@ def train(
     try_to_write(out)
     settings = data_settings(config_file, assignments, data_dir=data_dir, domains=domains)
     corpus = find_corpus(settings.data_dir, settings.domains)
+    bad = Problems()
     with render.progress() as bars:
         for problem in corpus.warnings:
             bars.note(str(problem))
@@ -65,9 +67,13 @@ def train(
             vocab_size=vocab_size,
             split=SplitRule.of(settings),
             on_progress=bars,
+            on_bad_line=bad.add,
         )
+        if bad:
+            bars.note(f"Left out: {left_out(bad, corpus.root)}")
     path = save_tokenizer(trained, out)
     result = {"path": str(path), "vocab_size": trained.vocab_size, "fingerprint": trained.fingerprint}
+    result |= render.bad_lines(bad)
     if as_json:
         render.print_json(result)
     else:

@@ -38,12 +38,12 @@ class TrainingBatches:
         """Blocks of all domains together: as many positions are one epoch."""
         self._firsts = dict(zip(self._domains, accumulate(self._sizes.values(), initial=0), strict=False))
         self._passes: dict[str, tuple[int, NDArray[np.int64]]] = {}
+        self._group: tuple[int, NDArray[np.int64]] | None = None
 
     def place(self, position: int) -> tuple[str, int]:
         """Domain and block index at ``position`` >= 0."""
         group, slot = divmod(position, len(self._domains))
-        order = _permutation(len(self._domains), _key(self._seed, "domains", group))
-        domain = self._domains[order[slot]]
+        domain = self._domains[self._order(group)[slot]]
         number, place = divmod(group, self._sizes[domain])
         return domain, int(self._shuffled(domain, number)[place])
 
@@ -51,6 +51,13 @@ class TrainingBatches:
         """Which of the ``n_blocks`` blocks comes at ``position``; they are numbered domain by domain."""
         domain, index = self.place(position)
         return self._firsts[domain] + index
+
+    def _order(self, group: int) -> NDArray[np.int64]:
+        """Order of the domains in a group; kept until another group is asked for."""
+        if self._group is None or self._group[0] != group:
+            key = _key(self._seed, "domains", group)
+            self._group = (group, _permutation(len(self._domains), key))
+        return self._group[1]
 
     def _shuffled(self, domain: str, number: int) -> NDArray[np.int64]:
         """Order of a domain's blocks in a pass; kept until another pass is asked for."""

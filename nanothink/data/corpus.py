@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -152,10 +153,18 @@ def bad_records_error(root: Path, problems: Problems) -> BadRecordsError:
         lines.append(f"  and {len(problems) - len(named):,} more")
     lines += [group.hint for group in problems.groups if group.hint]
     lines.append(
-        f"`nanothink data validate {root}` shows them by kind, with --all one by one; --skip-bad-records "
-        "leaves them out."
+        f"`nanothink data validate {shlex.quote(shown(root))}` shows them by kind, with --all one by one; "
+        "--skip-bad-records leaves them out."
     )
     return BadRecordsError("\n".join(lines))
+
+
+def left_out(problems: Problems, root: Path) -> str:
+    """A note on bad lines that are passed over: how many, why, where, and how to see them all."""
+    return (
+        f"{counted(len(problems), 'bad line')} of {shown(root)}: {problems.sentence()}. "
+        f"All of them: nanothink data validate {shlex.quote(shown(root))}"
+    )
 
 
 def validate_corpus(

@@ -60,7 +60,7 @@ def table_rows(
                     findings.empty += 1
                 elif len(row) != len(header):
                     reason = f"the row has {counted(len(row), 'field')}, the header has {len(header)}"
-                    findings.bad_rows.append(Problem(shown(path), line, 1, reason))
+                    findings.bad_rows.add(Problem(shown(path), line, 1, reason))
                 else:
                     text = row[column]
                     if not quotes and text[:1] == text[-1:] == '"' and len(text) > 1:
@@ -153,12 +153,12 @@ class _Spans:
         if self._n_odd <= _NAMED:
             looks = ", and every further one of them looks like a row" if like_rows else ""
             reason = f"one quoted field takes {n_lines:,} lines from here on{looks}: is a quote missing?"
-            self._findings.warnings.append(Problem(shown(self._path), line, 1, reason))
+            self._findings.warnings.add(Problem(shown(self._path), line, 1, reason))
 
     def tell(self) -> None:
         if self._n_odd > _NAMED:
             reason = f"{self._n_odd - _NAMED:,} more fields take as many lines or look like rows"
-            self._findings.warnings.append(Problem(shown(self._path), 0, 0, reason))
+            self._findings.warnings.add(Problem(shown(self._path), 0, 0, reason))
 
 
 class _KeptQuotes:
@@ -179,7 +179,7 @@ class _KeptQuotes:
                 f"{texts} with a double quote, from here on, and keeps it; if the file puts its fields in "
                 "quotes, as spreadsheets do, import it with --quotes"
             )
-            self._findings.warnings.append(Problem(shown(self._path), self._first, 1, reason))
+            self._findings.warnings.add(Problem(shown(self._path), self._first, 1, reason))
 
 
 def _unreadable(path: Path, delimiter: str, first: int, last: int, why: str, quotes: bool) -> DataError:

@@ -30,6 +30,7 @@ import orjson
 from nanothink.data.delimited import DELIMITERS, table_rows
 from nanothink.data.import_place import ImportCommand, check_place
 from nanothink.data.lines import MAX_LINE_BYTES, SUFFIXES, Problem, shown
+from nanothink.data.problems import Problems
 from nanothink.data.records import Record, write_records
 from nanothink.data.tables import (
     HUB_NAME,
@@ -59,14 +60,23 @@ class ImportReport:
     n_bytes: int
     empty: int
     """Rows or files that hold no text and were left out."""
-    bad_rows: tuple[Problem, ...]
+    found_bad_rows: Problems
     """Rows that could not be taken and were left out."""
-    warnings: tuple[Problem, ...]
+    found_warnings: Problems
     seconds: float
     n_spanning: int = 0
     """Quoted fields of a table that span several lines."""
     first_spanning: int | None = None
     """The line where the first of them begins."""
+
+    @property
+    def bad_rows(self) -> tuple[Problem, ...]:
+        """The first of each kind, in the order in which they were found."""
+        return tuple(self.found_bad_rows.named())
+
+    @property
+    def warnings(self) -> tuple[Problem, ...]:
+        return tuple(self.found_warnings.named())
 
 
 def import_source(
@@ -115,8 +125,8 @@ def import_source(
         n_records,
         path.stat().st_size,
         findings.empty,
-        tuple(findings.bad_rows),
-        tuple(findings.warnings),
+        findings.bad_rows,
+        findings.warnings,
         time.perf_counter() - began,
         findings.n_spanning,
         findings.first_spanning,
@@ -151,13 +161,14 @@ def _records(rows: Iterable[Row], source: str, findings: Findings) -> Iterator[R
             continue
         reason = _why_unfit(value)
         if reason:
-            findings.bad_rows.append(Problem(shown(source), number, 1, reason))
+            findings.bad_rows.add(Problem(shown(source), number, 1, reason))
             continue
         yield Record(text=str(value), source=origin, id=n_records, group=_group_name(group))
         n_records += 1
     if not n_records:
-        why = f" First problem: {findings.bad_rows[0]}." if findings.bad_rows else ""
-        if any(problem.reason.startswith("there is no '") for problem in findings.bad_rows[:1]):
+        first = findings.bad_rows.named()[:1]
+        why = "".join(f" First problem: {problem}." for problem in first)
+        if any(problem.reason.startswith("there is no '") for problem in first):
             why += " Name the field that holds the text: --text-field NAME"
         raise DataError(f"There is no text in {shown(source)}; nothing was written.{why}")
 

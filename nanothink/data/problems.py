@@ -22,9 +22,16 @@ _OTHER = "other reasons"
 
 # What differs between problems of one kind: names, values, numbers and characters that stand in the data.
 _VARIABLE = re.compile(
-    r"(?:`(?!(?:text|source|id|group)`)[^`]*`(?:, )?)+"
+    r"(?:`[^`]*`(?:, )?)+"
     r"|'[^']*'|(?<=, found )\S+|U\+[0-9A-F]+|0x[0-9a-f]+|\\u\w+|-?\d[\d,.]*"
 )
+
+
+_KEYS = frozenset(("`text`", "`source`", "`id`", "`group`"))  # of a record, which are no accident of the data
+
+
+def _masked(found: re.Match[str]) -> str:
+    return found.group() if found.group() in _KEYS else "…"
 
 
 @dataclass(slots=True)
@@ -138,7 +145,7 @@ class Problems:
     def _group(self, problem: Problem) -> ProblemGroup:
         group = self._by_reason.get(problem.reason)
         if group is None:
-            kind = _VARIABLE.sub("…", problem.reason)
+            kind = _VARIABLE.sub(_masked, problem.reason)
             if kind not in self._groups and len(self._groups) >= _GROUPS:
                 kind = _OTHER
             group = self._groups.setdefault(kind, ProblemGroup())

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def json_lines_rows(path: Path, text_field: str, findings: Findings) -> Iterator
         findings.advance(min(done, total), total)
 
     batches = iter_lines(
-        path, on_problem=findings.bad_rows.append, on_warning=findings.warnings.append, on_bytes=advance
+        path, on_problem=findings.bad_rows.add, on_warning=findings.warnings.add, on_bytes=advance
     )
     for first, lines in batches:
         for number, line in enumerate(lines, first):
@@ -76,7 +77,7 @@ def json_lines_rows(path: Path, text_field: str, findings: Findings) -> Iterator
                 item = _parse(line)
             except JsonFault as fault:
                 problem = Problem(shown(path), number, fault.position + 1, fault.reason)
-                findings.bad_rows.append(problem)
+                findings.bad_rows.add(problem)
             else:
                 yield from _from_object(number, item, path, text_field, findings)
 
@@ -104,11 +105,16 @@ def _from_object(number: int, item: object, path: Path, text_field: str, finding
         yield Row(number, origin, item[text_field], group)
         return
     if isinstance(item, dict):
-        keys = [str(key) for key in item][:20]
-        reason = f"there is no '{text_field}'.{did_you_mean(text_field, keys)} There is: {', '.join(keys)}"
+        reason = _no_field(text_field, tuple(str(key) for key in item))
     else:
         reason = f"an object with a '{text_field}' is due, not {type(item).__name__}"
-    findings.bad_rows.append(Problem(shown(path), number, 1, reason))
+    findings.bad_rows.add(Problem(shown(path), number, 1, reason))
+
+
+@lru_cache(maxsize=64)  # the rows of a file have the same keys, and the search for a likeness is slow
+def _no_field(text_field: str, keys: tuple[str, ...]) -> str:
+    likely = did_you_mean(text_field, keys[:20])
+    return f"there is no '{text_field}'.{likely} There is: {', '.join(keys[:20])}"
 
 
 def parquet_rows(path: Path, text_field: str, findings: Findings) -> Iterator[Row]:

@@ -15,6 +15,7 @@ from typing import NamedTuple, TextIO
 
 from nanothink.config.text_encoding import conversion, wide_encoding
 from nanothink.data.lines import Problem, shown
+from nanothink.data.problems import Problems
 from nanothink.errors import DataError, did_you_mean
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
@@ -45,8 +46,8 @@ class Findings:
 
     advance: Progress
     empty: int = 0
-    bad_rows: list[Problem] = field(default_factory=list)
-    warnings: list[Problem] = field(default_factory=list)
+    bad_rows: Problems = field(default_factory=Problems)
+    warnings: Problems = field(default_factory=Problems)
     n_spanning: int = 0
     """Quoted fields of a table that span several lines; an unbalanced quote makes one of several rows."""
     first_spanning: int | None = None
@@ -141,7 +142,7 @@ def folder_rows(folder: Path, limit: int | None, findings: Findings, leave_out: 
         for name in own:
             folders.remove(name)
             reason = "left out: it is the data folder, which the import writes to"
-            findings.warnings.append(Problem(shown(Path(parent, name)), 0, 0, reason))
+            findings.warnings.add(Problem(shown(Path(parent, name)), 0, 0, reason))
         for name in names:
             path = Path(parent, name)
             if name.startswith("."):
@@ -159,7 +160,7 @@ def folder_rows(folder: Path, limit: int | None, findings: Findings, leave_out: 
     if others:
         kinds = ", ".join(f"{shown(kind)} ({n:,})" for kind, n in others.most_common(8))
         reason = f"left out, because only {', '.join(TEXT_SUFFIXES)} are read from a folder: {kinds}"
-        findings.warnings.append(Problem(shown(folder), 0, 0, reason))
+        findings.warnings.add(Problem(shown(folder), 0, 0, reason))
     files.sort(key=lambda pair: pair[1])
     yield from text_file_rows(files, limit, findings)
 

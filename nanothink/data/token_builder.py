@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from nanothink.data.cache import cache_folder
-from nanothink.data.corpus import Corpus, bad_records_error
+from nanothink.data.corpus import Corpus, bad_records_error, left_out
 from nanothink.data.encoding import Tokenizer
 from nanothink.data.lines import Problem, shown
 from nanothink.data.pages import OpenFiles
@@ -35,7 +35,7 @@ from nanothink.data.token_files import (
     open_token_file,
 )
 from nanothink.disk import Note, locked, make_folder, storage_error, sweep_folder
-from nanothink.errors import DataError, StorageError, counted
+from nanothink.errors import DataError, StorageError
 
 Progress = Callable[[int, int], None]
 
@@ -215,10 +215,7 @@ class TokenBuilder:
         root = self._corpus.root
         if not self._skip:
             raise bad_records_error(root, self.left_out)
-        self._note(
-            f"{counted(len(self.left_out), 'bad line')} of {shown(root)} left out: "
-            f"{self.left_out.sentence()}. All of them: nanothink data validate {shown(root)}"
-        )
+        self._note(f"Left out: {left_out(self.left_out, root)}")
 
     def _advance(self, n_bytes: int) -> None:
         self._done += n_bytes

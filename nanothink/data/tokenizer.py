@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from nanothink.data.bpe_process import Progress, learn_in_process
 from nanothink.data.cache import cache_folder
-from nanothink.data.corpus import Corpus, bad_records_error, find_corpus, validate_corpus
+from nanothink.data.corpus import Corpus, bad_records_error, find_corpus, left_out, validate_corpus
 from nanothink.data.encoding import EOS, Tokenizer
 from nanothink.data.hub import TokenizerUnreachableError
-from nanothink.data.records import Problem, Record, iter_records
+from nanothink.data.problems import Problems
+from nanothink.data.records import Problem, ProblemSink, Record, iter_records
 from nanothink.data.sides import CUT, TRAIN, assign_sides
 from nanothink.data.split import SplitRule, cut_text, group_key, text_key
 from nanothink.data.tokenizer_files import load_tokenizer, looks_like_path, tokenizer_settings
@@ -81,6 +82,7 @@ def train_on_corpus(
     vocab_size: int | None = None,
     split: SplitRule,
     on_progress: Progress | None = None,
+    on_bad_line: ProblemSink | None = None,
 ) -> Tokenizer:
     """``train_tokenizer`` on the training side of a corpus, on an even sample of it when that is very large.
 
@@ -107,7 +109,7 @@ def train_on_corpus(
         rows[domain] = np.fromiter(
             (
                 (text_key(record.text), group_key(record.group, record.source), len(record.text.encode()))
-                for record in _records(paths, advance)
+                for record in _records(paths, advance, on_bad_line or _pass_over)
             ),
             dtype=[("key", "<u8"), ("group", "<u8"), ("n_bytes", "<i8")],
         )
@@ -122,7 +124,9 @@ def train_on_corpus(
         advance = reader_of("counting words")
         for domain, paths in corpus.domains.items():
             keys = rows[domain]["key"].tolist()
-            for record, key, side in zip(_records(paths, advance), keys, sides[domain], strict=False):
+            for record, key, side in zip(
+                _records(paths, advance, _pass_over), keys, sides[domain], strict=False
+            ):
                 if side == CUT:
                     yield cut_text(record.text, split, assigned.cut[key])[0]
                 elif side == TRAIN and key % 2**32 < share * 2**32:
@@ -131,11 +135,15 @@ def train_on_corpus(
     return train_tokenizer(chosen(), vocab_size, n_bytes=n_bytes, on_progress=on_progress)
 
 
-def _records(paths: Sequence[Path], on_bytes: Callable[[int], None]) -> Iterator[Record]:
-    def pass_over(_problem: Problem) -> None: ...
+def _pass_over(_problem: Problem) -> None:
+    """Bad lines are told when the text is read for the first time."""
 
+
+def _records(
+    paths: Sequence[Path], on_bytes: Callable[[int], None], on_problem: ProblemSink
+) -> Iterator[Record]:
     for path in paths:
-        for _, record in iter_records(path, on_problem=pass_over, on_bytes=on_bytes):
+        for _, record in iter_records(path, on_problem=on_problem, on_bytes=on_bytes):
             yield record
 
 
@@ -226,8 +234,13 @@ def resolve_tokenizer(
     with locked(cache, note):
         if kept := _stand_in(folder, name, split, note):
             return kept
-        trained = train_on_corpus(find_corpus(corpus.root), split=split, on_progress=told)
+        bad = Problems()
+        trained = train_on_corpus(
+            find_corpus(corpus.root), split=split, on_progress=told, on_bad_line=bad.add
+        )
         save_tokenizer(trained, folder, stands_for=name, split=split)
+    if bad:
+        note(f"The tokenizer is trained without {left_out(bad, corpus.root)}")
     note(
         f"Tokenizer '{name}' is neither cached nor reachable, so one was trained on this corpus instead "
         f"({trained.vocab_size:,} tokens); it is kept in {folder} and used from now on."

@@ -74,7 +74,11 @@ class TokenStream:
         self._sources_count = sources_count
         self._eos_id = eos_id
         self._parts = [(file, chosen) for file, chosen in parts if chosen.any()]
-        runs = [_runs(file.documents["end"], chosen) for file, chosen in self._parts]
+        runs, self.n_bytes = [], 0
+        for file, chosen in self._parts:
+            documents = file.documents
+            runs.append(_runs(documents["end"], chosen))
+            self.n_bytes += int(documents["n_bytes"][chosen].sum())
         sizes = np.concatenate([stops - starts for starts, stops in runs] or [np.empty(0, np.int64)])
         # Run r holds tokens [_ends[r] - size, _ends[r]) of the stream, found at _starts[r] of its file.
         self._ends: Int64 = np.cumsum(sizes)
@@ -82,7 +86,6 @@ class TokenStream:
         self._files = np.repeat(np.arange(len(runs)), [len(starts) for starts, _ in runs])
         self.n_tokens = int(sizes.sum())
         self.n_documents = sum(int(chosen.sum()) for _, chosen in self._parts)
-        self.n_bytes = sum(int(file.documents["n_bytes"][chosen].sum()) for file, chosen in self._parts)
 
     def n_blocks(self, length: int) -> int:
         """Blocks of ``length`` targets; the last one may be partly filled."""
@@ -132,8 +135,11 @@ class TokenStream:
 
     def documents(self) -> Documents:
         """What is known of each document, in the stream's order; read from disk at each call."""
-        rows = [file.documents[chosen] for file, chosen in self._parts]
-        sizes = [np.diff(file.documents["end"], prepend=0)[chosen] for file, chosen in self._parts]
+        rows, sizes = [], []
+        for file, chosen in self._parts:
+            documents = file.documents
+            rows.append(documents[chosen])
+            sizes.append(np.diff(documents["end"], prepend=0)[chosen])
         found = np.concatenate(rows or [np.empty(0, DOCUMENT)])
         return Documents(
             n_tokens=np.concatenate(sizes or [np.empty(0, np.int64)]),
@@ -225,7 +231,7 @@ def tokenise(
     builder = TokenBuilder(corpus, tokenizer, skip_bad_records, on_progress, note or silent)
     files = builder.files()
     for domain, own in files.items():
-        if not any(len(file.documents) for _, file in own):
+        if not any(len(file.rows) for _, file in own):
             raise DataError(
                 f"Domain '{domain}' in {corpus.root} holds no valid record. Add some, or leave it out with "
                 "--domains."
@@ -250,7 +256,7 @@ def tokenise(
         cut_here = [cuts[key].file for key in np.unique(rows[domain]["key"][sides == CUT]).tolist()]
         for side, of_side in streams.items():
             chosen = [(file, own == side) for file, own in parts]
-            chosen += [(file, _part_of_cut(len(file.documents), side)) for file in cut_here]
+            chosen += [(file, _part_of_cut(len(file.rows), side)) for file in cut_here]
             of_side[domain] = TokenStream(domain, tokenizer.eos_id, chosen, sources_count(rows[domain]))
         if split is not None and trained.is_empty:
             _check_both_sides(domain, streams[TRAIN][domain], streams[VAL][domain])
@@ -302,5 +308,5 @@ def _part_of_cut(n_parts: int, side: int) -> NDArray[np.bool_]:
 
 def _by_file(files: Sequence[tuple[str, TokenFile]], sides: Sides) -> list[tuple[TokenFile, Sides]]:
     """Each file with its own stretch of the domain's sides."""
-    ends = np.cumsum([len(file.documents) for _, file in files])
+    ends = np.cumsum([len(file.rows) for _, file in files])
     return [(file, own) for (_, file), own in zip(files, np.split(sides, ends[:-1]), strict=True)]

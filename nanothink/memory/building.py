@@ -11,7 +11,7 @@ Shapes: B blocks, T tokens of a block, N tokens, D width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,20 +111,21 @@ def plan_build(
     if store is not None:
         held_out = np.union1d(held_out, store.contents.held_out)
     known = store.contents.documents["key"] if store is not None else np.empty(0, np.uint64)
+    found = {domain: stream.documents() for domain, stream in tokens.train.items()}
+    keys = np.concatenate([documents.keys for documents in found.values()] or [np.empty(0, np.uint64)])
+    out = np.isin(keys, held_out)
+    let_in = np.zeros(len(keys), np.bool_)
+    let_in[np.unique(keys, return_index=True)[1]] = True
+    let_in &= ~out & ~np.isin(keys, known)
+    n_held_out, n_known = int(out.sum()), int((~let_in & ~out).sum())
     chosen: list[tuple[str, TokenStream, Documents, Int64, NDArray[np.bool_], Int64]] = []
-    n_known = n_held_out = 0
-    for domain, stream in tokens.train.items():
-        documents = stream.documents()
-        out = np.isin(documents.keys, held_out)
-        first = np.zeros(len(documents.keys), np.bool_)
-        first[np.unique(documents.keys, return_index=True)[1]] = True
-        fresh = first & ~out & ~np.isin(documents.keys, known)
-        n_held_out += int(out.sum())
-        n_known += int((~fresh & ~out).sum())
-        known = np.concatenate([known, documents.keys[fresh]])
+    start = 0
+    for domain, documents in found.items():
+        fresh = let_in[start : start + len(documents.keys)]
+        start += len(documents.keys)
         ends = np.cumsum(documents.n_tokens)
         touched = _blocks_of(ends, documents.n_tokens, fresh, length)
-        chosen.append((domain, stream, documents, ends, fresh, touched))
+        chosen.append((domain, tokens.train[domain], documents, ends, fresh, touched))
     n_blocks = sum(len(touched) for *_, touched in chosen)
     n_fresh = sum(int(documents.n_tokens[fresh].sum()) for _, _, documents, _, fresh, _ in chosen)
     n_old = store.index.n_keys if store is not None else 0
@@ -183,17 +184,18 @@ def build(
     """
     old = store.contents if store is not None else Contents.empty(vocab_size)
     index = _prepared_index(plan, settings, owner, states, store, progress)
-    domains, files = list(old.domains), list(old.files)
+    domains, files = _Places(old.domains), _Places(old.files)
     parts: list[NDArray[Any]] = [np.asarray(old.tokens)]
     rows: list[NDArray[Any]] = [np.asarray(old.documents)]
     number = len(old.tokens)
     done, n_blocks = 0, sum(len(intake.blocks) for intake in plan.intakes)
     for intake in plan.intakes:
-        sources = [_place(files, path) for path in intake.documents.paths]
+        domain = domains.of(intake.domain)
+        sources = np.array([files.of(path) for path in intake.documents.paths], np.int64)
         for keys, targets, documents in _keys(intake, intake.blocks, owner.block_length, states):
             index.add(keys, number + np.arange(len(keys)))
             parts.append(targets.astype(old.tokens.dtype))
-            rows.append(_rows(intake, documents, number, _place(domains, intake.domain), sources))
+            rows.append(_rows(intake, documents, number, domain, sources))
             number += len(keys)
             done += max(1, BATCH_TOKENS // owner.block_length)
             progress("keys into the index", min(done, n_blocks), n_blocks)
@@ -201,8 +203,8 @@ def build(
     contents = Contents(
         np.concatenate(parts),
         _joined(np.concatenate(rows)),
-        tuple(domains),
-        tuple(files),
+        domains.names,
+        files.names,
         held_out,
         _heads(old, tokens.trained_text),
         old.merged,
@@ -274,7 +276,7 @@ def _keys(
             yield states(torch.from_numpy(inputs))[wanted], targets[wanted], documents[wanted]
 
 
-def _rows(intake: Intake, documents: Int64, number: int, domain: int, sources: list[int]) -> NDArray[Any]:
+def _rows(intake: Intake, documents: Int64, number: int, domain: int, sources: Int64) -> NDArray[Any]:
     """A row for each stretch of one document in a batch that begins at key ``number``."""
     last = np.flatnonzero(np.diff(documents, append=-1))
     own = documents[last]
@@ -283,7 +285,7 @@ def _rows(intake: Intake, documents: Int64, number: int, domain: int, sources: l
     rows["key"] = intake.documents.keys[own]
     rows["line"] = intake.documents.lines[own]
     rows["domain"] = domain
-    rows["file"] = np.array(sources, np.int64)[intake.documents.files[own]]
+    rows["file"] = sources[intake.documents.files[own]]
     return rows
 
 
@@ -294,10 +296,19 @@ def _joined(rows: NDArray[Any]) -> NDArray[Any]:
     return joined
 
 
-def _place(names: list[str], name: str) -> int:
-    if name not in names:
-        names.append(name)
-    return names.index(name)
+class _Places:
+    """Names in the order in which they came, and the place of each."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._places = {name: place for place, name in enumerate(names)}
+
+    def of(self, name: str) -> int:
+        """The place of a name, which is added if need be."""
+        return self._places.setdefault(name, len(self._places))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._places)
 
 
 def _blocks_of(ends: Int64, sizes: Int64, chosen: NDArray[np.bool_], length: int) -> Int64:

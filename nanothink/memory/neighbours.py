@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -33,6 +34,7 @@ from nanothink.models.recall import Neighbours
 BYTES_PER_NEIGHBOUR = 6
 
 _FORMAT = 2
+_MOST_OPEN = 64  # domains whose two files are open at a time
 _MISSING = np.uint32(0xFFFFFFFF)
 _SCALE = 32767.0
 
@@ -54,7 +56,7 @@ class TrainingNeighbours:
         described = [_FORMAT, tokens.fingerprint, length, self._k, store.index.n_probe]
         name = hashlib.blake2b(orjson.dumps(described), digest_size=6).hexdigest()
         self.folder = store.folder / f"neighbours-{store.generation}-{name}"
-        self._files: dict[str, BlockFile] = {}
+        self._files: OrderedDict[str, BlockFile] = OrderedDict()
         self._read_documents: dict[str, tuple[Int64, NDArray[np.uint64]]] = {}
 
     def missing(self, places: Iterable[tuple[str, int]]) -> dict[str, Int64]:
@@ -166,10 +168,15 @@ class TrainingNeighbours:
             raise storage_error(self.folder, error) from error
 
     def _file(self, domain: str, *, create: bool) -> BlockFile:
-        if domain not in self._files:
+        """The file of a domain; good until that of another domain is asked for."""
+        if domain in self._files:
+            self._files.move_to_end(domain)
+        else:
             named = hashlib.blake2b(domain.encode(), digest_size=6).hexdigest()
             paths = (self.folder / f"{named}{ending}" for ending in (".blocks", ".marks"))
             self._files[domain] = BlockFile(*paths, create=create)
+            if len(self._files) > _MOST_OPEN:
+                self._files.popitem(last=False)[1].close()
         return self._files[domain]
 
 

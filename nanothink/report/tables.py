@@ -187,6 +187,9 @@ def number(value: float | None) -> str:
 def _remarks(run: ReportedRun) -> list[str]:
     """What a person should know about a run's records."""
     records, remarks = run.records, []
+    data = records.description.get("data")
+    if isinstance(data, dict) and isinstance(n_bad := data.get("n_bad_lines"), int) and n_bad:
+        remarks.append(f"{counted(n_bad, 'bad line')} of the data left out (--skip-bad-records).")
     if records.n_skipped:
         steps = counted(records.n_skipped, "logged step")
         remarks.append(f"{steps} skipped: loss or gradient was not finite.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanothink.checkpoints import (
@@ -17,6 +17,7 @@ from nanothink.checkpoints import (
     verify_checkpoint,
 )
 from nanothink.data.corpus import find_corpus
+from nanothink.data.problems import Problems
 from nanothink.errors import CheckpointError, CheckpointNotFoundError, DataError, UsageError
 from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Difference, Evaluation, evaluate_model
@@ -34,8 +35,10 @@ class CheckpointEvaluation:
     path: Path
     kind: str
     evaluation: Evaluation
-    n_seen: int
+    n_seen: int = 0
     """Documents of the text that it was trained on, or has in its vector store."""
+    left_out: Problems = field(default_factory=Problems)
+    """Bad lines of the text, which was scored without them."""
 
 
 def above_best(results: Sequence[CheckpointEvaluation]) -> list[Difference | None]:
@@ -143,7 +146,8 @@ def evaluate_checkpoints(
                 on_progress=lambda done, total: progress("errors by noise level", done, total),
             )
             evaluation = replace(evaluation, denoising=errors)
-        results.append(CheckpointEvaluation(model.path, model.kind, evaluation, scored.n_seen[number]))
+        n_seen = scored.n_seen[number]
+        results.append(CheckpointEvaluation(model.path, model.kind, evaluation, n_seen, scored.left_out))
     return results
 
 

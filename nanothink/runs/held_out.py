@@ -19,6 +19,7 @@ from nanothink.checkpoints import SplitRecord
 from nanothink.config.run import ResolvedConfig
 from nanothink.data.corpus import Corpus
 from nanothink.data.lines import shown
+from nanothink.data.problems import Problems
 from nanothink.data.split import NOTHING, HeldOutText, SplitRule, TrainedText
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.data.tokens import TokenisedCorpus, TokenStream, tokenise
@@ -145,6 +146,8 @@ class ScoredText:
     streams: dict[str, TokenStream]
     n_seen: tuple[int, ...]
     """Documents of it that each model was trained on, or has in its vector store; none unless allowed."""
+    left_out: Problems
+    """Bad lines that were passed over."""
 
 
 class TextToScore:
@@ -222,7 +225,7 @@ class TextToScore:
                 )
         if not streams:
             raise DataError(f"There is no text in the {side} part of {root}.")
-        return ScoredText(streams, n_seen)
+        return ScoredText(streams, n_seen, tokens.left_out)
 
     def _tokenise(
         self, tokenizer: Tokenizer, rule: SplitRule | None, trained: TrainedText

@@ -41,6 +41,8 @@ class RunEstimate:
     """The experts' states that are kept beside the tokens; 0 where none are, or they may not take so much."""
     precision: str
     precision_reason: str
+    n_bad_lines: int
+    """Lines of the text that are left out."""
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -100,6 +102,7 @@ def estimate_run(prepared: Prepared, n_processes: int = 1) -> RunEstimate:
         states_bytes=kept_bytes(prepared),
         precision=prepared.precision.name,
         precision_reason=prepared.precision.reason,
+        n_bad_lines=prepared.tokens.skipped_records,
     )
 
 

@@ -523,6 +523,7 @@ def _description(prepared: Prepared, run: Run) -> dict[str, Any]:
             "fingerprint": prepared.tokens.fingerprint,
             "train_tokens": {d: s.n_tokens for d, s in prepared.tokens.train.items()},
             "validation_tokens": {d: s.n_tokens for d, s in prepared.tokens.val.items()},
+            "n_bad_lines": prepared.tokens.skipped_records,
         },
         "precision": {
             "device": str(prepared.precision.device),

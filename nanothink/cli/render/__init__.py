@@ -18,7 +18,7 @@ from nanothink.cli.render.console import (
 )
 from nanothink.cli.render.corpus import near_duplicates
 from nanothink.cli.render.memory import compaction, memory_facts, recalled
-from nanothink.cli.render.problems import ErrorStream, hints, problems
+from nanothink.cli.render.problems import ErrorStream, bad_lines, hints, problems
 from nanothink.cli.render.progress import progress
 from nanothink.cli.render.results import (
     estimate,
@@ -34,6 +34,7 @@ from nanothink.cli.render.training import training_view
 
 __all__ = [
     "ErrorStream",
+    "bad_lines",
     "chapter",
     "compaction",
     "count",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nanothink.cli.render.console import json_text, printable, say
@@ -16,8 +17,8 @@ _FEW = 5
 """Problems that have one reason and are named in lines of their own all the same."""
 
 
-def problems(found: Problems, head: str, style: str) -> None:
-    """A line each, or a line for all that have one reason; then what mends them."""
+def problems(found: Problems, tell: Callable[[str], None]) -> None:
+    """A line each, or a line for all that have one reason."""
     lines: list[tuple[float, str]] = []
     for group in found.groups:
         if group.is_uniform and group.count > _FEW:
@@ -27,10 +28,14 @@ def problems(found: Problems, head: str, style: str) -> None:
         more = group.count - len(group.named)
         if more:
             last = group.named[-1][0]
-            lines.append((last + 0.5, f"{group.first.place}: {more:,} more like this (--all names each)"))
+            lines.append((last + 0.5, f"{group.first.place}: {more:,} more like this: {group.where()}"))
     for _, line in sorted(lines):
-        say(f"{head}: {line}", style=style)
-    hints(found)
+        tell(line)
+
+
+def bad_lines(found: Problems) -> dict[str, Any]:
+    """What `--json` says of bad lines that were left out."""
+    return {"n_bad_lines": len(found), "bad_lines": [group.to_dict() for group in found.groups]}
 
 
 def hints(found: Problems) -> None:

@@ -38,6 +38,7 @@ class Bars:
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
         self._clock = clock
+        self._said: set[str] = set()
         self._began: dict[str, tuple[float, int]] = {}
         self._start = self._last_line = clock()
 
@@ -66,6 +67,10 @@ class Bars:
             note(f"{label}: {100 * done / total:.0f} %{eta}")
 
     def note(self, message: str) -> None:
+        """A line; once, though several steps of the work should say it."""
+        if message in self._said:
+            return
+        self._said.add(message)
         if self._progress is None:
             note(message)
         else:
