@@ -17,6 +17,8 @@ from nanothink.data.tokenizer import Tokenizer, load_tokenizer
 from nanothink.data.tokens import tokenise
 from nanothink.errors import DataError
 
+pytest.importorskip("datasketch")
+
 WORDS = [f"{a}{b}{c}" for a in "bdgkmpt" for b in "aeiou" for c in "lnrs"]
 
 

@@ -666,6 +666,7 @@ def test_the_corpus_in_numbers(tiny_corpus: Path, tiny_tokenizer: Path, said: Sa
 def test_the_corpus_in_numbers_with_a_test_side_and_near_duplicates(
     tiny_corpus: Path, tiny_tokenizer: Path, said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("datasketch")
     shutil.copytree(tiny_corpus, tmp_path / "data")
     near = tmp_path / "data" / "letters" / "again.jsonl"
     near.write_text((tiny_corpus / "letters" / "texts.jsonl").read_text().replace('."', '. The end."'))
