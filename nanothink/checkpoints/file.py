@@ -12,7 +12,9 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -45,6 +47,39 @@ Progress = Callable[[str, int, int], None]
 
 _PIECE = 2**22
 """Numbers looked at at once."""
+
+_SETTLED_NS = 100_000_000
+"""A change later than this after the one before has another time; disks count in ticks of 1 to 10 ms."""
+
+
+class _Verified:
+    """Files whose every byte this process has verified: who opens one next need not read it again.
+
+    A file is known by its place on the disk, its size and the times of its last changes, so one that was
+    replaced, or written to since, is another. Only the last few are remembered.
+    """
+
+    def __init__(self) -> None:
+        self._known: deque[tuple[int, ...]] = deque(maxlen=64)
+
+    def knows(self, file: BinaryIO) -> bool:
+        return self._identity(file) in self._known
+
+    @contextlib.contextmanager
+    def verifying(self, file: BinaryIO) -> Iterator[None]:
+        """Remember ``file`` if it is found to be whole within, and does not change meanwhile."""
+        began, before = time.time_ns(), self._identity(file)
+        yield
+        if self._identity(file) == before and max(before[-2:]) < began - _SETTLED_NS:
+            self._known.append(before)
+
+    @staticmethod
+    def _identity(file: BinaryIO) -> tuple[int, ...]:
+        stat = os.fstat(file.fileno())
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+_verified = _Verified()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +143,8 @@ def read_checkpoint(
 ) -> CheckpointPayload:
     """Verify every byte of ``path``, then load it. Never runs code from the file.
 
+    A file that this process has verified before and that has not changed since is not verified again.
+
     With ``mmap`` the tensors stay on the disk until they are touched; the file can still be replaced
     meanwhile, since a replaced file lives on while it is mapped. ``progress`` hears of the verification.
 
@@ -134,6 +171,7 @@ def verify_checkpoint(path: Path, *, progress: Progress | None = None) -> Checkp
         thorough=True,
         map_location="cpu",
         mmap=True,
+        again=True,
         on_progress=progress and (lambda done, total: progress(f"verifying {path.name}", done, total)),
     )
     wrong = [name for name, tensor in payload["model_state"].items() if not _is_finite(tensor)]
@@ -200,6 +238,7 @@ def _load(
     thorough: bool,
     map_location: str,
     mmap: bool,
+    again: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckpointPayload:
     if map_location != "cpu":
@@ -208,7 +247,11 @@ def _load(
         if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
             raise damaged(path, "it is a pipe or a device, not a file")
         with path.open("rb") as file:
-            check_archive(file, path, thorough=thorough, on_progress=on_progress)
+            if again or not (thorough and _verified.knows(file)):
+                with _verified.verifying(file) if thorough else contextlib.nullcontext():
+                    check_archive(file, path, thorough=thorough, on_progress=on_progress)
+            else:
+                check_archive(file, path, thorough=False)
             try:
                 # The open file, where possible: what is loaded is then what was checked.
                 payload: object = torch.load(

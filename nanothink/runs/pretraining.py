@@ -271,6 +271,7 @@ def build_run(
             scaler.load_state_dict(dict(payload["amp_scaler"]))
         for line in unpack_rng(payload["rng"]):
             watch.note(line)
+        prepared.origin.release()
     # The rates of the last step taken, as a run that was never interrupted would hold them: a checkpoint
     # written before the next step must not differ in them.
     last_step = max(0, state.step - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,12 +61,31 @@ class Watch:
     progress: Progress
 
 
+_RESTORED = ("model_state", "optimizer_state")
+
+
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint that a run continues from.
+
+    Weights and moments lie in the mapped file until they are restored; all else is in memory.
+    """
 
     path: Path
     payload: CheckpointPayload
+
+    @classmethod
+    def open(cls, path: Path, progress: Progress) -> Origin:
+        """Raises as ``read_checkpoint`` does."""
+        payload = read_checkpoint(path, mmap=True, progress=progress)
+        rest = {name: entry for name, entry in payload.items() if name not in _RESTORED}
+        payload.update(deepcopy(rest))  # type: ignore[typeddict-item]
+        return cls(path, payload)
+
+    def release(self) -> None:
+        """Let go of weights and moments: a mapped file keeps its place on the disk when it is replaced."""
+        for name in _RESTORED:
+            self.payload[name] = {}  # type: ignore[literal-required]
 
 
 def locate(checkpoint: str | None, checkpoint_dir: Path, watch: Watch) -> Where:
@@ -145,7 +165,8 @@ def find_start(where: Where, watch: Watch) -> Origin | None:
             return None
     else:
         path = Path(where.resume)
-    payload = read_checkpoint(path, progress=watch.progress)
+    origin = Origin.open(path, watch.progress)
+    payload = origin.payload
     if payload["kind"] != where.kind:
         raise CheckpointMismatchError(
             f"{path} holds a {payload['kind']}, not a {where.kind}. Go on with it by: nanothink resume {path}"
@@ -162,7 +183,7 @@ def find_start(where: Where, watch: Watch) -> Origin | None:
             "would be lost. Go on with the later one by bare --resume, or add --overwrite to give it up."
         )
     watch.note(f"Going on from {path}: epoch {payload['epoch']}, step {payload['step']}.")
-    return Origin(path, payload)
+    return origin
 
 
 def _steps_of(path: Path, watch: Watch) -> int | None:

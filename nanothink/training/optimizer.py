@@ -138,9 +138,10 @@ class GroupedOptimizer:
                 for parameter_name, index, parameter in zip(
                     group["names"], group["params"], live["params"], strict=True
                 ):
-                    moments = by_name.get(parameter_name)
+                    moments = by_name.get(parameter_name, {})
                     if _fits(moments, parameter, _MOMENTS[name]):
-                        own["state"][index] = moments
+                        # Copies: these may lie in a mapped file.
+                        own["state"][index] = {key: value.clone() for key, value in moments.items()}
                     else:
                         fresh.append(parameter_name)
             optimizer.load_state_dict(own)

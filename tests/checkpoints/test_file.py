@@ -22,6 +22,7 @@ import torch
 
 from nanothink.checkpoints import (
     FORMAT_VERSION,
+    archive,
     read_checkpoint,
     read_summary,
     verify_checkpoint,
@@ -194,6 +195,34 @@ def test_every_truncation_is_detected(written):
     written.write_bytes(whole + b"\0")
     with pytest.raises(CheckpointDamagedError):
         verify_checkpoint(written)
+
+
+def test_a_file_is_verified_once_unless_it_changes(written, make_payload, monkeypatch):
+    digests = []
+    really = archive._digest_of
+    monkeypatch.setattr(archive, "_digest_of", lambda *given: digests.append(1) or really(*given))
+
+    def n_digests(read):
+        digests.clear()
+        read(written)
+        return len(digests)
+
+    assert [n_digests(read_checkpoint) for _ in range(2)] == [1, 1]  # it may change within the same tick
+    long_ago = time.time() - 10
+    os.utime(written, (long_ago, long_ago))
+    time.sleep(0.2)  # the time of that change itself cannot be set
+    assert [n_digests(verify_checkpoint) for _ in range(2)] == [1, 1]
+    assert [n_digests(read_checkpoint) for _ in range(2)] == [0, 0]
+    write_checkpoint(written, make_payload(step=8))
+    assert n_digests(read_checkpoint) == 1
+    time.sleep(0.2)
+    assert [n_digests(read_checkpoint) for _ in range(2)] == [1, 0]
+    with open(written, "r+b") as file:
+        file.seek(1000)
+        file.write(b"?")
+    os.utime(written, (long_ago, long_ago))
+    with pytest.raises(CheckpointDamagedError, match="digest differs"):
+        read_checkpoint(written)
 
 
 def test_every_flipped_byte_is_detected(written):

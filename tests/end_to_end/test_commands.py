@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ import pytest
 import torch
 
 import nanothink
-from nanothink.checkpoints import read_checkpoint, write_checkpoint
+from nanothink.checkpoints import archive, read_checkpoint, write_checkpoint
 from nanothink.cli.app import run
 from nanothink.data.corpus import find_corpus
 from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import tokenise
+from nanothink.errors import UsageError
 from nanothink.inference.evaluate import DocumentScores, Evaluation, Score
 from nanothink.runs.evaluating import CheckpointEvaluation, above_best
 
@@ -732,6 +734,29 @@ def test_the_doctor_answers(said: Said, tmp_path: Path) -> None:
     found = as_json(said)
     assert {"device", "precision", "torch", "C++ compiler", "disk"} <= set(found)
     assert "HF_HUB_OFFLINE" in found["tokenizer"] or "cache" in found["tokenizer"]
+
+
+def test_a_resume_reads_its_checkpoint_once_and_lets_go_of_it(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapped file would keep its place on the disk when the next save replaces it."""
+    rolling, digests = copied / "transformer_expert_interrupted.pt", []
+    shutil.copy(copied / "transformer_expert.pt", rolling)
+    time.sleep(0.2)  # a file that has just changed might change again unnoticed, and is read again
+    really = archive._digest_of
+
+    def digest(file: Any, *rest: Any) -> bytes:
+        digests.append(file.name)
+        return really(file, *rest)
+
+    def train(run: Any, services: Any) -> Any:
+        assert str(rolling) not in Path("/proc/self/maps").read_text()
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(archive, "_digest_of", digest)
+    monkeypatch.setattr("nanothink.runs.pretraining.train", train)
+    assert run(["resume", "--checkpoint-dir", str(copied), "--max-steps", "30"]) == 2
+    assert [Path(name) for name in digests] == [rolling]
 
 
 def test_a_resumed_run_holds_the_rates_of_its_last_step(copied: Path) -> None:
