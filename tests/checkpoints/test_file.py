@@ -200,7 +200,12 @@ def test_every_truncation_is_detected(written):
 def test_a_file_is_verified_once_unless_it_changes(written, make_payload, monkeypatch):
     digests = []
     really = archive._digest_of
-    monkeypatch.setattr(archive, "_digest_of", lambda *given: digests.append(1) or really(*given))
+
+    def digest(*given):
+        digests.append(1)
+        return really(*given)
+
+    monkeypatch.setattr(archive, "_digest_of", digest)
 
     def n_digests(read):
         digests.clear()
