@@ -111,6 +111,11 @@ SMALL = {
         named=("one text a domain", "document by document"),
         said=("held-out documents",),
     ),
+    "many_files.py": Small(
+        "--files 60 --domains 20 --descriptors 64 --steps 2",
+        rows=4,
+        named=("data validate", "data inspect, nothing kept", "data inspect, again"),
+    ),
     "memory.py add": Small(
         "--tokens 50",
         rows=3,

@@ -350,7 +350,7 @@ def import_text(
     render.problems(report.found_warnings, render.warning)
     render.problems(report.found_bad_rows, render.error)
     if report.found_bad_rows:
-        render.warning(f"{counted(len(report.found_bad_rows), 'row')} left out: not sound, as above.")
+        render.warning(f"{counted(len(report.found_bad_rows), 'row')} left out, as said above.")
     if report.empty:
         render.warning(f"{counted(report.empty, 'row')} left out: no text.")
     render.say(f"{report.path}: {counted(report.records, 'record')}, {render.size(report.n_bytes)}.")

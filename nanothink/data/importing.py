@@ -4,7 +4,7 @@
     a folder             every such file below it, in the order of their names
     .csv                 one record a row, text from the column ``text_field``; fields may be quoted
     .tsv                 the same; quotes are text like any other, unless they are asked for
-    .json                an array of objects, or of strings
+    .json (.gz, .zst)    an array of objects, or of strings; packed also one object a line
     .jsonl (.gz, .zst)   one record a line, text from the key ``text_field``
     .parquet             one record a row, read batch by batch        pip install 'nanothink[parquet]'
     hf:NAME              a data set of the Hugging Face Hub, streamed   pip install 'nanothink[datasets]'
@@ -34,6 +34,7 @@ from nanothink.data.problems import Problems
 from nanothink.data.records import Record, write_records
 from nanothink.data.tables import (
     HUB_NAME,
+    holds_json_array,
     hub_rows,
     json_array_rows,
     json_lines_rows,
@@ -47,6 +48,7 @@ SPLIT_CHARS = 10_000
 validation, so a book as one record would leave nothing to choose from."""
 
 
+PACKED_JSON = (".json.gz", ".json.zst")
 _KNOWN_SUFFIXES = (*TEXT_SUFFIXES, *DELIMITERS, ".json", *SUFFIXES, ".parquet")
 
 
@@ -236,7 +238,7 @@ def _open(
     if suffix in DELIMITERS:
         quoted = suffix == ".csv" if quotes is None else quotes
         return stem, table_rows(path, DELIMITERS[suffix], text_field, findings, quotes=quoted)
-    if suffix == ".json":
+    if suffix == ".json" or (suffix in PACKED_JSON and holds_json_array(path)):
         return stem, json_array_rows(path, text_field, findings)
     if suffix in SUFFIXES:
         return stem, json_lines_rows(path, text_field, findings)

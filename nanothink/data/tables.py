@@ -14,6 +14,7 @@ import orjson
 
 from nanothink.data.lines import Problem, iter_lines, shown
 from nanothink.data.records import decode_line
+from nanothink.data.source_file import DamagedDataError, SourceFile
 from nanothink.data.strict_json import JsonFault, scan
 from nanothink.data.text_files import (
     Findings,
@@ -29,9 +30,26 @@ from nanothink.errors import DataError, did_you_mean
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
+def holds_json_array(path: Path) -> bool:
+    """Whether a file, decompressed where its name says so, begins as an array. Raises UnreadableError."""
+    with SourceFile(path) as file:
+        try:
+            return next(file.chunks(), b"").removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        except DamagedDataError:
+            return False
+
+
 def json_array_rows(path: Path, text_field: str, findings: Findings) -> Iterator[Row]:
-    with reading(path), open_text(path):
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if path.name.lower().endswith(".json"):
+        with reading(path), open_text(path):
+            data = path.read_bytes()
+    else:
+        try:
+            with SourceFile(path) as file:
+                data = b"".join(file.chunks())
+        except DamagedDataError as error:
+            raise DataError(f"{shown(path)}: {error}.") from None
+    data = data.removeprefix(b"\xef\xbb\xbf")
     try:
         items = _parse(data)
     except JsonFault as fault:

@@ -164,6 +164,22 @@ def test_other_files_are_named_with_a_command_that_brings_them_in(
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_packed_array_is_one_error_and_can_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], indent: int | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data/all").mkdir(parents=True)
+    items = [{"text": passage(i)} for i in range(5)]
+    Path("data/all/a.json.gz").write_bytes(gzip.compress(json.dumps(items, indent=indent).encode()))
+    assert run(["data", "validate"]) == 1
+    told = capsys.readouterr().out
+    assert told.count("error: ") == 2  # the file, and its domain
+    assert "`nanothink data import` reads JSON arrays" in told
+    assert run(["data", "import", "data/all/a.json.gz", "--domain", "new", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n_records"] == 5
+
+
 def test_a_place_that_is_no_domain_says_what_lies_there(tmp_path: Path) -> None:
     (tmp_path / "alpaca").mkdir()
     (tmp_path / "alpaca" / "data.json").write_text(

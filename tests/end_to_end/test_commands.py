@@ -627,6 +627,93 @@ def test_bad_records_stop_training_unless_skipped(
     ]
 
 
+def test_every_command_says_which_bad_lines_it_left_out(
+    tiny_corpus: Path, tiny_tokenizer: Path, said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_corpus, "data", ignore=shutil.ignore_patterns(".nanothink"))
+    with Path("data/tales/texts.jsonl").open("a") as file:
+        file.write('{"text": ""}\n' * 3 + '{"text": NaN}\n')
+    tokens, skip = ["--tokenizer", str(tiny_tokenizer)], "--skip-bad-records"
+    train = ["pretrain", "transformer", *SMALL, *tokens, skip, "--max-steps", "2", "--json"]
+    expert = "checkpoints/transformer_expert.pt"
+    counts = {"`text` is empty; a record needs some text": 3}
+    for command in (
+        ["data", "inspect", *tokens, skip, "--json"],
+        ["tokenizer", "train", "--json"],
+        [*train, "--dry-run"],
+        train,
+        ["resume", expert, "--max-steps", "3", "--json"],
+        ["eval", "--json"],
+        ["eval", expert, expert, "--split", "all", "--allow-seen", "--json"],
+        ["memory", "build", "--expert", expert, "--dry-run", "--json"],
+        ["memory", "build", "--expert", expert, "--json"],
+    ):
+        assert run(command) == 0, command
+        out, notes = said()
+        found = json.loads(out)
+        assert found["n_bad_lines"] == 4, command
+        if "bad_lines" in found:
+            groups = {group["reason"]: group["n_problems"] for group in found["bad_lines"]}
+            assert len(groups) == 2
+            assert groups.items() >= counts.items()
+        (line,) = [line for line in notes.splitlines() if line.startswith("Left out: ")]
+        assert line.startswith("Left out: 4 bad lines of ")
+        assert "data/tales/texts.jsonl:21:10" in line
+        assert "`text` is empty; a record needs some text (3, the first at " in line
+        assert "(--skip-bad-records)" in notes or "pretrain" not in command or "--dry-run" in command
+    assert run(["report", "--json"]) == 0
+    assert "4 bad lines of the data left out" in Path(json.loads(said()[0])["report"]).read_text("utf-8")
+
+    Path("rows.jsonl").write_text('{"text": "a"}\n' + "nonsense\n" * 30)
+    assert run(["data", "import", "rows.jsonl", "--domain", "rows", "--json"]) == 1
+    report = as_json(said)
+    assert (report["n_records"], report["n_bad_rows"], len(report["bad_rows"])) == (1, 30, 20)
+    assert report["bad_row_groups"][0]["lines"] == [["rows.jsonl", 2, 31]]
+    assert run(["data", "import", "rows.jsonl", "--domain", "rows", "--overwrite"]) == 1
+    errors = said()[1].splitlines()
+    assert len(errors) == 2
+    assert errors[0].startswith("error: rows.jsonl:2:1: `nonsense` is not a JSON value")
+    assert errors[0].endswith("(30 times: rows.jsonl: 2-31)")
+    assert errors[1] == "warning: 30 rows left out, as said above."
+
+
+def test_bad_lines_are_grouped_or_all_named(said: Said, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    odd = '{"text": "\\u00e9"}\n{"text": "b"}\n'
+    (tmp_path / "a" / "x.jsonl").write_text(
+        odd + '{"text": ""}\n' * 300 + "{a: 1}\n{b: 2}\n" * 15 + odd + "[1]\n"
+    )
+    assert run(["data", "validate", str(tmp_path)]) == 1
+    told = [line for line in said()[0].splitlines() if line.startswith("error: ")]
+    where = f"error: {tmp_path}/a/x.jsonl"
+    assert told[0] == (
+        f"{where}:3:10: `text` is empty; a record needs some text (300 times: {tmp_path}/a/x.jsonl: 3-302)"
+    )
+    assert told[1].startswith(f"{where}:303:2: a key must stand in double quotes, found a")
+    assert told[21].startswith(f"{where}:303:2: 10 more like this: ")
+    assert told[22].startswith(f"{where}:335:1: a record must be a JSON object, not an array")
+    assert len(told) == 23
+    assert run(["data", "validate", str(tmp_path), "--all"]) == 1
+    lines = said()[0].splitlines()
+    named = [int(line.split(":")[2]) for line in lines if line.startswith("error: ")]
+    assert named == [*range(3, 333), 335]
+    assert lines[-1].startswith("4 records in 1 file: 331 errors.")
+
+    assert run(["data", "validate", str(tmp_path), "--json"]) == 1
+    report = as_json(said)
+    assert (report["n_errors"], len(report["errors"])) == (331, 20 + 20 + 1)
+    assert [group["n_problems"] for group in report["error_groups"]] == [300, 30, 1]
+    assert report["error_groups"][0]["lines"] == [[f"{tmp_path}/a/x.jsonl", 3, 302]]
+    assert run(["data", "validate", str(tmp_path), "--json", "--all"]) == 1
+    every = as_json(said)
+    assert [error["line"] for error in every["errors"]] == named
+    assert every.keys() == report.keys()
+    (tmp_path / "a" / "x.jsonl").write_text(odd)
+    assert run(["data", "validate", str(tmp_path), "--json", "--all"]) == 0
+    assert as_json(said)["errors"] == []
+
+
 def test_checkpoints_are_listed_shown_verified_and_pruned(copied: Path, said: Said) -> None:
     where = ["--checkpoint-dir", str(copied)]
     shutil.copy(copied / "transformer_expert.pt", copied / "transformer_expert_epoch1.pt")

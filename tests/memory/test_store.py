@@ -695,3 +695,19 @@ def test_damaged_neighbours_are_searched_again(damage: str, read: Read, make: Ma
         assert torch.equal(found.tokens, expected.tokens)
         assert torch.equal(found.similarities, expected.similarities)
     assert not again.missing(places)
+
+
+def test_more_domains_than_files_that_may_be_open(
+    read: Read, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = read()
+    places = all_places(tokens)
+    places = [place for pair in zip(places, places[::-1], strict=True) for place in pair]
+    known = TrainingNeighbours(make(tokens), tokens, LENGTH, states)
+    known.find(known.missing(places), lambda *_: None)
+    expected = known.read(places)
+    known.close()
+    n_open = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(neighbours, "_MOST_OPEN", 1)
+    assert torch.equal(known.read(places).tokens, expected.tokens)
+    assert len(os.listdir("/proc/self/fd")) == n_open + 2
