@@ -3,10 +3,11 @@
     python benchmarks/many_files.py
     python benchmarks/many_files.py --files 2000 --domains 500
 
-Writes files of a few records each into a temporary folder and runs ``data validate``, ``data inspect`` (which
-tokenises), ``data inspect`` again (everything kept by then) and a few steps of ``pretrain transformer``, each
-in a process of its own that may open ``--descriptors`` files. The model is tiny and computes in one thread,
-so that the figures are those of reading. Its validation reads a document of each domain at least.
+Writes files of a few records each into a temporary folder and runs ``data validate``, ``tokenizer train``,
+``data inspect`` (which tokenises), ``data inspect`` again (everything kept by then) and a few steps of
+``pretrain transformer``, each in a process of its own that may open ``--descriptors`` files. The model is
+tiny and computes in one thread, so that the figures are those of reading. Its validation reads a document of
+each domain at least.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def main() -> None:
         train = ["pretrain", "transformer", "--max-steps", str(options.steps), "--tokenizer", tokenizer]
         commands = {
             "data validate": ["data", "validate"],
+            "tokenizer train": ["tokenizer", "train", "--vocab-size", "512", "--out", "other"],
             "data inspect, nothing kept": ["data", "inspect", "--tokenizer", tokenizer],
             "data inspect, again": ["data", "inspect", "--tokenizer", tokenizer],
             f"pretrain, {options.steps} steps": [*train, *(f"--set={setting}" for setting in TINY)],

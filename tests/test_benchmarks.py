@@ -113,8 +113,8 @@ SMALL = {
     ),
     "many_files.py": Small(
         "--files 60 --domains 20 --descriptors 64 --steps 2",
-        rows=4,
-        named=("data validate", "data inspect, nothing kept", "data inspect, again"),
+        rows=5,
+        named=("data validate", "tokenizer train", "data inspect, nothing kept", "data inspect, again"),
     ),
     "memory.py add": Small(
         "--tokens 50",

@@ -51,7 +51,7 @@ class Corpus:
 
     @property
     def n_bytes(self) -> int:
-        """Size of all files on disk; a file that has gone meanwhile counts nothing."""
+        """Size of all files on disk, asked for anew; a file that has gone meanwhile counts nothing."""
         return sum(_size(path) for _, path in self.files)
 
 

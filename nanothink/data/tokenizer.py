@@ -92,6 +92,8 @@ def train_on_corpus(
     train on.
     """
 
+    total = corpus.n_bytes  # asks the disk for the size of every file
+
     def reader_of(stage: str) -> Callable[[int], None]:
         done = 0
 
@@ -99,7 +101,7 @@ def train_on_corpus(
             nonlocal done
             done += n_bytes
             if on_progress:
-                on_progress(stage, min(done, corpus.n_bytes), corpus.n_bytes)
+                on_progress(stage, min(done, total), total)
 
         return advance
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from nanothink.cli.app import run
+from nanothink.cli.app import _allow_open_files, run
 from nanothink.data.corpus import find_corpus, validate_corpus
 from nanothink.data.importing import import_source
 from nanothink.data.lines import Problem
@@ -47,11 +47,14 @@ class FailingDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path: Path | None = None
         self.fault: int | str = 0
-        self.after_bytes = 0
+        self.after_bytes = self.sound_openings = 0
         open_really = builtins.open
 
         def open_badly(path: Any, *args: Any, **options: Any) -> Any:
             if self.path is None or Path(path) != self.path:
+                return open_really(path, *args, **options)
+            if self.sound_openings:
+                self.sound_openings -= 1
                 return open_really(path, *args, **options)
             if not self.after_bytes:
                 self._fail()
@@ -59,8 +62,9 @@ class FailingDisk:
 
         monkeypatch.setattr("nanothink.data.source_file.open", open_badly, raising=False)
 
-    def breaks(self, path: Path, fault: int | str, after_bytes: int) -> None:
+    def breaks(self, path: Path, fault: int | str, after_bytes: int, sound_openings: int = 0) -> None:
         self.path, self.fault, self.after_bytes = path, fault, after_bytes
+        self.sound_openings = sound_openings
 
     def is_mended(self) -> None:
         self.path = None
@@ -134,6 +138,11 @@ def test_no_fault_is_a_bad_record(
         for skip in (True, False):
             with pytest.raises(UnreadableError, match=what):
                 tokenise(corpus, tokenizer, split=RULE, skip_bad_records=skip)
+            # Only when it is tokenised, its digest being known.
+            disk.breaks(hurt, fault, disk.after_bytes, sound_openings=1)
+            with pytest.raises(UnreadableError, match=what):
+                tokenise(corpus, tokenizer, split=RULE, skip_bad_records=skip)
+            assert disk.sound_openings == 0
         with pytest.raises(UnreadableError, match=what):
             train_on_corpus(corpus, vocab_size=300, split=RULE)
         with pytest.raises(DataError, match=what):
@@ -226,6 +235,12 @@ def test_more_files_than_descriptors(tmp_path: Path, few_descriptors: int, token
             for index in range(stream.n_blocks(16)):
                 stream.block(index, 16)
     assert len(os.listdir("/proc/self/fd")) < few_descriptors
+
+
+def test_the_limit_on_open_files_is_raised_as_far_as_it_may_be(few_descriptors: int) -> None:
+    _allow_open_files()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft == (65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536))
 
 
 def test_no_descriptor_left_for_kept_tokens_is_an_error(
