@@ -27,6 +27,7 @@ _VARIABLE = re.compile(
 )
 
 
+_NO_TEXT = "the key `text` is missing"
 _KEYS = frozenset(("`text`", "`source`", "`id`", "`group`"))  # of a record, which are no accident of the data
 
 
@@ -145,7 +146,10 @@ class Problems:
     def _group(self, problem: Problem) -> ProblemGroup:
         group = self._by_reason.get(problem.reason)
         if group is None:
-            kind = _VARIABLE.sub(_masked, problem.reason)
+            kind = problem.reason
+            # The keys of a record without text tell its shape, and each shape is imported in its own way.
+            if not kind.startswith(_NO_TEXT):
+                kind = _VARIABLE.sub(_masked, kind)
             if kind not in self._groups and len(self._groups) >= _GROUPS:
                 kind = _OTHER
             group = self._groups.setdefault(kind, ProblemGroup())

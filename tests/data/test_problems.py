@@ -14,12 +14,13 @@ def found(*problems: tuple[str, int, str]) -> Problems:
 
 
 def test_one_kind_however_the_data_differs() -> None:
-    """Names, values and characters of the data make no kinds; the keys of a record do."""
+    """Names, values and characters of the data make no kinds; the keys of a record without text do."""
     tally = found(
         ("a", 1, "`bad` is not a JSON value; text must stand in double quotes"),
         ("a", 2, "`worse` is not a JSON value; text must stand in double quotes"),
         ("a", 3, "the key `text` is missing; there is `a`, `b` (to use another key: nanothink data import)"),
-        ("a", 4, "the key `text` is missing; there is `c` (to use another key: nanothink data import)"),
+        ("a", 4, "the key `text` is missing; there is `a`, `b` (to use another key: nanothink data import)"),
+        ("b", 1, "the key `text` is missing; there is `c` (to use another key: nanothink data import)"),
         ("a", 5, "the key `text` stands more than once; the last one counts"),
         ("a", 6, "the key `id` stands more than once; the last one counts"),
         ("a", 7, "byte 0xff is not valid UTF-8 here"),
@@ -27,9 +28,9 @@ def test_one_kind_however_the_data_differs() -> None:
         ("a", 9, "a comma or '}' is due, found ';'"),
         ("a", 10, "a comma or ']' is due, found U+00E9"),
     )
-    assert [group.count for group in tally.groups] == [2, 2, 2, 2, 1, 1]
-    assert len(tally) == 10
-    assert [problem.line for problem in tally.named()] == list(range(1, 11))
+    assert [group.count for group in tally.groups] == [2, 2, 2, 2, 1, 1, 1]
+    assert len(tally) == 11
+    assert [problem.line for problem in tally.named()] == [1, 2, 3, 4, 1, *range(5, 11)]
 
 
 def test_all_are_counted_and_the_first_named() -> None:
