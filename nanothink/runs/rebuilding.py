@@ -6,6 +6,7 @@ whatever needs far more than those is refused before it is allocated, whichever 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,8 +92,18 @@ def _result_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return tensors[0].numel() * math.prod(n for n in args[1:] if isinstance(n, int))
     if func is torch.cat:
         return sum(tensor.numel() for tensor in args[0])
-    shapes = [tensor.shape for tensor in tensors]
-    try:
-        return math.prod(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
-    except RuntimeError:  # no pointwise operation
-        return max(map(math.prod, shapes))
+    return _broadcast_numbers([tensor.shape for tensor in tensors])
+
+
+def _broadcast_numbers(shapes: Sequence[Sequence[int]]) -> int:
+    """Numbers of a pointwise result; of the largest shape where these do not fit one another.
+
+    torch.broadcast_shapes does it too, but imports sympy, which takes half a second.
+    """
+    numbers = 1
+    for sizes in itertools.zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1):
+        wide = set(sizes) - {1}
+        if len(wide) > 1:
+            return max(map(math.prod, shapes))
+        numbers *= wide.pop() if wide else 1
+    return numbers

@@ -8,6 +8,7 @@ lets one ``lr`` keep its meaning for both. Embeddings, head, norms and the rest 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,7 +61,7 @@ class GroupedOptimizer:
         if adamw_groups:
             # fused: one pass over each tensor instead of a dozen; the same arithmetic
             fused = all(p.device.type in {"cpu", "cuda"} for g in adamw_groups for p in g["params"])
-            self.optimizers["adamw"] = AdamW(adamw_groups, betas=config.betas, eps=1e-8, fused=fused)
+            self.optimizers["adamw"] = EagerAdamW(adamw_groups, betas=config.betas, eps=1e-8, fused=fused)
         if muon_groups:
             # a run has settled the type (matmul_types.py); float32 is the exact one
             dtype = DTYPES.get(config.muon_dtype, torch.float32)
@@ -148,7 +149,25 @@ class GroupedOptimizer:
         return fresh
 
 
-class FastMuon(Muon):
+class _Eager(Optimizer):
+    """An optimizer without torch's decorators for its compiler, which take 1.3 s to import it."""
+
+    add_param_group = inspect.unwrap(Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(Optimizer.state_dict)
+    zero_grad = inspect.unwrap(Optimizer.zero_grad)
+
+
+class EagerAdamW(_Eager, AdamW):
+    """torch's AdamW."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        inspect.unwrap(AdamW.step)(self)
+
+
+class FastMuon(_Eager, Muon):
     """torch's Muon, orthogonalising in a type of one's choice.
 
     torch does it in bfloat16 everywhere, which took half of a small step on a CPU that is slow at it
