@@ -155,8 +155,8 @@ def sides(device: str) -> list[str]:
     return ["mambapy", "transformers+mambapy", "plain", *([fast] if fast != "plain" else [])]
 
 
-def training_speed(names: list[str], size: Size, rounds: int) -> None:
-    seconds = take_turns({side: make(side, size) for side in names}, rounds)
+def training_speed(names: list[str], size: Size, rounds: int, clock: Callable[[], float]) -> None:
+    seconds = take_turns({side: make(side, size) for side in names}, rounds, clock)
     print(f"\na training step of {size}, {machine(size.device)}\n")
     print(f"| side | seconds (median) | min | max | tokens/s | tokens/s against {names[0]} | min to max |")
     print("|---|---:|---:|---:|---:|---:|---|")
@@ -299,14 +299,20 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     every = ("mambapy", "transformers", "transformers+mambapy", "plain", "compiled", "triton")
     parser.add_argument("--sides", nargs="+", choices=every, default=None)
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="of a step, on one thread of a CPU that others use as well",
+    )
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--time-only", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if options.threads or options.processor_time:
+        torch.set_num_threads(options.threads or 1)
     size = Size(options.batch, options.length, getattr(torch, options.dtype), options.device)
     if options.what == "step":
-        training_speed(options.sides or sides(options.device), size, options.rounds)
+        clock = time.thread_time if options.processor_time else time.perf_counter
+        training_speed(options.sides or sides(options.device), size, options.rounds, clock)
     elif options.what == "memory":
         training_memory(options.sides or sides(options.device), size)
     elif options.what == "decode":

@@ -118,6 +118,25 @@ def test_a_mistake_in_the_settings_is_said_before_torch_is_imported(mistake: str
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_neither_training_nor_generating_imports_what_it_does_not_use(
+    tiny_corpus: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Sympy takes half a second and torch's compiler over one; torch imports either at the least occasion."""
+    small = ("model.d_model=16", "model.max_seq_len=16", "transformer.n_layers=1", "transformer.n_heads=2")
+    data = ["--data-dir", str(tiny_corpus), "--tokenizer", str(tiny_tokenizer), "--max-steps", "1"]
+    train = ["pretrain", "transformer", *data, *(part for setting in small for part in ("--set", setting))]
+    commands = [train, ["generate", "The", "-n", "1"], ["eval", "--max-tokens", "50"]]
+    code = (
+        f"import sys; from nanothink.cli.app import run; codes = [run(c) for c in {commands!r}];"
+        "unused = {'sympy', 'torch._dynamo', 'torch._inductor', 'triton'} & set(sys.modules);"
+        "sys.exit(f'{codes} imported {unused}' if unused or any(codes) else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_names() -> None:
     assert nanothink.__all__ == ["Config", "__version__", "load"]
     for name in nanothink.__all__:

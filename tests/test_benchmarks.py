@@ -144,7 +144,9 @@ SMALL = {
         "--length 32 --rounds 1", rows=13, named=("mambapy", "plain", "compiled", "transformers, naive")
     ),
     "selective_scan_gpu.py": Small("--device cpu --sides triton plain --size 1 8 16 16 --rounds 1", rows=4),
-    "startup.py": Small("--rounds 1", rows=5, named=("nanothink --help", "import torch")),
+    "startup.py": Small(
+        "--rounds 1", rows=7, named=("nanothink --help", "nanothink generate -n 1", "import torch")
+    ),
     "state_space.py step --threads 1 --length 128 --sides": Small(
         "--batch 1 --length 32 --rounds 1", rows=3, named=("transformers", "plain", "compiled")
     ),

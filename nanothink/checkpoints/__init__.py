@@ -1,19 +1,25 @@
 """Checkpoints: files that are whole or not there, found, verified, restored."""
 
-from nanothink.checkpoints.export import check_place, is_export, read_export, write_export
-from nanothink.checkpoints.file import (
-    CheckpointSummary,
-    Progress,
-    read_checkpoint,
-    read_summary,
-    verify_checkpoint,
-    write_checkpoint,
-)
-from nanothink.checkpoints.names import CheckpointName, Role, parse_name, validate_name
-from nanothink.checkpoints.payload import FORMAT_VERSION, CheckpointPayload, ModelPayload
-from nanothink.checkpoints.restore import LoadReport, model_state, pack_rng, restore_model, unpack_rng
-from nanothink.checkpoints.split_record import SplitRecord
-from nanothink.checkpoints.store import CheckpointStore, DamagedEntry, list_checkpoints, prune
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanothink.checkpoints.export import check_place, is_export, read_export, write_export
+    from nanothink.checkpoints.file import (
+        CheckpointSummary,
+        Progress,
+        read_checkpoint,
+        read_summary,
+        verify_checkpoint,
+        write_checkpoint,
+    )
+    from nanothink.checkpoints.names import CheckpointName, Role, parse_name, validate_name
+    from nanothink.checkpoints.payload import FORMAT_VERSION, CheckpointPayload, ModelPayload
+    from nanothink.checkpoints.restore import LoadReport, model_state, pack_rng, restore_model, unpack_rng
+    from nanothink.checkpoints.split_record import SplitRecord
+    from nanothink.checkpoints.store import CheckpointStore, DamagedEntry, list_checkpoints, prune
 
 __all__ = [
     "FORMAT_VERSION",
@@ -44,3 +50,30 @@ __all__ = [
     "write_checkpoint",
     "write_export",
 ]
+
+_MODULES = {
+    **dict.fromkeys(("check_place", "is_export", "read_export", "write_export"), "export"),
+    **dict.fromkeys(
+        (
+            "CheckpointSummary",
+            "Progress",
+            "read_checkpoint",
+            "read_summary",
+            "verify_checkpoint",
+            "write_checkpoint",
+        ),
+        "file",
+    ),
+    **dict.fromkeys(("CheckpointName", "Role", "parse_name", "validate_name"), "names"),
+    **dict.fromkeys(("FORMAT_VERSION", "CheckpointPayload", "ModelPayload"), "payload"),
+    **dict.fromkeys(("LoadReport", "model_state", "pack_rng", "restore_model", "unpack_rng"), "restore"),
+    **dict.fromkeys(("SplitRecord",), "split_record"),
+    **dict.fromkeys(("CheckpointStore", "DamagedEntry", "list_checkpoints", "prune"), "store"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: a listing needs no torch."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"nanothink.checkpoints.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'nanothink.checkpoints' has no attribute '{name}'")

@@ -25,7 +25,7 @@ import zipfile
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from nanothink.checkpoints.contents import MAX_PICKLE_BYTES, check_pickle
 from nanothink.errors import CheckpointDamagedError
@@ -95,8 +95,10 @@ def damaged(path: Path, reason: str) -> CheckpointDamagedError:
 
 def check_archive(
     file: BinaryIO, path: Path, *, thorough: bool, on_progress: Callable[[int, int], None] | None = None
-) -> None:
+) -> Any:
     """Refuse anything but a sound checkpoint container, without running or unpacking any of it.
+
+    Returns a sketch of what is in it, as ``check_pickle`` makes one.
 
     ``thorough`` reads every byte and compares digest or CRCs; otherwise only structure and pickle are
     looked at. ``on_progress`` hears of the bytes that have gone into the digest, and of all that will.
@@ -117,7 +119,7 @@ def check_archive(
             if thorough and digest is None:
                 _check_crcs(archive, path)
             root = members[0].filename.partition("/")[0]
-            check_pickle(
+            sketch = check_pickle(
                 archive.read(f"{root}/data.pkl"),
                 {name.removeprefix("data/"): size for name, size in sizes.items()},
                 lambda reason: damaged(path, reason),
@@ -131,6 +133,7 @@ def check_archive(
             raise
         raise damaged(path, "its zip structure is damaged (an offset outside of the file)") from None
     file.seek(0)
+    return sketch
 
 
 def _read_digest(file: BinaryIO, path: Path, n_bytes: int) -> bytes | None:

@@ -17,12 +17,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from nanothink.checkpoints.archive import DigestingWriter, check_archive, damaged
+from nanothink.checkpoints.contents import TensorSketch
 from nanothink.checkpoints.payload import (
     FORMAT_VERSION,
     CheckpointPayload,
@@ -31,7 +29,6 @@ from nanothink.checkpoints.payload import (
     tensor_bytes,
     wrong_entry,
 )
-from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.disk import whole_file
 from nanothink.errors import (
     CheckpointMismatchError,
@@ -41,6 +38,9 @@ from nanothink.errors import (
     did_you_mean,
     some_of,
 )
+
+if TYPE_CHECKING:  # a listing does without torch, whose import takes longer than all the rest
+    from torch import Tensor
 
 Progress = Callable[[str, int, int], None]
 """Hears of (what is being done, bytes done, bytes in all)."""
@@ -118,6 +118,8 @@ def write_checkpoint(
     payload holds something that ``weights_only`` would not load again.
     """
     values = plain(payload, "payload")
+    import torch
+
     if wrong := wrong_entry(values):
         raise TypeError(f"not a checkpoint payload: {wrong}")
     needed = tensor_bytes(values)
@@ -153,7 +155,6 @@ def read_checkpoint(
     """
     return _load(
         path,
-        thorough=True,
         map_location=map_location,
         mmap=mmap,
         on_progress=progress and (lambda done, total: progress(f"opening {path.name}", done, total)),
@@ -168,7 +169,6 @@ def verify_checkpoint(path: Path, *, progress: Progress | None = None) -> Checkp
     """
     payload = _load(
         path,
-        thorough=True,
         map_location="cpu",
         mmap=True,
         again=True,
@@ -186,12 +186,13 @@ def verify_checkpoint(path: Path, *, progress: Progress | None = None) -> Checkp
 
 
 def read_summary(path: Path) -> CheckpointSummary:
-    """A summary without reading tensor data, for listings of many large files.
+    """A summary without reading tensor data and without torch, for listings of many large files.
 
     Structure and required entries are checked, content is not: damaged weights go unnoticed here. Raises
     as ``read_checkpoint`` does.
     """
-    return _summarise(path, _load(path, thorough=False, map_location="cpu", mmap=True))
+    sketch = _read(path, lambda file: check_archive(file, path, thorough=False))
+    return _summarise(path, _checked(path, sketch, thorough=False))
 
 
 def _cannot_write(path: Path, error: OSError, needed: int) -> StorageError:
@@ -235,33 +236,41 @@ def _is_finite(tensor: Tensor) -> bool:
 def _load(
     path: Path,
     *,
-    thorough: bool,
     map_location: str,
     mmap: bool,
     again: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckpointPayload:
+    import torch
+
     if map_location != "cpu":
         torch.empty(0, device=map_location)  # an unknown device is no fault of the file
+
+    def load(file: BinaryIO) -> object:
+        if again or not _verified.knows(file):
+            with _verified.verifying(file):
+                check_archive(file, path, thorough=True, on_progress=on_progress)
+        else:
+            check_archive(file, path, thorough=False)
+        try:
+            # The open file, where possible: what is loaded is then what was checked.
+            return torch.load(path if mmap else file, map_location=map_location, weights_only=True, mmap=mmap)
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            # torch raises RuntimeError, UnpicklingError, KeyError, ... by where the damage sits
+            raise damaged(path, f"it does not load ({_first_line(error)})") from None
+
+    return _checked(path, _read(path, load), thorough=True)
+
+
+def _read(path: Path, read: Callable[[BinaryIO], object]) -> object:
+    """What ``read`` makes of the open file; the errors of a disk as the ones of ``read_checkpoint``."""
     try:
         if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
             raise damaged(path, "it is a pipe or a device, not a file")
         with path.open("rb") as file:
-            if again or not (thorough and _verified.knows(file)):
-                with _verified.verifying(file) if thorough else contextlib.nullcontext():
-                    check_archive(file, path, thorough=thorough, on_progress=on_progress)
-            else:
-                check_archive(file, path, thorough=False)
-            try:
-                # The open file, where possible: what is loaded is then what was checked.
-                payload: object = torch.load(
-                    path if mmap else file, map_location=map_location, weights_only=True, mmap=mmap
-                )
-            except (OSError, MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                # torch raises RuntimeError, UnpicklingError, KeyError, ... by where the damage sits
-                raise damaged(path, f"it does not load ({_first_line(error)})") from None
+            return read(file)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointNotFoundError(_not_found(path)) from None
     except IsADirectoryError:
@@ -272,7 +281,6 @@ def _load(
         raise StorageError(
             f"{path}: cannot be read: {error.strerror or error}. Check its permissions and the disk"
         ) from error
-    return _checked(path, payload, thorough=thorough)
 
 
 def _checked(path: Path, payload: object, *, thorough: bool) -> CheckpointPayload:
@@ -299,6 +307,8 @@ def _checked(path: Path, payload: object, *, thorough: bool) -> CheckpointPayloa
         )
     check_values(path, payload)
     if thorough:  # reads the hashes of the documents
+        from nanothink.checkpoints.split_record import SplitRecord
+
         SplitRecord.from_state(payload["split"], path)
     return cast("CheckpointPayload", payload)
 
@@ -310,9 +320,7 @@ def _summarise(path: Path, payload: CheckpointPayload) -> CheckpointSummary:
         raise CheckpointNotFoundError(f"{path}: was removed while it was being read") from None
     run = payload["run"]
     name = run.get("name")
-    sizes = {
-        (t.data_ptr(), tuple(t.shape), tuple(t.stride())): t.numel() for t in payload["model_state"].values()
-    }
+    sizes = {_place(tensor): tensor.numel() for tensor in payload["model_state"].values()}
     return CheckpointSummary(
         path=path,
         kind=payload["kind"],
@@ -326,6 +334,13 @@ def _summarise(path: Path, payload: CheckpointPayload) -> CheckpointSummary:
         modified=stat.st_mtime,
         format_version=payload["format_version"],
     )
+
+
+def _place(tensor: Tensor | TensorSketch) -> tuple[Any, ...]:
+    """Equal for tied tensors alone."""
+    if isinstance(tensor, TensorSketch):
+        return tensor.storage, tensor.first, tensor.shape, tensor.stride
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
 def _not_found(path: Path) -> str:

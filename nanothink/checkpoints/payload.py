@@ -1,19 +1,22 @@
 """What a checkpoint holds, and the checks that keep it plain.
 
 A payload is one dict of tensors and plain Python values, so that ``torch.load(weights_only=True)`` opens
-it. It is checked on the way out (a file that would not load again is not written) and on the way in.
+it. It is checked on the way out (a file that would not load again is not written) and on the way in; of a
+sketch of one (contents.py), which is made without torch, the same is checked.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
 from nanothink.checkpoints.archive import damaged
+from nanothink.checkpoints.contents import TensorSketch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 2
 """2: with the split and the hashes of the documents that were trained on."""
@@ -111,7 +114,7 @@ def wrong_entry(payload: dict[Any, Any]) -> str | None:
         if payload[key] < least:
             return f"its entry '{key}' is {payload[key]}"
     for name, tensor in payload["model_state"].items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        if not isinstance(name, str) or not (isinstance(tensor, TensorSketch) or _is_tensor(tensor)):
             return f"its entry 'model_state' holds {name!r}, which is no tensor"
     for key in ("tokenizer", "run", "config", "split"):
         if not all(isinstance(name, str) for name in payload[key]):
@@ -127,8 +130,8 @@ def check_values(path: Path, payload: dict[str, Any]) -> None:
     """Refuse values that are no plain ones or tensors, and containers that unfold without end."""
     try:
         for value in _values(payload):
-            if isinstance(value, Tensor):
-                if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
+            if _is_tensor(value):
+                if not _is_ordinary(value):
                     raise damaged(
                         path, f"it holds a tensor of an unknown sort ({value.layout}, {value.device})"
                     )
@@ -136,13 +139,25 @@ def check_values(path: Path, payload: dict[str, Any]) -> None:
                     raise damaged(
                         path, f"it holds a tensor of shape {tuple(value.shape)} but not the data for it"
                     )
-            elif not isinstance(value, (str, int, float, dict, list, tuple, type(None))):
+            elif not isinstance(value, (str, int, float, dict, list, tuple, type(None), TensorSketch)):
                 raise damaged(path, f"it holds a {type(value).__name__}, which no checkpoint does")
     except _Endless:
         raise damaged(path, "its values are nested or repeated without end") from None
     for key in ("config", "run", "early_stopping"):
-        if any(isinstance(value, Tensor) for value in _values(payload[key])):
+        if any(isinstance(value, TensorSketch) or _is_tensor(value) for value in _values(payload[key])):
             raise damaged(path, f"its entry '{key}' holds a tensor, which is due elsewhere")
+
+
+def _is_tensor(value: Any) -> TypeGuard[Tensor]:
+    """Whether it is a tensor; without importing torch, since there is none where that was not imported."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    import torch
+
+    return tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_quantized
 
 
 class _Endless(Exception):
@@ -174,11 +189,13 @@ def plain(value: Any, where: str) -> Any:
 
     Tensors keep sharing their storage, so that tied parameters are stored once.
     """
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
+    if _is_tensor(value):
+        import torch
+
+        if not _is_ordinary(value):
             raise TypeError(f"{where} is a tensor that can't be saved ({value.layout}, {value.device})")
         tensor = value.detach()
-        if type(tensor) is not Tensor:
+        if type(tensor) is not torch.Tensor:
             raise TypeError(f"{where} is a {type(value).__name__}, not a plain tensor")
         if tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
             return tensor.clone(memory_format=torch.contiguous_format)  # a view: leave the rest behind
@@ -204,7 +221,7 @@ def tensor_bytes(value: Any) -> int:
     storages: dict[int, int] = {}
 
     def visit(node: Any) -> None:
-        if isinstance(node, Tensor):
+        if _is_tensor(node):
             storage = node.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
         elif isinstance(node, (dict, list, tuple)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import struct
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,22 @@ def test_what_no_checkpoint_needs_is_refused(pickled: bytes, reason: str | None)
         return
     with pytest.raises(RuntimeError, match=reason):
         check_pickle(whole, {"0": 16}, RuntimeError)
+
+
+def test_types_have_the_sizes_that_torch_gives_them() -> None:
+    sizes = {getattr(torch, name): size for name, size in contents._DTYPES.items()}
+    assert sizes == {dtype: dtype.itemsize for dtype in sizes}
+
+
+def test_a_sketch_has_what_would_be_built(tmp_path: Path) -> None:
+    values = {"a": [1, 2.5, None, True, ("x", {"y": ()})], 3: OrderedDict(z=torch.zeros(2, 3)[1:])}
+    path = tmp_path / "a.pt"
+    torch.save(values, path)
+    with path.open("rb") as file:
+        sketch = archive.check_archive(file, path, thorough=False)
+    found = sketch.pop(3).pop("z")
+    assert sketch == {"a": values["a"]}
+    assert (found.shape, found.stride, found.first, found.numel()) == ((1, 3), (3, 1), 3, 3)
 
 
 def test_a_key_that_would_crash_the_process_when_it_is_hashed(tmp_path: Path) -> None:

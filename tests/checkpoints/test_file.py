@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import math
 import os
 import pickle
@@ -9,6 +10,8 @@ import random
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 import zipfile
@@ -141,6 +144,39 @@ def test_summary(written):
         assert summary.n_bytes == written.stat().st_size
         assert summary.modified == written.stat().st_mtime
         assert summary.format_version == FORMAT_VERSION
+
+
+def test_a_summary_is_the_same_without_torch_reading_the_file(tmp_path, make_payload):
+    table = torch.randn(6, 4)
+    weights = {
+        "table": table,
+        "head": table,  # tied: counted once
+        "turned": table.t().contiguous(),
+        "of no numbers": torch.zeros(0, 3),
+        "single": torch.tensor(1.0),
+        "parameter": torch.nn.Parameter(torch.ones(5)).detach(),
+        **{str(dtype): torch.ones(7, dtype=dtype) for dtype in (torch.bfloat16, torch.uint16, torch.bool)},
+    }
+    path = tmp_path / "a_expert.pt"
+    write_checkpoint(path, make_payload(model_state=weights))
+    assert read_summary(path) == verify_checkpoint(path)
+    assert read_summary(path).n_parameters == 24 + 24 + 1 + 5 + 3 * 7
+
+
+def test_a_listing_imports_no_torch(tmp_path, make_payload):
+    write_checkpoint(tmp_path / "a_expert.pt", make_payload())
+    (tmp_path / "b_expert.pt").write_bytes(b"PK")
+    code = (
+        "import sys; from nanothink.cli.app import run;"
+        f"code = run(['checkpoints', 'ls', '--json', '--checkpoint-dir', {str(tmp_path)!r}]);"
+        "heavy = {'torch', 'numpy', 'tokenizers', 'safetensors'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    sound, damaged = json.loads(done.stdout)["checkpoints"]
+    assert (sound["step"], sound["n_parameters"]) == (7, 768)
+    assert damaged["reason"]
 
 
 def test_summary_reads_no_tensor_data(tmp_path, make_payload):
