@@ -5,7 +5,7 @@
 
 ``import typer`` is the floor of any command made with it, ``import torch`` that of one that computes;
 ``transformers --help`` and the last import are what training and generation scripts begin with. ``generate``
-writes one token by a model of width 16, and ``checkpoints ls`` lists it. The sides take turns; one round warms
+writes one token by a model of width 16, and ``checkpoints ls`` lists it. Sides take turns; one round warms
 the disk cache.
 """
 
