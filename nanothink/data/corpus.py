@@ -100,7 +100,7 @@ def find_corpus(data_dir: str | Path, domains: Sequence[str] | None = None) -> C
             continue
         if not _is_folder(entry):
             stray.append(entry.name)
-            warnings.append(_whole(entry.path, _why_stray(entry.name)))
+            warnings.append(_whole(entry.path, _why_stray(entry)))
         elif entry.name.startswith("."):
             warnings.append(_whole(entry.path, "not read, because the folder's name begins with a dot"))
         elif not _is_utf8(entry.name):
@@ -281,8 +281,10 @@ def _holds_data(folder: Path) -> bool:
     return holds or bool(refused)
 
 
-def _why_stray(name: str) -> str:
-    if name.endswith(SUFFIXES):
+def _why_stray(entry: os.DirEntry[str]) -> str:
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        return "not read, because the link points to nothing; mend or remove it"
+    if entry.name.endswith(SUFFIXES):
         return "not read, because it lies in no domain folder; move it into one"
     return "not read; data lies in folders, one per domain"
 

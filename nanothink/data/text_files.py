@@ -16,6 +16,7 @@ from typing import NamedTuple, TextIO
 from nanothink.config.text_encoding import conversion, wide_encoding
 from nanothink.data.lines import Problem, shown
 from nanothink.data.problems import Problems
+from nanothink.data.source_file import unreadable
 from nanothink.errors import DataError, did_you_mean
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
@@ -131,7 +132,7 @@ def folder_rows(folder: Path, limit: int | None, findings: Findings, leave_out: 
     others: Counter[str] = Counter()
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"Cannot look into {shown(error.filename)}: {error.strerror}. Check its permissions.")
+        raise unreadable(error.filename, error) from None
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
         others["hidden folder"] += sum(name.startswith(".") for name in folders)
@@ -145,9 +146,11 @@ def folder_rows(folder: Path, limit: int | None, findings: Findings, leave_out: 
             findings.warnings.add(Problem(shown(Path(parent, name)), 0, 0, reason))
         for name in names:
             path = Path(parent, name)
+            with reading(path):
+                is_file = path.is_file()
             if name.startswith("."):
                 others["hidden file"] += 1
-            elif not path.is_file():
+            elif not is_file:
                 others["not a regular file"] += 1
             elif name.lower().endswith(TEXT_SUFFIXES):
                 files.append((path, path.relative_to(folder).as_posix()))
@@ -173,7 +176,7 @@ def reading(path: Path) -> Iterator[None]:
     except UnicodeDecodeError:
         raise DataError(where_not_utf8(path)) from None
     except OSError as error:
-        raise DataError(f"Cannot read {shown(path)}: {error.strerror or error}. Check the file.") from None
+        raise unreadable(path, error) from None
 
 
 def open_text(path: Path, newline: str | None = None) -> TextIO:

@@ -111,6 +111,7 @@ def test_links_may_loop_and_break(tmp_path):
     corpus = find_corpus(tmp_path)
     assert list(corpus.domains) == ["a", "again"]
     assert {"loop", "broken"} <= said(corpus).keys()
+    assert "the link points to nothing" in said(corpus)["broken"]
 
 
 def test_a_folder_name_that_is_not_utf8_is_named(tmp_path):

@@ -182,9 +182,9 @@ def test_the_fingerprint_covers_what_was_tokenised(tmp_path: Path, tokenizer: To
     root = tmp_path / "data"
     put(root, "a/0.jsonl", lines("The first boat"))
     put(root, "b/0.jsonl", lines("The second boat"))
-    before = tokenise(find_corpus(root), tokenizer, split=RULE)
+    before = tokenise(find_corpus(root), tokenizer, split=None)
     one, other = sorted(root.rglob("*.tokens"))
-    other.write_bytes(one.read_bytes())  # sound tokens, of less than the file
+    other.write_bytes(one.read_bytes())  # sound tokens of as many documents, but not of this file
     after = tokenise(find_corpus(root), tokenizer, split=None)
     assert after.fingerprint != before.fingerprint
     other.write_bytes(one.read_bytes())
@@ -211,6 +211,24 @@ def test_a_folder_that_cannot_be_looked_into_is_an_error(
         with pytest.raises(UnreadableError, match=f"Cannot read {hidden}: {os.strerror(code)}"):
             find_corpus(root)
     assert list(find_corpus(root, ["a"]).domains) == ["a"]
+
+
+def test_a_text_that_cannot_be_looked_at_ends_an_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "notes/a.txt", b"One boat.")
+    hurt = put(tmp_path, "notes/b.txt", b"Another boat.")
+    really = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if path == hurt:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return really(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    with pytest.raises(UnreadableError, match=f"Cannot read {hurt}: Stale file handle"):
+        import_source(tmp_path / "notes", domain="new", data_dir=tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.fixture
