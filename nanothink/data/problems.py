@@ -93,8 +93,10 @@ class ProblemGroup:
 
     @property
     def hint(self) -> str:
-        """Commands that mend it, in a sentence; empty where there are none."""
-        return _how_to_import(self.first, self.n_files) if self.first.text_field else ""
+        """What mends it, in a sentence, with commands if there are any; empty where that is plain."""
+        if self.first.text_field:
+            return _how_to_import(self.first, self.n_files)
+        return _NO_STRING if self.reason.startswith("the key `text` is missing; there is") else ""
 
     def where(self) -> str:
         """Lines and files: ``a.jsonl: 1-30; b.jsonl: 3, 7-9; and 12 more``."""
@@ -195,6 +197,12 @@ class Problems:
         return told + (f"; and {rest:,} for other reasons" if rest else "")
 
 
+_NO_STRING = (
+    "No field of these records is a string that could be imported. Give each record a `text`, for example "
+    "the messages of a conversation one after the other."
+)
+
+
 def _how_to_import(problem: Problem, n_files: int) -> str:
     path = Path(problem.file)
     domain, root = path.parent.name, path.parent.parent
@@ -208,4 +216,4 @@ def _how_to_import(problem: Problem, n_files: int) -> str:
         f"--text-field {shlex.quote(problem.text_field)} --data-dir {shlex.quote(str(root))}"
     )
     each = f" (and so each of {counted(n_files, 'file')})" if n_files > 1 else ""
-    return f"If `{problem.text_field}` is the text, move the file away and import it{each}: {command}"
+    return f"If `{problem.text_field}` is all of the text, move the file away and import it{each}: {command}"

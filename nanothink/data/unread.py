@@ -39,11 +39,12 @@ def why_not_read(folder: Path, names: Sequence[str]) -> Iterator[str]:
         if command:
             path = shlex.quote(shown(folder / own[0]))
             domain, root = (shlex.quote(shown(part)) for part in (folder.name, folder.parent))
-            way_in = f". {command.format(path=path, domain=domain, root=root)}"
+            others = "it" if len(own) == 1 else "it (and so the others)"
+            way_in = f". {command.format(it=others, path=path, domain=domain, root=root)}"
         yield f"not read, because {why}: {listed}{way_in}"
 
 
-_IMPORT = "Import it: nanothink data import {path} --domain {domain} --data-dir {root}"
+_IMPORT = "Import {it}: nanothink data import {path} --domain {domain} --data-dir {root}"
 
 
 def _kind(folder: Path, name: str) -> tuple[str, str]:
@@ -54,7 +55,10 @@ def _kind(folder: Path, name: str) -> tuple[str, str]:
     if suffix == ".json":
         return _kind_of_json(folder / name)
     if suffix in _UNPACKED_BY:
-        return f"{suffix} is not a way of packing that is read", f"Unpack it: {_UNPACKED_BY[suffix]} {{path}}"
+        return (
+            f"{suffix} is not a way of packing that is read",
+            f"Unpack {{it}}: {_UNPACKED_BY[suffix]} {{path}}",
+        )
     if suffix in _IMPORTED and not name.lower().startswith(("readme", "license")):
         return f"{suffix} is not JSON Lines", _IMPORT
     return _NAME, ""
@@ -77,7 +81,7 @@ def _kind_of_json(path: Path) -> tuple[str, str]:
     except ValueError:
         record = None
     if isinstance(record, dict) and (rest.strip() or "text" in record):
-        return "it holds JSON Lines, which .json does not say", "Rename it: mv -n {path} {path}l"
+        return "it holds JSON Lines, which .json does not say", "Rename {it}: mv -n {path} {path}l"
     return "it is neither JSON Lines nor a JSON array", ""
 
 

@@ -105,7 +105,9 @@ def test_records_without_text_are_one_error_with_the_commands_that_import_them(
     told = capsys.readouterr().out
     assert told.count("the key `text` is missing") == 1
     assert f"(400 times: data/my code/{name}: 1-400)" in told
-    (hint,) = re.findall(rf"^If `{field}` is the text, move the file away and import it: (.*)$", told, re.M)
+    (hint,) = re.findall(
+        rf"^If `{field}` is all of the text, move the file away and import it: (.*)$", told, re.M
+    )
     moving, _, importing = hint.rpartition(" && ")
     subprocess.run(["sh", "-c", moving], check=True)
     words = subprocess.run(
@@ -116,6 +118,14 @@ def test_records_without_text_are_one_error_with_the_commands_that_import_them(
     capsys.readouterr()
     assert run(["data", "validate", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["n_records"] == 400
+
+
+def test_records_without_any_string_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "chat", "sft.jsonl", lambda i: {"messages": [{"role": "user", "content": passage(i)}]})
+    assert run(["data", "validate", str(tmp_path)]) == 1
+    told = capsys.readouterr().out
+    assert told.count("the key `text` is missing") == 1
+    assert "No field of these records is a string" in told
 
 
 def test_other_files_are_named_with_a_command_that_brings_them_in(
@@ -129,6 +139,7 @@ def test_other_files_are_named_with_a_command_that_brings_them_in(
         "array.json": json.dumps(array).encode(),
         "strings.json": json.dumps([passage(i) for i in range(5)], indent=1).encode(),
         "notes.txt": passage(0).encode(),
+        "other.txt": passage(1).encode(),
         "table.csv": b"text\nA wall stood there.\n",
         "packed.jsonl.xz": lzma.compress(lines.encode()),
         "packed2.jsonl.bz2": bz2.compress(lines.encode()),
@@ -147,7 +158,9 @@ def test_other_files_are_named_with_a_command_that_brings_them_in(
     reasons = [warning.reason for warning in find_corpus("data").warnings]
     done = set()
     for number, reason in enumerate(reasons):
-        if not (command := re.search(r"\. (?:Import|Unpack|Rename) it: (.*)$", reason)):
+        if not (
+            command := re.search(r"\. (?:Import|Unpack|Rename) it(?: \(and so the others\))?: (.*)$", reason)
+        ):
             assert "does not end in .jsonl" in reason or "regular file" in reason or "neither" in reason
             continue
         words = command.group(1).split()

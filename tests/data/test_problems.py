@@ -88,7 +88,7 @@ def test_the_hint_moves_the_file_out_of_its_domain_and_imports_it() -> None:
     for file in ("data/my code/a.jsonl", "data/my code/b.jsonl"):
         tally.add(Problem(file, 1, 1, "the key `text` is missing", "content"))
     assert tally.groups[0].hint == (
-        "If `content` is the text, move the file away and import it (and so each of 2 files): "
+        "If `content` is all of the text, move the file away and import it (and so each of 2 files): "
         "mkdir -p 'data-originals/my code' && mv -n 'data/my code/a.jsonl' 'data-originals/my code'/ && "
         "nanothink data import 'data-originals/my code/a.jsonl' --domain 'my code' --text-field content "
         "--data-dir data"
