@@ -21,8 +21,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["COLUMNS"] = "200"  # pytest-xdist sets its own, and tables would be cut to it
 if threading.current_thread() is threading.main_thread():
-    # A shell that starts the tests in the background leaves SIGINT ignored, and children inherit that.
+    # A shell that starts the tests in the background ignores SIGINT, and nohup SIGHUP; children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 for name in [name for name in os.environ if name.startswith("NANOTHINK_")]:
     del os.environ[name]
 
