@@ -209,10 +209,13 @@ def run(args: list[str]) -> int:
             _print_error("Interrupted; there was nothing to save.")
         return InterruptedRun.exit_code
     except MemoryError:
-        _print_error(
-            "Out of memory. Lower train_expert.batch_size and raise train_expert.grad_accum_steps "
-            "(of a diffuser: train_diffuser; of NanoThink: train_mla) by the same factor."
-        )
+        if args and args[0] in ("pretrain", "train-mla", "resume"):
+            _print_error(
+                "Out of memory. Lower train_expert.batch_size and raise train_expert.grad_accum_steps "
+                "(of a diffuser: train_diffuser; of NanoThink: train_mla) by the same factor."
+            )
+        else:
+            _print_error("Out of memory. End other programs, or ask for less at a time; then try again.")
         return 1
 
 
@@ -223,7 +226,15 @@ def _run(args: list[str]) -> int:
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
             return _usage_error(error)
+        if isinstance(error, RuntimeError) and _lacks_memory(error):
+            raise MemoryError from error
         raise
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    """What PyTorch raises where Python would raise MemoryError."""
+    said = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+    return any(words in str(error) for words in said)
 
 
 def _usage_error(error: Exception) -> int:

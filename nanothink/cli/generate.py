@@ -207,8 +207,14 @@ def _read(prompt: str) -> str:
     from nanothink.errors import UsageError
 
     if prompt == "-":
+        if sys.stdin is None:
+            raise UsageError("Standard input is closed; give the prompt as an argument, or by a pipe.")
+        try:
+            where, given = "Standard input", sys.stdin.buffer.read()
+        except OSError as error:  # of a terminal that has hung up, for example
+            raise UsageError(f"Standard input cannot be read: {error.strerror or error}.") from None
         # A file that an editor of Windows has saved begins with a mark that is no text.
-        where, given = "Standard input", sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8)
+        given = given.removeprefix(codecs.BOM_UTF8)
     else:
         where, given = "The prompt", prompt.encode("utf-8", "surrogateescape")
     try:

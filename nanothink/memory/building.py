@@ -237,10 +237,11 @@ def _prepared_index(
     if store is not None and store.index.kind == plan.kind:
         return store.index
     total = plan.n_old + plan.n_keys
-    index = NeighbourIndex.create(plan.kind, owner.width, total, settings.n_probe)
     old = list(store.index.groups()) if store is not None else []  # exact: few enough to hold
     wanted = sample_size(plan.kind, total)
-    if wanted:
+    if not wanted:
+        index = NeighbourIndex.create(plan.kind, owner.width, total, settings.n_probe)
+    else:
         sample = [keys for _, keys in old]
         missing = wanted - sum(map(len, sample))
         every = np.concatenate(
@@ -253,7 +254,11 @@ def _prepared_index(
                 sample.append(keys)
                 read += len(keys)
                 progress("sample for the index", min(read, missing), missing)
-        index.train(np.concatenate(sample), lambda done, total: progress("lists of the index", done, total))
+        keys = np.concatenate(sample or [np.empty((0, owner.width), np.float32)])
+        # Fewer than were planned where little of each block is let in; there are no more lists than keys.
+        n_keys = total if len(keys) >= choose_lists(total) else len(keys)
+        index = NeighbourIndex.create(plan.kind, owner.width, n_keys, settings.n_probe)
+        index.train(keys, lambda done, total: progress("lists of the index", done, total))
     for numbers, keys in old:
         index.add(keys, numbers)
     return index

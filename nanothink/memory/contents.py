@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from nanothink.data.split import TrainedText
-from nanothink.memory.index import Float32, Int64, NeighbourIndex
+from nanothink.memory.index import Float32, Int64, NeighbourIndex, damaged
 from nanothink.models.recall import NO_TOKEN, Neighbours
 
 DOCUMENT = np.dtype([("end", "<i8"), ("key", "<u8"), ("line", "<i8"), ("domain", "<i4"), ("file", "<i4")])
@@ -117,9 +117,11 @@ class VectorStore:
         known = (numbers >= 0) & (documents >= 0)
         same = known & (self.document(numbers) == documents)
         if len(self._members):
-            pairs = numbers * len(self._ends) + documents
+            keys, _ = self._counts
+            place = np.searchsorted(keys, numbers).clip(max=len(keys) - 1)
+            pairs = place * len(self._ends) + documents
             at = np.searchsorted(self._members, pairs).clip(max=len(self._members) - 1)
-            same |= known & (self._members[at] == pairs)
+            same |= known & (keys[place] == numbers) & (self._members[at] == pairs)
         return cast(NDArray[np.bool_], same)
 
     def document(self, numbers: Int64) -> Int64:
@@ -137,6 +139,8 @@ class VectorStore:
     def neighbours(self, similarities: Float32, numbers: Int64) -> Neighbours:
         """What a search found, as a model wants it."""
         there = numbers >= 0
+        if numbers.size and int(numbers.max()) >= len(self.contents.tokens):
+            raise damaged(self.folder, "its index has keys without a token")
         tokens = np.where(there, self.contents.tokens[np.where(there, numbers, 0)].astype(np.int64), NO_TOKEN)
         counts = None
         if len(self.contents.merged):
@@ -165,11 +169,15 @@ class VectorStore:
 
     @cached_property
     def _members(self) -> Int64:
-        """Sorted key × documents + document, for every document of which a key stands for a part."""
+        """Sorted place in ``_counts`` × documents + document, for each document of which a key has a part.
+
+        Places, since products with the keys themselves could exceed 2^63.
+        """
         if not len(self.contents.merged):
             return np.empty(0, np.int64)
         member, key = self.contents.merged[:, 0], self.contents.merged[:, 1]
-        return np.unique(key * len(self._ends) + self.document(member))
+        place = np.searchsorted(self._counts[0], key)
+        return np.unique(place * len(self._ends) + self.document(member))
 
 
 def trained_text(documents: NDArray[Any], heads: NDArray[np.uint64]) -> TrainedText:

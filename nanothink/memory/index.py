@@ -21,6 +21,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ import torch  # before FAISS, whoever comes first: see above
 from numpy.typing import NDArray
 
 from nanothink.config import VectorStoreConfig
-from nanothink.errors import UsageError
+from nanothink.errors import UsageError, VectorStoreDamagedError, VectorStoreError
 
 Kind = Literal["exact", "sq8", "pq"]
 Float32 = NDArray[np.float32]
@@ -41,6 +42,7 @@ KEYS_PER_LIST = 64
 _LEAST_PER_LIST = 39
 _MOST_LISTS = 1 << 14
 _PQ_DIMENSIONS = 4  # numbers that share a byte
+_CODES = 256  # of a byte
 
 
 def import_faiss() -> Any:
@@ -81,13 +83,38 @@ def sample_size(kind: Kind, n_keys: int) -> int:
     """Keys that an index has to be trained on; 0 for an exact one."""
     if kind == "exact":
         return 0
-    least = 256 * _LEAST_PER_LIST if kind == "pq" else 0  # a codebook has 256 entries
+    least = _CODES * _LEAST_PER_LIST if kind == "pq" else 0
     return min(n_keys, max(KEYS_PER_LIST * choose_lists(n_keys), least))
 
 
 def bytes_per_key(kind: Kind, width: int) -> int:
     """Of the index: code and number."""
     return {"exact": 4 * width, "sq8": width, "pq": -(-width // _PQ_DIMENSIONS)}[kind] + 8
+
+
+def damaged(path: Path, reason: str) -> VectorStoreDamagedError:
+    """The error for a file of a store that is not what was written."""
+    return VectorStoreDamagedError(
+        f"{path} is damaged: {reason}. Build the memory again: nanothink memory build --overwrite"
+    )
+
+
+@contextmanager
+def _told(doing: str) -> Iterator[None]:
+    """Turns what FAISS raises within into an error that says what was being done, and what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, AssertionError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, MemoryError) or "bad_alloc" in lines[-1]:
+            raise VectorStoreError(
+                f"There is not enough memory for {doing}. Keep fewer keys (--set vector_store.max_keys=N), "
+                "or less of each (--set vector_store.index=pq)."
+            ) from None
+        raise VectorStoreError(
+            f"FAISS failed at {doing} ({lines[-1][-200:]}). If the memory may be at fault, build it again: "
+            "nanothink memory build --overwrite"
+        ) from error
 
 
 class NeighbourIndex:
@@ -105,9 +132,14 @@ class NeighbourIndex:
         """An empty index, to be trained, for about ``n_keys`` keys.
 
         Raises:
-            UsageError: product quantisation of a width that cannot be divided.
+            UsageError: product quantisation of a width that cannot be divided, or of too few keys.
         """
         faiss = import_faiss()
+        if kind == "pq" and n_keys < _CODES:
+            raise UsageError(
+                f"vector_store.index=pq learns {_CODES} codes from the keys, and there are {n_keys:,} keys. "
+                "Use sq8, exact or auto."
+            )
         if kind == "pq" and width % _PQ_DIMENSIONS:
             raise UsageError(
                 f"vector_store.index=pq keeps {_PQ_DIMENSIONS} numbers in a byte, and the width {width} "
@@ -115,19 +147,44 @@ class NeighbourIndex:
             )
         code = {"exact": "Flat", "sq8": "SQ8", "pq": f"PQ{width // _PQ_DIMENSIONS}"}[kind]
         factory = f"IDMap2,{code}" if kind == "exact" else f"IVF{choose_lists(n_keys)},{code}"
-        index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
-        if (
-            kind == "pq"
-        ):  # an order of the codes for a search by bits, which is never made; most of the training
+        with _told(f"making an index of {n_keys:,} keys"):
+            index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+        if kind != "exact":
+            index.cp.min_points_per_centroid = 1  # else it prints that there are few
+        if kind == "pq":
+            index.pq.cp.min_points_per_centroid = 1
+            # An order of the codes for a search by bits, which is never made; most of the training.
             index.do_polysemous_training = False
         return cls(kind, index, n_probe)
 
     @classmethod
     def read(cls, path: Path, kind: Kind, n_probe: int, *, writable: bool) -> NeighbourIndex:
-        """Open an index file whose digest has been checked; searched where it lies unless ``writable``."""
+        """Open an index file whose digest has been checked; searched where it lies unless ``writable``.
+
+        Raises:
+            VectorStoreError: it is no such index, or there is not enough memory for it.
+        """
         faiss = import_faiss()
         flags = 0 if writable or kind == "exact" else faiss.IO_FLAG_MMAP
-        return cls(kind, faiss.read_index(str(path), flags), n_probe)
+        try:
+            index = faiss.read_index(str(path), flags)
+        except (RuntimeError, ValueError) as error:
+            if "bad_alloc" not in str(error):
+                raise damaged(
+                    path, f"FAISS cannot read it ({str(error).strip().splitlines()[-1][-200:]})"
+                ) from None
+            raise VectorStoreError(f"There is not enough memory to open {path}.") from None
+        except MemoryError:
+            raise VectorStoreError(f"There is not enough memory to open {path}.") from None
+        kinds = {"exact": faiss.IndexIDMap2, "sq8": faiss.IndexIVFScalarQuantizer, "pq": faiss.IndexIVFPQ}
+        inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap2) else None
+        if (
+            not isinstance(index, kinds[kind])
+            or (kind == "exact" and not isinstance(inner, faiss.IndexFlat))
+            or index.metric_type != faiss.METRIC_INNER_PRODUCT
+        ):
+            raise damaged(path, f"it is not an index of the kind {kind}")
+        return cls(kind, index, n_probe)
 
     @property
     def n_keys(self) -> int:
@@ -162,30 +219,36 @@ class NeighbourIndex:
         index.cp.max_points_per_centroid = 1 << 30  # the sample is as large as it is meant to be
         clustering = self._faiss.Clustering(index.d, index.nlist, index.cp)
         n_steps, clustering.niter = clustering.niter + 1, 1
+        learning = f"learning {index.nlist:,} lists from {len(keys):,} keys"
         for step in range(1, n_steps):
-            clustering.train(keys, index.quantizer)
+            with _told(learning):
+                clustering.train(keys, index.quantizer)
             if progress is not None:
                 progress(step, n_steps)
-        index.train(keys)  # finds the lists there, and learns the codes
+        with _told(learning):
+            index.train(keys)  # finds the lists there, and learns the codes
         if progress is not None:
             progress(n_steps, n_steps)
 
     def add(self, keys: Float32, numbers: Int64) -> None:
         """(n, D) keys under (n,) numbers of their own."""
-        self._index.add_with_ids(
-            np.ascontiguousarray(keys, dtype=np.float32), np.ascontiguousarray(numbers, dtype=np.int64)
-        )
+        with _told(f"adding to {self.n_keys:,} keys"):
+            self._index.add_with_ids(
+                np.ascontiguousarray(keys, dtype=np.float32), np.ascontiguousarray(numbers, dtype=np.int64)
+            )
 
     def search(self, queries: Float32, n_neighbours: int) -> tuple[Float32, Int64]:
         """(Q, D) -> similarities (Q, K) and numbers (Q, K), nearest first; -1 where there are fewer."""
-        similarities, numbers = self._index.search(
-            np.ascontiguousarray(queries, dtype=np.float32), n_neighbours
-        )
+        with _told(f"a search among {self.n_keys:,} keys of width {self.width}"):
+            similarities, numbers = self._index.search(
+                np.ascontiguousarray(queries, dtype=np.float32), n_neighbours
+            )
         similarities[numbers < 0] = -np.inf
         return similarities, numbers
 
     def remove(self, numbers: Int64) -> None:
-        self._index.remove_ids(np.ascontiguousarray(numbers, dtype=np.int64))
+        with _told(f"taking {len(numbers):,} keys out"):
+            self._index.remove_ids(np.ascontiguousarray(numbers, dtype=np.int64))
 
     def groups(self) -> Iterator[tuple[Int64, Float32]]:
         """All keys, as they are kept, in groups in which keys that are nearly alike stand together.
@@ -217,5 +280,5 @@ class NeighbourIndex:
         """To a new file. Raises OSError when the disk refuses."""
         try:
             self._faiss.write_index(self._index, str(path))
-        except RuntimeError as error:  # FAISS has no error of its own for a full disk
+        except (RuntimeError, MemoryError) as error:  # FAISS has no error of its own for a full disk
             raise OSError(0, f"FAISS could not write it ({str(error).splitlines()[-1][:200]})") from error

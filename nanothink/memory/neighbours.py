@@ -16,6 +16,7 @@ import hashlib
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import orjson
@@ -31,12 +32,19 @@ from nanothink.memory.contents import VectorStore
 from nanothink.memory.index import Float32, Int64
 from nanothink.models.recall import Neighbours
 
-BYTES_PER_NEIGHBOUR = 6
-
 _FORMAT = 2
 _MOST_OPEN = 64  # domains whose two files are open at a time
-_MISSING = np.uint32(0xFFFFFFFF)
 _SCALE = 32767.0
+
+
+def number_dtype(n_keys: int) -> np.dtype[Any]:
+    """Smallest unsigned type for the number of a key; its largest value stands for none."""
+    return np.dtype(np.uint32 if n_keys < 0xFFFFFFFF else np.uint64)
+
+
+def bytes_per_neighbour(n_keys: int) -> int:
+    """On the disk: number and similarity."""
+    return number_dtype(n_keys).itemsize + 2
 
 
 class TrainingNeighbours:
@@ -53,6 +61,8 @@ class TrainingNeighbours:
         self._store, self._streams, self._length = store, tokens.train, length
         self._states = states
         self._k = store.n_neighbours
+        self._numbers = number_dtype(len(store.contents.tokens))
+        self._missing = np.iinfo(self._numbers).max
         described = [_FORMAT, tokens.fingerprint, length, self._k, store.index.n_probe]
         name = hashlib.blake2b(orjson.dumps(described), digest_size=6).hexdigest()
         self.folder = store.folder / f"neighbours-{store.generation}-{name}"
@@ -74,7 +84,8 @@ class TrainingNeighbours:
 
     def n_bytes(self, missing: Mapping[str, Int64]) -> int:
         """What keeping them will take."""
-        return sum(map(len, missing.values())) * self._length * self._k * BYTES_PER_NEIGHBOUR
+        n_neighbours = sum(map(len, missing.values())) * self._length * self._k
+        return n_neighbours * bytes_per_neighbour(len(self._store.contents.tokens))
 
     def find(self, missing: Mapping[str, Int64], progress: Progress) -> None:
         """Search these blocks and keep what is found.
@@ -103,7 +114,7 @@ class TrainingNeighbours:
         except OSError as error:
             raise storage_error(self.folder, error) from error
 
-    def _search(self, domain: str, blocks: Int64) -> tuple[NDArray[np.uint32], NDArray[np.int16]]:
+    def _search(self, domain: str, blocks: Int64) -> tuple[NDArray[Any], NDArray[np.int16]]:
         """Numbers and coded similarities, (B, T, K) both."""
         stream = self._streams[domain]
         ends, keys = self._documents(domain)
@@ -118,7 +129,8 @@ class TrainingNeighbours:
         )
         which[targets.reshape(-1) == IGNORE] = -1
         shape = (*inputs.shape, self._k)
-        numbers = np.where(which < 0, _MISSING, which).astype(np.uint32)
+        numbers = which.astype(self._numbers)
+        numbers[which < 0] = self._missing
         return numbers.reshape(shape), _coded(near).reshape(shape)
 
     def read(self, places: Sequence[tuple[str, int]]) -> Neighbours:
@@ -128,7 +140,7 @@ class TrainingNeighbours:
             StorageError: they are gone, or the disk refused.
         """
         shape = (len(places), self._length, self._k)
-        numbers, coded = np.empty(shape, np.uint32), np.empty(shape, np.int16)
+        numbers, coded = np.empty(shape, self._numbers), np.empty(shape, np.int16)
         for row, (domain, block) in enumerate(places):
             try:
                 file = self._file(domain, create=False)
@@ -142,7 +154,7 @@ class TrainingNeighbours:
                     "on with --resume, which looks its neighbours up again."
                 ) from error
         similarities = coded.astype(np.float32) / _SCALE
-        which = np.where(numbers == _MISSING, -1, numbers.astype(np.int64))
+        which = np.where(numbers == self._missing, -1, numbers.astype(np.int64))
         similarities[which < 0] = -np.inf
         return self._store.neighbours(similarities, which)
 

@@ -25,11 +25,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
 
 from nanothink.config import VectorStoreConfig
 from nanothink.data.split import NOTHING, TrainedText
@@ -50,8 +52,8 @@ from nanothink.errors import (
     VectorStoreMismatchError,
     VectorStoreNotFoundError,
 )
-from nanothink.memory.contents import Contents, Owner, VectorStore, trained_text
-from nanothink.memory.index import Kind, NeighbourIndex
+from nanothink.memory.contents import DOCUMENT, Contents, Owner, VectorStore, trained_text
+from nanothink.memory.index import Kind, NeighbourIndex, damaged
 
 Progress = Callable[[str, int, int], None]
 
@@ -60,6 +62,57 @@ SUFFIX = ".memory"
 
 _MANIFEST = "manifest.json"
 _ROLES = ("index", "tokens", "documents", "heldout", "heads", "merged")
+
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _OwnerFacts(TypedDict):
+    expert: str
+    kind: str
+    digest: str
+    tokenizer: str
+    width: _Count
+    block_length: _Count
+
+
+class _IndexFacts(TypedDict):
+    kind: Kind
+    lists: _Count
+    keys: _Count
+
+
+class _FileFacts(TypedDict):
+    name: Annotated[str, Field(pattern=r"^[^\x00]+$")]
+    bytes: _Count
+    digest: str
+
+
+class _Files(TypedDict):
+    index: _FileFacts
+    tokens: _FileFacts
+    documents: _FileFacts
+    heldout: _FileFacts
+    heads: _FileFacts
+    merged: _FileFacts
+
+
+class _Manifest(TypedDict):
+    """What manifest.json holds."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]
+
+    format: int
+    generation: Annotated[str, Field(pattern=r"^\w+$")]
+    owner: _OwnerFacts
+    index: _IndexFacts
+    tokens: _Count
+    domains: list[str]
+    sources: list[str]
+    files: _Files
+    digest: str
+
+
+_MANIFESTS = TypeAdapter(_Manifest)
 
 
 def memory_folder(checkpoint_dir: Path, stem: str) -> Path:
@@ -93,15 +146,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"Cannot read {path}: {error.strerror}. Check the disk and who may read it."
         ) from error
     except orjson.JSONDecodeError as error:
-        raise _damaged(path, str(error)) from None
+        raise damaged(path, str(error)) from None
     if not isinstance(manifest, dict) or manifest.get("digest") != _digest_of(manifest):
-        raise _damaged(path, "its digest does not match")
-    if manifest["format"] != FORMAT:
+        raise damaged(path, "its digest does not match")
+    if manifest.get("format") != FORMAT:
         raise VectorStoreMismatchError(
-            f"{folder} has format {manifest['format']}, and this NanoThink reads {FORMAT}. Build it again: "
-            "nanothink memory build --overwrite"
+            f"{folder} has format {manifest.get('format')}, and this NanoThink reads {FORMAT}. Build it "
+            "again: nanothink memory build --overwrite"
         )
-    return manifest
+    try:
+        return dict(_MANIFESTS.validate_python(manifest))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise damaged(path, f"its entry {where} makes no sense ({first['msg']})") from None
 
 
 def open_store(
@@ -136,21 +194,20 @@ def open_store(
             progress(f"verifying {folder.name}", done, total)
 
     paths = {role: _verified(folder, role, facts, advance) for role, facts in manifest["files"].items()}
-    if missing := [role for role in _ROLES if role not in paths]:
-        raise _damaged(folder / _MANIFEST, f"it names no {' and no '.join(missing)}")
     contents = Contents(
-        tokens=_map(paths["tokens"]),
-        documents=_map(paths["documents"]),
+        tokens=_map(paths["tokens"], "<u2", "<u4"),
+        documents=_map(paths["documents"], DOCUMENT),
         domains=tuple(manifest["domains"]),
         files=tuple(manifest["sources"]),
-        held_out=np.asarray(_map(paths["heldout"])),
-        heads=np.asarray(_map(paths["heads"])),
-        merged=np.asarray(_map(paths["merged"])),
+        held_out=np.asarray(_map(paths["heldout"], "<u8")),
+        heads=np.asarray(_map(paths["heads"], "<u8", columns=2)),
+        merged=np.asarray(_map(paths["merged"], "<i8", columns=2)),
     )
-    kind: Kind = manifest["index"]["kind"]
+    _check_documents(paths["documents"], contents)
+    kind = manifest["index"]["kind"]
     index = NeighbourIndex.read(paths["index"], kind, settings.n_probe, writable=writable)
     if index.width != found.width or index.n_keys + len(contents.merged) != len(contents.tokens):
-        raise _damaged(paths["index"], "it does not go with the tokens beside it")
+        raise damaged(paths["index"], "it does not go with the tokens beside it")
     return VectorStore(
         folder,
         found,
@@ -173,14 +230,10 @@ def read_texts(folder: Path, digest: str) -> TrainedText:
     manifest = read_manifest(folder)
     if manifest["owner"]["digest"] != digest:
         return NOTHING
-    found = {
-        role: _map(_verified(folder, role, manifest["files"][role], lambda _: None))
-        for role in ("documents", "heads")
-        if role in manifest["files"]
-    }
-    if len(found) < 2:
-        raise _damaged(folder / _MANIFEST, "it does not name all files")
-    return trained_text(found["documents"], found["heads"])
+    documents, heads = (
+        _verified(folder, role, manifest["files"][role], lambda _: None) for role in ("documents", "heads")
+    )
+    return trained_text(_map(documents, DOCUMENT), _map(heads, "<u8", columns=2))
 
 
 def check_owner(folder: Path, found: Owner, wanted: Owner) -> None:
@@ -293,32 +346,55 @@ def _sweep(folder: Path) -> None:
 def _verified(folder: Path, role: str, facts: Mapping[str, Any], on_bytes: Callable[[int], None]) -> Path:
     path = folder / str(facts["name"])
     if path.parent != folder:
-        raise _damaged(folder / _MANIFEST, f"it places {role} elsewhere")
+        raise damaged(folder / _MANIFEST, f"it places {role} elsewhere")
     try:
         if path.stat().st_size != facts["bytes"]:
-            raise _damaged(path, f"it has {path.stat().st_size} bytes of {facts['bytes']}")
+            raise damaged(path, f"it has {path.stat().st_size} bytes of {facts['bytes']}")
         if _digest(path, on_bytes) != facts["digest"]:
-            raise _damaged(path, "its digest does not match")
+            raise damaged(path, "its digest does not match")
     except FileNotFoundError:
-        raise _damaged(path, "it is missing") from None
+        raise damaged(path, "it is missing") from None
     except OSError as error:
         raise StorageError(f"Cannot read {path}: {error.strerror}. Check the disk.") from error
     return path
 
 
-def _map(path: Path) -> NDArray[Any]:
+def _map(path: Path, *dtypes: DTypeLike, columns: int | None = None) -> NDArray[Any]:
+    """The array in ``path``: of one of these types, of numbers or of rows of ``columns`` numbers.
+
+    Raises:
+        VectorStoreDamagedError: it is anything else.
+    """
     try:
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
             shape, _, dtype = read(file) if read is not None else ((), False, np.dtype(object))
-    except ValueError as error:
-        raise _damaged(path, str(error)) from None
-    if dtype.hasobject or len(shape) not in (1, 2):
-        raise _damaged(path, "it holds something else than numbers")
-    # An empty stretch cannot be mapped.
-    array: NDArray[Any] = np.load(path, mmap_mode="r" if all(shape) else None, allow_pickle=False)
+        wanted = (columns,) if columns is not None else ()
+        known = [np.dtype(dtype) for dtype in dtypes]
+        if dtype not in known or not shape or shape[1:] != wanted:
+            raise damaged(path, f"it holds {dtype} of shape {shape}, and not what belongs there")
+        # An empty stretch cannot be mapped.
+        array: NDArray[Any] = np.load(path, mmap_mode="r" if all(shape) else None, allow_pickle=False)
+    except (ValueError, OverflowError, EOFError) as error:
+        raise damaged(path, str(error)) from None
     return array
+
+
+def _check_documents(path: Path, contents: Contents) -> None:
+    """Refuse places of documents that lead outside of the tokens, or to no domain or file."""
+    documents, ends = contents.documents, contents.documents["end"]
+    outside = len(documents) and (
+        ends[0] < 0
+        or bool((np.diff(ends) < 0).any())
+        or ends[-1] > len(contents.tokens)
+        or any(
+            documents[part].min() < 0 or documents[part].max() >= len(names)
+            for part, names in (("domain", contents.domains), ("file", contents.files))
+        )
+    )
+    if outside:
+        raise damaged(path, "its documents do not go with the tokens beside it")
 
 
 def _digest(path: Path, on_bytes: Callable[[int], None] = lambda n: None) -> str:
@@ -333,9 +409,3 @@ def _digest(path: Path, on_bytes: Callable[[int], None] = lambda n: None) -> str
 def _digest_of(manifest: Mapping[str, Any]) -> str:
     body = {name: value for name, value in manifest.items() if name != "digest"}
     return hashlib.blake2b(orjson.dumps(body, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
-
-
-def _damaged(path: Path, reason: str) -> VectorStoreDamagedError:
-    return VectorStoreDamagedError(
-        f"{path} is damaged: {reason}. Build the memory again: nanothink memory build --overwrite"
-    )

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 
 from nanothink.memory.index import bytes_per_key, choose_kind
-from nanothink.memory.neighbours import BYTES_PER_NEIGHBOUR
+from nanothink.memory.neighbours import bytes_per_neighbour
 from nanothink.models import COMBINED
 from nanothink.runs.keeping import kept_bytes
 from nanothink.runs.preparing import Prepared, largest_share
@@ -113,7 +113,7 @@ def _vector_store(prepared: Prepared) -> tuple[int, int]:
     n_keys = min(n_tokens, settings.max_keys or n_tokens)
     index = n_keys * bytes_per_key(choose_kind(settings, n_keys), model.d_model)
     looked_up = min(prepared.plan.n_blocks, prepared.plan.total_steps * prepared.plan.blocks_per_step)
-    kept = looked_up * model.max_seq_len * settings.n_neighbours * BYTES_PER_NEIGHBOUR
+    kept = looked_up * model.max_seq_len * settings.n_neighbours * bytes_per_neighbour(n_keys)
     return index, index + 4 * n_keys + kept
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nanothink.config import VectorStoreConfig
-from nanothink.errors import UsageError
+from nanothink.errors import UsageError, VectorStoreDamagedError, VectorStoreError
 from nanothink.memory import index as index_module
 from nanothink.memory.index import (
     Float32,
@@ -199,3 +199,53 @@ def test_an_exact_index_has_nothing_to_train() -> None:
     at: list[tuple[int, int]] = []
     NeighbourIndex.create("exact", WIDTH, 10, 16).train(clustered(10), lambda *told: at.append(told))
     assert at == []
+
+
+@pytest.mark.parametrize(("kind", "n_keys"), [("sq8", 1), ("sq8", 5), ("sq8", 100), ("pq", 256)])
+def test_few_keys_are_enough_for_lists(kind: Kind, n_keys: int) -> None:
+    keys, numbers = clustered(n_keys), np.arange(n_keys, dtype=np.int64)
+    assert made(kind, keys, numbers).search(keys[:1], 1)[1][0, 0] in numbers
+
+
+def test_too_few_keys_for_the_codes_are_said_with_what_to_use() -> None:
+    with pytest.raises(UsageError, match=r"index=pq learns 256 codes .* there are 255 keys\. Use sq8"):
+        NeighbourIndex.create("pq", WIDTH, 255, 16)
+
+
+def test_what_faiss_raises_says_what_was_being_done() -> None:
+    index = NeighbourIndex.create("sq8", WIDTH, 10_000, 16)
+    with pytest.raises(VectorStoreError, match=r"FAISS failed at learning 256 lists from 3 keys .*256"):
+        index.train(clustered(3))
+    index = made("exact", clustered(100), np.arange(100, dtype=np.int64))
+    with pytest.raises(VectorStoreError, match="a search among 100 keys of width 32"):
+        index.search(np.zeros((1, WIDTH + 1), np.float32), 3)
+    with pytest.raises(VectorStoreError, match="adding to 100 keys"):
+        index.add(np.zeros((1, WIDTH - 1), np.float32), np.zeros(1, np.int64))
+
+
+def test_a_machine_without_memory_is_told_how_to_use_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = made("exact", clustered(100), np.arange(100, dtype=np.int64))
+    for exhausted in (MemoryError("std::bad_alloc"), RuntimeError("std::bad_alloc")):
+
+        def refuse(*_: object, error: Exception = exhausted) -> None:
+            raise error
+
+        monkeypatch.setattr(index._index, "add_with_ids", refuse)
+        with pytest.raises(VectorStoreError, match=r"not enough memory for adding .*max_keys.*index=pq"):
+            index.add(clustered(1), np.zeros(1, np.int64))
+
+
+@pytest.mark.parametrize("content", ["empty", "no index", "cut", "of another kind", "of another metric"])
+@pytest.mark.parametrize("kind", ["exact", "sq8"])
+def test_a_file_that_is_no_such_index_is_named(kind: Kind, content: str, tmp_path: Path) -> None:
+    path = tmp_path / "index.faiss"
+    index = made(kind, clustered(1000), np.arange(1000, dtype=np.int64))
+    if content == "of another kind":
+        index = made("sq8" if kind == "exact" else "exact", clustered(1000), np.arange(1000))
+    elif content == "of another metric":
+        index._index.metric_type = import_faiss().METRIC_L2
+    index.write(path)
+    whole = path.read_bytes()
+    path.write_bytes({"empty": b"", "no index": b"text " * 100, "cut": whole[:-50]}.get(content, whole))
+    with pytest.raises(VectorStoreDamagedError, match=r"index\.faiss is damaged: .*memory build --overwrite"):
+        NeighbourIndex.read(path, kind, 16, writable=True)
