@@ -116,21 +116,21 @@ SMALL = {
         rows=5,
         named=("data validate", "tokenizer train", "data inspect, nothing kept", "data inspect, again"),
     ),
-    "memory.py add": Small(
+    "vector_store.py add": Small(
         "--tokens 50",
         rows=3,
         named=("without a memory", "once the domain is in it"),
         said=(r"'manual': \d+",),
     ),
-    "memory.py compact": Small("--tokens 50", rows=4, named=("as built", "0.99", "0.95", "0.9")),
-    "memory.py quality": Small(
+    "vector_store.py compact": Small("--tokens 50", rows=4, named=("as built", "0.99", "0.95", "0.9")),
+    "vector_store.py quality": Small(
         "--steps 2 --batch 1 --tokens 50 --set vector_store.max_keys=2000",
         rows=4,
         named=("trained without a memory", "trained and asked with it", "share of the gate"),
         said=(r"lower than 'trained without a memory' by -?\d",),
     ),
-    "memory.py recall": Small("--blocks 1", rows=5, named=("exact", "4 lists"), said=("bytes a key",)),
-    "memory.py scale": Small("--keys 2000", rows=5, named=("exact", "32 lists"), said=("bytes a key",)),
+    "vector_store.py recall": Small("--blocks 1", rows=5, named=("exact", "4 lists"), said=("bytes a key",)),
+    "vector_store.py scale": Small("--keys 2000", rows=5, named=("exact", "32 lists"), said=("bytes a key",)),
     "optimizers.py --data-dir DATA --tokenizer TOKENIZER --steps 150 300 --only muon": Small(
         f"--steps 1 {TINY}", rows=7, named=("muon",)
     ),

@@ -63,7 +63,7 @@ BEFORE = {
     # The shell above it is looked up, and a fork has another one or none.
     "nanothink --install-completion": 'nanothink() { python -m nanothink "$@"; }',
     "nanothink data import FILE --domain NAME --text-field txt": "printf 'n,txt\\n1,A text.\\n' > own.csv",
-    "nanothink memory build": "rm -r checkpoints/*.memory",
+    "nanothink store build": "rm -r checkpoints/*.store",
     "nanothink pretrain transformer": "mv checkpoints others",
     "nanothink pretrain diffuser --preset tiny --max-steps 480 --set diffuser.n_layers=2": (
         "mv checkpoints others; mkdir checkpoints; cp others/transformer_expert.pt checkpoints"

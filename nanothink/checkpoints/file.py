@@ -297,8 +297,7 @@ def _checked(path: Path, payload: object, *, thorough: bool) -> CheckpointPayloa
     if type(version) is int and 0 < version < FORMAT_VERSION:
         raise CheckpointMismatchError(
             f"{path}: was written by an earlier NanoThink (format {version}; this one reads "
-            f"{FORMAT_VERSION}) and does not say which documents it was trained on, so that no figure of it "
-            "could be trusted. Train it again"
+            f"{FORMAT_VERSION}). Formats before 0.1.0 are not converted: train it again"
         )
     if wrong := wrong_entry(payload):
         raise CheckpointMismatchError(

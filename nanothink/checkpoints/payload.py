@@ -18,7 +18,7 @@ from nanothink.checkpoints.contents import TensorSketch
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """2: with the split and the hashes of the documents that were trained on."""
 
 _MAX_NODES = 2_000_000
@@ -73,7 +73,7 @@ class CheckpointPayload(ModelPayload):
     """What ``restore.pack_rng`` gives."""
 
     early_stopping: dict[str, Any]
-    """``best_loss`` (float or None, nats per token) and ``bad_evaluations`` (int)."""
+    """``best_loss`` (float or None, nats per token) and ``evals_without_improvement`` (int)."""
 
     best_loss: float | None
     """Lowest validation loss so far, in nats per token."""

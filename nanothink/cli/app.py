@@ -29,10 +29,10 @@ from nanothink.cli import (
     doctor,
     evaluate,
     generate,
-    memory,
     output,
     pretrain,
     report,
+    store,
     tokenizer,
     train_mla,
 )
@@ -48,13 +48,16 @@ from nanothink.errors import (
 from nanothink.training.interruption import SignalListener, StopRequests, last_words, stopping_signals
 
 _ORDER = (
-    *("data", "tokenizer", "pretrain", "train-mla", "resume", "eval", "generate", "memory"),
+    *("data", "tokenizer", "pretrain", "train-mla", "resume", "eval", "generate", "store"),
     *("report", "checkpoints", "config", "doctor", "demo"),
 )
 
 
 class _InOrder(TyperGroup):
     """Commands in the order in which a person meets them; Typer lists groups last."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, "store" if cmd_name == "memory" else cmd_name)  # its first name
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(self.commands, key=_ORDER.index)
@@ -94,7 +97,7 @@ pretrain.register(app)
 train_mla.register(app)
 evaluate.register(app)
 generate.register(app)
-app.add_typer(memory.app, name="memory")
+app.add_typer(store.app, name="store")
 report.register(app)
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(config.app, name="config")

@@ -97,7 +97,7 @@ def show(
         **{
             name.replace("_", " "): render.count(value)
             for name, value in (stood if isinstance(stood, dict) else {}).items()
-            if name in ("bad_evaluations", "skipped_steps") and isinstance(value, int)
+            if name in ("evals_without_improvement", "skipped_steps") and isinstance(value, int)
         },
     }
     render.facts(shown.items(), title=str(checkpoint))

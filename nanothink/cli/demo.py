@@ -16,7 +16,7 @@ _SHAPE = ("transformer.n_layers=2", "state_space.n_layers=3", "diffuser.n_layers
 
 
 _KEYS = 200_000
-"""Of the memory; to look up neighbours for every token would take minutes more."""
+"""Of the vector store; to look up neighbours for every token would take minutes more."""
 
 
 def register(app: typer.Typer) -> None:
@@ -33,9 +33,9 @@ def demo(
 ) -> int:
     """Show the whole story, offline, from text to a trained model.
 
-    Starter corpus, tokenizer, three experts, NanoThink with a memory, evaluation and a sample: a few minutes
-    on two cores. Each command is shown before it runs; one that was interrupted goes on when the demo is
-    started again.
+    Starter corpus, tokenizer, three experts, NanoThink with a vector store, evaluation and a sample: a few
+    minutes on two cores. Each command is shown before it runs; one that was interrupted resumes when the
+    demo is started again.
     """
     import time
 
@@ -73,10 +73,10 @@ def _steps(out: Path, *, overwrite: bool) -> Iterator[tuple[str, list[str]]]:
         "Third expert: a diffuser, against the frozen transformer",
         ["pretrain", "diffuser", "--max-steps", "150", *common],
     )
-    memory = ["--use-vector-store", "--set", f"vector_store.max_keys={_KEYS}"]
+    vector_store = ["--use-vector-store", "--set", f"vector_store.max_keys={_KEYS}"]
     yield (
-        "NanoThink over the three, frozen, with a memory of the text",
-        ["train-mla", "--max-steps", "100", *memory, *common],
+        "NanoThink over the three, frozen, with a vector store of the text",
+        ["train-mla", "--max-steps", "100", *vector_store, *common],
     )
     held_out = ["--checkpoint-dir", checkpoints, "--max-tokens", "20000"]
     yield "All four on held-out text", ["eval", *held_out]
@@ -90,7 +90,7 @@ def _next_commands(out: Path) -> Iterator[str]:
     checkpoints = shlex.quote(str(out / "checkpoints"))
     yield f'nanothink generate "The module" -c {combined}   # let it write'
     yield f"nanothink report --checkpoint-dir {checkpoints}   # curves, domains, routing as one HTML page"
-    yield f'nanothink memory search "return the" -c {combined}   # what it recalls'
+    yield f'nanothink store search "return the" -c {combined}   # what it recalls'
     yield f"nanothink checkpoints ls --checkpoint-dir {checkpoints}   # what there is"
     yield "nanothink data import notes.csv --domain notes   # your own text, one folder a domain"
     yield "nanothink pretrain transformer --dry-run   # what training on it would take"

@@ -18,7 +18,7 @@ def doctor(
 ) -> None:
     """Say what this machine can do, and why."""
     from nanothink.cli import render
-    from nanothink.runs.examining import examine
+    from nanothink.runs.doctor import examine
 
     with render.progress() as bars:
         findings = examine(device, checkpoint_dir, bars)

@@ -15,7 +15,7 @@ from nanothink.cli.options import (
     Domains,
     ForgivingCommand,
     Json,
-    NoMemory,
+    NoVectorStore,
     SkipBadRecords,
     examples,
 )
@@ -71,7 +71,7 @@ def evaluate(
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     skip_bad_records: SkipBadRecords = False,
-    no_memory: NoMemory = False,
+    no_vector_store: NoVectorStore = False,
     allow_seen: Annotated[
         bool,
         typer.Option("--allow-seen", help="Score text that a model was trained on too; it is marked."),
@@ -102,7 +102,7 @@ def evaluate(
             max_tokens=max_tokens,
             device=device,
             skip_bad_records=skip_bad_records,
-            memory=not no_memory,
+            vector_store=not no_vector_store,
             allow_seen=allow_seen,
             note=bars.note,
             progress=bars,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nanothink.cli import completion
-from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json, NoMemory, examples
+from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json, NoVectorStore, examples
 
 if TYPE_CHECKING:
     from nanothink.runs.loading import LoadedModel
@@ -108,10 +108,11 @@ def generate(
     show_routing: Annotated[
         bool,
         typer.Option(
-            "--show-routing", help="A NanoThink: which expert, or its memory, was trusted at each token."
+            "--show-routing",
+            help="A NanoThink: which expert, or its vector store, was trusted at each token.",
         ),
     ] = False,
-    no_memory: NoMemory = False,
+    no_vector_store: NoVectorStore = False,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     as_json: Json = False,
@@ -149,7 +150,7 @@ def generate(
     kind = "diffuser" if denoise or "ddim_steps" in sampling else COMBINED if show_routing else None
     with render.progress() as bars:
         path = checkpoint or newest_finished(checkpoint_dir, bars.note, bars, kind=kind)
-        loaded = load(path, device=device, memory=not no_memory, progress=bars)
+        loaded = load(path, device=device, vector_store=not no_vector_store, progress=bars)
     for line in loaded.notes:
         render.note(line)
     if "ddim_steps" in sampling and loaded.kind != "diffuser":  # before the prompt is shown

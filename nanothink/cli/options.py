@@ -201,8 +201,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Give up an earlier
 SkipBadRecords = Annotated[
     bool, typer.Option("--skip-bad-records", help="Go on without lines that are not valid records.")
 ]
-NoMemory = Annotated[
-    bool, typer.Option("--no-memory", help="Leave the vector store out of a model that was trained with one.")
+NoVectorStore = Annotated[
+    bool,
+    typer.Option(
+        "--no-vector-store", help="Leave the vector store out of a model that was trained with one."
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]

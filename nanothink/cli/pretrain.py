@@ -35,7 +35,7 @@ from nanothink.cli.options import (
 
 if TYPE_CHECKING:
     from nanothink.runs.preparing import Configure
-    from nanothink.runs.resuming import Where
+    from nanothink.runs.resuming import RunSpec
 
 
 PRETRAIN_EXAMPLES = examples(
@@ -117,9 +117,9 @@ def pretrain(
     configure = configure_from(preset=preset, config_file=config_file, assignments=assignments, flags=flags)
     if resume is None:
         refuse_early(configure)
-    from nanothink.runs.resuming import Where
+    from nanothink.runs.resuming import RunSpec
 
-    where = Where(
+    spec = RunSpec(
         kind=kind,
         checkpoint_dir=checkpoint_dir,
         name=name,
@@ -127,7 +127,7 @@ def pretrain(
         overwrite=overwrite,
         device=device,
     )
-    return train(where, configure, dry_run=dry_run, as_json=as_json)
+    return train(spec, configure, dry_run=dry_run, as_json=as_json)
 
 
 def resume(
@@ -171,19 +171,19 @@ def resume(
     with render.progress() as bars:
         shown = is_first_process()
         watch = Watch(bars.note, bars) if shown else Watch(lambda _: None, lambda *_: None)
-        where = locate(str(checkpoint) if checkpoint else None, checkpoint_dir, watch)
-    where = replace(where, device=device, overwrite=overwrite)
-    section = training_section(where.kind)
+        spec = locate(str(checkpoint) if checkpoint else None, checkpoint_dir, watch)
+    spec = replace(spec, device=device, overwrite=overwrite)
+    section = training_section(spec.kind)
     flags = {
         "data.data_dir": ("--data-dir", data_dir),
         f"{section}.max_epochs": ("--max-epochs", max_epochs),
         f"{section}.max_steps": ("--max-steps", max_steps),
     }
     configure = configure_from(preset=None, config_file=None, assignments=assignments, flags=flags)
-    return train(where, configure, dry_run=dry_run, as_json=as_json)
+    return train(spec, configure, dry_run=dry_run, as_json=as_json)
 
 
-def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -> int:
+def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) -> int:
     """Train what ``where`` names and show how it goes; or say what it would take."""
     from nanothink.cli import render
     from nanothink.errors import OutputError, ReaderGoneError
@@ -193,16 +193,16 @@ def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -
     if dry_run:
         if not is_first_process():
             return 0
-        from nanothink.runs.planning import estimate_run
+        from nanothink.runs.estimate import estimate_run
 
         launched = launch()
         with render.progress() as bars:
-            prepared = prepare(where, configure, Watch(note=bars.note, progress=bars))
-            estimate = estimate_run(prepared, launched.size if launched else 1)
+            setup = prepare(spec, configure, Watch(note=bars.note, progress=bars))
+            estimate = estimate_run(setup, launched.size if launched else 1)
         if as_json:
             render.print_json(_estimate_as_dict(estimate))
         else:
-            render.estimate(where.stem, estimate)
+            render.estimate(spec.stem, estimate)
         return 0
 
     from nanothink.runs.pretraining import pretrain as run_training
@@ -210,14 +210,14 @@ def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -
 
     if not is_first_process():
         # It speaks only until it has met the first.
-        run_training(where, configure, observe=lambda _: None, watch=Watch(render.note, lambda *_: None))
+        run_training(spec, configure, observe=lambda _: None, watch=Watch(render.note, lambda *_: None))
         return 0
     with render.training_view() as view:
         finished = run_training(
-            where, configure, observe=view, watch=Watch(note=view.note, progress=view.progress)
+            spec, configure, observe=view, watch=Watch(note=view.note, progress=view.progress)
         )
-    best = where.store.best
-    data = read_description(where.checkpoint_dir / "runs" / where.stem).get("data")
+    best = spec.store.best
+    data = read_description(spec.checkpoint_dir / "runs" / spec.stem).get("data")
     # A summary that nobody can read any more is no failure of a run that is complete and saved.
     with output.optional_results() as lost:
         if as_json:
@@ -234,7 +234,7 @@ def train(where: Where, configure: Configure, *, dry_run: bool, as_json: bool) -
                 }
             )
         else:
-            render.training_summary(where.stem, finished, best, view)
+            render.training_summary(spec.stem, finished, best, view)
     if lost and isinstance(lost[0], ReaderGoneError):
         return lost[0].exit_code if as_json else 0
     if lost:

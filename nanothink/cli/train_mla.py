@@ -72,7 +72,7 @@ def train_mla(
         bool,
         typer.Option(
             "--use-vector-store",
-            help="Train with a memory of the training text beside the experts; built if it is missing.",
+            help="Train with a vector store of the training text beside the experts; built if it is missing.",
         ),
     ] = False,
     overwrite: Overwrite = False,
@@ -108,9 +108,9 @@ def train_mla(
     configure = configure_from(preset=preset, config_file=config_file, assignments=assignments, flags=flags)
     if resume is None:
         refuse_early(configure)
-    from nanothink.runs.resuming import Where
+    from nanothink.runs.resuming import RunSpec
 
-    where = Where(
+    spec = RunSpec(
         kind=COMBINED,
         checkpoint_dir=checkpoint_dir,
         name=name,
@@ -119,4 +119,4 @@ def train_mla(
         device=device,
         experts=tuple(expert or ()),
     )
-    return train(where, configure, dry_run=dry_run, as_json=as_json)
+    return train(spec, configure, dry_run=dry_run, as_json=as_json)

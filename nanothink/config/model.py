@@ -143,10 +143,10 @@ class MLAConfig(Settings):
 
 
 class VectorStoreConfig(Settings):
-    """The memory of a NanoThink: states of one frozen expert over the training text, searched by FAISS."""
+    """The vector store of a NanoThink: one expert's states over the training text, searched by FAISS."""
 
     enabled: bool = False
-    """Train with a memory beside the experts: --use-vector-store."""
+    """Train with a vector store beside the experts: --use-vector-store."""
 
     expert: str | None = None
     """Name of the expert whose states are keys and queries; when empty the first state-space expert, else the

@@ -71,7 +71,7 @@ class Routing:
     """Weights of the experts of a combined model, summed over some text."""
 
     totals: Mapping[str, float]
-    """Sum of the weights over the tokens, by expert, and "memory" where a vector store is attached."""
+    """Sum of the weights over the tokens, by expert, and "vector_store" where a vector store is attached."""
     entropy_total: float
     tokens: int
 

@@ -13,8 +13,8 @@ uniform log-linear ensemble of its experts (Hinton 2002, "Training products of e
 mixture of experts (Jacobs et al. 1991) gates outputs, or runs a few experts (Shazeer et al. 2017); here all
 experts run, and each token sets their weights.
 
-With a vector store (recall.py) that is p_model, and it is mixed with the tokens that followed in the training
-text after similar states of one expert.
+With a vector store (store_gate.py) that is p_model, and it is mixed with the tokens that followed similar
+states of one expert in the training text.
 
 The head reads [w_1 h_1 ; ... ; norm(u)], which is (E + 1) D wide: that is this model's ``hidden``, so that it
 uses the same chunked cross-entropy as the other models.
@@ -44,7 +44,13 @@ from nanothink.models.loss import (
     linear_log_likelihood,
 )
 from nanothink.models.precision import matmul_dtype
-from nanothink.models.recall import MEMORY, Memory, Neighbours, RecallGate, choose_key_expert
+from nanothink.models.store_gate import (
+    VECTOR_STORE,
+    Neighbours,
+    NeighbourSearch,
+    StoreGate,
+    choose_key_expert,
+)
 from nanothink.models.transformer import Transformer, inner_width
 
 
@@ -103,7 +109,7 @@ class NanoThink(LanguageModel):
 
     kind: ClassVar[str] = "nanothink_mla"
     context_length: int
-    memory: Memory | None = None
+    vector_store: NeighbourSearch | None = None
     """Finds neighbours in the vector store; None to predict without. Attached, not part of the weights."""
 
     def __init__(
@@ -147,9 +153,9 @@ class NanoThink(LanguageModel):
         own = torch.zeros(vocab_size, width, dtype=heads[0].dtype)
         self.lm_head.weight = nn.Parameter(torch.cat([*heads, own], dim=1))  # O, (V, (E + 1) D)
         self.rotary = Rotary(widths[1], self.context_length, shape.rope_theta)
-        self.recall: RecallGate | None = None
+        self.store_gate: StoreGate | None = None
         if store is not None and store.enabled:
-            self.recall = RecallGate(width)
+            self.store_gate = StoreGate(width)
             kinds = {name: expert.kind for name, expert in experts.items()}
             self.key_expert = self.names.index(choose_key_expert(kinds, store.expert))
             self.n_neighbours = store.n_neighbours
@@ -181,7 +187,11 @@ class NanoThink(LanguageModel):
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the parts of each prediction: the experts, and the vector store if one is attached."""
-        return self.names if self.memory is None or self.recall is None else (*self.names, MEMORY)
+        return (
+            self.names
+            if self.vector_store is None or self.store_gate is None
+            else (*self.names, VECTOR_STORE)
+        )
 
     def routing(self, tokens: Tensor) -> Tensor:
         """Weight of each of ``components`` in the prediction after each token: rows of sum 1.
@@ -192,11 +202,11 @@ class NanoThink(LanguageModel):
         states, weights, queries = self._passed(tokens)
         if queries is None:
             return weights
-        assert self.recall is not None
-        neighbours = self._recalled(queries)
+        assert self.store_gate is not None
+        neighbours = self._neighbours_of(queries)
         with torch.no_grad():
             logits = F.linear(states, self.head_weight)
-            _, share = self.recall.mix_logits(logits, states[..., -self.d_model :], neighbours)
+            _, share = self.store_gate.mix_logits(logits, states[..., -self.d_model :], neighbours)
         return _shared(weights, share)
 
     def router_weights(self, trust: Tensor) -> Tensor:
@@ -236,15 +246,15 @@ class NanoThink(LanguageModel):
 
     def _query(self, states: Sequence[Tensor]) -> Tensor | None:
         """The key expert's state, scaled to length 1 as keys are; None without a vector store."""
-        if self.memory is None or self.recall is None:
+        if self.vector_store is None or self.store_gate is None:
             return None
         return F.normalize(states[self.key_expert].detach().float(), dim=-1)
 
-    def _recalled(self, queries: Tensor) -> Neighbours:
+    def _neighbours_of(self, queries: Tensor) -> Neighbours:
         """(B, T, D) -> neighbours (B, T, K)."""
-        assert self.memory is not None
+        assert self.vector_store is not None
         shape = (*queries.shape[:2], -1)
-        found = self.memory.search(queries.flatten(0, 1))
+        found = self.vector_store.search(queries.flatten(0, 1))
         counts = None if found.counts is None else found.counts.view(shape)
         return Neighbours(found.similarities.view(shape), found.tokens.view(shape), counts)
 
@@ -267,7 +277,7 @@ class NanoThink(LanguageModel):
         if queries is None:
             loss = linear_cross_entropy(read.flatten(0, 1), self.head_weight, targets.flatten(), scale=scale)
             return loss, weights
-        mixed, share = self._mixed(read, targets, neighbours or self._recalled(queries))
+        mixed, share = self._mixed(read, targets, neighbours or self._neighbours_of(queries))
         return -mixed.sum() * scale, _shared(weights, share)
 
     def loss(self, inputs: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -284,18 +294,18 @@ class NanoThink(LanguageModel):
         if queries is None:
             own = linear_log_likelihood(states.flatten(0, 1), self.head_weight, targets.flatten())
             return own.view(targets.shape), weights
-        mixed, share = self._mixed(states, targets, self._recalled(queries))
+        mixed, share = self._mixed(states, targets, self._neighbours_of(queries))
         return mixed, _shared(weights, share)
 
     def _mixed(self, states: Tensor, targets: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:
         """(B, T) log-likelihoods, 0 where there is no target, and the shares of the vector store."""
-        assert self.recall is not None
+        assert self.store_gate is not None
         own, peak = (
             each.view(targets.shape)
             for each in likelihood_and_peak(states.flatten(0, 1), self.head_weight, targets.flatten())
         )
         stream = states[..., -self.d_model :]
-        mixed, share = self.recall.mix(own, peak, stream, neighbours, targets)
+        mixed, share = self.store_gate.mix(own, peak, stream, neighbours, targets)
         return mixed.masked_fill(targets == IGNORE, 0.0), share
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -304,8 +314,10 @@ class NanoThink(LanguageModel):
         logits = F.linear(states, self.head_weight).float()
         if queries is None:
             return logits
-        assert self.recall is not None
-        return self.recall.mix_logits(logits, states[..., -self.d_model :], self._recalled(queries))[0]
+        assert self.store_gate is not None
+        return self.store_gate.mix_logits(logits, states[..., -self.d_model :], self._neighbours_of(queries))[
+            0
+        ]
 
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """See ``LanguageModel.step``."""
@@ -313,13 +325,13 @@ class NanoThink(LanguageModel):
         assert isinstance(state, JointState)
         if state.query is None:
             return logits
-        assert self.recall is not None
-        assert self.memory is not None
+        assert self.store_gate is not None
+        assert self.vector_store is not None
         assert state.stream is not None
         assert state.weights is not None
         with torch.no_grad():
-            neighbours = self.memory.search(state.query)
-            logits, share = self.recall.mix_logits(logits, state.stream, neighbours)
+            neighbours = self.vector_store.search(state.query)
+            logits, share = self.store_gate.mix_logits(logits, state.stream, neighbours)
         state.weights = _shared(state.weights, share)
         return logits
 
@@ -377,7 +389,7 @@ class NanoThink(LanguageModel):
         in_flight = value_bytes * (4 * width + 3 * self.inner)
         columns = (n_experts + 1) * width
         per_token = len(self.layers) * a_block + joined + 12 * width + in_flight + 4 * columns
-        if self.recall is not None:
+        if self.store_gate is not None:
             per_token += 32 * self.n_neighbours + 4 * columns
         head = self.vocab_size * (4 * columns + CHUNK_ROWS * 8)  # the head's gradient and a chunk of logits
         training = batch_size * length * per_token + head

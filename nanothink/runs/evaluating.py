@@ -66,7 +66,7 @@ def evaluate_checkpoints(
     max_tokens: int | None = None,
     device: str | None = None,
     skip_bad_records: bool = False,
-    memory: bool = True,
+    vector_store: bool = True,
     allow_seen: bool = False,
     note: Callable[[str], None],
     progress: Progress,
@@ -77,19 +77,19 @@ def evaluate_checkpoints(
     checkpoints must agree on the folder. The checkpoints say what of it is held out: by the rule of their
     split, and by the documents that they were trained on, none of which is scored unless ``allow_seen``; see
     ``TextToScore``. Each checkpoint cuts the text up with its own tokenizer and reads it in blocks of its
-    own ``max_seq_len``. A model that was trained with a vector store is scored with it, unless ``memory`` is
-    False.
+    own ``max_seq_len``. A model that was trained with a vector store is scored with it, unless
+    ``vector_store`` is False.
 
     Raises:
         SeenTextError: one of them was trained on some of the text.
         UsageError: the checkpoints come from different data, and none was given.
         DataError: there is no text to score.
     """
-    loaded = [load(path, device=device, memory=memory, progress=progress) for path in paths]
+    loaded = [load(path, device=device, vector_store=vector_store, progress=progress) for path in paths]
     for model in loaded:
         for line in model.notes:
             note(f"{model.path}: {line}")
-    retry = _retry(paths, data_dir, domains, memory)
+    retry = _retry(paths, data_dir, domains, vector_store)
     corpus = find_corpus(*_where(loaded, data_dir, domains, note))
     for warning in corpus.warnings:
         note(str(warning))
@@ -177,12 +177,14 @@ def _where(
     return str(folder), domains
 
 
-def _retry(paths: Sequence[Path], data_dir: str | None, domains: Sequence[str] | None, memory: bool) -> str:
+def _retry(
+    paths: Sequence[Path], data_dir: str | None, domains: Sequence[str] | None, vector_store: bool
+) -> str:
     """The command that would score the same again."""
     words = ["nanothink", "eval", *map(str, paths)]
     words += ["--data-dir", data_dir] if data_dir is not None else []
     words += ["--domains", ",".join(domains)] if domains else []
-    words += [] if memory else ["--no-memory"]
+    words += [] if vector_store else ["--no-vector-store"]
     return shlex.join(words)
 
 

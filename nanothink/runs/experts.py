@@ -30,8 +30,8 @@ from nanothink.errors import (
 )
 from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription
 from nanothink.models.contract import LanguageModel
-from nanothink.models.recall import MEMORY
 from nanothink.models.selective_scan import choose_scan
+from nanothink.models.store_gate import VECTOR_STORE
 from nanothink.runs.frozen import weights_digest
 from nanothink.runs.rebuilding import rebuild
 
@@ -117,7 +117,7 @@ def find_experts(
     return tuple(experts)
 
 
-def shaped_by(experts: Sequence[FrozenExpert], resolved: ResolvedConfig) -> Config:
+def config_for_experts(experts: Sequence[FrozenExpert], resolved: ResolvedConfig) -> Config:
     """The settings of a NanoThink over these experts: width, context and number are theirs.
 
     Raises:
@@ -252,7 +252,7 @@ def _name_of(path: Path, taken: Sequence[str]) -> str:
     parsed = parse_name(path.name)
     name = (parsed.stem if parsed else path.stem).removesuffix(_ENDING) or path.stem
     number, unique = 1, name
-    while unique in taken or unique == MEMORY:
+    while unique in taken or unique == VECTOR_STORE:
         number += 1
         unique = f"{name}-{number}"
     return unique

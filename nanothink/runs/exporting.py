@@ -61,15 +61,15 @@ def export_checkpoint(
     check_place(folder, overwrite=overwrite)  # before a large file is read
     try_to_write(folder.parent)
     payload = read_checkpoint(checkpoint, mmap=True, progress=progress)
-    loaded = opened(checkpoint, payload, device="cpu", memory=False)
+    loaded = opened(checkpoint, payload, device="cpu", vector_store=False)
     model = loaded.model
     notes = list(loaded.notes)
-    if isinstance(model, NanoThink) and model.recall is not None:
+    if isinstance(model, NanoThink) and model.store_gate is not None:
         # A share of no use without the texts, which are not this folder's to give away.
-        model.recall = None
+        model.store_gate = None
         notes.append(
-            "its memory is not part of the export: the model in it writes and scores as with --no-memory. "
-            "To use the memory, keep the checkpoint"
+            "the vector store is not part of the export: its model writes and scores as with "
+            "--no-vector-store. To use the vector store, keep the checkpoint"
         )
     foreign = _foreign_config(model)
     architecture = foreign["architectures"][0] if foreign else None

@@ -252,7 +252,7 @@ class TextToScore:
         if any(stream.n_tokens for stream in honest.val.values()):
             ways.append(f"Score what is held out: {self._retry} --split val.")
         if not any(seen_documents(streams, model.split.trained) for model in self._models):
-            ways.append("Leave the vector store out: --no-memory.")
+            ways.append("Leave the vector store out: --no-vector-store.")
         ways.append("Score it all the same, and have it marked: --allow-seen")
         return SeenTextError(
             f"{self._seen_by(streams)}. Figures on them say nothing about other text. {' '.join(ways)}"

@@ -44,7 +44,7 @@ class RoutedPiece:
     """What became final with it: nothing while a character is unfinished."""
     token: int
     weights: Mapping[str, float]
-    """By expert, and "memory": how far it was trusted in predicting this token."""
+    """By expert, and "vector_store": how far it was trusted in predicting this token."""
 
     @property
     def trusted(self) -> str:
@@ -83,8 +83,8 @@ class LoadedModel:
     @cached_property
     def trained_text(self) -> TrainedText:
         """The documents that any part of the model was trained on, and those in its vector store."""
-        remembered = self._remembered()
-        return self.split.trained if remembered is None else self.split.trained | remembered
+        stored = self._stored()
+        return self.split.trained if stored is None else self.split.trained | stored
 
     def trained_on(self, text: str) -> bool:
         """Whether this text is a document that any part of the model was trained on, or that is in its store.
@@ -96,17 +96,17 @@ class LoadedModel:
 
     def seen_by(self) -> dict[str, TrainedText]:
         """``trained_text`` by who has it: the model, and its vector store."""
-        remembered = self._remembered()
+        stored = self._stored()
         own = {str(self.path): self.split.trained}
-        return own if remembered is None else {**own, f"the vector store of {self.path}": remembered}
+        return own if stored is None else {**own, f"the vector store of {self.path}": stored}
 
-    def _remembered(self) -> TrainedText | None:
-        if not isinstance(self.model, NanoThink) or self.model.memory is None:
+    def _stored(self) -> TrainedText | None:
+        if not isinstance(self.model, NanoThink) or self.model.vector_store is None:
             return None
-        from nanothink.memory.contents import VectorStore
+        from nanothink.vector_store.contents import VectorStore
 
-        assert isinstance(self.model.memory, VectorStore)
-        return self.model.memory.trained_text
+        assert isinstance(self.model.vector_store, VectorStore)
+        return self.model.vector_store.trained_text
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Next-token logits: (B, T) int64 -> (B, T, V) float32, on the device of ``tokens``."""
@@ -118,8 +118,8 @@ class LoadedModel:
         """How far a combined model trusts each expert: (B, T) int64 -> (B, T, E) float32, in rows of sum 1.
 
         The weights at position t are those of the prediction of token t + 1. The experts' names, in their
-        order, are ``.model.names``. With a memory there is one column more, its share of the prediction, and
-        the others have the rest; ``.model.components`` names them all.
+        order, are ``.model.names``. A vector store adds one column, its share of the
+        prediction, and the others have the rest; ``.model.components`` names them all.
 
         Raises:
             UsageError: this model combines no experts, or the tokens are not its own.
@@ -292,7 +292,7 @@ def load(
     path: str | Path,
     *,
     device: str | None = None,
-    memory: bool = True,
+    vector_store: bool = True,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Open a checkpoint, or a folder that ``checkpoints export`` wrote, for use.
@@ -310,7 +310,9 @@ def load(
     exported = is_export(path)
     payload: ModelPayload
     payload = read_export(path) if exported else read_checkpoint(path, mmap=True, progress=progress)
-    return opened(path, payload, device=device, memory=memory, complete=exported, progress=progress)
+    return opened(
+        path, payload, device=device, vector_store=vector_store, complete=exported, progress=progress
+    )
 
 
 def opened(
@@ -318,7 +320,7 @@ def opened(
     payload: ModelPayload,
     *,
     device: str | None = None,
-    memory: bool = True,
+    vector_store: bool = True,
     complete: bool = False,
     progress: Progress | None = None,
 ) -> LoadedModel:
@@ -340,8 +342,8 @@ def opened(
             f"{'. '.join(report.lines())}. Export the checkpoint again"
         )
     model.to(chosen).eval().requires_grad_(False)
-    if memory and isinstance(model, NanoThink) and model.recall is not None:
-        from nanothink.runs.remembering import attach
+    if vector_store and isinstance(model, NanoThink) and model.store_gate is not None:
+        from nanothink.runs.vector_store import attach
 
         attach(model, path, payload["run"], config, tokenizer, progress)
     return LoadedModel(

@@ -25,39 +25,39 @@ from nanothink.errors import (
     UsageError,
     VectorStoreError,
 )
-from nanothink.memory.store import memory_folder, read_texts
 from nanothink.models import COMBINED, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision, choose_device
-from nanothink.models.recall import choose_key_expert
 from nanothink.models.selective_scan import choose_scan
+from nanothink.models.store_gate import choose_key_expert
 from nanothink.runs.experts import (
     FrozenExpert,
     check_same_experts,
+    config_for_experts,
     described,
     entries_of,
     find_experts,
-    shaped_by,
 )
 from nanothink.runs.frozen import FrozenTransformer, check_same_transformer, find_transformer
 from nanothink.runs.held_out import InheritedSplit, spelled
 from nanothink.runs.rebuilding import rebuild
-from nanothink.runs.resuming import Origin, Watch, Where, find_start
+from nanothink.runs.resuming import ResumePoint, RunSpec, Watch, find_start
 from nanothink.training.events import RunFinished
 from nanothink.training.matmul_types import choose_precision
 from nanothink.training.recording import ENDING
 from nanothink.training.state import Plan, TrainState
+from nanothink.vector_store.store import read_texts, store_folder
 
 Configure = Callable[[Mapping[str, Any] | None], ResolvedConfig]
 """Resolves the settings; takes a checkpoint's settings as their base when a run goes on from one."""
 
 
 @dataclass(frozen=True)
-class Prepared:
-    where: Where
+class RunSetup:
+    spec: RunSpec
     config: Config
     sources: Mapping[str, str]
-    origin: Origin | None
+    resume_point: ResumePoint | None
     """None for a new run."""
     corpus: Corpus
     tokenizer: Tokenizer
@@ -80,53 +80,53 @@ class Prepared:
     @property
     def training(self) -> TrainConfig:
         """How this kind of model is trained."""
-        return self.config.training_of(self.where.kind)
+        return self.config.training_of(self.spec.kind)
 
     def build_model(self) -> LanguageModel:
         """A freshly initialised model, into which the weights of ``origin`` are still to be restored."""
-        kind, config, vocab_size = self.where.kind, self.config, self.tokenizer.vocab_size
-        if self.origin is None:
+        kind, config, vocab_size = self.spec.kind, self.config, self.tokenizer.vocab_size
+        if self.resume_point is None:
             return build_model(kind, config, vocab_size, self.inside)
-        payload, path = self.origin.payload, self.origin.path
+        payload, path = self.resume_point.payload, self.resume_point.path
         return rebuild(kind, config, vocab_size, self.inside, payload=payload, path=path)
 
 
-def largest_share(prepared: Prepared, n_processes: int) -> int:
+def largest_share(setup: RunSetup, n_processes: int) -> int:
     """Blocks of a batch that one of so many processes computes at most.
 
     Raises UsageError when one would have none.
     """
-    batch_size = prepared.training.batch_size
+    batch_size = setup.training.batch_size
     if batch_size < n_processes:
         raise UsageError(
-            f"{prepared.training.section}.batch_size={batch_size} gives {n_processes} processes less "
+            f"{setup.training.section}.batch_size={batch_size} gives {n_processes} processes less "
             "than one block each. Raise it, or start fewer."
         )
     return -(-batch_size // n_processes)
 
 
 def prepare(
-    where: Where, configure: Configure, watch: Watch, types: Mapping[str, str] | None = None
-) -> Prepared:
+    spec: RunSpec, configure: Configure, watch: Watch, types: Mapping[str, str] | None = None
+) -> RunSetup:
     """Find the checkpoint to go on from, settle the settings, read and tokenise the data.
 
     Args:
         types: settings of the types to compute in that another process of the run has chosen.
     """
-    origin = find_start(where, watch)
-    payload = origin.payload if origin is not None else None
+    resume_point = find_start(spec, watch)
+    payload = resume_point.payload if resume_point is not None else None
     resolved = configure(payload["config"] if payload is not None else None)
     if payload is not None:
         for line in _changes(payload["config"], resolved.config):
             watch.note(line)
     config = resolved.config
-    training = config.training_of(where.kind).model_copy(update=dict(types or {}))
-    device = choose_device(where.device)
-    frozen = frozen_transformer(where, config, origin, watch)
-    experts = experts_to_combine(where, resolved, origin, watch)
+    training = config.training_of(spec.kind).model_copy(update=dict(types or {}))
+    device = choose_device(spec.device)
+    frozen = frozen_transformer(spec, config, resume_point, watch)
+    experts = experts_to_combine(spec, resolved, resume_point, watch)
     if experts:
-        config = shaped_by(experts, resolved)
-    if origin is not None and not Path(config.data.data_dir).is_dir():
+        config = config_for_experts(experts, resolved)
+    if resume_point is not None and not Path(config.data.data_dir).is_dir():
         raise DataError(
             f"The folder this run was trained on, {config.data.data_dir}, is not there. "
             "Say where it is now: --data-dir DIR."
@@ -136,15 +136,15 @@ def prepare(
         watch.note(str(warning))
     precision = choose_precision(training, config.model, device)
     watch.note(f"Computing in {precision.name} on {precision.device}: {precision.reason}.")
-    split = _inherited_split(origin, frozen, experts, resolved)
+    split = _inherited_split(resume_point, frozen, experts, resolved)
     fractions = {"val_split": split.rule.val_split, "test_split": split.rule.test_split}
     if split.rule != SplitRule.of(config.data):
         watch.note(f"Holding out what {' and '.join(split.trained_by)} held out: {spelled(split.rule)}.")
     config = config.model_copy(update={"data": config.data.model_copy(update=fractions)})
     lender = frozen or (experts[0] if experts else None)
-    config = _settled(config, precision, where.kind, lender, watch)
-    if origin is not None:
-        tokenizer = _tokenizer_of(origin, resolved, corpus)
+    config = _settled(config, precision, spec.kind, lender, watch)
+    if resume_point is not None:
+        tokenizer = _tokenizer_of(resume_point, resolved, corpus)
     elif lender is not None:
         tokenizer = _tokenizer_lent(lender, resolved, corpus)
         named = [f"{e.name} ({e.path})" for e in experts]
@@ -160,8 +160,8 @@ def prepare(
             note=watch.note,
             on_progress=watch.progress,
         )
-    if where.kind == COMBINED and config.vector_store.enabled:
-        split = replace(split, store=_text_in_store(where, config, origin, experts))
+    if spec.kind == COMBINED and config.vector_store.enabled:
+        split = replace(split, store=_text_in_store(spec, config, resume_point, experts))
     tokens = split.tokenise(
         corpus,
         tokenizer,
@@ -175,19 +175,17 @@ def prepare(
             "equal a run that had either all along."
         )
     batches = TrainingBatches(tokens.train, config.model.max_seq_len, training.seed)
-    if origin is not None:
-        inside = described(origin.payload, device, origin.path)
+    if resume_point is not None:
+        inside = described(resume_point.payload, device, resume_point.path)
     else:
         inside = tuple(expert.describe(device) for expert in experts)
     state = TrainState.from_dict(payload["run"].get("state")) if payload is not None else TrainState()
     state.fit(batches.n_blocks)
     finds_best_anew = (
-        payload is not None
-        and state.best_loss is not None
-        and _validates_anew(payload, tokens, config, where)
+        payload is not None and state.best_loss is not None and _validates_anew(payload, tokens, config, spec)
     )
     if finds_best_anew:
-        state.best_loss, state.bad_evaluations = None, 0
+        state.best_loss, state.evals_without_improvement = None, 0
         watch.note(
             "The best loss so far was measured on other validation text, or in blocks of another length, so "
             "it counts no more: the next evaluation writes the best checkpoint anew."
@@ -195,11 +193,11 @@ def prepare(
     for prompt in training.sample_prompts or ():
         if loss := tokenizer.loss(prompt):
             watch.note(f"The tokenizer loses a part of a sample prompt: {loss}.")
-    return Prepared(
-        where=where,
+    return RunSetup(
+        spec=spec,
         config=config,
         sources=resolved.sources,
-        origin=origin,
+        resume_point=resume_point,
         corpus=corpus,
         tokenizer=tokenizer,
         tokens=tokens,
@@ -216,58 +214,58 @@ def prepare(
 
 
 def _inherited_split(
-    origin: Origin | None,
+    resume_point: ResumePoint | None,
     frozen: FrozenTransformer | None,
     experts: Sequence[FrozenExpert],
     resolved: ResolvedConfig,
 ) -> InheritedSplit:
     """The split of the checkpoint that the run goes on from, else of the models that it builds on."""
     parts: dict[str, SplitRecord] = {}
-    for part in (origin,) if origin is not None else (frozen, *experts):
+    for part in (resume_point,) if resume_point is not None else (frozen, *experts):
         if part is not None:
             parts[str(part.path)] = SplitRecord.from_state(part.payload["split"], part.path)
     return InheritedSplit.of(parts, resolved)
 
 
 def _text_in_store(
-    where: Where, config: Config, origin: Origin | None, experts: Sequence[FrozenExpert]
+    spec: RunSpec, config: Config, resume_point: ResumePoint | None, experts: Sequence[FrozenExpert]
 ) -> TrainedText:
     """The documents of the vector store that the run will find; none where it will make one."""
-    if origin is not None:
-        entries = entries_of(origin.payload["run"], origin.path)
+    if resume_point is not None:
+        entries = entries_of(resume_point.payload["run"], resume_point.path)
         of_experts = {e["name"]: (e["kind"], str(e.get("digest", ""))) for e in entries}
     else:
         of_experts = {e.name: (e.kind, e.digest) for e in experts}
     kinds = {name: kind for name, (kind, _) in of_experts.items()}
     digest = of_experts[choose_key_expert(kinds, config.vector_store.expert)][1]
     try:
-        return read_texts(memory_folder(where.checkpoint_dir, where.stem), digest)
+        return read_texts(store_folder(spec.checkpoint_dir, spec.stem), digest)
     except VectorStoreError:  # missing, or damaged: whoever opens it says so, or builds it anew
         return NOTHING
 
 
 def experts_to_combine(
-    where: Where, resolved: ResolvedConfig, origin: Origin | None, watch: Watch
+    spec: RunSpec, resolved: ResolvedConfig, resume_point: ResumePoint | None, watch: Watch
 ) -> tuple[FrozenExpert, ...]:
     """The experts that a new NanoThink starts from; none for another kind, or where a run goes on.
 
     Raises:
         CheckpointError: one is missing or does not fit, or is not the one inside ``origin``.
     """
-    if where.kind != COMBINED:
+    if spec.kind != COMBINED:
         return ()
-    if origin is not None:
-        if where.experts:
-            named = find_experts(where.experts, where.checkpoint_dir, watch.progress)
-            check_same_experts(named, origin.payload["run"], origin.path)
+    if resume_point is not None:
+        if spec.experts:
+            named = find_experts(spec.experts, spec.checkpoint_dir, watch.progress)
+            check_same_experts(named, resume_point.payload["run"], resume_point.path)
         return ()
-    experts = find_experts(where.experts, where.checkpoint_dir, watch.progress)
-    shaped_by(experts, resolved)
+    experts = find_experts(spec.experts, spec.checkpoint_dir, watch.progress)
+    config_for_experts(experts, resolved)
     return experts
 
 
 def frozen_transformer(
-    where: Where, config: Config, origin: Origin | None, watch: Watch
+    spec: RunSpec, config: Config, resume_point: ResumePoint | None, watch: Watch
 ) -> FrozenTransformer | None:
     """The transformer that this run learns from; None for one that needs none (any more).
 
@@ -276,32 +274,32 @@ def frozen_transformer(
     Raises:
         CheckpointError: it is missing, or does not fit.
     """
-    if where.kind != "diffuser":
+    if spec.kind != "diffuser":
         return None
-    if origin is not None and config.diffuser.target != "hidden_state":
+    if resume_point is not None and config.diffuser.target != "hidden_state":
         return None
-    frozen = find_transformer(config, where.checkpoint_dir, watch.progress)
-    if origin is not None:
-        check_same_transformer(frozen, origin.payload["run"], origin.path)
+    frozen = find_transformer(config, spec.checkpoint_dir, watch.progress)
+    if resume_point is not None:
+        check_same_transformer(frozen, resume_point.payload["run"], resume_point.path)
     return frozen
 
 
-def earlier_ending(prepared: Prepared) -> RunFinished | None:
+def earlier_ending(setup: RunSetup) -> RunFinished | None:
     """How this run ended, if nothing is left to do; None if there is.
 
     A run that stopped early leaves its best epoch behind, from which training could go on. Whether it
     should is decided by whether anything that ends a run was changed since.
     """
-    where = prepared.where
-    marker = where.checkpoint_dir / "runs" / where.stem / ENDING
-    if prepared.origin is None or where.store.interrupted.exists() or not marker.exists():
+    spec = setup.spec
+    marker = spec.checkpoint_dir / "runs" / spec.stem / ENDING
+    if setup.resume_point is None or spec.store.interrupted.exists() or not marker.exists():
         return None
     try:
         ending: dict[str, Any] = json.loads(marker.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     whole = isinstance(ending, dict) and {"step", "epoch", "reason", "best_loss"} <= ending.keys()
-    if not whole or ending.get("settings") != ending_settings(prepared.training):
+    if not whole or ending.get("settings") != ending_settings(setup.training):
         return None
     return RunFinished(ending["step"], ending["epoch"], ending["reason"], ending["best_loss"], 0.0)
 
@@ -332,28 +330,28 @@ def _changes(before: Mapping[str, Any], config: Config) -> list[str]:
 
 
 def _validates_anew(
-    payload: CheckpointPayload, tokens: TokenisedCorpus, config: Config, where: Where
+    payload: CheckpointPayload, tokens: TokenisedCorpus, config: Config, spec: RunSpec
 ) -> bool:
     """Whether losses from here on are of other text than those before, or of tokens with more or less before
     them, and cannot be compared with them."""
-    training = config.training_of(where.kind)
+    training = config.training_of(spec.kind)
     before, model = (payload["config"].get(section, {}) for section in (training.section, "model"))
     capped_alike = before.get("eval_max_tokens", training.eval_max_tokens) == training.eval_max_tokens
     cut_alike = model.get("max_seq_len", config.model.max_seq_len) == config.model.max_seq_len
     return payload["data_fingerprint"] != tokens.fingerprint or not (capped_alike and cut_alike)
 
 
-def _tokenizer_of(origin: Origin, resolved: ResolvedConfig, corpus: Corpus) -> Tokenizer:
+def _tokenizer_of(resume_point: ResumePoint, resolved: ResolvedConfig, corpus: Corpus) -> Tokenizer:
     """The tokenizer inside the checkpoint; another one asked for by hand is refused, not swapped in."""
-    own = Tokenizer.from_state(origin.payload["tokenizer"])
-    if resolved.config.data.tokenizer != origin.payload["config"].get("data", {}).get("tokenizer"):
+    own = Tokenizer.from_state(resume_point.payload["tokenizer"])
+    if resolved.config.data.tokenizer != resume_point.payload["config"].get("data", {}).get("tokenizer"):
         data = resolved.config.data
         asked = resolve_tokenizer(data.tokenizer, corpus, split=SplitRule.of(data), note=lambda _: None)
         if asked.fingerprint != own.fingerprint:
             raise CheckpointMismatchError(
-                f"{origin.path} was trained with the tokenizer '{own.name}' ({own.vocab_size} tokens), not "
-                f"with '{asked.name}' ({asked.vocab_size}). Leave --tokenizer out: the checkpoint carries "
-                "its own."
+                f"{resume_point.path} was trained with the tokenizer '{own.name}' ({own.vocab_size} tokens), "
+                f"not with '{asked.name}' ({asked.vocab_size}). Leave --tokenizer out: the checkpoint "
+                "carries its own."
             )
     return own
 

@@ -29,7 +29,7 @@ NEWEST = "newest"
 
 
 @dataclass(frozen=True)
-class Where:
+class RunSpec:
     """Which run is meant."""
 
     kind: str
@@ -65,7 +65,7 @@ _RESTORED = ("model_state", "optimizer_state")
 
 
 @dataclass(frozen=True)
-class Origin:
+class ResumePoint:
     """The checkpoint that a run continues from.
 
     Weights and moments lie in the mapped file until they are restored; all else is in memory.
@@ -75,7 +75,7 @@ class Origin:
     payload: CheckpointPayload
 
     @classmethod
-    def open(cls, path: Path, progress: Progress) -> Origin:
+    def open(cls, path: Path, progress: Progress) -> ResumePoint:
         """Raises as ``read_checkpoint`` does."""
         payload = read_checkpoint(path, mmap=True, progress=progress)
         rest = {name: entry for name, entry in payload.items() if name not in _RESTORED}
@@ -88,7 +88,7 @@ class Origin:
             self.payload[name] = {}  # type: ignore[literal-required]
 
 
-def locate(checkpoint: str | None, checkpoint_dir: Path, watch: Watch) -> Where:
+def locate(checkpoint: str | None, checkpoint_dir: Path, watch: Watch) -> RunSpec:
     """Which run ``nanothink resume [CHECKPOINT]`` means.
 
     Without a checkpoint it is the run that was interrupted last, from its latest state that verifies;
@@ -124,7 +124,7 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, watch: Watch) -> Where:
     if not isinstance(stem, str):
         raise CheckpointDamagedError(f"{path}: does not say which run it is of. Use another checkpoint")
     ending = f"_{COMBINED}" if payload["kind"] == COMBINED else "_expert"
-    return Where(
+    return RunSpec(
         kind=payload["kind"],
         checkpoint_dir=path.parent,
         name=None if stem == COMBINED else stem.removesuffix(ending),
@@ -154,27 +154,27 @@ def _modified_ns(path: Path) -> int:
         return 0
 
 
-def find_start(where: Where, watch: Watch) -> Origin | None:
-    if where.resume is None:
+def find_start(spec: RunSpec, watch: Watch) -> ResumePoint | None:
+    if spec.resume is None:
         return None
-    store = where.store
-    if where.resume == NEWEST:
+    store = spec.store
+    if spec.resume == NEWEST:
         path = _newest_in(store, watch)
         if path is None:
-            watch.note(f"Nothing of {where.stem} in {where.checkpoint_dir} to go on from; starting anew.")
+            watch.note(f"Nothing of {spec.stem} in {spec.checkpoint_dir} to go on from; starting anew.")
             return None
     else:
-        path = Path(where.resume)
-    origin = Origin.open(path, watch.progress)
-    payload = origin.payload
-    if payload["kind"] != where.kind:
+        path = Path(spec.resume)
+    resume_point = ResumePoint.open(path, watch.progress)
+    payload = resume_point.payload
+    if payload["kind"] != spec.kind:
         raise CheckpointMismatchError(
-            f"{path} holds a {payload['kind']}, not a {where.kind}. Go on with it by: nanothink resume {path}"
+            f"{path} holds a {payload['kind']}, not a {spec.kind}. Go on with it by: nanothink resume {path}"
         )
     if (
         store.interrupted.exists()
         and store.interrupted.resolve() != path.resolve()
-        and not where.overwrite
+        and not spec.overwrite
         and (later := _steps_of(store.interrupted, watch)) is not None
         and later > payload["step"]
     ):
@@ -183,7 +183,7 @@ def find_start(where: Where, watch: Watch) -> Origin | None:
             "would be lost. Go on with the later one by bare --resume, or add --overwrite to give it up."
         )
     watch.note(f"Going on from {path}: epoch {payload['epoch']}, step {payload['step']}.")
-    return origin
+    return resume_point
 
 
 def _steps_of(path: Path, watch: Watch) -> int | None:

@@ -1,403 +1,207 @@
-"""The vector store by itself: what the commands of ``nanothink memory`` do."""
+"""The vector store where it meets runs and checkpoints: built for a run, attached to a model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 
-from nanothink.checkpoints import ModelPayload, SplitRecord, read_checkpoint, restore_model
+from nanothink.checkpoints import parse_name
 from nanothink.config import Config, VectorStoreConfig
-from nanothink.config.run import resolve_config
-from nanothink.data.corpus import find_corpus
-from nanothink.data.split import NOTHING, TrainedText
 from nanothink.data.tokenizer import Tokenizer
-from nanothink.data.tokens import TokenisedCorpus, tokenise
+from nanothink.data.tokens import TokenisedCorpus
 from nanothink.errors import (
-    CheckpointMismatchError,
-    CheckpointNotFoundError,
-    DataError,
-    UsageError,
-    VectorStoreNotFoundError,
-    counted,
+    VectorStoreDamagedError,
+    VectorStoreError,
+    VectorStoreMismatchError,
 )
-from nanothink.inference.evaluate import Evaluation, evaluate_model
-from nanothink.memory.building import BATCH_TOKENS, BuildPlan, build, plan_build
-from nanothink.memory.compact import merge_duplicates
-from nanothink.memory.contents import Owner, VectorStore
-from nanothink.memory.index import import_faiss
-from nanothink.memory.store import memory_folder, open_store, read_texts, store_bytes, write_store
-from nanothink.models import COMBINED
-from nanothink.models.precision import Precision, choose_device
-from nanothink.models.recall import choose_key_expert
-from nanothink.runs.experts import entries_of, find_experts, scan_that_runs, shaped_by
-from nanothink.runs.held_out import InheritedSplit, spelled
-from nanothink.runs.rebuilding import rebuild
-from nanothink.runs.remembering import KeyExpert, Note, Progress, cost, folder_of, owner_of
+from nanothink.models.contract import LanguageModel
+from nanothink.models.nanothink import NanoThink
+from nanothink.models.precision import Precision
+from nanothink.models.store_gate import choose_key_expert
+from nanothink.runs.held_out import seen_documents
+from nanothink.vector_store.building import BuildPlan, build, plan_build, search_seconds
+from nanothink.vector_store.contents import Owner, VectorStore
+from nanothink.vector_store.index import Float32
+from nanothink.vector_store.neighbours import RepeatedSearch, TrainingNeighbours
+from nanothink.vector_store.store import exists, open_store, store_folder
+
+Progress = Callable[[str, int, int], None]
+Note = Callable[[str], None]
+
+_LONG_SECONDS = 300  # of building, beyond which the way to a smaller memory is said
+_FEWER_KEYS = 200_000
 
 
 @dataclass(frozen=True)
-class Remembering:
-    """A combined model, or experts that are to become one, and where its memory lies."""
+class KeyExpert:
+    """The frozen expert whose states are keys and queries."""
 
-    folder: Path
-    expert: KeyExpert
-    config: Config
-    tokenizer: Tokenizer
-    checkpoint: Path | None
-    """None where there are only experts so far."""
-    split: InheritedSplit
-    """Of the model, or of the experts together."""
-
-    @property
-    def settings(self) -> VectorStoreConfig:
-        return self.config.vector_store
-
-    def open(self, *, writable: bool = False, progress: Progress | None = None) -> VectorStore:
-        """The memory that is there, verified; ``progress`` hears of that."""
-        return open_store(
-            self.folder, self.settings, owner=self.expert.owner, writable=writable, progress=progress
-        )
-
-    def tokens(
-        self,
-        data_dir: str | None,
-        domains: Sequence[str] | None,
-        *,
-        skip_bad_records: bool,
-        note: Note,
-        progress: Progress,
-    ) -> TokenisedCorpus:
-        """The data named, or what the model was trained on, split as for the model.
-
-        Text that the model holds out stays out of its vector store, so that figures on it stay true.
-        """
-        tokens = self._read(self.split.trained, data_dir, domains, skip_bad_records, note, progress)
-        if n := sum(s.n_documents for side in (tokens.val, tokens.test) for s in side.values()):
-            note(f"{counted(n, 'document')} held out by {spelled(self.split.rule)}: not put in.")
-        return tokens
-
-    def held_out(self, *, note: Note, progress: Progress) -> TokenisedCorpus:
-        """The model's own data, whose validation side is in neither the model nor its vector store."""
-        try:
-            inside = read_texts(self.folder, self.expert.owner.digest)
-        except VectorStoreNotFoundError:
-            inside = NOTHING
-        return self._read(self.split.trained | inside, None, None, False, note, progress)
-
-    def _read(
-        self,
-        trained: TrainedText,
-        data_dir: str | None,
-        domains: Sequence[str] | None,
-        skip_bad_records: bool,
-        note: Note,
-        progress: Progress,
-    ) -> TokenisedCorpus:
-        data = self.config.data
-        where = data_dir or data.data_dir
-        if data_dir is None and not Path(where).is_dir():
-            raise DataError(
-                f"The folder this was trained on, {where}, is not there. Name one: --data-dir DIR."
-            )
-        corpus = find_corpus(where, domains or (data.domains if data_dir is None else None))
-        for warning in corpus.warnings:
-            note(str(warning))
-        return tokenise(
-            corpus,
-            self.tokenizer,
-            split=self.split.rule,
-            trained=trained,
-            held_out=self.split.held_out,
-            skip_bad_records=skip_bad_records or data.skip_bad_records,
-            on_progress=lambda done, total: progress("tokenising", done, total),
-            note=note,
-        )
-
-
-def find_remembering(
-    checkpoint: Path | None,
-    experts: Sequence[Path],
-    checkpoint_dir: Path,
-    *,
-    name: str | None = None,
-    assignments: Sequence[str] = (),
-    data_dir: str | None = None,
-    device: str | None = None,
-    progress: Progress | None = None,
-) -> Remembering:
-    """What a ``memory`` command is about: a combined model, or the experts of one that is yet to be trained.
-
-    Without a checkpoint or experts it is the combined model in the folder, or else the three experts there.
-
-    Raises:
-        CheckpointError: there is nothing of the kind.
-    """
-    stem = f"{name}_{COMBINED}" if name else COMBINED
-    if checkpoint is None and not experts and (checkpoint_dir / f"{stem}.pt").exists():
-        checkpoint = checkpoint_dir / f"{stem}.pt"
-    chosen_device = choose_device(device)
-    precision = Precision(chosen_device, torch.float32, "keys are made in float32")
-    flags = {"data.data_dir": ("--data-dir", data_dir)}
-    if checkpoint is not None:
-        if experts:
-            raise UsageError("Name a combined model's checkpoint or experts (--expert), not both.")
-        payload = read_checkpoint(checkpoint, mmap=True, progress=progress)
-        if payload["kind"] != COMBINED:
-            raise CheckpointMismatchError(
-                f"{checkpoint} holds a {payload['kind']}; a memory belongs to a model that combines experts. "
-                f"Build one for experts that are yet to be combined: nanothink memory build --expert "
-                f"{checkpoint}"
-            )
-        resolved = resolve_config(base=payload["config"], assignments=assignments)
-        config = resolved.config
-        parts = {str(checkpoint): SplitRecord.from_state(payload["split"], checkpoint)}
-        tokenizer = Tokenizer.from_state(payload["tokenizer"])
-        entries = {entry["name"]: entry for entry in entries_of(payload["run"], checkpoint)}
-        chosen = choose_key_expert({n: e["kind"] for n, e in entries.items()}, config.vector_store.expert)
-        own = scan_that_runs(resolve_config(base=entries[chosen]["config"]).config, chosen_device)
-        prefix = f"experts.{list(entries).index(chosen)}."
-        weights = {
-            key.removeprefix(prefix): tensor
-            for key, tensor in payload["model_state"].items()
-            if key.startswith(prefix)
-        }
-        inside: ModelPayload = {
-            "kind": entries[chosen]["kind"],
-            "model_state": weights,
-            "config": payload["config"],
-            "tokenizer": payload["tokenizer"],
-            "split": payload["split"],
-            "run": payload["run"],
-        }
-        model = rebuild(inside["kind"], own, tokenizer.vocab_size, payload=inside, path=checkpoint)
-        report = restore_model(model, inside, expect_kind=inside["kind"], path=checkpoint)
-        if not report.complete:
-            raise CheckpointMismatchError(
-                f"{checkpoint}: the weights of its expert '{chosen}' are not what its settings say: "
-                f"{'. '.join(report.lines())}. Use another checkpoint"
-            )
-        entry: Mapping[str, Any] = entries[chosen]
-        folder = folder_of(checkpoint)
-    else:
-        resolved = resolve_config(assignments=assignments, flags=flags)
-        try:
-            found = find_experts(experts or None, checkpoint_dir, progress)
-        except CheckpointNotFoundError as error:
-            raise CheckpointNotFoundError(
-                f"No {stem}.pt in {checkpoint_dir}, and no experts to build a memory for. {error}"
-            ) from None
-        config = shaped_by(found, resolved)
-        parts = {str(e.path): SplitRecord.from_state(e.payload["split"], e.path) for e in found}
-        kinds = {e.name: e.kind for e in found}
-        one = next(e for e in found if e.name == choose_key_expert(kinds, config.vector_store.expert))
-        tokenizer = one.tokenizer
-        if data_dir is None:
-            config = config.model_copy(update={"data": one.config.data})
-        model = one.build(chosen_device, lambda _: None)
-        entry = {"name": one.name, "kind": one.kind, "digest": one.digest}
-        folder = memory_folder(checkpoint_dir, stem)
-    model.to(chosen_device).eval().requires_grad_(False)
-    expert = KeyExpert(owner_of(entry, config, tokenizer), model, precision)
-    return Remembering(folder, expert, config, tokenizer, checkpoint, InheritedSplit.of(parts, resolved))
-
-
-@dataclass(frozen=True)
-class MemoryFacts:
-    """What ``memory info`` says."""
-
-    folder: Path
     owner: Owner
-    kind: str
-    n_lists: int
-    n_keys: int
-    n_tokens: int
-    n_documents: int
-    keys_by_domain: Mapping[str, int]
-    n_merged: int
-    n_held_out: int
-    n_bytes: int
-    neighbours_bytes: int
-    """Of what training has looked up and kept."""
+    model: LanguageModel
+    precision: Precision
+
+    def states(self, tokens: torch.Tensor) -> Float32:
+        """(B, T) int64 -> (B, T, D) states of length 1, on the CPU."""
+        with torch.inference_mode(), self.precision.autocast():
+            states = self.model.hidden(tokens.to(self.precision.device))
+            found: Float32 = F.normalize(states.float(), dim=-1).cpu().numpy()
+        return found
 
 
-def facts_of(store: VectorStore) -> MemoryFacts:
-    contents = store.contents
-    ends = contents.documents["end"]
-    sizes = np.diff(ends, prepend=0)
-    by_domain = {
-        name: int(sizes[contents.documents["domain"] == i].sum()) for i, name in enumerate(contents.domains)
-    }
-    kept = sum(path.stat().st_blocks * 512 for path in store.folder.glob("neighbours-*/*") if path.is_file())
-    return MemoryFacts(
-        folder=store.folder,
-        owner=store.owner,
-        kind=store.index.kind,
-        n_lists=store.index.n_lists,
-        n_keys=store.index.n_keys,
-        n_tokens=len(contents.tokens),
-        n_documents=len(contents.documents),
-        keys_by_domain=by_domain,
-        n_merged=len(contents.merged),
-        n_held_out=len(contents.held_out),
-        n_bytes=store_bytes(store.folder),
-        neighbours_bytes=kept,
-    )
-
-
-def plan_memory(found: Remembering, tokens: TokenisedCorpus, store: VectorStore | None = None) -> BuildPlan:
-    """What building, or adding to ``store``, would take."""
-    import_faiss()
-    return plan_build(tokens, found.settings, found.expert.owner, found.expert.states, store)
-
-
-def build_memory(
-    found: Remembering,
-    plan: BuildPlan,
-    tokens: TokenisedCorpus,
-    store: VectorStore | None = None,
-    *,
-    note: Note,
-    progress: Progress,
-) -> VectorStore:
-    """Carry out a plan, and open the result."""
-    if not plan.n_keys:
-        raise DataError(
-            f"There is nothing new to remember: {counted(plan.n_known, 'document')} known already, "
-            f"{plan.n_held_out:,} held out by earlier data."
-        )
-    note(cost(found.folder, plan))
-    build(
-        plan,
-        found.folder,
-        found.settings,
-        found.expert.owner,
-        found.expert.states,
-        tokens,
-        vocab_size=found.tokenizer.vocab_size,
-        store=store,
-        progress=progress,
-        note=note,
-    )
-    return found.open(progress=progress)
-
-
-@dataclass(frozen=True)
-class Recalled:
-    """A key that a text brings to mind."""
-
-    similarity: float
-    weight: float
-    """Its part of p_mem, at the temperature the model has learnt, or 0.05."""
-    before: str
-    """What stands before the token in its document."""
-    token: str
-    """What followed there."""
-    domain: str
-    source: str
-    """File and line."""
-    stands_for: int
-    """Keys that it stands for, itself included."""
-
-
-def search_memory(
-    found: Remembering, store: VectorStore, text: str, n_neighbours: int, n_before: int = 24
-) -> list[Recalled]:
-    """What the end of ``text`` brings to mind, nearest first.
-
-    Raises:
-        UsageError: an empty text.
-    """
-    ids = found.tokenizer.encode(text)
-    if not ids:
-        raise UsageError("There is no text to search by.")
-    window = torch.tensor([ids[-found.expert.owner.block_length :]])
-    similarities, numbers = store.index.search(found.expert.states(window)[0, -1:], n_neighbours)
-    neighbours = store.neighbours(similarities, numbers)
-    counts = neighbours.counts
-    scores = neighbours.similarities[0] / _temperature(found)
-    weights = (scores + (counts[0].log() if counts is not None else 0.0)).softmax(-1)
-    recalled = []
-    for i, number in enumerate(numbers[0].tolist()):
-        if number < 0:
-            break
-        document = store.contents.documents[int(store.document(np.array([number]))[0])]
-        path = store.contents.files[int(document["file"])]
-        recalled.append(
-            Recalled(
-                similarity=float(similarities[0, i]),
-                weight=float(weights[i]),
-                before=found.tokenizer.decode(store.passage(number, n_before)),
-                token=found.tokenizer.decode([int(store.contents.tokens[number])]),
-                domain=store.contents.domains[int(document["domain"])],
-                source=f"{path}:{int(document['line'])}",
-                stands_for=int(counts[0, i]) if counts is not None else 1,
-            )
-        )
-    return recalled
-
-
-def _temperature(found: Remembering) -> float:
-    if found.checkpoint is not None:
-        learnt = read_checkpoint(found.checkpoint, mmap=True)["model_state"].get("recall.log_temperature")
-        if learnt is not None:
-            return float(learnt.exp())
-    return 0.05
-
-
-@dataclass(frozen=True)
-class Compaction:
-    """A store before and after keys were merged."""
-
-    before: MemoryFacts
-    after: MemoryFacts
-    evaluation_before: Evaluation | None
-    """On the validation text; None where there is no trained model to ask."""
-    evaluation_after: Evaluation | None
-
-
-def compact_memory(
-    found: Remembering,
-    similarity: float,
-    *,
-    tokens: TokenisedCorpus | None,
-    max_tokens: int | None,
-    note: Note,
-    progress: Progress,
-) -> Compaction:
-    """Merge near-duplicates with the same token, and score the model before and after.
+def key_expert(
+    model: NanoThink,
+    experts: Iterable[Mapping[str, Any]],
+    config: Config,
+    tokenizer: Tokenizer,
+    precision: Precision,
+) -> KeyExpert:
+    """The one inside a combined model.
 
     Args:
-        tokens: text to score on; None to leave that out.
-        max_tokens: at most so many of each domain.
+        experts: name, kind and digest of each, as a checkpoint has them.
     """
+    entries = {entry["name"]: entry for entry in experts}
+    name = choose_key_expert({n: e["kind"] for n, e in entries.items()}, config.vector_store.expert)
+    inside = cast(LanguageModel, model.experts[model.names.index(name)])
+    return KeyExpert(owner_of(entries[name], config, tokenizer), inside, precision)
 
-    def score(label: str) -> Evaluation | None:
-        if tokens is None or found.checkpoint is None:
-            return None
-        from nanothink.runs.loading import load
 
-        loaded = load(found.checkpoint, device=str(found.expert.precision.device), progress=progress)
-        length = found.config.model.max_seq_len
-        return evaluate_model(
-            loaded.model,
-            tokens.val,
-            length=length,
-            batch_size=max(1, BATCH_TOKENS // length),
-            precision=loaded.precision,
-            max_tokens=max_tokens,
-            on_progress=lambda done, total: progress(label, done, total),
-        )
-
-    store = found.open(writable=True, progress=progress)
-    before, scored_before = facts_of(store), score("evaluating before")
-    contents = merge_duplicates(
-        store, similarity, lambda done, total: progress("comparing keys", done, total)
+def owner_of(entry: Mapping[str, Any], config: Config, tokenizer: Tokenizer) -> Owner:
+    return Owner(
+        expert=entry["name"],
+        kind=entry["kind"],
+        digest=entry.get("digest", ""),
+        tokenizer=tokenizer.fingerprint,
+        width=config.model.d_model,
+        block_length=config.model.max_seq_len,
     )
-    write_store(found.folder, found.expert.owner, store.index, contents, note=note, progress=progress)
-    after = facts_of(found.open(progress=progress))
-    return Compaction(before, after, scored_before, score("evaluating after"))
+
+
+def update_store(
+    folder: Path,
+    model: NanoThink,
+    expert: KeyExpert,
+    settings: VectorStoreConfig,
+    tokens: TokenisedCorpus,
+    places: Callable[[], Iterable[tuple[str, int]]],
+    *,
+    vocab_size: int,
+    replace_other: bool,
+    note: Note,
+    progress: Progress,
+) -> TrainingNeighbours:
+    """Attach a vector store to a model in training: build it if missing, and find the blocks' neighbours.
+
+    Args:
+        places: the blocks that the run will read.
+        replace_other: build anew where the store is damaged or another model's.
+
+    Raises:
+        VectorStoreError: the store is damaged, another model's, or holds what this run validates on.
+    """
+    store: VectorStore | None = None
+    if exists(folder):
+        try:
+            store = open_store(folder, settings, owner=expert.owner, progress=progress)
+        except (VectorStoreDamagedError, VectorStoreMismatchError) as error:
+            if not replace_other:
+                raise
+            note(f"{error} It is built again now (--overwrite).")
+    if store is None:
+        plan = plan_build(tokens, settings, expert.owner, expert.states)
+        note(cost(folder, plan))
+        build(
+            plan,
+            folder,
+            settings,
+            expert.owner,
+            expert.states,
+            tokens,
+            vocab_size=vocab_size,
+            progress=progress,
+            note=note,
+        )
+        store = open_store(folder, settings, owner=expert.owner, progress=progress)
+    if held := sum(seen_documents(side, store.trained_text) for side in (tokens.val, tokens.test)):
+        raise VectorStoreMismatchError(
+            f"{folder} holds {held} of the documents that this run holds out, so its figures would say "
+            "nothing. Build it again from this data: nanothink store build --overwrite, or start with "
+            "--overwrite."
+        )
+    known = TrainingNeighbours(store, tokens, expert.owner.block_length, expert.states)
+    missing = known.missing(places())
+    if missing:
+        n_queries = sum(map(len, missing.values())) * expert.owner.block_length
+        seconds = search_seconds(
+            n_queries, store.index.n_keys, store.index.kind, settings.n_probe, expert.owner.width
+        )
+        note(
+            f"Looking up the neighbours of {n_queries:,} training tokens, once: about {_duration(seconds)} "
+            f"and {_size(known.n_bytes(missing))} on the disk."
+        )
+        known.find(missing, progress)
+    model.vector_store = RepeatedSearch(store)
+    return known
+
+
+def cost(folder: Path, plan: BuildPlan) -> str:
+    kept = {
+        "exact": "as they are",
+        "sq8": f"in {plan.n_lists:,} lists, a byte a number",
+        "pq": f"in {plan.n_lists:,} lists, a byte for four numbers",
+    }[plan.kind]
+    doing = "Adding to" if plan.n_old else "Building"
+    shorter = f" Fewer keys take less: --set vector_store.max_keys={_FEWER_KEYS}."
+    return (
+        f"{doing} the vector store {folder}: {plan.n_keys:,} keys, kept {kept}. That takes about "
+        f"{_duration(plan.seconds)}, {_size(plan.memory_bytes)} of memory and {_size(plan.disk_bytes)} on "
+        "the disk." + (shorter if plan.seconds > _LONG_SECONDS and plan.n_keys > _FEWER_KEYS else "")
+    )
+
+
+def _duration(seconds: float) -> str:
+    whole = max(1, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min" if whole < 3600 else f"{whole / 3600:.1f} h"
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:,.1f} GB"
+
+
+def folder_of(checkpoint: Path) -> Path:
+    """The vector store that belongs to a checkpoint, be it best, interrupted or of some epoch."""
+    name = parse_name(checkpoint.name)
+    return store_folder(checkpoint.parent, name.stem if name is not None else checkpoint.stem)
+
+
+def attach(
+    model: NanoThink,
+    path: Path,
+    run: Mapping[str, Any],
+    config: Config,
+    tokenizer: Tokenizer,
+    progress: Progress | None = None,
+) -> None:
+    """Give a trained model the vector store that lies beside its checkpoint.
+
+    Raises:
+        VectorStoreError: it is missing, damaged, or another model's.
+    """
+    folder = folder_of(path)
+    entry = run["experts"][model.key_expert]
+    try:
+        model.vector_store = open_store(
+            folder, config.vector_store, owner=owner_of(entry, config, tokenizer), progress=progress
+        )
+    except VectorStoreError as error:
+        raise type(error)(
+            f"{path} was trained with a vector store. {error} To run without it: --no-vector-store "
+            "(in Python: vector_store=False)."
+        ) from None

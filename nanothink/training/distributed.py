@@ -69,7 +69,7 @@ class Processes:
         """Where this process computes, as ``--device`` has it; None leaves the choice open."""
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is the one that writes and prints."""
         return self.rank == 0
 
@@ -77,22 +77,22 @@ class Processes:
         """Which of ``count`` things are this process's; the parts differ in size by at most 1."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Each number added over all processes. All must call it, with as many numbers."""
         return list(values)
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in one of them at least. All must call it."""
-        return bool(self.total([float(flag)])[0])
+        return bool(self.all_reduce_sum([float(flag)])[0])
 
-    def one_after_first(self, first: Callable[[], tuple[T, str]], others: Callable[[str], T]) -> T:
+    def rank0_first(self, first: Callable[[], tuple[T, str]], others: Callable[[str], T]) -> T:
         """Let the first process do something, and the others only then, with the word that it returned.
 
         However long the first takes; if it fails, the others end. All must call it.
         """
         return first()[0]
 
-    def require_same(self, what: str, value: str) -> None:
+    def assert_same_on_all_ranks(self, what: str, value: str) -> None:
         """Refuse to go on with processes that differ in something. All must call it.
 
         Raises:
@@ -175,7 +175,7 @@ class _Several(Processes):
         self._turn = 0
         self._gradients: _GradientSum | None = None
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         import torch
         import torch.distributed as dist
 
@@ -185,10 +185,10 @@ class _Several(Processes):
         numbers: list[float] = sums.tolist()
         return numbers
 
-    def one_after_first(self, first: Callable[[], tuple[T, str]], others: Callable[[str], T]) -> T:
+    def rank0_first(self, first: Callable[[], tuple[T, str]], others: Callable[[str], T]) -> T:
         self._turn += 1
         key = f"turn {self._turn}"
-        if self.is_first:
+        if self.is_rank0:
             try:
                 done, word = first()
             except BaseException:
@@ -207,7 +207,7 @@ class _Several(Processes):
             raise DistributedError("The first process of this run failed, and says why.")
         return others(verdict.removeprefix("done:"))
 
-    def require_same(self, what: str, value: str) -> None:
+    def assert_same_on_all_ranks(self, what: str, value: str) -> None:
         import torch
         import torch.distributed as dist
 

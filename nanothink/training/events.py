@@ -53,7 +53,7 @@ class Evaluated:
     epoch: int
     evaluation: Evaluation
     best: bool
-    bad_evaluations: int
+    evals_without_improvement: int
     epoch_parts: Mapping[str, float] = field(default_factory=dict)
     """Where an epoch ends here: mean of each part of the loss over it, steps before a resume counted in."""
 

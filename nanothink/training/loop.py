@@ -66,7 +66,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Services:
+class Callbacks:
     """What the loop asks of the outside.
 
     Where several processes train, each calls all of them at the same point.
@@ -86,7 +86,7 @@ class Services:
     resume_command: Callable[[Path], str] = lambda path: f"nanothink resume {shlex.quote(str(path))}"
 
 
-def train(run: Run, services: Services) -> RunFinished:
+def train(run: Run, callbacks: Callbacks) -> RunFinished:
     """Train until the plan is fulfilled or validation stops improving.
 
     Raises:
@@ -103,13 +103,13 @@ def train(run: Run, services: Services) -> RunFinished:
         if _evaluation_is_due(run):
             # A stop inside leaves the state as it was: the checkpoint below leads back to this evaluation.
             with suppress(EvaluationStopped):
-                _evaluate(run, services)
+                _evaluate(run, callbacks)
                 last_saved = time.monotonic()
-        if run.processes.any(services.stop()):
-            path = _save("interrupted", run, services)
+        if run.processes.any(callbacks.stop()):
+            path = _save("interrupted", run, callbacks)
             raise InterruptedRun(
-                f"Stopped by {services.stop.name} after step {state.step} of {plan.total_steps}. Paused and "
-                f"saved. Resume with: {services.resume_command(path)}"
+                f"Stopped by {callbacks.stop.name} after step {state.step} of {plan.total_steps}. Paused and "
+                f"saved. Resume with: {callbacks.resume_command(path)}"
             )
         if reason := _reason_to_end(run):
             break
@@ -134,7 +134,7 @@ def train(run: Run, services: Services) -> RunFinished:
         state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
         if finite:
             state.count(parts, n_targets)
-        services.observe(
+        callbacks.observe(
             StepDone(
                 step=state.step,
                 total_steps=plan.total_steps,
@@ -156,18 +156,18 @@ def train(run: Run, services: Services) -> RunFinished:
             )
         # Not while steps are being skipped: what is on disk is from when numbers were still good.
         if not state.skipped_in_a_row and time.monotonic() - last_saved >= config.save_every_seconds:
-            _save("interrupted", run, services)
+            _save("interrupted", run, callbacks)
             last_saved = time.monotonic()
 
-    if state.best_loss is None and state.bad_evaluations:
+    if state.best_loss is None and state.evals_without_improvement:
         raise TrainingDivergedError(
-            f"No validation loss was finite ({counted(state.bad_evaluations, 'evaluation')}), so there is no "
-            f"best checkpoint. The last good one is untouched. {_remedy(config)}"
+            f"No validation loss was finite ({counted(state.evals_without_improvement, 'evaluation')}), so "
+            f"there is no best checkpoint. The last good one is untouched. {_remedy(config)}"
         )
     if advice := _advice(run):
-        services.observe(Note(advice))
+        callbacks.observe(Note(advice))
     finished = RunFinished(state.step, state.epoch, reason, state.best_loss, time.monotonic() - started)
-    services.observe(finished)
+    callbacks.observe(finished)
     return finished
 
 
@@ -186,7 +186,9 @@ def _accumulate(run: Run) -> tuple[float, dict[str, float], int]:
         first = run.state.position + i * config.batch_size + share.start
         inputs, targets = run.batches.read(first, len(share))
         window.append(Batch(inputs, targets, range(first, first + len(share))))
-    n_targets = int(processes.total([sum(int((batch.targets != IGNORE).sum()) for batch in window)])[0])
+    n_targets = int(
+        processes.all_reduce_sum([sum(int((batch.targets != IGNORE).sum()) for batch in window)])[0]
+    )
     losses = []
     for i, batch in enumerate(window):
         here = Batch(batch.inputs.to(device), batch.targets.to(device), batch.positions)
@@ -197,7 +199,7 @@ def _accumulate(run: Run) -> tuple[float, dict[str, float], int]:
             total.backward()  # type: ignore[no-untyped-call]
         losses.append({"": loss.total.detach(), **loss.parts})
     own = [float(torch.stack([part[name] for part in losses]).sum()) for name in losses[0]]
-    sums = dict(zip(losses[0], processes.total(own), strict=True))
+    sums = dict(zip(losses[0], processes.all_reduce_sum(own), strict=True))
     return sums.pop(""), sums, n_targets
 
 
@@ -211,8 +213,8 @@ def _evaluation_is_due(run: Run) -> bool:
 
 def _reason_to_end(run: Run) -> str:
     """Why training is over, or an empty string. A function of the state, so a resumed run agrees."""
-    if run.state.bad_evaluations >= run.config.early_stopping_patience:
-        return f"no improvement in {counted(run.state.bad_evaluations, 'evaluation')}"
+    if run.state.evals_without_improvement >= run.config.early_stopping_patience:
+        return f"no improvement in {counted(run.state.evals_without_improvement, 'evaluation')}"
     if run.plan.is_over(run.state):
         return f"all {counted(run.state.step, 'step')} done"
     return ""
@@ -235,42 +237,44 @@ def _advice(run: Run) -> str:
     )
 
 
-def _evaluate(run: Run, services: Services) -> None:
+def _evaluate(run: Run, callbacks: Callbacks) -> None:
     """Evaluate, keep the best, sample, snapshot."""
     config, plan, state = run.config, run.plan, run.state
-    evaluation = services.evaluate()
+    evaluation = callbacks.evaluate()
     # Here already, since a stop must leave the state as it was: the resumed run would miss these samples.
-    samples = services.sample() if config.sample_tokens else {}
+    samples = callbacks.sample() if config.sample_tokens else {}
     before = state.epoch
     state.epoch = max(before, plan.epochs_over(state))  # one step can end several where there are few blocks
     state.evaluated_step = state.step
     loss = evaluation.overall.loss
     best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
-    state.bad_evaluations = 0 if best else state.bad_evaluations + 1
+    state.evals_without_improvement = 0 if best else state.evals_without_improvement + 1
     if best:
         state.best_loss, state.best_step = loss, state.step
     epoch_parts = state.end_epoch() if state.epoch > before else {}
-    services.observe(Evaluated(state.step, state.epoch, evaluation, best, state.bad_evaluations, epoch_parts))
+    callbacks.observe(
+        Evaluated(state.step, state.epoch, evaluation, best, state.evals_without_improvement, epoch_parts)
+    )
     if config.sample_tokens:
-        services.observe(Sampled(state.step, state.epoch, samples))
+        callbacks.observe(Sampled(state.step, state.epoch, samples))
     if not math.isfinite(loss):
         return  # nothing to go on from: the checkpoints stay as they are
     if best:
-        _save("best", run, services)
+        _save("best", run, callbacks)
     if state.epoch // config.snapshot_every_epochs > before // config.snapshot_every_epochs:
-        _save("epoch", run, services)
-    _save("interrupted", run, services)
+        _save("epoch", run, callbacks)
+    _save("interrupted", run, callbacks)
 
 
-def _save(role: str, run: Run, services: Services) -> Path:
+def _save(role: str, run: Run, callbacks: Callbacks) -> Path:
     started = time.monotonic()
     if not run.optimizer.is_finite():
         raise TrainingDivergedError(
             f"After step {run.state.step} the weights are not finite any more. The last good checkpoint is "
             f"untouched. {_remedy(run.config)}"
         )
-    path = services.save(role)
-    services.observe(CheckpointSaved(run.state.step, role, path, time.monotonic() - started))
+    path = callbacks.save(role)
+    callbacks.observe(CheckpointSaved(run.state.step, role, path, time.monotonic() - started))
     return path
 
 

@@ -13,7 +13,7 @@ from nanothink.models.contract import IGNORE, LanguageModel
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.nanothink import NanoThink, routing_entropy
 from nanothink.models.noise import Draws
-from nanothink.models.recall import Neighbours
+from nanothink.models.store_gate import Neighbours
 from nanothink.models.transformer import Transformer
 from nanothink.training.expert_states import ExpertStates
 
@@ -95,23 +95,23 @@ class Routed:
     """NanoThink's objective: cross-entropy of the next token, and a pull towards weights that are equal.
 
     Total = cross_entropy + entropy_reg (log E - H(w)), with H the entropy of each token's weights. Beside
-    them the parts have ``routing_entropy``, H, and the mean weight of each expert, and of a memory.
+    them the parts have ``routing_entropy``, H, and the mean weight of each expert, and of a vector store.
     """
 
     entropy_reg: float
     states: ExpertStates | None = None
     """Where the experts' states are kept; None: they are computed each time. The loss is the same."""
     neighbours: Callable[[Sequence[int]], Neighbours] | None = None
-    """What a memory recalls at each token of the blocks at these positions, (B, T, K); None without one."""
+    """Neighbours in the vector store at each token of some blocks, (B, T, K); None without a store."""
 
     def __call__(self, model: LanguageModel, batch: Batch, scale: float) -> Loss:
         assert isinstance(model, NanoThink)
         known = self.states.of(model, batch.inputs, batch.positions) if self.states is not None else None
-        recalled = None
+        hits = None
         if self.neighbours is not None:
-            recalled = self.neighbours(batch.positions).to(batch.inputs.device)
+            hits = self.neighbours(batch.positions).to(batch.inputs.device)
         cross_entropy, trust = model.loss_and_routing(
-            batch.inputs, batch.targets, scale=scale, states=known, neighbours=recalled
+            batch.inputs, batch.targets, scale=scale, states=known, neighbours=hits
         )
         weights = model.router_weights(trust)
         valid = (batch.targets != IGNORE).float() * scale  # (B, T)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanothink.models.recall import MEMORY
+from nanothink.models.store_gate import VECTOR_STORE
 from nanothink.training.events import Evaluated, Event, Note, Observer
 from nanothink.training.objectives import WEIGHT_PART
 
@@ -26,9 +26,9 @@ class RoutingWatch:
         means = {
             part.removeprefix(WEIGHT_PART): mean
             for part, mean in event.epoch_parts.items()
-            if part.startswith(WEIGHT_PART) and part != WEIGHT_PART + MEMORY
+            if part.startswith(WEIGHT_PART) and part != WEIGHT_PART + VECTOR_STORE
         }
-        of_experts = sum(means.values())  # a memory has the rest
+        of_experts = sum(means.values())  # a vector store has the rest
         if len(means) > 1:  # a single expert has all there is
             for name, mean in means.items():
                 self._say(name, mean / of_experts, event.epoch)

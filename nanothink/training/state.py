@@ -22,7 +22,7 @@ class TrainState:
     """Lowest validation loss so far, in nats per token."""
     best_step: int = 0
     """The step it was found at."""
-    bad_evaluations: int = 0
+    evals_without_improvement: int = 0
     """Evaluations in a row without improvement."""
     evaluated_step: int = -1
     """The step of the last evaluation, so that none is done twice or left out after a resume."""

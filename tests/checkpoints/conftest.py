@@ -36,7 +36,7 @@ def build_payload(seed: int = 0, **changes: Any) -> CheckpointPayload:
         "position": 224,
         "amp_scaler": None,
         "rng": {"torch": torch.arange(64, dtype=torch.uint8), "cuda": [], "python": [3, [1, 2], None]},
-        "early_stopping": {"best_loss": 3.25, "bad_evaluations": 1},
+        "early_stopping": {"best_loss": 3.25, "evals_without_improvement": 1},
         "best_loss": 3.25,
         "config": {"model": {"d_model": 16}, "data": {"domains": ["a", "b"]}},
         "tokenizer": {"tokenizer.json": "{}"},

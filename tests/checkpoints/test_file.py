@@ -383,7 +383,7 @@ def test_an_older_format_is_refused_in_a_line(tmp_path, make_payload):
     del payload["split"]
     torch.save(payload, tmp_path / "a.pt")
     for read in (read_checkpoint, verify_checkpoint, read_summary):
-        with pytest.raises(CheckpointMismatchError, match=r"an earlier NanoThink \(format 1.*Train it again"):
+        with pytest.raises(CheckpointMismatchError, match=r"an earlier NanoThink \(format 1.*train it again"):
             read(tmp_path / "a.pt")
 
 

@@ -64,11 +64,11 @@ CASES = {
         "'the stone' -n 4 -c checkpoints/nanothink_mla.pt --show-routing",
         "'the stone in the garden' --denoise --level 50 -c checkpoints/diffuser_expert.pt",
     ],
-    "memory build": ["--dry-run", "--overwrite"],
-    "memory add": ["data --dry-run"],
-    "memory info": [""],
-    "memory search": ["'the stone'"],
-    "memory compact": ["--max-tokens 50"],
+    "store build": ["--dry-run", "--overwrite"],
+    "store add": ["data --dry-run"],
+    "store info": [""],
+    "store search": ["'the stone'"],
+    "store compact": ["--max-tokens 50"],
     "report": ["nanothink_mla"],
     "checkpoints ls": [""],
     "checkpoints show": [f"checkpoints/{RUN}_expert.pt"],
@@ -213,7 +213,7 @@ def test_results_on_a_terminal(place: Place, line: str) -> None:
             assert letters(piped) - letters("\n".join(shown)) == set(), "left out"
 
 
-SLOW = tuple(f"nanothink {name}" for name in ("doctor", "memory compact", "pretrain", "report", "train-mla"))
+SLOW = tuple(f"nanothink {name}" for name in ("doctor", "store compact", "pretrain", "report", "train-mla"))
 """Not run at 160 columns too: nothing in them is wider than that and yet fits 80."""
 
 SHORTER = ("nanothink checkpoints ls", "nanothink eval")

@@ -238,7 +238,7 @@ def test_training_evaluation_and_memory_refuse_a_tokenizer_that_loses_text(
     assert run(["pretrain", "transformer", "--data-dir", "good", *small]) == 0
     assert run(["eval", "--data-dir", "bad"]) == 1
     expert = ["--expert", "checkpoints/transformer_expert.pt"]
-    assert run(["memory", "build", *expert, "--data-dir", "bad"]) == 1
+    assert run(["store", "build", *expert, "--data-dir", "bad"]) == 1
     said = capsys.readouterr().err
     assert said.count("bad/zh/a.jsonl:31: tokenizer 'unigram' loses text: 'Hello 漢' becomes") == 4
     assert run(["generate", "Hello 漢", "-n", "2"]) == 0

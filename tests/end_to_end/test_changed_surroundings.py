@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from struck_runs import Ground, assert_same_run, stem
 
-from nanothink.memory.store import memory_folder
+from nanothink.vector_store.store import store_folder
 
 MODEL = stem("nanothink_mla")
 STOPPED = {"event": "StepDone", "having": {"step": 6}, "signals": ["SIGTERM"]}
@@ -81,19 +81,19 @@ def test_a_folder_of_checkpoints_that_moved_and_lost_its_times(
     assert not there.exists()
 
 
-def test_a_memory_moves_with_its_checkpoints(ground: Ground, tmp_path: Path) -> None:
+def test_a_vector_store_moves_with_its_checkpoints(ground: Ground, tmp_path: Path) -> None:
     whole, there, here = tmp_path / "whole", tmp_path / "there", tmp_path / "here"
-    remembering = ["--use-vector-store", "--set", "vector_store.n_neighbours=4"]
-    assert ground.server.run([*ground.typed("nanothink_mla", whole), *remembering]).code == 0
-    struck = ground.server.run([*ground.typed("nanothink_mla", there), *remembering], strike=STOPPED)
+    source = ["--use-vector-store", "--set", "vector_store.n_neighbours=4"]
+    assert ground.server.run([*ground.typed("nanothink_mla", whole), *source]).code == 0
+    struck = ground.server.run([*ground.typed("nanothink_mla", there), *source], strike=STOPPED)
     assert struck.code == 130
     there.rename(here)
-    before = sorted(path.name for path in memory_folder(here, MODEL).iterdir())
+    before = sorted(path.name for path in store_folder(here, MODEL).iterdir())
     ended = ground.server.run(["resume", "--checkpoint-dir", str(here)])
     assert ended.code == 0, ended.stderr
-    assert "Building the memory" not in ended.stderr
+    assert "Building the vector store" not in ended.stderr
     assert "Looking up" not in ended.stderr
-    assert sorted(path.name for path in memory_folder(here, MODEL).iterdir()) == before
+    assert sorted(path.name for path in store_folder(here, MODEL).iterdir()) == before
     assert_same_run(whole, here, MODEL)
 
 

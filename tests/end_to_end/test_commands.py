@@ -646,8 +646,8 @@ def test_every_command_says_which_bad_lines_it_left_out(
         ["resume", expert, "--max-steps", "3", "--json"],
         ["eval", "--json"],
         ["eval", expert, expert, "--split", "all", "--allow-seen", "--json"],
-        ["memory", "build", "--expert", expert, "--dry-run", "--json"],
-        ["memory", "build", "--expert", expert, "--json"],
+        ["store", "build", "--expert", expert, "--dry-run", "--json"],
+        ["store", "build", "--expert", expert, "--json"],
     ):
         assert run(command) == 0, command
         out, notes = said()
@@ -836,7 +836,7 @@ def test_a_resume_reads_its_checkpoint_once_and_lets_go_of_it(
         digests.append(file.name)
         return really(file, *rest)
 
-    def train(run: Any, services: Any) -> Any:
+    def train(run: Any, callbacks: Any) -> Any:
         assert str(rolling) not in Path("/proc/self/maps").read_text()
         raise UsageError("far enough")
 
@@ -851,23 +851,23 @@ def test_a_resumed_run_holds_the_rates_of_its_last_step(copied: Path) -> None:
     from nanothink.config.run import resolve_config
     from nanothink.runs.preparing import prepare
     from nanothink.runs.pretraining import build_run
-    from nanothink.runs.resuming import Watch, Where
+    from nanothink.runs.resuming import RunSpec, Watch
     from nanothink.training.optimizer import learning_rate_fraction
 
     watch = Watch(note=lambda message: None, progress=lambda label, done, total: None)
-    where = Where(kind="transformer", checkpoint_dir=copied, resume="newest")
-    prepared = prepare(
+    where = RunSpec(kind="transformer", checkpoint_dir=copied, resume="newest")
+    setup = prepare(
         where, lambda base: resolve_config(base=base, assignments=["train_expert.max_steps=30"]), watch
     )
-    resumed = build_run(prepared, watch)
-    fraction = learning_rate_fraction(19, 30, prepared.config.train_expert)
+    resumed = build_run(setup, watch)
+    fraction = learning_rate_fraction(19, 30, setup.config.train_expert)
     groups = [g for o in resumed.optimizer.optimizers.values() for g in o.param_groups]
     assert resumed.state.step == 20
     assert [g["lr"] for g in groups] == pytest.approx([g["peak_lr"] * fraction for g in groups])
 
 
 def test_doctor_tells_how_far_it_is(tmp_path: Path) -> None:
-    from nanothink.runs.examining import examine
+    from nanothink.runs.doctor import examine
 
     told: list[tuple[str, int, int]] = []
     examine(None, tmp_path, lambda *at: told.append(at))

@@ -178,14 +178,14 @@ def test_nanothink_opens_it_again(
         assert torch.equal(again.routing(x), ours.routing(x))
 
 
-def test_the_memory_stays_behind_and_that_is_said(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_store_stays_behind_and_that_is_said(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     path = checkpoint(COMBINED, vector_store__enabled=True)
     (note,) = export_checkpoint(path, tmp_path / "out").notes
-    assert "memory is not part of the export" in note
+    assert "vector store is not part of the export" in note
     again = package.load(tmp_path / "out")
     assert again.notes == ()
     x = torch.ones(1, 8, dtype=torch.int64)
-    assert torch.equal(again.logits(x), package.load(path, memory=False).logits(x))
+    assert torch.equal(again.logits(x), package.load(path, vector_store=False).logits(x))
 
 
 def test_the_tokenizer_gives_the_same_ids(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -298,20 +298,20 @@ def test_a_vector_store_is_part_of_the_model(
     write_domain(other / "songs", made_up_texts(4, 10))
     where = ["--data-dir", other, "--split", "all"]
     assert scored(capsys, path, *where)[0]["seen_documents"] == 0
-    assert run(["memory", "add", str(other), "--checkpoint-dir", str(tmp_path)]) == 0
+    assert run(["store", "add", str(other), "--checkpoint-dir", str(tmp_path)]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "documents held out by data.val_split=0.01: not put in" in said
     error = error_of(capsys, "eval", path, *where, "--domains", "poem")
     assert f"1 of 1 document was in the vector store of {path} (poem/texts.jsonl:1)" in error
-    assert "--no-memory" in error
-    assert scored(capsys, path, *where, "--no-memory")[0]["seen_documents"] == 0
+    assert "--no-vector-store" in error
+    assert scored(capsys, path, *where, "--no-vector-store")[0]["seen_documents"] == 0
     (marked,) = scored(capsys, path, *where, "--allow-seen")
     assert marked["seen_documents"] > 1
     (tail,) = scored(capsys, path, "--data-dir", other, "--domains", "poem")
     assert tail["overall"]["bytes"] < 0.1 * len(poem)
     # Another run with that store, on the text that is in it.
     folder = tmp_path / "again"
-    shutil.copytree(tmp_path / "nanothink_mla.memory", folder / "nanothink_mla.memory")
+    shutil.copytree(tmp_path / "nanothink_mla.store", folder / "nanothink_mla.store")
     told = ["train-mla", "--use-vector-store", *named(experts)]
     assert train(folder, *told, where=other, **set_by_hand(val_split=0.5)) == 0
     assert "the vector store" in " ".join(capsys.readouterr().err.split())

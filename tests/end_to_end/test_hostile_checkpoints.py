@@ -167,7 +167,7 @@ def test_experts_that_are_not_inside(
     path = str(tmp_path / "nanothink_mla.pt")
     torch.save(forged, path)
     said()
-    assert run(["memory", "info", "-c", path]) == 1
+    assert run(["store", "info", "-c", path]) == 1
     assert reason in " ".join(said().split())
     if reason == "makes no sense":
         expert = ("--expert", str(tmp_path / "transformer_expert.pt"))

@@ -29,12 +29,12 @@ from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import tokenise
 from nanothink.errors import CheckpointDamagedError, TokenizerError, VectorStoreNotFoundError
-from nanothink.memory.store import memory_folder, open_store
 from nanothink.runs.loading import load
+from nanothink.vector_store.store import open_store, store_folder
 
 MODEL = stem("nanothink_mla")
 NOTHING = "nothing"
-WITH_MEMORY = ("--use-vector-store", "--set", "vector_store.n_neighbours=4")
+WITH_STORE = ("--use-vector-store", "--set", "vector_store.n_neighbours=4")
 
 
 @dataclass(frozen=True)
@@ -131,18 +131,18 @@ def more_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def remembering(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint folder of a NanoThink with a memory. Read only."""
     folder = tmp_path_factory.mktemp("remembering")
-    ended = ground.server.run([*ground.typed("nanothink_mla", folder, max_steps=4), *WITH_MEMORY])
+    ended = ground.server.run([*ground.typed("nanothink_mla", folder, max_steps=4), *WITH_STORE])
     assert ended.code == 0, ended.stderr
     return folder
 
 
-def memory_of(folder: Path) -> str:
+def store_of(folder: Path) -> str:
     """The text, keys and counts of the memory there, every byte of which is verified."""
     try:
-        store = open_store(memory_folder(folder, MODEL), VectorStoreConfig())
+        store = open_store(store_folder(folder, MODEL), VectorStoreConfig())
     except VectorStoreNotFoundError:
         return NOTHING
     contents = store.contents
@@ -153,47 +153,47 @@ def memory_of(folder: Path) -> str:
 
 @pytest.mark.parametrize("command", ["build", "build anew", "add", "compact"])
 def test_the_old_memory_is_there_or_the_new_one(
-    command: str, ground: Ground, remembering: Path, more_text: Path, tmp_path: Path, stride: int
+    command: str, ground: Ground, source: Path, more_text: Path, tmp_path: Path, stride: int
 ) -> None:
     folder, beginning = tmp_path / "checkpoints", tmp_path / "beginning"
-    shutil.copytree(remembering, beginning)
+    shutil.copytree(source, beginning)
     where = ["--checkpoint-dir", str(folder)]
     arguments, repeated = {
-        "build": (["memory", "build", *where], (0, 2)),  # refused where the first has come to its end
-        "build anew": (["memory", "build", "--overwrite", "--domains", "tales", *where], (0,)),
-        "add": (["memory", "add", str(more_text), *where], (0, 1)),
-        "compact": (["memory", "compact", "--similarity", "0.9", "--max-tokens", "0", *where], (0,)),
+        "build": (["store", "build", *where], (0, 2)),  # refused where the first has come to its end
+        "build anew": (["store", "build", "--overwrite", "--domains", "tales", *where], (0,)),
+        "add": (["store", "add", str(more_text), *where], (0, 1)),
+        "compact": (["store", "compact", "--similarity", "0.9", "--max-tokens", "0", *where], (0,)),
     }[command]
     if command == "build":
-        shutil.rmtree(memory_folder(beginning, MODEL))
-    for path in memory_folder(beginning, MODEL).glob("neighbours-*"):
+        shutil.rmtree(store_folder(beginning, MODEL))
+    for path in store_folder(beginning, MODEL).glob("neighbours-*"):
         shutil.rmtree(path)  # they go with the store that they were found in
-    kills = Kills(ground, folder, Case(arguments, beginning, lambda: memory_of(folder), repeated), stride)
+    kills = Kills(ground, folder, Case(arguments, beginning, lambda: store_of(folder), repeated), stride)
     assert kills.before != kills.after
     kills.at_every_change(costly=True)
     kills.in_the_middle_of_writes(2000)
 
 
 def test_training_with_a_memory_killed_while_that_is_built(
-    ground: Ground, remembering: Path, tmp_path: Path, stride: int
+    ground: Ground, source: Path, tmp_path: Path, stride: int
 ) -> None:
     """While the store is written, and while neighbours are: resumed, it ends in the same bits."""
     folder = tmp_path / "checkpoints"
-    arguments = [*ground.typed("nanothink_mla", folder, max_steps=4), *WITH_MEMORY]
+    arguments = [*ground.typed("nanothink_mla", folder, max_steps=4), *WITH_STORE]
     n = 0
     for n in itertools.count(1, 2 * stride - 1):
         shutil.rmtree(folder, ignore_errors=True)
-        strike = {"change_below": str(folder / f"{MODEL}.memory"), "nth": n, "signals": ["SIGKILL"]}
+        strike = {"change_below": str(folder / f"{MODEL}.store"), "nth": n, "signals": ["SIGKILL"]}
         ended = ground.server.run(arguments, strike=strike)
         if ended.code == 0:
             break
         assert ended.code == -signal.SIGKILL, ended.stderr
-        assert memory_of(folder) in {NOTHING, memory_of(remembering)}
+        assert store_of(folder) in {NOTHING, store_of(source)}
         ended = ground.server.run([*arguments, "--resume"])
         assert ended.code == 0, ended.stderr
-        assert memory_of(folder) == memory_of(remembering)
-        assert_same_run(remembering, folder, MODEL)
-        left = [path.name for path in memory_folder(folder, MODEL).rglob("*tmp*")]
+        assert store_of(folder) == store_of(source)
+        assert_same_run(source, folder, MODEL)
+        left = [path.name for path in store_folder(folder, MODEL).rglob("*tmp*")]
         assert left == []
     assert n > 20, "neighbours come after the store"
 
@@ -230,7 +230,7 @@ def test_tokens_are_whole_or_made_again(ground: Ground, tmp_path: Path) -> None:
 
 def exported(folder: Path) -> str:
     try:
-        model = load(str(folder), device="cpu", memory=False).model
+        model = load(str(folder), device="cpu", vector_store=False).model
     except CheckpointDamagedError:
         return "damaged"
     except Exception:

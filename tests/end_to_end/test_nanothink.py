@@ -24,7 +24,7 @@ from nanothink.models import COMBINED
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.experts import MAX_EXPERTS, find_experts
 from nanothink.runs.pretraining import pretrain as pretrain_run
-from nanothink.runs.resuming import Watch, Where
+from nanothink.runs.resuming import RunSpec, Watch
 from nanothink.training.events import Event, RunStarted, StepDone
 
 STEM = "nanothink_mla"
@@ -63,10 +63,10 @@ def settings(values: dict[str, Any]) -> list[str]:
 
 
 def pretrain(corpus: Path, tokenizer: Path, folder: Path, kind: str, *more: str, **changed: Any) -> None:
-    where = ("--data-dir", corpus, "--checkpoint-dir", folder, "--max-steps", "30")
+    spec = ("--data-dir", corpus, "--checkpoint-dir", folder, "--max-steps", "30")
     own = [] if kind == "diffuser" else ["--tokenizer", str(tokenizer)]
     shape = settings(SHAPE | {name.replace("__", "."): value for name, value in changed.items()})
-    assert run(["pretrain", kind, *map(str, where), *own, *shape, *more]) == 0
+    assert run(["pretrain", kind, *map(str, spec), *own, *shape, *more]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,9 @@ def typed(tiny_corpus: Path, experts: Path) -> Callable[..., list[str]]:
 
     def command(folder: Path, *more: str | Path, **changed: Any) -> list[str]:
         values = PHASE | {name.replace("__", "."): value for name, value in changed.items()}
-        where = ("--data-dir", str(tiny_corpus), "--checkpoint-dir", str(folder), "--max-steps", str(N_STEPS))
+        spec = ("--data-dir", str(tiny_corpus), "--checkpoint-dir", str(folder), "--max-steps", str(N_STEPS))
         given = [] if "--expert" in more else expert_options(experts)
-        return ["train-mla", *where, *given, *settings(values), *map(str, more)]
+        return ["train-mla", *spec, *given, *settings(values), *map(str, more)]
 
     return command
 
@@ -182,13 +182,13 @@ class Phase2:
             if isinstance(event, StepDone) and event.step == stop_after:
                 signal.raise_signal(signal.SIGINT)
 
-        where = Where(
+        spec = RunSpec(
             COMBINED, self.root / name, resume=resume, device="cpu", experts=() if resume else self.experts
         )
         assignments = [f"{name}={value}" for name, value in values.items()]
         with nullcontext() if stop_after is None else pytest.raises(InterruptedRun):
             pretrain_run(
-                where,
+                spec,
                 lambda base: resolve_config(base=base, assignments=assignments),
                 observe=observe,
                 watch=Watch(said.append, lambda what, done, total: None),
@@ -251,11 +251,11 @@ def test_going_on_needs_no_expert_and_takes_no_other(
     shutil.copy(trained / f"{STEM}.pt", tmp_path)
     path = tmp_path / f"{STEM}.pt"
     step = read_checkpoint(path)["step"]
-    where = ["--data-dir", str(tiny_corpus), "--checkpoint-dir", str(tmp_path)]
-    assert run(["train-mla", *where, "--resume", str(path), "--max-steps", str(step + 2)]) == 0
+    spec = ["--data-dir", str(tiny_corpus), "--checkpoint-dir", str(tmp_path)]
+    assert run(["train-mla", *spec, "--resume", str(path), "--max-steps", str(step + 2)]) == 0
     capsys.readouterr()
     others = expert_options(experts, "state_space", "transformer")
-    assert run(["train-mla", *where, *others, "--resume", str(path), "--max-steps", str(step + 4)]) == 1
+    assert run(["train-mla", *spec, *others, "--resume", str(path), "--max-steps", str(step + 4)]) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "carries its own experts (transformer, state_space, diffuser)" in said
     assert run(["resume", str(path), "--max-steps", str(step + 4)]) == 0
@@ -291,17 +291,17 @@ def test_missing_experts_are_refused_with_the_commands_to_run(
     tiny_corpus: Path, experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(experts / "state_space_expert.pt", tmp_path)
-    where = ["--data-dir", str(tiny_corpus), "--checkpoint-dir", str(tmp_path)]
-    said = refused(capsys, ["train-mla", *where])
+    spec = ["--data-dir", str(tiny_corpus), "--checkpoint-dir", str(tmp_path)]
+    said = refused(capsys, ["train-mla", *spec])
     assert f"{tmp_path / 'transformer_expert.pt'} and {tmp_path / 'diffuser_expert.pt'} are not there" in said
     assert f"nanothink pretrain transformer --checkpoint-dir {tmp_path}" in said
     assert f"nanothink pretrain diffuser --checkpoint-dir {tmp_path}" in said
     assert "pretrain state_space" not in said
-    said = refused(capsys, ["train-mla", *where, "--expert", str(tmp_path / "code_expert.pt")])
+    said = refused(capsys, ["train-mla", *spec, "--expert", str(tmp_path / "code_expert.pt")])
     assert "code_expert.pt is not there" in said
     assert "nanothink pretrain KIND --name code" in said
     twice = expert_options(tmp_path, "state_space", "state_space")
-    assert "twice" in refused(capsys, ["train-mla", *where, *twice], code=2)
+    assert "twice" in refused(capsys, ["train-mla", *spec, *twice], code=2)
     assert not (tmp_path / f"{STEM}_interrupted.pt").exists()
 
 

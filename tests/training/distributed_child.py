@@ -42,7 +42,7 @@ def among(processes: Processes, **settings: Any) -> Any:
 def sums(processes: Processes) -> dict[str, Any]:
     rank = processes.rank
     return {
-        "total": processes.total([1.0, rank]),
+        "total": processes.all_reduce_sum([1.0, rank]),
         "any": [processes.any(False), processes.any(rank == 1), processes.any(True)],
     }
 
@@ -68,9 +68,9 @@ def gradients(processes: Processes) -> dict[str, Any]:
 
 
 def same(processes: Processes) -> str:
-    processes.require_same("nothing", "equal everywhere")
+    processes.assert_same_on_all_ranks("nothing", "equal everywhere")
     try:
-        processes.require_same("taste", "sweet" if processes.rank != 2 else "sour")
+        processes.assert_same_on_all_ranks("taste", "sweet" if processes.rank != 2 else "sour")
     except DistributedError as error:
         return str(error)
     return ""
@@ -83,7 +83,7 @@ def in_turn(processes: Processes) -> list[Any]:
         time.sleep(0.5)
         return "of the first", "a word"
 
-    return [processes.one_after_first(first, lambda word: f"heard {word}"), time.monotonic() - began]
+    return [processes.rank0_first(first, lambda word: f"heard {word}"), time.monotonic() - began]
 
 
 def training(processes: Processes) -> dict[str, Any]:
@@ -157,21 +157,21 @@ def main() -> None:
     with join("cpu") as processes:
         for part in (sums, gradients, same, in_turn, training, poisoned, stopped):
             seen[part.__name__] = part(processes)
-        seen["who"] = [processes.rank, processes.size, processes.is_first, processes.device]
+        seen["who"] = [processes.rank, processes.size, processes.is_rank0, processes.device]
     with join("cpu") as again:  # a second run of the same processes
-        seen["again"] = again.total([1.0])
-        seen["in turn again"] = again.one_after_first(lambda: ("first", "second word"), str)
+        seen["again"] = again.all_reduce_sum([1.0])
+        seen["in turn again"] = again.rank0_first(lambda: ("first", "second word"), str)
     Path(sys.argv[1], f"{os.environ['RANK']}.json").write_text(json.dumps(seen))
     with join("cpu") as failing:  # and one that cannot begin
         try:
-            failing.one_after_first(lambda: (1 / 0, ""), lambda word: 0.0)
+            failing.rank0_first(lambda: (1 / 0, ""), lambda word: 0.0)
         except (ZeroDivisionError, DistributedError) as error:
             Path(sys.argv[1], f"{os.environ['RANK']}.failed").write_text(f"{type(error).__name__}: {error}")
     with join("cpu") as leaving:  # and one that loses a process
         if leaving.rank == 1:
             os._exit(9)
         try:
-            leaving.total([1.0])
+            leaving.all_reduce_sum([1.0])
         except DistributedError as error:
             Path(sys.argv[1], f"{os.environ['RANK']}.lost").write_text(str(error))
             os._exit(0)

@@ -50,7 +50,7 @@ def test_a_process_is_alone_unless_torchrun_says_otherwise() -> None:
 def test_alone_nothing_is_joined() -> None:
     with join("cpu") as processes:
         assert processes.device == "cpu"
-        assert (processes.rank, processes.size, processes.is_first) == (0, 1, True)
+        assert (processes.rank, processes.size, processes.is_rank0) == (0, 1, True)
         assert not torch.distributed.is_initialized()
     weight = torch.nn.Parameter(torch.ones(2))
     ALONE.watch([weight])
@@ -59,9 +59,9 @@ def test_alone_nothing_is_joined() -> None:
     assert weight.grad is not None
     assert weight.grad.tolist() == [1.0, 1.0]
     assert not weight._post_accumulate_grad_hooks
-    assert ALONE.total([2.5, 1.0]) == [2.5, 1.0]
+    assert ALONE.all_reduce_sum([2.5, 1.0]) == [2.5, 1.0]
     assert (ALONE.any(True), ALONE.any(False)) == (True, False)
-    assert ALONE.one_after_first(lambda: ("done", "word"), str) == "done"
+    assert ALONE.rank0_first(lambda: ("done", "word"), str) == "done"
 
 
 def test_an_error_of_one_process_says_which_and_keeps_its_exit_code() -> None:

@@ -16,7 +16,7 @@ from nanothink.models import build_model
 from nanothink.models.precision import Precision
 from nanothink.training.events import Evaluated, Note, RunFinished, StepDone
 from nanothink.training.interruption import StopRequest
-from nanothink.training.loop import Run, Services, train
+from nanothink.training.loop import Callbacks, Run, train
 from nanothink.training.objectives import Batch, Loss, next_token
 from nanothink.training.optimizer import GroupedOptimizer
 from nanothink.training.state import Plan, TrainState
@@ -95,14 +95,14 @@ class Harness:
         return Path(role)
 
     def go(self) -> RunFinished:
-        services = Services(
+        callbacks = Callbacks(
             evaluate=lambda: self.evaluate(),
             sample=dict,
             save=self.save,
             observe=self.events.append,
             stop=self.stop,
         )
-        return train(self.run, services)
+        return train(self.run, callbacks)
 
     @property
     def steps(self) -> list[StepDone]:
@@ -521,7 +521,7 @@ def test_an_epochs_means_count_its_steps_before_a_resume_too() -> None:
             first.stop._on_signal(2, None)
 
     with pytest.raises(InterruptedRun):
-        train(first.run, Services(first.evaluate, dict, first.save, observe, first.stop))
+        train(first.run, Callbacks(first.evaluate, dict, first.save, observe, first.stop))
     object.__setattr__(second.run, "state", TrainState.from_dict(first.run.state.to_dict()))
     second.go()
     assert means(first.events) + means(second.events) == found

@@ -20,7 +20,9 @@ def heard(epoch: int, **weights: float) -> list[str]:
 
     parts = {f"weight_{name}": weight for name, weight in weights.items()} | {"cross_entropy": 1.0}
     evaluation = Evaluation({"a": Score(1.0, 1, 1)})
-    RoutingWatch(tell)(Evaluated(5, epoch, evaluation, best=True, bad_evaluations=0, epoch_parts=parts))
+    RoutingWatch(tell)(
+        Evaluated(5, epoch, evaluation, best=True, evals_without_improvement=0, epoch_parts=parts)
+    )
     return notes
 
 
@@ -48,7 +50,7 @@ def test_the_epoch_counts_targets_and_not_steps() -> None:
 
 
 def test_a_memory_takes_nothing_from_how_experts_are_judged() -> None:
-    alone, idle = heard(1, a=0.198, b=0.002, memory=0.8)
+    alone, idle = heard(1, a=0.198, b=0.002, vector_store=0.8)
     assert "expert 'a' held 99.0 % of the weight" in alone
     assert "expert 'b' held 1.0 % of the weight" in idle
-    assert heard(1, a=0.5, b=0.49, memory=0.01) == []
+    assert heard(1, a=0.5, b=0.49, vector_store=0.01) == []

@@ -67,6 +67,8 @@ def test_text_that_grows_or_shrinks_makes_epochs_longer_or_shorter_from_there_on
 
 
 def test_state_survives_the_trip_through_a_dict() -> None:
-    state = TrainState(step=3, epoch=1, position=12, best_loss=2.5, bad_evaluations=2, skipped_steps=1)
+    state = TrainState(
+        step=3, epoch=1, position=12, best_loss=2.5, evals_without_improvement=2, skipped_steps=1
+    )
     assert TrainState.from_dict(state.to_dict()) == state
     assert TrainState.from_dict({"step": 4, "unknown": 1}) == TrainState(step=4)

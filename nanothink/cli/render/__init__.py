@@ -17,7 +17,6 @@ from nanothink.cli.render.console import (
     warning,
 )
 from nanothink.cli.render.corpus import near_duplicates
-from nanothink.cli.render.memory import compaction, memory_facts, recalled
 from nanothink.cli.render.problems import ErrorStream, bad_lines, hints, problems
 from nanothink.cli.render.progress import progress
 from nanothink.cli.render.results import (
@@ -29,6 +28,7 @@ from nanothink.cli.render.results import (
     streaming,
     training_summary,
 )
+from nanothink.cli.render.store import compaction, hits, store_facts
 from nanothink.cli.render.tables import facts, fits, histogram, table
 from nanothink.cli.render.training import training_view
 
@@ -46,19 +46,19 @@ __all__ = [
     "fits",
     "hints",
     "histogram",
-    "memory_facts",
+    "hits",
     "near_duplicates",
     "note",
     "print_json",
     "problems",
     "progress",
-    "recalled",
     "reconstructions",
     "routing",
     "samples",
     "say",
     "setting",
     "size",
+    "store_facts",
     "streaming",
     "table",
     "training_summary",

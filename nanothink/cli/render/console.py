@@ -55,7 +55,7 @@ _TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 _WHOLE = re.compile(
     r"\s+|`[^`]+`\S*"
-    r"|nanothink (?:data|tokenizer|pretrain|train-mla|resume|eval|generate|memory|report|checkpoints|config)"
+    r"|nanothink (?:data|tokenizer|pretrain|train-mla|resume|eval|generate|store|report|checkpoints|config)"
     r" .*?(?=\. [A-Z]|[.)]*$|, )"
     r"|\S*\d\S* (?:%|[KMGT]?B|s|min|h)(?!\w)\S*|\S+"
 )

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from nanothink.cli.render.training import TrainingView
     from nanothink.inference.denoising import Reconstruction
     from nanothink.inference.evaluate import Difference, Evaluation
+    from nanothink.runs.estimate import RunEstimate
     from nanothink.runs.evaluating import CheckpointEvaluation
     from nanothink.runs.loading import RoutedPiece
-    from nanothink.runs.planning import RunEstimate
     from nanothink.training.events import RunFinished
 
 
@@ -111,7 +111,7 @@ def estimate(name: str, estimate: RunEstimate) -> None:
         [
             "peak memory, about" if estimate.n_processes == 1 else "peak memory of each, about",
             f"{size(estimate.peak_memory_bytes)} ("
-            + ", ".join(f"{part} {size(n)}" for part, n in estimate.memory.items())
+            + ", ".join(f"{part} {size(n)}" for part, n in estimate.vector_store.items())
             + ")",
         ],
         ["one checkpoint", size(estimate.checkpoint_bytes)],

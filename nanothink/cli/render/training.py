@@ -121,7 +121,7 @@ class PlainTrainingView(TrainingView):
             )
         elif isinstance(event, events.Evaluated):
             overall = event.evaluation.overall
-            best = "  best so far" if event.best else f"  no better for {event.bad_evaluations}"
+            best = "  best so far" if event.best else f"  no better for {event.evals_without_improvement}"
             note(
                 f"validation at step {event.step}  epoch {event.epoch}  loss {overall.loss:.4f}  "
                 f"bits per byte {overall.bits_per_byte:.4f} ({_bits_by_domain(event.evaluation)}){best}"
@@ -183,7 +183,7 @@ class LiveTrainingView(TrainingView):
         elif isinstance(event, events.Evaluated):
             self._validations.append(event)
             overall = event.evaluation.overall
-            mark = "best so far" if event.best else f"no better for {event.bad_evaluations}"
+            mark = "best so far" if event.best else f"no better for {event.evals_without_improvement}"
             self.note(
                 f"epoch {event.epoch}  step {event.step}  validation loss {overall.loss:.4f}  "
                 f"bits per byte {overall.bits_per_byte:.4f}  {mark}"

@@ -9,7 +9,7 @@ longer, so that a fixed number of probes finds more, and training them takes a f
 Keys and queries have length 1, and the similarity is their inner product.
 
 FAISS and torch each bring an OpenMP runtime. FAISS is imported here and nowhere else, always after torch and
-only when a memory is used; it gets as many threads as torch has, and one on a system (macOS) where two
+only when a vector store is used; it gets as many threads as torch has, and one on a system (macOS) where two
 runtimes of the same kind in a process crash.
 
 Shapes: N keys, Q queries, K neighbours, D width.
@@ -95,7 +95,7 @@ def bytes_per_key(kind: Kind, width: int) -> int:
 def damaged(path: Path, reason: str) -> VectorStoreDamagedError:
     """The error for a file of a store that is not what was written."""
     return VectorStoreDamagedError(
-        f"{path} is damaged: {reason}. Build the memory again: nanothink memory build --overwrite"
+        f"{path} is damaged: {reason}. Build the vector store again: nanothink store build --overwrite"
     )
 
 
@@ -112,8 +112,8 @@ def _told(doing: str) -> Iterator[None]:
                 "or less of each (--set vector_store.index=pq)."
             ) from None
         raise VectorStoreError(
-            f"FAISS failed at {doing} ({lines[-1][-200:]}). If the memory may be at fault, build it again: "
-            "nanothink memory build --overwrite"
+            f"FAISS failed at {doing} ({lines[-1][-200:]}). If the vector store may be at fault, build it "
+            "again: nanothink store build --overwrite"
         ) from error
 
 

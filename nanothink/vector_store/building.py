@@ -24,8 +24,8 @@ from nanothink.config import VectorStoreConfig
 from nanothink.data.split import TrainedText
 from nanothink.data.tokens import IGNORE, Documents, TokenisedCorpus, TokenStream
 from nanothink.disk import Note, silent
-from nanothink.memory.contents import DOCUMENT, Contents, Owner, VectorStore
-from nanothink.memory.index import (
+from nanothink.vector_store.contents import DOCUMENT, Contents, Owner, VectorStore
+from nanothink.vector_store.index import (
     Float32,
     Int64,
     Kind,
@@ -35,7 +35,7 @@ from nanothink.memory.index import (
     choose_lists,
     sample_size,
 )
-from nanothink.memory.store import write_store
+from nanothink.vector_store.store import write_store
 
 States = Callable[[torch.Tensor], Float32]
 """The key expert: (B, T) int64 tokens -> (B, T, D) states of length 1, on the CPU."""
@@ -133,7 +133,7 @@ def plan_build(
     if settings.max_keys is not None and store is None:  # what is added to one, somebody wants in it
         share = min(1.0, settings.max_keys / max(1, n_fresh))
     intakes = tuple(
-        # at least one, however low the bound: a memory of nothing could not be searched
+        # at least one, however low the bound: a vector store of nothing could not be searched
         Intake(domain, stream, documents, ends, fresh, _evenly(touched, max(1, round(share * len(touched)))))
         for domain, stream, documents, ends, fresh, touched in chosen
     )

@@ -12,56 +12,56 @@ from nanothink.config import TrainMLAConfig
 from nanothink.models import EXPERT_KINDS
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.frozen import weights_digest
-from nanothink.runs.preparing import Prepared
+from nanothink.runs.preparing import RunSetup
 from nanothink.runs.resuming import Watch
 from nanothink.training.expert_states import ExpertStates, Shape, open_states, states_bytes
 
 
-def kept_bytes(prepared: Prepared) -> int:
+def kept_bytes(setup: RunSetup) -> int:
     """What a run's states will take at most on the disk; 0 where they will not be kept."""
-    shape, training = _shape(prepared), prepared.training
-    if shape is None or prepared.plan.epochs == 1:
+    shape, training = _shape(setup), setup.training
+    if shape is None or setup.plan.epochs == 1:
         return 0
     assert isinstance(training, TrainMLAConfig)
     return needed if (needed := states_bytes(shape)) <= training.states_disk_gb * 1e9 else 0
 
 
-def _shape(prepared: Prepared) -> Shape | None:
+def _shape(setup: RunSetup) -> Shape | None:
     """Blocks, experts, length and width of the states that are to be kept; None where none are.
 
     Only on a CPU: elsewhere nobody has shown that a block's states are the same bits whatever stands beside
     it, or that it pays.
     """
-    training = prepared.training
+    training = setup.training
     if not isinstance(training, TrainMLAConfig) or not training.states_disk_gb:
         return None
-    if prepared.precision.device.type != "cpu":
+    if setup.precision.device.type != "cpu":
         return None
-    model = prepared.config.model
-    return prepared.batches.n_blocks, len(prepared.inside), model.max_seq_len, model.d_model
+    model = setup.config.model
+    return setup.batches.n_blocks, len(setup.inside), model.max_seq_len, model.d_model
 
 
-def keep_states(prepared: Prepared, model: NanoThink, watch: Watch) -> ExpertStates | None:
+def keep_states(setup: RunSetup, model: NanoThink, watch: Watch) -> ExpertStates | None:
     """Where the states of ``model``'s experts are kept; ``watch`` hears of it, or why there is no place.
 
     A run of one epoch reads what others have left, but leaves nothing: it would not come back to it.
     """
-    shape = _shape(prepared)
+    shape = _shape(setup)
     if shape is None:
         return None
-    assert isinstance(prepared.training, TrainMLAConfig)
+    assert isinstance(setup.training, TrainMLAConfig)
     experts = [
         {
             "kind": described.kind,
             "shape": described.config.model_dump(mode="json", include={"model", *EXPERT_KINDS}),
             "weights": weights_digest(expert.state_dict()),
         }
-        for described, expert in zip(prepared.inside, model.experts, strict=True)
+        for described, expert in zip(setup.inside, model.experts, strict=True)
     ]
     identity: dict[str, Any] = {
         "experts": experts,
-        "data": prepared.tokens.fingerprint,
-        "products": prepared.precision.name,
+        "data": setup.tokens.fingerprint,
+        "products": setup.precision.name,
         # what else decides about a last bit
         "nanothink": __version__,
         "torch": torch.__version__,
@@ -70,11 +70,11 @@ def keep_states(prepared: Prepared, model: NanoThink, watch: Watch) -> ExpertSta
         "processor": {name: str(has) for name, has in torch.cpu.get_capabilities().items()},
     }
     return open_states(
-        prepared.corpus.root,
+        setup.corpus.root,
         identity,
         shape,
-        budget_bytes=int(prepared.training.states_disk_gb * 1e9),
-        begin=prepared.plan.epochs > 1,
-        number=prepared.batches.number,
+        budget_bytes=int(setup.training.states_disk_gb * 1e9),
+        begin=setup.plan.epochs > 1,
+        number=setup.batches.number,
         note=watch.note,
     )

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from nanothink.data.split import TrainedText
-from nanothink.memory.index import Float32, Int64, NeighbourIndex, damaged
-from nanothink.models.recall import NO_TOKEN, Neighbours
+from nanothink.models.store_gate import NO_TOKEN, Neighbours
+from nanothink.vector_store.index import Float32, Int64, NeighbourIndex, damaged
 
 DOCUMENT = np.dtype([("end", "<i8"), ("key", "<u8"), ("line", "<i8"), ("domain", "<i4"), ("file", "<i4")])
 """Of one document: where its tokens end (they begin where the one before ends), the hash of its text, and
@@ -64,7 +64,7 @@ class Contents:
 
 
 class VectorStore:
-    """An open store; a ``Memory`` for a model. See ``open_store``."""
+    """An open store; a ``NeighbourSearch`` for a model. See ``open_store``."""
 
     def __init__(
         self,

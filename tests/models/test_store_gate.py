@@ -17,7 +17,7 @@ from nanothink.models import build_model
 from nanothink.models.contract import IGNORE
 from nanothink.models.loss import likelihood_and_peak, linear_log_likelihood
 from nanothink.models.nanothink import JointState, NanoThink
-from nanothink.models.recall import NO_TOKEN, TINY, Neighbours, RecallGate, choose_key_expert
+from nanothink.models.store_gate import NO_TOKEN, TINY, Neighbours, StoreGate, choose_key_expert
 from nanothink.training.objectives import Batch, Routed
 from nanothink.training.optimizer import GroupedOptimizer
 
@@ -32,9 +32,9 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def gate(seed: int = 3) -> RecallGate:
+def gate(seed: int = 3) -> StoreGate:
     """With evidence and stream at work."""
-    made = RecallGate(WIDTH)
+    made = StoreGate(WIDTH)
     with torch.no_grad():
         made.evidence_weight.copy_(drawn(3, seed=seed) * 0.3)
         made.stream_weight.copy_(drawn(WIDTH, seed=seed + 1) * 2)
@@ -53,7 +53,7 @@ def some_neighbours(rows: int, *, counts: bool = False) -> Neighbours:
 
 
 @torch.no_grad()
-def plain_mixture(made: RecallGate, logits: Tensor, stream: Tensor, n: Neighbours) -> tuple[Tensor, Tensor]:
+def plain_mixture(made: StoreGate, logits: Tensor, stream: Tensor, n: Neighbours) -> tuple[Tensor, Tensor]:
     """The formulas at the head of recall.py, one number at a time."""
     mixed, shares = torch.empty(len(logits), VOCAB), torch.zeros(len(logits))
     tau = made.log_temperature.exp()
@@ -68,10 +68,10 @@ def plain_mixture(made: RecallGate, logits: Tensor, stream: Tensor, n: Neighbour
             * (1.0 if n.counts is None else float(n.counts[row, j]))
             for j in there
         ]
-        recalled = torch.zeros(VOCAB)
+        hits = torch.zeros(VOCAB)
         for j, weight in zip(there, raw, strict=True):
-            recalled[n.tokens[row, j]] += weight / sum(raw)
-        agreement = float(recalled[n.tokens[row, 0]])
+            hits[n.tokens[row, j]] += weight / sum(raw)
+        agreement = float(hits[n.tokens[row, 0]])
         peak = float(own.max())
 
         def odds(p: float) -> float:
@@ -82,7 +82,7 @@ def plain_mixture(made: RecallGate, logits: Tensor, stream: Tensor, n: Neighbour
         of_stream = stream[row] @ made.stream_weight / math.sqrt(WIDTH)
         total = evidence @ made.evidence_weight + of_stream + made.bias
         share = float(total.sigmoid())
-        mixed[row] = (1 - share) * own + share * recalled
+        mixed[row] = (1 - share) * own + share * hits
         shares[row] = share
     return mixed, shares
 
@@ -194,7 +194,7 @@ class FewKeys:
         return Neighbours(best.values, self.said[best.indices])
 
 
-def build(*, enabled: bool = True, memory: bool = True) -> NanoThink:
+def build(*, enabled: bool = True, vector_store: bool = True) -> NanoThink:
     torch.manual_seed(0)
     whole = Config(
         model=ModelConfig(d_model=WIDTH, max_seq_len=32), transformer=TransformerConfig(n_layers=1, n_heads=2)
@@ -206,20 +206,20 @@ def build(*, enabled: bool = True, memory: bool = True) -> NanoThink:
     store = VectorStoreConfig(enabled=enabled, expert="two", n_neighbours=K)
     model = NanoThink(VOCAB, whole.model, MLAConfig(n_heads=2, n_layers=1), experts, store)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not name.startswith("recall."):
+        if parameter.requires_grad and not name.startswith("store_gate."):
             torch.nn.init.normal_(parameter, std=0.3)
-    if model.recall is not None:
-        model.recall = gate()
-    if memory:
-        model.memory = FewKeys()
+    if model.store_gate is not None:
+        model.store_gate = gate()
+    if vector_store:
+        model.vector_store = FewKeys()
     return model
 
 
 def test_without_a_store_nothing_of_it_is_there() -> None:
-    plain, with_gate = build(enabled=False, memory=False), build(memory=False)
-    assert not [name for name in plain.state_dict() if "recall" in name]
+    plain, with_gate = build(enabled=False, vector_store=False), build(vector_store=False)
+    assert not [name for name in plain.state_dict() if "store_gate" in name]
     assert {n for n in with_gate.state_dict() if n not in plain.state_dict()} == {
-        f"recall.{name}" for name in ("log_temperature", "evidence_weight", "stream_weight", "bias")
+        f"store_gate.{name}" for name in ("log_temperature", "evidence_weight", "stream_weight", "bias")
     }
     x, y = tokens(2, 20), tokens(2, 20, seed=1)
     for found, other in (
@@ -229,9 +229,9 @@ def test_without_a_store_nothing_of_it_is_there() -> None:
         (plain.step(x, plain.start(2)), with_gate.step(x, with_gate.start(2))),
     ):
         assert torch.equal(found, other)
-    plain.memory = FewKeys()  # a memory that the model has no gate for is not asked
+    plain.vector_store = FewKeys()  # a memory that the model has no gate for is not asked
     plain.logits(x)
-    assert plain.memory.asked == 0
+    assert plain.vector_store.asked == 0
     assert plain.components == ("one", "two")
 
 
@@ -246,24 +246,24 @@ def test_all_ways_to_ask_agree() -> None:
     loss, trust = model.loss_and_routing(x, y)
     torch.testing.assert_close(loss, -expected.sum(), rtol=1e-4, atol=1e-4)
     assert trust.shape == (3, 20, 3)
-    assert model.components == ("one", "two", "memory")
+    assert model.components == ("one", "two", "vector_store")
     torch.testing.assert_close(trust.sum(-1), torch.ones(3, 20))
     valid = y != IGNORE
     torch.testing.assert_close(trust[valid], model.routing(x)[valid], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.router_weights(trust), model.routed(x)[1], rtol=1e-4, atol=1e-5)
-    model.memory = None
+    model.vector_store = None
     assert (model.logits(x).log_softmax(-1) - logits).abs().max() > 0.05
 
 
 def test_neighbours_that_are_known_are_not_searched() -> None:
     model, x, y = build(), tokens(3, 20), tokens(3, 20, seed=1)
     expected = model.loss_and_routing(x, y)
-    memory = model.memory
-    assert isinstance(memory, FewKeys)
+    vector_store = model.vector_store
+    assert isinstance(vector_store, FewKeys)
     queries = F.normalize(model.experts[1].hidden(x), dim=-1)  # type: ignore[operator]
-    found = memory.search(queries.flatten(0, 1))
+    found = vector_store.search(queries.flatten(0, 1))
     known = Neighbours(found.similarities.view(3, 20, K), found.tokens.view(3, 20, K))
-    asked = memory.asked
+    asked = vector_store.asked
     torch.testing.assert_close(model.loss_and_routing(x, y, neighbours=known), expected)
 
     def known_at(positions: Sequence[int]) -> Neighbours:
@@ -272,13 +272,13 @@ def test_neighbours_that_are_known_are_not_searched() -> None:
 
     objective = Routed(0.5, neighbours=known_at)
     loss = objective(model, Batch(x, y, (7, 8, 9)), 1 / 60)
-    assert memory.asked == asked
+    assert vector_store.asked == asked
     assert set(loss.parts) == {
         "cross_entropy",
         "routing_entropy",
         "weight_one",
         "weight_two",
-        "weight_memory",
+        "weight_vector_store",
     }
     torch.testing.assert_close(sum(loss.parts[f"weight_{n}"] for n in model.components), torch.tensor(1.0))
     weights = model.routed(x)[1]
@@ -328,7 +328,7 @@ def test_stepwise_equals_parallel(chunks: tuple[int, ...]) -> None:
 def test_training_moves_the_gate_and_not_the_experts() -> None:
     model = build().train()
     groups = model.parameter_groups()
-    names = {f"recall.{name}" for name in ("log_temperature", "evidence_weight", "stream_weight", "bias")}
+    names = {f"store_gate.{name}" for name in ("log_temperature", "evidence_weight", "stream_weight", "bias")}
     assert {name for name, _ in groups["other"]} >= names
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = GroupedOptimizer(groups, TrainMLAConfig(lr=1e-2))

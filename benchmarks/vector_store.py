@@ -1,13 +1,13 @@
 """The vector store: what it earns, what it finds, what it costs.
 
-    python benchmarks/memory.py quality --experts DIR --data-dir DATA
+    python benchmarks/vector_store.py quality --experts DIR --data-dir DATA
                                         NanoThink trained with and without it
-    python benchmarks/memory.py recall --checkpoint checkpoints/nanothink_mla.pt
+    python benchmarks/vector_store.py recall --checkpoint checkpoints/nanothink_mla.pt
                                         recall and speed against exact search
-    python benchmarks/memory.py scale   a million made-up keys: time, size, recall
-    python benchmarks/memory.py add --checkpoint checkpoints/nanothink_mla.pt --data-dir more --domains manual
+    python benchmarks/vector_store.py scale   a million made-up keys: time, size, recall
+    python benchmarks/vector_store.py add --checkpoint nanothink_mla.pt --data-dir more --domains manual
                                         text it was never trained on, before and after
-    python benchmarks/memory.py compact --checkpoint checkpoints/nanothink_mla.pt
+    python benchmarks/vector_store.py compact --checkpoint checkpoints/nanothink_mla.pt
                                         size and bits per byte by similarity
 
 Everything goes through the commands that a person would type. ``quality`` trains what is not in ``--out``
@@ -36,12 +36,12 @@ from nanothink.cli.app import run
 from nanothink.config import VectorStoreConfig
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import IGNORE
-from nanothink.memory.contents import VectorStore
-from nanothink.memory.index import Float32, Int64, Kind, NeighbourIndex, import_faiss, sample_size
 from nanothink.models.contract import LanguageModel
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.held_out import held_out
 from nanothink.runs.loading import load
+from nanothink.vector_store.contents import VectorStore
+from nanothink.vector_store.index import Float32, Int64, Kind, NeighbourIndex, import_faiss, sample_size
 
 K = 32
 PROBES = (4, 8, 16, 32, 64)  # lists to look into
@@ -113,7 +113,7 @@ def quality(options: argparse.Namespace) -> None:
             )
     found = {
         "trained without a memory": score(paths["without"], options.tokens),
-        "trained with one, asked without": score(paths["with"], options.tokens, "--no-memory"),
+        "trained with one, asked without": score(paths["with"], options.tokens, "--no-vector-store"),
         "trained and asked with it": score(paths["with"], options.tokens),
     }
     last = found["trained and asked with it"]
@@ -150,7 +150,7 @@ def recall(options: argparse.Namespace) -> None:
     loaded = load(options.checkpoint)
     model = loaded.model
     assert isinstance(model, NanoThink)
-    store = model.memory
+    store = model.vector_store
     assert isinstance(store, VectorStore)
     data = options.data_dir or loaded.config.data.data_dir
     tokens = held_out(find_corpus(data, loaded.config.data.domains), [loaded], loaded.tokenizer)
@@ -212,7 +212,7 @@ def copy_of(checkpoint: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copy(checkpoint, folder)
-        store = checkpoint.with_suffix(".memory")
+        store = checkpoint.with_suffix(".store")
         ignored = shutil.ignore_patterns("neighbours-*", "lock")
         shutil.copytree(store, folder / store.name, ignore=ignored)
         yield folder / checkpoint.name
@@ -221,9 +221,9 @@ def copy_of(checkpoint: Path) -> Iterator[Path]:
 def add(options: argparse.Namespace) -> None:
     text = ["--data-dir", str(options.data_dir), "--domains", options.domains]
     with copy_of(options.checkpoint) as path:
-        found = {"without a memory": score(path, options.tokens, *text, "--no-memory")}
+        found = {"without a memory": score(path, options.tokens, *text, "--no-vector-store")}
         found["with the memory of its training"] = score(path, options.tokens, *text)
-        with timed("memory add"):
+        with timed("store add"):
             facts = call("memory", "add", options.data_dir, "--domains", options.domains, "-c", path)
         found["once the domain is in it"] = score(path, options.tokens, *text)
     last = found["once the domain is in it"]

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from nanothink.errors import UsageError, did_you_mean
 
-MEMORY = "memory"
+VECTOR_STORE = "vector_store"
 """Name of the vector store beside the experts' names."""
 
 NO_TOKEN = -1
@@ -64,7 +64,7 @@ class Neighbours:
         return Neighbours(self.similarities.to(device), self.tokens.to(device), counts)
 
 
-class Memory(Protocol):
+class NeighbourSearch(Protocol):
     """Something that finds neighbours."""
 
     def search(self, queries: Tensor) -> Neighbours:
@@ -72,7 +72,7 @@ class Memory(Protocol):
         ...
 
 
-class RecallGate(nn.Module):
+class StoreGate(nn.Module):
     """Temperature and gate. Few parameters, none of a linear layer: the optimizer treats them like biases.
 
     The start is τ = 0.05 and g = σ(-1.5) = 0.18, whatever the evidence.
@@ -136,8 +136,8 @@ class RecallGate(nn.Module):
         odds = self.log_odds(stream, neighbours, weights, peak)
         with torch.autocast(stream.device.type, enabled=False):
             said = (weights * (neighbours.tokens == targets.unsqueeze(-1))).sum(-1)
-            recalled = F.logsigmoid(odds) + said.clamp_min(TINY).log()
-            mixed = torch.logaddexp(F.logsigmoid(-odds) + log_likelihood, recalled)
+            hits = F.logsigmoid(odds) + said.clamp_min(TINY).log()
+            mixed = torch.logaddexp(F.logsigmoid(-odds) + log_likelihood, hits)
             there = neighbours.tokens[..., 0] != NO_TOKEN
             share = odds.sigmoid().masked_fill(~there, 0.0)
             return torch.where(there, mixed, log_likelihood), share
@@ -149,8 +149,8 @@ class RecallGate(nn.Module):
         odds = self.log_odds(stream, neighbours, weights, own.amax(-1))
         there = neighbours.tokens[..., 0] != NO_TOKEN
         said = torch.zeros_like(own).scatter_add(-1, neighbours.tokens.clamp_min(0), weights)
-        recalled = F.logsigmoid(odds).unsqueeze(-1) + said.clamp_min(TINY).log()
-        mixed = torch.logaddexp(F.logsigmoid(-odds).unsqueeze(-1) + own, recalled)
+        hits = F.logsigmoid(odds).unsqueeze(-1) + said.clamp_min(TINY).log()
+        mixed = torch.logaddexp(F.logsigmoid(-odds).unsqueeze(-1) + own, hits)
         share = odds.sigmoid().masked_fill(~there, 0.0)
         return torch.where(there.unsqueeze(-1), mixed, own), share
 

@@ -27,10 +27,10 @@ from nanothink.data.tokens import IGNORE, TokenisedCorpus
 from nanothink.disk import make_folder, storage_error
 from nanothink.disk.block_file import BlockFile
 from nanothink.errors import StorageError
-from nanothink.memory.building import BATCH_TOKENS, Progress, States
-from nanothink.memory.contents import VectorStore
-from nanothink.memory.index import Float32, Int64
-from nanothink.models.recall import Neighbours
+from nanothink.models.store_gate import Neighbours
+from nanothink.vector_store.building import BATCH_TOKENS, Progress, States
+from nanothink.vector_store.contents import VectorStore
+from nanothink.vector_store.index import Float32, Int64
 
 _FORMAT = 2
 _MOST_OPEN = 64  # domains whose two files are open at a time
@@ -150,7 +150,7 @@ class TrainingNeighbours:
                     file.write(block, [numbers[row], coded[row]])
             except OSError as error:
                 raise StorageError(
-                    f"{self.folder} is gone or cannot be read: was the memory built anew meanwhile? Go "
+                    f"{self.folder} is gone or cannot be read: was the vector store built anew meanwhile? Go "
                     "on with --resume, which looks its neighbours up again."
                 ) from error
         similarities = coded.astype(np.float32) / _SCALE
@@ -198,7 +198,7 @@ def _coded(similarities: Float32) -> NDArray[np.int16]:
 
 
 class RepeatedSearch:
-    """A ``Memory`` that remembers what it was asked: a run validates on the same text again and again."""
+    """A ``NeighbourSearch`` with a cache: a run validates on the same text again and again."""
 
     _LEAST_ROWS = 64  # fewer are a sample being written, which nobody asks again
     _MOST_ROWS = 500_000  # about 200 MB at 32 neighbours

@@ -12,11 +12,11 @@ from nanothink.cli.render.tables import facts, fits, table
 from nanothink.errors import counted
 
 if TYPE_CHECKING:
-    from nanothink.runs.vector_store import Compaction, MemoryFacts, Recalled
+    from nanothink.runs.store_commands import Compaction, StoreFacts, StoreHit
 
 
-def memory_facts(found: MemoryFacts) -> None:
-    """``memory info``."""
+def store_facts(found: StoreFacts) -> None:
+    """``store info``."""
     kept = {
         "exact": "exact",
         "sq8": f"{counted(found.n_lists, 'list')}, a byte a number",
@@ -36,8 +36,8 @@ def memory_facts(found: MemoryFacts) -> None:
     table(["domain", ">tokens"], [[name, count(n)] for name, n in found.keys_by_domain.items()])
 
 
-def recalled(found: Sequence[Recalled]) -> None:
-    """``memory search``: a passage a line, the token that followed it set off, and where it stands."""
+def hits(found: Sequence[StoreHit]) -> None:
+    """``store search``: a passage a line, the token that followed it set off, and where it stands."""
     rows = [
         (
             f"{one.similarity:.3f}",
@@ -54,11 +54,11 @@ def recalled(found: Sequence[Recalled]) -> None:
         columns = [">similarity", ">weight", "passage and what followed, and where"]
         table(columns, [[*row[:2], Text.assemble(row[2], "\n", printable(row[3]))] for row in rows])
     if not found:
-        out.print("The memory is empty.")
+        out.print("The vector store is empty.")
 
 
 def compaction(done: Compaction) -> None:
-    """``memory compact``: before and after."""
+    """``store compact``: before and after."""
     rows = [
         [
             "keys",

@@ -1,4 +1,4 @@
-"""``nanothink memory``: the vector store of a NanoThink, built, added to, asked, made smaller."""
+"""``nanothink store``: the vector store of a NanoThink, built, added to, asked, made smaller."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from nanothink.cli.options import (
 
 if TYPE_CHECKING:
     from nanothink.data.problems import Problems
-    from nanothink.memory.building import BuildPlan
-    from nanothink.runs.vector_store import MemoryFacts
+    from nanothink.runs.store_commands import StoreFacts
+    from nanothink.vector_store.building import BuildPlan
 
-app = typer.Typer(help="Build, add to, search and compact the memory of a model.", **GROUP)
+app = typer.Typer(help="Build, add to, search and compact the vector store of a model.", **GROUP)
 
 Checkpoint = Annotated[
     Path | None,
@@ -68,22 +68,24 @@ def build(
     device: Device = None,
     assignments: Set = None,
     skip_bad_records: SkipBadRecords = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the memory that is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the vector store that is there.")
+    ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Make the memory of a NanoThink, or of experts to be combined.
+    """Make the vector store of a NanoThink, or of experts to be combined.
 
     A key for each token of the training text; text held out for validation is never in it.
     """
     from nanothink.cli import render
     from nanothink.disk import try_to_write
     from nanothink.errors import UsageError
-    from nanothink.memory.store import exists
-    from nanothink.runs.vector_store import build_memory, facts_of, find_remembering, plan_memory
+    from nanothink.runs.store_commands import build_store, facts_of, find_store_source, plan_store
+    from nanothink.vector_store.store import exists
 
     with render.progress() as bars:
-        found = find_remembering(
+        found = find_store_source(
             checkpoint,
             expert or (),
             checkpoint_dir,
@@ -95,8 +97,8 @@ def build(
         )
     if exists(found.folder) and not overwrite and not dry_run:
         raise UsageError(
-            f"{found.folder} is there already. Look at it: nanothink memory info. Put more text in: "
-            "nanothink memory add DATA_DIR. Build it anew: --overwrite"
+            f"{found.folder} is there already. Look at it: nanothink store info. Put more text in: "
+            "nanothink store add DATA_DIR. Build it anew: --overwrite"
         )
     if not dry_run:
         try_to_write(found.folder.parent)
@@ -106,19 +108,19 @@ def build(
         )
         if found.checkpoint is not None and not found.settings.enabled:
             bars.note(
-                f"{found.checkpoint} was trained without a memory and cannot ask one. Train it on with one: "
-                f"nanothink resume {found.checkpoint} --set vector_store.enabled=true --max-steps N"
+                f"{found.checkpoint} was trained without a vector store and cannot use one. To train it with "
+                f"one: nanothink resume {found.checkpoint} --set vector_store.enabled=true --max-steps N"
             )
-        plan = plan_memory(found, tokens)
+        plan = plan_store(found, tokens)
         if not dry_run:
-            store = build_memory(found, plan, tokens, note=bars.note, progress=bars)
+            store = build_store(found, plan, tokens, note=bars.note, progress=bars)
     if dry_run:
         _show_plan(found.folder, plan, tokens.left_out, as_json=as_json)
     else:
         _show(facts_of(store), tokens.left_out, as_json=as_json)
 
 
-@app.command(cls=ForgivingCommand, epilog=examples("memory add data --domains recipes"))
+@app.command(cls=ForgivingCommand, epilog=examples("store add data --domains recipes"))
 def add(
     data_dir: Annotated[
         str, typer.Argument(metavar="DATA_DIR", help="Folder with one folder of JSONL files per domain.")
@@ -132,17 +134,17 @@ def add(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Put more text into a memory.
+    """Put more text into a vector store.
 
     The model then knows it without training.
     """
     from nanothink.cli import render
     from nanothink.disk import try_to_write
     from nanothink.errors import counted
-    from nanothink.runs.vector_store import build_memory, facts_of, find_remembering, plan_memory
+    from nanothink.runs.store_commands import build_store, facts_of, find_store_source, plan_store
 
     with render.progress() as bars:
-        found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
+        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
         store = found.open(writable=True, progress=bars)
     if not dry_run:
         try_to_write(found.folder.parent)
@@ -150,7 +152,7 @@ def add(
         tokens = found.tokens(
             data_dir, _listed(domains), skip_bad_records=skip_bad_records, note=bars.note, progress=bars
         )
-        plan = plan_memory(found, tokens, store)
+        plan = plan_store(found, tokens, store)
         for n, why in (
             (plan.n_known, "known already"),
             (plan.n_held_out, "held out by earlier data"),
@@ -158,7 +160,7 @@ def add(
             if n:
                 bars.note(f"{counted(n, 'document')} left out: {why}.")
         if not dry_run:
-            store = build_memory(found, plan, tokens, store, note=bars.note, progress=bars)
+            store = build_store(found, plan, tokens, store, note=bars.note, progress=bars)
     if dry_run:
         _show_plan(found.folder, plan, tokens.left_out, as_json=as_json)
     else:
@@ -172,17 +174,17 @@ def info(
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     as_json: Json = False,
 ) -> None:
-    """Say what is in a memory; every byte of it is verified."""
+    """Say what is in a vector store; every byte of it is verified."""
     from nanothink.cli import render
-    from nanothink.runs.vector_store import facts_of, find_remembering
+    from nanothink.runs.store_commands import facts_of, find_store_source
 
     with render.progress() as bars:
-        found = find_remembering(checkpoint, (), checkpoint_dir, name=name, progress=bars)
+        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, progress=bars)
         store = found.open(progress=bars)
     _show(facts_of(store), as_json=as_json)
 
 
-@app.command(cls=ForgivingCommand, epilog=examples('memory search "In the beginning"'))
+@app.command(cls=ForgivingCommand, epilog=examples('store search "In the beginning"'))
 def search(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="Its end is what is searched by.")],
     neighbours: Annotated[
@@ -201,18 +203,18 @@ def search(
     from dataclasses import asdict
 
     from nanothink.cli import render
-    from nanothink.runs.vector_store import find_remembering, search_memory
+    from nanothink.runs.store_commands import find_store_source, search_store
 
     with render.progress() as bars:
-        found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
+        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
         store = found.open(progress=bars)
     if loss := found.tokenizer.loss(text):
         render.warning(f"The tokenizer loses a part of the text: {loss}.")
-    recalled = search_memory(found, store, text, neighbours)
+    hits = search_store(found, store, text, neighbours)
     if as_json:
-        render.print_json({"text": text, "recalled": [asdict(one) for one in recalled]})
+        render.print_json({"text": text, "found": [asdict(one) for one in hits]})
     else:
-        render.recalled(recalled)
+        render.hits(hits)
 
 
 @app.command(cls=ForgivingCommand)
@@ -237,20 +239,20 @@ def compact(
 ) -> None:
     """Merge keys that are nearly alike and led to the same token.
 
-    Says how large the memory is, and how well the model does, before and after.
+    Says how large the vector store is, and how well the model does, before and after.
     """
     from nanothink.cli import render
     from nanothink.disk import try_to_write
-    from nanothink.runs.vector_store import compact_memory, find_remembering
+    from nanothink.runs.store_commands import compact_store, find_store_source
 
     with render.progress() as bars:
-        found = find_remembering(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
+        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
     try_to_write(found.folder.parent)
     with render.progress() as bars:
         tokens = None
         if max_tokens and found.checkpoint is not None:
             tokens = found.held_out(note=bars.note, progress=bars)
-        done = compact_memory(
+        done = compact_store(
             found, similarity, tokens=tokens, max_tokens=max_tokens or None, note=bars.note, progress=bars
         )
     if as_json:
@@ -275,19 +277,19 @@ def _listed(domains: list[str] | None) -> tuple[str, ...] | None:
     return DataConfig(domains=tuple(domains)).domains if domains else None
 
 
-def _as_dict(facts: MemoryFacts) -> dict[str, Any]:
+def _as_dict(facts: StoreFacts) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(facts)
 
 
-def _show(facts: MemoryFacts, left_out: Problems | None = None, *, as_json: bool) -> None:
+def _show(facts: StoreFacts, left_out: Problems | None = None, *, as_json: bool) -> None:
     from nanothink.cli import render
 
     if as_json:
         render.print_json(_as_dict(facts) | (render.bad_lines(left_out) if left_out is not None else {}))
     else:
-        render.memory_facts(facts)
+        render.store_facts(facts)
 
 
 def _show_plan(folder: Path, plan: BuildPlan, left_out: Problems, *, as_json: bool) -> None:

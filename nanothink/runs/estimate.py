@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 
-from nanothink.memory.index import bytes_per_key, choose_kind
-from nanothink.memory.neighbours import bytes_per_neighbour
 from nanothink.models import COMBINED
-from nanothink.runs.keeping import kept_bytes
-from nanothink.runs.preparing import Prepared, largest_share
+from nanothink.runs.expert_state_cache import kept_bytes
+from nanothink.runs.preparing import RunSetup, largest_share
 from nanothink.training.optimizer import effective_warmup
+from nanothink.vector_store.index import bytes_per_key, choose_kind
+from nanothink.vector_store.neighbours import bytes_per_neighbour
 
 _FLOAT32 = 4
 _PROCESS_BYTES = 450 * 2**20  # the interpreter with torch loaded, before any tensor
@@ -32,7 +32,7 @@ class RunEstimate:
     warmup_steps: int
     epochs: float
     n_processes: int
-    memory: dict[str, int]
+    vector_store: dict[str, int]
     """Of each process."""
     checkpoint_bytes: int
     disk_bytes: int
@@ -46,16 +46,16 @@ class RunEstimate:
 
     @property
     def peak_memory_bytes(self) -> int:
-        return sum(self.memory.values())
+        return sum(self.vector_store.values())
 
 
-def estimate_run(prepared: Prepared, n_processes: int = 1) -> RunEstimate:
+def estimate_run(setup: RunSetup, n_processes: int = 1) -> RunEstimate:
     """Count what can be counted and estimate the rest, without a step of training.
 
     Raises UsageError when the processes are too many for the batch.
     """
-    config, train_config, plan = prepared.config, prepared.training, prepared.plan
-    model = prepared.build_model()
+    config, train_config, plan = setup.config, setup.training, setup.plan
+    model = setup.build_model()
     groups = model.parameter_groups()
     parameters = {role: sum(p.numel() for _, p in named) for role, named in groups.items() if named}
     n_parameters = sum(parameters.values())
@@ -67,58 +67,58 @@ def estimate_run(prepared: Prepared, n_processes: int = 1) -> RunEstimate:
     # what travels in the checkpoint but is not trained: a diffuser's table of targets, NanoThink's experts
     trained = {name for named in groups.values() for name, _ in named}
     n_fixed = sum(t.numel() for name, t in model.state_dict().items() if name not in trained)
-    value_bytes = 2 if prepared.precision.dtype.itemsize == 2 else 4
+    value_bytes = 2 if setup.precision.dtype.itemsize == 2 else 4
     length = config.model.max_seq_len
-    memory = {
+    vector_store = {
         "weights": _FLOAT32 * (n_parameters + n_fixed),
         # several keep their own until the sum of all is there
         "gradients": _FLOAT32 * n_parameters * (1 if n_processes == 1 else 2),
         "optimizer": _FLOAT32 * moments,
-        "activations": model.activation_bytes(largest_share(prepared, n_processes), length, value_bytes),
+        "activations": model.activation_bytes(largest_share(setup, n_processes), length, value_bytes),
         "process": _PROCESS_BYTES,
     }
     store_disk = 0
-    if prepared.where.kind == COMBINED and config.vector_store.enabled:
-        memory["vector store"], store_disk = _vector_store(prepared)
+    if setup.spec.kind == COMBINED and config.vector_store.enabled:
+        vector_store["vector store"], store_disk = _vector_store(setup)
     checkpoint = _FLOAT32 * (n_parameters + n_fixed + moments)
     epochs = plan.total_steps * plan.blocks_per_step / plan.n_blocks
     snapshots = int(epochs) // train_config.snapshot_every_epochs
     return RunEstimate(
         parameters=parameters,
         frozen_parameters=n_fixed,
-        train_tokens={name: stream.n_tokens for name, stream in prepared.tokens.train.items()},
-        validation_tokens={name: stream.n_tokens for name, stream in prepared.tokens.val.items()},
+        train_tokens={name: stream.n_tokens for name, stream in setup.tokens.train.items()},
+        validation_tokens={name: stream.n_tokens for name, stream in setup.tokens.val.items()},
         tokens_per_step=plan.blocks_per_step * length,
         steps=plan.total_steps,
         steps_per_epoch=plan.n_blocks / plan.blocks_per_step,
         warmup_steps=effective_warmup(train_config, plan.total_steps),
         epochs=epochs,
         n_processes=n_processes,
-        memory=memory,
+        vector_store=vector_store,
         checkpoint_bytes=checkpoint,
         # best, rolling, snapshots, and the temporary file of the one being written
         disk_bytes=checkpoint * (3 + snapshots) + store_disk,
-        disk_free_bytes=_free_bytes(prepared),
-        states_bytes=kept_bytes(prepared),
-        precision=prepared.precision.name,
-        precision_reason=prepared.precision.reason,
-        n_bad_lines=prepared.tokens.skipped_records,
+        disk_free_bytes=_free_bytes(setup),
+        states_bytes=kept_bytes(setup),
+        precision=setup.precision.name,
+        precision_reason=setup.precision.reason,
+        n_bad_lines=setup.tokens.skipped_records,
     )
 
 
-def _vector_store(prepared: Prepared) -> tuple[int, int]:
+def _vector_store(setup: RunSetup) -> tuple[int, int]:
     """Memory and disk of the store once it is built, the neighbours of the training blocks included."""
-    settings, model = prepared.config.vector_store, prepared.config.model
-    n_tokens = sum(stream.n_tokens for stream in prepared.tokens.train.values())
+    settings, model = setup.config.vector_store, setup.config.model
+    n_tokens = sum(stream.n_tokens for stream in setup.tokens.train.values())
     n_keys = min(n_tokens, settings.max_keys or n_tokens)
     index = n_keys * bytes_per_key(choose_kind(settings, n_keys), model.d_model)
-    looked_up = min(prepared.plan.n_blocks, prepared.plan.total_steps * prepared.plan.blocks_per_step)
+    looked_up = min(setup.plan.n_blocks, setup.plan.total_steps * setup.plan.blocks_per_step)
     kept = looked_up * model.max_seq_len * settings.n_neighbours * bytes_per_neighbour(n_keys)
     return index, index + 4 * n_keys + kept
 
 
-def _free_bytes(prepared: Prepared) -> int:
-    folder = prepared.where.checkpoint_dir.absolute()
+def _free_bytes(setup: RunSetup) -> int:
+    folder = setup.spec.checkpoint_dir.absolute()
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -1,6 +1,6 @@
 """The vector store on the disk: whole or not at all, and only for the model it was made for.
 
-    <checkpoint>.memory/
+    <checkpoint>.store/
         manifest.json                  what belongs to it, with the size and digest of every file
         index-<generation>.faiss       the keys (index.py), under the numbers of their tokens
         tokens-<generation>.npy        the text: token n is what followed key n
@@ -52,13 +52,13 @@ from nanothink.errors import (
     VectorStoreMismatchError,
     VectorStoreNotFoundError,
 )
-from nanothink.memory.contents import DOCUMENT, Contents, Owner, VectorStore, trained_text
-from nanothink.memory.index import Kind, NeighbourIndex, damaged
+from nanothink.vector_store.contents import DOCUMENT, Contents, Owner, VectorStore, trained_text
+from nanothink.vector_store.index import Kind, NeighbourIndex, damaged
 
 Progress = Callable[[str, int, int], None]
 
 FORMAT = 2
-SUFFIX = ".memory"
+SUFFIX = ".store"
 
 _MANIFEST = "manifest.json"
 _ROLES = ("index", "tokens", "documents", "heldout", "heads", "merged")
@@ -115,8 +115,8 @@ class _Manifest(TypedDict):
 _MANIFESTS = TypeAdapter(_Manifest)
 
 
-def memory_folder(checkpoint_dir: Path, stem: str) -> Path:
-    """Where the memory of a run lies."""
+def store_folder(checkpoint_dir: Path, stem: str) -> Path:
+    """Where the vector store of a run lies."""
     return checkpoint_dir / f"{stem}{SUFFIX}"
 
 
@@ -138,8 +138,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         model = folder.with_suffix(".pt")
         which = f" -c {model}" if model.exists() else ""
         raise VectorStoreNotFoundError(
-            f"There is no memory in {folder}. If the model was copied, copy that folder too; or build it: "
-            f"nanothink memory build{which}"
+            f"There is no vector store in {folder}. If the model was copied, copy that folder too; or build "
+            f"it: nanothink store build{which}"
         ) from None
     except OSError as error:
         raise StorageError(
@@ -152,7 +152,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise VectorStoreMismatchError(
             f"{folder} has format {manifest.get('format')}, and this NanoThink reads {FORMAT}. Build it "
-            "again: nanothink memory build --overwrite"
+            "again: nanothink store build --overwrite"
         )
     try:
         return dict(_MANIFESTS.validate_python(manifest))
@@ -251,7 +251,7 @@ def check_owner(folder: Path, found: Owner, wanted: Owner) -> None:
             raise VectorStoreMismatchError(
                 f"{folder} belongs to another model: its {what} is not this one's (its keys are states of "
                 f"'{found.expert}', a {found.kind}; this model asks by '{wanted.expert}', a {wanted.kind}). "
-                "Build this model's own: nanothink memory build --overwrite"
+                "Build this model's own: nanothink store build --overwrite"
             )
 
 

@@ -17,8 +17,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from nanothink.memory.contents import Contents, VectorStore
-from nanothink.memory.index import Float32, Int64
+from nanothink.vector_store.contents import Contents, VectorStore
+from nanothink.vector_store.index import Float32, Int64
 
 _AT_ONCE = 4096  # keys of a group compared at a time: a matrix of 64 MB
 

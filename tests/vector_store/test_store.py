@@ -28,15 +28,15 @@ from nanothink.errors import (
     VectorStoreMismatchError,
     VectorStoreNotFoundError,
 )
-from nanothink.memory import neighbours
-from nanothink.memory import store as store_module
-from nanothink.memory.building import States, build, held_out_texts, plan_build
-from nanothink.memory.compact import merge_duplicates
-from nanothink.memory.contents import Owner, VectorStore
-from nanothink.memory.index import Float32, NeighbourIndex
-from nanothink.memory.neighbours import RepeatedSearch, TrainingNeighbours, number_dtype
-from nanothink.memory.store import open_store, read_manifest, store_bytes, write_store
-from nanothink.models.recall import NO_TOKEN
+from nanothink.models.store_gate import NO_TOKEN
+from nanothink.vector_store import neighbours
+from nanothink.vector_store import store as store_module
+from nanothink.vector_store.building import States, build, held_out_texts, plan_build
+from nanothink.vector_store.compact import merge_duplicates
+from nanothink.vector_store.contents import Owner, VectorStore
+from nanothink.vector_store.index import Float32, NeighbourIndex
+from nanothink.vector_store.neighbours import RepeatedSearch, TrainingNeighbours, number_dtype
+from nanothink.vector_store.store import open_store, read_manifest, store_bytes, write_store
 
 WIDTH, LENGTH = 16, 24
 
@@ -92,7 +92,7 @@ def make(tmp_path: Path, owner: Owner, tokenizer: Tokenizer) -> Callable[..., Ve
         settings: VectorStoreConfig = EXACT,
         store: VectorStore | None = None,
         by: States = states,
-        folder: Path = tmp_path / "m.memory",
+        folder: Path = tmp_path / "m.store",
     ) -> VectorStore:
         plan = plan_build(tokens, settings, owner, by, store)
         build(
@@ -395,7 +395,7 @@ def test_a_damaged_file_is_named(role: str, damage: str, read: Read, make: Make)
         path.unlink()
     with pytest.raises(VectorStoreDamagedError, match=path.name) as error:
         open_store(store.folder, EXACT, owner=store.owner)
-    assert "memory build --overwrite" in str(error.value)
+    assert "store build --overwrite" in str(error.value)
 
 
 def test_a_damaged_manifest_is_named(read: Read, make: Make) -> None:
@@ -407,7 +407,7 @@ def test_a_damaged_manifest_is_named(read: Read, make: Make) -> None:
         with pytest.raises(VectorStoreDamagedError, match=r"manifest\.json is damaged"):
             open_store(store.folder, EXACT)
     path.unlink()
-    with pytest.raises(VectorStoreNotFoundError, match="nanothink memory build"):
+    with pytest.raises(VectorStoreNotFoundError, match="nanothink store build"):
         open_store(store.folder, EXACT)
 
 
@@ -585,7 +585,7 @@ def test_kept_neighbours_go_with_their_store(read: Read, make: Make) -> None:
 def test_a_search_that_was_killed_goes_on(read: Read, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = read()
     store = make(tokens)
-    monkeypatch.setattr("nanothink.memory.neighbours.BATCH_TOKENS", 4 * LENGTH)
+    monkeypatch.setattr("nanothink.vector_store.neighbours.BATCH_TOKENS", 4 * LENGTH)
     places = all_places(tokens)
     calls = 0
 
@@ -614,10 +614,10 @@ def test_what_was_asked_before_is_remembered(read: Read, make: Make) -> None:
             return super().search(queries)
 
     counting = Counting(store.folder, store.owner, store.index, store.contents, n_neighbours=8)
-    memory = RepeatedSearch(counting)
+    vector_store = RepeatedSearch(counting)
     keys, _ = training_pairs(tokens)
     one, two = torch.from_numpy(keys[:100]), torch.from_numpy(keys[100:200])
-    found = [memory.search(q) for q in (one, two, one, two, one[:3], one[:3])]
+    found = [vector_store.search(q) for q in (one, two, one, two, one[:3], one[:3])]
     assert calls == [100, 100, 3, 3]
     assert torch.equal(found[2].tokens, store.search(one).tokens)
     assert torch.equal(found[3].similarities, store.search(two).similarities)

@@ -25,10 +25,10 @@ from nanothink.data.corpus import find_corpus
 from nanothink.data.split import SplitRule
 from nanothink.data.tokens import tokenise
 from nanothink.errors import VectorStoreNotFoundError
-from nanothink.memory.building import held_out_texts
-from nanothink.memory.contents import VectorStore
-from nanothink.memory.store import read_manifest
 from nanothink.models.nanothink import NanoThink
+from nanothink.vector_store.building import held_out_texts
+from nanothink.vector_store.contents import VectorStore
+from nanothink.vector_store.store import read_manifest
 
 STEM = "nanothink_mla"
 WORDS = ["time", "light", "stone", "water", "letter", "garden", "river", "wind", "moon", "winter"]
@@ -116,8 +116,8 @@ def bits(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, An
 def store_of(folder: Path) -> VectorStore:
     model = package.load(folder / f"{STEM}.pt").model
     assert isinstance(model, NanoThink)
-    assert isinstance(model.memory, VectorStore)
-    return model.memory
+    assert isinstance(model.vector_store, VectorStore)
+    return model.vector_store
 
 
 def test_it_is_built_says_its_cost_and_holds_no_validation_text(
@@ -128,7 +128,7 @@ def test_it_is_built_says_its_cost_and_holds_no_validation_text(
     opened = map(os.path.realpath, Path("/proc/self/fd").iterdir())
     assert not [path for path in opened if "neighbours-" in path and path.startswith(str(tmp_path))]
     said = capsys.readouterr().err
-    assert "Building the memory" in said
+    assert "Building the vector store" in said
     assert "of memory and" in said
     assert "neighbours of" in said
     assert said.index("That takes about") < said.index("step 1/30")
@@ -140,10 +140,10 @@ def test_it_is_built_says_its_cost_and_holds_no_validation_text(
     lines = [
         json.loads(line) for line in (tmp_path / "runs" / STEM / "metrics.jsonl").read_text().splitlines()
     ]
-    weights = [line["weight_memory"] for line in lines if line["event"] == "train"]
+    weights = [line["weight_vector_store"] for line in lines if line["event"] == "train"]
     assert all(0 < weight < 1 for weight in weights)
     (step_10,) = [line for line in lines if line["event"] == "validation" and line["step"] == 10]
-    assert set(step_10["routing"]["letters"]["weights"]) == {"transformer", "state_space", "memory"}
+    assert set(step_10["routing"]["letters"]["weights"]) == {"transformer", "state_space", "vector_store"}
 
 
 def test_interrupted_it_goes_on_to_the_same_bits(
@@ -158,17 +158,17 @@ def test_interrupted_it_goes_on_to_the_same_bits(
                 break
         process.stderr.read()
         assert process.wait(120) == 130
-    generation = read_manifest(tmp_path / f"{STEM}.memory")["generation"]
-    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / f"{STEM}.memory").glob("neighbours-*/*")}
+    generation = read_manifest(tmp_path / f"{STEM}.store")["generation"]
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / f"{STEM}.store").glob("neighbours-*/*")}
     assert kept
     time.sleep(0.01)
     assert run(["resume", "--checkpoint-dir", str(tmp_path)]) == 0
-    assert read_manifest(tmp_path / f"{STEM}.memory")["generation"] == generation
+    assert read_manifest(tmp_path / f"{STEM}.store")["generation"] == generation
     assert {p: p.stat().st_mtime_ns for p in kept} == kept  # nothing was searched again
     one, other = (read_checkpoint(f / f"{STEM}.pt")["model_state"] for f in (trained, tmp_path))
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
-    assert {n for n in one if n.startswith("recall.")} != set()
+    assert {n for n in one if n.startswith("store_gate.")} != set()
 
 
 def test_a_domain_is_learnt_without_training(
@@ -177,23 +177,23 @@ def test_a_domain_is_learnt_without_training(
     path = copied / f"{STEM}.pt"
     on_chants = [path, "--data-dir", corpus, "--domains", "chants"]
     before = bits(capsys, *on_chants)
-    alone = bits(capsys, *on_chants, "--no-memory")
+    alone = bits(capsys, *on_chants, "--no-vector-store")
     weights = path.read_bytes()
     told = ["--domains", "chants", "--checkpoint-dir", str(copied)]
-    assert run(["memory", "add", str(corpus), *told, "--dry-run", "--json"]) == 0
+    assert run(["store", "add", str(corpus), *told, "--dry-run", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
-    assert run(["memory", "add", str(corpus), *told, "--json"]) == 0
+    assert run(["store", "add", str(corpus), *told, "--json"]) == 0
     out, said = capsys.readouterr()
-    assert "Adding to the memory" in said
+    assert "Adding to the vector store" in said
     added = json.loads(out)
     assert added["keys_by_domain"]["chants"] == planned["n_new_keys"] > 0
     assert path.read_bytes() == weights
     after = bits(capsys, *on_chants)
     assert after["overall"]["bits_per_byte"] < 0.9 * before["overall"]["bits_per_byte"]
     assert after["overall"]["bits_per_byte"] < 0.9 * alone["overall"]["bits_per_byte"]
-    assert set(after["routing"]["chants"]["weights"]) == {"transformer", "state_space", "memory"}
+    assert set(after["routing"]["chants"]["weights"]) == {"transformer", "state_space", "vector_store"}
     assert set(alone["routing"]["chants"]["weights"]) == {"transformer", "state_space"}
-    assert run(["memory", "add", str(corpus), *told]) == 1  # all of it is known now
+    assert run(["store", "add", str(corpus), *told]) == 1  # all of it is known now
     assert "nothing new to remember" in capsys.readouterr().err
     # What is in the memory is not scored unasked.
     assert run(["eval", *map(str, on_chants), "--split", "train"]) == 1
@@ -203,26 +203,26 @@ def test_a_domain_is_learnt_without_training(
 def test_it_is_looked_at_and_asked(trained: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--checkpoint-dir", str(trained)]
     capsys.readouterr()
-    assert run(["memory", "info", *where, "--json"]) == 0
+    assert run(["store", "info", *where, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["owner"]["kind"] == "state_space"
     assert sum(facts["keys_by_domain"].values()) == facts["n_keys"] == facts["n_tokens"]
-    assert run(["memory", "info", *where]) == 0
+    assert run(["store", "info", *where]) == 0
     assert "bytes a key" in capsys.readouterr().out
     store = store_of(trained)
     number = int(store.contents.documents["end"][0]) + 20  # inside the second document
     prompt = package.load(trained / f"{STEM}.pt").tokenizer.decode(store.passage(number, 20))
-    assert run(["memory", "search", prompt, "-k", "5", *where, "--json"]) == 0
-    recalled = json.loads(capsys.readouterr().out)["recalled"]
-    assert len(recalled) == 5
-    assert sum(one["weight"] for one in recalled) == pytest.approx(1, abs=1e-5)
-    for one in recalled:
+    assert run(["store", "search", prompt, "-k", "5", *where, "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out)["found"]
+    assert len(hits) == 5
+    assert sum(one["weight"] for one in hits) == pytest.approx(1, abs=1e-5)
+    for one in hits:
         path, _, line = one["source"].rpartition(":")
         text = json.loads((corpus / path).read_text().splitlines()[int(line) - 1])["text"]
         assert one["before"] in text
-    assert run(["memory", "search", prompt, *where]) == 0
+    assert run(["store", "search", prompt, *where]) == 0
     assert "texts.jsonl:" in capsys.readouterr().out
-    assert run(["memory", "search", "", *where]) == 2
+    assert run(["store", "search", "", *where]) == 2
 
 
 def test_its_share_is_shown_token_by_token(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,7 +246,7 @@ def test_its_share_is_shown_token_by_token(trained: Path, capsys: pytest.Capture
     x = torch.tensor([[*model.tokenizer.encode("time light"), *(t["token"] for t in sample["tokens"])]])
     first = len(model.tokenizer.encode("time light"))
     routing = model.routing(x)[0, first - 1 :]
-    assert model.model.components == ("transformer", "state_space", "memory")
+    assert model.model.components == ("transformer", "state_space", "vector_store")
     differences = [
         abs(mine - other)
         for token, weights in zip(sample["tokens"], routing, strict=False)
@@ -266,33 +266,33 @@ def test_its_share_is_shown_token_by_token(trained: Path, capsys: pytest.Capture
         "expert",
         "transformer",
         "state_space",
-        "memory",
+        "vector_store",
     ]
-    assert run([*told, "--no-memory"]) == 0
-    assert "memory" not in capsys.readouterr().out.splitlines()[0]
+    assert run([*told, "--no-vector-store"]) == 0
+    assert "vector_store" not in capsys.readouterr().out.splitlines()[0]
 
 
 def test_without_it_the_model_says_so_and_works_when_told_to(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = copied / f"{STEM}.pt"
-    shutil.rmtree(copied / f"{STEM}.memory")
+    shutil.rmtree(copied / f"{STEM}.store")
     capsys.readouterr()
     for command in (["generate", "x", "-n", "3", "-c", str(path)], ["eval", str(path)]):
         assert run(command) == 1
         said = capsys.readouterr().err
-        assert "trained with a memory" in said
-        assert f"nanothink memory build -c {path}" in said
-        assert "--no-memory" in said
-        assert run([*command, "--no-memory"]) == 0
+        assert "trained with a vector store" in said
+        assert f"nanothink store build -c {path}" in said
+        assert "--no-vector-store" in said
+        assert run([*command, "--no-vector-store"]) == 0
     with pytest.raises(VectorStoreNotFoundError):
         package.load(path)
-    assert package.load(path, memory=False).generate("x", max_new_tokens=3) is not None
+    assert package.load(path, vector_store=False).generate("x", max_new_tokens=3) is not None
     capsys.readouterr()
-    assert run(["memory", "build", "--checkpoint-dir", str(copied), "--dry-run"]) == 0
-    assert not (copied / f"{STEM}.memory").exists()
-    assert run(["memory", "build", "--checkpoint-dir", str(copied)]) == 0
-    assert run(["memory", "build", "--checkpoint-dir", str(copied)]) == 2
+    assert run(["store", "build", "--checkpoint-dir", str(copied), "--dry-run"]) == 0
+    assert not (copied / f"{STEM}.store").exists()
+    assert run(["store", "build", "--checkpoint-dir", str(copied)]) == 0
+    assert run(["store", "build", "--checkpoint-dir", str(copied)]) == 2
     assert run(["generate", "x", "-n", "3", "-c", str(path)]) == 0
 
 
@@ -301,8 +301,8 @@ def test_one_of_another_model_is_refused(
 ) -> None:
     other = tmp_path / "other"
     assert run(typed(other, "--set", "vector_store.expert=transformer")) == 0
-    shutil.rmtree(copied / f"{STEM}.memory")
-    shutil.copytree(other / f"{STEM}.memory", copied / f"{STEM}.memory")
+    shutil.rmtree(copied / f"{STEM}.store")
+    shutil.copytree(other / f"{STEM}.store", copied / f"{STEM}.store")
     capsys.readouterr()
     assert run(["eval", str(copied / f"{STEM}.pt")]) == 1
     assert "belongs to another model" in capsys.readouterr().err
@@ -311,13 +311,13 @@ def test_one_of_another_model_is_refused(
 
 
 def test_a_damaged_one_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = next((copied / f"{STEM}.memory").glob("index-*"))
+    path = next((copied / f"{STEM}.store").glob("index-*"))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     capsys.readouterr()
     for command in (
-        ["memory", "info", "--checkpoint-dir", str(copied)],
+        ["store", "info", "--checkpoint-dir", str(copied)],
         ["eval", str(copied / f"{STEM}.pt")],
     ):
         assert run(command) == 1
@@ -327,14 +327,14 @@ def test_a_damaged_one_is_named(copied: Path, capsys: pytest.CaptureFixture[str]
 def test_it_is_made_smaller(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--checkpoint-dir", str(copied)]
     capsys.readouterr()
-    assert run(["memory", "compact", "--similarity", "0.9", "--max-tokens", "500", *where, "--json"]) == 0
+    assert run(["store", "compact", "--similarity", "0.9", "--max-tokens", "500", *where, "--json"]) == 0
     done = json.loads(capsys.readouterr().out)
     assert done["after"]["n_keys"] == done["before"]["n_keys"] - done["after"]["n_merged"]
     assert done["after"]["n_merged"] > 0
     assert done["bits_per_byte"]["after"] == pytest.approx(done["bits_per_byte"]["before"], rel=0.05)
     scored = bits(capsys, copied / f"{STEM}.pt", "--max-tokens", "500")
     assert scored["overall"]["bits_per_byte"] == pytest.approx(done["bits_per_byte"]["after"], abs=1e-6)
-    assert run(["memory", "compact", "--max-tokens", "500", *where]) == 0
+    assert run(["store", "compact", "--max-tokens", "500", *where]) == 0
     assert "bits per byte, all" in capsys.readouterr().out
 
 
@@ -343,15 +343,17 @@ def test_what_compacting_is_at_is_told(
 ) -> None:
     told: dict[str, list[tuple[int, int]]] = {}
     monkeypatch.setattr(Bars, "__call__", lambda self, label, *at: told.setdefault(label, []).append(at))
-    assert run(["memory", "compact", "--max-tokens", "500", "--checkpoint-dir", str(copied)]) == 0
-    memory = f"{STEM}.memory"
-    stages = ("evaluating before", "comparing keys", f"writing {memory}", "evaluating after")
+    assert run(["store", "compact", "--max-tokens", "500", "--checkpoint-dir", str(copied)]) == 0
+    vector_store = f"{STEM}.store"
+    stages = ("evaluating before", "comparing keys", f"writing {vector_store}", "evaluating after")
     assert [label for label in told if label in stages] == list(stages)
     # Opened to be compacted, for the score before, again when it is written, and for the score after.
-    verified = told[f"verifying {memory}"]
+    verified = told[f"verifying {vector_store}"]
     assert sum(done == total for done, total in verified) == 4
-    done, total = told[f"writing {memory}"][-1]
-    assert done == total == sum(p.stat().st_size for p in (copied / memory).glob("*-*.*") if p.is_file())
+    done, total = told[f"writing {vector_store}"][-1]
+    assert (
+        done == total == sum(p.stat().st_size for p in (copied / vector_store).glob("*-*.*") if p.is_file())
+    )
 
 
 def test_without_faiss_everything_else_works(
@@ -363,12 +365,12 @@ def test_without_faiss_everything_else_works(
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     path = str(trained / f"{STEM}.pt")
-    assert run(["generate", "x", "-n", "3", "-c", path, "--no-memory"]) == 0
-    assert run(["eval", path, "--no-memory"]) == 0
+    assert run(["generate", "x", "-n", "3", "-c", path, "--no-vector-store"]) == 0
+    assert run(["eval", path, "--no-vector-store"]) == 0
     assert run([part for part in typed(tmp_path) if part != "--use-vector-store"]) == 0
     assert run(["generate", "x", "-n", "3", "-c", str(tmp_path / f"{STEM}.pt")]) == 0
     capsys.readouterr()
-    for command in (["eval", path], typed(tmp_path / "new"), ["memory", "info", "-c", path]):
+    for command in (["eval", path], typed(tmp_path / "new"), ["store", "info", "-c", path]):
         assert run(command) == 2
         assert "pip install faiss-cpu" in capsys.readouterr().err
 
@@ -389,11 +391,11 @@ def test_a_model_without_one_is_trained_on_with_one(
     path = str(tmp_path / f"{STEM}.pt")
     before = set(read_checkpoint(Path(path))["model_state"])
     capsys.readouterr()
-    assert run(["memory", "build", "-c", path]) == 0
+    assert run(["store", "build", "-c", path]) == 0
     assert f"resume {path} --set vector_store.enabled=true" in capsys.readouterr().err
     assert run(["resume", path, "--set", "vector_store.enabled=true", "--max-steps", "40"]) == 0
     after = set(read_checkpoint(Path(path))["model_state"])
-    assert {name.partition(".")[0] for name in after - before} == {"recall"}
+    assert {name.partition(".")[0] for name in after - before} == {"store_gate"}
     model = package.load(path).model
     assert isinstance(model, NanoThink)
-    assert model.components[-1] == "memory"
+    assert model.components[-1] == "vector_store"

@@ -13,8 +13,8 @@ import pytest
 
 from nanothink.config import VectorStoreConfig
 from nanothink.errors import UsageError, VectorStoreDamagedError, VectorStoreError
-from nanothink.memory import index as index_module
-from nanothink.memory.index import (
+from nanothink.vector_store import index as index_module
+from nanothink.vector_store.index import (
     Float32,
     Int64,
     Kind,
@@ -126,7 +126,7 @@ def test_without_faiss_the_message_says_what_to_install(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "first", ["import torch, faiss", "import faiss, torch", "import nanothink.memory.index"]
+    "first", ["import torch, faiss", "import faiss, torch", "import nanothink.vector_store.index"]
 )
 def test_faiss_and_torch_work_in_one_process_and_its_threads(first: str) -> None:
     """Two OpenMP runtimes: whoever comes first, products, k-means and searches end, and are right."""
@@ -134,7 +134,7 @@ def test_faiss_and_torch_work_in_one_process_and_its_threads(first: str) -> None
         {first}
         import threading
         import numpy as np, torch
-        from nanothink.memory.index import NeighbourIndex, import_faiss
+        from nanothink.vector_store.index import NeighbourIndex, import_faiss
         torch.set_num_threads(2)
         faiss = import_faiss()
         assert faiss.omp_get_max_threads() == 2
@@ -171,8 +171,8 @@ def test_faiss_and_torch_work_in_one_process_and_its_threads(first: str) -> None
 
 def test_faiss_comes_with_the_first_use_alone() -> None:
     code = (
-        "import sys, nanothink.runs.pretraining, nanothink.runs.evaluating, nanothink.runs.vector_store;"
-        "import nanothink.cli.memory; sys.exit('faiss' in sys.modules)"
+        "import sys, nanothink.runs.pretraining, nanothink.runs.evaluating, nanothink.runs.store_commands;"
+        "import nanothink.cli.store; sys.exit('faiss' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert not hasattr(index_module, "faiss")
@@ -247,5 +247,5 @@ def test_a_file_that_is_no_such_index_is_named(kind: Kind, content: str, tmp_pat
     index.write(path)
     whole = path.read_bytes()
     path.write_bytes({"empty": b"", "no index": b"text " * 100, "cut": whole[:-50]}.get(content, whole))
-    with pytest.raises(VectorStoreDamagedError, match=r"index\.faiss is damaged: .*memory build --overwrite"):
+    with pytest.raises(VectorStoreDamagedError, match=r"index\.faiss is damaged: .*store build --overwrite"):
         NeighbourIndex.read(path, kind, 16, writable=True)
