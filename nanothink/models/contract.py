@@ -18,11 +18,40 @@ from torch import Tensor, nn
 from nanothink.data.tokens import IGNORE
 from nanothink.models.loss import linear_cross_entropy, linear_log_likelihood
 
-__all__ = ["IGNORE", "LanguageModel", "State"]
+__all__ = ["IGNORE", "LanguageModel", "State", "joined_rows", "without_row"]
 
 
 class State:
-    """Decoding state of a model after the tokens read so far. Opaque: made by ``start``, used by ``step``."""
+    """Decoding state of a model after the tokens read so far. Opaque: made by ``start``, used by ``step``.
+
+    Its rows are sequences of their own. They may join and leave, and may have read different numbers of
+    tokens; whoever reads on gives each of them the same number.
+    """
+
+    def join(self, other: State) -> None:
+        """Append copies of the rows of another state of the same model, which stays as it is."""
+        raise NotImplementedError
+
+    def drop(self, row: int) -> None:
+        """Remove one row. The last one takes its place, so no other is copied."""
+        raise NotImplementedError
+
+
+def joined_rows(own: Tensor | None, others: Tensor | None) -> Tensor | None:
+    """(B, ...) and (b, ...) -> (B + b, ...); None stands for no rows."""
+    if own is None or others is None:
+        return others if own is None else own
+    return torch.cat([own, others])
+
+
+def without_row(own: Tensor | None, row: int) -> Tensor | None:
+    """(B, ...) -> (B - 1, ...), as ``State.drop`` orders them."""
+    if own is None:
+        return None
+    order = list(range(len(own) - 1))
+    if row < len(order):
+        order[row] = len(order)
+    return own[order]
 
 
 class LanguageModel(nn.Module, ABC):

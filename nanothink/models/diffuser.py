@@ -73,6 +73,22 @@ class DiffuserState(KeyValueCache):
     ddim: Ddim | None = None
     """None: the next token is predicted from the null noise."""
 
+    def join(self, other: State) -> None:
+        """See ``State.join``."""
+        assert isinstance(other, DiffuserState)
+        super().join(other)
+        if other.ddim is not None:
+            own = () if self.ddim is None else self.ddim.seeds
+            self.ddim = Ddim(other.ddim.n_steps, (*own, *other.ddim.seeds))
+
+    def drop(self, row: int) -> None:
+        """See ``State.drop``."""
+        super().drop(row)
+        if self.ddim is not None:
+            seeds = list(self.ddim.seeds)
+            seeds[row] = seeds[-1]
+            self.ddim = Ddim(self.ddim.n_steps, tuple(seeds[:-1]))
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -327,8 +343,8 @@ class Diffuser(LanguageModel):
                 return self.denoise(condition, None, self.shape.training_steps)[1]
             noise = [
                 torch.randn(self.d_model, generator=generator, device=tokens.device)
-                for seed in state.ddim.seeds
-                for n_read in range(state.length - encoded.shape[1] + 1, state.length + 1)
+                for seed, length in zip(state.ddim.seeds, state.lengths, strict=True)
+                for n_read in range(length - encoded.shape[1] + 1, length + 1)
                 for generator in [block_generator(seed, "sampling noise", n_read, tokens.device)]
             ]
             return self.denoise_by_ddim(

@@ -65,7 +65,7 @@ class LatentAttention(nn.Module):
         shared_key = rotate(shared_key.unsqueeze(1), rotation, x.dtype)  # (B, 1, T, R)
         if cache is not None and cache.length > 0:
             latent, shared_key = cache.extend(layer, latent, shared_key)
-            y = self._absorbed(content, rotary, latent, shared_key)
+            y = self._absorbed(content, rotary, latent, shared_key, cache.mask(x.shape[1], x.device))
         else:
             if cache is not None:
                 cache.extend(layer, latent, shared_key)
@@ -82,8 +82,10 @@ class LatentAttention(nn.Module):
         queries = torch.cat([content, rotary], dim=-1)
         return F.scaled_dot_product_attention(queries, keys, padded, is_causal=True)[..., : self.head_dim]
 
-    def _absorbed(self, content: Tensor, rotary: Tensor, latent: Tensor, shared_key: Tensor) -> Tensor:
-        """The same on cached latents, whose last T tokens are those of the queries. (B, H, T, K)."""
+    def _absorbed(
+        self, content: Tensor, rotary: Tensor, latent: Tensor, shared_key: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The same on cached latents, of which each query sees those of the cache's mask. (B, H, T, K)."""
         up = self.kv_b_proj.weight.view(self.n_heads, 2 * self.head_dim, self.latent_dim).to(content.dtype)
         to_key, to_value = up.chunk(2, dim=1)  # (H, K, C)
         latent, shared_key = latent.squeeze(1), shared_key.squeeze(1)  # (B, S, C), (B, S, R)
@@ -92,9 +94,8 @@ class LatentAttention(nn.Module):
         (batch, _, n_new, _), n_keys = content.shape, latent.shape[1]
         scores = scores.view(batch, self.n_heads, n_new, n_keys)
         scores = scores.float() * (self.head_dim + self.rope_dim) ** -0.5
-        if n_new > 1:  # one new token may look at everything
-            later = torch.ones(n_new, n_keys, dtype=torch.bool, device=scores.device).triu(n_keys - n_new + 1)
-            scores = scores.masked_fill(later, -torch.inf)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
         seen = scores.softmax(-1).to(latent.dtype).flatten(1, 2) @ latent  # (B, H * T, C)
         values: Tensor = seen.view(batch, self.n_heads, n_new, self.latent_dim) @ to_value.mT
         return values

@@ -117,9 +117,13 @@ class Rotary(nn.Module):
         """Cosine and sine, (length, K/2) each, of positions ``start`` to ``start + length - 1``."""
         return self.cos[start : start + length], self.sin[start : start + length]
 
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, (B, 1, T, K/2) each, of (B, T) positions."""
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rotate (B, H, T, K) by the angles of its T positions. Returns ``dtype``."""
+    """Rotate (B, H, T, K) by the angles of its positions, the same in each row or not. Returns ``dtype``."""
     y: Tensor = _RotateFunction.apply(x, *rotation, dtype)  # type: ignore[no-untyped-call]
     return y
 
@@ -152,6 +156,9 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
 class KeyValueCache(State):
     """Keys and values of the tokens read so far, for each layer, in buffers that double when full.
 
+    Each row begins in the first column. Where rows are of different lengths, columns past the end of a row
+    hold nothing that counts, and a mask hides them; they are zero at first, as 0 times NaN is NaN.
+
     Args:
         n_layers: how many layers write to it.
         batch_size: B.
@@ -162,8 +169,81 @@ class KeyValueCache(State):
         self.batch_size = batch_size
         self.max_length = max_length
         self.length = 0
+        """Tokens in the longest row."""
+        self._lengths: list[int] | None = None  # of each row, where they differ
+        self._positions: Tensor | None = None  # (B, T) of the new tokens, where the lengths differ
+        self._seen: Tensor | None = None  # (B, 1, T, S), the mask where the lengths differ
         self._keys: list[Tensor | None] = [None] * n_layers
         self._values: list[Tensor | None] = [None] * n_layers
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in each row."""
+        return self._lengths or [self.length] * self.batch_size
+
+    def begin(self, rotary: Rotary, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Prepare for (B, T) new tokens; returns the rotation of their positions.
+
+        Raises:
+            UsageError: they do not fit.
+        """
+        self.check_room(tokens)
+        n_new, device = tokens.shape[1], tokens.device
+        if self._lengths is None:
+            together: tuple[Tensor, Tensor] = rotary(self.length, n_new)
+            return together
+        lengths = torch.tensor(self._lengths, device=device)
+        self._positions = lengths.unsqueeze(1) + torch.arange(n_new, device=device)  # (B, T)
+        columns = torch.arange(self.length + n_new, device=device)
+        self._seen = (columns <= self._positions.unsqueeze(2)).unsqueeze(1)
+        return rotary.at(self._positions)
+
+    def mask(self, n_new: int, device: torch.device) -> Tensor | None:
+        """Which of the S keys each new token may look at: (T, S) or (B, 1, T, S) bool; None for all."""
+        if self._lengths is not None:
+            return self._seen
+        if n_new == 1:
+            return None
+        ones = torch.ones(n_new, self.length + n_new, dtype=torch.bool, device=device)
+        return ones.tril(self.length)
+
+    def join(self, other: State) -> None:
+        """See ``State.join``."""
+        assert isinstance(other, KeyValueCache)
+        lengths = [*self.lengths, *other.lengths]
+        for buffers, others in ((self._keys, other._keys), (self._values, other._values)):
+            for layer, theirs in enumerate(others):
+                if theirs is not None:
+                    buffers[layer] = self._with_rows(buffers[layer], theirs[: other.batch_size])
+        self.batch_size = len(lengths)
+        self._set_lengths(lengths)
+
+    def drop(self, row: int) -> None:
+        """See ``State.drop``."""
+        lengths, last = self.lengths, self.batch_size - 1
+        for buffer in (*self._keys, *self._values):
+            if buffer is not None and row != last:
+                buffer[row, :, : lengths[last]] = buffer[last, :, : lengths[last]]
+        lengths[row] = lengths[last]
+        self.batch_size = last
+        self._set_lengths(lengths[:last])
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        self.length = max(lengths, default=0)
+        self._lengths = None if len(set(lengths)) <= 1 else lengths
+
+    def _with_rows(self, buffer: Tensor | None, theirs: Tensor) -> Tensor:
+        """A layer's buffer with rows (b, H, s, K) after its B rows, in a larger one if there is no room."""
+        n_rows, n_columns = self.batch_size + theirs.shape[0], theirs.shape[2]
+        if buffer is None or buffer.shape[0] < n_rows or buffer.shape[2] < n_columns:
+            before = (0, 0) if buffer is None else (buffer.shape[0], buffer.shape[2])
+            rows = n_rows if n_rows <= before[0] else max(n_rows, 2 * before[0])
+            larger = theirs.new_zeros(rows, theirs.shape[1], max(before[1], n_columns), theirs.shape[3])
+            if buffer is not None:
+                larger[: self.batch_size, :, : self.length] = buffer[: self.batch_size, :, : self.length]
+            buffer = larger
+        buffer[self.batch_size : n_rows, :, :n_columns] = theirs
+        return buffer
 
     def check_room(self, tokens: Tensor) -> None:
         """Raise UsageError for (B, T) tokens that do not fit."""
@@ -181,6 +261,8 @@ class KeyValueCache(State):
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append (B, H, T, K) to a layer. Returns all its keys and values, (B, H, S, K) views.
 
+        Rows of different lengths need ``begin`` before.
+
         ``length`` changes in ``advance`` alone, after every layer has been extended.
         """
         self._keys[layer] = self._append(self._keys[layer], keys)
@@ -189,21 +271,29 @@ class KeyValueCache(State):
         all_keys, all_values = self._keys[layer], self._values[layer]
         assert all_keys is not None
         assert all_values is not None
-        return all_keys[:, :, :stop], all_values[:, :, :stop]
+        n = self.batch_size
+        return all_keys[:n, :, :stop], all_values[:n, :, :stop]
 
     def advance(self, n_tokens: int) -> None:
         self.length += n_tokens
+        if self._lengths is not None:
+            self._lengths = [length + n_tokens for length in self._lengths]
 
     def _append(self, buffer: Tensor | None, new: Tensor) -> Tensor:
         stop = self.length + new.shape[2]
         if buffer is None or buffer.shape[2] < stop:
             doubled = _FIRST_CAPACITY if buffer is None else 2 * buffer.shape[2]
             capacity = min(max(doubled, stop), self.max_length)
-            larger = new.new_empty(*new.shape[:2], capacity, new.shape[3])
+            rows = new.shape[0] if buffer is None else buffer.shape[0]
+            larger = new.new_zeros(rows, new.shape[1], capacity, new.shape[3])
             if buffer is not None:
                 larger[:, :, : self.length] = buffer[:, :, : self.length]
             buffer = larger
-        buffer[:, :, self.length : stop] = new
+        if self._lengths is None:
+            buffer[: self.batch_size, :, self.length : stop] = new
+        else:
+            rows_of = torch.arange(self.batch_size, device=new.device).unsqueeze(1)
+            buffer[rows_of, :, self._positions] = new.transpose(1, 2)  # (B, T, H, K)
         return buffer
 
 
@@ -235,12 +325,8 @@ class Attention(nn.Module):
                 cache.extend(layer, k, v)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            n_before, n_new = cache.length, x.shape[1]
             k, v = cache.extend(layer, k, v)
-            mask = None  # one new token may look at everything
-            if n_new > 1:
-                mask = torch.ones(n_new, n_before + n_new, dtype=torch.bool, device=x.device).tril(n_before)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask(x.shape[1], x.device))
         output: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, D)
         return output
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from nanothink.config import MLAConfig, ModelConfig, VectorStoreConfig
 from nanothink.errors import UsageError
-from nanothink.models.contract import IGNORE, LanguageModel, State
+from nanothink.models.contract import IGNORE, LanguageModel, State, joined_rows, without_row
 from nanothink.models.latent_attention import LatentAttention, latent_widths
 from nanothink.models.layers import Block, KeyValueCache, RMSNorm, Rotary, linear
 from nanothink.models.loss import (
@@ -91,6 +91,23 @@ class JointState(State):
     weights: Tensor | None = None  # (B, E), or (B, E + 1) after a search
     query: Tensor | None = None  # (B, D)
     stream: Tensor | None = None  # (B, D)
+
+    def join(self, other: State) -> None:
+        """See ``State.join``."""
+        assert isinstance(other, JointState)
+        for own, theirs in zip((*self.experts, self.latents), (*other.experts, other.latents), strict=True):
+            own.join(theirs)
+        self.weights = joined_rows(self.weights, other.weights)
+        self.query = joined_rows(self.query, other.query)
+        self.stream = joined_rows(self.stream, other.stream)
+
+    def drop(self, row: int) -> None:
+        """See ``State.drop``."""
+        for own in (*self.experts, self.latents):
+            own.drop(row)
+        self.weights = without_row(self.weights, row)
+        self.query = without_row(self.query, row)
+        self.stream = without_row(self.stream, row)
 
 
 class NanoThink(LanguageModel):
@@ -351,7 +368,7 @@ class NanoThink(LanguageModel):
                 cast(LanguageModel, expert).read(tokens, of_expert)
                 for expert, of_expert in zip(self.experts, state.experts, strict=True)
             ]
-            rotation = self.rotary(state.latents.length, tokens.shape[1])
+            rotation = state.latents.begin(self.rotary, tokens)
             hidden, weights = self._combine(tokens, states, rotation, state.latents)
         state.latents.advance(tokens.shape[1])
         state.weights = weights[:, -1]

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from nanothink.config import ModelConfig, StateSpaceConfig
 from nanothink.errors import UsageError
-from nanothink.models.contract import LanguageModel, State
+from nanothink.models.contract import LanguageModel, State, without_row
 from nanothink.models.layers import NORM_EPS, RMSNorm, embedding, gated_product, linear
 from nanothink.models.loss import CHUNK_ROWS
 from nanothink.models.precision import matmul_dtype
@@ -56,6 +56,25 @@ class Recurrence(State):
     def __init__(self, n_layers: int, batch_size: int) -> None:
         self.batch_size = batch_size
         self.layers: list[LayerState | None] = [None] * n_layers  # None before the first token
+
+    def join(self, other: State) -> None:
+        """See ``State.join``."""
+        assert isinstance(other, Recurrence)
+        for i, (own, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
+            if own is None:
+                self.layers[i] = None if theirs is None else replace(theirs)
+            elif theirs is not None:
+                own.conv_state = torch.cat([own.conv_state, theirs.conv_state])
+                own.ssm_state = torch.cat([own.ssm_state, theirs.ssm_state])
+        self.batch_size += other.batch_size
+
+    def drop(self, row: int) -> None:
+        """See ``State.drop``."""
+        for own in self.layers:
+            if own is not None:
+                own.conv_state = cast(Tensor, without_row(own.conv_state, row))
+                own.ssm_state = cast(Tensor, without_row(own.ssm_state, row))
+        self.batch_size -= 1
 
 
 @dataclass

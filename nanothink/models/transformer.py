@@ -90,9 +90,8 @@ class Decoder(nn.Module):
         Raises:
             UsageError: the cache would hold more than ``context_length`` tokens.
         """
-        cache.check_room(tokens)
         with torch.no_grad():
-            rotation = self.rotary(cache.length, tokens.shape[1])
+            rotation = cache.begin(self.rotary, tokens)
             x = self.embed_tokens(tokens)  # (B, T, D)
             for layer, block in enumerate(self.layers):
                 x = block(x, rotation, cache, layer)
