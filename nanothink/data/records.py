@@ -34,22 +34,21 @@ from typing import Annotated
 import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
+from nanothink.data import strict_json
 from nanothink.data.lines import MAX_LINE_BYTES, Problem, ProblemSink, column_at, iter_lines, shown
 from nanothink.data.source_file import Digest
-from nanothink.data.strict_json import JsonFault, Member, decode_string, scan
+from nanothink.data.strict_json import JsonFault
 from nanothink.disk import whole_file
 from nanothink.errors import StorageError, did_you_mean
 
 __all__ = ["MAX_LINE_BYTES", "Problem", "ProblemSink", "Record", "iter_records", "shown", "write_records"]
 
 _KEYS = ("text", "source", "id", "group")
-_INTEGER = re.compile(r"-?[0-9]+")
 _SPREAD = (
     "the file holds JSON that is spread over several lines, not one record a line; "
     "`nanothink data import` reads JSON arrays"
 )
 _TEXT_FIELDS = ("content", "body", "article", "document", "passage", "story", "raw_content", "markdown")
-_MAX_DIGITS = 4300  # Python refuses to convert longer ones, because that takes quadratic time
 
 
 def _not_blank(text: str) -> str:
@@ -201,52 +200,29 @@ def _look_closely(line: bytes, obj: object) -> Record:
     bits as ``id``, a number beyond double precision or deep nesting in a field nobody reads.
     ``obj`` is what the fast parser has made of the line; None if it refused it.
     """
-    if isinstance(obj, dict):
-        if "text" not in obj:
-            raise _NoText(obj)
-        _refuse_text_quickly(line, obj["text"])
+    if isinstance(obj, dict) and "text" not in obj:
+        raise _NoText(obj)
     text = decode_line(line)
-    members = scan(text)
-    if members is None:
-        kind = _kind(text.lstrip())
-        hint = "; `nanothink data import` reads JSON arrays" if kind == "an array" else ""
-        raise JsonFault(0, f"a record must be a JSON object, not {kind}{hint}")
-    last = {member.key: member for member in members}
-    if "text" not in last:
-        raise _NoText({key: _string(text, member) for key, member in last.items()})
-    literal = text[last["text"].start : last["text"].end]
-    if not literal.startswith('"') and literal != "null":
-        raise JsonFault(last["text"].start, f"`text` must be a string, not {_kind(literal)}")
-    value = _string(text, last["text"])
-    if value is None or not value or value.isspace():
-        raise JsonFault(last["text"].start, _why_no_text(value))
-    source = _string(text, last["source"]) if "source" in last else None
-    number = _integer(text, last["id"]) if "id" in last else None
-    named = _string(text, last["id"]) if "id" in last else None
-    group = _group_value(text, last["group"]) if "group" in last else None
-    return Record(text=value, source=source, id=number if named is None else named, group=group)
+    outer = strict_json.parse(text)
+    if not isinstance(outer, dict):
+        hint = "; `nanothink data import` reads JSON arrays" if isinstance(outer, list) else ""
+        raise JsonFault(0, f"a record must be a JSON object, not {_kind(outer)}{hint}")
+    if "text" not in outer:
+        raise _NoText(outer)
+    value = outer["text"]
+    if not isinstance(value, str) or not value or value.isspace():
+        start = [member.start for member in strict_json.members(text) if member.key == "text"][-1]
+        raise JsonFault(start, _why_no_text(value))
+    # A float is no id and no group, and a sign for the fast path that a closer look is due.
+    id_, group = (None if isinstance(outer.get(key), float) else outer.get(key) for key in ("id", "group"))
+    return Record(text=value, source=outer.get("source"), id=id_, group=group)
 
 
-def _why_no_text(value: str | None) -> str:
-    what = {None: "null", "": "empty"}.get(value, "whitespace alone")
+def _why_no_text(value: object) -> str:
+    if value is not None and not isinstance(value, str):
+        return f"`text` must be a string, not {_kind(value)}"
+    what = "null" if value is None else "whitespace alone" if value else "empty"
     return f"`text` is {what}; a record needs some text"
-
-
-def _refuse_text_quickly(line: bytes, value: object) -> None:
-    """Spares the scan of a line whose `text` is no text: there may be as many of them as records.
-
-    Only where the place of the value is beyond doubt; the scan finds the others.
-    """
-    if line.count(b'"text"') != 1 or b"\\u" in line:
-        return
-    key = re.search(rb'"text"\s*:\s*', line)
-    if key is None:
-        return
-    position = column_at(line, key.end()) - 1
-    if value is None or (isinstance(value, str) and (not value or value.isspace())):
-        raise JsonFault(position, _why_no_text(value))
-    if isinstance(value, (bool, int, list, dict)):
-        raise JsonFault(position, f"`text` must be a string, not {_kind(json.dumps(value))}")
 
 
 def decode_line(line: bytes) -> str:
@@ -259,28 +235,11 @@ def decode_line(line: bytes) -> str:
         raise JsonFault(column, f"byte 0x{byte:02x} is not valid UTF-8 here") from None
 
 
-def _string(text: str, member: Member) -> str | None:
-    literal = text[member.start : member.end]
-    return decode_string(literal) if literal.startswith('"') else None
-
-
-def _integer(text: str, member: Member) -> int | None:
-    literal = text[member.start : member.end]
-    return int(literal) if _INTEGER.fullmatch(literal) and len(literal) <= _MAX_DIGITS else None
-
-
-def _group_value(text: str, member: Member) -> str | None:
-    literal = text[member.start : member.end]
-    if literal.startswith('"'):
-        return decode_string(literal) or None
-    return literal if _INTEGER.fullmatch(literal) else None
-
-
-def _kind(literal: str) -> str:
-    kinds = {'"': "a string", "{": "an object", "[": "an array", "t": "true", "f": "false", "n": "null"}
-    if literal[0] in kinds:
-        return kinds[literal[0]]
-    return "an integer" if _INTEGER.fullmatch(literal.strip()) else "a number with a fraction or exponent"
+def _kind(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    kinds = {str: "a string", dict: "an object", list: "an array", int: "an integer"}
+    return kinds.get(type(value), "a number with a fraction or exponent")
 
 
 @lru_cache(maxsize=64)  # the lines of a file have the same keys, and the search for a likeness is slow
@@ -302,7 +261,7 @@ def _warn_of_repeated_keys(line: bytes, file: str, number: int, warn: ProblemSin
     if not any(len(re.findall(rb'"%s"[ \t\r\n]*:' % key.encode(), line)) > 1 for key in written):
         return
     seen: set[str] = set()
-    for member in scan(line.decode("utf-8")) or ():
+    for member in strict_json.members(line.decode("utf-8")):
         if member.key in seen and member.key in _KEYS:
             reason = f"the key `{member.key}` stands more than once; the last one counts"
             warn(Problem(file, number, member.key_start + 1, reason))

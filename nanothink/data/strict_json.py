@@ -1,30 +1,36 @@
-"""Where and why a text is not JSON, in words for the person who wrote it (RFC 8259).
+"""Strict JSON (RFC 8259) by the standard library's decoder, with the reason for each refusal in plain words.
 
-This is the slow look at the few lines that the fast parser refuses or that hold something doubtful:
-it knows where each key and value of the outer object begins, which no parser at hand tells. It goes
-through the text once without recursion, so neither depth nor length can exhaust the stack.
+For the few lines that the fast parser (orjson) refuses or that hold something doubtful. The decoder finds
+where a text stops being JSON. This module refuses what the decoder accepts against the standard (NaN, lone
+surrogates), bounds the depth, locates the keys and values of the outer object, and words the reasons.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from typing import NamedTuple
+import string
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 MAX_DEPTH = 1024
-"""Arrays and objects inside one another; the fast parser's own limit."""
+"""Most arrays and objects inside one another; the limit of the fast parser."""
+
+MAX_DIGITS = 4300
+"""Most digits of an integer: Python converts no longer ones, because that takes quadratic time."""
 
 BARE_CR = "lines end in a bare carriage return (CR); end each line with LF or CR LF"
 
+_BLANKS = " \t\n\r"
 _SPACE = re.compile(r"[ \t\n\r]*")
-_BLANKS = frozenset(" \t\n\r")
-# At most a thousand steps a match: the regex engine keeps a record of each one until the match ends.
-_PLAIN = re.compile(r'(?:[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}){1,1000}')
-_HEX = re.compile(r"[0-9a-fA-F]{4}")
-_LOW_SURROGATE = re.compile(r"\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+_STRUCTURE = re.compile(r'\\.|["\[\]{}]|NaN|-?Infinity', re.DOTALL)
+_ESCAPE = re.compile(
+    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>u[dD][89a-fA-F]..)|.)", re.DOTALL
+)
 _WORD = re.compile(r'[^\s,:\[\]{}"]+')
-_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
-_CLOSING = {"{": "}", "[": "]"}
 
 
 class JsonFault(ValueError):
@@ -37,196 +43,58 @@ class JsonFault(ValueError):
 
 
 class Member(NamedTuple):
-    """One key of the outer object; positions are characters from 0, ``end`` is exclusive."""
+    """A key and its value in the outer object; positions are characters from 0."""
 
     key: str
     key_start: int
+    value: Any
     start: int
-    end: int
+    """Position of the value."""
 
 
-def scan(text: str) -> list[Member] | None:
-    """The members of the outer object in the order written, duplicates included; None if it is no object.
+class _NotFiniteError(Exception):
+    """The decoder met NaN or an infinity."""
 
-    Raises JsonFault at the first thing RFC 8259 forbids, at escaped lone surrogates (they cannot be
-    written as UTF-8), and at nesting deeper than MAX_DEPTH.
+
+def parse(text: str) -> Any:
+    """Decode a JSON text. Numbers beyond double precision or MAX_DIGITS become infinite floats.
+
+    Raises:
+        JsonFault: at what RFC 8259 forbids, at an escaped lone surrogate (it cannot be written as UTF-8), and
+            at nesting deeper than MAX_DEPTH.
     """
-    pos = _skip(text, 0)
-    outer_is_object = text.startswith("{", pos)
-    members: list[Member] = []
-    open_brackets: list[str] = []
-    key, key_start, start = "", 0, 0
-    while True:
-        # Here a value is due at pos.
-        if len(open_brackets) == 1:
-            start = pos
-        char = text[pos : pos + 1]
-        if char in _CLOSING:
-            if len(open_brackets) == MAX_DEPTH:
-                raise JsonFault(pos, f"nested deeper than {MAX_DEPTH:,} levels")
-            open_brackets.append(char)
-            pos = _skip(text, pos + 1)
-            if not text.startswith(_CLOSING[char], pos):
-                if char == "{":
-                    name, name_start, pos = _key(text, pos)
-                    if len(open_brackets) == 1:
-                        key, key_start = name, name_start
-                continue
-            open_brackets.pop()
-            pos += 1
-        else:
-            pos = _scalar(text, pos)
-        # Here a value has just ended before pos; close what closes with it.
-        while True:
-            if not open_brackets:
-                _nothing_more(text, pos)
-                return members if outer_is_object else None
-            if len(open_brackets) == 1 and outer_is_object:
-                members.append(Member(key, key_start, start, pos))
-            pos = _skip(text, pos)
-            closing = _CLOSING[open_brackets[-1]]
-            if text.startswith(closing, pos):
-                open_brackets.pop()
-                pos += 1
-                continue
-            if not text.startswith(",", pos):
-                raise _missing_comma(text, pos, closing)
-            comma, pos = pos, _skip(text, pos + 1)
-            if text.startswith(closing, pos):
-                raise JsonFault(comma, f"a comma before '{closing}' is not allowed")
-            if closing == "}":
-                name, name_start, pos = _key(text, pos)
-                if len(open_brackets) == 1:
-                    key, key_start = name, name_start
-            break
-
-
-def _skip(text: str, pos: int) -> int:
-    if text[pos : pos + 1] not in _BLANKS:
-        return pos
-    match = _SPACE.match(text, pos)
-    assert match is not None
-    return match.end()
-
-
-def _key(text: str, pos: int) -> tuple[str, int, int]:
-    """The key at pos, where it starts, and where its value is due."""
-    char = text[pos : pos + 1]
-    if char != '"':
-        if not char:
-            raise JsonFault(pos, "it ends where a key is due; a closing '}' is missing")
-        if char == "'":
-            raise JsonFault(pos, "strings need double quotes, not single ones")
-        word = _WORD.match(text, pos)
-        if word and _is_comment(word.group()):
-            raise JsonFault(pos, "comments are not allowed in JSON")
-        if word and char.isascii() and char.isprintable():
-            raise JsonFault(pos, f"a key must stand in double quotes, found {_shorten(word.group())}")
-        raise JsonFault(pos, f"a key in double quotes is due, found {describe(char)}")
-    end = _string(text, pos)
-    colon = _skip(text, end)
-    if not text.startswith(":", colon):
-        found = describe(text[colon]) if colon < len(text) else "the end"
-        raise JsonFault(colon, f"a colon must follow the key, found {found}")
-    return decode_string(text[pos:end]), pos, _skip(text, colon + 1)
-
-
-def _string(text: str, start: int) -> int:
-    """The position after the string that opens at ``start``."""
-    pos = start + 1
-    while True:
-        run = _PLAIN.match(text, pos)
-        if run:
-            pos = run.end()
-            continue
-        char = text[pos : pos + 1]
-        if char == '"':
-            return pos + 1
-        if not char or (char == "\\" and pos + 1 == len(text)):
-            raise JsonFault(start, "the string that begins here has no closing quote")
-        if char != "\\":
-            escape = {"\t": "\\t", "\r": "\\r", "\n": "\\n"}.get(char, f"\\u{ord(char):04x}")
-            raise JsonFault(pos, f"raw control character {describe(char)} in a string; write it as {escape}")
-        if text[pos + 1] != "u":
-            raise JsonFault(pos, f"a backslash before {describe(text[pos + 1])} is not an escape JSON knows")
-        if not _HEX.match(text, pos + 2):
-            raise JsonFault(pos, "\\u must be followed by four hexadecimal digits")
-        # Only surrogates are left: _PLAIN takes every other escape.
-        if int(text[pos + 2 : pos + 6], 16) >= 0xDC00 or not _LOW_SURROGATE.match(text, pos + 6):
-            half = text[pos : pos + 6]
-            raise JsonFault(pos, f"{half} is half of a surrogate pair and cannot be written as UTF-8")
-        pos += 12
-
-
-def _scalar(text: str, pos: int) -> int:
-    char = text[pos : pos + 1]
-    if char == '"':
-        return _string(text, pos)
-    if not char:
-        raise JsonFault(pos, "it ends where a value is due")
-    match = _WORD.match(text, pos)
-    if not match:
-        raise JsonFault(pos, f"a value is due, found {describe(char)}")
-    word = match.group()
-    if word in ("true", "false", "null") or _NUMBER.fullmatch(word):
-        return match.end()
-    raise JsonFault(pos, _why_not_a_value(word))
-
-
-def _why_not_a_value(word: str) -> str:
-    shown, lower = _shorten(word), word.lower()
-    if lower.lstrip("+-") in ("nan", "inf", "infinity"):
-        return f"{shown} is not JSON: a number must be finite (null stands for none)"
-    if lower in ("true", "false", "null", "none"):
-        return f"{shown} is not JSON: write true, false or null"
-    if word.startswith("'"):
-        return "strings need double quotes, not single ones"
-    if _is_comment(word):
-        return "comments are not allowed in JSON"
-    if re.match(r"-?0[0-9]", word):
-        return f"the number {shown} has a leading zero"
-    if word.startswith("+"):
-        return f"the number {shown} must not begin with '+'"
-    if re.match(r"[-.]?[0-9]", word) or re.match(r"-?\.[0-9]", word):
-        return f"{shown} is not a number as JSON writes them"
-    if not word[0].isprintable() or not word[0].isascii():
-        return f"a value is due, found {describe(word[0])}"
-    return f"`{shown}` is not a JSON value; text must stand in double quotes"
-
-
-def _missing_comma(text: str, pos: int, closing: str) -> JsonFault:
-    if pos == len(text):
-        return JsonFault(pos, f"it ends too early: a closing '{closing}' is missing")
-    word = _WORD.match(text, pos)
-    if word and _is_comment(word.group()):
-        return JsonFault(pos, "comments are not allowed in JSON")
-    return JsonFault(pos, f"a comma or '{closing}' is due, found {describe(text[pos])}")
-
-
-def _nothing_more(text: str, end: int) -> None:
-    pos = _skip(text, end)
-    if pos == len(text):
-        return
-    char = text[pos]
-    if "\r" in text[end:pos]:
-        raise JsonFault(text.index("\r", end), BARE_CR)
-    if char in _CLOSING:
-        raise JsonFault(pos, "a second value on the same line; each record needs a line of its own")
-    if char == ",":
-        raise JsonFault(pos, "a comma after the value; records are separated by line ends alone")
-    word = _WORD.match(text, pos)
-    if word and _is_comment(word.group()):
-        raise JsonFault(pos, "comments are not allowed in JSON")
-    raise JsonFault(pos, f"extra data after the value, beginning with {describe(char)}")
-
-
-def decode_string(literal: str) -> str:
-    """The value of a string literal that ``scan`` has let through, quotes included."""
-    if "\\" not in literal:
-        return literal[1:-1]
-    value = json.loads(literal)
-    assert isinstance(value, str)
+    with _levels_allowed(text):
+        try:
+            value = _DECODER.decode(text)
+        except json.JSONDecodeError as error:
+            raise _fault(text, error) from None
+        except _NotFiniteError:
+            word = next(found for found in _outside_strings(text) if found.group() not in "[]{}")
+            raise JsonFault(word.start(), _why_not_a_value(word.group())) from None
+    for found in _ESCAPE.finditer(text):
+        if found["lone"]:
+            half = found.group()
+            raise JsonFault(
+                found.start(), f"{half} is half of a surrogate pair and cannot be written as UTF-8"
+            )
     return value
+
+
+def members(text: str) -> list[Member]:
+    """Members of an object in the order written, repeated keys included. ``parse`` must accept the text."""
+    found: list[Member] = []
+    with _levels_allowed(text):
+        pos = _skip(text, text.index("{") + 1)
+        while text[pos] != "}":
+            key_start = pos
+            key, pos = _DECODER.raw_decode(text, pos)
+            start = _skip(text, text.index(":", pos) + 1)
+            value, pos = _DECODER.raw_decode(text, start)
+            found.append(Member(key, key_start, value, start))
+            pos = _skip(text, pos)
+            if text[pos] == ",":
+                pos = _skip(text, pos + 1)
+    return found
 
 
 def describe(char: str) -> str:
@@ -238,8 +106,155 @@ def describe(char: str) -> str:
     return f"U+{ord(char):04X}"
 
 
-def _is_comment(word: str) -> bool:
-    return word.startswith(("//", "/*", "#"))
+def _refuse(constant: str) -> None:
+    raise _NotFiniteError(constant)
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= MAX_DIGITS else math.inf
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_int=_integer)
+
+
+@contextmanager
+def _levels_allowed(text: str) -> Iterator[None]:
+    """Bound the depth by MAX_DEPTH, and let the decoder go that deep: up to Python 3.11 a level is a call."""
+    if text.count("[") + text.count("{") < 100:
+        yield
+        return
+    depth = 0
+    for found in _outside_strings(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found.group(), 0)
+        if depth > MAX_DEPTH:
+            raise JsonFault(found.start(), f"nested deeper than {MAX_DEPTH:,} levels")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + 2 * MAX_DEPTH)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def _outside_strings(text: str) -> Iterator[re.Match[str]]:
+    """Brackets, NaN and infinities that are not part of a string."""
+    in_string = False
+    for found in _STRUCTURE.finditer(text):
+        if found.group() == '"':
+            in_string = not in_string
+        elif not in_string:
+            yield found
+
+
+def _skip(text: str, pos: int) -> int:
+    match = _SPACE.match(text, pos)
+    assert match is not None
+    return match.end()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reasons
+
+
+def _fault(text: str, error: json.JSONDecodeError) -> JsonFault:
+    """The decoder's error in plain words, at the character to change."""
+    pos = error.pos
+    if error.msg.startswith("Unterminated string"):
+        return JsonFault(pos, "the string that begins here has no closing quote")
+    if error.msg.startswith("Invalid control character"):
+        char = text[pos]
+        escape = {"\t": "\\t", "\r": "\\r", "\n": "\\n"}.get(char, f"\\u{ord(char):04x}")
+        return JsonFault(pos, f"raw control character {describe(char)} in a string; write it as {escape}")
+    if error.msg.startswith("Invalid \\"):
+        pos = text.rindex("\\", 0, pos + 1)
+        if text[pos + 1] == "u":
+            if pos + 6 >= len(text) and '"' not in text[pos:]:
+                return JsonFault(len(text), "it ends within a string, whose closing quote is missing")
+            return JsonFault(pos, "\\u must be followed by four hexadecimal digits")
+        return JsonFault(pos, f"a backslash before {describe(text[pos + 1])} is not an escape JSON knows")
+
+    before = len(text[:pos].rstrip(_BLANKS))
+    char = text[pos : pos + 1]
+    if error.msg.startswith("Illegal trailing comma"):  # Python 3.13 and later
+        before, char = pos + 1, text[_skip(text, pos + 1)]
+    if char and char in "]}" and text[:before].endswith(","):
+        return JsonFault(before - 1, f"a comma before '{char}' is not allowed")
+    word = _WORD.match(text, pos)
+    if word and word.group().startswith(("//", "/*", "#")):
+        return JsonFault(pos, "comments are not allowed in JSON")
+    if cut := _cut_word(text, pos):
+        return JsonFault(cut.start(), _why_not_a_value(cut.group()))
+    if error.msg.startswith("Extra data"):
+        return _extra_data(text, before, pos)
+    return JsonFault(pos, _what_is_due(text, error.msg, pos, word.group() if word else ""))
+
+
+def _cut_word(text: str, pos: int) -> re.Match[str] | None:
+    """The word that the decoder left at ``pos``, after a valid beginning: 01 after the 0."""
+    start = len(text[:pos].rstrip(string.ascii_letters + string.digits + "+-."))
+    word = _WORD.match(text, start)
+    return word if word and word.end() > pos > start else None
+
+
+def _extra_data(text: str, end: int, pos: int) -> JsonFault:
+    """A fault for what follows the outer value, which ended before ``end``."""
+    if "\r" in text[end:pos]:
+        return JsonFault(text.index("\r", end), BARE_CR)
+    if text[pos] in "{[":
+        return JsonFault(pos, "a second value on the same line; each record needs a line of its own")
+    if text[pos] == ",":
+        return JsonFault(pos, "a comma after the value; records are separated by line ends alone")
+    return JsonFault(pos, f"extra data after the value, beginning with {describe(text[pos])}")
+
+
+def _what_is_due(text: str, message: str, pos: int, word: str) -> str:
+    found = describe(text[pos]) if pos < len(text) else "the end"
+    if word.startswith("'"):
+        return "strings need double quotes, not single ones"
+    if "property name" in message:
+        if pos == len(text):
+            return "it ends where a key is due; a closing '}' is missing"
+        if word and word[0].isascii() and word[0].isprintable():
+            return f"a key must stand in double quotes, found {_shorten(word)}"
+        return f"a key in double quotes is due, found {found}"
+    if "':' delimiter" in message:
+        return f"a colon must follow the key, found {found}"
+    if "',' delimiter" in message:
+        closing = _innermost(text[:pos])
+        if pos == len(text):
+            return f"it ends too early: a closing '{closing}' is missing"
+        return f"a comma or '{closing}' is due, found {found}"
+    if pos == len(text):
+        return "it ends where a value is due"
+    return _why_not_a_value(word) if word else f"a value is due, found {found}"
+
+
+def _innermost(text: str) -> str:
+    """The bracket that closes the innermost array or object open at the end of a text."""
+    opened: list[str] = []
+    for found in _outside_strings(text):
+        if found.group() in "[{":
+            opened.append(found.group())
+        else:
+            opened.pop()
+    return {"[": "]", "{": "}"}[opened[-1]]
+
+
+def _why_not_a_value(word: str) -> str:
+    shown, lower = _shorten(word), word.lower()
+    if lower.lstrip("+-") in ("nan", "inf", "infinity"):
+        return f"{shown} is not JSON: a number must be finite (null stands for none)"
+    if lower in ("true", "false", "null", "none"):
+        return f"{shown} is not JSON: write true, false or null"
+    if re.match(r"-?0[0-9]", word):
+        return f"the number {shown} has a leading zero"
+    if word.startswith("+"):
+        return f"the number {shown} must not begin with '+'"
+    if re.match(r"-?\.?[0-9]", word):
+        return f"{shown} is not a number as JSON writes them"
+    if not word[0].isprintable() or not word[0].isascii():
+        return f"a value is due, found {describe(word[0])}"
+    return f"`{shown}` is not a JSON value; text must stand in double quotes"
 
 
 def _shorten(word: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -12,10 +11,11 @@ from typing import Any
 
 import orjson
 
+from nanothink.data import strict_json
 from nanothink.data.lines import Problem, iter_lines, shown
 from nanothink.data.records import decode_line
 from nanothink.data.source_file import DamagedDataError, SourceFile
-from nanothink.data.strict_json import JsonFault, scan
+from nanothink.data.strict_json import JsonFault
 from nanothink.data.text_files import (
     Findings,
     Row,
@@ -104,14 +104,8 @@ def _parse(data: bytes) -> Any:
     """Any JSON value; raises JsonFault where it is none."""
     try:
         return orjson.loads(data)
-    except ValueError:
-        text = decode_line(data)
-        scan(text)
-    # Sound all the same: a number beyond what the fast parser takes.
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise JsonFault(0, f"it cannot be taken: {error}") from None
+    except ValueError:  # not JSON, or a number beyond what the fast parser takes
+        return strict_json.parse(decode_line(data))
 
 
 def _from_object(number: int, item: object, path: Path, text_field: str, findings: Findings) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""The slow look agrees with the standard library on what JSON is, and points at the right character."""
+"""Strict JSON is what the standard allows, and each fault is told at the character to change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanothink.data.strict_json import MAX_DEPTH, JsonFault, scan
+from nanothink.data.strict_json import MAX_DEPTH, JsonFault, members, parse
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -24,13 +24,13 @@ def test_takes_whatever_the_standard_library_writes(value, ascii_only, indent):
         text.encode()
     except UnicodeEncodeError:
         return
-    members = scan(text)
+    assert parse(text) == value
     if isinstance(value, dict):
-        assert members is not None
-        assert {m.key: json.loads(text[m.start : m.end]) for m in members} == value
-        assert [json.JSONDecoder().raw_decode(text, m.key_start)[0] for m in members] == list(value)
-    else:
-        assert members is None
+        found = members(text)
+        assert [(m.key, m.value) for m in found] == list(value.items())
+        places = [(m.key_start, m.start) for m in found]
+        read = [tuple(json.JSONDecoder().raw_decode(text, at)[0] for at in pair) for pair in places]
+        assert read == list(value.items())
 
 
 @given(st.text(alphabet='{}[]",:\\u0d8c9 \n\t1-+.eEtrufalsn', max_size=30))
@@ -44,10 +44,10 @@ def test_refuses_what_the_standard_library_refuses(text):
     except ValueError:
         valid = False
     if valid:
-        scan(text)
+        parse(text)
     else:
         with pytest.raises(JsonFault) as caught:
-            scan(text)
+            parse(text)
         assert 0 <= caught.value.position <= len(text)
 
 
@@ -91,6 +91,10 @@ def test_refuses_what_the_standard_library_refuses(text):
         ('{"a": "x\\', 6, "no closing quote"),
         ('{"a": "x\ty"}', 8, "write it as \\t"),
         ('{"a": "x\x01y"}', 8, "U+0001"),
+        ('{"a": "x\\u00e9', 14, "within a string, whose closing quote is missing"),
+        ('{"a": truer}', 6, "`truer` is not a JSON value"),
+        ('{"a": "NaN [{", "b": NaN}', 21, "must be finite"),
+        ('{"a": "\\\\ud800", "b": "\\uDFFF"}', 23, "surrogate"),
         ('{"a": "\\x41"}', 7, "not an escape"),
         ('{"a": "\\u12g4"}', 7, "four hexadecimal digits"),
         ('{"é": "ü\\ud800"}', 8, "surrogate"),
@@ -103,23 +107,36 @@ def test_refuses_what_the_standard_library_refuses(text):
 )
 def test_says_where_and_why(text, position, words):
     with pytest.raises(JsonFault) as caught:
-        scan(text)
+        parse(text)
     assert words in caught.value.reason
     assert caught.value.position == position
 
 
 def test_surrogate_pairs_are_one_character():
-    assert scan('{"a": "\\ud83d\\uDE00"}') is not None
+    assert parse('{"a": "\\ud83d\\uDE00"}') == {"a": "\U0001f600"}
 
 
-def test_depth_is_bounded_exactly_and_without_recursion():
-    assert scan("[" * MAX_DEPTH + "]" * MAX_DEPTH) is None
-    with pytest.raises(JsonFault, match="nested deeper than 1,024") as caught:
-        scan("[" * 100_000)
-    assert caught.value.position == MAX_DEPTH
+@pytest.mark.parametrize(("opening", "closing"), ["[]", ('{"a":', "}")])
+def test_depth_is_bounded_exactly_whatever_the_stack_allows(opening, closing):
+    inner = "1"
+    text = opening * MAX_DEPTH + inner + closing * MAX_DEPTH
+    value = parse(text)
+    for _ in range(MAX_DEPTH):
+        (value,) = value.values() if isinstance(value, dict) else value
+    assert value == 1
+    assert len(members('{"a": ' + opening * (MAX_DEPTH - 1) + inner + closing * (MAX_DEPTH - 1) + "}")) == 1
+    for deeper in (opening + text + closing, opening * 100_000):
+        with pytest.raises(JsonFault, match="nested deeper than 1,024") as caught:
+            parse(deeper)
+        assert caught.value.position == MAX_DEPTH * len(opening)
+
+
+def test_numbers_beyond_any_type_are_infinite():
+    assert parse("[1e999, -1e999]") == [float("inf"), float("-inf")]
+    assert parse("9" * 5000) == float("inf")
+    assert parse("9" * 4000) == int("9" * 4000)
 
 
 def test_repeated_keys_are_all_told():
-    members = scan('{"a": 1, "b": {"a": 0}, "a": [2, {"a": 3}]}')
-    assert members is not None
-    assert [(m.key, m.key_start) for m in members] == [("a", 1), ("b", 9), ("a", 24)]
+    found = members('{"a": 1, "b": {"a": 0}, "a": [2, {"a": 3}]}')
+    assert [(m.key, m.key_start, m.start) for m in found] == [("a", 1, 6), ("b", 9, 14), ("a", 24, 29)]
