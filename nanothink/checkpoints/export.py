@@ -164,13 +164,14 @@ def read_export(folder: Path) -> ModelPayload:
 def _described(
     own: dict[str, Any],
 ) -> tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """Kind, settings, experts and split. Raises ValueError or LookupError when they are anything else."""
+    """Kind, settings, experts and split. Raises ValueError or LookupError if one has another form."""
     kind, config, experts, split = own["kind"], own["config"], own["experts"], own["split"]
     named = isinstance(experts, list) and all(
         isinstance(e, dict) and {"name", "kind", "config"} <= e.keys() and isinstance(e["config"], dict)
         for e in experts
     )
-    if not (isinstance(kind, str) and isinstance(config, dict) and named and isinstance(split, dict)):
+    sections = isinstance(config, dict) and all(isinstance(section, dict) for section in config.values())
+    if not (isinstance(kind, str) and sections and named and isinstance(split, dict)):
         raise ValueError(f"the section '{OWN_SECTION}' of {CONFIG} does not describe a model")
     return kind, config, experts, split
 

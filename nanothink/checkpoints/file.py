@@ -1,7 +1,7 @@
 """One checkpoint file: written whole or not at all, read only when it verifies.
 
 The file is what ``torch.save`` writes of one plain dict (``CheckpointPayload``), so
-``torch.load(path, weights_only=True)`` opens it anywhere; see archive.py for the digest at its end.
+``torch.load(path, weights_only=True)`` opens it anywhere; see archive.py for the comment at its end.
 
 How a file is written, and what a kill leaves at each point: disk/write.py.
 """
@@ -11,23 +11,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pickle
+import re
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
-from nanothink.checkpoints.archive import DigestingWriter, check_archive, damaged
-from nanothink.checkpoints.contents import TensorSketch
+from nanothink.checkpoints.archive import DigestingWriter, check_archive, damaged, read_sealed_summary
 from nanothink.checkpoints.payload import (
     FORMAT_VERSION,
     CheckpointPayload,
-    check_values,
     plain,
+    summary_of,
     tensor_bytes,
     wrong_entry,
+    wrong_in_summary,
 )
 from nanothink.disk import whole_file
 from nanothink.errors import (
@@ -41,6 +43,8 @@ from nanothink.errors import (
 
 if TYPE_CHECKING:  # a listing does without torch, whose import takes longer than all the rest
     from torch import Tensor
+
+T = TypeVar("T")
 
 Progress = Callable[[str, int, int], None]
 """Hears of (what is being done, bytes done, bytes in all)."""
@@ -137,7 +141,7 @@ def write_checkpoint(
             raise
         if writer.failure is not None:
             raise writer.failure
-        writer.seal()
+        writer.seal(summary_of(values))
 
 
 def read_checkpoint(
@@ -150,7 +154,7 @@ def read_checkpoint(
     With ``mmap`` the tensors stay on the disk until they are touched; the file can still be replaced
     meanwhile, since a replaced file lives on while it is mapped. ``progress`` hears of the verification.
 
-    Raises CheckpointNotFoundError, CheckpointDamagedError (cut short, changed, hostile, not a checkpoint),
+    Raises CheckpointNotFoundError, CheckpointDamagedError (cut short, changed, not a checkpoint),
     CheckpointMismatchError (no NanoThink checkpoint, or of another version), StorageError (not readable).
     """
     return _load(
@@ -182,17 +186,22 @@ def verify_checkpoint(path: Path, *, progress: Progress | None = None) -> Checkp
             f"{counted(len(wrong), 'tensor')} of {len(payload['model_state']):,} hold numbers that are not "
             f"finite ({', '.join(wrong[:3])}{more})",
         )
-    return _summarise(path, payload)
+    return _summary(path, summary_of(payload))
 
 
 def read_summary(path: Path) -> CheckpointSummary:
-    """A summary without reading tensor data and without torch, for listings of many large files.
+    """The summary at the end of the file, read without the rest and without torch, for long listings.
 
-    Structure and required entries are checked, content is not: damaged weights go unnoticed here. Raises
-    as ``read_checkpoint`` does.
+    Damage elsewhere in the file goes unnoticed. A file without a summary, because another program saved it,
+    is read as by ``read_checkpoint``. Raises as that does.
     """
-    sketch = _read(path, lambda file: check_archive(file, path, thorough=False))
-    return _summarise(path, _checked(path, sketch, thorough=False))
+    summary = _read(path, lambda file: read_sealed_summary(file, path))
+    if summary is None:
+        return _summary(path, summary_of(_load(path, map_location="cpu", mmap=True)))
+    _check_version(path, summary)
+    if wrong := wrong_in_summary(summary):
+        raise damaged(path, f"its summary is damaged: {wrong}")
+    return _summary(path, summary)
 
 
 def _cannot_write(path: Path, error: OSError, needed: int) -> StorageError:
@@ -249,23 +258,27 @@ def _load(
     def load(file: BinaryIO) -> object:
         if again or not _verified.knows(file):
             with _verified.verifying(file):
-                check_archive(file, path, thorough=True, on_progress=on_progress)
-        else:
-            check_archive(file, path, thorough=False)
+                check_archive(file, path, on_progress)
         try:
             # The open file, where possible: what is loaded is then what was checked.
             return torch.load(path if mmap else file, map_location=map_location, weights_only=True, mmap=mmap)
         except (OSError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
-            # torch raises RuntimeError, UnpicklingError, KeyError, ... by where the damage sits
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL:? \S+|Unsupported operand \d+", str(error))
+            raise damaged(
+                path,
+                "loading it would run code: it holds more than tensors and plain values"
+                + (f" ({found.group()})" if found else ""),
+            ) from None
+        except Exception as error:  # RuntimeError, KeyError, ... by where the damage is
             raise damaged(path, f"it does not load ({_first_line(error)})") from None
 
-    return _checked(path, _read(path, load), thorough=True)
+    return _checked(path, _read(path, load))
 
 
-def _read(path: Path, read: Callable[[BinaryIO], object]) -> object:
-    """What ``read`` makes of the open file; the errors of a disk as the ones of ``read_checkpoint``."""
+def _read(path: Path, read: Callable[[BinaryIO], T]) -> T:
+    """Call ``read`` with the open file; raise a disk's errors as ``read_checkpoint`` documents them."""
     try:
         if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
             raise damaged(path, "it is a pipe or a device, not a file")
@@ -283,12 +296,25 @@ def _read(path: Path, read: Callable[[BinaryIO], object]) -> object:
         ) from error
 
 
-def _checked(path: Path, payload: object, *, thorough: bool) -> CheckpointPayload:
+def _checked(path: Path, payload: object) -> CheckpointPayload:
+    from nanothink.checkpoints.split_record import SplitRecord
+
     if not isinstance(payload, dict):
         raise CheckpointMismatchError(
             f"{path}: is not a NanoThink checkpoint: it holds a {type(payload).__name__}, not a dict"
         )
-    version = payload.get("format_version")
+    _check_version(path, payload)
+    if wrong := wrong_entry(payload):
+        raise CheckpointMismatchError(
+            f"{path}: is not a NanoThink checkpoint: {wrong}. If it comes from another program, only its "
+            f"weights could be of use; NanoThink can't resume from it"
+        )
+    SplitRecord.from_state(payload["split"], path)
+    return cast("CheckpointPayload", payload)
+
+
+def _check_version(path: Path, values: dict[Any, Any]) -> None:
+    version = values.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise CheckpointMismatchError(
             f"{path}: was written by a newer NanoThink (format {version}; this one reads up to "
@@ -299,47 +325,14 @@ def _checked(path: Path, payload: object, *, thorough: bool) -> CheckpointPayloa
             f"{path}: was written by an earlier NanoThink (format {version}; this one reads "
             f"{FORMAT_VERSION}). Formats before 0.1.0 are not converted: train it again"
         )
-    if wrong := wrong_entry(payload):
-        raise CheckpointMismatchError(
-            f"{path}: is not a NanoThink checkpoint: {wrong}. If it comes from another program, only its "
-            f"weights could be of use; NanoThink can't resume from it"
-        )
-    check_values(path, payload)
-    if thorough:  # reads the hashes of the documents
-        from nanothink.checkpoints.split_record import SplitRecord
-
-        SplitRecord.from_state(payload["split"], path)
-    return cast("CheckpointPayload", payload)
 
 
-def _summarise(path: Path, payload: CheckpointPayload) -> CheckpointSummary:
+def _summary(path: Path, values: dict[str, Any]) -> CheckpointSummary:
     try:
         stat = path.stat()
     except OSError:
         raise CheckpointNotFoundError(f"{path}: was removed while it was being read") from None
-    run = payload["run"]
-    name = run.get("name")
-    sizes = {_place(tensor): tensor.numel() for tensor in payload["model_state"].values()}
-    return CheckpointSummary(
-        path=path,
-        kind=payload["kind"],
-        name=name if isinstance(name, str) else None,
-        step=payload["step"],
-        epoch=payload["epoch"],
-        position=payload["position"],
-        best_loss=payload["best_loss"],
-        n_parameters=sum(sizes.values()),
-        n_bytes=stat.st_size,
-        modified=stat.st_mtime,
-        format_version=payload["format_version"],
-    )
-
-
-def _place(tensor: Tensor | TensorSketch) -> tuple[Any, ...]:
-    """Equal for tied tensors alone."""
-    if isinstance(tensor, TensorSketch):
-        return tensor.storage, tensor.first, tensor.shape, tensor.stride
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+    return CheckpointSummary(path=path, n_bytes=stat.st_size, modified=stat.st_mtime, **values)
 
 
 def _not_found(path: Path) -> str:

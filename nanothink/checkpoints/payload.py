@@ -1,28 +1,20 @@
 """What a checkpoint holds, and the checks that keep it plain.
 
 A payload is one dict of tensors and plain Python values, so that ``torch.load(weights_only=True)`` opens
-it. It is checked on the way out (a file that would not load again is not written) and on the way in; of a
-sketch of one (contents.py), which is made without torch, the same is checked.
+it. It is checked when it is written (a file that would not load again is not written) and when it is read.
+This module imports torch on first use: a listing needs none.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
-
-from nanothink.checkpoints.archive import damaged
-from nanothink.checkpoints.contents import TensorSketch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 3
 """2: with the split and the hashes of the documents that were trained on."""
-
-_MAX_NODES = 2_000_000
-"""Values in a payload. Shared containers let a small pickle unfold to more than any memory holds."""
 
 
 class ModelPayload(TypedDict):
@@ -102,19 +94,16 @@ _REQUIRED: dict[str, tuple[type, ...]] = {
 }
 
 
-def wrong_entry(payload: dict[Any, Any]) -> str | None:
-    """The first required entry that is missing or of another type, in words."""
-    for key, types in _REQUIRED.items():
-        if key not in payload:
-            return f"its entry '{key}' is missing"
-        value = payload[key]
-        if type(value) not in types and not (dict in types and isinstance(value, dict)):
-            return f"its entry '{key}' is a {type(value).__name__}"
-    for key, least in (("format_version", 1), ("step", 0), ("epoch", 0), ("position", 0)):
-        if payload[key] < least:
-            return f"its entry '{key}' is {payload[key]}"
+_SUMMARY = ("format_version", "kind", "step", "epoch", "position", "best_loss")
+"""Entries that a summary repeats; it has ``name`` and ``n_parameters`` besides."""
+
+
+def wrong_entry(payload: Mapping[Any, Any]) -> str | None:
+    """Describe the first required entry that is missing or of another type; None if there is none."""
+    if wrong := _wrong_type(payload, _REQUIRED):
+        return wrong
     for name, tensor in payload["model_state"].items():
-        if not isinstance(name, str) or not (isinstance(tensor, TensorSketch) or _is_tensor(tensor)):
+        if not isinstance(name, str) or not _is_tensor(tensor):
             return f"its entry 'model_state' holds {name!r}, which is no tensor"
     for key in ("tokenizer", "run", "config", "split"):
         if not all(isinstance(name, str) for name in payload[key]):
@@ -126,62 +115,46 @@ def wrong_entry(payload: dict[Any, Any]) -> str | None:
     return None
 
 
-def check_values(path: Path, payload: dict[str, Any]) -> None:
-    """Refuse values that are no plain ones or tensors, and containers that unfold without end."""
-    try:
-        for value in _values(payload):
-            if _is_tensor(value):
-                if not _is_ordinary(value):
-                    raise damaged(
-                        path, f"it holds a tensor of an unknown sort ({value.layout}, {value.device})"
-                    )
-                if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                    raise damaged(
-                        path, f"it holds a tensor of shape {tuple(value.shape)} but not the data for it"
-                    )
-            elif not isinstance(value, (str, int, float, dict, list, tuple, type(None), TensorSketch)):
-                raise damaged(path, f"it holds a {type(value).__name__}, which no checkpoint does")
-    except _Endless:
-        raise damaged(path, "its values are nested or repeated without end") from None
-    for key in ("config", "run", "early_stopping"):
-        if any(isinstance(value, TensorSketch) or _is_tensor(value) for value in _values(payload[key])):
-            raise damaged(path, f"its entry '{key}' holds a tensor, which is due elsewhere")
+def wrong_in_summary(summary: Mapping[str, Any]) -> str | None:
+    """``wrong_entry`` of what ``summary_of`` gives."""
+    if not isinstance(summary.get("name"), (str, type(None))) or type(summary.get("n_parameters")) is not int:
+        return "its name or number of parameters is missing"
+    if surplus := summary.keys() - {*_SUMMARY, "name", "n_parameters"}:
+        return f"it has a surplus entry '{min(surplus)}'"
+    return _wrong_type(summary, _SUMMARY)
+
+
+def _wrong_type(values: Mapping[Any, Any], keys: Iterable[str]) -> str | None:
+    for key in keys:
+        if key not in values:
+            return f"its entry '{key}' is missing"
+        value, types = values[key], _REQUIRED[key]
+        if type(value) not in types and not (dict in types and isinstance(value, dict)):
+            return f"its entry '{key}' is a {type(value).__name__}"
+    for key, least in (("format_version", 1), ("step", 0), ("epoch", 0), ("position", 0)):
+        if values[key] < least:
+            return f"its entry '{key}' is {values[key]}"
+    return None
+
+
+def summary_of(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a listing shows: plain ones, tied parameters counted once."""
+    name = payload["run"].get("name")
+    sizes = {
+        (tensor.data_ptr(), tensor.shape, tensor.stride()): tensor.numel()
+        for tensor in payload["model_state"].values()
+    }
+    return {
+        **{key: payload[key] for key in _SUMMARY},
+        "name": name if isinstance(name, str) else None,
+        "n_parameters": sum(sizes.values()),
+    }
 
 
 def _is_tensor(value: Any) -> TypeGuard[Tensor]:
-    """Whether it is a tensor; without importing torch, since there is none where that was not imported."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
-def _is_ordinary(tensor: Tensor) -> bool:
     import torch
 
-    return tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_quantized
-
-
-class _Endless(Exception):
-    pass
-
-
-def _values(root: Any) -> Iterator[Any]:
-    """``root`` and all that is in it, down to what is no container."""
-    # A stack of iterators: a list that holds itself, or one repeated a billion times, grows no list here.
-    pending: list[Iterator[Any]] = [iter((root,))]
-    n_nodes, end = 0, object()
-    while pending:
-        value = next(pending[-1], end)
-        if value is end:
-            pending.pop()
-            continue
-        n_nodes += 1
-        if n_nodes > _MAX_NODES or len(pending) > 100:
-            raise _Endless
-        yield value
-        if isinstance(value, dict):
-            pending.append(iter(value.values()))
-        elif isinstance(value, (list, tuple)):
-            pending.append(iter(value))
+    return isinstance(value, torch.Tensor)
 
 
 def plain(value: Any, where: str) -> Any:
@@ -192,7 +165,7 @@ def plain(value: Any, where: str) -> Any:
     if _is_tensor(value):
         import torch
 
-        if not _is_ordinary(value):
+        if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
             raise TypeError(f"{where} is a tensor that can't be saved ({value.layout}, {value.device})")
         tensor = value.detach()
         if type(tensor) is not torch.Tensor:

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,7 @@ def test_reading_says_how_far_it_is(tmp_path, make_payload, read, word):
     label, done, total = heard[-1]
     assert label == f"{word} a.pt"
     assert done == total
-    assert 0 <= path.stat().st_size - total < 200  # the digest itself
+    assert 0 <= path.stat().st_size - total < 500  # the comment
 
 
 # --- damage -------------------------------------------------------------------------------------------
@@ -266,6 +266,29 @@ def test_a_file_is_verified_once_unless_it_changes(written, make_payload, monkey
         read_checkpoint(written)
 
 
+def test_a_damaged_summary_is_an_error_of_a_listing_too(written, make_payload):
+    whole = written.read_bytes()
+    for there, other in (
+        (b'"step": 7', b'"step": x'),
+        (b'"step": 7', b'"stop": 7'),
+        (b'"kind": "transformer"', b'"kind":  7777777777.5'),
+        (b'"n_parameters": 768', b'"n_parameters": -.5'),
+        (b'"epoch": 2,', b'"epoch":-2,'),
+    ):
+        assert whole.count(there) == 1
+        written.write_bytes(whole.replace(there, other))
+        with pytest.raises(CheckpointDamagedError, match="its summary is damaged"):
+            read_summary(written)
+    newer = f'"format_version": {FORMAT_VERSION}'.encode()
+    written.write_bytes(whole.replace(newer, newer[:-1] + b"9"))
+    with pytest.raises(CheckpointMismatchError, match="newer NanoThink"):
+        read_summary(written)
+    torch.save(make_payload(), written)
+    without = read_summary(written)
+    write_checkpoint(written, make_payload())
+    assert replace(without, n_bytes=0, modified=0) == replace(read_summary(written), n_bytes=0, modified=0)
+
+
 def test_every_flipped_byte_is_detected(written):
     whole = bytearray(written.read_bytes())
     for offset in {*range(0, len(whole), 23), *range(128), *range(len(whole) - 400, len(whole))}:
@@ -307,7 +330,7 @@ def test_a_file_saved_by_plain_torch_is_held_to_its_crcs(tmp_path, make_payload)
         (b"\0" * 5000, "not a checkpoint"),
         (b"hello", "not a checkpoint"),
         (b"PK\3\4" + b"x" * 3000, "cut short"),
-        (b"PK\5\6" + b"\0" * 18, "not one that torch.save wrote"),
+        (b"PK\5\6" + b"\0" * 18, "not a checkpoint"),
         (pickle.dumps({"a": 1}), "bare pickle"),
     ],
 )
@@ -419,7 +442,7 @@ def test_a_forged_split_is_refused(tmp_path, make_payload, place, value, reason)
         read_checkpoint(tmp_path / "a.pt")
 
 
-# --- hostile files ------------------------------------------------------------------------------------
+# --- more than tensors and plain values ---------------------------------------------------------------
 
 
 class Payload:
@@ -430,17 +453,8 @@ class Payload:
         return self.call
 
 
-def rebuild(path: Path, change: Any, **options: Any) -> None:
-    """Write the zip at ``path`` again with every member passed through ``change(name, data)``."""
-    with zipfile.ZipFile(path) as archive:
-        members = [(name, archive.read(name)) for name in archive.namelist()]
-    with zipfile.ZipFile(path, "w", **options) as archive:
-        for name, data in members:
-            archive.writestr(name, change(name, data))
-
-
 def seal(path: Path) -> None:
-    """Give a forged zip the digest of a good file: the digest guards against accidents, not malice."""
+    """Give a forged zip a digest that fits: the digest finds accidents, not malice."""
     whole = path.read_bytes()
     comment = b"nanothink-sha256:" + hashlib.sha256(whole).hexdigest().encode()
     path.write_bytes(whole[:-2] + struct.pack("<H", len(comment)) + comment)
@@ -448,6 +462,7 @@ def seal(path: Path) -> None:
 
 @pytest.mark.parametrize("sealed", [False, True])
 @pytest.mark.parametrize("wrapping", ["bare", "zip", "zip, protocol 4"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
 def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path, make_payload, wrapping, sealed):
     marker, path = tmp_path / "marker", tmp_path / "a.pt"
     evil = {**make_payload(), "run": {"x": Payload(os.system, f"touch '{marker}'")}}
@@ -468,110 +483,23 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path, make_payload, w
 
 def test_the_refusal_names_what_would_be_called(tmp_path):
     torch.save({"x": Payload(os.system, "true")}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointDamagedError, match=r"'posix\.system'"):
+    with pytest.raises(CheckpointDamagedError, match=r"GLOBAL posix\.system") as caught:
         read_checkpoint(tmp_path / "a.pt")
+    assert "weights_only" not in str(caught.value)  # torch's own advice is to load it without protection
 
 
-def test_names_that_weights_only_would_allow_but_no_checkpoint_needs(tmp_path, make_payload):
-    torch.save(make_payload(run={"x": Payload(bytearray, 10**11)}), tmp_path / "a.pt")
-    with pytest.raises(CheckpointDamagedError, match="bytearray"):
-        read_checkpoint(tmp_path / "a.pt")
-
-
-def test_a_zip_bomb_is_refused(tmp_path, make_payload):
-    path = tmp_path / "a.pt"
-    torch.save(make_payload(model_state={"a": torch.zeros(5_000_000)}), path)
-    rebuild(path, lambda name, data: data, compression=zipfile.ZIP_DEFLATED)
-    seal(path)
-    assert path.stat().st_size < 100_000
-    for read in (read_checkpoint, read_summary):
-        with pytest.raises(CheckpointDamagedError, match="compressed"):
-            read(path)
-
-
-def test_parts_that_overlap_are_refused(tmp_path):
-    """A thousand entries for the same bytes: each small, together far more than the file."""
-    path = tmp_path / "a.pt"
-    torch.save({"a": torch.zeros(50_000)}, path)
-    with zipfile.ZipFile(path, "a") as archive:
-        largest = max(archive.infolist(), key=lambda member: member.file_size)
-        for index in range(1000):
-            twin = zipfile.ZipInfo(f"archive/data/{index + 10}")
-            for field in ("header_offset", "file_size", "compress_size", "CRC"):
-                setattr(twin, field, getattr(largest, field))
-            archive.filelist.append(twin)
-        archive._didModify = True  # type: ignore[attr-defined]
-    with pytest.raises(CheckpointDamagedError, match="its parts claim"):
-        read_summary(path)
-
-
-@pytest.mark.parametrize("name", ["../../escaped", "/etc/escaped", "a\\..\\escaped"])
-def test_names_that_lead_out_are_refused(tmp_path, make_payload, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "a.pt"
-    torch.save(make_payload(), path)
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(name, b"x")
-    with pytest.raises(CheckpointDamagedError, match="leads out"):
-        read_checkpoint(path)
-
-
-def test_a_part_that_is_there_twice_is_refused(tmp_path, make_payload):
-    path = tmp_path / "a.pt"
-    torch.save(make_payload(), path)
-    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
-        archive.writestr(archive.namelist()[0], b"x")
-    with pytest.raises(CheckpointDamagedError, match="twice"):
-        read_checkpoint(path)
-
-
-def test_torchscript_is_refused(tmp_path, make_payload):
-    path = tmp_path / "a.pt"
-    torch.save(make_payload(), path)
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("archive/constants.pkl", pickle.dumps(()))
+def test_torchscript_is_refused(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "a.pt")
     with pytest.raises(CheckpointDamagedError, match="TorchScript"):
-        read_checkpoint(path)
+        read_checkpoint(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("mmap", [False, True])
-def test_absurd_tensor_sizes_are_refused(tmp_path, make_payload, mmap):
-    path = tmp_path / "a.pt"
-    torch.save(make_payload(model_state={"a": torch.ones(1).expand(10**12)}), path)
-    with pytest.raises(CheckpointDamagedError, match="not the data for it"):
-        read_checkpoint(path, mmap=mmap)
-    torch.save(make_payload(model_state={"a": torch.ones(201)}), path)
-    small, huge = b"K\xc9\x85", b"J" + struct.pack("<i", 2**31 - 1) + b"\x85"  # the shape (201,)
-
-    def enlarge(name: str, data: bytes) -> bytes:
-        assert not name.endswith("data.pkl") or data.count(small) == 1
-        return data.replace(small, huge) if name.endswith("data.pkl") else data
-
-    rebuild(path, enlarge)
-    with pytest.raises(CheckpointDamagedError):
-        read_checkpoint(path, mmap=mmap)
-
-
-@pytest.mark.timeout(60)
-def test_values_without_end_are_refused(tmp_path, make_payload):
-    laughs: list[Any] = ["ha"]
-    for _ in range(30):
-        laughs = [laughs] * 10
-    torch.save(make_payload(run={"x": laughs}), tmp_path / "laughs.pt")
-    cycle: list[Any] = []
-    cycle.append(cycle)
-    torch.save(make_payload(run={"x": cycle}), tmp_path / "cycle.pt")
-    for name in ("laughs.pt", "cycle.pt"):
-        with pytest.raises(CheckpointDamagedError, match="without end"):
-            read_checkpoint(tmp_path / name)
-
-
-def test_random_garbage_inside_the_zip_never_escapes_as_another_error(tmp_path, make_payload):
+def test_garbage_in_a_file_without_a_digest_never_escapes_as_another_error(tmp_path, make_payload):
     path, chance = tmp_path / "a.pt", random.Random(0)
     torch.save(make_payload(), path)
     whole = path.read_bytes()
     n_refused = 0
-    for _ in range(300):
+    for _ in range(200):
         forged = bytearray(whole)
         for _ in range(chance.randint(1, 8)):
             # pickle (at the start) and directory (at the end), where a byte means most
@@ -579,17 +507,17 @@ def test_random_garbage_inside_the_zip_never_escapes_as_another_error(tmp_path, 
             forged[where] = chance.randrange(256)
         path.write_bytes(forged)
         try:
-            read_summary(path)
+            read_checkpoint(path)
         except (CheckpointDamagedError, CheckpointMismatchError):
             n_refused += 1
-    assert n_refused > 100
+    assert n_refused > 150
 
 
 # --- killed in the middle -----------------------------------------------------------------------------
 
 KILL_POINTS = [
     *(("byte", at) for at in (0, 1, 300, 2_500, 6_000)),
-    ("byte", -82),  # all but the seal
+    ("byte", "seal"),
     ("byte", -1),
     ("before", "fsync", 1),
     ("after", "fsync", 1),
@@ -605,7 +533,9 @@ def test_killed_during_a_write(tmp_path, make_payload, crash_server, point):
     write_checkpoint(target, make_payload(seed=1))
     write_checkpoint(source, make_payload(seed=2))
     old, new = target.read_bytes(), source.read_bytes()
-    if point[0] == "byte" and point[1] < 0:
+    if point == ("byte", "seal"):  # all but that
+        point = ("byte", new.index(b"nanothink-sha256:") - 2)
+    elif point[0] == "byte" and point[1] < 0:
         point = ("byte", len(new) + point[1])
     crash_server.start("write", target=str(target), source=str(source), point=list(point))
     crash_server.kill(crash_server.answer()["paused"])
