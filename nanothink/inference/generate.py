@@ -71,9 +71,7 @@ def generate(
     device = model.head_weight.device
     with evaluating(model), torch.inference_mode():
         unfinished = set(range(len(texts)))
-        rows = list(
-            range(len(texts))
-        )  # rows the state holds; the finished ones leave with the next new state
+        rows = list(range(len(texts)))  # of the state; the finished ones leave with the next new state
         read = min(prompt_lengths)
         first = window_start(read, model.context_length)
         state = begin(seeds)
@@ -82,7 +80,7 @@ def generate(
             drawing = [i for i, row in enumerate(rows) if row in unfinished and len(texts[row]) == read]
             if drawing:
                 chosen = next_tokens(
-                    logits[drawing],
+                    logits if len(drawing) == len(rows) else logits[drawing],
                     [texts[rows[i]] for i in drawing],
                     config,
                     [generators[rows[i]] for i in drawing],
@@ -197,6 +195,9 @@ def _window(
     texts: Sequence[Sequence[int]], rows: Sequence[int], start: int, stop: int, device: torch.device
 ) -> torch.Tensor:
     """Tokens ``start`` to ``stop`` of the rows, (rows, stop - start). Finished rows repeat their last."""
+    if stop - start == 1:
+        newest = [[text[start] if start < len(text) else text[-1]] for text in map(texts.__getitem__, rows)]
+        return torch.tensor(newest, dtype=torch.int64, device=device)
     windows = [list(texts[row][start:stop]) for row in rows]
     full = [w + [texts[row][-1]] * (stop - start - len(w)) for w, row in zip(windows, rows, strict=True)]
     return torch.tensor(full, dtype=torch.int64, device=device)

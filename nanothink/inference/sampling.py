@@ -1,6 +1,7 @@
 """From logits to the next token.
 
-In this order: repetition penalty, temperature, top-k, top-p, draw. All of it happens on the CPU in float64,
+In this order: repetition penalty, temperature, top-k, top-p, draw. All but finding the k likeliest (which no
+conversion changes, nor a temperature) happens on the CPU in float64,
 and each row draws one number from a generator of its own, looked up in the cumulative distribution in
 order of token id. So a row's choice depends on its own logits and seed alone, whatever device the
 model runs on and whoever else is in the batch, and rounding noise in the logits hardly ever changes it.
@@ -10,6 +11,7 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,24 +87,41 @@ def next_tokens(
     Raises:
         NanoThinkError: logits with NaN or +infinity, or a row without a finite one.
     """
-    scores = logits.detach().to("cpu", torch.float64, copy=True)
-    if not bool(torch.isfinite(scores.amax(1)).all()):  # amax passes NaN on
-        raise NanoThinkError(
-            "The model's logits are not finite, so there is nothing to draw from: its training diverged, or "
-            "its weights were changed. 'nanothink checkpoints verify' says which of your checkpoints can be "
-            "used; if none can, train again with a lower learning rate."
-        )
+    scores = logits.detach()
     if config.repetition_penalty != 1:
+        scores = scores.to("cpu", torch.float64, copy=True)
+        _require_finite(scores.amax(1))
         for row, tokens in zip(scores, previous, strict=True):
             seen = torch.tensor(sorted(set(tokens[-config.repetition_window :])), dtype=torch.int64)
             row[seen] = torch.where(
                 row[seen] > 0, row[seen] / config.repetition_penalty, row[seen] * config.repetition_penalty
             )
     if config.temperature == 0:
-        return scores.argmax(1)
+        greatest, likeliest = scores.max(1)
+        _require_finite(greatest)
+        return likeliest.cpu()
+    # Only those that can be drawn are converted and summed up: fifty of many thousands.
+    candidates = None
+    if config.top_k and config.top_k < scores.shape[1]:
+        best = scores.topk(config.top_k, dim=1)
+        candidates, order = best.indices.cpu().sort(dim=1)
+        scores = best.values.cpu().gather(1, order)
+    scores = scores.to("cpu", torch.float64)
+    _require_finite(scores.amax(1))
     probabilities = filter_probabilities(scores, config)
     draws = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
-    return pick(probabilities, torch.stack(draws))
+    chosen = pick(probabilities, draws[0].unsqueeze(0) if len(draws) == 1 else torch.stack(draws))
+    return chosen if candidates is None else candidates.gather(1, chosen.unsqueeze(1)).squeeze(1)
+
+
+def _require_finite(greatest: Tensor) -> None:
+    """Raise for rows whose greatest logit is NaN or infinite; ``amax`` and ``max`` pass NaN on."""
+    if not all(map(math.isfinite, greatest.tolist())):
+        raise NanoThinkError(
+            "The model's logits are not finite, so there is nothing to draw from: its training diverged, or "
+            "its weights were changed. 'nanothink checkpoints verify' says which of your checkpoints can be "
+            "used; if none can, train again with a lower learning rate."
+        )
 
 
 def pick(probabilities: Tensor, draws: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ F inner width of the feed-forward.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from torch.autograd.function import once_differentiable
 from nanothink.errors import UsageError
 from nanothink.models.contract import State
 from nanothink.models.precision import matmul_dtype
+
+if TYPE_CHECKING:
+    from nanothink.models.decoding.experts import Step
 
 NORM_EPS = 1e-6
 
@@ -173,6 +176,8 @@ class KeyValueCache(State):
         self._lengths: list[int] | None = None  # of each row, where they differ
         self._positions: Tensor | None = None  # (B, T) of the new tokens, where the lengths differ
         self._seen: Tensor | None = None  # (B, 1, T, S), the mask where the lengths differ
+        self.compiled: Step | None = None
+        """Writes to these buffers; nothing once one of them has been replaced."""
         self._keys: list[Tensor | None] = [None] * n_layers
         self._values: list[Tensor | None] = [None] * n_layers
 
@@ -210,6 +215,7 @@ class KeyValueCache(State):
     def join(self, other: State) -> None:
         """See ``State.join``."""
         assert isinstance(other, KeyValueCache)
+        self.compiled = None
         lengths = [*self.lengths, *other.lengths]
         for buffers, others in ((self._keys, other._keys), (self._values, other._values)):
             for layer, theirs in enumerate(others):
@@ -274,27 +280,44 @@ class KeyValueCache(State):
         n = self.batch_size
         return all_keys[:n, :, :stop], all_values[:n, :, :stop]
 
+    def room(self, layer: int, n_new: int, n_heads: int, width: int) -> tuple[Tensor, Tensor]:
+        """Buffers of a layer, (B, n_heads, S, width) float32 each, with room for ``n_new`` more tokens."""
+        new = torch.empty(self.batch_size, n_heads, n_new, width)
+        keys = self._keys[layer] = self._with_room(self._keys[layer], new)
+        values = self._values[layer] = self._with_room(self._values[layer], new)
+        return keys, values
+
+    def has_room(self, n_new: int) -> bool:
+        """True if the buffers can take ``n_new`` more tokens as they are."""
+        first = self._keys[0]
+        return first is not None and self.length + n_new <= first.shape[2]
+
     def advance(self, n_tokens: int) -> None:
         self.length += n_tokens
         if self._lengths is not None:
             self._lengths = [length + n_tokens for length in self._lengths]
 
     def _append(self, buffer: Tensor | None, new: Tensor) -> Tensor:
-        stop = self.length + new.shape[2]
-        if buffer is None or buffer.shape[2] < stop:
-            doubled = _FIRST_CAPACITY if buffer is None else 2 * buffer.shape[2]
-            capacity = min(max(doubled, stop), self.max_length)
-            rows = new.shape[0] if buffer is None else buffer.shape[0]
-            larger = new.new_zeros(rows, new.shape[1], capacity, new.shape[3])
-            if buffer is not None:
-                larger[:, :, : self.length] = buffer[:, :, : self.length]
-            buffer = larger
+        buffer = self._with_room(buffer, new)
         if self._lengths is None:
-            buffer[: self.batch_size, :, self.length : stop] = new
+            buffer[: self.batch_size, :, self.length : self.length + new.shape[2]] = new
         else:
             rows_of = torch.arange(self.batch_size, device=new.device).unsqueeze(1)
             buffer[rows_of, :, self._positions] = new.transpose(1, 2)  # (B, T, H, K)
         return buffer
+
+    def _with_room(self, buffer: Tensor | None, new: Tensor) -> Tensor:
+        stop = self.length + new.shape[2]
+        if buffer is not None and buffer.shape[2] >= stop:
+            return buffer
+        doubled = _FIRST_CAPACITY if buffer is None else 2 * buffer.shape[2]
+        capacity = min(max(doubled, stop), self.max_length)
+        rows = new.shape[0] if buffer is None else buffer.shape[0]
+        larger = new.new_zeros(rows, new.shape[1], capacity, new.shape[3])
+        if buffer is not None:
+            larger[:, :, : self.length] = buffer[:, :, : self.length]
+        self.compiled = None
+        return larger
 
 
 class Attention(nn.Module):

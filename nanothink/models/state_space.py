@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,15 @@ from torch.autograd.function import once_differentiable
 
 from nanothink.config import ModelConfig, StateSpaceConfig
 from nanothink.errors import UsageError
+from nanothink.models import decoding
 from nanothink.models.contract import LanguageModel, State, without_row
 from nanothink.models.layers import NORM_EPS, RMSNorm, embedding, gated_product, linear
 from nanothink.models.loss import CHUNK_ROWS
 from nanothink.models.precision import matmul_dtype
 from nanothink.models.selective_scan import selective_scan
+
+if TYPE_CHECKING:
+    from nanothink.models.decoding.experts import Step
 
 _DELTA_MIN, _DELTA_MAX, _DELTA_FLOOR = 0.001, 0.1, 1e-4
 
@@ -56,10 +60,32 @@ class Recurrence(State):
     def __init__(self, n_layers: int, batch_size: int) -> None:
         self.batch_size = batch_size
         self.layers: list[LayerState | None] = [None] * n_layers  # None before the first token
+        self.compiled: Step | None = None
+        """Writes to these states; nothing once one of them has been replaced."""
+
+    def check_batch(self, tokens: Tensor) -> None:
+        """Raise UsageError for (B, T) tokens of another number of sequences."""
+        if tokens.shape[0] != self.batch_size:
+            raise UsageError(
+                f"this decoding state is for {self.batch_size} sequences, but {tokens.shape[0]} were given"
+            )
+
+    def of(self, layer: int, mixer: Mixer) -> LayerState:
+        """The state of a layer; before the first token it is zero."""
+        state = self.layers[layer]
+        if state is None:
+            channels, width = mixer.D.shape[0], mixer.conv1d.weight.shape[-1]
+            state = LayerState(
+                torch.zeros(self.batch_size, width - 1, channels),
+                torch.zeros(self.batch_size, mixer.splits[1], channels),
+            )
+            self.layers[layer] = state
+        return state
 
     def join(self, other: State) -> None:
         """See ``State.join``."""
         assert isinstance(other, Recurrence)
+        self.compiled = None
         for i, (own, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
             if own is None:
                 self.layers[i] = None if theirs is None else replace(theirs)
@@ -70,6 +96,7 @@ class Recurrence(State):
 
     def drop(self, row: int) -> None:
         """See ``State.drop``."""
+        self.compiled = None
         for own in self.layers:
             if own is not None:
                 own.conv_state = cast(Tensor, without_row(own.conv_state, row))
@@ -79,10 +106,17 @@ class Recurrence(State):
 
 @dataclass
 class LayerState:
-    """Decoding state of one layer, and copies of its weights in the layout that a step reads fastest."""
+    """Decoding state of one layer."""
 
     conv_state: Tensor  # (B, W - 1, E): the last inputs of the convolution
     ssm_state: Tensor  # (B, N, E): the state of the scan
+    weights: StepWeights | None = None  # made at the first step that needs them
+
+
+@dataclass
+class StepWeights:
+    """Copies of a layer's weights in the layout that its own step reads fastest."""
+
     in_proj: Tensor  # (D, 2 E): the input projection; one row times this takes half the time of its transpose
     taps: Tensor  # (W, E): the weights of the convolution
     rates: Tensor  # (N, E): A log2 e, for exp(delta A) = 2^(delta A log2 e)
@@ -138,31 +172,32 @@ class Mixer(nn.Module):
         rank, B, C = self.x_proj(u).split(self.splits, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
         delta: Tensor = _Softplus.apply(F.linear(rank, self.dt_proj.weight), self.dt_proj.bias)  # type: ignore[no-untyped-call]
         state = None if before is None else before.ssm_state
-        y, last = selective_scan(u, delta, self._rates(), B, C, self.D, state, name=self.scan)
+        y, last = selective_scan(u, delta, self.rates(), B, C, self.D, state, name=self.scan)
         if recurrence is not None:
             kept = self.conv1d.weight.shape[-1] - 1
             padded = F.pad(whole, (0, 0, max(0, kept - whole.shape[1]), 0))
-            if before is None:
-                in_proj = self.in_proj.weight.t().to(x.dtype).contiguous()
-                taps, rates = self.conv1d.taps(), (self._rates() / math.log(2)).t().contiguous()
-            else:
-                in_proj, taps, rates = before.in_proj, before.taps, before.rates
-            recurrence.layers[layer] = LayerState(padded[:, -kept:].clone(), last, in_proj, taps, rates)
+            weights = None if before is None else before.weights
+            recurrence.layers[layer] = LayerState(padded[:, -kept:].clone(), last, weights)
         return gated_product(gate, y, self.out_proj.weight)
 
-    def _rates(self) -> Tensor:
+    def rates(self) -> Tensor:
         """(E, N): A, below zero."""
         return -self.A_log.float().exp()
 
     def _step(self, x: Tensor, state: LayerState) -> Tensor:
         """(B, 1, D) -> (B, 1, D): one step of the recurrence, a fixed number of small operations."""
-        x, gate = (x @ state.in_proj).chunk(2, dim=-1)  # (B, 1, E)
+        if state.weights is None:
+            in_proj = self.in_proj.weight.t().to(x.dtype).contiguous()
+            rates = (self.rates() / math.log(2)).t().contiguous()
+            state.weights = StepWeights(in_proj, self.conv1d.taps(), rates)
+        weights = state.weights
+        x, gate = (x @ weights.in_proj).chunk(2, dim=-1)  # (B, 1, E)
         window = torch.cat([state.conv_state, x], 1)  # (B, W, E)
-        state.conv_state = window[:, 1:]
-        u = F.silu((window * state.taps).sum(1, keepdim=True).add_(self.conv1d.bias)).to(x.dtype)
+        state.conv_state = window[:, 1:].contiguous()
+        u = F.silu((window * weights.taps).sum(1, keepdim=True).add_(self.conv1d.bias)).to(x.dtype)
         rank, B, C = self.x_proj(u).split(self.splits, dim=-1)
         delta = F.softplus(F.linear(rank, self.dt_proj.weight).float().add_(self.dt_proj.bias))
-        decay = (delta * state.rates).exp2_()  # (B, N, E)
+        decay = (delta * weights.rates).exp2_()  # (B, N, E)
         state.ssm_state = decay.mul_(state.ssm_state).addcmul_(B.float().mT, delta * u)
         y = (C.float() @ state.ssm_state).addcmul_(self.D, u).to(gate.dtype)
         return gated_product(gate, y, self.out_proj.weight)
@@ -270,6 +305,10 @@ class Backbone(nn.Module):
 
     def read(self, tokens: Tensor, recurrence: Recurrence, *, last_only: bool) -> Tensor:
         """The same of (B, T) tokens after those in the decoding state, which advances. No gradients."""
+        if (step := self.compiled_step(tokens, recurrence)) is not None:
+            states = step.read(tokens, [0] * recurrence.batch_size)
+            return states[:, -1:] if last_only else states
+        recurrence.compiled = None
         with torch.no_grad():
             pieces = []
             for piece in torch.split(tokens, _PIECE, 1):
@@ -278,8 +317,22 @@ class Backbone(nn.Module):
                     x = layer(x, recurrence, i)
                 if not last_only:
                     pieces.append(self.norm_f(x))
-            states: Tensor = self.norm_f(x[:, -1:]) if last_only else torch.cat(pieces, 1)
-            return states
+            return cast(Tensor, self.norm_f(x[:, -1:])) if last_only else torch.cat(pieces, 1)
+
+    def compiled_step(
+        self, tokens: Tensor, recurrence: Recurrence, head: Tensor | None = None
+    ) -> Step | None:
+        """The compiled step for these tokens, with logits if there is a head; None where there is none."""
+        weight = self.embeddings.weight
+        if not decoding.suits(tokens, weight):
+            return None
+        step = recurrence.compiled
+        if step is None or step.address != weight.data_ptr() or (step.logits is None and head is not None):
+            from nanothink.models.decoding.experts import state_space_step
+
+            with torch.no_grad():
+                recurrence.compiled = step = state_space_step(self, recurrence, head)
+        return step
 
 
 class StateSpace(LanguageModel):
@@ -324,11 +377,15 @@ class StateSpace(LanguageModel):
     def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
         """See ``LanguageModel.read``. Many tokens are read by one scan, which returns its last state."""
         assert isinstance(state, Recurrence)
-        if tokens.shape[0] != state.batch_size:
-            raise UsageError(
-                f"this decoding state is for {state.batch_size} sequences, but {tokens.shape[0]} were given"
-            )
+        state.check_batch(tokens)
         return self.backbone.read(tokens, state, last_only=last_only)
+
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """See ``LanguageModel.step``."""
+        assert isinstance(state, Recurrence)
+        state.check_batch(tokens)
+        step = self.backbone.compiled_step(tokens, state, self.head_weight)
+        return super().step(tokens, state) if step is None else step.predict(tokens, [0] * state.batch_size)
 
     def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
         """See ``LanguageModel.activation_bytes``; what is kept was listed with saved-tensor hooks."""

@@ -13,13 +13,14 @@ Shapes: B batch, T time, D model width, V vocabulary, F inner width.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from nanothink.config import ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
+from nanothink.models import decoding
 from nanothink.models.contract import LanguageModel, State
 from nanothink.models.layers import (
     NORM_EPS,
@@ -32,6 +33,9 @@ from nanothink.models.layers import (
     linear,
 )
 from nanothink.models.loss import CHUNK_ROWS
+
+if TYPE_CHECKING:
+    from nanothink.models.decoding.experts import Step
 
 
 class Decoder(nn.Module):
@@ -90,14 +94,35 @@ class Decoder(nn.Module):
         Raises:
             UsageError: the cache would hold more than ``context_length`` tokens.
         """
+        if (step := self.compiled_step(tokens, cache)) is not None:
+            states = step.read(tokens, cache.lengths)
+            cache.advance(tokens.shape[1])
+            return states[:, -1:] if last_only else states
         with torch.no_grad():
             rotation = cache.begin(self.rotary, tokens)
             x = self.embed_tokens(tokens)  # (B, T, D)
             for layer, block in enumerate(self.layers):
                 x = block(x, rotation, cache, layer)
             cache.advance(tokens.shape[1])
-            states: Tensor = self.norm(x[:, -1:] if last_only else x)
-        return states
+            return cast(Tensor, self.norm(x[:, -1:] if last_only else x))
+
+    def compiled_step(self, tokens: Tensor, cache: KeyValueCache, head: Tensor | None = None) -> Step | None:
+        """The compiled step for these tokens, with logits if there is a head; None where there is none."""
+        weight = self.embed_tokens.weight
+        if not decoding.suits(tokens, weight):
+            return None
+        cache.check_room(tokens)
+        step, n_new = cache.compiled, tokens.shape[1]
+        if (
+            step is None
+            or step.address != weight.data_ptr()
+            or not cache.has_room(n_new)
+            or (step.logits is None and head is not None)
+        ):
+            from nanothink.models.decoding.experts import decoder_step
+
+            cache.compiled = step = decoder_step(self, cache, n_new, head)
+        return step
 
 
 class Transformer(LanguageModel):
@@ -158,6 +183,16 @@ class Transformer(LanguageModel):
         """See ``LanguageModel.read``."""
         assert isinstance(state, KeyValueCache)
         return self.model.read(tokens, state, last_only=last_only)
+
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """See ``LanguageModel.step``."""
+        assert isinstance(state, KeyValueCache)
+        step = self.model.compiled_step(tokens, state, self.head_weight)
+        if step is None:
+            return super().step(tokens, state)
+        logits = step.predict(tokens, state.lengths)
+        state.advance(tokens.shape[1])
+        return logits
 
 
 def block_reading_bytes(width: int, inner: int, value_bytes: int) -> int:

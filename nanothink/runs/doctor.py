@@ -14,9 +14,9 @@ import torch
 import nanothink
 from nanothink.config import DataConfig, ModelConfig, TrainExpertConfig
 from nanothink.data.hub import availability
+from nanothink.models.native import find_compiler
 from nanothink.models.precision import choose_device
 from nanothink.models.selective_scan import RULE, choose_scan
-from nanothink.models.selective_scan.compiled import find_compiler
 from nanothink.training.matmul_speed import MatmulSpeed
 from nanothink.training.matmul_types import choose_precision
 

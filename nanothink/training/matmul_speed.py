@@ -37,7 +37,7 @@ from nanothink.config import ModelConfig, TrainConfig
 from nanothink.disk import private_folder, write_whole
 from nanothink.errors import StorageError
 from nanothink.models.loss import linear_cross_entropy
-from nanothink.models.selective_scan.compiled import processor
+from nanothink.models.native import processor
 from nanothink.training.optimizer import NS_COEFFICIENTS, NS_STEPS, orthogonalised
 
 _FORMAT = 1  # of the files, and of what is measured

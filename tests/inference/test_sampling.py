@@ -180,3 +180,19 @@ def test_logits_that_are_not_finite_are_an_error(bad: float, temperature: float)
 def test_settings_out_of_bounds_are_refused(setting: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(setting))):
         SamplingConfig.model_validate(setting)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"top_k": 7}, {"top_k": 7, "top_p": 0.6}, {"top_k": 40}, {"top_p": 0.5}]
+)
+def test_drawing_among_the_candidates_is_drawing_from_the_whole_distribution(
+    settings: dict[str, float],
+) -> None:
+    """Only the k likeliest are converted and summed up; the same numbers give the same tokens."""
+    config = SamplingConfig(**PLAIN | {"temperature": 0.7} | settings)
+    logits = torch.randn(300, 40, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # with ties
+    found = next_tokens(logits, [[]] * 300, config, [torch.Generator().manual_seed(i) for i in range(300)])
+    draws = [
+        torch.rand(1, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(300)
+    ]
+    assert found.equal(pick(filter_probabilities(logits.double(), config), torch.stack(draws)))

@@ -1,4 +1,4 @@
-// The selective scan for CPUs, forward and backward, float32. compiled.py builds and calls it.
+// The selective scan for CPUs, forward and backward, float32. compiled.py builds it, after vectors.h, and calls it.
 //
 // Work is cut into (sequence, segment of SEGMENT channels); units are independent and threads take them one
 // by one. How it is cut does not depend on the number of threads, so neither do the results. Within
@@ -12,66 +12,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <thread>
 #include <vector>
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
 constexpr int CHUNK = 32;     // steps between saved states
 constexpr int SEGMENT = 128;  // channels of a unit of work
 static_assert(SEGMENT % W == 0, "a segment is whole vectors");
-
-typedef float vec __attribute__((vector_size(4 * W)));
-typedef int32_t ivec __attribute__((vector_size(4 * W)));
-typedef float loose_vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
-
-inline vec splat(float x) { return x - vec{}; }
-inline vec load(const float* p) { return *reinterpret_cast<const loose_vec*>(p); }
-inline void store(float* p, vec v) { *reinterpret_cast<loose_vec*>(p) = v; }
-
-// The last vector of a row may be cut short: its missing lanes read as zero and are not written.
-inline vec load(const float* p, int lanes) {
-  if (lanes == W) return load(p);
-  vec v{};
-  std::memcpy(&v, p, 4 * lanes);
-  return v;
-}
-inline void store(float* p, vec v, int lanes) {
-  if (lanes == W) store(p, v);
-  else std::memcpy(p, &v, 4 * lanes);
-}
-
-inline float sum(vec v) {
-  float total = 0;
-  for (int i = 0; i < W; ++i) total += v[i];
-  return total;
-}
-
-// 2^x within 2 units in the last place; 0 below -127 and infinity from 128, NaN for NaN. x is split into the
-// nearest integer, which becomes the exponent, and a rest in [-1/2, 1/2] for a polynomial of degree 6.
-inline vec exp2(vec x) {
-  x = x < splat(-127.f) ? splat(-127.f) : x;
-  x = x > splat(128.f) ? splat(128.f) : x;
-  const vec shifted = x + splat(12582912.f);  // 1.5 * 2^23: the sum's low bits are the nearest integer
-  const vec f = x - (shifted - splat(12582912.f));
-  vec p = f * splat(1.545316294e-4f) + splat(1.339086336e-3f);
-  p = p * f + splat(9.618082557e-3f);
-  p = p * f + splat(5.550357114e-2f);
-  p = p * f + splat(2.402265076e-1f);
-  p = p * f + splat(6.931471880e-1f);
-  p = p * f + splat(1.f);
-  return reinterpret_cast<vec>(reinterpret_cast<ivec>(p) + (reinterpret_cast<ivec>(shifted) << 23));
-}
-
-constexpr float LOG2_E = 1.44269504088896341f;
 
 struct Shape {
   int64_t batch, length, width, n_states;

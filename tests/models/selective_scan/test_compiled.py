@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from nanothink.disk import private
+from nanothink.models import native
 from nanothink.models.selective_scan import compiled
 
 pytestmark = pytest.mark.skipif(bool(compiled.unavailable()), reason=compiled.unavailable() or "-")
@@ -35,7 +36,7 @@ def built() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def strangers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("strangers") / "library.so"
-    compiler = compiled.find_compiler()
+    compiler = native.find_compiler()
     assert compiler is not None
     command = [compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(path)]
     subprocess.run(command, input=STRANGER.encode(), check=True)
@@ -67,9 +68,9 @@ def builds(monkeypatch: pytest.MonkeyPatch, built: Path) -> list[Path]:
     def build(compiler: str, source: bytes, path: Path) -> Any:
         shutil.copy(library_in(built), path)
         made.append(path)
-        return compiled._open(path)
+        return native.open_library(path)
 
-    monkeypatch.setattr(compiled, "_build", build)
+    monkeypatch.setattr(native, "build", build)
     return made
 
 
@@ -113,7 +114,7 @@ def test_a_file_that_changes_after_it_was_checked_is_not_what_is_loaded(
         os.replace(path.with_name("strangers.so"), path)
         return descriptor
 
-    monkeypatch.setattr(compiled, "open_private", then_replaced)
+    monkeypatch.setattr(native, "open_private", then_replaced)
     assert compiled._load.__wrapped__()[1] == ""
     assert builds == []
 

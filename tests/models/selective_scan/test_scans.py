@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -344,7 +345,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
 
 def test_a_library_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     wrong = tmp_path / "g++"
-    real = compiled.shutil.which("g++")  # type: ignore[attr-defined]
+    real = shutil.which("g++")
     if real is None:
         pytest.skip("no g++ here")
     wrong.write_text(

@@ -1,0 +1,322 @@
+// Decoding on a CPU: a step is a list of operations over fixed buffers, run in order by one call. float32.
+// program.py writes the list, compiled.py builds this file (after vectors.h) and calls it.
+//
+// One sequence and one token make most steps, so a matrix is read once from memory and everything else is
+// small: products take four rows of the matrix at a time, as they lie in the model, with up to four rows of
+// the input, and what is written stays in the first cache.
+//
+// Shapes, all contiguous: B sequences, T new tokens of each, R = B T rows of activations, row b T + t; a row's
+// position is that of its sequence's first new token plus t. H heads, G heads of keys, K width of a head, S tokens that a
+// cache has room for, E channels, N states. In an operation n are sizes and p pointers, in the order of its
+// comment.
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace {
+
+struct Operation {
+  int64_t kind, n[6];
+  double number;
+  float* p[7];
+};
+
+struct Run {
+  int64_t batch, n_new;
+  const int64_t *positions, *tokens;
+  int64_t rows() const { return batch * n_new; }
+  int64_t position(int64_t row) const { return positions[row / n_new] + row % n_new; }
+};
+
+enum Kind { EMBED, NORM, LINEAR, SPREAD, GATE, ROTATE, APPEND, ATTEND, CONVOLVE, SCAN };
+
+constexpr int64_t AHEAD = 4096;  // bytes of a matrix asked for before they are needed
+
+// Call f(start, lanes) for each vector of a row of n numbers; the last may be cut short.
+template <class F>
+inline void for_vectors(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) f(i, W);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+inline float fast_sum(vec v) { return sum4(v, v, v, v)[0]; }
+
+inline vec silu(vec x) { return x / (splat(1.f) + exp2(x * splat(-LOG2_E))); }
+
+inline vec absolute(vec x) { return x < vec{} ? -x : x; }
+
+// log(1 + z) for z in [0, 1]: 2 artanh(s) with s = z / (2 + z) <= 1/3, whose series ends below float32's.
+inline vec log1p(vec z) {
+  const vec s = z / (splat(2.f) + z), q = s * s;
+  vec p = q * splat(1.f / 15) + splat(1.f / 13);
+  p = p * q + splat(1.f / 11);
+  p = p * q + splat(1.f / 9);
+  p = p * q + splat(1.f / 7);
+  p = p * q + splat(1.f / 5);
+  p = p * q + splat(1.f / 3);
+  return (s + s) * (p * q + splat(1.f));
+}
+
+inline vec softplus(vec x) {
+  return (x > vec{} ? x : vec{}) + log1p(exp2(absolute(x) * splat(-LOG2_E)));
+}
+
+// Four outputs of ROWS inputs: y[r][i] (+)= w[i] . x[r].
+template <int ROWS>
+inline void four_outputs(const float* w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t in,
+                         bool add) {
+  vec sums[ROWS][4] = {};
+  const auto at = [&](int64_t c, int lanes) {
+    vec weights[4];
+    for (int i = 0; i < 4; ++i) weights[i] = load(w + i * in + c, lanes);
+    for (int r = 0; r < ROWS; ++r) {
+      const vec v = load(x + r * x_stride + c, lanes);
+      for (int i = 0; i < 4; ++i) sums[r][i] += weights[i] * v;
+    }
+  };
+  for_vectors(in, at);
+  for (int r = 0; r < ROWS; ++r) {
+    loose_quad* to = reinterpret_cast<loose_quad*>(y + r * y_stride);
+    const quad four = sum4(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+    *to = add ? *to + four : four;
+  }
+}
+
+// y (rows, out) = or += x (rows, in) times the transpose of w (out, in).
+void product(const float* w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows,
+             int64_t in, int64_t out, bool add) {
+  int64_t o = 0;
+  for (; o + 4 <= out; o += 4) {
+    const float* four = w + o * in;
+    for (int64_t i = 0; i < 4 * in; i += 16)
+      __builtin_prefetch(reinterpret_cast<const char*>(four + i) + AHEAD);
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4)
+      four_outputs<4>(four, x + r * x_stride, x_stride, y + r * y_stride + o, y_stride, in, add);
+    for (; r + 2 <= rows; r += 2)
+      four_outputs<2>(four, x + r * x_stride, x_stride, y + r * y_stride + o, y_stride, in, add);
+    for (; r < rows; ++r)
+      four_outputs<1>(four, x + r * x_stride, x_stride, y + r * y_stride + o, y_stride, in, add);
+  }
+  for (; o < out; ++o)
+    for (int64_t r = 0; r < rows; ++r) {
+      vec total{};
+      for_vectors(in, [&](int64_t c, int lanes) {
+        total += load(w + o * in + c, lanes) * load(x + r * x_stride + c, lanes);
+      });
+      float* to = y + r * y_stride + o;
+      *to = (add ? *to : 0.f) + fast_sum(total);
+    }
+}
+
+// x (R, D) = the rows of the table that the tokens name. n: D; p: table (V, D), x.
+void embed(const Operation& op, const Run& run) {
+  const int64_t width = op.n[0];
+  for (int64_t r = 0; r < run.rows(); ++r)
+    std::memcpy(op.p[1] + r * width, op.p[0] + run.tokens[r] * width, 4 * width);
+}
+
+// y = RMSNorm(x), for each of n[1] parts of a row. n: width, parts; number: epsilon; p: x, weight, y.
+void norm(const Operation& op, const Run& run) {
+  const int64_t width = op.n[0];
+  for (int64_t r = 0; r < run.rows() * op.n[1]; ++r) {
+    const float* x = op.p[0] + r * width;
+    float* y = op.p[2] + r * width;
+    vec squares{};
+    for_vectors(width, [&](int64_t i, int lanes) {
+      const vec v = load(x + i, lanes);
+      squares += v * v;
+    });
+    const vec scale = splat(1.f / std::sqrt(fast_sum(squares) / width + static_cast<float>(op.number)));
+    for_vectors(width, [&](int64_t i, int lanes) {
+      store(y + i, load(x + i, lanes) * scale * load(op.p[1] + i, lanes), lanes);
+    });
+  }
+}
+
+// y = or += x W^T. n: in, out, 1 to add, 1 for the last new token of each sequence alone; p: W, x (R, in),
+// y (R, out) or (B, out).
+void linear(const Operation& op, const Run& run) {
+  const int64_t in = op.n[0], out = op.n[1];
+  if (op.n[3])
+    product(op.p[0], op.p[1] + (run.n_new - 1) * in, run.n_new * in, op.p[2], out, run.batch, in, out, op.n[2]);
+  else
+    product(op.p[0], op.p[1], in, op.p[2], out, run.rows(), in, out, op.n[2]);
+}
+
+// y = bias + x W with few inputs. n: in, out, stride of x; p: W (in, out), x, bias, y (R, out).
+void spread(const Operation& op, const Run& run) {
+  const int64_t in = op.n[0], out = op.n[1];
+  for (int64_t r = 0; r < run.rows(); ++r) {
+    const float* x = op.p[1] + r * op.n[2];
+    for_vectors(out, [&](int64_t i, int lanes) {
+      vec even = load(op.p[2] + i, lanes), odd{};
+      int64_t k = 0;
+      for (; k + 2 <= in; k += 2) {
+        even += splat(x[k]) * load(op.p[0] + k * out + i, lanes);
+        odd += splat(x[k + 1]) * load(op.p[0] + (k + 1) * out + i, lanes);
+      }
+      if (k < in) even += splat(x[k]) * load(op.p[0] + k * out + i, lanes);
+      store(op.p[3] + r * out + i, even + odd, lanes);
+    });
+  }
+}
+
+// y = silu(gate) x. n: width; p: gate, x, y, (R, width) each.
+void gate(const Operation& op, const Run& run) {
+  for_vectors(run.rows() * op.n[0], [&](int64_t i, int lanes) {
+    store(op.p[2] + i, silu(load(op.p[0] + i, lanes)) * load(op.p[1] + i, lanes), lanes);
+  });
+}
+
+// Rotate the first 2 half features of each head of x (R, heads, K) by the row's position, first half against
+// second. n: heads, K, half; p: cosines (S, half), sines, x.
+void rotate(const Operation& op, const Run& run) {
+  const int64_t heads = op.n[0], width = op.n[1], half = op.n[2];
+  for (int64_t r = 0; r < run.rows(); ++r) {
+    const int64_t position = run.position(r);
+    const float *cosines = op.p[0] + position * half, *sines = op.p[1] + position * half;
+    for (int64_t h = 0; h < heads; ++h) {
+      float *first = op.p[2] + (r * heads + h) * width, *second = first + half;
+      for_vectors(half, [&](int64_t i, int lanes) {
+        const vec a = load(first + i, lanes), b = load(second + i, lanes);
+        const vec c = load(cosines + i, lanes), s = load(sines + i, lanes);
+        store(first + i, a * c - b * s, lanes);
+        store(second + i, b * c + a * s, lanes);
+      });
+    }
+  }
+}
+
+// Put rows into a cache. n: G, K, S; p: x (R, G, K), cache (B, G, S, K).
+void append(const Operation& op, const Run& run) {
+  const int64_t heads = op.n[0], width = op.n[1], room = op.n[2];
+  for (int64_t r = 0; r < run.rows(); ++r)
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t row = ((r / run.n_new) * heads + h) * room + run.position(r);
+      std::memcpy(op.p[1] + row * width, op.p[0] + (r * heads + h) * width, 4 * width);
+    }
+}
+
+// Scores to weights of sum 1, in place; what fills up the last vector becomes 0.
+void softmax(float* scores, int64_t n, float scale) {
+  const int64_t padded = (n + W - 1) / W * W;
+  for (int64_t i = n; i < padded; ++i) scores[i] = -INFINITY;
+  vec greatest = splat(-INFINITY);
+  for (int64_t i = 0; i < padded; i += W) {
+    const vec v = load(scores + i);
+    greatest = v > greatest ? v : greatest;
+  }
+  float most = greatest[0];
+  for (int i = 1; i < W; ++i) most = std::max(most, greatest[i]);
+  vec total{};
+  for (int64_t i = 0; i < padded; i += W) {
+    vec v = exp2((load(scores + i) - splat(most)) * splat(scale * LOG2_E));
+    if (i + W > n)
+      for (int64_t lane = n - i; lane < W; ++lane) v[lane] = 0;
+    store(scores + i, v);
+    total += v;
+  }
+  const vec inverse = splat(1.f / fast_sum(total));
+  for (int64_t i = 0; i < padded; i += W) store(scores + i, load(scores + i) * inverse);
+}
+
+// y (K) = sum of n rows of values (n, K), weighted.
+void weighted_sum(const float* weights, const float* values, int64_t n, int64_t width, float* y) {
+  int64_t k = 0;
+  for (; k + 2 * W <= width; k += 2 * W) {
+    vec even[2] = {}, odd[2] = {};
+    const float* row = values + k;
+    int64_t t = 0;
+    for (; t + 2 <= n; t += 2, row += 2 * width) {
+      const vec a = splat(weights[t]), b = splat(weights[t + 1]);
+      even[0] += a * load(row), even[1] += a * load(row + W);
+      odd[0] += b * load(row + width), odd[1] += b * load(row + width + W);
+    }
+    if (t < n) even[0] += splat(weights[t]) * load(row), even[1] += splat(weights[t]) * load(row + W);
+    store(y + k, even[0] + odd[0]), store(y + k + W, even[1] + odd[1]);
+  }
+  for_vectors(width - k, [&](int64_t i, int lanes) {
+    vec total{};
+    for (int64_t t = 0; t < n; ++t) total += splat(weights[t]) * load(values + t * width + k + i, lanes);
+    store(y + k + i, total, lanes);
+  });
+}
+
+// Causal attention to a cache that already holds the new tokens. n: H, G, K, S; number: scale of the scores;
+// p: queries (R, H, K), keys (B, G, S, K), values (B, G, S, K), y (R, H, K).
+void attend(const Operation& op, const Run& run) {
+  const int64_t heads = op.n[0], groups = op.n[1], width = op.n[2], room = op.n[3], shared = heads / groups;
+  const int64_t longest = *std::max_element(run.positions, run.positions + run.batch) + run.n_new;
+  const int64_t stride = (longest + W - 1) / W * W;
+  std::vector<float> scores(shared * stride);
+  for (int64_t r = 0; r < run.rows(); ++r) {
+    const int64_t n_keys = run.position(r) + 1;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t cache = (r / run.n_new * groups + g) * room * width, at = (r * heads + g * shared) * width;
+      product(op.p[1] + cache, op.p[0] + at, width, scores.data(), stride, shared, width, n_keys, false);
+      for (int64_t h = 0; h < shared; ++h) {
+        softmax(scores.data() + h * stride, n_keys, static_cast<float>(op.number));
+        weighted_sum(scores.data() + h * stride, op.p[2] + cache, n_keys, width, op.p[3] + at + h * width);
+      }
+    }
+  }
+}
+
+// A causal filter a channel over the inputs before and now, then silu. n: E, width of the filter; p: x (R, E),
+// taps (width, E) with the oldest input's first, bias (E), inputs before (B, width - 1, E), y (R, E).
+void convolve(const Operation& op, const Run& run) {
+  const int64_t channels = op.n[0], before = op.n[1] - 1;
+  for (int64_t r = 0; r < run.rows(); ++r) {
+    const float* x = op.p[0] + r * channels;
+    float* kept = op.p[3] + r / run.n_new * before * channels;
+    for_vectors(channels, [&](int64_t i, int lanes) {
+      const vec now = load(x + i, lanes);
+      vec total = load(op.p[2] + i, lanes) + now * load(op.p[1] + before * channels + i, lanes);
+      for (int64_t k = 0; k < before; ++k) {
+        const vec v = load(kept + k * channels + i, lanes);
+        total += v * load(op.p[1] + k * channels + i, lanes);
+        if (k > 0) store(kept + (k - 1) * channels + i, v, lanes);
+      }
+      store(kept + (before - 1) * channels + i, now, lanes);
+      store(op.p[4] + r * channels + i, silu(total), lanes);
+    });
+  }
+}
+
+// A step of the selective scan (Mamba's equations, as in selective_scan/). n: E, N, stride of B and C;
+// p: u (R, E), Δ before its softplus (R, E), B of each row with C behind it, A log2 e (N, E), D (E),
+// state (B, N, E), y (R, E).
+void scan(const Operation& op, const Run& run) {
+  const int64_t channels = op.n[0], n_states = op.n[1];
+  for (int64_t r = 0; r < run.rows(); ++r) {
+    const float *B = op.p[2] + r * op.n[2], *C = B + n_states;
+    float* state = op.p[5] + r / run.n_new * n_states * channels;
+    for_vectors(channels, [&](int64_t i, int lanes) {
+      const vec u = load(op.p[0] + r * channels + i, lanes);
+      const vec delta = softplus(load(op.p[1] + r * channels + i, lanes)), du = delta * u;
+      vec y = load(op.p[4] + i, lanes) * u;
+      for (int64_t n = 0; n < n_states; ++n) {
+        float* of_state = state + n * channels + i;
+        const vec decay = exp2(delta * load(op.p[3] + n * channels + i, lanes));
+        const vec h = decay * load(of_state, lanes) + du * splat(B[n]);
+        store(of_state, h, lanes);
+        y += h * splat(C[n]);
+      }
+      store(op.p[6] + r * channels + i, y, lanes);
+    });
+  }
+}
+
+using Function = void (*)(const Operation&, const Run&);
+constexpr Function FUNCTIONS[] = {embed, norm, linear, spread, gate, rotate, append, attend, convolve, scan};
+
+}  // namespace
+
+extern "C" void nanothink_decode(const Operation* operations, int64_t n_operations, int64_t batch, int64_t n_new,
+                                 const int64_t* positions, const int64_t* tokens) {
+  const Run run{batch, n_new, positions, tokens};
+  for (int64_t i = 0; i < n_operations; ++i) FUNCTIONS[operations[i].kind](operations[i], run);
+}

@@ -1,0 +1,147 @@
+"""A decoding step as a list of operations over fixed buffers. See operations.cpp for what each computes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanothink.models.decoding.compiled import KINDS, Operation
+
+_N_SIZES, _N_POINTERS = 6, 7
+
+
+class Program:
+    """Operations, added one by one in the order in which they run, and the buffers that they write.
+
+    A method adds an operation and returns its result's buffer, (max_rows, width), of which a run fills the
+    first rows. All tensors are float32 and contiguous; the program keeps them alive. Caches and states are
+    written in place.
+
+    Args:
+        library: of ``compiled.library()``.
+        max_rows: most rows (sequences x new tokens) of a run.
+    """
+
+    def __init__(self, library: Any, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self._call = library.nanothink_decode
+        self._kept: list[Tensor] = []
+        self._operations: list[Operation] = []
+        self._array: Any = None
+
+    def __len__(self) -> int:
+        """How many operations it has."""
+        return len(self._operations)
+
+    def run(self, tokens: Tensor, positions: Sequence[int], n_operations: int | None = None) -> None:
+        """Run the first operations, all by default, for (B, T) new tokens.
+
+        Args:
+            positions: of the first new token of each sequence.
+        """
+        if self._array is None:
+            self._array = (Operation * len(self._operations))(*self._operations)
+        assert tokens.numel() <= self.max_rows
+        tokens = tokens.contiguous()
+        count = len(self._operations) if n_operations is None else n_operations
+        batch, n_new = tokens.shape
+        self._call(self._array, count, batch, n_new, (ctypes.c_int64 * batch)(*positions), tokens.data_ptr())
+
+    def buffer(self, width: int) -> Tensor:
+        """Room for rows of a width."""
+        return self.hold(torch.empty(self.max_rows, width))
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """Keep a tensor alive as long as the program."""
+        self._kept.append(tensor)
+        return tensor
+
+    def embed(self, table: Tensor) -> Tensor:
+        """The rows of (V, D) that the tokens name."""
+        width = table.shape[1]
+        return self._add("embed", [width], [table], self.buffer(width))
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float, *, in_place: bool = False) -> Tensor:
+        """RMSNorm of each part of a row that is as wide as the weight."""
+        width = weight.shape[0]
+        y = x if in_place else self.buffer(x.shape[1])
+        return self._add("norm", [width, x.shape[1] // width], [x, weight], y, eps)
+
+    def linear(
+        self, x: Tensor, weight: Tensor, *, add_to: Tensor | None = None, last: bool = False
+    ) -> Tensor:
+        """``x @ weight.T``, added to a buffer if one is given; of the last new tokens alone if ``last``."""
+        n_out, n_in = weight.shape
+        y = self.buffer(n_out) if add_to is None else add_to
+        return self._add("linear", [n_in, n_out, int(add_to is not None), int(last)], [weight, x], y)
+
+    def spread(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """``x @ weight + bias`` for the first few columns of x, as many as ``weight`` (n, E) has rows."""
+        n_in, n_out = weight.shape
+        return self._add("spread", [n_in, n_out, x.shape[1]], [weight, x, bias], self.buffer(n_out))
+
+    def gate(self, gate: Tensor, x: Tensor) -> Tensor:
+        """``silu(gate) * x``."""
+        return self._add("gate", [x.shape[1]], [gate, x], self.buffer(x.shape[1]))
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, width: int) -> Tensor:
+        """Rotary positions, in place, on the first features of each head of a width."""
+        return self._add("rotate", [x.shape[1] // width, width, cos.shape[1]], [cos, sin], x)
+
+    def append(self, x: Tensor, cache: Tensor) -> None:
+        """Put rows (G K) into a cache (B, G, S, K) at their positions."""
+        _, groups, room, width = cache.shape
+        self._add("append", [groups, width, room], [x], cache)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Causal attention of heads (H K) to caches (B, G, S, K), which hold the new tokens already."""
+        _, groups, room, width = keys.shape
+        sizes = [queries.shape[1] // width, groups, width, room]
+        return self._add("attend", sizes, [queries, keys, values], self.buffer(queries.shape[1]), scale)
+
+    def convolve(self, x: Tensor, taps: Tensor, bias: Tensor, before: Tensor) -> Tensor:
+        """Causal filter (W, E) over the inputs ``before`` (B, W - 1, E), which move on, and x; then silu."""
+        width, channels = taps.shape
+        y = self.buffer(channels)
+        return self._add("convolve", [channels, width], [x, taps, bias, before], y)
+
+    def scan(
+        self, u: Tensor, delta: Tensor, bc: Tensor, offset: int, rates: Tensor, skip: Tensor, state: Tensor
+    ) -> Tensor:
+        """A step of the selective scan, which advances ``state`` (B, N, E).
+
+        Args:
+            u, delta: (E), delta before its softplus.
+            bc: a buffer with B and C in its columns from ``offset``.
+            rates: (N, E), A log2 e.
+            skip: (E), the paper's D.
+        """
+        n_states, channels = rates.shape
+        sizes = [channels, n_states, bc.shape[1]]
+        found = [u, delta, bc[:, offset:], rates, skip, state]
+        return self._add("scan", sizes, found, self.buffer(channels))
+
+    def _add(
+        self, kind: str, sizes: list[int], inputs: list[Tensor], output: Tensor, number: float = 0.0
+    ) -> Tensor:
+        tensors = [*inputs, output]
+        for tensor in tensors:
+            assert tensor.dtype is torch.float32
+            assert tensor.stride(-1) == 1
+        # Not parameters themselves: these can be given other memory.
+        self._kept += [tensor.detach() for tensor in tensors]
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        self._operations.append(
+            Operation(
+                KINDS.index(kind),
+                (ctypes.c_int64 * _N_SIZES)(*sizes),
+                number,
+                (ctypes.c_void_p * _N_POINTERS)(*addresses),
+            )
+        )
+        self._array = None
+        return output

@@ -1,0 +1,187 @@
+"""Compiled steps against the models' own: any shape, any cut of a text, rows that join, changed weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nanothink.config import Config
+from nanothink.errors import UsageError
+from nanothink.models import build_model, decoding
+from nanothink.models.contract import LanguageModel
+from nanothink.models.decoding import MAX_ROWS, compiled
+from nanothink.models.decoding.program import Program
+
+pytestmark = pytest.mark.skipif(bool(compiled.unavailable()), reason=compiled.unavailable() or "-")
+
+VOCABULARY = 67
+KINDS = ("transformer", "state_space")
+
+
+def model_of(kind: str, width: int = 24, **shape: Any) -> LanguageModel:
+    """A model of two layers in which every weight counts."""
+    sections = {"transformer": {"n_layers": 2, "n_heads": 1}, "state_space": {"n_layers": 2}}
+    sections[kind] |= shape
+    config = Config.model_validate({"model": {"d_model": width, "max_seq_len": 150}, **sections})
+    torch.manual_seed(0)
+    model = build_model(kind, config, VOCABULARY).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def text(batch: int, length: int) -> Tensor:
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    expected = expected.detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+SHAPES = [
+    ("transformer", 24, {}),
+    ("transformer", 10, {"n_heads": 5, "n_layers": 1}),  # heads of two features: less than any vector
+    ("transformer", 100, {"n_heads": 5, "ffn_mult": 1.3, "tie_embeddings": True}),
+    ("transformer", 128, {"n_heads": 1}),
+    ("state_space", 24, {}),
+    ("state_space", 14, {"d_state": 3, "expand": 1, "conv_width": 2, "delta_rank": 1}),
+    ("state_space", 50, {"d_state": 5, "conv_width": 7, "tie_embeddings": True}),
+    ("state_space", 64, {"expand": 3, "delta_rank": 33}),
+]
+
+
+@pytest.mark.parametrize(("kind", "width", "shape"), SHAPES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_steps_give_the_parallel_logits_for_any_shape(
+    kind: str, width: int, shape: dict[str, Any], batch: int
+) -> None:
+    model, tokens = model_of(kind, width, **shape), text(batch, 90)
+    expected = model.logits(tokens)
+    state = model.start(batch)
+    for t in range(90):
+        close(model.step(tokens[:, t : t + 1], state), expected[:, t])
+        assert state.compiled is not None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_may_be_cut_anywhere(kind: str) -> None:
+    """Pieces short enough for a program, and others between them that are read in parallel."""
+    model, tokens = model_of(kind), text(2, 70)
+    states, state, found, at = model.hidden(tokens), model.start(2), [], 0
+    for length in (1, 5, 25, 1, 8, 1, 1, 17, 3, 8):
+        found.append(model.read(tokens[:, at : at + length], state))
+        at += length
+    close(torch.cat(found, 1), states)
+    last = model.read(tokens[:, :4], model.start(2), last_only=True)
+    close(last, states[:, 3:4])
+    close(model.step(tokens[:, :4], model.start(2)), model.logits(tokens)[:, 3])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_join_and_leave(kind: str) -> None:
+    model, tokens = model_of(kind), text(3, 30)
+    expected = model.logits(tokens)
+    state, late = model.start(2), model.start(1)
+    for t in range(20):
+        model.step(tokens[:2, t : t + 1], state)
+    for t in range(7):
+        model.step(tokens[2:, t : t + 1], late)
+    state.join(late)
+    found = model.step(torch.stack([tokens[0, 20:21], tokens[1, 20:21], tokens[2, 7:8]]), state)
+    close(found, torch.stack([expected[0, 20], expected[1, 20], expected[2, 7]]))
+    state.drop(0)  # the last row takes its place
+    found = model.step(torch.stack([tokens[2, 8:10], tokens[1, 21:23]]), state)
+    close(found, torch.stack([expected[2, 9], expected[1, 22]]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_read_where_they_lie(kind: str) -> None:
+    """Other weights loaded, or a model converted and back: nothing is out of date."""
+    model, other, tokens = model_of(kind), model_of(kind), text(1, 4)
+    for parameter in other.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    state = model.start(1)
+    model.step(tokens[:, :2], state)
+    model.load_state_dict(other.state_dict())
+    close(model.step(tokens, model.start(1)), other.logits(tokens)[:, -1])
+    state = model.start(1)
+    model.step(tokens[:, :2], state)
+    model.double().float()
+    close(model.step(tokens[:, 2:], state), other.logits(tokens)[:, -1])
+
+
+def test_a_full_cache_is_an_error() -> None:
+    model = model_of("transformer")
+    state = model.start(1)
+    model.step(text(1, 150), state)
+    with pytest.raises(UsageError, match="context is 150"):
+        model.step(text(1, 1), state)
+    with pytest.raises(UsageError, match="for 1 sequences"):
+        model.step(text(2, 1), model.start(1))
+
+
+def test_grouped_heads_share_their_keys() -> None:
+    heads, groups, width, room, rows = 6, 2, 5, 12, 2
+    x, keys, values = (
+        torch.randn(rows, heads * width),
+        torch.randn(1, groups, room, width),
+        torch.randn(1, groups, room, width),
+    )
+    program = Program(compiled.library(), rows)
+    y = program.attend(program.hold(x), keys, values, 0.4)
+    program.run(torch.zeros(1, rows, dtype=torch.int64), [8])
+    for row in range(rows):
+        for head in range(heads):
+            g, seen = head // 3, 9 + row
+            query = x[row, head * width : (head + 1) * width]
+            weights = (0.4 * (keys[0, g, :seen] @ query)).softmax(0)
+            close(y[row, head * width : (head + 1) * width], weights @ values[0, g, :seen])
+
+
+def test_what_programs_do_not_know_takes_the_models_own_step() -> None:
+    model, tokens = model_of("transformer"), text(1, 6)
+    expected = model.logits(tokens)
+    model.get_submodule("model.layers.1.mlp").register_parameter("extra", nn.Parameter(torch.zeros(1)))
+    state = model.start(1)
+    for t in range(6):
+        close(model.step(tokens[:, t : t + 1], state), expected[:, t])
+    assert state.compiled is None  # type: ignore[attr-defined]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not decoding.suits(tokens, model.head_weight)
+    assert not decoding.suits(text(1, MAX_ROWS + 1), model.head_weight)
+
+
+def test_not_a_number_comes_out_as_such() -> None:
+    for kind in KINDS:
+        model = model_of(kind)
+        with torch.no_grad():
+            next(
+                p
+                for name, p in model.named_parameters()
+                if name.endswith(("layers.0.norm.weight", "v_proj.weight"))
+            ).view(-1)[0] = torch.nan
+        assert model.step(text(1, 1), model.start(1)).isnan().any()
+
+
+def test_without_a_compiler_the_models_own_step_runs(tmp_path: Path) -> None:
+    code = (
+        "import torch\nfrom nanothink.config import Config\nfrom nanothink.models import build_model\n"
+        "from nanothink.models.decoding import compiled\nprint(compiled.unavailable())\n"
+        "model = build_model('transformer', Config.model_validate({'model': {'d_model': 16}, 'transformer': "
+        "{'n_heads': 2}}), 9).eval()\nstate = model.start(1)\n"
+        "print(model.step(torch.zeros(1, 1, dtype=torch.int64), state).shape, state.compiled)"
+    )
+    environment = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "no C++ compiler found (g++, c++ or clang++)",
+        "torch.Size([1, 9]) None",
+    ]
