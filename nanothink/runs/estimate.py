@@ -32,7 +32,7 @@ class RunEstimate:
     warmup_steps: int
     epochs: float
     n_processes: int
-    vector_store: dict[str, int]
+    memory: dict[str, int]
     """Of each process."""
     checkpoint_bytes: int
     disk_bytes: int
@@ -46,7 +46,7 @@ class RunEstimate:
 
     @property
     def peak_memory_bytes(self) -> int:
-        return sum(self.vector_store.values())
+        return sum(self.memory.values())
 
 
 def estimate_run(setup: RunSetup, n_processes: int = 1) -> RunEstimate:
@@ -69,7 +69,7 @@ def estimate_run(setup: RunSetup, n_processes: int = 1) -> RunEstimate:
     n_fixed = sum(t.numel() for name, t in model.state_dict().items() if name not in trained)
     value_bytes = 2 if setup.precision.dtype.itemsize == 2 else 4
     length = config.model.max_seq_len
-    vector_store = {
+    memory = {
         "weights": _FLOAT32 * (n_parameters + n_fixed),
         # several keep their own until the sum of all is there
         "gradients": _FLOAT32 * n_parameters * (1 if n_processes == 1 else 2),
@@ -79,7 +79,7 @@ def estimate_run(setup: RunSetup, n_processes: int = 1) -> RunEstimate:
     }
     store_disk = 0
     if setup.spec.kind == COMBINED and config.vector_store.enabled:
-        vector_store["vector store"], store_disk = _vector_store(setup)
+        memory["vector store"], store_disk = _vector_store(setup)
     checkpoint = _FLOAT32 * (n_parameters + n_fixed + moments)
     epochs = plan.total_steps * plan.blocks_per_step / plan.n_blocks
     snapshots = int(epochs) // train_config.snapshot_every_epochs
@@ -94,7 +94,7 @@ def estimate_run(setup: RunSetup, n_processes: int = 1) -> RunEstimate:
         warmup_steps=effective_warmup(train_config, plan.total_steps),
         epochs=epochs,
         n_processes=n_processes,
-        vector_store=vector_store,
+        memory=memory,
         checkpoint_bytes=checkpoint,
         # best, rolling, snapshots, and the temporary file of the one being written
         disk_bytes=checkpoint * (3 + snapshots) + store_disk,

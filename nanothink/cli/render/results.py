@@ -111,7 +111,7 @@ def estimate(name: str, estimate: RunEstimate) -> None:
         [
             "peak memory, about" if estimate.n_processes == 1 else "peak memory of each, about",
             f"{size(estimate.peak_memory_bytes)} ("
-            + ", ".join(f"{part} {size(n)}" for part, n in estimate.vector_store.items())
+            + ", ".join(f"{part} {size(n)}" for part, n in estimate.memory.items())
             + ")",
         ],
         ["one checkpoint", size(estimate.checkpoint_bytes)],
