@@ -41,6 +41,8 @@ TRAINING = {
     "grad_accum_steps": 2,
     "max_epochs": LAST_EPOCH,
     "amp_dtype": "float32",
+    "dropout": 0.2,
+    "weight_decay_tables": 0.1,
     "warmup_steps": 3,
     "log_every_steps": 1,
     "eval_every_steps": 4,

@@ -34,7 +34,15 @@ class TrainConfig(Settings):
     """'muon': Muon for hidden matrices, AdamW for the rest. 'adamw': AdamW for all."""
 
     weight_decay: float = Field(0.01, ge=0, le=1)
-    """Decoupled weight decay of hidden matrices, per unit of learning rate. Nothing else decays."""
+    """Decoupled weight decay of hidden matrices, per unit of their learning rate."""
+
+    weight_decay_tables: float = Field(0.0, ge=0, le=1)
+    """The same of token embeddings and LM head, per unit of the matrices' learning rate too, so that equal
+    settings shrink all of them alike."""
+
+    dropout: float = Field(0.0, ge=0, le=0.9)
+    """Fraction of the features zeroed in training: of the embedding, of each layer's addition to the stream,
+    and of the final state."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""

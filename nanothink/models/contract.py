@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanothink.data.tokens import IGNORE
+from nanothink.models.dropout import Dropout
 from nanothink.models.loss import linear_cross_entropy, linear_log_likelihood
 
 __all__ = ["IGNORE", "LanguageModel", "State", "joined_rows", "without_row"]
@@ -67,6 +68,10 @@ class LanguageModel(nn.Module, ABC):
 
     context_length: int | None
     """Most tokens that one forward pass or one decoding state can hold; None: no limit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = Dropout()  # rate 0; training sets it
 
     @property
     @abstractmethod

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from nanothink.config import DiffuserConfig, ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
 from nanothink.models.contract import IGNORE, LanguageModel, State
+from nanothink.models.dropout import Dropout
 from nanothink.models.layers import (
     KeyValueCache,
     RMSNorm,
@@ -111,12 +112,16 @@ class Denoiser(nn.Module):
         inner: inner width of a block.
         n_levels: N.
         guided: True if it reads an earlier guess (self-conditioning).
+        dropout: that of the model.
     """
 
     level_features: Tensor
 
-    def __init__(self, width: int, n_layers: int, inner: int, n_levels: int, *, guided: bool) -> None:
+    def __init__(
+        self, width: int, n_layers: int, inner: int, n_levels: int, *, guided: bool, dropout: Dropout
+    ) -> None:
         super().__init__()
+        self.dropout = dropout
         self.context_proj = linear(width, width)
         self.noisy_proj = linear(width, width)
         self.guess_proj = linear(width, width, zero=True) if guided else None
@@ -163,8 +168,8 @@ class Denoiser(nn.Module):
         for i, (norm, mlp) in enumerate(zip(self.norms, self.mlps, strict=True)):
             shift, scale, gate = terms[3 * i : 3 * i + 3]
             inside = torch.addcmul(shift, norm(x, dtype), 1 + scale)
-            x = torch.addcmul(x, mlp(inside).float(), (1 + gate).float())
-        hidden = self.norm(x)
+            x = torch.addcmul(x, self.dropout(mlp(inside).float()), (1 + gate).float())
+        hidden = self.dropout(self.norm(x))
         return self.out_proj(hidden.to(dtype)).float(), hidden
 
 
@@ -196,13 +201,16 @@ class Diffuser(LanguageModel):
         self.context_length = model.max_seq_len
         self.shape = shape
         self.inner = inner_width(width, blocks.ffn_mult)
-        self.encoder = Decoder(vocab_size, model, blocks, n_layers=shape.n_layers, std=1.0)
+        self.encoder = Decoder(
+            vocab_size, model, blocks, n_layers=shape.n_layers, std=1.0, dropout=self.dropout
+        )
         self.denoiser = Denoiser(
             width,
             shape.denoiser_layers,
             inner_width(width, shape.denoiser_mult),
             shape.training_steps,
             guided=shape.self_conditioning > 0,
+            dropout=self.dropout,
         )
         self.lm_head = linear(width, vocab_size, zero=True)
         looked_up = vocab_size if shape.target != "hidden_state" else 0

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from nanothink.errors import UsageError
 from nanothink.models.contract import State
+from nanothink.models.dropout import Dropout
 from nanothink.models.precision import matmul_dtype
 
 if TYPE_CHECKING:
@@ -375,8 +376,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """One layer: attention of either kind, then feed-forward, each on a normalised copy of the stream."""
 
-    def __init__(self, width: int, attention: nn.Module, inner: int) -> None:
+    def __init__(self, width: int, attention: nn.Module, inner: int, dropout: Dropout) -> None:
         super().__init__()
+        self.dropout = dropout
         self.input_layernorm = RMSNorm(width)
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(width)
@@ -387,8 +389,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         dtype = matmul_dtype(x)
-        x = x + self.self_attn(self.input_layernorm(x, dtype), rotation, cache, layer)
-        update: Tensor = self.mlp(self.post_attention_layernorm(x, dtype))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x, dtype), rotation, cache, layer))
+        update: Tensor = self.dropout(self.mlp(self.post_attention_layernorm(x, dtype)))
         return x + update
 
 

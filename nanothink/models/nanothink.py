@@ -159,7 +159,7 @@ class NanoThink(LanguageModel):
         self.inner = inner_width(width, shape.ffn_mult)
         widths = latent_widths(width, shape)
         self.layers = nn.ModuleList(
-            Block(width, LatentAttention(width, shape.n_heads, *widths), self.inner)
+            Block(width, LatentAttention(width, shape.n_heads, *widths), self.inner, self.dropout)
             for _ in range(shape.n_layers)
         )
         self.norm = RMSNorm(width)
@@ -384,13 +384,14 @@ class NanoThink(LanguageModel):
         cache: KeyValueCache | None,
     ) -> tuple[Tensor, Tensor]:
         """Input of the head, (B, T, (E + 1) D), and the weights, (B, T, E), from the experts' states."""
-        u = self.embed_norm(self.embed_tokens(tokens))  # (B, T, D)
+        u = self.dropout(self.embed_norm(self.embed_tokens(tokens)))  # (B, T, D)
+        states = [self.dropout(of_expert) for of_expert in states]
         dtype = matmul_dtype(u)
         for project, of_expert in zip(self.expert_projs, states, strict=True):
             u = u + project(of_expert.to(dtype))
         for layer, block in enumerate(self.layers):
             u = block(u, rotation, cache, layer)
-        u = self.norm(u)
+        u = self.dropout(self.norm(u))
         weights = self.router(u)
         weighted = [h * weights[..., e : e + 1] for e, h in enumerate(states)]
         return torch.cat([*weighted, u], dim=-1) * self.log_scale.exp(), weights

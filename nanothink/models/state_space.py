@@ -33,6 +33,7 @@ from nanothink.config import ModelConfig, StateSpaceConfig
 from nanothink.errors import UsageError
 from nanothink.models import decoding
 from nanothink.models.contract import LanguageModel, State, without_row
+from nanothink.models.dropout import Dropout
 from nanothink.models.layers import NORM_EPS, RMSNorm, embedding, gated_product, linear
 from nanothink.models.loss import CHUNK_ROWS
 from nanothink.models.precision import matmul_dtype
@@ -275,32 +276,34 @@ class _Softplus(torch.autograd.Function):
 class Layer(nn.Module):
     """A mixer on a normalised copy of the stream."""
 
-    def __init__(self, width: int, shape: StateSpaceConfig) -> None:
+    def __init__(self, width: int, shape: StateSpaceConfig, dropout: Dropout) -> None:
         super().__init__()
+        self.dropout = dropout
         self.norm = RMSNorm(width)
         self.mixer = Mixer(width, shape)
 
     def forward(self, x: Tensor, recurrence: Recurrence | None = None, layer: int = 0) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        update: Tensor = self.mixer(self.norm(x, matmul_dtype(x)), recurrence, layer)
+        update: Tensor = self.dropout(self.mixer(self.norm(x, matmul_dtype(x)), recurrence, layer))
         return x + update
 
 
 class Backbone(nn.Module):
     """Embeddings, layers and a norm: everything but the head."""
 
-    def __init__(self, vocab_size: int, width: int, shape: StateSpaceConfig) -> None:
+    def __init__(self, vocab_size: int, width: int, shape: StateSpaceConfig, dropout: Dropout) -> None:
         super().__init__()
+        self.dropout = dropout
         self.embeddings = embedding(vocab_size, width, std=0.02 if shape.tie_embeddings else 1.0)
-        self.layers = nn.ModuleList(Layer(width, shape) for _ in range(shape.n_layers))
+        self.layers = nn.ModuleList(Layer(width, shape, dropout) for _ in range(shape.n_layers))
         self.norm_f = RMSNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, D) float32, for any T."""
-        x = self.embeddings(tokens)  # (B, T, D)
+        x = self.dropout(self.embeddings(tokens))  # (B, T, D)
         for layer in self.layers:
             x = layer(x)
-        states: Tensor = self.norm_f(x)
+        states: Tensor = self.dropout(self.norm_f(x))
         return states
 
     def read(self, tokens: Tensor, recurrence: Recurrence, *, last_only: bool) -> Tensor:
@@ -352,7 +355,7 @@ class StateSpace(LanguageModel):
         self.vocab_size = vocab_size
         self.d_model = width = model.d_model
         self.shape = shape
-        self.backbone = Backbone(vocab_size, width, shape)
+        self.backbone = Backbone(vocab_size, width, shape, self.dropout)
         self.lm_head = None if shape.tie_embeddings else linear(width, vocab_size, zero=True)
 
     @property

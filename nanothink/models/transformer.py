@@ -22,6 +22,7 @@ from nanothink.config import ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
 from nanothink.models import decoding
 from nanothink.models.contract import LanguageModel, State
+from nanothink.models.dropout import Dropout
 from nanothink.models.layers import (
     NORM_EPS,
     Attention,
@@ -47,17 +48,26 @@ class Decoder(nn.Module):
         shape: heads, feed-forward, rotary base.
         n_layers: number of blocks.
         std: standard deviation of the embeddings.
+        dropout: that of the model.
     """
 
     def __init__(
-        self, vocab_size: int, model: ModelConfig, shape: TransformerConfig, *, n_layers: int, std: float
+        self,
+        vocab_size: int,
+        model: ModelConfig,
+        shape: TransformerConfig,
+        *,
+        n_layers: int,
+        std: float,
+        dropout: Dropout,
     ) -> None:
         super().__init__()
+        self.dropout = dropout
         width, inner = model.d_model, inner_width(model.d_model, shape.ffn_mult)
         self.context_length = model.max_seq_len
         self.embed_tokens = embedding(vocab_size, width, std=std)
         self.layers = nn.ModuleList(
-            Block(width, Attention(width, shape.n_heads), inner) for _ in range(n_layers)
+            Block(width, Attention(width, shape.n_heads), inner, dropout) for _ in range(n_layers)
         )
         self.norm = RMSNorm(width)
         self.rotary = Rotary(width // shape.n_heads, model.max_seq_len, shape.rope_theta)
@@ -75,10 +85,10 @@ class Decoder(nn.Module):
                 f"cut the text or train with a larger model.max_seq_len"
             )
         rotation = self.rotary(0, n_tokens)
-        x = self.embed_tokens(tokens)  # (B, T, D)
+        x = self.dropout(self.embed_tokens(tokens))  # (B, T, D)
         for block in self.layers:
             x = block(x, rotation)
-        states: Tensor = self.norm(x)
+        states: Tensor = self.dropout(self.norm(x))
         return states
 
     def start(self, batch_size: int) -> KeyValueCache:
@@ -143,7 +153,7 @@ class Transformer(LanguageModel):
         self.context_length = model.max_seq_len
         self.shape = shape
         std = 0.02 if shape.tie_embeddings else 1.0
-        self.model = Decoder(vocab_size, model, shape, n_layers=shape.n_layers, std=std)
+        self.model = Decoder(vocab_size, model, shape, n_layers=shape.n_layers, std=std, dropout=self.dropout)
         self.lm_head = None if shape.tie_embeddings else linear(width, vocab_size, zero=True)
 
     @property

@@ -257,6 +257,7 @@ def build_run(
         model.adopt(setup.frozen.build(watch.note), targets)
     model.to(device)
     neighbours = _update_store(setup, model, watch, processes, stack)
+    model.dropout.rate = train_config.dropout
     optimizer = GroupedOptimizer(model.parameter_groups(), train_config)
     if setup.resume_point is not None:
         fresh = optimizer.load_state_dict(payload["optimizer_state"])

@@ -192,7 +192,8 @@ def _accumulate(run: Run) -> tuple[float, dict[str, float], int]:
     losses = []
     for i, batch in enumerate(window):
         here = Batch(batch.inputs.to(device), batch.targets.to(device), batch.positions)
-        with run.precision.autocast():
+        masks = run.model.dropout.masks(config.seed, here.positions, device)
+        with run.precision.autocast(), masks:
             loss = run.objective(run.model, here, 1.0 / n_targets)
         total = loss.total if run.scaler is None else run.scaler.scale(loss.total)
         with processes.adding_gradients() if i == len(window) - 1 else nullcontext():

@@ -48,13 +48,14 @@ class GroupedOptimizer:
             if not named:
                 continue
             use_muon = role == "matrices" and config.optimizer == "muon"
+            peak_lr = config.lr * multipliers[role]
             group = {
                 "params": [parameter for _, parameter in named],
                 "names": [name for name, _ in named],
                 "role": role,
-                "peak_lr": config.lr * multipliers[role],
-                "lr": config.lr * multipliers[role],
-                "weight_decay": config.weight_decay if role == "matrices" else 0.0,
+                "peak_lr": peak_lr,
+                "lr": peak_lr,
+                "weight_decay": _decay(role, config),
             }
             (muon_groups if use_muon else adamw_groups).append(group)
         self.optimizers: dict[str, Optimizer] = {}
@@ -147,6 +148,14 @@ class GroupedOptimizer:
                         fresh.append(parameter_name)
             optimizer.load_state_dict(own)
         return fresh
+
+
+def _decay(role: str, config: TrainConfig) -> float:
+    """Weight decay of a group per unit of its own rate; the tables' is set per unit of the matrices' rate."""
+    if role == "matrices":
+        return config.weight_decay
+    own_rate = {"embeddings": config.lr_embeddings, "head": config.lr_head}.get(role, 0.0)
+    return config.weight_decay_tables * config.lr_matrices / own_rate if own_rate else 0.0
 
 
 class _Eager(Optimizer):

@@ -26,6 +26,7 @@ N_STEPS = 14
 PATIENCE = 250  # seconds for a command; they take a few, but tests may share a machine
 PHASE = {
     "batch_size": 5,  # two processes cannot share it equally
+    "dropout": 0.1,
     "grad_accum_steps": 2,
     "warmup_steps": 3,
     "amp_dtype": "float32",

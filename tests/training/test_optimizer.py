@@ -138,10 +138,29 @@ def test_a_muon_update_has_the_size_of_an_adamw_update() -> None:
     assert 0.1e-2 < rms < 0.3e-2
 
 
-def test_only_matrices_decay() -> None:
+def test_only_matrices_decay_by_default() -> None:
     optimizer = GroupedOptimizer(_groups(), TrainExpertConfig(weight_decay=0.5))
     decays = {g["role"]: g["weight_decay"] for o in optimizer.optimizers.values() for g in o.param_groups}
     assert decays == {"matrices": 0.5, "embeddings": 0, "head": 0, "other": 0}
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_equal_decays_shrink_tables_and_matrices_alike(optimizer: str) -> None:
+    config = TrainExpertConfig(optimizer=optimizer, weight_decay=0.5, weight_decay_tables=0.5)
+    made = GroupedOptimizer(_groups(), config)
+    before = {name: p.detach().clone() for group in _groups_of(made).values() for name, p in group.items()}
+    for parameter in made.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    made.step()
+    for role, group in _groups_of(made).items():
+        expected = 1.0 if role == "other" else 1 - 0.5 * config.lr * config.lr_matrices
+        for name, parameter in group.items():
+            torch.testing.assert_close(parameter.detach(), before[name] * expected, msg=role)
+
+
+def _groups_of(optimizer: GroupedOptimizer) -> dict[str, dict[str, nn.Parameter]]:
+    groups = [g for o in optimizer.optimizers.values() for g in o.param_groups]
+    return {g["role"]: dict(zip(g["names"], g["params"], strict=True)) for g in groups}
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])

@@ -1,0 +1,54 @@
+"""Dropout whose masks are a pure function of (seed, block of text, place in the model).
+
+Dropout (Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting", section
+4) on the embedding, on what each layer adds to the stream, and on the final state. It differs in its random
+numbers: torch's come from one global generator, so that a mask depends on everything drawn before it. Here
+each block of the run has a generator of its own. A resumed run, and a run on another number of processes,
+draws the same masks again, and nothing has to be saved.
+
+Shapes: B blocks, T time, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from nanothink.models.noise import block_generator
+
+_LEVELS = 256  # a mask compares random bytes, 3 times as fast as random floats, with a threshold
+
+
+class Dropout(nn.Module):
+    """One instance serves all places of a model: each draws the next mask of the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = 0.0
+        """Fraction of the features that is zeroed in training, to the nearest 256th."""
+        self._generators: Sequence[torch.Generator] = ()
+
+    @contextmanager
+    def masks(self, seed: int, positions: Sequence[int], device: torch.device) -> Iterator[None]:
+        """Set, for the forward passes in the context, which blocks of the run they are on."""
+        if self.rate:
+            self._generators = [block_generator(seed, "dropout", position, device) for position in positions]
+        try:
+            yield
+        finally:
+            self._generators = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D): features zeroed, the others scaled up; unchanged in evaluation mode."""
+        if not self.training or not self.rate:
+            return x
+        assert len(self._generators) == len(x), "dropout in training needs masks() of the same blocks"
+        dropped = min(round(self.rate * _LEVELS), _LEVELS - 1)
+        words = torch.empty(len(x), -(-x[0].numel() // 8), dtype=torch.int64, device=x.device)  # 8 bytes each
+        for row, generator in zip(words, self._generators, strict=True):
+            row.random_(-(1 << 63), None, generator=generator)
+        kept = words.view(torch.uint8)[:, : x[0].numel()].view(x.shape) >= dropped
+        return x * kept * (_LEVELS / (_LEVELS - dropped))
