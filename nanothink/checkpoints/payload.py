@@ -36,7 +36,7 @@ class ModelPayload(TypedDict):
     """``SplitRecord.to_state()``: the rule of the split, and the hashes of all text that was trained on."""
 
     run: dict[str, Any]
-    """Plain values about the run: its name, the ``TrainState``, what a diffuser learnt from,
+    """Plain values about the run: its name, the ``TrainState``, ``logit_scale``, what a diffuser learnt from,
     the names, kinds and settings of the experts inside a combined model."""
 
 

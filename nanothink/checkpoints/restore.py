@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from nanothink.checkpoints.payload import ModelPayload
 from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, counted, some_of
+from nanothink.models.contract import LanguageModel
 
 _LISTED = 8
 """Names shown per line of a report."""
@@ -81,7 +83,8 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, path: Path) -> LoadReport:
     """Load what fits, as ``strict=False`` does but also past other shapes, and report the rest.
 
-    Nothing is changed unless everything below holds. ``path`` is for the messages.
+    The scale of the logits comes along. Nothing is changed unless everything below holds. ``path`` is for the
+    messages.
 
     Raises CheckpointMismatchError when the file is of another kind, or when less than half of the model's
     numbers fit, since that is another model of the same kind.
@@ -134,10 +137,21 @@ def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, 
             f"parameters. {'. '.join(report.lines()[:-1])}. Use the settings it was trained with "
             f"(`nanothink checkpoints show {path}`; `nanothink resume {path}` takes them from it)"
         )
+    scale = _logit_scale(payload, path)
     with torch.no_grad():
         for target, source in fitting.values():
             target.copy_(source)
+    if isinstance(model, LanguageModel):
+        model.logit_scale = scale
     return report
+
+
+def _logit_scale(payload: ModelPayload, path: Path) -> float:
+    """The scale that the model was calibrated to; 1 in an export, which has it in its weights."""
+    scale = payload["run"].get("logit_scale", 1.0)
+    if type(scale) is not float or not 0 < scale < math.inf:
+        raise CheckpointDamagedError(f"{path}: the scale of its logits is {scale!r:.40}")
+    return scale
 
 
 def pack_rng() -> dict[str, Any]:

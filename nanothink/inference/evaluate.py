@@ -97,6 +97,8 @@ class Evaluation:
     """Mean squared error by noise level, of a model that denoises; see inference/denoising.py."""
     routing: Mapping[str, Routing] = field(default_factory=dict)
     """Routing by domain, of a model that combines experts."""
+    logit_scale: float = 1.0
+    """Factor that the model's logits had: below 1 where it is too sure."""
     documents: Mapping[str, DocumentScores] = field(default_factory=dict, compare=False)
     """Documents by domain; empty where several processes each scored a share."""
 
@@ -115,7 +117,7 @@ class Evaluation:
             name: Routing({e: next(sums) for e in own.totals}, next(sums), int(next(sums)))
             for name, own in self.routing.items()
         }
-        return Evaluation(domains, self.denoising, routing)
+        return replace(self, domains=domains, routing=routing, documents={})
 
     @property
     def overall(self) -> Score:
@@ -236,7 +238,12 @@ def evaluate_model(
                 documents[name] = DocumentScores(nats, sizes.n_bytes, sizes.groups)
     finally:
         model.train(was_training)
-    return Evaluation(scores, routing=routing, documents=documents if n_shares == 1 else {})
+    return Evaluation(
+        scores,
+        routing=routing,
+        logit_scale=model.logit_scale,
+        documents=documents if n_shares == 1 else {},
+    )
 
 
 def _routing_over(weights: torch.Tensor, model: NanoThink) -> Routing:

@@ -69,6 +69,10 @@ class LanguageModel(nn.Module, ABC):
     context_length: int | None
     """Most tokens that one forward pass or one decoding state can hold; None: no limit."""
 
+    logit_scale: float = 1.0
+    """Factor on the logits from calibration (inference/calibration.py). In every prediction; not in ``loss``,
+    which is trained on."""
+
     def __init__(self) -> None:
         super().__init__()
         self.dropout = Dropout()  # rate 0; training sets it
@@ -111,7 +115,7 @@ class LanguageModel(nn.Module, ABC):
         """
         last = self.read(tokens, state, last_only=True)[:, -1]  # (B, D)
         with torch.no_grad():
-            return F.linear(last, self.head_weight).float()
+            return F.linear(self._scaled(last), self.head_weight).float()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The same as ``logits``."""
@@ -119,21 +123,35 @@ class LanguageModel(nn.Module, ABC):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, V) float32. For short inputs: training never holds this tensor."""
-        states = self.hidden(tokens)
+        states = self._scaled(self.hidden(tokens))
         return F.linear(states, self.head_weight).float()
 
     def loss(self, inputs: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
         """Cross-entropy summed over the targets (B, T) that are not IGNORE, in nats, times ``scale``.
 
-        A scalar float32. With ``scale`` = 1 / number of targets it is the mean.
+        A scalar float32. With ``scale`` = 1 / number of targets it is the mean. ``logit_scale`` is left out.
         """
         states = self.hidden(inputs).flatten(0, 1)  # (B*T, D)
         return linear_cross_entropy(states, self.head_weight, targets.flatten(), scale=scale)
 
     def log_likelihood(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """(B, T) float32: log-likelihood of each target in nats, 0 where it is IGNORE. Differentiable."""
-        states = self.hidden(inputs).flatten(0, 1)  # (B*T, D)
+        states = self._scaled(self.hidden(inputs)).flatten(0, 1)  # (B*T, D)
         return linear_log_likelihood(states, self.head_weight, targets.flatten()).view(targets.shape)
+
+    def _scaled(self, states: Tensor) -> Tensor:
+        """What the head reads in a prediction, (..., D)."""
+        return states if self.logit_scale == 1.0 else states * self.logit_scale
+
+    @torch.no_grad()
+    def fold_logit_scale(self) -> None:
+        """Move ``logit_scale`` into the weights, for programs that do not know it."""
+        self._scaled_weight().mul_(self.logit_scale)
+        self.logit_scale = 1.0
+
+    def _scaled_weight(self) -> Tensor:
+        """A weight that scales the logits and nothing else."""
+        return self.head_weight
 
     @abstractmethod
     def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:

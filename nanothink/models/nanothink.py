@@ -9,9 +9,9 @@ in evaluation mode, and read the tokens independently; h_e is the final state of
     z  = e^s O [w_1 h_1 ; ... ; w_E h_E ; norm(u)]    the logits
 
 With O = [W_1 ... W_E 0], R = b = s = 0 and blocks that begin as the identity, the model starts as the
-uniform log-linear ensemble of its experts (Hinton 2002, "Training products of experts", section 1). A
-mixture of experts (Jacobs et al. 1991) gates outputs, or runs a few experts (Shazeer et al. 2017); here all
-experts run, and each token sets their weights.
+uniform log-linear ensemble of its calibrated experts (Hinton 2002, "Training products of experts", section
+1). A mixture of experts (Jacobs et al. 1991) gates outputs, or runs a few experts (Shazeer et al. 2017); here
+all experts run, and each token sets their weights.
 
 With a vector store (store_gate.py) that is p_model, and it is mixed with the tokens that followed similar
 states of one expert in the training text.
@@ -166,7 +166,7 @@ class NanoThink(LanguageModel):
         self.router = Router(width, len(parts), by_token=shape.router == "token")
         self.log_scale = nn.Parameter(torch.zeros(()))  # s
         self.lm_head = nn.Linear((len(parts) + 1) * width, vocab_size, bias=False, device="meta")
-        heads = [expert.head_weight.detach() for expert in parts]
+        heads = [expert.head_weight.detach() * expert.logit_scale for expert in parts]
         own = torch.zeros(vocab_size, width, dtype=heads[0].dtype)
         self.lm_head.weight = nn.Parameter(torch.cat([*heads, own], dim=1))  # O, (V, (E + 1) D)
         self.rotary = Rotary(widths[1], self.context_length, shape.rope_theta)
@@ -222,7 +222,7 @@ class NanoThink(LanguageModel):
         assert self.store_gate is not None
         neighbours = self._neighbours_of(queries)
         with torch.no_grad():
-            logits = F.linear(states, self.head_weight)
+            logits = F.linear(self._scaled(states), self.head_weight)
             _, share = self.store_gate.mix_logits(logits, states[..., -self.d_model :], neighbours)
         return _shared(weights, share)
 
@@ -309,7 +309,8 @@ class NanoThink(LanguageModel):
         """``log_likelihood``, and ``routing`` of the inputs, from one pass."""
         states, weights, queries = self._passed(inputs)
         if queries is None:
-            own = linear_log_likelihood(states.flatten(0, 1), self.head_weight, targets.flatten())
+            read = self._scaled(states).flatten(0, 1)
+            own = linear_log_likelihood(read, self.head_weight, targets.flatten())
             return own.view(targets.shape), weights
         mixed, share = self._mixed(states, targets, self._neighbours_of(queries))
         return mixed, _shared(weights, share)
@@ -328,7 +329,7 @@ class NanoThink(LanguageModel):
     def logits(self, tokens: Tensor) -> Tensor:
         """See ``LanguageModel.logits``. With a vector store these are logarithms of probabilities."""
         states, _, queries = self._passed(tokens)
-        logits = F.linear(states, self.head_weight).float()
+        logits = F.linear(self._scaled(states), self.head_weight).float()
         if queries is None:
             return logits
         assert self.store_gate is not None

@@ -388,7 +388,12 @@ class StateSpace(LanguageModel):
         assert isinstance(state, Recurrence)
         state.check_batch(tokens)
         step = self.backbone.compiled_step(tokens, state, self.head_weight)
-        return super().step(tokens, state) if step is None else step.predict(tokens, [0] * state.batch_size)
+        if step is None:
+            return super().step(tokens, state)
+        return step.predict(tokens, [0] * state.batch_size) * self.logit_scale
+
+    def _scaled_weight(self) -> Tensor:
+        return self.backbone.norm_f.weight  # a tied head is the embedding table too
 
     def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
         """See ``LanguageModel.activation_bytes``; what is kept was listed with saved-tensor hooks."""

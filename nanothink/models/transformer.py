@@ -171,6 +171,9 @@ class Transformer(LanguageModel):
         """See ``LanguageModel.hidden``; T <= context_length."""
         return cast(Tensor, self.model(tokens))
 
+    def _scaled_weight(self) -> Tensor:
+        return self.model.norm.weight  # a tied head is the embedding table too
+
     def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
         """See ``LanguageModel.activation_bytes``; the factors were counted with saved-tensor hooks."""
         width, inner = self.d_model, inner_width(self.d_model, self.shape.ffn_mult)
@@ -200,7 +203,7 @@ class Transformer(LanguageModel):
         step = self.model.compiled_step(tokens, state, self.head_weight)
         if step is None:
             return super().step(tokens, state)
-        logits = step.predict(tokens, state.lengths)
+        logits = step.predict(tokens, state.lengths) * self.logit_scale
         state.advance(tokens.shape[1])
         return logits
 

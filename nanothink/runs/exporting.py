@@ -71,6 +71,7 @@ def export_checkpoint(
             "the vector store is not part of the export: its model writes and scores as with "
             "--no-vector-store. To use the vector store, keep the checkpoint"
         )
+    model.fold_logit_scale()
     foreign = _foreign_config(model)
     architecture = foreign["architectures"][0] if foreign else None
     eos = loaded.tokenizer.eos_id

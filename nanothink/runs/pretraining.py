@@ -32,6 +32,7 @@ from nanothink.config import TrainMLAConfig
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream
 from nanothink.errors import CheckpointError, DataError, StorageError, counted
+from nanothink.inference.calibration import fit_logit_scale
 from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped, evaluate_model
 from nanothink.inference.generate import generate
@@ -379,6 +380,17 @@ def _callbacks(
 
     processes = run.processes
 
+    def calibrate() -> float:
+        if isinstance(run.model, NanoThink) and run.model.store_gate is not None:
+            return 1.0  # its predictions are no softmax of scaled logits
+        return fit_logit_scale(
+            run.model,
+            {name: stream.sample(train_config.eval_max_tokens) for name, stream in validation.items()},
+            length=length,
+            precision=run.precision,
+            should_stop=stop,
+        )
+
     def evaluate_share() -> Evaluation:
         evaluation = evaluate_model(
             run.model,
@@ -408,6 +420,8 @@ def _callbacks(
             processes.assert_same_on_all_ranks(
                 f"weights after step {run.state.step}", weights_checksum(run.model)
             )
+        own_scale = _unless_stopped(processes, calibrate)
+        run.model.logit_scale = processes.all_reduce_sum([own_scale if processes.is_rank0 else 0.0])[0]
         return _unless_stopped(processes, evaluate_share).added(processes.all_reduce_sum)
 
     def sample_here() -> Mapping[str, str]:
@@ -496,6 +510,7 @@ def checkpoint_payload(setup: RunSetup, run: Run) -> CheckpointPayload:
         "run": {
             "name": setup.spec.stem,
             "state": state.to_dict(),
+            "logit_scale": run.model.logit_scale,
             "nanothink_version": __version__,
             **_built_on(setup),
         },

@@ -139,6 +139,7 @@ class RunRecorder:
                     **score_as_dict(event.evaluation.overall),
                     **denoising_as_dict(event.evaluation),
                     **routing_as_dict(event.evaluation),
+                    "logit_scale": event.evaluation.logit_scale,
                     "best": event.best,
                     "domains": {name: score_as_dict(s) for name, s in event.evaluation.domains.items()},
                 },

@@ -17,7 +17,9 @@ from nanothink.checkpoints import (
     unpack_rng,
     write_checkpoint,
 )
+from nanothink.config import Config, ModelConfig, TransformerConfig
 from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError
+from nanothink.models import build_model
 
 PATH = Path("checkpoints/a.pt")
 
@@ -149,6 +151,23 @@ def test_one_name_of_a_tied_pair_is_enough(make_payload):
     report = restore_model(fresh, make_payload(model_state=state), expect_kind="transformer", path=PATH)
     assert report.exact
     assert equal(saved, fresh)
+
+
+def test_the_scale_of_the_logits_comes_along(make_payload):
+    config = Config(
+        model=ModelConfig(d_model=16, max_seq_len=8), transformer=TransformerConfig(n_layers=1, n_heads=2)
+    )
+    model = build_model("transformer", config, 20)
+    payload = make_payload(model_state=model_state(model), run={"logit_scale": 0.8})
+    restore_model(model, payload, expect_kind=payload["kind"], path=PATH)
+    assert model.logit_scale == 0.8
+    payload["run"] = {}  # from before there was one
+    restore_model(model, payload, expect_kind=payload["kind"], path=PATH)
+    assert model.logit_scale == 1.0
+    for wrong in (0.0, -1.0, float("nan"), float("inf"), "1", 1):
+        payload["run"] = {"logit_scale": wrong}
+        with pytest.raises(CheckpointDamagedError, match="scale of its logits"):
+            restore_model(model, payload, expect_kind=payload["kind"], path=PATH)
 
 
 @pytest.mark.parametrize(
