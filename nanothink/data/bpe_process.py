@@ -6,7 +6,6 @@ it writes its progress to file descriptor 2 of its process and nowhere else (doc
 
 from __future__ import annotations
 
-import math
 import queue
 import signal
 import subprocess
@@ -37,7 +36,7 @@ def learn_in_process(
 ) -> str:
     """``bpe.learn`` elsewhere: the tokenizer as JSON.
 
-    ``on_progress`` hears of "merging" and of its work done and in all, once ``texts`` are at their end. What
+    ``on_progress`` hears of "merging", of merges done and in all, once ``texts`` are at their end. What
     ``texts`` raises, and what a signal does, ends the process and is passed on. Raises TokenizerError when
     the process ends before its work does, or for text that is no Unicode.
     """
@@ -105,7 +104,7 @@ def _follow(
     lines: queue.SimpleQueue[bytes | None], vocab_size: int, on_progress: Progress | None
 ) -> tuple[str | None, str]:
     """Passes progress on until the process has nothing more to say. The tokenizer, and its last words."""
-    learnt, last, n_words, told = None, "", 0, 0
+    learnt, last, told = None, "", 0
     while (line := lines.get()) is not None:
         if line.startswith(RESULT):
             learnt = line.removeprefix(RESULT).decode()
@@ -114,32 +113,13 @@ def _follow(
             last = line.decode(errors="replace").strip() or last
             continue
         state = orjson.loads(line)
-        if state["stage"] == "Count pairs":
-            n_words = state["total"]
-        if state["stage"] != "Compute merges" or on_progress is None:
-            continue
-        done, total = (merging_work(state[key], n_words) for key in ("current", "total"))
-        if (done - told) * _STEPS >= total > 0:
+        done, total = state["current"], state["total"]
+        if state["stage"] == "Compute merges" and on_progress and (done - told) * _STEPS >= total > 0:
             told = done
             on_progress("merging", done, total)
     if on_progress is not None and learnt is not None:
         on_progress("merging", vocab_size, vocab_size)
     return learnt, last
-
-
-def merging_work(n_merges: int, n_words: int) -> int:
-    """How long the first ``n_merges`` take, in units that pass evenly, in a text of so many different words.
-
-    A merge rewrites the words that hold its pair and then looks for the next. By Zipf's law the k-th pair is
-    in about 1/k as many words as the first, hence the logarithm. Processor time that had gone into merging
-    after so many merges, as a share of all, measured (and by this formula):
-
-        text          words    merges   after 100     after 1,000   after 8,000
-        code    4 MB   25,440  16,384   0.05 (0.07)   0.19 (0.17)   0.65 (0.57)
-        mixed  17 MB   89,556  16,384   0.14 (0.15)   0.33 (0.31)   0.72 (0.67)
-        code  100 MB  246,253  32,768   0.11 (0.16)   0.29 (0.33)   0.61 (0.56)
-    """
-    return round(n_merges + n_words / 50 * math.log1p(n_merges / 10))
 
 
 def _why(code: int, last: str) -> str:

@@ -1,21 +1,19 @@
 """Tokenizer files of the Hugging Face Hub: from its cache, or downloaded into it.
 
-Only ``DATA_FILES`` are ever fetched or read, none of which can hold code.
-Offline is a normal state here, so it is found out within seconds and before anything heavy is imported.
+Only ``DATA_FILES`` are fetched or read; none of them can hold code. The Hub is asked with a short timeout
+before anything is downloaded, because being offline is normal. Whether to ask at all (HF_HUB_OFFLINE), which
+server (HF_ENDPOINT) and where the cache is (HF_HOME) are huggingface_hub's own settings.
 """
 
 from __future__ import annotations
 
-import os
-import ssl
-import threading
-import urllib.error
-import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nanothink.errors import TokenizerError
 
-_PROBE_SECONDS = 5.0
+_ANSWER_SECONDS = 5.0
 _MARKS = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
 DATA_FILES = (
     *(
@@ -32,35 +30,47 @@ DATA_FILES = (
 
 
 class TokenizerUnreachableError(TokenizerError):
-    """The Hub did not answer, and its cache holds no such tokenizer. Nothing is known about the name."""
+    """The cache holds no such tokenizer, and the Hub did not answer. The name may be right or wrong."""
 
-
-def hub_folder(name: str) -> Path:
-    """The folder of the Hub's cache that holds the tokenizer files of ``name``.
-
-    Raises TokenizerUnreachableError when they are not cached and the Hub cannot be asked,
-    TokenizerError when the Hub answers that it has no such thing or does not hand it out.
-    """
-    cached = _cached(name)
-    if cached is not None:
-        return cached
-    reason = _why_unreachable(name)
-    if reason is not None:
-        raise TokenizerUnreachableError(
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
             f"Tokenizer '{name}' is neither a local path nor in the Hugging Face cache, and the Hub cannot "
             f"be reached ({reason}). Connect once, or give a local folder or tokenizer.json file."
         )
-    return _download(name)
+        self.reason = reason
+
+
+def hub_folder(name: str) -> Path:
+    """Return the folder of the Hub's cache with the tokenizer files of ``name``; download them if needed.
+
+    Raises:
+        TokenizerUnreachableError: they are not cached, and the Hub does not answer.
+        TokenizerError: the Hub has no such tokenizer, or does not hand it out.
+    """
+    import huggingface_hub
+
+    cached = _cached(name)
+    if cached is not None:
+        return cached
+    with _hub_errors_explained(name), _no_progress_bars():
+        huggingface_hub.model_info(name, timeout=_ANSWER_SECONDS)  # the download itself has no timeout
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*DATA_FILES]))
 
 
 def availability(name: str) -> str:
-    """Where the tokenizer of that name would come from, or why it cannot be had. Loads nothing."""
+    """Say where the tokenizer would come from, or why it cannot be had. Loads nothing."""
+    import huggingface_hub
+
     if _cached(name) is not None:
         return "in the Hugging Face cache"
-    reason = _why_unreachable(name)
-    if reason is None:
-        return "not cached yet; the Hugging Face Hub answers"
-    return f"neither cached nor reachable ({reason}); one is trained on your data in its place"
+    try:
+        with _hub_errors_explained(name):
+            huggingface_hub.model_info(name, timeout=_ANSWER_SECONDS)
+    except TokenizerUnreachableError as error:
+        return f"neither cached nor reachable ({error.reason}); one is trained on your data in its place"
+    except TokenizerError:
+        pass
+    return "not cached yet; the Hugging Face Hub answers"
 
 
 def _cached(name: str) -> Path | None:
@@ -73,51 +83,12 @@ def _cached(name: str) -> Path | None:
     return None
 
 
-def _why_unreachable(name: str) -> str | None:
-    """None when something answers; else why not."""
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
-            return f"{variable} is set"
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    answer: list[str | None] = []
-    # In a thread, because a name server that does not answer is not bound by a socket's timeout.
-    probe = threading.Thread(
-        target=lambda: answer.append(_probe(f"{endpoint}/{name}/resolve/main/tokenizer_config.json")),
-        daemon=True,
-    )
-    probe.start()
-    probe.join(_PROBE_SECONDS + 1)
-    return answer[0] if answer else f"no answer in {_PROBE_SECONDS:.0f} seconds"
-
-
-def _probe(address: str) -> str | None:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_PROBE_SECONDS):
-            return None
-    except urllib.error.HTTPError:
-        return None  # an answer, if not the one hoped for
-    except urllib.error.URLError as error:
-        # A certificate this probe does not trust may be fine for the Hub's own client.
-        return None if isinstance(error.reason, ssl.SSLError) else str(error.reason)
-    except (OSError, ValueError) as error:
-        return str(error)
-
-
-def _download(name: str) -> Path:
-    import huggingface_hub
+@contextmanager
+def _hub_errors_explained(name: str) -> Iterator[None]:
     from huggingface_hub import errors
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
 
-    shown = not are_progress_bars_disabled()
     try:
-        disable_progress_bars()
-        return Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=[*DATA_FILES], etag_timeout=_PROBE_SECONDS)
-        )
+        yield
     except errors.GatedRepoError as error:
         raise TokenizerError(
             f"The Hub hands out '{name}' only to those who accepted its terms: do so on its page, then run "
@@ -128,9 +99,26 @@ def _download(name: str) -> Path:
             f"There is no tokenizer '{name}': no local path of that name, and the Hub knows of none. "
             "Check the spelling; a private one needs `hf auth login`."
         ) from error
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TokenizerUnreachableError(f"Downloading tokenizer '{name}' failed: {reason}") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise TokenizerUnreachableError(name, "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set") from error
+    except Exception as error:  # the network library raises many kinds, and is not always the same one
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise TokenizerUnreachableError(name, reason) from error
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
     finally:
-        if shown:
-            enable_progress_bars()
+        enable_progress_bars()

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from nanothink.data import bpe_process
 from nanothink.data.bpe import MAX_WORD_BYTES, learn, make_byte_level
-from nanothink.data.bpe_process import learn_in_process, merging_work
+from nanothink.data.bpe_process import learn_in_process
 from nanothink.errors import TokenizerError
 
 EOS = "<|endoftext|>"
@@ -142,22 +142,6 @@ def test_nothing_to_merge_is_told_as_done() -> None:
     at: list[tuple[str, int, int]] = []
     learn_in_process(["ab"], 5000, EOS, lambda *told: at.append(told))
     assert at[-1] == ("merging", 5000, 5000)
-
-
-def test_early_merges_weigh_more_the_more_words_they_rewrite() -> None:
-    for n_words in (0, 10_000, 1_000_000):
-        work = [merging_work(n, n_words) for n in range(0, 30_000, 300)]
-        assert work[0] == 0
-        assert work == sorted(set(work))
-    # As measured (the docstring), within a factor of 1.6 in what is left at a third of the time and later.
-    for n_words, total, n, share in (
-        (25_440, 16_384, 3_000, 0.366),
-        (89_556, 16_384, 1_000, 0.33),
-        (246_253, 32_768, 1_000, 0.293),
-        (246_253, 32_768, 8_000, 0.608),
-    ):
-        told = merging_work(n, n_words) / merging_work(total, n_words)
-        assert 1 / 1.6 < ((1 - told) / told) / ((1 - share) / share) < 1.6
 
 
 def test_what_the_texts_raise_leaves_no_process() -> None:

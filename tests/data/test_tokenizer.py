@@ -21,7 +21,6 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanothink.data import hub
 from nanothink.data.corpus import find_corpus
 from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import (
@@ -390,29 +389,46 @@ def test_a_disk_that_refuses(trained: Tokenizer, tmp_path: Path) -> None:
 # --- the Hub -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def silent_port() -> Iterator[int]:
-    """A server that accepts and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield server.getsockname()[1]
+_LOAD = """
+import sys
+from nanothink.data import hub
+from nanothink.data.tokenizer import load_tokenizer
+from nanothink.errors import TokenizerError
+hub._ANSWER_SECONDS = 0.5
+try: print(load_tokenizer(sys.argv[1]).fingerprint)
+except TokenizerError as error: print(type(error).__name__, error)
+print(hub.availability(sys.argv[1]))
+"""
 
 
-def test_offline_is_found_out_quickly(monkeypatch: pytest.MonkeyPatch, silent_port: int) -> None:
-    monkeypatch.setattr(hub, "_PROBE_SECONDS", 0.3)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(TokenizerUnreachableError, match="HF_HUB_OFFLINE is set"):
-        load_tokenizer("no-such-tokenizer-here")
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+def _load_in_a_process(name: str, home: Path, **environment: str) -> subprocess.Popen[str]:
+    """``load_tokenizer`` and ``availability``; a new process, since the Hub's settings are read once."""
+    outside = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    return subprocess.Popen(
+        [sys.executable, "-c", _LOAD, name],
+        env=outside | {"HF_HOME": str(home), "no_proxy": "127.0.0.1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_offline_is_found_out_quickly(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         closed = server.getsockname()[1]
-    for endpoint, reason in (
-        (f"http://127.0.0.1:{closed}", "refused"),
-        (f"http://127.0.0.1:{silent_port}", "time"),
-        ("http://no-such-host.invalid", "reached"),
-    ):
-        monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        with pytest.raises(TokenizerUnreachableError, match=reason):
-            load_tokenizer("no-such-tokenizer-here")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
+        cases: list[tuple[dict[str, str], str]] = [
+            ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"),
+            ({"HF_ENDPOINT": f"http://127.0.0.1:{closed}"}, "refused"),
+            ({"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}, "timed out"),
+        ]
+        started = [_load_in_a_process("no-such-tokenizer", tmp_path, **extra) for extra, _ in cases]
+        told = [process.communicate(timeout=60)[0].splitlines() for process in started]
+    for (error, where), (_, reason) in zip(told, cases, strict=True):
+        assert error.startswith("TokenizerUnreachableError Tokenizer 'no-such-tokenizer' is neither a local")
+        assert reason in error
+        assert where.startswith("neither cached nor reachable (")
+        assert reason in where
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
@@ -465,32 +481,25 @@ def test_downloaded_once_then_from_the_cache(trained: Tokenizer, tmp_path: Path)
     folder = save_tokenizer(trained, tmp_path / "tokenizer")
     files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"model.safetensors": b"x" * 1000}
     handler = type("Handler", (_Hub,), {"files": files})
-    script = (
-        "import sys\nfrom nanothink.data.tokenizer import load_tokenizer\n"
-        "from nanothink.errors import BadRecordsError, TokenizerError\n"
-        "try: print(load_tokenizer(sys.argv[1]).fingerprint)\n"
-        "except TokenizerError as error: print(type(error).__name__, error)"
-    )
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "no_proxy": "127.0.0.1"}
 
-    def load(name: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", script, name], env=environment, capture_output=True, text=True, check=True
-        )
+    def load(name: str, endpoint: str) -> tuple[str, str, str]:
+        process = _load_in_a_process(name, tmp_path / "hf", HF_ENDPOINT=endpoint)
+        output, errors = process.communicate(timeout=60)
+        told, where = output.splitlines()
+        return told, where, errors
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-        first = load("me/mine")
-        unknown = load("me/other")
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        first = load("me/mine", endpoint)
+        unknown = load("me/other", endpoint)
         server.shutdown()
-    assert first.stdout.strip() == trained.fingerprint
-    assert first.stderr == ""  # no bars of somebody else's
-    assert unknown.stdout.startswith("TokenizerError There is no tokenizer 'me/other'")
+    assert first == (trained.fingerprint, "in the Hugging Face cache", "")  # no bars of somebody else's
+    assert unknown[0].startswith("TokenizerError There is no tokenizer 'me/other'")
+    assert unknown[1] == "not cached yet; the Hugging Face Hub answers"
     assert not list((tmp_path / "hf").rglob("model.safetensors"))
-    assert load("me/mine").stdout.strip() == trained.fingerprint  # the server is gone
-    assert load("me/other").stdout.startswith("TokenizerUnreachableError")
+    assert load("me/mine", endpoint)[0] == trained.fingerprint  # the server is gone
+    assert load("me/other", endpoint)[0].startswith("TokenizerUnreachableError")
 
 
 # --- the stand-in ------------------------------------------------------------------------------
