@@ -18,11 +18,12 @@ import torch
 from side_by_side import machine, take_turns
 from torch import Tensor
 
-from nanothink.config import Config
+from nanothink.config import Config, TransformerConfig
 from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
+from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.latent_attention import LatentAttention, latent_widths
-from nanothink.models.layers import Attention, KeyValueCache, Rotary
+from nanothink.models.layers import Attention, Rotary
 
 VOCABULARY = 8192
 STEPS = 40  # tokens read one by one at each length
@@ -82,7 +83,7 @@ def main() -> None:
     width, shape = combined.d_model, Config().mla
     head_dim, rope_dim, latent_dim = latent_widths(width, shape)
     latent = LatentAttention(width, shape.n_heads, head_dim, rope_dim, latent_dim)
-    heads = Attention(width, shape.n_heads)
+    heads = Attention(width, TransformerConfig(n_heads=shape.n_heads))
     print(f"\n{machine()}, medians of {options.rounds} rounds\n")
     print("| tokens before | a step, with its caches | the text again | ratio | MLA step | multi-head step |")
     print("|---:|---:|---:|---:|---:|---:|")

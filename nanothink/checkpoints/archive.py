@@ -8,8 +8,8 @@ SHA-256 of everything else, and a summary that makes a listing possible without 
 
 A zip without a comment (saved again by another program) is checked by its CRCs instead.
 
-A digest finds accidents, not malice. ``torch.load(weights_only=True)`` alone keeps a pickle from running code,
-so models from strangers come as exports (export.py, docs/decisions/0030-models-of-others.md).
+A digest finds accidents, not malice. ``torch.load(weights_only=True)`` alone keeps a pickle from running
+code, so models from strangers come as exports (export.py, docs/decisions/0030-models-of-others.md).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanothink.checkpoints.archive import damaged
+from nanothink.config import DataConfig
 from nanothink.data.split import HeldOutText, SplitRule, TrainedText
 
 
@@ -39,6 +40,7 @@ class SplitRecord:
             **self.rule.to_dict(),
             "domains": list(self.domains),
             "n_trained_documents": self.n_documents,
+            "trained_text_known": self.trained.complete,
             "n_cut_documents": len(self.trained.heads),
             "n_validation_documents": len(self.held_out.val),
             "n_test_documents": len(self.held_out.test),
@@ -74,3 +76,8 @@ class SplitRecord:
             )
         except ValueError as error:
             raise damaged(path, f"its split makes no sense ({error})") from None
+
+
+UNKNOWN_TEXT = SplitRecord(SplitRule.of(DataConfig()), (), TrainedText(complete=False), HeldOutText())
+"""The record of a published model: it was trained elsewhere, and nobody knows on which documents. Without
+domains its rule binds nobody, and any text is held out as far as is known."""

@@ -11,7 +11,9 @@ from nanothink.cli import completion
 from nanothink.cli.options import CheckpointDir, ForgivingCommand, Json
 
 app = typer.Typer(
-    help="List, look into, verify, prune and export checkpoints.", no_args_is_help=True, rich_markup_mode=None
+    help="List, look into, verify, prune, import and export checkpoints.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 
@@ -93,7 +95,10 @@ def show(
         "tokenizer": str(facts["tokenizer"]),
         "data fingerprint": str(facts["data_fingerprint"])[:16],
         "split": f"val_split {split['val_split']}, test_split {split['test_split']}, seed {split['seed']}; "
-        f"trained on {counted(split['n_trained_documents'], 'document')} of {', '.join(split['domains'])}",
+        f"trained on {counted(split['n_trained_documents'], 'document')} of {', '.join(split['domains'])}"
+        if split["domains"]
+        else "published model; what it was trained on is unknown",
+        **_origin(payload["run"].get("imported")),
         **{
             name.replace("_", " "): render.count(value)
             for name, value in (stood if isinstance(stood, dict) else {}).items()
@@ -188,6 +193,64 @@ def prune(
         render.say(f"Nothing to prune in {checkpoint_dir}.")
 
 
+@app.command("import", cls=ForgivingCommand)
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A model folder in transformers' format."),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="It becomes NAME_expert.pt. [default: that of SOURCE]"),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", metavar="N", min=2, help="Tokens of context. [default: the model's own]"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint of that name.")
+    ] = False,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    as_json: Json = False,
+) -> None:
+    """Make an expert of a published model.
+
+    Llama, Mistral, Qwen2, Qwen3, GPT-2, GPT-NeoX, Mamba and FalconMamba, with safetensors and tokenizer.
+    """
+    from nanothink.cli import render
+    from nanothink.runs.import_model import import_model
+
+    with render.progress() as bars:
+        done = import_model(
+            source,
+            name=name,
+            context=context,
+            checkpoint_dir=checkpoint_dir,
+            overwrite=overwrite,
+            progress=bars,
+        )
+    if as_json:
+        render.print_json(_as_dict(done))
+        return
+    rows = [
+        ["source", f"{done.source} ({done.family})"],
+        ["licence", done.licence or "not stated by its files"],
+        ["kind", done.kind],
+        ["parameters", f"{render.count(done.n_parameters)}, float32 ({render.size(done.n_bytes)})"],
+        [
+            "context",
+            "any length" if done.context_length is None else f"{render.count(done.context_length)} tokens",
+        ],
+        [
+            "vocabulary",
+            f"{render.count(done.vocab_size)} tokens"
+            + (f"; {render.count(done.n_cut_rows)} unused rows left out" if done.n_cut_rows else ""),
+        ],
+        ["try it", f"nanothink generate 'Once upon a time' -c {done.path}"],
+    ]
+    render.facts(rows, title=str(done.path))
+
+
 @app.command(cls=ForgivingCommand)
 def export(
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write; made if need be.")],
@@ -229,6 +292,17 @@ def export(
         ["from Python", done.how_to_load],
     ]
     render.facts(rows, title=str(done.folder))
+
+
+def _origin(imported: Any) -> dict[str, str]:
+    """Where an imported model comes from."""
+    if not isinstance(imported, dict):
+        return {}
+    return {
+        "imported from": f"{imported.get('source')} ({imported.get('family')})",
+        "licence": str(imported.get("licence") or "not stated by its files"),
+        "chat template": "yes" if imported.get("chat_template") else "no",
+    }
 
 
 def _as_dict(entry: Any) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def _rows(results: Sequence[CheckpointEvaluation]) -> list[dict[str, Any]]:
                 "path": str(result.path),
                 "kind": result.kind,
                 "seen_documents": result.n_seen,
+                "trained_text_known": result.trained_text_known,
                 "overall": {**score_as_dict(found.overall), "bits_per_byte_stderr": found.standard_error()},
                 "above_best": above
                 and {"bits_per_byte": above.bits_per_byte, "bits_per_byte_stderr": above.standard_error},

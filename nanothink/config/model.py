@@ -18,14 +18,28 @@ class ModelConfig(Settings):
 
 
 class TransformerConfig(Settings):
+    """The defaults are the shape of Qwen3; other values are there for published models of other shapes."""
+
     n_layers: int = Field(6, ge=1, le=256)
     """Number of blocks, each attention plus feed-forward."""
 
     n_heads: int = Field(6, ge=1, le=256)
-    """Attention heads; must divide d_model into heads of even width."""
+    """Attention heads; must divide d_model into heads of even width, unless head_dim is set."""
+
+    n_kv_heads: int | None = Field(None, ge=1, le=256)
+    """Heads of keys and values, each for an equal number of attention heads; n_heads when empty."""
+
+    head_dim: int | None = Field(None, ge=2, le=1024)
+    """Width of a head; d_model / n_heads when empty."""
 
     ffn_mult: float = Field(4.0, gt=0, le=64)
-    """Inner width of the SwiGLU feed-forward, as a multiple of d_model."""
+    """Inner width of the feed-forward, as a multiple of d_model."""
+
+    ffn_dim: int | None = Field(None, ge=1, le=1 << 20)
+    """Inner width of the feed-forward; ffn_mult x d_model, to the nearest multiple of 8, when empty."""
+
+    feed_forward: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    """Feed-forward: gated, without biases; or by GELU or its approximation by tanh, with biases."""
 
     tie_embeddings: bool = False
     """Share one matrix between token embeddings and LM head. Untied reached 2.18 bits per byte where
@@ -33,6 +47,35 @@ class TransformerConfig(Settings):
 
     rope_theta: float = Field(10_000.0, gt=1)
     """Base of the rotary position frequencies."""
+
+    rotary_fraction: float = Field(1.0, ge=0, le=1)
+    """Share of the features of a head that rotate with the position. 0: positions are learned embeddings."""
+
+    norm: Literal["rms", "layer"] = "rms"
+    """Norms: by the root mean square, or with mean and bias."""
+
+    norm_eps: float = Field(1e-6, gt=0, le=1)
+    """Added to the mean square, or to the variance, in every norm."""
+
+    qk_norm: bool = True
+    """Normalise queries and keys of each head."""
+
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    """Projections of attention that have biases."""
+
+    parallel: bool = False
+    """Attention and feed-forward of a block read the same state, as in GPT-NeoX."""
+
+    @property
+    def is_standard(self) -> bool:
+        """True for the shape that models trained here have by default, whatever its sizes."""
+        varied = {"n_layers", "n_heads", "ffn_mult", "tie_embeddings", "rope_theta"}
+        default = TransformerConfig()
+        return all(
+            getattr(self, name) == getattr(default, name)
+            for name in TransformerConfig.model_fields
+            if name not in varied
+        )
 
 
 class StateSpaceConfig(Settings):
@@ -53,6 +96,13 @@ class StateSpaceConfig(Settings):
 
     tie_embeddings: bool = False
     """Share one matrix between token embeddings and LM head."""
+
+    norm_eps: float = Field(1e-6, gt=0, le=1)
+    """Added to the mean square in the norms."""
+
+    mixer_norm_eps: float | None = Field(None, gt=0, le=1)
+    """Normalise step sizes, inputs and outputs of the scan for each token, with this added to the mean
+    square, as in FalconMamba; not normalised when empty."""
 
     scan: Literal["auto", "plain", "compiled", "triton"] = "auto"
     """How the selective scan is computed; 'auto' takes the fastest that this machine has."""

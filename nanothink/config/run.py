@@ -67,8 +67,17 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Config:
-        width, heads = self.model.d_model, self.transformer.n_heads
-        if width % heads or (width // heads) % 2:
+        width, shape = self.model.d_model, self.transformer
+        heads, groups = shape.n_heads, shape.n_kv_heads or shape.n_heads
+        if heads % groups:
+            raise ValueError(
+                f"transformer.n_kv_heads={groups} does not divide transformer.n_heads={heads}; each head of "
+                "keys serves an equal number of attention heads"
+            )
+        if shape.head_dim is not None:
+            if shape.head_dim % 2:
+                raise ValueError(f"transformer.head_dim={shape.head_dim} is odd; rotary positions need pairs")
+        elif width % heads or (width // heads) % 2:
             fitting = [h for h in range(1, width // 2 + 1) if width % h == 0 and width // h % 2 == 0]
             raise ValueError(
                 f"transformer.n_heads={heads} does not split model.d_model={width} into heads of even width; "

@@ -74,6 +74,8 @@ class TrainedText:
     """Key of a text of which only the head was trained on, to characters of that head, normalised."""
     groups: Keys = field(default_factory=_no_keys)
     """``group_key`` of the groups on the training side, sorted, without repeats."""
+    complete: bool = True
+    """False: it was trained on other text too, of which nothing is known, as a published model was."""
 
     def holds(self, keys: Keys) -> NDArray[np.bool_]:
         """Mask of the texts that were trained on, wholly or in part."""
@@ -87,7 +89,12 @@ class TrainedText:
         heads = dict(self.heads)
         for key, n_chars in other.heads.items():
             heads[key] = max(n_chars, heads.get(key, 0))
-        return TrainedText(np.union1d(self.keys, other.keys), heads, np.union1d(self.groups, other.groups))
+        return TrainedText(
+            np.union1d(self.keys, other.keys),
+            heads,
+            np.union1d(self.groups, other.groups),
+            self.complete and other.complete,
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TrainedText):
@@ -96,6 +103,7 @@ class TrainedText:
             np.array_equal(self.keys, other.keys)
             and dict(self.heads) == dict(other.heads)
             and np.array_equal(self.groups, other.groups)
+            and self.complete == other.complete
         )
 
     def to_state(self) -> dict[str, Any]:
@@ -108,13 +116,14 @@ class TrainedText:
             "groups": torch.from_numpy(self.groups.view(np.int64).copy()),
             "head_keys": torch.from_numpy(np.array([key for key, _ in heads], np.uint64).view(np.int64)),
             "head_chars": torch.tensor([n_chars for _, n_chars in heads], dtype=torch.int64),
+            **({} if self.complete else {"incomplete": torch.ones(1, dtype=torch.int64)}),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TrainedText:
         """The inverse of ``to_state``. Raises ValueError for anything else."""
         names = ("keys", "groups", "head_keys")
-        if not isinstance(state, Mapping) or state.keys() != {*names, "head_chars"}:
+        if not isinstance(state, Mapping) or state.keys() - {"incomplete"} != {*names, "head_chars"}:
             raise ValueError(f"trained text has the parts {', '.join(names)} and head_chars")
         keys, groups, head_keys = (_sorted_keys(state[name], f"trained text: {name}") for name in names)
         chars = _bits(state["head_chars"], "trained text: head_chars").view(np.int64)
@@ -124,7 +133,8 @@ class TrainedText:
             raise ValueError(
                 f"trained text: {len(chars):,} texts that were cut, and a domain has one at most"
             )
-        return cls(keys, dict(zip(head_keys.tolist(), chars.tolist(), strict=True)), groups)
+        heads = dict(zip(head_keys.tolist(), chars.tolist(), strict=True))
+        return cls(keys, heads, groups, complete="incomplete" not in state)
 
 
 def _sorted_keys(tensor: Any, what: str) -> Keys:

@@ -35,10 +35,10 @@ from nanothink.config import DiffuserConfig, ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
 from nanothink.models.contract import IGNORE, LanguageModel, State
 from nanothink.models.dropout import Dropout
+from nanothink.models.feed_forward import SwiGLU
+from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.layers import (
-    KeyValueCache,
     RMSNorm,
-    SwiGLU,
     linear,
 )
 from nanothink.models.loss import CHUNK_ROWS, linear_cross_entropy
@@ -52,7 +52,13 @@ from nanothink.models.noise import (
     diffuse,
 )
 from nanothink.models.precision import matmul_dtype
-from nanothink.models.transformer import Decoder, Transformer, block_reading_bytes, inner_width
+from nanothink.models.transformer import (
+    Decoder,
+    Transformer,
+    block_reading_bytes,
+    inner_width,
+    shape_inner_width,
+)
 
 _LEVEL_FEATURES = (
     32  # cosines of the noise level: smooth over 100 levels, fine enough to tell neighbours apart
@@ -200,7 +206,7 @@ class Diffuser(LanguageModel):
         self.d_model = width = model.d_model
         self.context_length = model.max_seq_len
         self.shape = shape
-        self.inner = inner_width(width, blocks.ffn_mult)
+        self.inner = shape_inner_width(width, blocks)
         self.encoder = Decoder(
             vocab_size, model, blocks, n_layers=shape.n_layers, std=1.0, dropout=self.dropout
         )

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanothink.config import MLAConfig
-from nanothink.models.layers import KeyValueCache, RMSNorm, linear, rotate
+from nanothink.models.key_value_cache import KeyValueCache
+from nanothink.models.layers import RMSNorm, linear, rotate
 
 
 class LatentAttention(nn.Module):

@@ -35,8 +35,10 @@ from torch import Tensor, nn
 from nanothink.config import MLAConfig, ModelConfig, VectorStoreConfig
 from nanothink.errors import UsageError
 from nanothink.models.contract import IGNORE, LanguageModel, State, joined_rows, without_row
+from nanothink.models.feed_forward import SwiGLU
+from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.latent_attention import LatentAttention, latent_widths
-from nanothink.models.layers import Block, KeyValueCache, RMSNorm, Rotary, linear
+from nanothink.models.layers import Block, RMSNorm, Rotary, linear
 from nanothink.models.loss import (
     CHUNK_ROWS,
     likelihood_and_peak,
@@ -159,7 +161,12 @@ class NanoThink(LanguageModel):
         self.inner = inner_width(width, shape.ffn_mult)
         widths = latent_widths(width, shape)
         self.layers = nn.ModuleList(
-            Block(width, LatentAttention(width, shape.n_heads, *widths), self.inner, self.dropout)
+            Block(
+                width,
+                LatentAttention(width, shape.n_heads, *widths),
+                SwiGLU(width, self.inner),
+                self.dropout,
+            )
             for _ in range(shape.n_layers)
         )
         self.norm = RMSNorm(width)

@@ -34,7 +34,8 @@ from nanothink.errors import UsageError
 from nanothink.models import decoding
 from nanothink.models.contract import LanguageModel, State, without_row
 from nanothink.models.dropout import Dropout
-from nanothink.models.layers import NORM_EPS, RMSNorm, embedding, gated_product, linear
+from nanothink.models.feed_forward import gated_product
+from nanothink.models.layers import RMSNorm, embedding, linear
 from nanothink.models.loss import CHUNK_ROWS
 from nanothink.models.precision import matmul_dtype
 from nanothink.models.selective_scan import selective_scan
@@ -148,7 +149,7 @@ class Mixer(nn.Module):
         super().__init__()
         channels, rank = shape.expand * width, delta_rank(width, shape)
         self.splits = [rank, shape.d_state, shape.d_state]
-        self.scan = shape.scan
+        self.scan, self.norm_eps = shape.scan, shape.mixer_norm_eps
         self.in_proj = linear(width, 2 * channels)  # the channels, then their gates
         self.conv1d = CausalConv1d(channels, shape.conv_width)
         self.x_proj = linear(channels, sum(self.splits))  # Δ (of low rank), B and C of each token
@@ -170,7 +171,7 @@ class Mixer(nn.Module):
         x, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E)
         whole = x if before is None else torch.cat([before.conv_state, x], 1)
         u = self.conv1d(whole)[:, -x.shape[1] :]
-        rank, B, C = self.x_proj(u).split(self.splits, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
+        rank, B, C = self._selected(u)  # (B, T, R), (B, T, N), (B, T, N)
         delta: Tensor = _Softplus.apply(F.linear(rank, self.dt_proj.weight), self.dt_proj.bias)  # type: ignore[no-untyped-call]
         state = None if before is None else before.ssm_state
         y, last = selective_scan(u, delta, self.rates(), B, C, self.D, state, name=self.scan)
@@ -180,6 +181,15 @@ class Mixer(nn.Module):
             weights = None if before is None else before.weights
             recurrence.layers[layer] = LayerState(padded[:, -kept:].clone(), last, weights)
         return gated_product(gate, y, self.out_proj.weight)
+
+    def _selected(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Δ (of low rank), B and C of each token; normalised if that is set (FalconMamba, 2024)."""
+        parts: tuple[Tensor, ...] = self.x_proj(u).split(self.splits, dim=-1)
+        if self.norm_eps is None:
+            return parts
+        return tuple(
+            F.rms_norm(part.float(), part.shape[-1:], None, self.norm_eps).to(u.dtype) for part in parts
+        )
 
     def rates(self) -> Tensor:
         """(E, N): A, below zero."""
@@ -196,7 +206,7 @@ class Mixer(nn.Module):
         window = torch.cat([state.conv_state, x], 1)  # (B, W, E)
         state.conv_state = window[:, 1:].contiguous()
         u = F.silu((window * weights.taps).sum(1, keepdim=True).add_(self.conv1d.bias)).to(x.dtype)
-        rank, B, C = self.x_proj(u).split(self.splits, dim=-1)
+        rank, B, C = self._selected(u)
         delta = F.softplus(F.linear(rank, self.dt_proj.weight).float().add_(self.dt_proj.bias))
         decay = (delta * weights.rates).exp2_()  # (B, N, E)
         state.ssm_state = decay.mul_(state.ssm_state).addcmul_(B.float().mT, delta * u)
@@ -279,7 +289,7 @@ class Layer(nn.Module):
     def __init__(self, width: int, shape: StateSpaceConfig, dropout: Dropout) -> None:
         super().__init__()
         self.dropout = dropout
-        self.norm = RMSNorm(width)
+        self.norm = RMSNorm(width, shape.norm_eps)
         self.mixer = Mixer(width, shape)
 
     def forward(self, x: Tensor, recurrence: Recurrence | None = None, layer: int = 0) -> Tensor:
@@ -296,7 +306,7 @@ class Backbone(nn.Module):
         self.dropout = dropout
         self.embeddings = embedding(vocab_size, width, std=0.02 if shape.tie_embeddings else 1.0)
         self.layers = nn.ModuleList(Layer(width, shape, dropout) for _ in range(shape.n_layers))
-        self.norm_f = RMSNorm(width)
+        self.norm_f = RMSNorm(width, shape.norm_eps)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, D) float32, for any T."""
@@ -427,7 +437,7 @@ def to_mamba_config(model: StateSpace) -> dict[str, Any]:
         "hidden_size": model.d_model,
         "state_size": shape.d_state,
         "num_hidden_layers": shape.n_layers,
-        "layer_norm_epsilon": NORM_EPS,
+        "layer_norm_epsilon": shape.norm_eps,
         "expand": shape.expand,
         "conv_kernel": shape.conv_width,
         "time_step_rank": delta_rank(model.d_model, shape),

@@ -2,7 +2,8 @@
 
 Pre-norm RMSNorm, rotary positions, RMSNorm per head on queries and keys, SwiGLU, no biases, a head of its
 own (or tied). The state dict is that of ``transformers``' ``Qwen3ForCausalLM``, the reference that tests
-compare logits and gradients with: same names, same shapes.
+compare logits and gradients with: same names, same shapes. Settings turn it into the shapes of other
+published models (checkpoints/families.py), with the same names for the same parts.
 
 It differs in the start: embeddings of standard deviation 1 (0.02 when tied, or the head would begin with
 logits of size sqrt(D)), output projections and head at zero, so that the first prediction is
@@ -23,15 +24,17 @@ from nanothink.errors import UsageError
 from nanothink.models import decoding
 from nanothink.models.contract import LanguageModel, State
 from nanothink.models.dropout import Dropout
+from nanothink.models.feed_forward import feed_forward
+from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.layers import (
-    NORM_EPS,
     Attention,
     Block,
-    KeyValueCache,
-    RMSNorm,
+    LearnedPositions,
     Rotary,
     embedding,
+    head_width,
     linear,
+    norm,
 )
 from nanothink.models.loss import CHUNK_ROWS
 
@@ -45,7 +48,7 @@ class Decoder(nn.Module):
     Args:
         vocab_size: V.
         model: width and context.
-        shape: heads, feed-forward, rotary base.
+        shape: heads, feed-forward, norms, positions.
         n_layers: number of blocks.
         std: standard deviation of the embeddings.
         dropout: that of the model.
@@ -63,14 +66,17 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = dropout
-        width, inner = model.d_model, inner_width(model.d_model, shape.ffn_mult)
+        width, inner = model.d_model, shape_inner_width(model.d_model, shape)
         self.context_length = model.max_seq_len
         self.embed_tokens = embedding(vocab_size, width, std=std)
         self.layers = nn.ModuleList(
-            Block(width, Attention(width, shape.n_heads), inner, dropout) for _ in range(n_layers)
+            Block(width, Attention(width, shape), feed_forward(width, inner, shape), dropout, shape)
+            for _ in range(n_layers)
         )
-        self.norm = RMSNorm(width)
-        self.rotary = Rotary(width // shape.n_heads, model.max_seq_len, shape.rope_theta)
+        self.norm = norm(width, shape)
+        rotated = 2 * int(head_width(width, shape) * shape.rotary_fraction / 2)
+        self.rotary = Rotary(rotated, model.max_seq_len, shape.rope_theta) if rotated else None
+        self.embed_positions = None if rotated else LearnedPositions(model.max_seq_len, width, std=std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64, T <= context_length -> (B, T, D) float32.
@@ -84,12 +90,22 @@ class Decoder(nn.Module):
                 f"{n_tokens} tokens were given, but this model's context is {self.context_length}; "
                 f"cut the text or train with a larger model.max_seq_len"
             )
-        rotation = self.rotary(0, n_tokens)
-        x = self.dropout(self.embed_tokens(tokens))  # (B, T, D)
+        x, rotation = self._placed(tokens)
+        x = self.dropout(x)
         for block in self.layers:
             x = block(x, rotation)
         states: Tensor = self.dropout(self.norm(x))
         return states
+
+    def _placed(
+        self, tokens: Tensor, cache: KeyValueCache | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Embeddings (B, T, D) of tokens that follow those in the cache, and the rotation of their places."""
+        x: Tensor = self.embed_tokens(tokens)
+        places, n_tokens = self.rotary or self.embed_positions, tokens.shape[1]
+        assert places is not None
+        found = places(0, n_tokens) if cache is None else cache.begin(places, tokens)
+        return (x, found) if self.rotary is not None else (x + found, None)
 
     def start(self, batch_size: int) -> KeyValueCache:
         """An empty key-value cache, which grows as it fills."""
@@ -109,8 +125,7 @@ class Decoder(nn.Module):
             cache.advance(tokens.shape[1])
             return states[:, -1:] if last_only else states
         with torch.no_grad():
-            rotation = cache.begin(self.rotary, tokens)
-            x = self.embed_tokens(tokens)  # (B, T, D)
+            x, rotation = self._placed(tokens, cache)
             for layer, block in enumerate(self.layers):
                 x = block(x, rotation, cache, layer)
             cache.advance(tokens.shape[1])
@@ -176,16 +191,20 @@ class Transformer(LanguageModel):
 
     def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
         """See ``LanguageModel.activation_bytes``; the factors were counted with saved-tensor hooks."""
-        width, inner = self.d_model, inner_width(self.d_model, self.shape.ffn_mult)
+        width, inner = self.d_model, shape_inner_width(self.d_model, self.shape)
         per_width, per_inner = (41, 8) if value_bytes == 4 else (24, 4)
+        head, shape = head_width(width, self.shape), self.shape
+        # Three tensors are as wide as the queries, and three as the keys; the factors have them at width D.
+        wider = 3 * value_bytes * (head * (shape.n_heads + (shape.n_kv_heads or shape.n_heads)) - 2 * width)
         in_flight = value_bytes * (4 * width + 3 * inner)  # gradients of the block being worked on
-        per_token = len(self.model.layers) * (per_width * width + per_inner * inner) + 12 * width + in_flight
-        head = self.vocab_size * (4 * width + CHUNK_ROWS * 8)  # the head's gradient and one chunk of logits
-        return batch_size * length * per_token + head
+        a_layer = per_width * width + per_inner * inner + wider
+        per_token = len(self.model.layers) * a_layer + 12 * width + in_flight
+        of_head = self.vocab_size * (4 * width + CHUNK_ROWS * 8)  # its gradient and one chunk of logits
+        return batch_size * length * per_token + of_head
 
     def reading_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
         """See ``LanguageModel.reading_bytes``; the factors were counted by torch's profiler."""
-        inner = inner_width(self.d_model, self.shape.ffn_mult)
+        inner = shape_inner_width(self.d_model, self.shape)
         return batch_size * length * block_reading_bytes(self.d_model, inner, value_bytes)
 
     def start(self, batch_size: int) -> KeyValueCache:
@@ -218,20 +237,28 @@ def inner_width(width: int, ffn_mult: float) -> int:
     return max(8, 8 * round(round(ffn_mult * width) / 8))
 
 
+def shape_inner_width(width: int, shape: TransformerConfig) -> int:
+    """F: as set, else by ``ffn_mult``."""
+    return shape.ffn_dim or inner_width(width, shape.ffn_mult)
+
+
 def to_qwen3_config(model: Transformer) -> dict[str, Any]:
-    """Keyword arguments of ``transformers.Qwen3Config`` that describe this model."""
+    """Keyword arguments of ``transformers.Qwen3Config`` that describe this model.
+
+    Those of ``Qwen2Config``, ``LlamaConfig`` and ``MistralConfig`` have the same names.
+    """
     shape = model.shape
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
-        "intermediate_size": inner_width(model.d_model, shape.ffn_mult),
+        "intermediate_size": shape_inner_width(model.d_model, shape),
         "num_hidden_layers": shape.n_layers,
         "num_attention_heads": shape.n_heads,
-        "num_key_value_heads": shape.n_heads,
-        "head_dim": model.d_model // shape.n_heads,
+        "num_key_value_heads": shape.n_kv_heads or shape.n_heads,
+        "head_dim": head_width(model.d_model, shape),
         "max_position_embeddings": model.context_length,
-        "rms_norm_eps": NORM_EPS,
+        "rms_norm_eps": shape.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
-        "attention_bias": False,
+        "attention_bias": shape.attention_bias == "all",
         "tie_word_embeddings": shape.tie_embeddings,
     }

@@ -23,7 +23,7 @@ from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Difference, Evaluation, evaluate_model
 from nanothink.models import COMBINED
 from nanothink.models.diffuser import Diffuser
-from nanothink.runs.held_out import Side, TextToScore
+from nanothink.runs.held_out import Side, TextToScore, binding_rules
 from nanothink.runs.loading import LoadedModel, load
 from nanothink.training.matmul_types import AS_TRAINED
 
@@ -37,6 +37,8 @@ class CheckpointEvaluation:
     evaluation: Evaluation
     n_seen: int = 0
     """Documents of the text that it was trained on, or has in its vector store."""
+    trained_text_known: bool = True
+    """False: it is, or builds on, a published model, which may have read any of the text."""
     left_out: Problems = field(default_factory=Problems)
     """Bad lines of the text, which was scored without them."""
 
@@ -103,7 +105,7 @@ def evaluate_checkpoints(
         note(
             f"Of {corpus.root} the part that training would hold out is scored; --split all scores all of it."
         )
-    rules = {model.split.rule for model in loaded}
+    rules = set(binding_rules(model.split for model in loaded))
     if len(rules) > 1 and split in ("val", "test"):
         fractions = sorted({getattr(rule, f"{split}_split") for rule in rules})
         note(
@@ -147,7 +149,10 @@ def evaluate_checkpoints(
             )
             evaluation = replace(evaluation, denoising=errors)
         n_seen = scored.n_seen[number]
-        results.append(CheckpointEvaluation(model.path, model.kind, evaluation, n_seen, scored.left_out))
+        known = model.split.trained.complete
+        results.append(
+            CheckpointEvaluation(model.path, model.kind, evaluation, n_seen, known, scored.left_out)
+        )
     return results
 
 
@@ -171,8 +176,8 @@ def _where(
         raise DataError(f"The folder this was trained on, {folder}, is not there. Name one: --data-dir DIR.")
     if domains is None:
         own = sorted({domain for model in loaded for domain in model.split.domains})
-        domains = [domain for domain in own if (folder / domain).is_dir()] or own
-        if gone := sorted(set(own) - set(domains)):
+        domains = [domain for domain in own if (folder / domain).is_dir()] or own or None
+        if gone := sorted(set(own) - set(domains or own)):
             note(f"Not scored, because {folder} has no such domains any more: {', '.join(gone)}.")
     return str(folder), domains
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import nanothink
 from nanothink.checkpoints import Progress, check_place, model_state, read_checkpoint, write_export
 from nanothink.checkpoints.export import CONFIG, EXPORT_VERSION, FILES, OWN_SECTION
 from nanothink.checkpoints.payload import CheckpointPayload
-from nanothink.config import Config
+from nanothink.config import Config, TransformerConfig
 from nanothink.config.run import training_section
 from nanothink.data.tokenizer import save_tokenizer
 from nanothink.disk import try_to_write
@@ -125,15 +126,39 @@ def _foreign_config(model: LanguageModel) -> dict[str, Any]:
     """The part of config.json that transformers reads; empty for a kind that it does not have."""
     kind = {"dtype": "float32", "torch_dtype": "float32", "use_cache": True}  # transformers 5 and 4
     if isinstance(model, Transformer):
+        if (model_type := _model_type(model.d_model, model.shape)) is None:
+            return {}
         shape = to_qwen3_config(model)
         rope = {"rope_theta": model.shape.rope_theta}  # as transformers 4, llama.cpp and vLLM read it
-        own = {"hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False}
-        kind |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        own = {
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "use_sliding_window": False,
+            "sliding_window": None,
+        }
+        kind |= {"architectures": [f"{model_type.capitalize()}ForCausalLM"], "model_type": model_type}
         return {**kind, **shape, **rope, **own}
     if isinstance(model, StateSpace):
+        if (eps := model.shape.mixer_norm_eps) is not None:
+            kind |= {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba"}
+            return {**kind, **to_mamba_config(model), "mixer_rms_eps": eps}
         kind |= {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
         return {**kind, **to_mamba_config(model)}
     return {}
+
+
+def _model_type(width: int, shape: TransformerConfig) -> str | None:
+    """The family of ``transformers`` with this shape and our names of the weights; None: there is none."""
+    plain = (shape.feed_forward, shape.norm, shape.rotary_fraction, shape.parallel)
+    if plain != ("swiglu", "rms", 1.0, False):
+        return None
+    if shape.qk_norm:
+        return "qwen3" if shape.attention_bias != "qkv" else None
+    if shape.attention_bias == "qkv":
+        return "qwen2"
+    if width % shape.n_heads:  # a Llama's heads divide its width
+        return "mistral" if shape.attention_bias == "none" else None
+    return "llama"
 
 
 def _own_section(payload: CheckpointPayload, config: Config) -> dict[str, Any]:
@@ -190,11 +215,19 @@ def _card(loaded: LoadedModel, payload: CheckpointPayload, architecture: str | N
         facts.append(("experts", ", ".join(f"{e['name']} ({e['kind']})" for e in payload["run"]["experts"])))
     if loss is not None and math.isfinite(loss):
         facts.append(("lowest validation loss", f"{loss:.4f} nats a token"))
+    library, licence, made = "transformers" if architecture else "nanothink", "", "Trained"
+    if isinstance(origin := payload["run"].get("imported"), dict):
+        facts += [
+            (key, str(origin.get(entry)))
+            for key, entry in (("imported from", "source"), ("licence", "licence"))
+        ]
+        made = "Imported"
+        if re.fullmatch(r"[\w.-]+", str(origin.get("licence"))):
+            licence = f"license: {origin['licence']}\n"
     table = "\n".join(f"| {key} | {value} |" for key, value in facts)
-    library = "transformers" if architecture else "nanothink"
     parts = [
-        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: [nanothink]\n---\n",
-        f"# {name}\n\nTrained with NanoThink {nanothink.__version__}.\n\n| | |\n|---|---|\n{table}\n",
+        f"---\nlibrary_name: {library}\n{licence}pipeline_tag: text-generation\ntags: [nanothink]\n---\n",
+        f"# {name}\n\n{made} with NanoThink {nanothink.__version__}.\n\n| | |\n|---|---|\n{table}\n",
         "## Use\n",
     ]
     if architecture:

@@ -53,10 +53,11 @@ class InheritedSplit:
             UsageError: fractions set by hand and inherited ones leave nothing to train on.
         """
         fractions = {name: getattr(resolved.config.data, name) for name in _FRACTIONS}
-        for name in _FRACTIONS if parts else ():
+        rules = binding_rules(parts.values()) if any(part.domains for part in parts.values()) else []
+        for name in _FRACTIONS if rules else ():
             source = resolved.sources[f"data.{name}"]
             if source in ("default", "checkpoint") or source.startswith("preset "):
-                fractions[name] = min(getattr(part.rule, name) for part in parts.values())
+                fractions[name] = min(getattr(rule, name) for rule in rules)
         try:
             rule = SplitRule(**fractions)
         except ValueError:
@@ -194,13 +195,17 @@ class TextToScore:
 
     def _read(self, tokenizer: Tokenizer) -> ScoredText:
         root, side = self._corpus.root, self._side
-        rules = [model.split.rule for model in self._models]
+        rules = binding_rules(model.split for model in self._models)
         rule, trained = smallest(rules), NOTHING if self._allow_seen else self._everything()
         if side == "train":
             rule = _largest(rules)
             trained = reduce(_common, (model.split.trained for model in self._models))
         if side == "test" and not rule.test_split:
-            without = next(model.path for model in self._models if not model.split.rule.test_split)
+            without = next(
+                model.path
+                for model in self._models
+                if model.split.rule in rules and not model.split.rule.test_split
+            )
             raise UsageError(
                 f"{without} was trained without a test side (data.test_split=0). Score what it held out for "
                 f"validation: {self._retry} --split val"
@@ -293,7 +298,7 @@ def held_out(
     return tokenise(
         corpus,
         tokenizer,
-        split=smallest([model.split.rule for model in models]),
+        split=smallest(binding_rules(model.split for model in models)),
         trained=reduce(TrainedText.__or__, (model.trained_text for model in models)),
         held_out=_all_held_out(model.split for model in models),
         skip_bad_records=skip_bad_records,
@@ -304,6 +309,12 @@ def held_out(
 
 def _all_held_out(records: Iterable[SplitRecord]) -> HeldOutText:
     return reduce(HeldOutText.__or__, (record.held_out for record in records), HeldOutText())
+
+
+def binding_rules(records: Iterable[SplitRecord]) -> list[SplitRule]:
+    """The rules of those that were trained on a corpus; of published models alone, the default."""
+    all_records = list(records)
+    return [record.rule for record in all_records if record.domains] or [all_records[0].rule]
 
 
 def smallest(rules: Sequence[SplitRule]) -> SplitRule:

@@ -75,6 +75,7 @@ CASES = {
     "checkpoints verify": [""],
     "checkpoints prune": ["--dry-run"],
     "checkpoints export": [f"checkpoints/{RUN}_expert.pt --to exported --overwrite"],
+    "checkpoints import": ["exported --name again --overwrite"],
     "config show": ["train_expert", "transformer"],
     "config presets": ["", "tiny"],
     "doctor": [""],

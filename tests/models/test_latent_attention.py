@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nanothink.config import MLAConfig
+from nanothink.config import MLAConfig, TransformerConfig
+from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.latent_attention import LatentAttention, latent_widths
-from nanothink.models.layers import Attention, KeyValueCache, Rotary
+from nanothink.models.layers import Attention, Rotary
 
 
 def build(
@@ -151,7 +152,9 @@ def test_the_cache_takes_a_quarter_of_a_multi_head_cache_or_less(width: int, hea
     head_dim, rope_dim, latent_dim = latent_widths(width, shape)
     with torch.no_grad():
         attention(x, Rotary(rope_dim, 64, 1e4)(0, 64), latents, 0)
-        Attention(width, heads)(x, Rotary(width // heads, 64, 1e4)(0, 64), pairs, 0)
+        Attention(width, TransformerConfig(n_heads=heads))(
+            x, Rotary(width // heads, 64, 1e4)(0, 64), pairs, 0
+        )
     assert cached_bytes(latents) == n_tokens * 4 * (latent_dim + rope_dim)
     assert cached_bytes(pairs) == n_tokens * 4 * 2 * width
     measured = {384: (640, 3072), 128: (256, 1024), 768: (1152, 6144)}[width]

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanothink.config import ModelConfig, TransformerConfig
-from nanothink.models.layers import NORM_EPS, KeyValueCache, RMSNorm, Rotary, SwiGLU, rotate
+from nanothink.models.feed_forward import SwiGLU
+from nanothink.models.key_value_cache import KeyValueCache
+from nanothink.models.layers import NORM_EPS, RMSNorm, Rotary, rotate
 from nanothink.models.transformer import Transformer
 
 

@@ -136,7 +136,7 @@ def evaluations(results: Sequence[CheckpointEvaluation], split: str) -> None:
                 [*row[:-1], "-" if error is None else f"{error:.4f}", row[-1], count(score.n_bytes)]
                 for row, error, score in zip(_score_rows(found), errors, scores, strict=True)
             ],
-            title=f"{results[0].path} ({results[0].kind}), {split} split{_seen(results[0].n_seen)}",
+            title=f"{results[0].path} ({results[0].kind}), {split} split{_seen(results[0])}",
             total=True,
         )
         _errors_by_level(found)
@@ -171,6 +171,8 @@ def _side_by_side(results: Sequence[CheckpointEvaluation], split: str) -> None:
     title = f"Bits per byte, {split} split" + (
         "; seen: documents of it that were trained on" if n_seen else ""
     )
+    if unknown := [r.path.name for r in results if not r.trained_text_known]:
+        title += f"; what {', '.join(unknown)} {'was' if len(unknown) == 1 else 'were'} trained on is unknown"
     columns = ["checkpoint", "kind", *(f">{d}" for d in domains), ">all", ">above the best", ">perplexity"]
     columns += [">seen"] if n_seen else []
     rows: list[list[str | Text]] = [
@@ -192,9 +194,10 @@ def _side_by_side(results: Sequence[CheckpointEvaluation], split: str) -> None:
     )
 
 
-def _seen(n_documents: int) -> str:
-    """Marks figures on text that was trained on."""
-    return f"; {counted(n_documents, 'document')} of it seen in training" if n_documents else ""
+def _seen(result: CheckpointEvaluation) -> str:
+    """Marks figures on text that was trained on, or may have been."""
+    seen = f"; {counted(result.n_seen, 'document')} of it seen in training" if result.n_seen else ""
+    return seen + ("" if result.trained_text_known else "; what the model was trained on is unknown")
 
 
 def _difference(above: Difference | None) -> str:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from nanothink.models.decoding import MAX_ROWS, compiled
 from nanothink.models.decoding.program import Program
-from nanothink.models.layers import NORM_EPS, Attention, Block, KeyValueCache, RMSNorm, SwiGLU
+from nanothink.models.feed_forward import SwiGLU
+from nanothink.models.key_value_cache import KeyValueCache
+from nanothink.models.layers import Attention, Block, RMSNorm
 
 if TYPE_CHECKING:
     from nanothink.models.state_space import Backbone, Layer, Recurrence
@@ -62,20 +64,26 @@ def decoder_step(decoder: Decoder, cache: KeyValueCache, n_new: int, head: Tenso
         None if the decoder has something that programs do not know.
     """
     blocks = [cast(Block, block) for block in decoder.layers]
-    if not _plain_floats(decoder) or not all(map(_known, blocks)):
+    rotary, norm = decoder.rotary, decoder.norm
+    if rotary is None or not all(map(_known, blocks)) or not _plain_floats(decoder):
         return None
+    if (
+        2 * rotary.cos.shape[1] != cast(Attention, blocks[0].self_attn).head_dim
+    ):  # a part of each head rotates
+        return None
+    assert isinstance(norm, RMSNorm)
     program = Program(compiled.library(), MAX_ROWS)
     x = program.embed(decoder.embed_tokens.weight)
     for i, block in enumerate(blocks):
-        attention, mlp = cast(Attention, block.self_attn), block.mlp
+        attention, mlp = cast(Attention, block.self_attn), cast(SwiGLU, block.mlp)
         width = attention.q_proj.weight.shape[0] // attention.n_heads
         keys, values = cache.room(i, n_new, attention.k_proj.weight.shape[0] // width, width)
         h = _norm(program, x, block.input_layernorm)
         q, k = program.linear(h, attention.q_proj.weight), program.linear(h, attention.k_proj.weight)
-        for rows, norm in ((q, attention.q_norm), (k, attention.k_norm)):
-            if norm is not None:
-                _norm(program, rows, norm, in_place=True)
-            program.rotate(rows, decoder.rotary.cos, decoder.rotary.sin, width)
+        for rows, of_head in ((q, attention.q_norm), (k, attention.k_norm)):
+            if of_head is not None:
+                _norm(program, rows, of_head, in_place=True)
+            program.rotate(rows, rotary.cos, rotary.sin, width)
         program.append(k, keys)
         program.append(program.linear(h, attention.v_proj.weight), values)
         y = program.attend(q, keys, values, width**-0.5)
@@ -83,16 +91,17 @@ def decoder_step(decoder: Decoder, cache: KeyValueCache, n_new: int, head: Tenso
         h = _norm(program, x, block.post_attention_layernorm)
         gate, up = program.linear(h, mlp.gate_proj.weight), program.linear(h, mlp.up_proj.weight)
         program.linear(program.gate(gate, up), mlp.down_proj.weight, add_to=x)
-    return _finished(program, x, decoder.norm, decoder.embed_tokens, head)
+    return _finished(program, x, norm, decoder.embed_tokens, head)
 
 
 def state_space_step(backbone: Backbone, recurrence: Recurrence, head: Tensor | None) -> Step | None:
     """The same for the state-space model, which advances ``recurrence``."""
-    if not _plain_floats(backbone):
+    layers = cast("list[Layer]", backbone.layers)
+    if not _plain_floats(backbone) or any(layer.mixer.norm_eps is not None for layer in layers):
         return None
     program = Program(compiled.library(), MAX_ROWS)
     x = program.embed(backbone.embeddings.weight)
-    for i, layer in enumerate(cast("list[Layer]", backbone.layers)):
+    for i, layer in enumerate(layers):
         mixer = layer.mixer
         state, channels = recurrence.of(i, mixer), len(mixer.D)
         h = _norm(program, x, layer.norm)
@@ -114,8 +123,9 @@ def _finished(program: Program, x: Tensor, norm: RMSNorm, table: nn.Embedding, h
     return Step(program, states, logits, count, table.weight.data_ptr())
 
 
-def _norm(program: Program, x: Tensor, norm: RMSNorm, *, in_place: bool = False) -> Tensor:
-    return program.norm(x, norm.weight, getattr(norm, "eps", NORM_EPS), in_place=in_place)
+def _norm(program: Program, x: Tensor, norm: nn.Module, *, in_place: bool = False) -> Tensor:
+    assert isinstance(norm, RMSNorm)
+    return program.norm(x, norm.weight, norm.eps, in_place=in_place)
 
 
 def _known(block: Block) -> bool:
@@ -125,7 +135,7 @@ def _known(block: Block) -> bool:
         and type(block.self_attn) is Attention
         and type(block.mlp) is SwiGLU
         and type(block.input_layernorm) is RMSNorm
-        and not getattr(block, "parallel", False)
+        and not block.parallel
     )
 
 

@@ -1,0 +1,171 @@
+"""A published model as a checkpoint of ours: ``nanothink checkpoints import``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from nanothink.checkpoints import (
+    FORMAT_VERSION,
+    CheckpointStore,
+    ModelPayload,
+    Progress,
+    model_state,
+    pack_rng,
+    read_export,
+    validate_name,
+)
+from nanothink.checkpoints.export import OWN_SECTION
+from nanothink.checkpoints.families import UnsupportedError, place_weights
+from nanothink.checkpoints.published import PublishedModel, read_published, refused
+from nanothink.checkpoints.split_record import UNKNOWN_TEXT
+from nanothink.checkpoints.store import REPLACED_FOLDER
+from nanothink.config.run import resolve_config
+from nanothink.errors import CheckpointDamagedError, ConfigError, UsageError
+from nanothink.models.contract import LanguageModel
+from nanothink.runs.rebuilding import rebuild
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """What ``import_model`` wrote."""
+
+    path: Path
+    source: str
+    family: str
+    """``model_type`` of ``transformers``."""
+    kind: str
+    n_parameters: int
+    n_bytes: int
+    vocab_size: int
+    n_cut_rows: int
+    """Rows of the embedding table that no token of the tokenizer uses, and which were left out."""
+    context_length: int | None
+    licence: str | None
+
+
+def import_model(
+    source: str,
+    *,
+    name: str | None = None,
+    context: int | None = None,
+    checkpoint_dir: Path,
+    overwrite: bool = False,
+    progress: Progress,
+) -> ImportedModel:
+    """Make ``checkpoint_dir/NAME_expert.pt`` of a published model, in float32.
+
+    Args:
+        source: a folder in ``transformers``' format.
+        name: NAME; the last part of ``source`` when None.
+        context: a shorter context than the model's own, in tokens.
+        overwrite: replace a checkpoint of that name.
+
+    Raises:
+        CheckpointError: nothing is there, it is damaged, or no model of ours can represent it.
+        TokenizerError: its tokenizer cannot be used.
+        UsageError: the name is taken, or is none.
+        StorageError: the checkpoint cannot be written.
+    """
+    folder = Path(source).expanduser()
+    name = validate_name(f"{name or _name_of(source)}_expert")
+    store = CheckpointStore(checkpoint_dir, name)
+    if (old := store.existing()) and not overwrite:
+        raise UsageError(
+            f"{old[0]} is there already. Give this model another name: --name NAME. Or put it in that one's "
+            f"place: --overwrite (what is there is moved to {checkpoint_dir / REPLACED_FOLDER})"
+        )
+    progress("reading", 0, 0)
+    found = read_published(folder)
+    model, config = _ours(found, folder, context)
+    n_rows = _n_rows(found)
+    vocab_size = found.tokenizer.vocab_size
+    entry: dict[str, Any] = {
+        "source": source,
+        "family": found.model_type,
+        "licence": found.licence,
+        "stored_as": found.stored_as,
+        "chat_template": found.chat_template,
+    }
+    own = OWN_SECTION in found.settings.to_dict()  # an export of ours says what its model was trained on
+    split = read_export(folder)["split"] if own else UNKNOWN_TEXT.to_state()
+    progress("writing", 0, 0)
+    with store.lock():
+        store.guard_new_run(overwrite=overwrite)
+        store.write(
+            store.best,
+            {
+                "format_version": FORMAT_VERSION,
+                "kind": model.kind,
+                "model_state": model_state(model),
+                "optimizer_state": {},
+                "step": 0,
+                "epoch": 0,
+                "position": 0,
+                "amp_scaler": None,
+                "rng": pack_rng(),
+                "early_stopping": {},
+                "best_loss": None,
+                "config": config,
+                "tokenizer": found.tokenizer.to_state(),
+                "data_fingerprint": "",
+                "split": split,
+                "run": {"name": name, "imported": entry},
+            },
+        )
+    return ImportedModel(
+        store.best,
+        source,
+        found.model_type,
+        model.kind,
+        sum(p.numel() for p in model.parameters()),
+        store.best.stat().st_size,
+        vocab_size,
+        n_rows - vocab_size,
+        model.context_length,
+        found.licence,
+    )
+
+
+def _ours(found: PublishedModel, source: Path, context: int | None) -> tuple[LanguageModel, dict[str, Any]]:
+    """The model with its weights, and its settings."""
+    own_context = getattr(found.settings, "max_position_embeddings", None)
+    if context is not None:
+        if own_context is not None and context > own_context:
+            raise UsageError(f"--context {context}: the model was trained with {own_context} tokens.")
+        if own_context is not None:
+            found.settings.max_position_embeddings = context
+    try:
+        sections = found.family.sections(found.settings)
+        if context is not None:
+            sections["model"]["max_seq_len"] = context
+        sections["data"] = {"tokenizer": found.tokenizer.name}
+        config = resolve_config(base=sections).config
+        vocab_size = found.tokenizer.vocab_size
+        if vocab_size > _n_rows(found):
+            raise UnsupportedError(
+                f"a tokenizer of {vocab_size:,} tokens over a table of {_n_rows(found):,} embeddings"
+            )
+        payload = cast("ModelPayload", {"model_state": found.weights})
+        model = rebuild(found.family.kind, config, vocab_size, payload=payload, path=source)
+        place_weights(found.family, found.settings, found.weights, dict(model.state_dict()))
+    except UnsupportedError as error:
+        raise refused(source, str(error)) from None
+    except ConfigError as error:
+        raise refused(source, f"its settings: {error}") from None
+    except ValueError as error:
+        raise CheckpointDamagedError(
+            f"{source}: its weights are not those that its settings describe: {error}. Fetch the model again"
+        ) from None
+    return model, config.model_dump(mode="json")
+
+
+def _n_rows(found: PublishedModel) -> int:
+    return int(found.settings.vocab_size)
+
+
+def _name_of(source: str) -> str:
+    """The last part of a folder, a file or a Hub name, in the letters that a checkpoint's name may have."""
+    return re.sub(r"[^\w.-]+", "-", Path(source).expanduser().resolve().name).strip(".-") or "imported"
