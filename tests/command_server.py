@@ -206,7 +206,6 @@ def fill(folder: str) -> None:
 def warm_up() -> None:
     """Import what commands import late. No tensor is touched: a fork would inherit no threads."""
     for name in (
-        "tensorboardX",
         "transformers",
         "tokenizers",
         "nanothink.cli.app",

@@ -103,6 +103,10 @@ class TrainConfig(Settings):
     log_every_steps: int = Field(10, ge=1)
     """Log training metrics this often, in optimizer steps."""
 
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Where to copy the numbers of metrics.jsonl: TensorBoard events beside it, trackio (on this machine), or
+    wandb."""
+
     max_skipped_steps: int = Field(20, ge=1)
     """Non-finite steps in a row after which training gives up."""
 

@@ -55,6 +55,9 @@ def examine(
         ("pyarrow", "data import of parquet files", "parquet"),
         ("datasets", "data import of Hugging Face datasets", "datasets"),
         ("datasketch", "data inspect --near-duplicates", "near_duplicates"),
+        ("tensorboardX", "tracker=tensorboard", "tensorboard"),
+        ("trackio", "tracker=trackio", "trackio"),
+        ("wandb", "tracker=wandb", "wandb"),
     ):
         found = importlib.util.find_spec(package) is not None
         findings[package] = (

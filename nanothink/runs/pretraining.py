@@ -64,6 +64,7 @@ from nanothink.training.optimizer import GroupedOptimizer, effective_warmup, lea
 from nanothink.training.recording import RunRecorder
 from nanothink.training.routing import RoutingWatch
 from nanothink.training.state import TrainState
+from nanothink.training.trackers import require_tracker
 
 T = TypeVar("T")
 
@@ -132,7 +133,8 @@ def pretrain(spec: RunSpec, configure: Configure, *, observe: Observer, watch: W
         tell = observe
         if processes.is_rank0:
             folder = spec.checkpoint_dir / "runs" / spec.stem
-            recorder = RunRecorder(folder, _description(setup, run), run.state, watch.note)
+            described, tracker = _description(setup, run), setup.training.tracker
+            recorder = RunRecorder(folder, described, run.state, watch.note, tracker)
             stack.callback(recorder.close)
             recorder.forget_ending()
 
@@ -177,6 +179,7 @@ def _check_new_run(spec: RunSpec, configure: Configure, store: CheckpointStore, 
     resolved = configure(None)
     config = resolved.config
     choose_device(spec.device)
+    require_tracker(config.training_of(spec.kind).tracker)
     frozen_transformer(spec, config, None, watch)
     experts_to_combine(spec, resolved, None, watch)
     find_corpus(config.data.data_dir, config.data.domains)

@@ -3,21 +3,18 @@
     config.json       resolved settings, where each came from, versions, device, data
     metrics.jsonl     one JSON object a line: "train" and "validation"
     samples.jsonl     continuations of the fixed prompts
-    events.out.*      the same numbers for TensorBoard
+    events.out.*      the same numbers for TensorBoard, if that is the tracker (trackers.py)
     finished.json     how the run ended, of one that has
 
-A resumed run first drops every line that lies beyond the checkpoint it goes on from, so the file reads
-as if nothing had happened: apart from ``seconds`` and ``tokens_per_second`` it equals that of a run
-that was never interrupted.
+A resumed run first drops every line beyond the checkpoint it resumes from, so the file reads as if nothing
+had happened: apart from ``seconds`` and ``tokens_per_second`` it equals that of a run that was never
+interrupted.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import secrets
-import socket
-import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +26,7 @@ from nanothink.errors import StorageError, counted
 from nanothink.inference.evaluate import Evaluation, Score
 from nanothink.training.events import Evaluated, Event, Sampled, StepDone
 from nanothink.training.state import TrainState
+from nanothink.training.trackers import open_tracker
 
 ENDING = "finished.json"
 
@@ -46,9 +44,11 @@ class RunRecorder:
         description: what goes into config.json.
         state: where the run stands; lines beyond it are dropped, all of them if it has not begun.
         note: hears that the disk refuses, and that it takes lines again.
+        tracker: name of the tracker that gets a copy of the numbers and samples.
 
     Raises:
         StorageError: the folder cannot be written.
+        UsageError: the tracker cannot start.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class RunRecorder:
         description: Mapping[str, Any],
         state: TrainState,
         note: Callable[[str], None] = lambda _: None,
+        tracker: str = "none",
     ) -> None:
         self.folder = folder
         self._note = note
@@ -69,7 +70,7 @@ class RunRecorder:
                 _drop_lines_beyond(folder / name, state)
             _write_whole(folder / "config.json", description)
             self._metrics, self._samples = (GrowingFile(folder / name) for name in _FILES)
-            self._tensorboard = _TensorBoard(folder, state)
+        self._tracker = open_tracker(tracker, folder, description.get("config", {}), state.step)
 
     @contextmanager
     def _disk_said_no(self) -> Iterator[None]:
@@ -80,13 +81,11 @@ class RunRecorder:
 
     def __call__(self, event: Event) -> None:
         self._record(event)
-        self._write_out(self._metrics, self._samples)
-        if isinstance(event, Evaluated) or self._tensorboard.is_due():
-            self._write_out(self._tensorboard)
+        self._write_out()
 
-    def _write_out(self, *files: GrowingFile | _TensorBoard) -> None:
+    def _write_out(self) -> None:
         refused: OSError | None = None
-        for file in files:
+        for file in self._files:
             try:
                 file.write_out()
             except OSError as error:
@@ -103,8 +102,8 @@ class RunRecorder:
             self._note(f"The run's records are complete again in {self.folder}.")
 
     @property
-    def _files(self) -> tuple[GrowingFile, GrowingFile, _TensorBoard]:
-        return self._metrics, self._samples, self._tensorboard
+    def _files(self) -> tuple[GrowingFile, GrowingFile]:
+        return self._metrics, self._samples
 
     def _record(self, event: Event) -> None:
         if isinstance(event, StepDone) and event.logged:
@@ -128,7 +127,7 @@ class RunRecorder:
                     "seconds": event.seconds,
                 },
             )
-            self._scalars("train", numbers, event.step)
+            self._track(event.step, train=numbers)
         elif isinstance(event, Evaluated):
             self._line(
                 self._metrics,
@@ -144,13 +143,12 @@ class RunRecorder:
                     "domains": {name: score_as_dict(s) for name, s in event.evaluation.domains.items()},
                 },
             )
-            self._validation_scalars(event.evaluation, event.step)
+            self._track_validation(event.evaluation, event.step)
         elif isinstance(event, Sampled):
             self._line(
                 self._samples, {"step": event.step, "epoch": event.epoch, "samples": dict(event.texts)}
             )
-            for prompt, text in event.texts.items():
-                self._tensorboard.text(f"sample/{prompt}", prompt + text, event.step)
+            self._track(event.step, sample={prompt: prompt + text for prompt, text in event.texts.items()})
 
     def keep_ending(self, ending: Mapping[str, Any]) -> bool:
         """Record how the run ended. False where the disk refuses, which is said."""
@@ -168,91 +166,49 @@ class RunRecorder:
             (self.folder / ENDING).unlink(missing_ok=True)
 
     def close(self) -> None:
-        self._write_out(*self._files)
-        missing = sum(file.n_waiting + file.n_lost for file in (self._metrics, self._samples))
+        self._write_out()
+        missing = sum(file.n_waiting + file.n_lost for file in self._files)
         if missing:
             self._note(f"warning: {counted(missing, 'line')} of the run's records could not be written.")
         for file in self._files:
             file.close()
+        self._close_tracker()
 
     def _line(self, file: GrowingFile, values: Mapping[str, Any]) -> None:
         file.add((json.dumps(_finite(values), ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
-    def _scalars(self, group: str, numbers: Mapping[str, float], step: int) -> None:
-        for name, value in numbers.items():
-            self._tensorboard.scalar(f"{group}/{name}", value, step)
-
-    def _validation_scalars(self, evaluation: Evaluation, step: int) -> None:
+    def _track_validation(self, evaluation: Evaluation, step: int) -> None:
         overall = evaluation.overall
-        self._scalars("validation", {"loss": overall.loss, "bits_per_byte": overall.bits_per_byte}, step)
-        self._scalars("bits_per_byte", {n: s.bits_per_byte for n, s in evaluation.domains.items()}, step)
-        for domain, routing in evaluation.routing.items():
-            self._scalars(f"routing/{domain}", {**routing.weights, "entropy": routing.entropy}, step)
-        self._scalars("denoising_mse", {f"level {n}": mse for n, mse in evaluation.denoising.items()}, step)
+        self._track(
+            step,
+            validation={"loss": overall.loss, "bits_per_byte": overall.bits_per_byte},
+            bits_per_byte={name: score.bits_per_byte for name, score in evaluation.domains.items()},
+            denoising_mse={f"level {n}": mse for n, mse in evaluation.denoising.items()},
+            **{
+                f"routing/{domain}": {**routing.weights, "entropy": routing.entropy}
+                for domain, routing in evaluation.routing.items()
+            },
+        )
 
+    def _track(self, step: int, **groups: Mapping[str, float | str]) -> None:
+        """Give the tracker ``group/name`` values. Its first failure ends it, not the run."""
+        values = {
+            f"{group}/{name}": value for group, named in groups.items() for name, value in named.items()
+        }
+        if self._tracker is None or not values:
+            return
+        try:
+            self._tracker.log(values, step)
+        except Exception as error:
+            self._tracker = None
+            self._note(f"warning: the tracker has failed ({error}). Training continues without it.")
 
-class _TensorBoard:
-    """One event file, in the format of TFRecord: length, its checksum, an event, its checksum.
-
-    Not tensorboardX's own writer: it hands events to a thread, and where that dies of a full disk, the run
-    would wait for it for ever.
-
-    Raises:
-        OSError: the disk refuses.
-    """
-
-    FLUSH_SECONDS = 30.0
-
-    def __init__(self, folder: Path, state: TrainState) -> None:
-        from tensorboardX.proto.event_pb2 import Event as Entry  # it takes a second to import
-        from tensorboardX.proto.event_pb2 import SessionLog
-
-        self._entry = Entry
-        # Its name cannot be guessed, so nobody can put another file there.
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{secrets.token_hex(6)}"
-        self._file = GrowingFile(folder / name)
-        self._write(file_version="brain.Event:2")
-        if state.step:
-            # TensorBoard hides what earlier processes wrote for the steps that are done again
-            self._write(step=state.step + 1, session_log=SessionLog(status=SessionLog.START))
-        self.write_out()
-
-    def scalar(self, name: str, value: float, step: int) -> None:
-        from tensorboardX.summary import scalar
-
-        self._write(step=step, summary=scalar(name, value))
-
-    def text(self, name: str, text: str, step: int) -> None:
-        from tensorboardX.summary import text as as_summary
-
-        self._write(step=step, summary=as_summary(name, text))
-
-    @property
-    def n_waiting(self) -> int:
-        return self._file.n_waiting if self._refused else 0
-
-    @property
-    def n_lost(self) -> int:
-        return self._file.n_lost
-
-    def is_due(self) -> bool:
-        return time.monotonic() - self._tried > self.FLUSH_SECONDS
-
-    def write_out(self) -> None:
-        self._tried, self._refused = time.monotonic(), True
-        self._file.write_out()
-        self._refused = False
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _write(self, **entry: Any) -> None:
-        from tensorboardX.record_writer import masked_crc32c
-
-        event = self._entry(wall_time=time.time(), **entry).SerializeToString()
-        length = struct.pack("<Q", len(event))
-        checks = (struct.pack("<I", masked_crc32c(part)) for part in (length, event))
-        self._file.add(b"".join((length, next(checks), event, next(checks))))
+    def _close_tracker(self) -> None:
+        if self._tracker is not None:
+            try:
+                self._tracker.close()
+            except Exception as error:
+                self._note(f"warning: the tracker lacks the last values ({error}).")
 
 
 def score_as_dict(score: Score) -> dict[str, float]:

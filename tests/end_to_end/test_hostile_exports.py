@@ -77,6 +77,10 @@ def spoil_weights(export: Path) -> None:
     save_file(spoilt, export / "model.safetensors", {"format": "pt"})
 
 
+def deeply_nested(export: Path) -> None:
+    (export / "tokenizer.json").write_text("[" * 100_000)
+
+
 LARGEST = {"n_layers": 256, "n_heads": 1, "ffn_mult": 64.0}
 DOUBLING = [{"type": "Replace", "pattern": {"String": "l"}, "content": "ll"}] * 40
 HOSTILE: dict[str, tuple[Forge, str]] = {
@@ -119,7 +123,7 @@ HOSTILE: dict[str, tuple[Forge, str]] = {
         "is not a tokenizer",
     ),
     "a tokenizer nested a hundred thousand deep": (
-        lambda export: (export / "tokenizer.json").write_text("[" * 100_000),
+        deeply_nested,
         "not JSON",
     ),
     "an end of text of ten megabytes": (
