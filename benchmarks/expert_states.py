@@ -99,7 +99,7 @@ def measure(size: Size, rounds: int, clock: Callable[[], float]) -> str:
 
         def states(name: str) -> Any:
             options: dict[str, Any] = {"budget_bytes": 10**11, "begin": True, "number": int}
-            return open_states(Path(folder), {"for": name}, shape, note=lambda line: None, **options)
+            return open_states(Path(folder), {"for": name}, shape, **options)
 
         kept = states("kept")
         model = built(config, size.vocabulary)

@@ -33,10 +33,10 @@ def say(**answer: Any) -> None:
 def strike_at(moment: dict[str, Any], note: str) -> None:
     """Send this process ``signals`` at the ``nth`` time that something happens.
 
-    Either after an event of the run was recorded, ``{"event": class, "having": {attribute: value}}``, or
-    when a function is called, ``{"call": "module:name"}``; ``"after"`` means once it has returned; or before
-    a change to the disk below a folder, ``{"change_below": folder}``. When it happened goes into the file
-    ``note``.
+    Either after an event of the run was recorded, ``{"event": class, "having": {attribute: value}}``; after
+    a run reported progress, ``{"stage": name}``; when a function is called, ``{"call": "module:name"}``, or
+    has returned, with ``"after"``; or before a change to the disk below a folder, ``{"change_below":
+    folder}``. When it happened goes into the file ``note``.
     """
     remaining = moment.get("nth", 1)
 
@@ -55,7 +55,7 @@ def strike_at(moment: dict[str, Any], note: str) -> None:
     if "event" in moment:
         from nanothink.training.recording import RunRecorder
 
-        record = RunRecorder.__call__
+        record = RunRecorder.event
 
         def recorded(self: Any, event: Any) -> None:
             record(self, event)
@@ -65,7 +65,19 @@ def strike_at(moment: dict[str, Any], note: str) -> None:
             ):
                 happened()
 
-        RunRecorder.__call__ = recorded  # type: ignore[method-assign]
+        RunRecorder.event = recorded  # type: ignore[method-assign]
+        return
+    if "stage" in moment:
+        from nanothink.training.recording import RunRecorder
+
+        report = RunRecorder.progress
+
+        def reported(self: Any, stage: str, done: int, total: int) -> None:
+            report(self, stage, done, total)
+            if stage == moment["stage"]:
+                happened()
+
+        RunRecorder.progress = reported  # type: ignore[method-assign]
         return
     module, _, name = moment["call"].partition(":")
     *path, last = name.split(".")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from reports import Told
 from struck_runs import Ended, FreshProcess, Ground, Running, assert_same_run, stem
 
 from nanothink.checkpoints import CheckpointStore, verify_checkpoint
@@ -104,9 +105,9 @@ class Chain:
             if after.get(path, -1) < step and not (done and path == self._store.interrupted):
                 self._fail(f"{path} had step {step} and has {after.get(path, 'gone')}")
         skipped: list[str] = []
-        newest = self._store.newest(lambda path, reason: skipped.append(f"{path}: {reason}"))
+        newest = self._store.newest(Told(skipped.append))
         if skipped:
-            self._fail(f"passed over {skipped}")
+            self._fail(f"{skipped}")
         if done:
             right = newest is not None and after[newest] == max(after.values())
         else:

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from nanothink.checkpoints.export import check_place, is_export, read_export, write_export
     from nanothink.checkpoints.file import (
         CheckpointSummary,
-        Progress,
         read_checkpoint,
         read_summary,
         verify_checkpoint,
@@ -30,7 +29,6 @@ __all__ = [
     "DamagedEntry",
     "LoadReport",
     "ModelPayload",
-    "Progress",
     "Role",
     "SplitRecord",
     "check_place",
@@ -56,7 +54,6 @@ _MODULES = {
     **dict.fromkeys(
         (
             "CheckpointSummary",
-            "Progress",
             "read_checkpoint",
             "read_summary",
             "verify_checkpoint",

@@ -21,12 +21,13 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from nanothink.errors import CheckpointDamagedError
+from nanothink.reporter import SILENT, Reporter
 
 _COMMENT = re.compile(rb"nanothink-sha256:([0-9a-f]{64})( \{.*\})?")
 _END_RECORD = struct.Struct("<4s4H2LH")
@@ -84,15 +85,14 @@ def damaged(path: Path, reason: str) -> CheckpointDamagedError:
     )
 
 
-def check_archive(file: BinaryIO, path: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
+def check_archive(file: BinaryIO, path: Path, reporter: Reporter = SILENT) -> None:
     """Read every byte and compare it with the digest, or with the CRCs of a zip that has no digest.
 
-    ``on_progress`` hears of the bytes that have gone into the digest, and of all that will.
     Raises CheckpointDamagedError; OSError when reading fails.
     """
     n_zip, digest, summary = _read_comment(file, path)
     if digest is not None:
-        if _digest_of(file, n_zip, summary, on_progress) != digest:
+        if _digest_of(file, path, n_zip, summary, reporter) != digest:
             raise damaged(path, "its content is not what was written (the SHA-256 digest differs)")
     else:
         _check_crcs(file, path)
@@ -142,9 +142,7 @@ def _read_comment(file: BinaryIO, path: Path) -> tuple[int, bytes | None, bytes]
     raise damaged(path, f"it was cut short or overwritten (its end is missing; it has {n_bytes:,} bytes)")
 
 
-def _digest_of(
-    file: BinaryIO, n_zip: int, summary: bytes, on_progress: Callable[[int, int], None] | None
-) -> bytes:
+def _digest_of(file: BinaryIO, path: Path, n_zip: int, summary: bytes, reporter: Reporter) -> bytes:
     """SHA-256 of the zip as it was before it got its comment, and of the summary, as hex."""
     digest = hashlib.sha256()
     file.seek(0)
@@ -152,8 +150,7 @@ def _digest_of(
     while remaining and (chunk := file.read(min(_CHUNK, remaining))):
         digest.update(chunk)
         remaining -= len(chunk)
-        if on_progress is not None:
-            on_progress(total - remaining, total)
+        reporter.progress(f"verifying {path.name}", total - remaining, total)
     digest.update(b"\0\0" + summary)
     return digest.hexdigest().encode()
 

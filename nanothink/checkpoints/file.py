@@ -40,14 +40,12 @@ from nanothink.errors import (
     did_you_mean,
     some_of,
 )
+from nanothink.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:  # a listing does without torch, whose import takes longer than all the rest
     from torch import Tensor
 
 T = TypeVar("T")
-
-Progress = Callable[[str, int, int], None]
-"""Hears of (what is being done, bytes done, bytes in all)."""
 
 _PIECE = 2**22
 """Numbers looked at at once."""
@@ -145,39 +143,28 @@ def write_checkpoint(
 
 
 def read_checkpoint(
-    path: Path, *, map_location: str = "cpu", mmap: bool = False, progress: Progress | None = None
+    path: Path, *, map_location: str = "cpu", mmap: bool = False, reporter: Reporter = SILENT
 ) -> CheckpointPayload:
     """Verify every byte of ``path``, then load it. Never runs code from the file.
 
     A file that this process has verified before and that has not changed since is not verified again.
 
     With ``mmap`` the tensors stay on the disk until they are touched; the file can still be replaced
-    meanwhile, since a replaced file lives on while it is mapped. ``progress`` hears of the verification.
+    meanwhile, since a replaced file lives on while it is mapped.
 
     Raises CheckpointNotFoundError, CheckpointDamagedError (cut short, changed, not a checkpoint),
     CheckpointMismatchError (no NanoThink checkpoint, or of another version), StorageError (not readable).
     """
-    return _load(
-        path,
-        map_location=map_location,
-        mmap=mmap,
-        on_progress=progress and (lambda done, total: progress(f"opening {path.name}", done, total)),
-    )
+    return _load(path, map_location=map_location, mmap=mmap, reporter=reporter)
 
 
-def verify_checkpoint(path: Path, *, progress: Progress | None = None) -> CheckpointSummary:
+def verify_checkpoint(path: Path, *, reporter: Reporter = SILENT) -> CheckpointSummary:
     """``read_checkpoint`` for its checks alone: reads every byte, holds none.
 
     Raises the same errors, and CheckpointDamagedError for weights that are not finite: NanoThink writes
     none, and no model works with them.
     """
-    payload = _load(
-        path,
-        map_location="cpu",
-        mmap=True,
-        again=True,
-        on_progress=progress and (lambda done, total: progress(f"verifying {path.name}", done, total)),
-    )
+    payload = _load(path, map_location="cpu", mmap=True, again=True, reporter=reporter)
     wrong = [name for name, tensor in payload["model_state"].items() if not _is_finite(tensor)]
     if wrong:
         more = ", ..." if len(wrong) > 3 else ""
@@ -248,7 +235,7 @@ def _load(
     map_location: str,
     mmap: bool,
     again: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
+    reporter: Reporter = SILENT,
 ) -> CheckpointPayload:
     import torch
 
@@ -258,7 +245,7 @@ def _load(
     def load(file: BinaryIO) -> object:
         if again or not _verified.knows(file):
             with _verified.verifying(file):
-                check_archive(file, path, on_progress)
+                check_archive(file, path, reporter)
         try:
             # The open file, where possible: what is loaded is then what was checked.
             return torch.load(path if mmap else file, map_location=map_location, weights_only=True, mmap=mmap)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanothink.checkpoints.file import (
     CheckpointSummary,
-    Progress,
     read_summary,
     verify_checkpoint,
     write_checkpoint,
@@ -29,12 +28,10 @@ from nanothink.checkpoints.names import (
 from nanothink.checkpoints.payload import CheckpointPayload
 from nanothink.disk import (
     HeldError,
-    Note,
     held,
     leftovers,
     make_folder,
     new_folder,
-    silent,
     sync_folder,
     whole_file,
 )
@@ -47,6 +44,7 @@ from nanothink.errors import (
     UsageError,
     counted,
 )
+from nanothink.reporter import SILENT, Reporter
 
 REPLACED_FOLDER = "replaced"
 """Folder inside the checkpoint folder that takes what a run writes over: on request, or on other data."""
@@ -92,12 +90,12 @@ class CheckpointStore:
         """Files of this stem, damaged ones included: best, snapshots by number, interrupted."""
         return [path for name, path in _checkpoint_files(self.folder) if name.stem == self.stem]
 
-    def newest(self, on_skip: Callable[[Path, str], None], progress: Progress | None = None) -> Path | None:
+    def newest(self, reporter: Reporter = SILENT) -> Path | None:
         """The latest state there is: interrupted, then the newest snapshot, then best.
 
         The best file comes before the snapshots that it is further on than: a completed run may leave it
-        after all of them. Each candidate is verified to the last byte; a damaged one is passed over, and
-        ``on_skip`` gets its path and the reason.
+        after all of them. Each candidate is verified to the last byte; a damaged one is passed over, with
+        a note of the reason.
 
         Raises StorageError, CheckpointMismatchError: a candidate cannot be read, or belongs to another
         version or program. It may be sound, and going on without it would write over it.
@@ -110,9 +108,9 @@ class CheckpointStore:
             files.insert(files.index(behind[-1]) + 1, self.best)
         for path in reversed(files):
             try:
-                verify_checkpoint(path, progress=progress)
+                verify_checkpoint(path, reporter=reporter)
             except CheckpointDamagedError as error:
-                on_skip(path, _reason(path, error))
+                reporter.note(f"Passing over {path}: {_reason(path, error)}")
             except CheckpointNotFoundError:
                 continue  # removed meanwhile
             else:
@@ -181,8 +179,8 @@ class CheckpointStore:
         )
 
     @contextmanager
-    def lock(self, note: Note = silent) -> Iterator[None]:
-        """Hold this stem: one run at a time writes it. ``note`` hears of a disk without locks.
+    def lock(self, reporter: Reporter = SILENT) -> Iterator[None]:
+        """Hold this stem: one run at a time writes it.
 
         Raises CheckpointBusyError that names the holder; StorageError when the folder can't be written.
         """
@@ -190,7 +188,7 @@ class CheckpointStore:
         with ExitStack() as stack:
             try:
                 make_folder(self.folder)
-                stack.enter_context(held(lock_path, note))
+                stack.enter_context(held(lock_path, reporter))
             except HeldError as error:
                 raise CheckpointBusyError(
                     f"{self.folder}: another run is writing '{self.stem}'{error}. Wait for it, stop it, or "

@@ -140,20 +140,13 @@ def verify(
 
     paths = checkpoint or [entry.path for entry in list_checkpoints(checkpoint_dir)]
     results: dict[Path, str | None] = {}
-    with render.progress() as bars:
-        sizes = {path: path.stat().st_size for path in paths if path.is_file()}
-        total, before = sum(sizes.values()), 0
-
-        def advance(_: str, done: int, __: int) -> None:
-            bars("verifying", before + done, total)
-
+    with render.reporting() as reporter:
         for path in paths:
             try:
-                verify_checkpoint(path, progress=advance)
+                verify_checkpoint(path, reporter=reporter)
                 results[path] = None
             except CheckpointError as error:
                 results[path] = str(error).removeprefix(f"{path}: ")
-            before += sizes.get(path, 0)
     sound = not any(results.values())
     if as_json:
         files = [{"path": str(p), "ok": reason is None, "reason": reason} for p, reason in results.items()]
@@ -220,14 +213,14 @@ def import_(
     from nanothink.cli import render
     from nanothink.runs.import_model import import_model
 
-    with render.progress() as bars:
+    with render.reporting() as reporter:
         done = import_model(
             source,
             name=name,
             context=context,
             checkpoint_dir=checkpoint_dir,
             overwrite=overwrite,
-            progress=bars,
+            reporter=reporter,
         )
     if as_json:
         render.print_json(_as_dict(done))
@@ -275,9 +268,9 @@ def export(
     from nanothink.runs.evaluating import newest_finished
     from nanothink.runs.exporting import export_checkpoint
 
-    with render.progress() as bars:
-        path = checkpoint or newest_finished(checkpoint_dir, bars.note, bars)
-        done = export_checkpoint(path, to, overwrite=overwrite, progress=bars)
+    with render.reporting() as reporter:
+        path = checkpoint or newest_finished(checkpoint_dir, reporter)
+        done = export_checkpoint(path, to, overwrite=overwrite, reporter=reporter)
     for line in done.notes:
         render.warning(f"{path}: {line}")
     if as_json:

@@ -92,32 +92,24 @@ def inspect(
         import_minhash()
     corpus = find_corpus(settings.data_dir, settings.domains)
     split = SplitRule.of(settings)
-    with render.progress() as bars:
+    with render.reporting() as reporter:
         for problem in corpus.warnings:
-            bars.note(str(problem))
+            reporter.note(str(problem))
         resolved = resolve_tokenizer(
             settings.tokenizer,
             corpus,
             split=split,
             skip_bad_records=settings.skip_bad_records,
-            note=bars.note,
-            on_progress=bars,
+            reporter=reporter,
         )
         tokens = tokenise(
             corpus,
             resolved,
             split=split,
             skip_bad_records=settings.skip_bad_records,
-            on_progress=lambda done, total: bars("tokenising", done, total),
-            note=bars.note,
+            reporter=reporter,
         )
-        alike = (
-            find_near_duplicates(
-                corpus, tokens, on_progress=lambda done, total: bars("comparing", done, total)
-            )
-            if near_duplicates
-            else None
-        )
+        alike = find_near_duplicates(corpus, tokens, reporter=reporter) if near_duplicates else None
         whole = tokenise(corpus, resolved, split=None, skip_bad_records=settings.skip_bad_records)
     summary = summarise(corpus, whole, tokens, block_tokens=block)
     if as_json:
@@ -192,14 +184,15 @@ def validate(
     """
     from nanothink.cli import render
     from nanothink.data.corpus import find_corpus, validate_corpus
+    from nanothink.reporter import SILENT
 
     corpus = find_corpus(_folder(folder, data_dir), _names(domains))
     stream = render.ErrorStream(as_json=as_json) if every else None
-    with render.progress() as bars:
+    with render.reporting() as reporter:
         report = validate_corpus(
             corpus,
             # Not with every line named: the bar and the lines would draw over one another.
-            on_progress=None if stream else lambda done, total: bars("validating", done, total),
+            reporter=SILENT if stream else reporter,
             on_error=stream.add if stream else None,
         )
     if as_json:
@@ -255,9 +248,11 @@ def sample(
     from nanothink.data.starter import write_starter_corpus
 
     target = Path(_folder(folder, data_dir))
-    with render.progress() as bars:
+    with render.reporting() as reporter:
         report = write_starter_corpus(
-            target, overwrite=overwrite, on_progress=lambda done, total: bars("collecting", done, total)
+            target,
+            overwrite=overwrite,
+            reporter=reporter,
         )
     if as_json:
         domains = [
@@ -317,7 +312,7 @@ def import_text(
     from nanothink.cli import render
     from nanothink.data.importing import import_source
 
-    with render.progress() as bars:
+    with render.reporting() as reporter:
         report = import_source(
             source,
             domain=domain,
@@ -326,7 +321,7 @@ def import_text(
             text_field=text_field,
             quotes=quotes,
             overwrite=overwrite,
-            on_progress=lambda done, total: bars("importing", done, total),
+            reporter=reporter,
         )
     if as_json:
         render.print_json(

@@ -20,8 +20,8 @@ def doctor(
     from nanothink.cli import render
     from nanothink.runs.doctor import examine
 
-    with render.progress() as bars:
-        findings = examine(device, checkpoint_dir, bars)
+    with render.reporting() as reporter:
+        findings = examine(device, checkpoint_dir, reporter)
     if as_json:
         render.print_json(findings)
     else:

@@ -92,8 +92,8 @@ def evaluate(
         raise UsageError(f"--split {split}: use val, test, train or all.{did_you_mean(split, sides)}")
     from nanothink.runs.evaluating import evaluate_checkpoints, finished_checkpoints
 
-    with render.progress() as bars:
-        paths = checkpoint or finished_checkpoints(checkpoint_dir, bars.note, bars)
+    with render.reporting() as reporter:
+        paths = checkpoint or finished_checkpoints(checkpoint_dir, reporter)
         results = evaluate_checkpoints(
             paths,
             data_dir=data_dir,
@@ -104,8 +104,7 @@ def evaluate(
             skip_bad_records=skip_bad_records,
             vector_store=not no_vector_store,
             allow_seen=allow_seen,
-            note=bars.note,
-            progress=bars,
+            reporter=reporter,
         )
     if as_json:
         render.print_json({"checkpoints": _rows(results)} | render.bad_lines(results[0].left_out))

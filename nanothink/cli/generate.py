@@ -148,9 +148,9 @@ def generate(
     if ddim or ddim_steps is not None:
         sampling["ddim_steps"] = ddim_steps or 0
     kind = "diffuser" if denoise or "ddim_steps" in sampling else COMBINED if show_routing else None
-    with render.progress() as bars:
-        path = checkpoint or newest_finished(checkpoint_dir, bars.note, bars, kind=kind)
-        loaded = load(path, device=device, vector_store=not no_vector_store, progress=bars)
+    with render.reporting() as reporter:
+        path = checkpoint or newest_finished(checkpoint_dir, reporter, kind=kind)
+        loaded = load(path, device=device, vector_store=not no_vector_store, reporter=reporter)
     for line in loaded.notes:
         render.note(line)
     if "ddim_steps" in sampling and loaded.kind != "diffuser":  # before the prompt is shown

@@ -166,12 +166,15 @@ def resume(
 
     from nanothink.cli import render
     from nanothink.config.run import training_section
-    from nanothink.runs.resuming import Watch, locate
+    from nanothink.reporter import SILENT
+    from nanothink.runs.resuming import locate
 
-    with render.progress() as bars:
-        shown = is_first_process()
-        watch = Watch(bars.note, bars) if shown else Watch(lambda _: None, lambda *_: None)
-        spec = locate(str(checkpoint) if checkpoint else None, checkpoint_dir, watch)
+    with render.reporting() as reporter:
+        spec = locate(
+            str(checkpoint) if checkpoint else None,
+            checkpoint_dir,
+            reporter if is_first_process() else SILENT,
+        )
     spec = replace(spec, device=device, overwrite=overwrite)
     section = training_section(spec.kind)
     flags = {
@@ -188,7 +191,6 @@ def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) 
     from nanothink.cli import render
     from nanothink.errors import OutputError, ReaderGoneError
     from nanothink.runs.preparing import prepare
-    from nanothink.runs.resuming import Watch
 
     if dry_run:
         if not is_first_process():
@@ -196,8 +198,8 @@ def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) 
         from nanothink.runs.estimate import estimate_run
 
         launched = launch()
-        with render.progress() as bars:
-            setup = prepare(spec, configure, Watch(note=bars.note, progress=bars))
+        with render.reporting() as reporter:
+            setup = prepare(spec, configure, reporter)
             estimate = estimate_run(setup, launched.size if launched else 1)
         if as_json:
             render.print_json(_estimate_as_dict(estimate))
@@ -210,12 +212,10 @@ def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) 
 
     if not is_first_process():
         # It speaks only until it has met the first.
-        run_training(spec, configure, observe=lambda _: None, watch=Watch(render.note, lambda *_: None))
+        run_training(spec, configure, render.BarReporter())
         return 0
     with render.training_view() as view:
-        finished = run_training(
-            spec, configure, observe=view, watch=Watch(note=view.note, progress=view.progress)
-        )
+        finished = run_training(spec, configure, view)
     best = spec.store.best
     data = read_description(spec.checkpoint_dir / "runs" / spec.stem).get("data")
     # A summary that nobody can read any more is no failure of a run that is complete and saved.

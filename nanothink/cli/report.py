@@ -52,8 +52,8 @@ def report(
     from nanothink.runs.reporting import find_runs, summary, write_report
 
     folders = find_runs(run or [], checkpoint_dir)
-    with render.progress() as bars:
-        made = write_report(folders, out, data_dir=data_dir, device=device, note=bars.note, progress=bars)
+    with render.reporting() as reporter:
+        made = write_report(folders, out, data_dir=data_dir, device=device, reporter=reporter)
     if as_json:
         runs = [summary(one) for one in made.runs]
         render.print_json({"report": made.path, "n_bytes": made.n_bytes, "runs": runs})

@@ -84,7 +84,7 @@ def build(
     from nanothink.runs.store_commands import build_store, facts_of, find_store_source, plan_store
     from nanothink.vector_store.store import exists
 
-    with render.progress() as bars:
+    with render.reporting() as reporter:
         found = find_store_source(
             checkpoint,
             expert or (),
@@ -93,7 +93,7 @@ def build(
             assignments=assignments or (),
             data_dir=data_dir,
             device=device,
-            progress=bars,
+            reporter=reporter,
         )
     if exists(found.folder) and not overwrite and not dry_run:
         raise UsageError(
@@ -102,18 +102,18 @@ def build(
         )
     if not dry_run:
         try_to_write(found.folder.parent)
-    with render.progress() as bars:
+    with render.reporting() as reporter:
         tokens = found.tokens(
-            data_dir, _listed(domains), skip_bad_records=skip_bad_records, note=bars.note, progress=bars
+            data_dir, _listed(domains), skip_bad_records=skip_bad_records, reporter=reporter
         )
         if found.checkpoint is not None and not found.settings.enabled:
-            bars.note(
+            reporter.note(
                 f"{found.checkpoint} was trained without a vector store and cannot use one. To train it with "
                 f"one: nanothink resume {found.checkpoint} --set vector_store.enabled=true --max-steps N"
             )
         plan = plan_store(found, tokens)
         if not dry_run:
-            store = build_store(found, plan, tokens, note=bars.note, progress=bars)
+            store = build_store(found, plan, tokens, reporter=reporter)
     if dry_run:
         _show_plan(found.folder, plan, tokens.left_out, as_json=as_json)
     else:
@@ -143,14 +143,14 @@ def add(
     from nanothink.errors import counted
     from nanothink.runs.store_commands import build_store, facts_of, find_store_source, plan_store
 
-    with render.progress() as bars:
-        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
-        store = found.open(writable=True, progress=bars)
+    with render.reporting() as reporter:
+        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, reporter=reporter)
+        store = found.open(writable=True, reporter=reporter)
     if not dry_run:
         try_to_write(found.folder.parent)
-    with render.progress() as bars:
+    with render.reporting() as reporter:
         tokens = found.tokens(
-            data_dir, _listed(domains), skip_bad_records=skip_bad_records, note=bars.note, progress=bars
+            data_dir, _listed(domains), skip_bad_records=skip_bad_records, reporter=reporter
         )
         plan = plan_store(found, tokens, store)
         for n, why in (
@@ -158,9 +158,9 @@ def add(
             (plan.n_held_out, "held out by earlier data"),
         ):
             if n:
-                bars.note(f"{counted(n, 'document')} left out: {why}.")
+                reporter.note(f"{counted(n, 'document')} left out: {why}.")
         if not dry_run:
-            store = build_store(found, plan, tokens, store, note=bars.note, progress=bars)
+            store = build_store(found, plan, tokens, store, reporter=reporter)
     if dry_run:
         _show_plan(found.folder, plan, tokens.left_out, as_json=as_json)
     else:
@@ -178,9 +178,9 @@ def info(
     from nanothink.cli import render
     from nanothink.runs.store_commands import facts_of, find_store_source
 
-    with render.progress() as bars:
-        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, progress=bars)
-        store = found.open(progress=bars)
+    with render.reporting() as reporter:
+        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, reporter=reporter)
+        store = found.open(reporter=reporter)
     _show(facts_of(store), as_json=as_json)
 
 
@@ -205,9 +205,9 @@ def search(
     from nanothink.cli import render
     from nanothink.runs.store_commands import find_store_source, search_store
 
-    with render.progress() as bars:
-        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
-        store = found.open(progress=bars)
+    with render.reporting() as reporter:
+        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, reporter=reporter)
+        store = found.open(reporter=reporter)
     if loss := found.tokenizer.loss(text):
         render.warning(f"The tokenizer loses a part of the text: {loss}.")
     hits = search_store(found, store, text, neighbours)
@@ -245,15 +245,15 @@ def compact(
     from nanothink.disk import try_to_write
     from nanothink.runs.store_commands import compact_store, find_store_source
 
-    with render.progress() as bars:
-        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, progress=bars)
+    with render.reporting() as reporter:
+        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, reporter=reporter)
     try_to_write(found.folder.parent)
-    with render.progress() as bars:
+    with render.reporting() as reporter:
         tokens = None
         if max_tokens and found.checkpoint is not None:
-            tokens = found.held_out(note=bars.note, progress=bars)
+            tokens = found.held_out(reporter=reporter)
         done = compact_store(
-            found, similarity, tokens=tokens, max_tokens=max_tokens or None, note=bars.note, progress=bars
+            found, similarity, tokens=tokens, max_tokens=max_tokens or None, reporter=reporter
         )
     if as_json:
         scores = {"before": done.evaluation_before, "after": done.evaluation_after}

@@ -59,18 +59,18 @@ def train(
     settings = data_settings(config_file, assignments, data_dir=data_dir, domains=domains)
     corpus = find_corpus(settings.data_dir, settings.domains)
     bad = Problems()
-    with render.progress() as bars:
+    with render.reporting() as reporter:
         for problem in corpus.warnings:
-            bars.note(str(problem))
+            reporter.note(str(problem))
         trained = train_on_corpus(
             corpus,
             vocab_size=vocab_size,
             split=SplitRule.of(settings),
-            on_progress=bars,
+            reporter=reporter,
             on_bad_line=bad.add,
         )
         if bad:
-            bars.note(f"Left out: {left_out(bad, corpus.root)}")
+            reporter.note(f"Left out: {left_out(bad, corpus.root)}")
     path = save_tokenizer(trained, out)
     result = {"path": str(path), "vocab_size": trained.vocab_size, "fingerprint": trained.fingerprint}
     result |= render.bad_lines(bad)

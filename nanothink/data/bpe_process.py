@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import IO
 
@@ -19,26 +19,24 @@ import orjson
 
 from nanothink.data.bpe import END, LENGTH, RESULT
 from nanothink.errors import TokenizerError
-
-Progress = Callable[[str, int, int], None]
-"""Hears (stage, done, total)."""
+from nanothink.reporter import SILENT, Reporter
 
 _START = (
     "import sys; size, eos, *sys.path[:] = sys.argv[1:]; "
     "from nanothink.data.bpe import serve; serve(int(size), eos)"
 )
+STAGE = "tokenizer: merging"
+
 _STEPS = 500
-"""Of ``on_progress``; a bar is redrawn less often."""
+"""Reports of progress; a bar is redrawn less often."""
 
 
-def learn_in_process(
-    texts: Iterable[str], vocab_size: int, eos: str, on_progress: Progress | None = None
-) -> str:
+def learn_in_process(texts: Iterable[str], vocab_size: int, eos: str, reporter: Reporter = SILENT) -> str:
     """``bpe.learn`` elsewhere: the tokenizer as JSON.
 
-    ``on_progress`` hears of "merging", of merges done and in all, once ``texts`` are at their end. What
-    ``texts`` raises, and what a signal does, ends the process and is passed on. Raises TokenizerError when
-    the process ends before its work does, or for text that is no Unicode.
+    Merges done are reported once ``texts`` are at their end. What ``texts`` raises, and what a signal does,
+    ends the process and is passed on. Raises TokenizerError when the process ends before its work does, or
+    for text that is no Unicode.
     """
     try:
         process = subprocess.Popen(
@@ -57,9 +55,8 @@ def learn_in_process(
     try:
         reader.start()
         _send(texts, process.stdin)
-        if on_progress is not None:
-            on_progress("merging", 0, vocab_size)
-        learnt, last = _follow(lines, vocab_size, on_progress)
+        reporter.progress(STAGE, 0, vocab_size)
+        learnt, last = _follow(lines, vocab_size, reporter)
         code = process.wait()
     except BaseException:
         process.kill()
@@ -101,7 +98,7 @@ def _send(texts: Iterable[str], pipe: IO[bytes]) -> None:
 
 
 def _follow(
-    lines: queue.SimpleQueue[bytes | None], vocab_size: int, on_progress: Progress | None
+    lines: queue.SimpleQueue[bytes | None], vocab_size: int, reporter: Reporter
 ) -> tuple[str | None, str]:
     """Passes progress on until the process has nothing more to say. The tokenizer, and its last words."""
     learnt, last, told = None, "", 0
@@ -114,11 +111,11 @@ def _follow(
             continue
         state = orjson.loads(line)
         done, total = state["current"], state["total"]
-        if state["stage"] == "Compute merges" and on_progress and (done - told) * _STEPS >= total > 0:
+        if state["stage"] == "Compute merges" and (done - told) * _STEPS >= total > 0:
             told = done
-            on_progress("merging", done, total)
-    if on_progress is not None and learnt is not None:
-        on_progress("merging", vocab_size, vocab_size)
+            reporter.progress(STAGE, done, total)
+    if learnt is not None:
+        reporter.progress(STAGE, vocab_size, vocab_size)
     return learnt, last
 
 

@@ -19,21 +19,20 @@ import os
 from pathlib import Path
 
 from nanothink.disk import (
-    Note,
     can_lock,
     make_folder,
-    silent,
     storage_error,
     sweep,
     temporary_path,
     user_folders,
 )
 from nanothink.errors import StorageError
+from nanothink.reporter import SILENT, Reporter
 
 FOLDER = ".nanothink"
 
 
-def cache_folder(root: Path, note: Note = silent) -> Path:
+def cache_folder(root: Path, reporter: Reporter = SILENT) -> Path:
     """The folder for things derived from the corpus in ``root``, created if need be.
 
     Raises StorageError when neither the data root nor any folder of the user can be written to.
@@ -46,7 +45,7 @@ def cache_folder(root: Path, note: Note = silent) -> Path:
     for base in user_folders():
         folder = base / "nanothink" / name
         if _writable(folder):
-            note(f"{first} cannot be written to; tokens are kept in {folder} instead.")
+            reporter.note(f"{first} cannot be written to; tokens are kept in {folder} instead.")
             return folder
         tried.append(folder)
     raise StorageError(

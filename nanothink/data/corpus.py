@@ -12,7 +12,7 @@ import errno
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from nanothink.errors import (
     did_you_mean,
     some_of,
 )
+from nanothink.reporter import SILENT, Reporter
 
 _SILENT_IN_ROOT = (".nanothink", "README.md")
 _NAMED_AT_MOST = 5
@@ -170,7 +171,7 @@ def left_out(problems: Problems, root: Path) -> str:
 def validate_corpus(
     corpus: Corpus,
     *,
-    on_progress: Callable[[int, int], None] | None = None,
+    reporter: Reporter = SILENT,
     on_error: ProblemSink | None = None,
 ) -> ValidationReport:
     """Read every line of every file, in memory that grows neither with the files nor with what is wrong.
@@ -178,7 +179,6 @@ def validate_corpus(
     A file that cannot be read and a domain without one valid record are errors too.
 
     Args:
-        on_progress: gets (bytes done, bytes in all) a few times per megabyte and at the end of each file.
         on_error: gets each error as it is found.
     """
     began = time.perf_counter()
@@ -204,8 +204,7 @@ def validate_corpus(
             def advance(n_bytes: int) -> None:
                 nonlocal at
                 at += n_bytes
-                if on_progress:
-                    on_progress(min(at, total), total)
+                reporter.progress("validating", min(at, total), total)
 
             try:
                 for _ in iter_records(path, on_problem=error, on_warning=warnings.add, on_bytes=advance):
@@ -215,8 +214,7 @@ def validate_corpus(
                 error(Problem(failure.file, max(failure.line, 1), 1, failure.reason))
             # A file that could not be read to its end is done with all the same.
             done += sizes[path]
-            if on_progress:
-                on_progress(done, total)
+            reporter.progress("validating", done, total)
         n_records += n_valid
         if not n_valid:
             folder = paths[0].parent if paths else corpus.root / domain

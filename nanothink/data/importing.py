@@ -40,8 +40,9 @@ from nanothink.data.tables import (
     json_lines_rows,
     parquet_rows,
 )
-from nanothink.data.text_files import TEXT_SUFFIXES, Findings, Progress, Row, folder_rows, text_file_rows
+from nanothink.data.text_files import TEXT_SUFFIXES, Findings, Row, folder_rows, text_file_rows
 from nanothink.errors import DataError, UsageError
+from nanothink.reporter import SILENT, Reporter
 
 SPLIT_CHARS = 10_000
 """Longest record made of a text file, in characters. Documents are what is split into training and
@@ -93,7 +94,7 @@ def import_source(
     overwrite: bool = False,
     config_name: str | None = None,
     split: str = "train",
-    on_progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> ImportReport:
     """Write ``<data_dir>/<domain>/<name>.jsonl`` from ``source``; see the module for kinds of sources.
 
@@ -111,7 +112,7 @@ def import_source(
         raise UsageError(f"{name!r} cannot be the name of a file: {reason}. For example: --name letters")
     if split_chars is not None and split_chars < 1:
         raise UsageError(f"A record cannot hold {split_chars} characters; split_chars must be at least 1.")
-    findings = Findings(on_progress or (lambda done, total: None))
+    findings = Findings(reporter)
     data_dir = Path(data_dir)
     own_name, rows = _open(
         str(source), text_field, quotes, split_chars, config_name, split, findings, data_dir

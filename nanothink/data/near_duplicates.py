@@ -16,7 +16,7 @@ Memory is 0.5 KB a document.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from nanothink.data.records import iter_records
 from nanothink.data.split import normalised_parts, text_key
 from nanothink.data.tokens import TokenisedCorpus
 from nanothink.errors import DataError
+from nanothink.reporter import SILENT, Reporter
 
 THRESHOLD = 0.8
 """Least similarity of near-duplicates."""
@@ -96,13 +97,12 @@ def import_minhash() -> Any:
 
 
 def find_near_duplicates(
-    corpus: Corpus, tokens: TokenisedCorpus, *, on_progress: Callable[[int, int], None] | None = None
+    corpus: Corpus, tokens: TokenisedCorpus, *, reporter: Reporter = SILENT
 ) -> NearDuplicates:
     """Compares all documents of a corpus, across domains.
 
     Args:
         tokens: of this corpus; they say which side each document is on.
-        on_progress: hears of (bytes of files read, in all).
 
     Raises:
         DataError: the library is not installed, or a file has changed since it was tokenised.
@@ -114,14 +114,7 @@ def find_near_duplicates(
     side_of: list[int] = []
     paths: list[str] = []
     seen: set[int] = set()
-    total, done = corpus.n_bytes, 0
-
-    def advance(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        if on_progress is not None:
-            on_progress(min(done, total), total)
-
+    advance = reporter.counter("comparing", corpus.n_bytes)
     for _, path in corpus.files:
         paths.append(os.path.relpath(path, corpus.root))
         for line, record in iter_records(path, on_problem=_pass_over, on_bytes=advance):

@@ -39,6 +39,7 @@ from nanothink.disk import (
     try_to_write,
 )
 from nanothink.errors import DataError, StorageError, counted
+from nanothink.reporter import SILENT, Reporter
 
 MAX_BYTES_PER_DOMAIN = 2 * 2**20
 """Text per domain, as bytes of its file; a few minutes of training for the smallest preset."""
@@ -54,7 +55,6 @@ _LEFT_OUT = {
     *("idlelib", "turtledemo", "lib2to3", "encodings", "pydoc_data"),
 }
 
-Progress = Callable[[int, int], None]
 Piece = tuple[str, str]
 """(source, text)"""
 
@@ -81,13 +81,13 @@ class StarterReport:
 def write_starter_corpus(
     data_dir: str | Path,
     *,
-    on_progress: Progress | None = None,
+    reporter: Reporter = SILENT,
     max_bytes_per_domain: int = MAX_BYTES_PER_DOMAIN,
     overwrite: bool = False,
 ) -> StarterReport:
     """Write ``<data_dir>/<domain>/starter.jsonl`` for at least one domain, as a rule three.
 
-    ``on_progress`` gets (bytes gathered, bytes aimed at). All files are written or none. Raises
+    All files are written or none. Raises
     StorageError when a domain folder holds data already (``overwrite`` allows to replace a starter file,
     nothing else) or the disk refuses; DataError when the installation carries no text at all.
     """
@@ -96,7 +96,7 @@ def write_starter_corpus(
     for name in ("code", "manual", "docstrings", "library"):
         _refuse_data(root, name, overwrite)
     try_to_write(root)
-    gathered, notes = _gather(max_bytes_per_domain, on_progress or (lambda done, total: None))
+    gathered, notes = _gather(max_bytes_per_domain, reporter)
     if not gathered:
         raise DataError(
             "This Python installation carries no source text (no .py files in its standard library). "
@@ -135,15 +135,10 @@ class _Domain:
         return True
 
 
-def _gather(limit: int, on_progress: Progress) -> tuple[dict[str, list[Record]], list[str]]:
+def _gather(limit: int, reporter: Reporter) -> tuple[dict[str, list[Record]], list[str]]:
     notes: list[str] = []
     seen: set[bytes] = set()
-    done = 0
-
-    def tick(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        on_progress(min(done, 3 * limit), 3 * limit)
+    tick = reporter.counter("collecting", 3 * limit)
 
     def new() -> _Domain:
         return _Domain(limit, seen, tick)

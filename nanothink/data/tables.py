@@ -77,15 +77,11 @@ def json_array_rows(path: Path, text_field: str, findings: Findings) -> Iterator
 
 
 def json_lines_rows(path: Path, text_field: str, findings: Findings) -> Iterator[Row]:
-    done, total = 0, file_size(path)
-
-    def advance(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        findings.advance(min(done, total), total)
-
     batches = iter_lines(
-        path, on_problem=findings.bad_rows.add, on_warning=findings.warnings.add, on_bytes=advance
+        path,
+        on_problem=findings.bad_rows.add,
+        on_warning=findings.warnings.add,
+        on_bytes=findings.reporter.counter("importing", file_size(path)),
     )
     for first, lines in batches:
         for number, line in enumerate(lines, first):

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,9 @@ from nanothink.data.lines import Problem, shown
 from nanothink.data.problems import Problems
 from nanothink.data.source_file import unreadable
 from nanothink.errors import DataError, did_you_mean
+from nanothink.reporter import Reporter
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
-
-Progress = Callable[[int, int], None]
-"""(bytes of the source done, bytes in all); for a data set of the Hub (rows done, 0)."""
 
 
 class Row(NamedTuple):
@@ -45,7 +43,7 @@ _BLANK_LINE = re.compile(r"\n[ \t\f\v]*\n")
 class Findings:
     """What the readers have to say besides the rows."""
 
-    advance: Progress
+    reporter: Reporter
     empty: int = 0
     bad_rows: Problems = field(default_factory=Problems)
     warnings: Problems = field(default_factory=Problems)
@@ -53,6 +51,10 @@ class Findings:
     """Quoted fields of a table that span several lines; an unbalanced quote makes one of several rows."""
     first_spanning: int | None = None
     """The line where the first of them begins."""
+
+    def advance(self, done: int, total: int) -> None:
+        """Report bytes of the source, or rows of a data set of the Hub, whose ``total`` is unknown (0)."""
+        self.reporter.progress("importing", done, total)
 
 
 def cut_text(file: TextIO, limit: int | None) -> Iterator[str]:

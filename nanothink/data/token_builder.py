@@ -34,10 +34,9 @@ from nanothink.data.token_files import (
     new_digest,
     open_token_file,
 )
-from nanothink.disk import Note, locked, make_folder, storage_error, sweep_folder
+from nanothink.disk import locked, make_folder, storage_error, sweep_folder
 from nanothink.errors import DataError, StorageError
-
-Progress = Callable[[int, int], None]
+from nanothink.reporter import Reporter
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,14 @@ class TokenBuilder:
 
     Args:
         skip: leave bad lines out, instead of raising BadRecordsError for them.
-        on_progress: receives bytes of files done and in total.
-        note: receives a line when something is not as usual.
     """
 
-    def __init__(
-        self, corpus: Corpus, tokenizer: Tokenizer, skip: bool, on_progress: Progress | None, note: Note
-    ) -> None:
-        self._corpus, self._tokenizer, self._skip, self._note = corpus, tokenizer, skip, note
-        self._cache = cache_folder(corpus.root, note)
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, skip: bool, reporter: Reporter) -> None:
+        self._corpus, self._tokenizer, self._skip, self._reporter = corpus, tokenizer, skip, reporter
+        self._cache = cache_folder(corpus.root, reporter)
         self._folder = self._cache / "tokens" / tokenizer.fingerprint[:16]
         self._open_files = OpenFiles()
-        self._report = on_progress or (lambda done, total: None)
-        self._total = corpus.n_bytes
-        self._done = 0
+        self._advance = reporter.counter("tokenising", corpus.n_bytes)
         self._found_bad = False
         self.left_out = Problems()
         """Bad lines of the files; complete when ``files`` has returned."""
@@ -98,7 +91,7 @@ class TokenBuilder:
             self._advance(size)
         bad: dict[str, BadLines] = {digest: file.bad for digest, file in ready.items()}
         if missing or manifest.has_news:
-            with locked(self._cache, self._note):
+            with locked(self._cache, self._reporter):
                 manifest.save()
                 try:
                     make_folder(self._folder, within=self._cache)
@@ -162,7 +155,7 @@ class TokenBuilder:
         """Tokenises a file, and returns its bad lines; keeps nothing if they, or earlier ones, forbid it."""
         target = self._path(digest)
         if target.exists():
-            self._note(
+            self._reporter.note(
                 f"The kept tokens of {path} are damaged, or an earlier version's; they are made again."
             )
         self._open_files.forget(target)
@@ -187,7 +180,7 @@ class TokenBuilder:
     def _make_again(self, path: Path, digest: str) -> None:
         """Called when a page of the file's tokens turned out to be damaged, or they are gone."""
         target = self._path(digest)
-        with locked(self._cache, self._note):
+        with locked(self._cache, self._reporter):
             self._open_files.forget(target)
             if not is_whole(target, self._open_files):  # another process may have done it meanwhile
                 self._make(path, digest)
@@ -196,7 +189,7 @@ class TokenBuilder:
         line, text = self._find(key, paths)
         target = self._path(name)
         with (
-            locked(self._cache, self._note),
+            locked(self._cache, self._reporter),
             TokenFileWriter(target, self._tokenizer, paths[0]) as writer,
         ):
             self._open_files.forget(target)
@@ -215,11 +208,7 @@ class TokenBuilder:
         root = self._corpus.root
         if not self._skip:
             raise bad_records_error(root, self.left_out)
-        self._note(f"Left out: {left_out(self.left_out, root)}")
-
-    def _advance(self, n_bytes: int) -> None:
-        self._done += n_bytes
-        self._report(min(self._done, self._total), self._total)
+        self._reporter.note(f"Left out: {left_out(self.left_out, root)}")
 
 
 def _pass_over(_problem: Problem) -> None:

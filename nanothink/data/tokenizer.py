@@ -19,7 +19,7 @@ import orjson
 import tokenizers
 from numpy.typing import NDArray
 
-from nanothink.data.bpe_process import Progress, learn_in_process
+from nanothink.data.bpe_process import learn_in_process
 from nanothink.data.cache import cache_folder
 from nanothink.data.corpus import Corpus, bad_records_error, find_corpus, left_out, validate_corpus
 from nanothink.data.encoding import EOS, Tokenizer
@@ -31,6 +31,7 @@ from nanothink.data.split import SplitRule, cut_text, group_key, text_key
 from nanothink.data.tokenizer_files import load_tokenizer, looks_like_path, tokenizer_settings
 from nanothink.disk import locked, make_folder, storage_error, write_whole
 from nanothink.errors import DataError, TokenizerError
+from nanothink.reporter import SILENT, Reporter
 
 __all__ = [
     "Tokenizer",
@@ -61,18 +62,18 @@ def fitting_vocab_size(n_bytes: int) -> int:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int | None, *, n_bytes: int, on_progress: Progress | None = None
+    texts: Iterable[str], vocab_size: int | None, *, n_bytes: int, reporter: Reporter = SILENT
 ) -> Tokenizer:
     """Byte-level BPE that can spell any text; the same texts always give the same tokenizer.
 
     ``n_bytes`` is the size of all texts; it sets the vocabulary when ``vocab_size`` is None. A corpus
-    with too few different words gives a smaller vocabulary than asked for. ``on_progress`` hears of
-    "merging", which begins after the last text.
+    with too few different words gives a smaller vocabulary than asked for. Progress is reported
+    after the last text.
     """
     size = fitting_vocab_size(n_bytes) if vocab_size is None else vocab_size
     if size < 257:
         raise TokenizerError(f"A vocabulary of {size} is too small: 256 bytes and an end of text need 257.")
-    learnt = learn_in_process(texts, size, EOS, on_progress)
+    learnt = learn_in_process(texts, size, EOS, reporter)
     return Tokenizer(tokenizers.Tokenizer.from_str(learnt), "trained", EOS)
 
 
@@ -81,31 +82,19 @@ def train_on_corpus(
     *,
     vocab_size: int | None = None,
     split: SplitRule,
-    on_progress: Progress | None = None,
+    reporter: Reporter = SILENT,
     on_bad_line: ProblemSink | None = None,
 ) -> Tokenizer:
     """``train_tokenizer`` on the training side of a corpus, on an even sample of it when that is very large.
 
     Bad records are passed over. The corpus is read twice, once to split it and once to train.
-    ``on_progress`` hears of three stages, each with a speed of its own: "reading" and "counting words" with
-    the bytes of files read and to be read, then "merging". Raises DataError when there is nothing to
-    train on.
+    Three stages are reported, each with a speed of its own: reading and counting words, in bytes of files,
+    and merging. Raises DataError when there is nothing to train on.
     """
 
     total = corpus.n_bytes  # asks the disk for the size of every file
 
-    def reader_of(stage: str) -> Callable[[int], None]:
-        done = 0
-
-        def advance(n_bytes: int) -> None:
-            nonlocal done
-            done += n_bytes
-            if on_progress:
-                on_progress(stage, min(done, total), total)
-
-        return advance
-
-    advance = reader_of("reading")
+    advance = reporter.counter("tokenizer: reading", total)
     rows: dict[str, NDArray[Any]] = {}
     for domain, paths in corpus.domains.items():
         rows[domain] = np.fromiter(
@@ -123,7 +112,7 @@ def train_on_corpus(
     share = min(1.0, _MAX_TRAINING_BYTES / max(n_bytes, 1))
 
     def chosen() -> Iterator[str]:
-        advance = reader_of("counting words")
+        advance = reporter.counter("tokenizer: counting words", total)
         for domain, paths in corpus.domains.items():
             keys = rows[domain]["key"].tolist()
             for record, key, side in zip(
@@ -134,7 +123,7 @@ def train_on_corpus(
                 elif side == TRAIN and key % 2**32 < share * 2**32:
                     yield record.text
 
-    return train_tokenizer(chosen(), vocab_size, n_bytes=n_bytes, on_progress=on_progress)
+    return train_tokenizer(chosen(), vocab_size, n_bytes=n_bytes, reporter=reporter)
 
 
 def _pass_over(_problem: Problem) -> None:
@@ -199,8 +188,7 @@ def resolve_tokenizer(
     *,
     split: SplitRule,
     skip_bad_records: bool = False,
-    note: Callable[[str], None],
-    on_progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> Tokenizer:
     """``load_tokenizer``, or a stand-in trained here when the default ``gpt2`` cannot be had.
 
@@ -209,13 +197,13 @@ def resolve_tokenizer(
 
     The stand-in is trained on the training split of every domain in the data root, not only of those
     selected, and is used for that name from then on, whatever becomes of the corpus or the network:
-    experts can only be combined if they share one tokenizer. ``on_progress`` hears of the stages of that.
+    experts can only be combined if they share one tokenizer. Its stages are reported.
     """
     if looks_like_path(name) or Path(name).expanduser().exists():
         return load_tokenizer(name)
     cache = cache_folder(corpus.root)
     folder = cache / "tokenizer"
-    if _replaced_by(folder) == name and (kept := _stand_in(folder, name, split, note)):
+    if _replaced_by(folder) == name and (kept := _stand_in(folder, name, split, reporter)):
         return kept
     try:
         return load_tokenizer(name)
@@ -223,27 +211,23 @@ def resolve_tokenizer(
         if name != REPLACEABLE:
             raise
 
-    def told(stage: str, done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(f"tokenizer: {stage}", done, total)
-
     if not skip_bad_records:  # a refused corpus leaves nothing behind
-        report = validate_corpus(corpus, on_progress=lambda *at: told("validating", *at))
+        report = validate_corpus(corpus, reporter=reporter)
         if report.unreadable:
             raise report.unreadable[0]
         if not report.ok:
             raise bad_records_error(corpus.root, report.found_errors)
-    with locked(cache, note):
-        if kept := _stand_in(folder, name, split, note):
+    with locked(cache, reporter):
+        if kept := _stand_in(folder, name, split, reporter):
             return kept
         bad = Problems()
         trained = train_on_corpus(
-            find_corpus(corpus.root), split=split, on_progress=told, on_bad_line=bad.add
+            find_corpus(corpus.root), split=split, reporter=reporter, on_bad_line=bad.add
         )
         save_tokenizer(trained, folder, stands_for=name, split=split)
     if bad:
-        note(f"The tokenizer is trained without {left_out(bad, corpus.root)}")
-    note(
+        reporter.note(f"The tokenizer is trained without {left_out(bad, corpus.root)}")
+    reporter.note(
         f"Tokenizer '{name}' is neither cached nor reachable, so one was trained on this corpus instead "
         f"({trained.vocab_size:,} tokens); it is kept in {folder} and used from now on."
     )
@@ -258,22 +242,22 @@ def _replaced_by(folder: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _stand_in(folder: Path, name: str, split: SplitRule, note: Callable[[str], None]) -> Tokenizer | None:
+def _stand_in(folder: Path, name: str, split: SplitRule, reporter: Reporter) -> Tokenizer | None:
     if not (folder / "tokenizer.json").is_file():
         return None
     try:
         kept = load_tokenizer(str(folder))
     except TokenizerError as error:
-        note(f"The tokenizer trained here earlier is damaged and is trained again ({error})")
+        reporter.note(f"The tokenizer trained here earlier is damaged and is trained again ({error})")
         return None
-    note(
+    reporter.note(
         f"Using the tokenizer trained here in place of '{name}' ({kept.vocab_size:,} tokens). Experts "
         f"trained with it combine only with each other; to try '{name}' again, delete {folder}."
     )
     with contextlib.suppress(OSError, TokenizerError, ValueError, KeyError):
         rule = SplitRule.from_dict(tokenizer_settings(folder / "tokenizer_config.json")[_SPLIT])
         if rule.val_split < split.val_split or rule.test_split < split.test_split:
-            note(
+            reporter.note(
                 f"It was trained at data.val_split={rule.val_split} and data.test_split={rule.test_split}, "
                 f"so also on text that is held out now. To train it anew, delete {folder}."
             )

@@ -23,10 +23,10 @@ from nanothink.data.encoding import Tokenizer
 from nanothink.data.problems import Problems
 from nanothink.data.sides import CUT, TEST, TRAIN, VAL, Sides, assign_sides, group_keys, sources_count
 from nanothink.data.split import NOTHING, NOTHING_HELD_OUT, HeldOutText, SplitRule, TrainedText, hashed
-from nanothink.data.token_builder import Cut, Progress, TokenBuilder
+from nanothink.data.token_builder import Cut, TokenBuilder
 from nanothink.data.token_files import DOCUMENT, TokenFile
-from nanothink.disk import Note, silent
 from nanothink.errors import DataError
+from nanothink.reporter import SILENT, Reporter
 
 IGNORE = -100
 """Target that is not to be predicted (PyTorch's own convention)."""
@@ -212,23 +212,21 @@ def tokenise(
     trained: TrainedText = NOTHING,
     held_out: HeldOutText = NOTHING_HELD_OUT,
     skip_bad_records: bool = False,
-    on_progress: Progress | None = None,
-    note: Note | None = None,
+    reporter: Reporter = SILENT,
 ) -> TokenisedCorpus:
     """Tokenises what is not tokenised yet, splits, and opens the streams.
 
     Without a ``split`` nothing is held out or cut: the training side is all there is, in its order. Documents
     in ``trained`` are on the training side whatever the rule says, others in ``held_out`` on the side that is
-    theirs there. ``on_progress`` receives bytes of files done and in total. ``note`` receives a line when
-    something is not as usual: another folder is used, something damaged is made again, another process is
-    waited for.
+    theirs there. Notes are given where another folder is used, something damaged is made again, or another
+    process is waited for.
 
     Raises BadRecordsError for lines that are no records (unless they are to be skipped), DataError for
     a domain without any text, or with nothing to train or validate on; TextLostError for a document that the
     tokenizer does not give back; StorageError when the tokens cannot be kept. With ``trained`` a domain may
     have nothing to validate on.
     """
-    builder = TokenBuilder(corpus, tokenizer, skip_bad_records, on_progress, note or silent)
+    builder = TokenBuilder(corpus, tokenizer, skip_bad_records, reporter)
     files = builder.files()
     for domain, own in files.items():
         if not any(len(file.rows) for _, file in own):

@@ -11,7 +11,7 @@
 
 from nanothink.disk.folders import make_folder, new_folder, remove_empty, sync_folder, sync_tree
 from nanothink.disk.growing_file import GrowingFile
-from nanothink.disk.lock import HeldError, Note, can_lock, held, hold_in_use, is_in_use, locked, silent
+from nanothink.disk.lock import HeldError, can_lock, held, hold_in_use, is_in_use, locked
 from nanothink.disk.names import leftovers, remove, shown, sweep, sweep_folder, temporary_path
 from nanothink.disk.private import is_safe, open_private, private_folder, user_folders
 from nanothink.disk.write import (
@@ -28,7 +28,6 @@ __all__ = [
     "Explain",
     "GrowingFile",
     "HeldError",
-    "Note",
     "can_lock",
     "held",
     "hold_in_use",
@@ -44,7 +43,6 @@ __all__ = [
     "remove_empty",
     "scratch_folder",
     "shown",
-    "silent",
     "storage_error",
     "sweep",
     "sweep_folder",

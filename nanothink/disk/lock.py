@@ -17,7 +17,7 @@ import secrets
 import shlex
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,8 +25,7 @@ from nanothink.disk.folders import UNSUPPORTED, open_shared
 from nanothink.disk.names import is_alive, shown, temporary_path
 from nanothink.disk.write import storage_error
 from nanothink.errors import StorageError
-
-Note = Callable[[str], None]
+from nanothink.reporter import SILENT, Reporter
 
 PATIENCE_SECONDS = 2.0
 """How long to wait before a line says so."""
@@ -41,10 +40,6 @@ _POLL_SECONDS = 0.05
 _held: set[int] = set()  # descriptors that this process has locked
 _own_tokens: set[str] = set()  # of the locks that this process holds
 _told: set[Path] = set()  # folders of which it was said that they have no locks
-
-
-def silent(_message: str) -> None:
-    """Ignore a note."""
 
 
 class HeldError(Exception):
@@ -89,21 +84,21 @@ class _Holder:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, note: Note = silent) -> Iterator[None]:
+def locked(folder: Path, reporter: Reporter = SILENT) -> Iterator[None]:
     """Hold the lock of a folder, and wait for it if need be: whoever has it is the only one to write there.
 
     Raises StorageError.
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(held(folder / "lock", note, wait=True))
+            stack.enter_context(held(folder / "lock", reporter, wait=True))
         except OSError as error:
             raise storage_error(folder, error) from error
         yield
 
 
 @contextlib.contextmanager
-def held(path: Path, note: Note = silent, *, wait: bool = False) -> Iterator[None]:
+def held(path: Path, reporter: Reporter = SILENT, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock ``path``. The lock ends with its holder, and worker processes do not inherit it.
 
     With ``wait`` it is waited for, else its holder is named in a file for those who find it held.
@@ -112,7 +107,7 @@ def held(path: Path, note: Note = silent, *, wait: bool = False) -> Iterator[Non
     StorageError when that has no locks and the file that stands in for one does not go away.
     """
     own = _Holder(os.getpid(), socket.gethostname(), time.time(), secrets.token_hex(8))
-    descriptor = _acquire(path, own, note, wait)
+    descriptor = _acquire(path, own, reporter, wait)
     _own_tokens.add(own.token)
     try:
         yield
@@ -149,7 +144,7 @@ def is_in_use(path: Path) -> bool:
     return False
 
 
-def _acquire(path: Path, own: _Holder, note: Note, wait: bool) -> int | None:
+def _acquire(path: Path, own: _Holder, reporter: Reporter, wait: bool) -> int | None:
     """Return the locked file's descriptor; None where a holder file stands in for the lock."""
     holder_path, began, told, clause = _holder_path(path), time.monotonic(), False, ""
     while True:
@@ -163,7 +158,7 @@ def _acquire(path: Path, own: _Holder, note: Note, wait: bool) -> int | None:
                 return descriptor
         except _NoLocksError:
             stands_in = True
-            if _try_stand_in(holder_path, own, note):
+            if _try_stand_in(holder_path, own, reporter):
                 return None
         holder = _Holder.read(holder_path)
         clause = f" ({holder})" if holder else ""
@@ -172,7 +167,9 @@ def _acquire(path: Path, own: _Holder, note: Note, wait: bool) -> int | None:
             raise HeldError(clause + hint)
         waited = time.monotonic() - began
         if not told and waited > PATIENCE_SECONDS:
-            note(f"Another process is writing to {shown(path.parent)}{clause}; waiting for it to finish.")
+            reporter.note(
+                f"Another process is writing to {shown(path.parent)}{clause}; waiting for it to finish."
+            )
             told = True
         if stands_in and waited > (ALIVE_SECONDS if holder and holder.is_alive() else STAND_IN_SECONDS):
             raise StorageError(
@@ -247,10 +244,10 @@ def _announce(holder_path: Path, own: _Holder) -> None:
             raise
 
 
-def _try_stand_in(holder_path: Path, own: _Holder, note: Note) -> bool:
+def _try_stand_in(holder_path: Path, own: _Holder, reporter: Reporter) -> bool:
     found = _Holder.read(holder_path)
     if found is not None and found.is_here() and not found.is_alive():
-        note(f"{shown(holder_path)} was left behind by {found}, which has ended; it is removed.")
+        reporter.note(f"{shown(holder_path)} was left behind by {found}, which has ended; it is removed.")
         _remove_dead(holder_path, found)
     try:
         _write_new(holder_path, own)
@@ -258,7 +255,7 @@ def _try_stand_in(holder_path: Path, own: _Holder, note: Note) -> bool:
         return False
     if holder_path.parent not in _told:
         _told.add(holder_path.parent)
-        note(
+        reporter.note(
             f"{shown(holder_path.parent)} is on a disk without file locks: "
             f"{holder_path.name} stands in for one."
         )

@@ -20,6 +20,7 @@ from nanothink.models.diffuser import Diffuser
 from nanothink.models.noise import block_generator, diffuse
 from nanothink.models.precision import Precision
 from nanothink.models.transformer import Transformer
+from nanothink.reporter import SILENT, Reporter
 
 MEASURED_FRACTIONS = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 """Noise levels at which the error is measured, as fractions of N."""
@@ -56,7 +57,7 @@ def denoising_errors(
     transformer: Transformer | None = None,
     n_tokens: int = MEASURED_TOKENS,
     should_stop: Callable[[], bool] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    reporter: Reporter = SILENT,
 ) -> dict[int, float]:
     """Mean squared error of the guess at the clean target, by noise level, in one evaluation each.
 
@@ -69,7 +70,6 @@ def denoising_errors(
         transformer: needed where the targets are its hidden states.
         n_tokens: about how many tokens to measure on, in all; whole documents.
         should_stop: called before each batch; EvaluationStopped is raised when it returns True.
-        on_progress: called with (levels of batches done, all of them).
     """
     levels = measured_levels(model.shape.training_steps)
     sums, n_values, n_done = dict.fromkeys(levels, 0.0), 0, 0
@@ -96,8 +96,7 @@ def denoising_errors(
                     guess, _ = model.denoise(condition, noisy, level)
                     sums[level] += float(((guess - clean).square() * valid).sum())
                     n_done += 1
-                    if on_progress is not None:
-                        on_progress(n_done, len(batches) * len(levels))
+                    reporter.progress("errors by noise level", n_done, len(batches) * len(levels))
             n_values += int(valid.sum()) * model.d_model
     return {level: total / max(1, n_values) for level, total in sums.items()}
 

@@ -23,6 +23,7 @@ from nanothink.data.tokens import IGNORE, TokenStream
 from nanothink.models.contract import LanguageModel
 from nanothink.models.nanothink import NanoThink, routing_entropy
 from nanothink.models.precision import Precision
+from nanothink.reporter import SILENT, Reporter
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,8 @@ def evaluate_model(
     batch_size: int,
     precision: Precision,
     max_tokens: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    reporter: Reporter = SILENT,
+    stage: str = "evaluating",
     should_stop: Callable[[], bool] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Evaluation:
@@ -189,7 +191,7 @@ def evaluate_model(
 
     Args:
         max_tokens: a random sample of whole documents of at most this many tokens in each domain.
-        on_progress: called with (tokens scored, tokens in all).
+        stage: name of the work in reports of progress.
         should_stop: called before each batch.
         share: (index, number of shares): the batches scored here; ``Evaluation.added`` adds all shares.
 
@@ -232,8 +234,7 @@ def evaluate_model(
                     n_batches += 1
                     first += n_real
                     done += n_real
-                    if on_progress is not None:
-                        on_progress(done, total)
+                    reporter.progress(stage, done, total)
                 scores[name] = Score(float(nats.sum()), stream.n_tokens, stream.n_bytes)
                 documents[name] = DocumentScores(nats, sizes.n_bytes, sizes.groups)
     finally:

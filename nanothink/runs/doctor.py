@@ -6,7 +6,6 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,20 +16,19 @@ from nanothink.data.hub import availability
 from nanothink.models.native import find_compiler
 from nanothink.models.precision import choose_device
 from nanothink.models.selective_scan import RULE, choose_scan
+from nanothink.reporter import SILENT, Reporter
 from nanothink.training.matmul_speed import MatmulSpeed
 from nanothink.training.matmul_types import choose_precision
 
 
-def examine(
-    device_name: str | None, checkpoint_dir: Path, progress: Callable[[str, int, int], None]
-) -> dict[str, str]:
+def examine(device_name: str | None, checkpoint_dir: Path, reporter: Reporter = SILENT) -> dict[str, str]:
     """Findings by topic, each one a sentence a person can act on."""
     device = choose_device(device_name)
-    progress("examining", 0, 3)
+    reporter.progress("examining", 0, 3)
     precision = choose_precision(TrainExpertConfig(), ModelConfig(), device)
-    progress("examining", 1, 3)
+    reporter.progress("examining", 1, 3)
     scan = choose_scan(device.type)
-    progress("examining", 2, 3)
+    reporter.progress("examining", 2, 3)
     tokenizer = DataConfig().tokenizer
     where_from = availability(tokenizer)
     folder = checkpoint_dir.absolute()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanothink.checkpoints import (
     CheckpointSummary,
     DamagedEntry,
-    Progress,
     list_checkpoints,
     parse_name,
     verify_checkpoint,
@@ -23,6 +22,7 @@ from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import Difference, Evaluation, evaluate_model
 from nanothink.models import COMBINED
 from nanothink.models.diffuser import Diffuser
+from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.held_out import Side, TextToScore, binding_rules
 from nanothink.runs.loading import LoadedModel, load
 from nanothink.training.matmul_types import AS_TRAINED
@@ -70,8 +70,7 @@ def evaluate_checkpoints(
     skip_bad_records: bool = False,
     vector_store: bool = True,
     allow_seen: bool = False,
-    note: Callable[[str], None],
-    progress: Progress,
+    reporter: Reporter = SILENT,
 ) -> list[CheckpointEvaluation]:
     """Score each checkpoint on the same documents.
 
@@ -87,28 +86,28 @@ def evaluate_checkpoints(
         UsageError: the checkpoints come from different data, and none was given.
         DataError: there is no text to score.
     """
-    loaded = [load(path, device=device, vector_store=vector_store, progress=progress) for path in paths]
+    loaded = [load(path, device=device, vector_store=vector_store, reporter=reporter) for path in paths]
     for model in loaded:
         for line in model.notes:
-            note(f"{model.path}: {line}")
+            reporter.note(f"{model.path}: {line}")
     retry = _retry(paths, data_dir, domains, vector_store)
-    corpus = find_corpus(*_where(loaded, data_dir, domains, note))
+    corpus = find_corpus(*_where(loaded, data_dir, domains, reporter))
     for warning in corpus.warnings:
-        note(str(warning))
+        reporter.note(str(warning))
     if len({model.tokenizer.fingerprint for model in loaded}) > 1:
-        note(
+        reporter.note(
             "These checkpoints have different tokenizers: compare their bits per byte. Loss and perplexity "
             "are by token, and do not compare."
         )
     own = {Path(model.config.data.data_dir).resolve() for model in loaded}
     if split == "val" and corpus.root.resolve() not in own:
-        note(
+        reporter.note(
             f"Of {corpus.root} the part that training would hold out is scored; --split all scores all of it."
         )
     rules = set(binding_rules(model.split for model in loaded))
     if len(rules) > 1 and split in ("val", "test"):
         fractions = sorted({getattr(rule, f"{split}_split") for rule in rules})
-        note(
+        reporter.note(
             f"These checkpoints held out different fractions of their data (data.{split}_split "
             f"{', '.join(map(str, fractions))}). They are scored on what all of them held out."
         )
@@ -120,16 +119,16 @@ def evaluate_checkpoints(
         allow_seen=allow_seen,
         skip_bad_records=skip_bad_records,
         retry=retry,
-        note=note,
-        progress=lambda done, total: progress("tokenising", done, total),
+        reporter=reporter,
     )
     results = []
     for number, model in enumerate(loaded):
         scored = text.in_tokens_of(model.tokenizer)
         length = model.config.model.max_seq_len
         if model.precision.reason != AS_TRAINED:
-            note(f"{model.path.name}: computing in {model.precision.name}: {model.precision.reason}.")
-        label = f"evaluating {model.path.name}"
+            reporter.note(
+                f"{model.path.name}: computing in {model.precision.name}: {model.precision.reason}."
+            )
         evaluation = evaluate_model(
             model.model,
             scored.streams,
@@ -137,7 +136,8 @@ def evaluate_checkpoints(
             batch_size=max(1, _BATCH_TOKENS // length),
             precision=model.precision,
             max_tokens=max_tokens,
-            on_progress=lambda done, total, label=label: progress(label, done, total),  # type: ignore[misc]
+            reporter=reporter,
+            stage=f"evaluating {model.path.name}",
         )
         if isinstance(model.model, Diffuser) and model.config.diffuser.target != "hidden_state":
             errors = denoising_errors(
@@ -145,7 +145,7 @@ def evaluate_checkpoints(
                 scored.streams,
                 length=length,
                 precision=model.precision,
-                on_progress=lambda done, total: progress("errors by noise level", done, total),
+                reporter=reporter,
             )
             evaluation = replace(evaluation, denoising=errors)
         n_seen = scored.n_seen[number]
@@ -160,7 +160,7 @@ def _where(
     loaded: Sequence[LoadedModel],
     data_dir: str | None,
     domains: Sequence[str] | None,
-    note: Callable[[str], None],
+    reporter: Reporter,
 ) -> tuple[str, Sequence[str] | None]:
     """Folder and domains of the text: those that were named, else those of the training."""
     if data_dir is not None:
@@ -178,7 +178,7 @@ def _where(
         own = sorted({domain for model in loaded for domain in model.split.domains})
         domains = [domain for domain in own if (folder / domain).is_dir()] or own or None
         if gone := sorted(set(own) - set(domains or own)):
-            note(f"Not scored, because {folder} has no such domains any more: {', '.join(gone)}.")
+            reporter.note(f"Not scored, because {folder} has no such domains any more: {', '.join(gone)}.")
     return str(folder), domains
 
 
@@ -193,15 +193,13 @@ def _retry(
     return shlex.join(words)
 
 
-def finished_checkpoints(
-    checkpoint_dir: Path, note: Callable[[str], None], progress: Progress | None = None
-) -> list[Path]:
-    """The best checkpoint of every model in a folder; ``note`` hears of damaged ones, which are left out.
+def finished_checkpoints(checkpoint_dir: Path, reporter: Reporter = SILENT) -> list[Path]:
+    """The best checkpoint of every model in a folder, without damaged ones, which are noted.
 
     Raises:
         CheckpointNotFoundError: there is none.
     """
-    found = list(_sound(_best_of_each(checkpoint_dir), note, progress))
+    found = list(_sound(_best_of_each(checkpoint_dir), reporter))
     if not found:
         raise _nothing_trained(checkpoint_dir)
     return found
@@ -209,12 +207,11 @@ def finished_checkpoints(
 
 def newest_finished(
     checkpoint_dir: Path,
-    note: Callable[[str], None],
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
     *,
     kind: str | None = None,
 ) -> Path:
-    """Of the best checkpoints in a folder the one written last; ``note`` hears of damaged newer ones.
+    """Of the best checkpoints in a folder the one written last; damaged newer ones are noted.
 
     Args:
         kind: of which it must be, where not any will do.
@@ -224,7 +221,7 @@ def newest_finished(
     """
     newest_first = sorted(_best_of_each(checkpoint_dir), key=lambda entry: entry.modified, reverse=True)
     wanted = [e for e in newest_first if isinstance(e, DamagedEntry) or kind in (None, e.kind)]
-    for path in _sound(wanted, note, progress):
+    for path in _sound(wanted, reporter):
         return path
     raise _nothing_trained(checkpoint_dir, kind)
 
@@ -236,14 +233,13 @@ def _best_of_each(checkpoint_dir: Path) -> list[CheckpointSummary | DamagedEntry
 
 def _sound(
     entries: Sequence[CheckpointSummary | DamagedEntry],
-    note: Callable[[str], None],
-    progress: Progress | None,
+    reporter: Reporter,
 ) -> Iterator[Path]:
     for entry in entries:
         try:
-            verify_checkpoint(entry.path, progress=progress)
+            verify_checkpoint(entry.path, reporter=reporter)
         except CheckpointError as error:
-            note(f"Passing over {error}")
+            reporter.note(f"Passing over {error}")
         else:
             yield entry.path
 

@@ -11,9 +11,9 @@ from nanothink import __version__
 from nanothink.config import TrainMLAConfig
 from nanothink.models import EXPERT_KINDS
 from nanothink.models.nanothink import NanoThink
+from nanothink.reporter import Reporter
 from nanothink.runs.frozen import weights_digest
 from nanothink.runs.preparing import RunSetup
-from nanothink.runs.resuming import Watch
 from nanothink.training.expert_states import ExpertStates, Shape, open_states, states_bytes
 
 
@@ -41,8 +41,8 @@ def _shape(setup: RunSetup) -> Shape | None:
     return setup.batches.n_blocks, len(setup.inside), model.max_seq_len, model.d_model
 
 
-def keep_states(setup: RunSetup, model: NanoThink, watch: Watch) -> ExpertStates | None:
-    """Where the states of ``model``'s experts are kept; ``watch`` hears of it, or why there is no place.
+def keep_states(setup: RunSetup, model: NanoThink, reporter: Reporter) -> ExpertStates | None:
+    """Where the states of ``model``'s experts are kept.
 
     A run of one epoch reads what others have left, but leaves nothing: it would not come back to it.
     """
@@ -76,5 +76,5 @@ def keep_states(setup: RunSetup, model: NanoThink, watch: Watch) -> ExpertStates
         budget_bytes=int(setup.training.states_disk_gb * 1e9),
         begin=setup.plan.epochs > 1,
         number=setup.batches.number,
-        note=watch.note,
+        reporter=reporter,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 from nanothink.checkpoints import (
     CheckpointPayload,
     ModelPayload,
-    Progress,
     parse_name,
     read_checkpoint,
     restore_model,
@@ -32,6 +31,7 @@ from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription
 from nanothink.models.contract import LanguageModel
 from nanothink.models.selective_scan import choose_scan
 from nanothink.models.store_gate import VECTOR_STORE
+from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.frozen import weights_digest
 from nanothink.runs.rebuilding import rebuild
 
@@ -67,18 +67,18 @@ class FrozenExpert:
         """As it runs on ``device``."""
         return ExpertDescription(self.name, self.kind, scan_that_runs(self.config, device))
 
-    def build(self, device: torch.device, on_difference: Callable[[str], None]) -> LanguageModel:
-        """The model, on the CPU, to run on ``device``; hears of weights that did not fit."""
+    def build(self, device: torch.device, reporter: Reporter = SILENT) -> LanguageModel:
+        """The model, on the CPU, to run on ``device``; a note for weights that did not fit."""
         config, vocab_size = self.describe(device).config, self.tokenizer.vocab_size
         model = rebuild(self.kind, config, vocab_size, payload=self.payload, path=self.path)
         report = restore_model(model, self.payload, expect_kind=self.kind, path=self.path)
         for line in report.lines():
-            on_difference(f"{self.path}: {line}")
+            reporter.note(f"{self.path}: {line}")
         return model
 
 
 def find_experts(
-    paths: Sequence[Path] | None, checkpoint_dir: Path, progress: Progress | None = None
+    paths: Sequence[Path] | None, checkpoint_dir: Path, reporter: Reporter = SILENT
 ) -> tuple[FrozenExpert, ...]:
     """Open the experts that were named, or the three in the checkpoint folder.
 
@@ -101,7 +101,7 @@ def find_experts(
         )
     experts: list[FrozenExpert] = []
     for path in chosen:
-        payload = read_checkpoint(path, mmap=True, progress=progress)
+        payload = read_checkpoint(path, mmap=True, reporter=reporter)
         if payload["kind"] not in EXPERT_KINDS:
             raise CheckpointMismatchError(
                 f"{path} holds a {payload['kind']}, which is no expert. NanoThink combines experts of these "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import nanothink
-from nanothink.checkpoints import Progress, check_place, model_state, read_checkpoint, write_export
+from nanothink.checkpoints import check_place, model_state, read_checkpoint, write_export
 from nanothink.checkpoints.export import CONFIG, EXPORT_VERSION, FILES, OWN_SECTION
 from nanothink.checkpoints.payload import CheckpointPayload
 from nanothink.config import Config, TransformerConfig
@@ -24,6 +24,7 @@ from nanothink.models.contract import LanguageModel
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.state_space import StateSpace, to_mamba_config
 from nanothink.models.transformer import Transformer, to_qwen3_config
+from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.loading import LoadedModel, opened
 
 
@@ -46,13 +47,12 @@ class Export:
 
 
 def export_checkpoint(
-    checkpoint: Path, folder: Path, *, overwrite: bool = False, progress: Progress | None = None
+    checkpoint: Path, folder: Path, *, overwrite: bool = False, reporter: Reporter = SILENT
 ) -> Export:
     """Write the model of a checkpoint to ``folder``, in float32, whole or not at all.
 
     Args:
         overwrite: replace an earlier export.
-        progress: hears of (what is being done, bytes done, bytes in all); all is 0 where nobody knows.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or something else.
@@ -61,7 +61,7 @@ def export_checkpoint(
     """
     check_place(folder, overwrite=overwrite)  # before a large file is read
     try_to_write(folder.parent)
-    payload = read_checkpoint(checkpoint, mmap=True, progress=progress)
+    payload = read_checkpoint(checkpoint, mmap=True, reporter=reporter)
     loaded = opened(checkpoint, payload, device="cpu", vector_store=False)
     model = loaded.model
     notes = list(loaded.notes)
@@ -104,8 +104,7 @@ def export_checkpoint(
         save_tokenizer(loaded.tokenizer, into, context=model.context_length)
         (into / "README.md").write_text(_card(loaded, payload, architecture, folder.resolve().name), "utf-8")
 
-    if progress is not None:
-        progress(f"writing {folder.name}", 0, 0)
+    reporter.progress(f"writing {folder.name}", 0, 0)
     split = loaded.split
     documents = {**split.trained.to_state(), **split.held_out.to_state()}
     write_export(folder, model_state(model), documents, fill, overwrite=overwrite)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanothink.checkpoints import CheckpointPayload, Progress, read_checkpoint, restore_model
+from nanothink.checkpoints import CheckpointPayload, read_checkpoint, restore_model
 from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.errors import CheckpointError, CheckpointMismatchError, CheckpointNotFoundError
 from nanothink.models.transformer import Transformer
+from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.rebuilding import rebuild
 
 DEFAULT_NAME = "transformer_expert.pt"
@@ -34,20 +35,18 @@ class FrozenTransformer:
     digest: str
     """Of its weights: a diffuser whose targets it computes goes on with just these."""
 
-    def build(self, on_difference: Callable[[str], None]) -> Transformer:
-        """The model, in evaluation mode, without gradients, on the CPU; hears of weights that did not fit."""
+    def build(self, reporter: Reporter = SILENT) -> Transformer:
+        """Build the model in evaluation mode, without gradients, on the CPU; note weights that do not fit."""
         vocab_size = self.tokenizer.vocab_size
         model = rebuild("transformer", self.config, vocab_size, payload=self.payload, path=self.path)
         assert isinstance(model, Transformer)
         report = restore_model(model, self.payload, expect_kind="transformer", path=self.path)
         for line in report.lines():
-            on_difference(f"{self.path}: {line}")
+            reporter.note(f"{self.path}: {line}")
         return model.eval().requires_grad_(False)
 
 
-def find_transformer(
-    config: Config, checkpoint_dir: Path, progress: Progress | None = None
-) -> FrozenTransformer:
+def find_transformer(config: Config, checkpoint_dir: Path, reporter: Reporter = SILENT) -> FrozenTransformer:
     """Open the transformer that the settings name, or the one in the checkpoint folder.
 
     Args:
@@ -65,7 +64,7 @@ def find_transformer(
             f"nanothink pretrain transformer --set model.d_model={config.model.d_model} --checkpoint-dir "
             f"{checkpoint_dir}. Or name one: --transformer PATH."
         )
-    payload = read_checkpoint(path, mmap=True, progress=progress)
+    payload = read_checkpoint(path, mmap=True, reporter=reporter)
     if payload["kind"] != "transformer":
         raise CheckpointMismatchError(
             f"{path} holds a {payload['kind']}, and a diffuser learns from a transformer. Name one: "

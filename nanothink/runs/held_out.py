@@ -8,7 +8,7 @@ on out of its own validation. Whatever is scored is compared with those hashes, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Literal
@@ -24,6 +24,7 @@ from nanothink.data.split import NOTHING, HeldOutText, SplitRule, TrainedText
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.data.tokens import TokenisedCorpus, TokenStream, tokenise
 from nanothink.errors import DataError, SeenTextError, UsageError, counted
+from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.loading import LoadedModel
 
 _NAMED_DOCUMENTS = 3
@@ -88,8 +89,7 @@ class InheritedSplit:
         tokenizer: Tokenizer,
         *,
         skip_bad_records: bool,
-        note: Callable[[str], None],
-        progress: Callable[[int, int], None],
+        reporter: Reporter = SILENT,
     ) -> TokenisedCorpus:
         """The corpus, with what was trained on, or is in the vector store, on the training side.
 
@@ -104,8 +104,7 @@ class InheritedSplit:
             trained=self.trained | self.store,
             held_out=self.held_out,
             skip_bad_records=skip_bad_records,
-            on_progress=progress,
-            note=note,
+            reporter=reporter,
         )
         if not any(stream.n_tokens for stream in tokens.val.values()):
             raise SeenTextError(
@@ -120,14 +119,14 @@ class InheritedSplit:
             )
         if n := tokens.kept_in_training:
             stay = "stays in training: it was" if n == 1 else "stay in training: they were"
-            note(
+            reporter.note(
                 f"{counted(n, 'document')} that {spelled(self.rule)} would hold out {stay} trained on before "
                 f"({', '.join(self._named())})."
             )
         for domain, stream in tokens.val.items():
             if not stream.n_tokens:
                 why = self._trained_on({domain: tokens.train[domain]})
-                note(f"Domain '{domain}' is not validated on: {why}.")
+                reporter.note(f"Domain '{domain}' is not validated on: {why}.")
         return tokens
 
     def _named(self) -> dict[str, TrainedText]:
@@ -173,13 +172,12 @@ class TextToScore:
         allow_seen: bool = False,
         skip_bad_records: bool = False,
         retry: str = "nanothink eval",
-        note: Callable[[str], None],
-        progress: Callable[[int, int], None] | None = None,
+        reporter: Reporter = SILENT,
     ) -> None:
         self._corpus, self._models, self._side, self._allow_seen = corpus, models, side, allow_seen
         self._max_tokens = max_tokens
         self._skip_bad_records = skip_bad_records or any(m.config.data.skip_bad_records for m in models)
-        self._retry, self._note, self._progress = retry, note, progress
+        self._retry, self._reporter = retry, reporter
         self._found: dict[str, ScoredText] = {}
 
     def in_tokens_of(self, tokenizer: Tokenizer) -> ScoredText:
@@ -224,7 +222,7 @@ class TextToScore:
                     "--data-dir DIR. Or score it all the same, and have it marked: --allow-seen"
                 )
             if not self._found:
-                self._note(
+                self._reporter.note(
                     f"Left out: {counted(tokens.kept_in_training, 'document')} of {root} that "
                     f"{spelled(rule)} would hold out, but that a model was trained on."
                 )
@@ -242,8 +240,7 @@ class TextToScore:
             trained=trained,
             held_out=_all_held_out(model.split for model in self._models),
             skip_bad_records=self._skip_bad_records,
-            on_progress=self._progress,
-            note=self._note,
+            reporter=self._reporter,
         )
 
     def _everything(self) -> TrainedText:
@@ -251,7 +248,11 @@ class TextToScore:
 
     def _refusal(self, streams: Mapping[str, TokenStream], tokenizer: Tokenizer) -> SeenTextError:
         honest = held_out(
-            self._corpus, self._models, tokenizer, skip_bad_records=self._skip_bad_records, note=self._note
+            self._corpus,
+            self._models,
+            tokenizer,
+            skip_bad_records=self._skip_bad_records,
+            reporter=self._reporter,
         )
         ways = []
         if any(stream.n_tokens for stream in honest.val.values()):
@@ -288,8 +289,7 @@ def held_out(
     tokenizer: Tokenizer,
     *,
     skip_bad_records: bool = False,
-    note: Callable[[str], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    reporter: Reporter = SILENT,
 ) -> TokenisedCorpus:
     """A corpus whose validation and test sides are text that none of the models was trained on.
 
@@ -302,8 +302,7 @@ def held_out(
         trained=reduce(TrainedText.__or__, (model.trained_text for model in models)),
         held_out=_all_held_out(model.split for model in models),
         skip_bad_records=skip_bad_records,
-        on_progress=progress,
-        note=note,
+        reporter=reporter,
     )
 
 

@@ -11,7 +11,6 @@ from nanothink.checkpoints import (
     FORMAT_VERSION,
     CheckpointStore,
     ModelPayload,
-    Progress,
     model_state,
     pack_rng,
     read_export,
@@ -25,6 +24,7 @@ from nanothink.checkpoints.store import REPLACED_FOLDER
 from nanothink.config.run import resolve_config
 from nanothink.errors import CheckpointDamagedError, ConfigError, UsageError
 from nanothink.models.contract import LanguageModel
+from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.rebuilding import rebuild
 
 
@@ -53,7 +53,7 @@ def import_model(
     context: int | None = None,
     checkpoint_dir: Path,
     overwrite: bool = False,
-    progress: Progress,
+    reporter: Reporter = SILENT,
 ) -> ImportedModel:
     """Make ``checkpoint_dir/NAME_expert.pt`` of a published model, in float32.
 
@@ -77,7 +77,7 @@ def import_model(
             f"{old[0]} is there already. Give this model another name: --name NAME. Or put it in that one's "
             f"place: --overwrite (what is there is moved to {checkpoint_dir / REPLACED_FOLDER})"
         )
-    progress("reading", 0, 0)
+    reporter.progress("reading", 0, 0)
     found = read_published(folder)
     model, config = _ours(found, folder, context)
     n_rows = _n_rows(found)
@@ -91,7 +91,7 @@ def import_model(
     }
     own = OWN_SECTION in found.settings.to_dict()  # an export of ours says what its model was trained on
     split = read_export(folder)["split"] if own else UNKNOWN_TEXT.to_state()
-    progress("writing", 0, 0)
+    reporter.progress("writing", 0, 0)
     with store.lock():
         store.guard_new_run(overwrite=overwrite)
         store.write(

@@ -13,7 +13,6 @@ import torch
 
 from nanothink.checkpoints import (
     ModelPayload,
-    Progress,
     SplitRecord,
     is_export,
     read_checkpoint,
@@ -32,6 +31,7 @@ from nanothink.models.contract import LanguageModel, State
 from nanothink.models.diffuser import Ddim, Diffuser
 from nanothink.models.nanothink import JointState, NanoThink
 from nanothink.models.precision import Precision, choose_device
+from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.experts import described, scan_that_runs
 from nanothink.runs.rebuilding import rebuild
 
@@ -293,13 +293,12 @@ def load(
     *,
     device: str | None = None,
     vector_store: bool = True,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> LoadedModel:
     """Open a checkpoint, or a folder that ``checkpoints export`` wrote, for use.
 
     Args:
         memory: open the vector store beside it too, where it was trained with one.
-        progress: hears of (what is being done, bytes done, bytes in all) while the file is verified.
 
     Raises:
         CheckpointError: it is missing, damaged, or holds something else; an export's weights are not those of
@@ -309,9 +308,9 @@ def load(
     path = Path(path)
     exported = is_export(path)
     payload: ModelPayload
-    payload = read_export(path) if exported else read_checkpoint(path, mmap=True, progress=progress)
+    payload = read_export(path) if exported else read_checkpoint(path, mmap=True, reporter=reporter)
     return opened(
-        path, payload, device=device, vector_store=vector_store, complete=exported, progress=progress
+        path, payload, device=device, vector_store=vector_store, complete=exported, reporter=reporter
     )
 
 
@@ -322,9 +321,9 @@ def opened(
     device: str | None = None,
     vector_store: bool = True,
     complete: bool = False,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> LoadedModel:
-    """The model of a payload that was read from ``path``; ``progress`` as for ``load``.
+    """The model of a payload that was read from ``path``.
 
     Args:
         complete: refuse missing and surplus weights, which are otherwise reported in ``notes``. Other
@@ -345,7 +344,7 @@ def opened(
     if vector_store and isinstance(model, NanoThink) and model.store_gate is not None:
         from nanothink.runs.vector_store import attach
 
-        attach(model, path, payload["run"], config, tokenizer, progress)
+        attach(model, path, payload["run"], config, tokenizer, reporter)
     return LoadedModel(
         path,
         model,

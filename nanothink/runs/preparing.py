@@ -30,6 +30,7 @@ from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision, choose_device
 from nanothink.models.selective_scan import choose_scan
 from nanothink.models.store_gate import choose_key_expert
+from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.experts import (
     FrozenExpert,
     check_same_experts,
@@ -41,7 +42,7 @@ from nanothink.runs.experts import (
 from nanothink.runs.frozen import FrozenTransformer, check_same_transformer, find_transformer
 from nanothink.runs.held_out import InheritedSplit, spelled
 from nanothink.runs.rebuilding import rebuild
-from nanothink.runs.resuming import ResumePoint, RunSpec, Watch, find_start
+from nanothink.runs.resuming import ResumePoint, RunSpec, find_start
 from nanothink.training.events import RunFinished
 from nanothink.training.matmul_types import choose_precision
 from nanothink.training.recording import ENDING
@@ -106,24 +107,24 @@ def largest_share(setup: RunSetup, n_processes: int) -> int:
 
 
 def prepare(
-    spec: RunSpec, configure: Configure, watch: Watch, types: Mapping[str, str] | None = None
+    spec: RunSpec, configure: Configure, reporter: Reporter = SILENT, types: Mapping[str, str] | None = None
 ) -> RunSetup:
     """Find the checkpoint to go on from, settle the settings, read and tokenise the data.
 
     Args:
         types: settings of the types to compute in that another process of the run has chosen.
     """
-    resume_point = find_start(spec, watch)
+    resume_point = find_start(spec, reporter)
     payload = resume_point.payload if resume_point is not None else None
     resolved = configure(payload["config"] if payload is not None else None)
     if payload is not None:
         for line in _changes(payload["config"], resolved.config):
-            watch.note(line)
+            reporter.note(line)
     config = resolved.config
     training = config.training_of(spec.kind).model_copy(update=dict(types or {}))
     device = choose_device(spec.device)
-    frozen = frozen_transformer(spec, config, resume_point, watch)
-    experts = experts_to_combine(spec, resolved, resume_point, watch)
+    frozen = frozen_transformer(spec, config, resume_point, reporter)
+    experts = experts_to_combine(spec, resolved, resume_point, reporter)
     if experts:
         config = config_for_experts(experts, resolved)
     if resume_point is not None and not Path(config.data.data_dir).is_dir():
@@ -133,16 +134,16 @@ def prepare(
         )
     corpus = find_corpus(config.data.data_dir, config.data.domains)
     for warning in corpus.warnings:
-        watch.note(str(warning))
+        reporter.note(str(warning))
     precision = choose_precision(training, config.model, device)
-    watch.note(f"Computing in {precision.name} on {precision.device}: {precision.reason}.")
+    reporter.note(f"Computing in {precision.name} on {precision.device}: {precision.reason}.")
     split = _inherited_split(resume_point, frozen, experts, resolved)
     fractions = {"val_split": split.rule.val_split, "test_split": split.rule.test_split}
     if split.rule != SplitRule.of(config.data):
-        watch.note(f"Holding out what {' and '.join(split.trained_by)} held out: {spelled(split.rule)}.")
+        reporter.note(f"Holding out what {' and '.join(split.trained_by)} held out: {spelled(split.rule)}.")
     config = config.model_copy(update={"data": config.data.model_copy(update=fractions)})
     lender = frozen or (experts[0] if experts else None)
-    config = _settled(config, precision, spec.kind, lender, watch)
+    config = _settled(config, precision, spec.kind, lender, reporter)
     if resume_point is not None:
         tokenizer = _tokenizer_of(resume_point, resolved, corpus)
     elif lender is not None:
@@ -150,15 +151,14 @@ def prepare(
         named = [f"{e.name} ({e.path})" for e in experts]
         together = " and ".join(part for part in (", ".join(named[:-1]), *named[-1:]) if part)
         what = f"Combining {together}" if experts else f"Learning from {lender.path}"
-        watch.note(f"{what}, with the tokenizer '{tokenizer.name}' of its training.")
+        reporter.note(f"{what}, with the tokenizer '{tokenizer.name}' of its training.")
     else:
         tokenizer = resolve_tokenizer(
             config.data.tokenizer,
             corpus,
             split=SplitRule.of(config.data),
             skip_bad_records=config.data.skip_bad_records,
-            note=watch.note,
-            on_progress=watch.progress,
+            reporter=reporter,
         )
     if spec.kind == COMBINED and config.vector_store.enabled:
         split = replace(split, store=_text_in_store(spec, config, resume_point, experts))
@@ -166,11 +166,10 @@ def prepare(
         corpus,
         tokenizer,
         skip_bad_records=config.data.skip_bad_records,
-        note=watch.note,
-        progress=lambda done, total: watch.progress("tokenising", done, total),
+        reporter=reporter,
     )
     if payload is not None and payload["data_fingerprint"] != tokens.fingerprint:
-        watch.note(
+        reporter.note(
             "The training data is not what this run began with. It goes on with the new data, but will not "
             "equal a run that had either all along."
         )
@@ -186,13 +185,13 @@ def prepare(
     )
     if finds_best_anew:
         state.best_loss, state.evals_without_improvement = None, 0
-        watch.note(
+        reporter.note(
             "The best loss so far was measured on other validation text, or in blocks of another length, so "
             "it counts no more: the next evaluation writes the best checkpoint anew."
         )
     for prompt in training.sample_prompts or ():
         if loss := tokenizer.loss(prompt):
-            watch.note(f"The tokenizer loses a part of a sample prompt: {loss}.")
+            reporter.note(f"The tokenizer loses a part of a sample prompt: {loss}.")
     return RunSetup(
         spec=spec,
         config=config,
@@ -245,7 +244,7 @@ def _text_in_store(
 
 
 def experts_to_combine(
-    spec: RunSpec, resolved: ResolvedConfig, resume_point: ResumePoint | None, watch: Watch
+    spec: RunSpec, resolved: ResolvedConfig, resume_point: ResumePoint | None, reporter: Reporter
 ) -> tuple[FrozenExpert, ...]:
     """The experts that a new NanoThink starts from; none for another kind, or where a run goes on.
 
@@ -256,16 +255,16 @@ def experts_to_combine(
         return ()
     if resume_point is not None:
         if spec.experts:
-            named = find_experts(spec.experts, spec.checkpoint_dir, watch.progress)
+            named = find_experts(spec.experts, spec.checkpoint_dir, reporter)
             check_same_experts(named, resume_point.payload["run"], resume_point.path)
         return ()
-    experts = find_experts(spec.experts, spec.checkpoint_dir, watch.progress)
+    experts = find_experts(spec.experts, spec.checkpoint_dir, reporter)
     config_for_experts(experts, resolved)
     return experts
 
 
 def frozen_transformer(
-    spec: RunSpec, config: Config, resume_point: ResumePoint | None, watch: Watch
+    spec: RunSpec, config: Config, resume_point: ResumePoint | None, reporter: Reporter
 ) -> FrozenTransformer | None:
     """The transformer that this run learns from; None for one that needs none (any more).
 
@@ -278,7 +277,7 @@ def frozen_transformer(
         return None
     if resume_point is not None and config.diffuser.target != "hidden_state":
         return None
-    frozen = find_transformer(config, spec.checkpoint_dir, watch.progress)
+    frozen = find_transformer(config, spec.checkpoint_dir, reporter)
     if resume_point is not None:
         check_same_transformer(frozen, resume_point.payload["run"], resume_point.path)
     return frozen
@@ -346,7 +345,7 @@ def _tokenizer_of(resume_point: ResumePoint, resolved: ResolvedConfig, corpus: C
     own = Tokenizer.from_state(resume_point.payload["tokenizer"])
     if resolved.config.data.tokenizer != resume_point.payload["config"].get("data", {}).get("tokenizer"):
         data = resolved.config.data
-        asked = resolve_tokenizer(data.tokenizer, corpus, split=SplitRule.of(data), note=lambda _: None)
+        asked = resolve_tokenizer(data.tokenizer, corpus, split=SplitRule.of(data))
         if asked.fingerprint != own.fingerprint:
             raise CheckpointMismatchError(
                 f"{resume_point.path} was trained with the tokenizer '{own.name}' ({own.vocab_size} tokens), "
@@ -363,7 +362,7 @@ def _tokenizer_lent(
     data = resolved.config.data
     asked_for = resolved.sources["data.tokenizer"] != "default"
     if asked_for and data.tokenizer != lender.tokenizer_setting:
-        asked = resolve_tokenizer(data.tokenizer, corpus, split=SplitRule.of(data), note=lambda _: None)
+        asked = resolve_tokenizer(data.tokenizer, corpus, split=SplitRule.of(data))
         if asked.fingerprint != lender.tokenizer.fingerprint:
             kind = lender.payload["kind"]
             raise CheckpointMismatchError(
@@ -380,7 +379,7 @@ def _settled(
     precision: Precision,
     kind: str,
     lender: FrozenTransformer | FrozenExpert | None,
-    watch: Watch,
+    reporter: Reporter,
 ) -> Config:
     """The config as it is saved: what was measured, relative or left to this machine is now fixed."""
     train = config.training_of(kind)
@@ -388,7 +387,7 @@ def _settled(
     settled: dict[str, Any] = {train.section: train.model_copy(update=precision.settled)}
     if kind == "state_space":
         scan = choose_scan(precision.device.type, config.state_space.scan)
-        watch.note(f"Selective scan: {scan.name} ({scan.reason}).")
+        reporter.note(f"Selective scan: {scan.name} ({scan.reason}).")
         settled["state_space"] = config.state_space.model_copy(update={"scan": scan.name})
     if lender is not None:
         data = data.model_copy(update={"tokenizer": lender.tokenizer_setting})

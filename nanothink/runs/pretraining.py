@@ -42,6 +42,7 @@ from nanothink.models.diffuser import Diffuser
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import choose_device
 from nanothink.models.store_gate import Neighbours
+from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.expert_state_cache import keep_states
 from nanothink.runs.experts import as_entries
 from nanothink.runs.preparing import (
@@ -54,15 +55,14 @@ from nanothink.runs.preparing import (
     largest_share,
     prepare,
 )
-from nanothink.runs.resuming import RunSpec, Watch
+from nanothink.runs.resuming import RunSpec
 from nanothink.training.distributed import ALONE, Processes, join
-from nanothink.training.events import EvaluationProgress, Event, Note, Observer, RunFinished, RunStarted
+from nanothink.training.events import RunFinished, RunStarted
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Callbacks, Run, train
 from nanothink.training.objectives import Denoising, Objective, Routed, next_token
 from nanothink.training.optimizer import GroupedOptimizer, effective_warmup, learning_rate_fraction
 from nanothink.training.recording import RunRecorder
-from nanothink.training.routing import RoutingWatch
 from nanothink.training.state import TrainState
 from nanothink.training.trackers import require_tracker
 
@@ -78,24 +78,24 @@ _SAMPLED_DOMAINS = 3
 _OPENING_TOKENS = 6  # of a held-out text, as a prompt: a few words
 
 
-def pretrain(spec: RunSpec, configure: Configure, *, observe: Observer, watch: Watch) -> RunFinished:
+def pretrain(spec: RunSpec, configure: Configure, reporter: Reporter = SILENT) -> RunFinished:
     """Train what ``where`` names, or go on with it.
 
     Raises:
         NanoThinkError: anything a person can mend, said so; see nanothink.errors.
     """
     with ExitStack() as stack:
-        processes = stack.enter_context(join(spec.device, watch.note))
+        processes = stack.enter_context(join(spec.device, reporter))
         spec = replace(spec, device=processes.device)
         store = spec.store
         if not processes.is_rank0:
-            observe, watch = _unheard, Watch(note=_unheard, progress=lambda *_: None)
+            reporter = SILENT
 
         def first() -> tuple[tuple[RunSetup, RunFinished | None], str]:
-            stack.enter_context(store.lock(watch.note))
+            stack.enter_context(store.lock(reporter))
             if spec.resume is None:
-                _check_new_run(spec, configure, store, watch)
-            setup = prepare(spec, configure, watch)
+                _check_new_run(spec, configure, store, reporter)
+            setup = prepare(spec, configure, reporter)
             largest_share(setup, processes.size)
             ending = earlier_ending(setup)
             resume_point = setup.resume_point.path if setup.resume_point is not None else None
@@ -111,43 +111,34 @@ def pretrain(spec: RunSpec, configure: Configure, *, observe: Observer, watch: W
             said = json.loads(word)
             ending = RunFinished(**said["ending"]) if said["ending"] else None
             where_it_began = replace(spec, resume=said["origin"])
-            return prepare(where_it_began, configure, watch, said["types"]), ending
+            return prepare(where_it_began, configure, reporter, said["types"]), ending
 
         setup, ending = processes.rank0_first(first, others)
         processes.assert_same_on_all_ranks("settings, data or versions", _identity(setup))
         if ending is not None:
-            watch.note("This run is complete. To train on, raise --max-epochs or --max-steps.")
+            reporter.note("This run is complete. To train on, raise --max-epochs or --max-steps.")
             return ending
-        run = build_run(setup, watch, processes, stack)
+        run = build_run(setup, reporter, processes, stack)
         processes.assert_same_on_all_ranks("their first weights", weights_checksum(run.model))
         # Only from here on is there a state to save; a signal during the preparation just ends it.
-        say = watch.note if processes.is_rank0 else None
-        stop = stack.enter_context(StopRequest(say, forwarded=processes.size > 1))
+        stop = stack.enter_context(StopRequest(reporter, forwarded=processes.size > 1))
         if setup.resume_point is None and processes.is_rank0:
             # Before the first step, so that a disk without room says so now, and so that what --overwrite
             # replaces is set aside all at once: the files here, the records just below.
             store.write(store.interrupted, checkpoint_payload(setup, run))
         leaves_best = setup.finds_best_anew or _knows_no_better(setup, store)
         if leaves_best and processes.is_rank0 and (kept := store.keep_best()):
-            watch.note(f"The best checkpoint so far is kept as {kept}.")
-        tell = observe
+            reporter.note(f"The best checkpoint so far is kept as {kept}.")
         if processes.is_rank0:
             folder = spec.checkpoint_dir / "runs" / spec.stem
             described, tracker = _description(setup, run), setup.training.tracker
-            recorder = RunRecorder(folder, described, run.state, watch.note, tracker)
+            recorder = RunRecorder(folder, described, run.state, reporter, tracker)
             stack.callback(recorder.close)
             recorder.forget_ending()
-
-            def tell(event: Event) -> None:
-                recorder(event)
-                observe(event)
-                watch_routing(event)
-
-            watch_routing = RoutingWatch(tell)
-
+            reporter = recorder
         for line in _remarks(setup):
-            tell(Note(line))
-        tell(
+            reporter.note(line)
+        reporter.event(
             RunStarted(
                 name=spec.stem,
                 step=run.state.step,
@@ -158,7 +149,7 @@ def pretrain(spec: RunSpec, configure: Configure, *, observe: Observer, watch: W
                 blocks_per_step=run.plan.blocks_per_step,
             )
         )
-        finished = train(run, _callbacks(setup, run, store, tell, stop))
+        finished = train(run, _callbacks(setup, run, store, reporter, stop))
         if processes.is_rank0:
             ending_is_kept = recorder.keep_ending(
                 {
@@ -174,14 +165,14 @@ def pretrain(spec: RunSpec, configure: Configure, *, observe: Observer, watch: W
         return finished
 
 
-def _check_new_run(spec: RunSpec, configure: Configure, store: CheckpointStore, watch: Watch) -> None:
+def _check_new_run(spec: RunSpec, configure: Configure, store: CheckpointStore, reporter: Reporter) -> None:
     """A mistake in settings or data is said first: mending it must not need --overwrite."""
     resolved = configure(None)
     config = resolved.config
     choose_device(spec.device)
     require_tracker(config.training_of(spec.kind).tracker)
-    frozen_transformer(spec, config, None, watch)
-    experts_to_combine(spec, resolved, None, watch)
+    frozen_transformer(spec, config, None, reporter)
+    experts_to_combine(spec, resolved, None, reporter)
     find_corpus(config.data.data_dir, config.data.domains)
     store.guard_new_run(overwrite=spec.overwrite)
 
@@ -198,10 +189,6 @@ def _knows_no_better(setup: RunSetup, store: CheckpointStore) -> bool:
         best, known = read_summary(store.best).best_loss, setup.state.best_loss
         return best is not None and (known is None or best < known)
     return False
-
-
-def _unheard(_: object) -> None:
-    """What all but the first of several processes say."""
 
 
 def _identity(setup: RunSetup) -> str:
@@ -233,7 +220,7 @@ def weights_checksum(model: LanguageModel) -> str:
 
 
 def build_run(
-    setup: RunSetup, watch: Watch, processes: Processes = ALONE, stack: ExitStack | None = None
+    setup: RunSetup, reporter: Reporter = SILENT, processes: Processes = ALONE, stack: ExitStack | None = None
 ) -> Run:
     """Model, optimizer and where they stand: fresh, or as the checkpoint has them.
 
@@ -247,27 +234,27 @@ def build_run(
     random.seed(train_config.seed)
     np.random.seed(train_config.seed % 2**32)
     torch.manual_seed(train_config.seed)
-    model = _build_model(setup, watch)
+    model = _build_model(setup, reporter)
     scaler = torch.amp.GradScaler(device.type) if setup.precision.needs_scaler else None
     state = replace(setup.state)
     if setup.resume_point is not None:
         payload = setup.resume_point.payload
         report = restore_model(model, payload, expect_kind=setup.spec.kind, path=setup.resume_point.path)
         for line in report.lines():
-            watch.note(line)
+            reporter.note(line)
     elif isinstance(model, Diffuser):
         assert setup.frozen is not None
         _, targets = setup.batches.read(0, TARGET_SAMPLE_BLOCKS)
-        model.adopt(setup.frozen.build(watch.note), targets)
+        model.adopt(setup.frozen.build(reporter), targets)
     model.to(device)
-    neighbours = _update_store(setup, model, watch, processes, stack)
+    neighbours = _update_store(setup, model, reporter, processes, stack)
     model.dropout.rate = train_config.dropout
     optimizer = GroupedOptimizer(model.parameter_groups(), train_config)
     if setup.resume_point is not None:
         fresh = optimizer.load_state_dict(payload["optimizer_state"])
         # A run saved before its first step has no moments yet; afterwards their absence is worth a line.
         if fresh and payload["step"] > 0:
-            watch.note(
+            reporter.note(
                 f"Optimizer moments start at zero for {counted(len(fresh), 'parameter')}: "
                 + ", ".join(fresh[:5])
                 + (" ..." if len(fresh) > 5 else "")
@@ -275,7 +262,7 @@ def build_run(
         if scaler is not None and payload["amp_scaler"]:
             scaler.load_state_dict(dict(payload["amp_scaler"]))
         for line in unpack_rng(payload["rng"]):
-            watch.note(line)
+            reporter.note(line)
         setup.resume_point.release()
     # The rates of the last step taken, as a run that was never interrupted would hold them: a checkpoint
     # written before the next step must not differ in them.
@@ -286,7 +273,7 @@ def build_run(
         model=model,
         optimizer=optimizer,
         scaler=scaler,
-        objective=_objective(setup, model, watch, neighbours, stack),
+        objective=_objective(setup, model, reporter, neighbours, stack),
         batches=setup.batches,
         precision=setup.precision,
         config=train_config,
@@ -296,17 +283,17 @@ def build_run(
     )
 
 
-def _build_model(setup: RunSetup, watch: Watch) -> LanguageModel:
+def _build_model(setup: RunSetup, reporter: Reporter) -> LanguageModel:
     """A new one, or one whose weights are still to be restored."""
     if not setup.experts:
         return setup.build_model()
     config, vocab_size = setup.config, setup.tokenizer.vocab_size
-    experts = {e.name: e.build(setup.precision.device, watch.note) for e in setup.experts}
+    experts = {e.name: e.build(setup.precision.device, reporter) for e in setup.experts}
     return NanoThink(vocab_size, config.model, config.mla, experts, config.vector_store)
 
 
 def _update_store(
-    setup: RunSetup, model: LanguageModel, watch: Watch, processes: Processes, stack: ExitStack
+    setup: RunSetup, model: LanguageModel, reporter: Reporter, processes: Processes, stack: ExitStack
 ) -> Callable[[Sequence[int]], Neighbours] | None:
     """Attach the run's vector store, if it has one, and return the function that gives blocks' neighbours."""
     if not isinstance(model, NanoThink) or model.store_gate is None:
@@ -339,8 +326,7 @@ def _update_store(
             blocks_ahead,
             vocab_size=setup.tokenizer.vocab_size,
             replace_other=setup.spec.overwrite,
-            note=watch.note,
-            progress=watch.progress,
+            reporter=reporter,
         )
 
     # The others find the store that the first has built, and the neighbours that it has looked up.
@@ -352,13 +338,13 @@ def _update_store(
 def _objective(
     setup: RunSetup,
     model: LanguageModel,
-    watch: Watch,
+    reporter: Reporter,
     neighbours: Callable[[Sequence[int]], Neighbours] | None,
     stack: ExitStack,
 ) -> Objective:
     if isinstance(setup.training, TrainMLAConfig):
         assert isinstance(model, NanoThink)
-        states = keep_states(setup, model, watch)
+        states = keep_states(setup, model, reporter)
         if states is not None:
             stack.callback(states.close)
         return Routed(setup.training.entropy_reg, states, neighbours)
@@ -367,12 +353,12 @@ def _objective(
     transformer = None
     if setup.config.diffuser.target == "hidden_state":
         assert setup.frozen is not None
-        transformer = setup.frozen.build(watch.note).to(setup.precision.device)
+        transformer = setup.frozen.build(reporter).to(setup.precision.device)
     return Denoising(setup.training.seed, transformer)
 
 
 def _callbacks(
-    setup: RunSetup, run: Run, store: CheckpointStore, tell: Observer, stop: StopRequest
+    setup: RunSetup, run: Run, store: CheckpointStore, reporter: Reporter, stop: StopRequest
 ) -> Callbacks:
     config, train_config = setup.config, setup.training
     length = config.model.max_seq_len
@@ -402,7 +388,8 @@ def _callbacks(
             batch_size=max(1, EVALUATION_TOKENS // length),
             precision=run.precision,
             max_tokens=train_config.eval_max_tokens,
-            on_progress=lambda done, total: tell(EvaluationProgress(done, total)),
+            reporter=reporter,
+            stage="validating",
             should_stop=stop,
             share=(processes.rank, processes.size),
         )
@@ -462,7 +449,7 @@ def _callbacks(
         device = ["--device", asked] if asked else []
         return shlex.join([*processes.launcher, "nanothink", "resume", str(path), *device])
 
-    return Callbacks(evaluate, sample, save, observe=tell, stop=stop, resume_command=resume_command)
+    return Callbacks(evaluate, sample, save, reporter=reporter, stop=stop, resume_command=resume_command)
 
 
 def _sample_prompts(setup: RunSetup) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from nanothink.report import (
     RoutedToken,
     page,
 )
+from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.held_out import held_out
 from nanothink.runs.loading import LoadedModel, load
 from nanothink.training.records import RunRecords, read_description, read_run
@@ -53,9 +54,6 @@ ROUTED_DOMAINS, REBUILT_DOMAINS = 6, 2
 _SEARCHED_DOCUMENTS = 1000
 _WITH_PASSAGES = {"nanothink_mla", "diffuser"}
 
-Note = Callable[[str], None]
-Progress = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True)
 class Report:
@@ -70,8 +68,7 @@ def write_report(
     *,
     data_dir: str | None = None,
     device: str | None = None,
-    note: Note,
-    progress: Progress,
+    reporter: Reporter = SILENT,
 ) -> Report:
     """Read the records in ``folders`` and write their page to ``out``, whole or not at all.
 
@@ -80,7 +77,6 @@ def write_report(
         out: the HTML file; an earlier report there is replaced.
         data_dir: where the passages come from, when the data is no longer where the run had it.
         device: that the models of the passages are run on.
-        note: hears of what the page has to do without.
 
     Raises:
         DataError: a folder holds no records.
@@ -91,16 +87,16 @@ def write_report(
     try_to_write(out.parent)
     runs: list[ReportedRun] = []
     for number, folder in enumerate(folders):
-        progress("reading runs", number, len(folders))
+        reporter.progress("reading runs", number, len(folders))
         records = read_run(folder)
         label = records.name
         if any(label == run.label for run in runs):
             label = f"{label} ({folder})"
-        runs.append(ReportedRun(label, records, *_passages(records, data_dir, device, note, progress)))
+        runs.append(ReportedRun(label, records, *_passages(records, data_dir, device, reporter)))
         passages = runs[-1].passages
         if isinstance(passages, Missing):
-            note(f"{label}: no passage of held-out text is shown. {passages.reason}")
-    progress("reading runs", len(folders), len(folders))
+            reporter.note(f"{label}: no passage of held-out text is shown. {passages.reason}")
+    reporter.progress("reading runs", len(folders), len(folders))
     made = time.strftime("%Y-%m-%d %H:%M")
     html = page(runs, made=made, version=__version__).encode("utf-8", "replace")
     write_whole(out, html, explain=_cannot_write)
@@ -174,7 +170,7 @@ def _started(folder: Path) -> tuple[str, str]:
 
 
 def _passages(
-    records: RunRecords, data_dir: str | None, device: str | None, note: Note, progress: Progress
+    records: RunRecords, data_dir: str | None, device: str | None, reporter: Reporter
 ) -> tuple[tuple[RoutedPassage, ...] | tuple[RebuiltPassage, ...] | Missing, tuple[str, ...]]:
     """What the best checkpoint of a run makes of held-out text, and what is to be said about that."""
     if records.kind not in _WITH_PASSAGES:
@@ -183,8 +179,8 @@ def _passages(
     if records.folder.parent.name != "runs" or not path.is_file():
         return Missing(f"Its checkpoint is not there ({path})."), ()
     try:
-        loaded = load(path, device=device, progress=progress)
-        streams, same = _held_out(loaded, records, data_dir, note, progress)
+        loaded = load(path, device=device, reporter=reporter)
+        streams, same = _held_out(loaded, records, data_dir, reporter)
         remarks = () if same else ("The data has changed since; its passages come from the data of today.",)
         if isinstance(loaded.model, Diffuser):
             return _rebuilt(loaded, streams), remarks
@@ -196,7 +192,7 @@ def _passages(
 
 
 def _held_out(
-    loaded: LoadedModel, records: RunRecords, data_dir: str | None, note: Note, progress: Progress
+    loaded: LoadedModel, records: RunRecords, data_dir: str | None, reporter: Reporter
 ) -> tuple[dict[str, list[int]], bool]:
     """By domain a passage of validation text, beginning with EOS; and whether the data is as it was."""
     config = loaded.config.data
@@ -208,8 +204,7 @@ def _held_out(
         [loaded],
         loaded.tokenizer,
         skip_bad_records=True,
-        note=note,
-        progress=lambda done, total: progress("tokenising", done, total),
+        reporter=reporter,
     )
     length = min(PASSAGE_TOKENS, loaded.config.model.max_seq_len)
     found = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,6 @@ from pathlib import Path
 from nanothink.checkpoints import (
     CheckpointPayload,
     CheckpointStore,
-    Progress,
     list_checkpoints,
     read_checkpoint,
     verify_checkpoint,
@@ -23,6 +22,7 @@ from nanothink.errors import (
     some_of,
 )
 from nanothink.models import COMBINED
+from nanothink.reporter import SILENT, Reporter
 
 NEWEST = "newest"
 """Stands for ``--resume`` without a path."""
@@ -53,14 +53,6 @@ class RunSpec:
         return CheckpointStore(self.checkpoint_dir, self.stem)
 
 
-@dataclass(frozen=True)
-class Watch:
-    """How the preparation reports: single lines, and (done, total) bytes of a long step."""
-
-    note: Callable[[str], None]
-    progress: Progress
-
-
 _RESTORED = ("model_state", "optimizer_state")
 
 
@@ -75,9 +67,9 @@ class ResumePoint:
     payload: CheckpointPayload
 
     @classmethod
-    def open(cls, path: Path, progress: Progress) -> ResumePoint:
+    def open(cls, path: Path, reporter: Reporter = SILENT) -> ResumePoint:
         """Raises as ``read_checkpoint`` does."""
-        payload = read_checkpoint(path, mmap=True, progress=progress)
+        payload = read_checkpoint(path, mmap=True, reporter=reporter)
         rest = {name: entry for name, entry in payload.items() if name not in _RESTORED}
         payload.update(deepcopy(rest))  # type: ignore[typeddict-item]
         return cls(path, payload)
@@ -88,11 +80,11 @@ class ResumePoint:
             self.payload[name] = {}  # type: ignore[literal-required]
 
 
-def locate(checkpoint: str | None, checkpoint_dir: Path, watch: Watch) -> RunSpec:
+def locate(checkpoint: str | None, checkpoint_dir: Path, reporter: Reporter = SILENT) -> RunSpec:
     """Which run ``nanothink resume [CHECKPOINT]`` means.
 
     Without a checkpoint it is the run that was interrupted last, from its latest state that verifies;
-    ``watch.note`` gets a line for each file that is passed over.
+    each file that is passed over is noted.
 
     Raises:
         CheckpointNotFoundError: nothing there to go on with.
@@ -111,7 +103,7 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, watch: Watch) -> RunSpe
                 f"Nothing in {checkpoint_dir} was interrupted (there: {there}). To train a finished model "
                 "further, name its checkpoint and raise --max-epochs or --max-steps."
             )
-        newest = _newest_of(sorted(paths, key=_modified_ns, reverse=True), watch)
+        newest = _newest_of(sorted(paths, key=_modified_ns, reverse=True), reporter)
         if newest is None:
             raise CheckpointNotFoundError(
                 f"Runs in {checkpoint_dir} were interrupted, but no file of theirs verifies. "
@@ -119,7 +111,7 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, watch: Watch) -> RunSpe
             )
         checkpoint = str(newest)
     path = Path(checkpoint)
-    payload = read_checkpoint(path, mmap=True, progress=watch.progress)
+    payload = read_checkpoint(path, mmap=True, reporter=reporter)
     stem = payload["run"].get("name")
     if not isinstance(stem, str):
         raise CheckpointDamagedError(f"{path}: does not say which run it is of. Use another checkpoint")
@@ -132,19 +124,15 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, watch: Watch) -> RunSpe
     )
 
 
-def _newest_of(interrupted: Sequence[Path], watch: Watch) -> Path | None:
+def _newest_of(interrupted: Sequence[Path], reporter: Reporter) -> Path | None:
     """The latest state that verifies of the first of these runs that has any."""
     for path in interrupted:
         stem = path.name.removesuffix("_interrupted.pt")
         store = CheckpointStore(path.parent, stem)
-        newest = _newest_in(store, watch)
+        newest = store.newest(reporter)
         if newest is not None:
             return newest
     return None
-
-
-def _newest_in(store: CheckpointStore, watch: Watch) -> Path | None:
-    return store.newest(lambda p, why: watch.note(f"Passing over {p}: {why}"), watch.progress)
 
 
 def _modified_ns(path: Path) -> int:
@@ -154,18 +142,18 @@ def _modified_ns(path: Path) -> int:
         return 0
 
 
-def find_start(spec: RunSpec, watch: Watch) -> ResumePoint | None:
+def find_start(spec: RunSpec, reporter: Reporter) -> ResumePoint | None:
     if spec.resume is None:
         return None
     store = spec.store
     if spec.resume == NEWEST:
-        path = _newest_in(store, watch)
+        path = store.newest(reporter)
         if path is None:
-            watch.note(f"Nothing of {spec.stem} in {spec.checkpoint_dir} to go on from; starting anew.")
+            reporter.note(f"Nothing of {spec.stem} in {spec.checkpoint_dir} to go on from; starting anew.")
             return None
     else:
         path = Path(spec.resume)
-    resume_point = ResumePoint.open(path, watch.progress)
+    resume_point = ResumePoint.open(path, reporter)
     payload = resume_point.payload
     if payload["kind"] != spec.kind:
         raise CheckpointMismatchError(
@@ -175,19 +163,19 @@ def find_start(spec: RunSpec, watch: Watch) -> ResumePoint | None:
         store.interrupted.exists()
         and store.interrupted.resolve() != path.resolve()
         and not spec.overwrite
-        and (later := _steps_of(store.interrupted, watch)) is not None
+        and (later := _steps_of(store.interrupted, reporter)) is not None
         and later > payload["step"]
     ):
         raise UsageError(
             f"{store.interrupted} is further on (step {later}) than {path} (step {payload['step']}) and "
             "would be lost. Go on with the later one by bare --resume, or add --overwrite to give it up."
         )
-    watch.note(f"Going on from {path}: epoch {payload['epoch']}, step {payload['step']}.")
+    reporter.note(f"Going on from {path}: epoch {payload['epoch']}, step {payload['step']}.")
     return resume_point
 
 
-def _steps_of(path: Path, watch: Watch) -> int | None:
+def _steps_of(path: Path, reporter: Reporter) -> int | None:
     try:
-        return verify_checkpoint(path, progress=watch.progress).step
+        return verify_checkpoint(path, reporter=reporter).step
     except (CheckpointDamagedError, CheckpointNotFoundError):  # nothing that could be lost
         return None

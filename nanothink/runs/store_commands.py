@@ -29,10 +29,11 @@ from nanothink.inference.evaluate import Evaluation, evaluate_model
 from nanothink.models import COMBINED
 from nanothink.models.precision import Precision, choose_device
 from nanothink.models.store_gate import choose_key_expert
+from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.experts import config_for_experts, entries_of, find_experts, scan_that_runs
 from nanothink.runs.held_out import InheritedSplit, spelled
 from nanothink.runs.rebuilding import rebuild
-from nanothink.runs.vector_store import KeyExpert, Note, Progress, cost, folder_of, owner_of
+from nanothink.runs.vector_store import KeyExpert, cost, folder_of, owner_of
 from nanothink.vector_store.building import BATCH_TOKENS, BuildPlan, build, plan_build
 from nanothink.vector_store.compact import merge_duplicates
 from nanothink.vector_store.contents import Owner, VectorStore
@@ -57,10 +58,10 @@ class StoreSource:
     def settings(self) -> VectorStoreConfig:
         return self.config.vector_store
 
-    def open(self, *, writable: bool = False, progress: Progress | None = None) -> VectorStore:
-        """The vector store that is there, verified; ``progress`` hears of that."""
+    def open(self, *, writable: bool = False, reporter: Reporter = SILENT) -> VectorStore:
+        """The vector store that is there, verified."""
         return open_store(
-            self.folder, self.settings, owner=self.expert.owner, writable=writable, progress=progress
+            self.folder, self.settings, owner=self.expert.owner, writable=writable, reporter=reporter
         )
 
     def tokens(
@@ -69,25 +70,24 @@ class StoreSource:
         domains: Sequence[str] | None,
         *,
         skip_bad_records: bool,
-        note: Note,
-        progress: Progress,
+        reporter: Reporter = SILENT,
     ) -> TokenisedCorpus:
         """The data named, or what the model was trained on, split as for the model.
 
         Text that the model holds out stays out of its vector store, so that figures on it stay true.
         """
-        tokens = self._read(self.split.trained, data_dir, domains, skip_bad_records, note, progress)
+        tokens = self._read(self.split.trained, data_dir, domains, skip_bad_records, reporter)
         if n := sum(s.n_documents for side in (tokens.val, tokens.test) for s in side.values()):
-            note(f"{counted(n, 'document')} held out by {spelled(self.split.rule)}: not put in.")
+            reporter.note(f"{counted(n, 'document')} held out by {spelled(self.split.rule)}: not put in.")
         return tokens
 
-    def held_out(self, *, note: Note, progress: Progress) -> TokenisedCorpus:
+    def held_out(self, *, reporter: Reporter = SILENT) -> TokenisedCorpus:
         """The model's own data, whose validation side is in neither the model nor its vector store."""
         try:
             inside = read_texts(self.folder, self.expert.owner.digest)
         except VectorStoreNotFoundError:
             inside = NOTHING
-        return self._read(self.split.trained | inside, None, None, False, note, progress)
+        return self._read(self.split.trained | inside, None, None, False, reporter)
 
     def _read(
         self,
@@ -95,8 +95,7 @@ class StoreSource:
         data_dir: str | None,
         domains: Sequence[str] | None,
         skip_bad_records: bool,
-        note: Note,
-        progress: Progress,
+        reporter: Reporter,
     ) -> TokenisedCorpus:
         data = self.config.data
         spec = data_dir or data.data_dir
@@ -106,7 +105,7 @@ class StoreSource:
             )
         corpus = find_corpus(spec, domains or (data.domains if data_dir is None else None))
         for warning in corpus.warnings:
-            note(str(warning))
+            reporter.note(str(warning))
         return tokenise(
             corpus,
             self.tokenizer,
@@ -114,8 +113,7 @@ class StoreSource:
             trained=trained,
             held_out=self.split.held_out,
             skip_bad_records=skip_bad_records or data.skip_bad_records,
-            on_progress=lambda done, total: progress("tokenising", done, total),
-            note=note,
+            reporter=reporter,
         )
 
 
@@ -128,7 +126,7 @@ def find_store_source(
     assignments: Sequence[str] = (),
     data_dir: str | None = None,
     device: str | None = None,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> StoreSource:
     """Find the model of a ``store`` command: a combined one, or the experts of one yet to be trained.
 
@@ -146,7 +144,7 @@ def find_store_source(
     if checkpoint is not None:
         if experts:
             raise UsageError("Name a combined model's checkpoint or experts (--expert), not both.")
-        payload = read_checkpoint(checkpoint, mmap=True, progress=progress)
+        payload = read_checkpoint(checkpoint, mmap=True, reporter=reporter)
         if payload["kind"] != COMBINED:
             raise CheckpointMismatchError(
                 f"{checkpoint} holds a {payload['kind']}; a vector store belongs to a model that combines "
@@ -186,7 +184,7 @@ def find_store_source(
     else:
         resolved = resolve_config(assignments=assignments, flags=flags)
         try:
-            found = find_experts(experts or None, checkpoint_dir, progress)
+            found = find_experts(experts or None, checkpoint_dir, reporter)
         except CheckpointNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"No {stem}.pt in {checkpoint_dir}, and no experts to build a vector store for. {error}"
@@ -198,7 +196,7 @@ def find_store_source(
         tokenizer = one.tokenizer
         if data_dir is None:
             config = config.model_copy(update={"data": one.config.data})
-        model = one.build(chosen_device, lambda _: None)
+        model = one.build(chosen_device)
         entry = {"name": one.name, "kind": one.kind, "digest": one.digest}
         folder = store_folder(checkpoint_dir, stem)
     model.to(chosen_device).eval().requires_grad_(False)
@@ -261,8 +259,7 @@ def build_store(
     tokens: TokenisedCorpus,
     store: VectorStore | None = None,
     *,
-    note: Note,
-    progress: Progress,
+    reporter: Reporter = SILENT,
 ) -> VectorStore:
     """Carry out a plan, and open the result."""
     if not plan.n_keys:
@@ -270,7 +267,7 @@ def build_store(
             f"There is nothing new to remember: {counted(plan.n_known, 'document')} known already, "
             f"{plan.n_held_out:,} held out by earlier data."
         )
-    note(cost(found.folder, plan))
+    reporter.note(cost(found.folder, plan))
     build(
         plan,
         found.folder,
@@ -280,10 +277,9 @@ def build_store(
         tokens,
         vocab_size=found.tokenizer.vocab_size,
         store=store,
-        progress=progress,
-        note=note,
+        reporter=reporter,
     )
-    return found.open(progress=progress)
+    return found.open(reporter=reporter)
 
 
 @dataclass(frozen=True)
@@ -366,8 +362,7 @@ def compact_store(
     *,
     tokens: TokenisedCorpus | None,
     max_tokens: int | None,
-    note: Note,
-    progress: Progress,
+    reporter: Reporter = SILENT,
 ) -> Compaction:
     """Merge near-duplicates with the same token, and score the model before and after.
 
@@ -376,12 +371,12 @@ def compact_store(
         max_tokens: at most so many of each domain.
     """
 
-    def score(label: str) -> Evaluation | None:
+    def score(stage: str) -> Evaluation | None:
         if tokens is None or found.checkpoint is None:
             return None
         from nanothink.runs.loading import load
 
-        loaded = load(found.checkpoint, device=str(found.expert.precision.device), progress=progress)
+        loaded = load(found.checkpoint, device=str(found.expert.precision.device), reporter=reporter)
         length = found.config.model.max_seq_len
         return evaluate_model(
             loaded.model,
@@ -390,14 +385,13 @@ def compact_store(
             batch_size=max(1, BATCH_TOKENS // length),
             precision=loaded.precision,
             max_tokens=max_tokens,
-            on_progress=lambda done, total: progress(label, done, total),
+            reporter=reporter,
+            stage=stage,
         )
 
-    store = found.open(writable=True, progress=progress)
+    store = found.open(writable=True, reporter=reporter)
     before, scored_before = facts_of(store), score("evaluating before")
-    contents = merge_duplicates(
-        store, similarity, lambda done, total: progress("comparing keys", done, total)
-    )
-    write_store(found.folder, found.expert.owner, store.index, contents, note=note, progress=progress)
-    after = facts_of(found.open(progress=progress))
+    contents = merge_duplicates(store, similarity, reporter)
+    write_store(found.folder, found.expert.owner, store.index, contents, reporter=reporter)
+    after = facts_of(found.open(reporter=reporter))
     return Compaction(before, after, scored_before, score("evaluating after"))

@@ -23,15 +23,13 @@ from nanothink.models.contract import LanguageModel
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import Precision
 from nanothink.models.store_gate import choose_key_expert
+from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.held_out import seen_documents
 from nanothink.vector_store.building import BuildPlan, build, plan_build, search_seconds
 from nanothink.vector_store.contents import Owner, VectorStore
 from nanothink.vector_store.index import Float32
 from nanothink.vector_store.neighbours import RepeatedSearch, TrainingNeighbours
 from nanothink.vector_store.store import exists, open_store, store_folder
-
-Progress = Callable[[str, int, int], None]
-Note = Callable[[str], None]
 
 _LONG_SECONDS = 300  # of building, beyond which the way to a smaller memory is said
 _FEWER_KEYS = 200_000
@@ -92,8 +90,7 @@ def update_store(
     *,
     vocab_size: int,
     replace_other: bool,
-    note: Note,
-    progress: Progress,
+    reporter: Reporter = SILENT,
 ) -> TrainingNeighbours:
     """Attach a vector store to a model in training: build it if missing, and find the blocks' neighbours.
 
@@ -107,14 +104,14 @@ def update_store(
     store: VectorStore | None = None
     if exists(folder):
         try:
-            store = open_store(folder, settings, owner=expert.owner, progress=progress)
+            store = open_store(folder, settings, owner=expert.owner, reporter=reporter)
         except (VectorStoreDamagedError, VectorStoreMismatchError) as error:
             if not replace_other:
                 raise
-            note(f"{error} It is built again now (--overwrite).")
+            reporter.note(f"{error} It is built again now (--overwrite).")
     if store is None:
         plan = plan_build(tokens, settings, expert.owner, expert.states)
-        note(cost(folder, plan))
+        reporter.note(cost(folder, plan))
         build(
             plan,
             folder,
@@ -123,10 +120,9 @@ def update_store(
             expert.states,
             tokens,
             vocab_size=vocab_size,
-            progress=progress,
-            note=note,
+            reporter=reporter,
         )
-        store = open_store(folder, settings, owner=expert.owner, progress=progress)
+        store = open_store(folder, settings, owner=expert.owner, reporter=reporter)
     if held := sum(seen_documents(side, store.trained_text) for side in (tokens.val, tokens.test)):
         raise VectorStoreMismatchError(
             f"{folder} holds {held} of the documents that this run holds out, so its figures would say "
@@ -140,11 +136,11 @@ def update_store(
         seconds = search_seconds(
             n_queries, store.index.n_keys, store.index.kind, settings.n_probe, expert.owner.width
         )
-        note(
+        reporter.note(
             f"Looking up the neighbours of {n_queries:,} training tokens, once: about {_duration(seconds)} "
             f"and {_size(known.n_bytes(missing))} on the disk."
         )
-        known.find(missing, progress)
+        known.find(missing, reporter)
     model.vector_store = RepeatedSearch(store)
     return known
 
@@ -187,7 +183,7 @@ def attach(
     run: Mapping[str, Any],
     config: Config,
     tokenizer: Tokenizer,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> None:
     """Give a trained model the vector store that lies beside its checkpoint.
 
@@ -198,7 +194,7 @@ def attach(
     entry = run["experts"][model.key_expert]
     try:
         model.vector_store = open_store(
-            folder, config.vector_store, owner=owner_of(entry, config, tokenizer), progress=progress
+            folder, config.vector_store, owner=owner_of(entry, config, tokenizer), reporter=reporter
         )
     except VectorStoreError as error:
         raise type(error)(

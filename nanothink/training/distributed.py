@@ -32,6 +32,7 @@ from nanothink.errors import (
     TrainingDivergedError,
     UsageError,
 )
+from nanothink.reporter import SILENT, Reporter
 from nanothink.training.interruption import stopping_signals
 from nanothink.training.launch import (
     FIRST_WORD_SECONDS,
@@ -115,12 +116,11 @@ ALONE = Processes()
 
 
 @contextmanager
-def join(device: str | None = None, say: Callable[[str], None] = lambda _: None) -> Iterator[Processes]:
+def join(device: str | None = None, reporter: Reporter = SILENT) -> Iterator[Processes]:
     """Meet the other processes of this run, if torchrun has started any.
 
     Args:
         device: as ``--device`` has it; on GPUs every process takes one of its own.
-        say: hears for whom this process waits, if it waits long.
 
     Raises:
         UsageError: the device cannot be shared out.
@@ -134,11 +134,11 @@ def join(device: str | None = None, say: Callable[[str], None] = lambda _: None)
     import torch.distributed as dist
 
     own = _own_device(device, launch)
-    store = meet(launch, say, TIMEOUT)
+    store = meet(launch, reporter, TIMEOUT)
 
     def still_connecting() -> None:
         if launch.rank == 0:
-            say(
+            reporter.note(
                 "All processes are there and connect to each other. If that does not end, they have chosen "
                 "network cards that cannot reach each other: name one by GLOO_SOCKET_IFNAME and "
                 "NCCL_SOCKET_IFNAME."

@@ -1,11 +1,10 @@
-"""What the training loop tells whoever watches. Frozen: a watcher can look, not interfere."""
+"""Events of a training run, as a ``Reporter`` receives them. Frozen: an observer cannot change training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 from nanothink.inference.evaluate import Evaluation
 
@@ -42,12 +41,6 @@ class StepDone:
 
 
 @dataclass(frozen=True)
-class EvaluationProgress:
-    done_tokens: int
-    total_tokens: int
-
-
-@dataclass(frozen=True)
 class Evaluated:
     step: int
     epoch: int
@@ -74,22 +67,9 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True)
-class Note:
-    """Something a person should know and no number says."""
-
-    message: str
-
-
-@dataclass(frozen=True)
 class RunFinished:
     step: int
     epoch: int
     reason: str
     best_loss: float | None
     seconds: float
-
-
-Event: TypeAlias = (
-    RunStarted | StepDone | EvaluationProgress | Evaluated | Sampled | CheckpointSaved | Note | RunFinished
-)
-Observer: TypeAlias = Callable[[Event], None]

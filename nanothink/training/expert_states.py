@@ -33,10 +33,11 @@ import torch
 from torch import Tensor
 
 from nanothink.data.cache import cache_folder
-from nanothink.disk import Note, is_in_use, locked, make_folder, sweep_folder, whole_folder
+from nanothink.disk import is_in_use, locked, make_folder, sweep_folder, whole_folder
 from nanothink.disk.block_file import BlockFile
 from nanothink.errors import StorageError, counted
 from nanothink.models.nanothink import NanoThink
+from nanothink.reporter import SILENT, Reporter
 
 SPARE_BYTES = 10**9
 """Room that is left on the disk for everything else, checkpoints above all."""
@@ -61,12 +62,11 @@ class ExpertStates:
         folder: made by ``open_states``.
         shape: how much it holds.
         number: which block comes at a position of the run.
-        note: hears when the states are given up, and why.
     """
 
-    def __init__(self, folder: Path, shape: Shape, number: Callable[[int], int], note: Note) -> None:
+    def __init__(self, folder: Path, shape: Shape, number: Callable[[int], int], reporter: Reporter) -> None:
         self.folder = folder
-        self._shape, self._number, self._note = shape, number, note
+        self._shape, self._number, self._reporter = shape, number, reporter
         self._tried = self._told = False
         self._file: BlockFile | None = BlockFile(folder / "states.f32", folder / "marks.u64")
         try:
@@ -131,7 +131,7 @@ class ExpertStates:
             return True
         if self._file.damaged and not self._told:
             self._told = True
-            self._note(f"Some of the states in {self.folder} are damaged; they are made again.")
+            self._reporter.note(f"Some of the states in {self.folder} are damaged; they are made again.")
         return False
 
     def _write(self, numbers: Sequence[int], states: Tensor, rows: Sequence[int]) -> None:
@@ -143,7 +143,7 @@ class ExpertStates:
         """Make room: what is left of the disk belongs to the checkpoints."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._note(f"The experts' states are no longer kept: {why}, {_IN_VAIN}.")
+        self._reporter.note(f"The experts' states are no longer kept: {why}, {_IN_VAIN}.")
 
 
 def open_states(
@@ -154,7 +154,7 @@ def open_states(
     budget_bytes: int,
     begin: bool,
     number: Callable[[int], int],
-    note: Note,
+    reporter: Reporter = SILENT,
 ) -> ExpertStates | None:
     """The states kept under this identity, or an empty place for them; None, and a line, if neither.
 
@@ -165,11 +165,10 @@ def open_states(
             used first, unless a run is using them.
         begin: whether to make a place if there is none.
         number: which block comes at a position of the run.
-        note: hears where they are kept, or why not.
     """
     needed = states_bytes(shape)
     if needed > budget_bytes:
-        note(
+        reporter.note(
             f"The experts' states take {_size(needed)}, and train_mla.states_disk_gb allows "
             f"{_size(budget_bytes)}, {_IN_VAIN}. To keep them: --set train_mla.states_disk_gb="
             f"{math.ceil(needed / 1e8) / 10:g}"
@@ -184,15 +183,15 @@ def open_states(
         folder = cache / _FOLDER / key
         if not (begin or folder.exists()):
             return None
-        with locked(cache, note):
+        with locked(cache, reporter):
             make_folder(folder.parent, within=cache)
             sweep_folder(folder.parent)
             whole = _is_whole(folder, described, shape)
             if folder.exists() and not whole:
-                note(f"The states kept in {folder} are damaged; they are made again.")
+                reporter.note(f"The states kept in {folder} are damaged; they are made again.")
                 shutil.rmtree(folder)
             if not _make_room(folder, budget_bytes - needed):
-                note(
+                reporter.note(
                     f"The experts' states take {_size(needed)}, and other runs just now use what "
                     f"train_mla.states_disk_gb allows beside that, {_IN_VAIN}."
                 )
@@ -200,7 +199,7 @@ def open_states(
             missing = needed - (_taken(folder) if whole else 0)
             free = shutil.disk_usage(cache).free
             if free < missing + SPARE_BYTES:
-                note(
+                reporter.note(
                     f"The experts' states take {_size(needed)}, and {cache} has {_size(free)} free, of which "
                     f"{_size(SPARE_BYTES)} are left for checkpoints, {_IN_VAIN}."
                 )
@@ -208,15 +207,15 @@ def open_states(
             if not whole:
                 _make(folder, described, shape)
             os.utime(folder)
-            states = ExpertStates(folder, shape, number, note)
+            states = ExpertStates(folder, shape, number, reporter)
             n_filled = states.n_filled()
     except (OSError, StorageError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or error
-        note(f"The experts' states cannot be kept beside {root} ({why}), {_IN_VAIN}.")
+        reporter.note(f"The experts' states cannot be kept beside {root} ({why}), {_IN_VAIN}.")
         return None
     blocks = counted(shape[0], "block")
     there = f"{n_filled:,} of {blocks} are there already" if n_filled else blocks
-    note(f"The experts' states are kept in {folder}: {there}, {_size(needed)} for all.")
+    reporter.note(f"The experts' states are kept in {folder}: {there}, {_size(needed)} for all.")
     return states
 
 

@@ -21,6 +21,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from nanothink.errors import InterruptedRun
+from nanothink.reporter import SILENT, Reporter
 
 STOPPING = (
     *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
@@ -118,12 +119,12 @@ class StopRequest:
     """A context in which the signals of STOPPING raise a flag. Calling it asks whether the flag is up.
 
     Args:
-        say: hears, in another thread, that the run stops. None: somebody else says so.
+        reporter: gets a note, from another thread, that the run stops.
         forwarded: see ``StopRequests``.
     """
 
-    def __init__(self, say: Callable[[str], None] | None = None, *, forwarded: bool = False) -> None:
-        self._say = say
+    def __init__(self, reporter: Reporter = SILENT, *, forwarded: bool = False) -> None:
+        self._reporter = reporter
         self._signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
         # Two views of the same signals: each thread has its own.
@@ -157,10 +158,10 @@ class StopRequest:
     def _hear(self, number: signal.Signals) -> None:
         if self._heard.is_second(number):
             _leave_at_once()
-        if self._say is not None and not self._said:
+        if not self._said:
             self._said = True
             with suppress(OSError):  # whoever read it may have gone; the run is saved all the same
-                self._say(
+                self._reporter.note(
                     f"Stopping: {number.name} came. This step is finished, then everything is saved. A "
                     "second Ctrl-C or SIGTERM ends at once."
                 )

@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Any
 
 from nanothink.errors import DistributedError, RankError, UsageError, some_of
+from nanothink.reporter import Reporter
 
 MEETING_SECONDS = 600.0
 """How long a process waits for the others to be started."""
@@ -92,11 +93,12 @@ def _is_number(value: str) -> bool:
     return re.fullmatch(r"[0-9]{1,9}", value) is not None
 
 
-def meet(launch: Launch, say: Callable[[str], None], lasting: timedelta) -> Any:
+def meet(launch: Launch, reporter: Reporter, lasting: timedelta) -> Any:
     """Wait until every process of the run is there, and give the store that they share.
 
+    A note after some seconds, and then each minute, says for whom this process waits.
+
     Args:
-        say: hears, after some seconds and then each minute, for whom this process waits.
         lasting: the store's time limit from then on.
 
     Raises:
@@ -121,7 +123,7 @@ def meet(launch: Launch, say: Callable[[str], None], lasting: timedelta) -> Any:
                     "started."
                 )
             if waited.is_long:
-                say(f"{me}, waits for the first process at {at} ({reason}).")
+                reporter.note(f"{me}, waits for the first process at {at} ({reason}).")
     try:
         kept = TCPStore(
             launch.address,
@@ -149,7 +151,7 @@ def meet(launch: Launch, say: Callable[[str], None], lasting: timedelta) -> Any:
                         "own RANK, as torchrun does. The last checkpoint is untouched."
                     )
                 if launch.rank == 0:
-                    say(f"Waiting for {who} at {at}.")
+                    reporter.note(f"Waiting for {who} at {at}.")
     except RuntimeError as error:
         raise RankError(
             f"{me}: meeting the others at {at} failed ({first_sentence(error)}). If another program uses "

@@ -25,12 +25,11 @@ from nanothink.errors import InterruptedRun, TrainingDivergedError, counted
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped
 from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision
+from nanothink.reporter import Reporter
 from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.events import (
     CheckpointSaved,
     Evaluated,
-    Note,
-    Observer,
     RunFinished,
     Sampled,
     StepDone,
@@ -38,6 +37,7 @@ from nanothink.training.events import (
 from nanothink.training.interruption import StopRequest
 from nanothink.training.objectives import Batch, Objective
 from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fraction
+from nanothink.training.routing import unbalanced_experts
 from nanothink.training.state import Plan, TrainState
 
 
@@ -81,7 +81,7 @@ class Callbacks:
     evaluate: Callable[[], Evaluation]
     sample: Callable[[], Mapping[str, str]]
     save: Callable[[str], Path]
-    observe: Observer
+    reporter: Reporter
     stop: StopRequest
     resume_command: Callable[[Path], str] = lambda path: f"nanothink resume {shlex.quote(str(path))}"
 
@@ -134,7 +134,7 @@ def train(run: Run, callbacks: Callbacks) -> RunFinished:
         state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
         if finite:
             state.count(parts, n_targets)
-        callbacks.observe(
+        callbacks.reporter.event(
             StepDone(
                 step=state.step,
                 total_steps=plan.total_steps,
@@ -165,9 +165,9 @@ def train(run: Run, callbacks: Callbacks) -> RunFinished:
             f"there is no best checkpoint. The last good one is untouched. {_remedy(config)}"
         )
     if advice := _advice(run):
-        callbacks.observe(Note(advice))
+        callbacks.reporter.note(advice)
     finished = RunFinished(state.step, state.epoch, reason, state.best_loss, time.monotonic() - started)
-    callbacks.observe(finished)
+    callbacks.reporter.event(finished)
     return finished
 
 
@@ -253,11 +253,13 @@ def _evaluate(run: Run, callbacks: Callbacks) -> None:
     if best:
         state.best_loss, state.best_step = loss, state.step
     epoch_parts = state.end_epoch() if state.epoch > before else {}
-    callbacks.observe(
+    callbacks.reporter.event(
         Evaluated(state.step, state.epoch, evaluation, best, state.evals_without_improvement, epoch_parts)
     )
+    for line in unbalanced_experts(epoch_parts, state.epoch):
+        callbacks.reporter.note(line)
     if config.sample_tokens:
-        callbacks.observe(Sampled(state.step, state.epoch, samples))
+        callbacks.reporter.event(Sampled(state.step, state.epoch, samples))
     if not math.isfinite(loss):
         return  # nothing to go on from: the checkpoints stay as they are
     if best:
@@ -275,7 +277,7 @@ def _save(role: str, run: Run, callbacks: Callbacks) -> Path:
             f"untouched. {_remedy(run.config)}"
         )
     path = callbacks.save(role)
-    callbacks.observe(CheckpointSaved(run.state.step, role, path, time.monotonic() - started))
+    callbacks.reporter.event(CheckpointSaved(run.state.step, role, path, time.monotonic() - started))
     return path
 
 

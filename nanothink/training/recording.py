@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from typing import Any
 from nanothink.disk import GrowingFile, make_folder, new_folder, write_whole
 from nanothink.errors import StorageError, counted
 from nanothink.inference.evaluate import Evaluation, Score
-from nanothink.training.events import Evaluated, Event, Sampled, StepDone
+from nanothink.reporter import SILENT, Reporter
+from nanothink.training.events import Evaluated, Sampled, StepDone
 from nanothink.training.state import TrainState
 from nanothink.training.trackers import open_tracker
 
@@ -33,8 +34,8 @@ ENDING = "finished.json"
 _FILES = ("metrics.jsonl", "samples.jsonl")
 
 
-class RunRecorder:
-    """An observer that writes a run's files.
+class RunRecorder(Reporter):
+    """Writes the events of a run to its files, and passes every report on.
 
     Once it has begun, a disk that refuses does not stop the run: it is said once, what could not be written
     waits in memory, and each later event tries again.
@@ -43,7 +44,7 @@ class RunRecorder:
         folder: the run's own folder.
         description: what goes into config.json.
         state: where the run stands; lines beyond it are dropped, all of them if it has not begun.
-        note: hears that the disk refuses, and that it takes lines again.
+        reporter: receives every report in turn, and notes when the disk refuses and when it recovers.
         tracker: name of the tracker that gets a copy of the numbers and samples.
 
     Raises:
@@ -56,11 +57,11 @@ class RunRecorder:
         folder: Path,
         description: Mapping[str, Any],
         state: TrainState,
-        note: Callable[[str], None] = lambda _: None,
+        reporter: Reporter = SILENT,
         tracker: str = "none",
     ) -> None:
         self.folder = folder
-        self._note = note
+        self._reporter = reporter
         self._refused = False
         with self._disk_said_no():
             if state.step == 0 and folder.exists():
@@ -79,9 +80,16 @@ class RunRecorder:
         except OSError as error:
             raise _cannot_write(self.folder, error) from None
 
-    def __call__(self, event: Event) -> None:
+    def note(self, message: str) -> None:
+        self._reporter.note(message)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        self._reporter.progress(stage, done, total)
+
+    def event(self, event: object) -> None:
         self._record(event)
         self._write_out()
+        self._reporter.event(event)
 
     def _write_out(self) -> None:
         refused: OSError | None = None
@@ -92,20 +100,20 @@ class RunRecorder:
                 refused = error
         if refused is not None and not self._refused:
             self._refused = True
-            self._note(
+            self._reporter.note(
                 f"warning: the run's records cannot be written to {self.folder}: "
                 f"{refused.strerror or refused}. Training continues; what is missing is written as soon as "
                 "the disk takes it."
             )
         elif self._refused and not any(file.n_waiting for file in self._files):
             self._refused = False
-            self._note(f"The run's records are complete again in {self.folder}.")
+            self._reporter.note(f"The run's records are complete again in {self.folder}.")
 
     @property
     def _files(self) -> tuple[GrowingFile, GrowingFile]:
         return self._metrics, self._samples
 
-    def _record(self, event: Event) -> None:
+    def _record(self, event: object) -> None:
         if isinstance(event, StepDone) and event.logged:
             speed = event.tokens / event.seconds if event.seconds else 0.0
             numbers = {
@@ -156,7 +164,7 @@ class RunRecorder:
             _write_whole(self.folder / ENDING, ending)
         except StorageError as error:
             reason = getattr(error.__cause__, "strerror", None) or error
-            self._note(f"warning: {self.folder / ENDING} cannot be written: {reason}.")
+            self._reporter.note(f"warning: {self.folder / ENDING} cannot be written: {reason}.")
             return False
         return True
 
@@ -169,7 +177,9 @@ class RunRecorder:
         self._write_out()
         missing = sum(file.n_waiting + file.n_lost for file in self._files)
         if missing:
-            self._note(f"warning: {counted(missing, 'line')} of the run's records could not be written.")
+            self._reporter.note(
+                f"warning: {counted(missing, 'line')} of the run's records could not be written."
+            )
         for file in self._files:
             file.close()
         self._close_tracker()
@@ -201,14 +211,14 @@ class RunRecorder:
             self._tracker.log(values, step)
         except Exception as error:
             self._tracker = None
-            self._note(f"warning: the tracker has failed ({error}). Training continues without it.")
+            self._reporter.note(f"warning: the tracker has failed ({error}). Training continues without it.")
 
     def _close_tracker(self) -> None:
         if self._tracker is not None:
             try:
                 self._tracker.close()
             except Exception as error:
-                self._note(f"warning: the tracker lacks the last values ({error}).")
+                self._reporter.note(f"warning: the tracker lacks the last values ({error}).")
 
 
 def score_as_dict(score: Score) -> dict[str, float]:

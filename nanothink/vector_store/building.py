@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nanothink.config import VectorStoreConfig
 from nanothink.data.split import TrainedText
 from nanothink.data.tokens import IGNORE, Documents, TokenisedCorpus, TokenStream
-from nanothink.disk import Note, silent
+from nanothink.reporter import SILENT, Reporter
 from nanothink.vector_store.contents import DOCUMENT, Contents, Owner, VectorStore
 from nanothink.vector_store.index import (
     Float32,
@@ -40,7 +40,6 @@ from nanothink.vector_store.store import write_store
 States = Callable[[torch.Tensor], Float32]
 """The key expert: (B, T) int64 tokens -> (B, T, D) states of length 1, on the CPU."""
 
-Progress = Callable[[str, int, int], None]
 
 BATCH_TOKENS = 8192
 """Tokens that the key expert reads at a time."""
@@ -174,8 +173,7 @@ def build(
     *,
     vocab_size: int,
     store: VectorStore | None = None,
-    progress: Progress,
-    note: Note = silent,
+    reporter: Reporter = SILENT,
 ) -> None:
     """Carry out ``plan``: a new store in ``folder``, or ``store`` (opened writable) with more in it.
 
@@ -183,7 +181,7 @@ def build(
         StorageError: the disk refused; what was there before is intact.
     """
     old = store.contents if store is not None else Contents.empty(vocab_size)
-    index = _prepared_index(plan, settings, owner, states, store, progress)
+    index = _prepared_index(plan, settings, owner, states, store, reporter)
     domains, files = _Places(old.domains), _Places(old.files)
     parts: list[NDArray[Any]] = [np.asarray(old.tokens)]
     rows: list[NDArray[Any]] = [np.asarray(old.documents)]
@@ -198,7 +196,7 @@ def build(
             rows.append(_rows(intake, documents, number, domain, sources))
             number += len(keys)
             done += max(1, BATCH_TOKENS // owner.block_length)
-            progress("keys into the index", min(done, n_blocks), n_blocks)
+            reporter.progress("keys into the index", min(done, n_blocks), n_blocks)
     held_out = np.union1d(held_out_texts(tokens), old.held_out)
     contents = Contents(
         np.concatenate(parts),
@@ -209,7 +207,7 @@ def build(
         _heads(old, tokens.trained_text),
         old.merged,
     )
-    write_store(folder, owner, index, contents, note=note, progress=progress)
+    write_store(folder, owner, index, contents, reporter=reporter)
 
 
 def _heads(old: Contents, trained: TrainedText) -> NDArray[np.uint64]:
@@ -231,7 +229,7 @@ def _prepared_index(
     owner: Owner,
     states: States,
     store: VectorStore | None,
-    progress: Progress,
+    reporter: Reporter,
 ) -> NeighbourIndex:
     """The index that the new keys go into: trained, and holding the old ones."""
     if store is not None and store.index.kind == plan.kind:
@@ -253,12 +251,12 @@ def _prepared_index(
             for keys, _, _ in _keys(intake, every[1, some[every[0, some] == n]], owner.block_length, states):
                 sample.append(keys)
                 read += len(keys)
-                progress("sample for the index", min(read, missing), missing)
+                reporter.progress("sample for the index", min(read, missing), missing)
         keys = np.concatenate(sample or [np.empty((0, owner.width), np.float32)])
         # Fewer than were planned where little of each block is let in; there are no more lists than keys.
         n_keys = total if len(keys) >= choose_lists(total) else len(keys)
         index = NeighbourIndex.create(plan.kind, owner.width, n_keys, settings.n_probe)
-        index.train(keys, lambda done, total: progress("lists of the index", done, total))
+        index.train(keys, reporter)
     for numbers, keys in old:
         index.add(keys, numbers)
     return index

@@ -12,18 +12,18 @@ chapter 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
+from nanothink.reporter import SILENT, Reporter
 from nanothink.vector_store.contents import Contents, VectorStore
 from nanothink.vector_store.index import Float32, Int64
 
 _AT_ONCE = 4096  # keys of a group compared at a time: a matrix of 64 MB
 
 
-def merge_duplicates(store: VectorStore, similarity: float, progress: Callable[[int, int], None]) -> Contents:
+def merge_duplicates(store: VectorStore, similarity: float, reporter: Reporter = SILENT) -> Contents:
     """Merge keys at least so similar (0 to 1) that have the same token; the index of ``store`` changes.
 
     Returns the contents to be written with it.
@@ -43,7 +43,7 @@ def merge_duplicates(store: VectorStore, similarity: float, progress: Callable[[
                     merged = np.flatnonzero(leaders != np.arange(len(leaders)))
                     pairs.append(np.stack([numbers[part][merged], numbers[part][leaders[merged]]], 1))
         done += len(numbers)
-        progress(done, total)
+        reporter.progress("comparing keys", done, total)
     new = np.concatenate(pairs or [np.empty((0, 2), np.int64)])
     store.index.remove(new[:, 0])
     old = np.asarray(store.contents.merged)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from nanothink.config import VectorStoreConfig
 from nanothink.errors import UsageError, VectorStoreDamagedError, VectorStoreError
+from nanothink.reporter import SILENT, Reporter
 
 Kind = Literal["exact", "sq8", "pq"]
 Float32 = NDArray[np.float32]
@@ -204,14 +205,11 @@ class NeighbourIndex:
         """Lists that a search looks into; 0 of an exact index."""
         return 0 if self.kind == "exact" else int(self._index.nprobe)
 
-    def train(self, sample: Float32, progress: Callable[[int, int], None] | None = None) -> None:
+    def train(self, sample: Float32, reporter: Reporter = SILENT) -> None:
         """Learn lists and codes from (n, D) keys. Nothing to do for an exact index. Deterministic.
 
         FAISS would go through all iterations of k-means in one call, without a word and deaf to Ctrl-C. An
         iteration a call, each from the centroids of the one before, comes to the same lists.
-
-        Args:
-            progress: hears of (steps done, steps in all): the iterations, and the codes.
         """
         if self.kind == "exact":
             return
@@ -219,16 +217,15 @@ class NeighbourIndex:
         index.cp.max_points_per_centroid = 1 << 30  # the sample is as large as it is meant to be
         clustering = self._faiss.Clustering(index.d, index.nlist, index.cp)
         n_steps, clustering.niter = clustering.niter + 1, 1
+        stage = "lists of the index"
         learning = f"learning {index.nlist:,} lists from {len(keys):,} keys"
         for step in range(1, n_steps):
             with _told(learning):
                 clustering.train(keys, index.quantizer)
-            if progress is not None:
-                progress(step, n_steps)
+            reporter.progress(stage, step, n_steps)
         with _told(learning):
             index.train(keys)  # finds the lists there, and learns the codes
-        if progress is not None:
-            progress(n_steps, n_steps)
+        reporter.progress(stage, n_steps, n_steps)  # the codes
 
     def add(self, keys: Float32, numbers: Int64) -> None:
         """(n, D) keys under (n,) numbers of their own."""

@@ -28,7 +28,8 @@ from nanothink.disk import make_folder, storage_error
 from nanothink.disk.block_file import BlockFile
 from nanothink.errors import StorageError
 from nanothink.models.store_gate import Neighbours
-from nanothink.vector_store.building import BATCH_TOKENS, Progress, States
+from nanothink.reporter import SILENT, Reporter
+from nanothink.vector_store.building import BATCH_TOKENS, States
 from nanothink.vector_store.contents import VectorStore
 from nanothink.vector_store.index import Float32, Int64
 
@@ -87,7 +88,7 @@ class TrainingNeighbours:
         n_neighbours = sum(map(len, missing.values())) * self._length * self._k
         return n_neighbours * bytes_per_neighbour(len(self._store.contents.tokens))
 
-    def find(self, missing: Mapping[str, Int64], progress: Progress) -> None:
+    def find(self, missing: Mapping[str, Int64], reporter: Reporter = SILENT) -> None:
         """Search these blocks and keep what is found.
 
         Raises:
@@ -110,7 +111,7 @@ class TrainingNeighbours:
                     for block, *found in zip(some, *self._search(domain, some), strict=True):
                         file.write(int(block), found)
                     done += len(some)
-                    progress("neighbours of the training text", done, total)
+                    reporter.progress("neighbours of the training text", done, total)
         except OSError as error:
             raise storage_error(self.folder, error) from error
 

@@ -36,11 +36,9 @@ from typing_extensions import TypedDict  # pydantic asks for it before Python 3.
 from nanothink.config import VectorStoreConfig
 from nanothink.data.split import NOTHING, TrainedText
 from nanothink.disk import (
-    Note,
     locked,
     make_folder,
     scratch_folder,
-    silent,
     storage_error,
     sync_folder,
     sync_tree,
@@ -52,10 +50,9 @@ from nanothink.errors import (
     VectorStoreMismatchError,
     VectorStoreNotFoundError,
 )
+from nanothink.reporter import SILENT, Reporter
 from nanothink.vector_store.contents import DOCUMENT, Contents, Owner, VectorStore, trained_text
 from nanothink.vector_store.index import Kind, NeighbourIndex, damaged
-
-Progress = Callable[[str, int, int], None]
 
 FORMAT = 2
 SUFFIX = ".store"
@@ -168,14 +165,13 @@ def open_store(
     *,
     owner: Owner | None = None,
     writable: bool = False,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> VectorStore:
     """Open the store in ``folder``, every byte of it verified.
 
     Args:
         owner: refuse a store of another expert or tokenizer; None takes any.
         writable: keep the index in memory, so that it can change; else it is searched where it lies.
-        progress: hears of (what is being done, bytes verified, bytes in all).
 
     Raises:
         VectorStoreError: it is missing, damaged, or another model's.
@@ -185,14 +181,8 @@ def open_store(
     found = Owner(**manifest["owner"])
     if owner is not None:
         check_owner(folder, found, owner)
-    total, done = sum(int(facts["bytes"]) for facts in manifest["files"].values()), 0
-
-    def advance(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        if progress is not None:
-            progress(f"verifying {folder.name}", done, total)
-
+    n_bytes = sum(int(facts["bytes"]) for facts in manifest["files"].values())
+    advance = reporter.counter(f"verifying {folder.name}", n_bytes)
     paths = {role: _verified(folder, role, facts, advance) for role, facts in manifest["files"].items()}
     contents = Contents(
         tokens=_map(paths["tokens"], "<u2", "<u4"),
@@ -261,13 +251,9 @@ def write_store(
     index: NeighbourIndex,
     contents: Contents,
     *,
-    note: Note = silent,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> None:
     """Make this the store in ``folder``, in place of any that was there.
-
-    Args:
-        progress: hears of (what is being done, bytes safely on the disk, bytes in all).
 
     Raises:
         StorageError: the disk refused; what was there is intact.
@@ -276,7 +262,7 @@ def write_store(
         make_folder(folder, within=folder.parent)
     except OSError as error:
         raise storage_error(folder, error) from error
-    with locked(folder, note):
+    with locked(folder, reporter):
         _sweep(folder)
         generation = secrets.token_hex(6)
         names = {role: f"{role}-{generation}.{'faiss' if role == 'index' else 'npy'}" for role in _ROLES}
@@ -289,14 +275,8 @@ def write_store(
                 np.save(scratch / names["heads"], contents.heads)
                 np.save(scratch / names["merged"], contents.merged)
                 files = {}
-                total, done = sum(path.stat().st_size for path in scratch.iterdir()), 0
-
-                def advance(n_bytes: int) -> None:
-                    nonlocal done
-                    done += n_bytes
-                    if progress is not None:
-                        progress(f"writing {folder.name}", done, total)
-
+                n_bytes = sum(path.stat().st_size for path in scratch.iterdir())
+                advance = reporter.counter(f"writing {folder.name}", n_bytes)
                 sync_tree(scratch)
                 for role, name in names.items():
                     digest = _digest(scratch / name, advance)

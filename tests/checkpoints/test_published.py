@@ -115,9 +115,7 @@ def randomise(model: nn.Module) -> None:
 
 
 def imported(folder: Path, **options: Any) -> ImportedModel:
-    return import_model(
-        str(folder), checkpoint_dir=folder.parent / "checkpoints", progress=lambda *_: None, **options
-    )
+    return import_model(str(folder), checkpoint_dir=folder.parent / "checkpoints", **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from reports import Told
 
 from nanothink.checkpoints import (
     FORMAT_VERSION,
@@ -36,10 +37,6 @@ def damage(path: Path) -> None:
     path.write_bytes(whole)
 
 
-def never(path: Path, reason: str) -> None:
-    raise AssertionError(f"{path} was passed over: {reason}")
-
-
 # --- names and search ---------------------------------------------------------------------------------
 
 
@@ -51,7 +48,7 @@ def test_names_are_those_of_the_design(store):
         "transformer_expert_interrupted.pt",
     ]
     assert store.existing() == []
-    assert store.newest(never) is None
+    assert store.newest(Told(pytest.fail)) is None
 
 
 def test_a_stem_that_could_be_taken_for_another_is_refused(tmp_path):
@@ -66,19 +63,19 @@ def test_newest_goes_by_role_and_number(store, make_payload):
         store.write(path, make_payload())
     assert store.existing() == order
     while order:
-        assert store.newest(never) == order[-1]
+        assert store.newest(Told(pytest.fail)) == order[-1]
         order.pop().unlink()
 
 
 def test_newest_prefers_a_best_file_that_is_further_on_than_the_snapshots(store, make_payload):
     store.write(store.epoch(5), make_payload(step=50))
     store.write(store.best, make_payload(step=60))
-    assert store.newest(never) == store.best
+    assert store.newest(Told(pytest.fail)) == store.best
     store.write(store.interrupted, make_payload(step=55))
-    assert store.newest(never) == store.interrupted
+    assert store.newest(Told(pytest.fail)) == store.interrupted
     store.interrupted.unlink()
     store.write(store.epoch(7), make_payload(step=70))
-    assert store.newest(never) == store.epoch(7)
+    assert store.newest(Told(pytest.fail)) == store.epoch(7)
 
 
 @pytest.mark.parametrize("cut_off", [True, False])
@@ -90,9 +87,10 @@ def test_newest_goes_from_a_damaged_snapshot_to_the_best_file_not_past_it(store,
         store.epoch(7).write_bytes(b"")
     else:
         damage(store.epoch(7))
-    skipped: list[Path] = []
-    assert store.newest(lambda path, _: skipped.append(path)) == store.best
-    assert skipped == [store.epoch(7)]
+    notes: list[str] = []
+    assert store.newest(Told(notes.append)) == store.best
+    (note,) = notes
+    assert note.startswith(f"Passing over {store.epoch(7)}: ")
 
 
 def test_newest_passes_over_damaged_files_and_says_why(store, make_payload):
@@ -100,14 +98,14 @@ def test_newest_passes_over_damaged_files_and_says_why(store, make_payload):
         store.write(path, make_payload())
     damage(store.interrupted)
     store.epoch(10).write_bytes(b"")
-    skipped: list[tuple[Path, str]] = []
-    assert store.newest(lambda path, reason: skipped.append((path, reason))) == store.epoch(9)
-    assert [path for path, _ in skipped] == [store.interrupted, store.epoch(10)]
-    assert skipped[0][1].startswith("its content is not what was written")
-    assert skipped[1][1].startswith("it is empty")
+    notes: list[str] = []
+    assert store.newest(Told(notes.append)) == store.epoch(9)
+    first, second = notes
+    assert first.startswith(f"Passing over {store.interrupted}: its content is not what was written")
+    assert second.startswith(f"Passing over {store.epoch(10)}: it is empty")
     for path in (store.best, store.epoch(9)):
         damage(path)
-    assert store.newest(lambda path, reason: None) is None
+    assert store.newest() is None
 
 
 def test_newest_does_not_pass_over_what_may_be_sound(store, make_payload, monkeypatch):
@@ -115,7 +113,7 @@ def test_newest_does_not_pass_over_what_may_be_sound(store, make_payload, monkey
     store.write(store.best, make_payload())
     torch.save({"format_version": FORMAT_VERSION + 1}, store.interrupted)
     with pytest.raises(CheckpointMismatchError, match="newer NanoThink"):
-        store.newest(never)
+        store.newest(Told(pytest.fail))
     store.write(store.interrupted, make_payload())
     really_open = Path.open
 
@@ -126,7 +124,7 @@ def test_newest_does_not_pass_over_what_may_be_sound(store, make_payload, monkey
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(StorageError, match="cannot be read: Permission denied"):
-        store.newest(never)
+        store.newest(Told(pytest.fail))
 
 
 def test_newest_passes_over_a_file_that_has_just_gone(store, make_payload, monkeypatch):
@@ -135,7 +133,7 @@ def test_newest_passes_over_a_file_that_has_just_gone(store, make_payload, monke
     both = store.existing()
     store.interrupted.unlink()
     monkeypatch.setattr(store, "existing", lambda: list(both))
-    assert store.newest(never) == store.best
+    assert store.newest(Told(pytest.fail)) == store.best
 
 
 def test_a_stem_never_takes_files_of_another(tmp_path, make_payload):

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from nanothink.cli import render
 from nanothink.cli.render import results, tables
-from nanothink.cli.render.progress import Bars, ProgressBars, progress_columns
+from nanothink.cli.render.progress import BarReporter, ProgressBars, progress_columns
 from nanothink.errors import counted
 from nanothink.inference.evaluate import Evaluation, Score
 from nanothink.runs.evaluating import CheckpointEvaluation
@@ -83,10 +83,10 @@ def test_numbers_are_never_broken(terminal: Terminal) -> None:
 
 def test_plain_progress_says_when_it_will_be_done(capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
-    bars = Bars(None, clock=lambda: now)
+    bars = BarReporter(clock=lambda: now)
     for done in range(11):
         now = 6.0 * done
-        bars("verifying", done, 10)
+        bars.progress("verifying", done, 10)
     assert capsys.readouterr().err.splitlines() == [
         "verifying: 20 %, ETA 48s",
         "verifying: 40 %, ETA 36s",
@@ -213,10 +213,10 @@ def test_json_keeps_what_the_encoding_lacks(encoding: str, monkeypatch: pytest.M
 def test_a_total_that_is_known_late_is_taken_over() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     with ProgressBars(*progress_columns(), console=console) as drawn:
-        bars = Bars(drawn)
-        bars("merging", 0, 300)
-        bars("merging", 400, 900)
+        bars = BarReporter(drawn)
+        bars.progress("merging", 0, 300)
+        bars.progress("merging", 400, 900)
         (task,) = drawn.tasks
         assert (task.completed, task.total) == (400, 900)
-        bars("merging", 900, 900)
+        bars.progress("merging", 900, 900)
         assert drawn.tasks == []

@@ -18,6 +18,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reports import Told
 
 from nanothink.data import bpe_process
 from nanothink.data.bpe import MAX_WORD_BYTES, learn, make_byte_level
@@ -125,10 +126,10 @@ def test_merging_is_told_from_none_to_all(capfd: pytest.CaptureFixture[str]) -> 
             drawn.append(len(at))
             yield text
 
-    learn_in_process(texts(), 2000, EOS, lambda *told: at.append(told))
+    learn_in_process(texts(), 2000, EOS, Told(progress=lambda *told: at.append(told)))
     assert set(drawn) == {0}  # merging begins after the last text
     stages, done, totals = zip(*at, strict=True)
-    assert set(stages) == {"merging"}
+    assert set(stages) == {"tokenizer: merging"}
     shares = [d / t for d, t in zip(done, totals, strict=True)]
     assert shares[0] == 0
     assert shares[-1] == 1
@@ -140,8 +141,8 @@ def test_merging_is_told_from_none_to_all(capfd: pytest.CaptureFixture[str]) -> 
 
 def test_nothing_to_merge_is_told_as_done() -> None:
     at: list[tuple[str, int, int]] = []
-    learn_in_process(["ab"], 5000, EOS, lambda *told: at.append(told))
-    assert at[-1] == ("merging", 5000, 5000)
+    learn_in_process(["ab"], 5000, EOS, Told(progress=lambda *told: at.append(told)))
+    assert at[-1] == ("tokenizer: merging", 5000, 5000)
 
 
 def test_what_the_texts_raise_leaves_no_process() -> None:
@@ -166,7 +167,7 @@ def test_a_signal_while_it_merges_leaves_no_process(sent: signal.Signals) -> Non
     before = signal.signal(sent, stop)
     try:
         with pytest.raises(Stopped):
-            learn_in_process(many_words(20), 3000, EOS, lambda *_: os.kill(os.getpid(), sent))
+            learn_in_process(many_words(20), 3000, EOS, Told(progress=lambda *_: os.kill(os.getpid(), sent)))
     finally:
         signal.signal(sent, before)
     assert children() == []

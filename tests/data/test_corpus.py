@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from reports import Told
 
 from nanothink.data.corpus import find_corpus, validate_corpus
 from nanothink.errors import DataError, UsageError
@@ -131,7 +132,7 @@ def test_a_sound_corpus(tmp_path):
     put(tmp_path, "notes.txt")
     corpus = find_corpus(tmp_path)
     seen: list[tuple[int, int]] = []
-    report = validate_corpus(corpus, on_progress=lambda done, total: seen.append((done, total)))
+    report = validate_corpus(corpus, reporter=Told(progress=lambda _, *at: seen.append(at)))
     assert report.ok
     assert (report.files, report.records, report.n_bytes) == (2, 3, corpus.n_bytes)
     assert report.seconds > 0
@@ -147,7 +148,7 @@ def test_every_problem_is_listed_and_reading_goes_on(tmp_path):
     put(tmp_path, "b/x.jsonl", "t")
     corpus = find_corpus(tmp_path)
     seen: list[int] = []
-    report = validate_corpus(corpus, on_progress=lambda done, _: seen.append(done))
+    report = validate_corpus(corpus, reporter=Told(progress=lambda _, done, __: seen.append(done)))
     assert not report.ok
     assert report.records == 2
     places = [(Path(p.file).name, p.line, p.column) for p in report.errors]

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reports import Told
 
 from nanothink.cli.app import run
 from nanothink.data.corpus import find_corpus, validate_corpus
@@ -36,7 +37,7 @@ class Import:
         self.report = import_source(
             source,
             data_dir=folder / "out",
-            on_progress=lambda done, total: self.progress.append((done, total)),
+            reporter=Told(progress=lambda _, *at: self.progress.append(at)),
             **options,
         )
         self.records = [json.loads(line) for line in self.report.path.read_text("utf-8").splitlines()]

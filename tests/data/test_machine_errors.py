@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import zstandard
+from reports import Told
 
 from nanothink.cli.app import _allow_open_files, run
 from nanothink.data.corpus import find_corpus, validate_corpus
@@ -168,13 +169,13 @@ def test_a_short_read_is_not_kept_under_the_digest_of_the_whole_file(
     corpus = find_corpus(root)
     size = hurt.stat().st_size
 
-    def truncate_once(done: int, _total: int) -> None:
+    def truncate_once(_: str, done: int, __: int) -> None:
         if done == 0 or hurt.stat().st_size < size:
             return
         os.truncate(hurt, len(lines("The second boat", 30)))
 
     with pytest.raises(DataError, match="changed while it was being read"):
-        tokenise(corpus, tokenizer, split=RULE, skip_bad_records=True, on_progress=truncate_once)
+        tokenise(corpus, tokenizer, split=RULE, skip_bad_records=True, reporter=Told(progress=truncate_once))
     assert len(list(root.rglob("*.tokens"))) <= 1
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reports import Told
 
 from nanothink.data.corpus import find_corpus
 from nanothink.data.near_duplicates import THRESHOLD, _runs, _similar, find_near_duplicates
@@ -60,7 +61,7 @@ def test_twins_are_found_and_counted_by_side(tmp_path: Path, tokenizer: Tokenize
     corpus = find_corpus(tmp_path)
     tokens = tokenise(corpus, tokenizer, split=SplitRule(0.3, 0.2))
     seen: list[tuple[int, int]] = []
-    found = find_near_duplicates(corpus, tokens, on_progress=lambda *at: seen.append(at))
+    found = find_near_duplicates(corpus, tokens, reporter=Told(progress=lambda _, *at: seen.append(at)))
     assert found.n_documents == 500
     assert found.n_near_duplicates == 200
     side = {

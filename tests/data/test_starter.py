@@ -9,6 +9,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
+from reports import Told
 
 from nanothink.data.corpus import find_corpus, validate_corpus
 from nanothink.data.starter import write_starter_corpus
@@ -105,7 +106,7 @@ def test_without_the_manual_there_are_three_domains_all_the_same(tmp_path, monke
 def test_progress_ends_where_it_aims(tmp_path):
     seen: list[tuple[int, int]] = []
     report = write_starter_corpus(
-        tmp_path, max_bytes_per_domain=SMALL, on_progress=lambda done, total: seen.append((done, total))
+        tmp_path, max_bytes_per_domain=SMALL, reporter=Told(progress=lambda _, *at: seen.append(at))
     )
     assert seen == sorted(seen)
     assert seen[-1] == (sum(domain.n_bytes for domain in report.domains), 3 * SMALL)
@@ -138,7 +139,9 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_gathered(tmp_
     (tmp_path / "file").write_text("")
     seen = []
     with pytest.raises(StorageError, match="is a file, not a folder"):
-        write_starter_corpus(tmp_path / "file" / "data", on_progress=lambda *said: seen.append(said))
+        write_starter_corpus(
+            tmp_path / "file" / "data", reporter=Told(progress=lambda *said: seen.append(said))
+        )
     assert seen == []
 
 

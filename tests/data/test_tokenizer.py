@@ -20,6 +20,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reports import Told
 
 from nanothink.data.corpus import find_corpus
 from nanothink.data.split import SplitRule
@@ -245,7 +246,7 @@ def test_training_sees_the_training_split_only(tmp_path: Path) -> None:
         corpus,
         vocab_size=4000,
         split=SplitRule(0.2, 0.2),
-        on_progress=lambda stage, *at: told.setdefault(stage, []).append(at),
+        reporter=Told(progress=lambda stage, *at: told.setdefault(stage, []).append(at)),
     )
     tokens = tokenise(corpus, trained, split=SplitRule(0.2, 0.2))
     held_out_lines = [side["a"].documents().lines for side in (tokens.val, tokens.test)]
@@ -256,9 +257,13 @@ def test_training_sees_the_training_split_only(tmp_path: Path) -> None:
     assert learnt == (~held_out).tolist()
     assert len(trained.encode(" onlyonetext")) == 1
     assert len(trained.encode(" secrettail")) > 1
-    assert list(told) == ["reading", "counting words", "merging"]
-    assert told["reading"][-1] == told["counting words"][-1] == (corpus.n_bytes, corpus.n_bytes)
-    assert told["merging"][-1] == (4000, 4000)
+    assert list(told) == [f"tokenizer: {stage}" for stage in ("reading", "counting words", "merging")]
+    assert (
+        told["tokenizer: reading"][-1]
+        == told["tokenizer: counting words"][-1]
+        == (corpus.n_bytes, corpus.n_bytes)
+    )
+    assert told["tokenizer: merging"][-1] == (4000, 4000)
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
@@ -523,11 +528,10 @@ def test_offline_a_stand_in_is_trained_and_kept(corpus_root: Path) -> None:
         NAME,
         find_corpus(corpus_root, ["a"]),
         split=SplitRule(0.1),
-        note=notes.append,
-        on_progress=lambda stage, *_: told.append(stage),
+        reporter=Told(notes.append, lambda stage, *_: told.append(stage)),
     )
-    stages = ("validating", "reading", "counting words", "merging")
-    assert list(dict.fromkeys(told)) == [f"tokenizer: {stage}" for stage in stages]
+    stages = ("reading", "counting words", "merging")
+    assert list(dict.fromkeys(told)) == ["validating", *(f"tokenizer: {stage}" for stage in stages)]
     assert len(notes) == 1
     assert "'gpt2-is-not-here' is neither cached nor reachable" in notes[0]
     assert len(one.encode(" banana")) == 1  # of the domain that was not selected
@@ -539,20 +543,20 @@ def test_offline_a_stand_in_is_trained_and_kept(corpus_root: Path) -> None:
     before = (folder / "tokenizer.json").stat().st_mtime_ns
     for name, domains in ((NAME, ["b"]), (NAME, None), (NAME, ["c"])):
         again = resolve_tokenizer(
-            name, find_corpus(corpus_root, domains), split=SplitRule(0.05), note=notes.append
+            name, find_corpus(corpus_root, domains), split=SplitRule(0.05), reporter=Told(notes.append)
         )
         assert again.fingerprint == one.fingerprint
         assert str(folder) in notes[-1]
         assert not any("held out" in note for note in notes)
     for rule in (SplitRule(0.2), SplitRule(0.1, 0.1)):  # which may hold out text that it was trained on
-        resolve_tokenizer(NAME, find_corpus(corpus_root), split=rule, note=notes.append)
+        resolve_tokenizer(NAME, find_corpus(corpus_root), split=rule, reporter=Told(notes.append))
         assert "data.val_split=0.1 and data.test_split=0.0, so also on text that is held out" in notes[-1]
     assert (folder / "tokenizer.json").stat().st_mtime_ns == before
 
 
 def test_only_the_default_is_ever_replaced(corpus_root: Path) -> None:
     with pytest.raises(TokenizerError, match="tokenzer"):
-        resolve_tokenizer("tokenzer", find_corpus(corpus_root), split=SplitRule(0.1), note=lambda _: None)
+        resolve_tokenizer("tokenzer", find_corpus(corpus_root), split=SplitRule(0.1))
     assert not (corpus_root / ".nanothink" / "tokenizer").exists()
 
 
@@ -561,17 +565,19 @@ def test_a_refused_corpus_leaves_no_stand_in(corpus_root: Path) -> None:
         file.write('{"text": ""}\n')
     corpus, notes = find_corpus(corpus_root), list[str]()
     with pytest.raises(BadRecordsError, match=r"broken\.jsonl:1"):
-        resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), note=notes.append)
+        resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), reporter=Told(notes.append))
     assert not (corpus_root / ".nanothink" / "tokenizer").exists()
-    assert resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), skip_bad_records=True, note=notes.append)
+    assert resolve_tokenizer(
+        NAME, corpus, split=SplitRule(0.1), skip_bad_records=True, reporter=Told(notes.append)
+    )
 
 
 def test_a_damaged_stand_in_is_trained_again(corpus_root: Path) -> None:
     notes: list[str] = []
     corpus = find_corpus(corpus_root)
-    one = resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), note=notes.append)
+    one = resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), reporter=Told(notes.append))
     (corpus_root / ".nanothink" / "tokenizer" / "tokenizer.json").write_text("{")
-    again = resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), note=notes.append)
+    again = resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), reporter=Told(notes.append))
     assert again.fingerprint == one.fingerprint
     assert any("damaged" in note for note in notes)
 
@@ -580,10 +586,10 @@ def test_paths_are_never_replaced_by_a_stand_in(corpus_root: Path, trained: Toke
     corpus = find_corpus(corpus_root)
     notes: list[str] = []
     with pytest.raises(TokenizerError, match="no tokenizer at"):
-        resolve_tokenizer("./typo", corpus, split=SplitRule(0.1), note=notes.append)
+        resolve_tokenizer("./typo", corpus, split=SplitRule(0.1), reporter=Told(notes.append))
     folder = save_tokenizer(trained, corpus_root / "kept")
     assert (
-        resolve_tokenizer(str(folder), corpus, split=SplitRule(0.1), note=notes.append).fingerprint
+        resolve_tokenizer(str(folder), corpus, split=SplitRule(0.1), reporter=Told(notes.append)).fingerprint
         == trained.fingerprint
     )
     assert notes == []
@@ -597,8 +603,8 @@ def test_a_data_root_that_cannot_be_written_to(corpus_root: Path, monkeypatch: p
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     notes: list[str] = []
     corpus = find_corpus(corpus_root)
-    one = resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), note=notes.append)
+    one = resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), reporter=Told(notes.append))
     assert str(cache) in notes[-1]
-    again = resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), note=notes.append)
+    again = resolve_tokenizer(NAME, corpus, split=SplitRule(0.1), reporter=Told(notes.append))
     assert again.fingerprint == one.fingerprint
     assert (corpus_root / ".nanothink").read_text() == "in the way"

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reports import Told
 
 from nanothink.config.data import SPLIT_SEED
 from nanothink.data.corpus import find_corpus
@@ -471,13 +472,13 @@ def test_a_file_that_changes_meanwhile(root: Path, tokenizer: Tokenizer) -> None
     path = root / "b" / "1.jsonl"
     size = path.stat().st_size
 
-    def append(_done: int, _total: int) -> None:
+    def append(*_: object) -> None:
         if path.stat().st_size == size:
             with path.open("a") as file:
                 file.write('{"text": "more"}\n')
 
     with pytest.raises(DataError, match="changed while it was being read"):
-        _run(root, tokenizer, on_progress=append)
+        _run(root, tokenizer, reporter=Told(progress=append))
     _run(root, tokenizer)
 
 
@@ -553,7 +554,7 @@ def test_damaged_tokens_are_made_again(root: Path, tokenizer: Tokenizer, damage:
         path.unlink()
     assert not is_whole(path, OpenFiles())
     notes: list[str] = []
-    after = _run(root, tokenizer, note=notes.append)
+    after = _run(root, tokenizer, reporter=Told(notes.append))
     assert [_tokens(stream) for stream in after.train.values()] == expected
     assert after.fingerprint == before.fingerprint
     assert ["damaged" in note for note in notes] == ([] if damage == "gone" else [True])
@@ -568,7 +569,7 @@ def test_tokens_that_are_damaged_or_lost_while_they_are_used_are_made_again(
     used = _kept(root, tokenizer)
     _write(root / "single" / "x.jsonl", ["The only text here, which is cut in two. " * 20])
     notes: list[str] = []
-    tokens = _run(root, tokenizer, note=notes.append)
+    tokens = _run(root, tokenizer, reporter=Told(notes.append))
     used += [path for path in _kept(root, tokenizer) if path.name.startswith("cut-")]
     expected = [_tokens(stream) for stream in tokens.train.values()]
     whole = {path: path.read_bytes() for path in used}
@@ -606,7 +607,7 @@ def test_progress_counts_bytes_to_the_end(root: Path, tokenizer: Tokenizer) -> N
     total = find_corpus(root).n_bytes
     for _ in range(2):
         seen: list[tuple[int, int]] = []
-        _run(root, tokenizer, on_progress=lambda *at: seen.append(at))  # noqa: B023
+        _run(root, tokenizer, reporter=Told(progress=lambda _, *at: seen.append(at)))  # noqa: B023
         assert seen == sorted(seen)
         assert seen[-1] == (total, total)
         assert {at[1] for at in seen} == {total}
@@ -618,7 +619,7 @@ def test_a_data_root_that_cannot_be_written_to(
     (root / ".nanothink").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     notes: list[str] = []
-    first = _run(root, tokenizer, note=notes.append)
+    first = _run(root, tokenizer, reporter=Told(notes.append))
     assert len(notes) == 1
     assert str(tmp_path / "cache" / "nanothink") in notes[0]
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.tokens")}
@@ -646,7 +647,7 @@ def test_a_home_that_is_not_there(
     monkeypatch.setenv("HOME", str(root / ".nanothink"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     notes: list[str] = []
-    _run(root, tokenizer, note=notes.append)
+    _run(root, tokenizer, reporter=Told(notes.append))
     assert str(tmp_path / "nanothink-") in notes[0]
 
 
@@ -659,11 +660,13 @@ from nanothink.data.corpus import find_corpus
 from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import tokenise
+from nanothink.reporter import Reporter
 root, tokenizer = sys.argv[1:3]
 exec(sys.argv[3])
-def progress(done, total):
-    if done: print(done, flush=True)
-tokens = tokenise(find_corpus(root), load_tokenizer(tokenizer), split=SplitRule(0.1), on_progress=progress)
+class Printer(Reporter):
+    def progress(self, stage, done, total):
+        if done: print(done, flush=True)
+tokens = tokenise(find_corpus(root), load_tokenizer(tokenizer), split=SplitRule(0.1), reporter=Printer())
 print(tokens.fingerprint, flush=True)
 status = Path("/proc/self/status").read_text()  # getrusage's peak would include that of the parent
 print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), flush=True)
@@ -766,11 +769,11 @@ def test_waiting_for_another_process_is_said(
         notes.append(message)
         held.__exit__(None, None, None)
 
-    _run(root, tokenizer, note=let_go)
+    _run(root, tokenizer, reporter=Told(let_go))
     assert len(notes) == 1
     assert "waiting" in notes[0]
     with locked(root / ".nanothink"):
-        _run(root, tokenizer, note=pytest.fail)  # nothing to write: nothing to wait for
+        _run(root, tokenizer, reporter=Told(pytest.fail))  # nothing to write: nothing to wait for
 
 
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(large: Path, saved: Path) -> None:

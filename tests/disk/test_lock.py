@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reports import Told
 
 from nanothink.disk import HeldError, held, is_in_use, lock, locked
 from nanothink.errors import StorageError
@@ -74,7 +75,7 @@ def test_one_process_holds_it_and_others_hear_which(disk: Path) -> None:
             ):
                 pass
         assert (disk / ".stem.holder").exists()
-    with held(path, notes.append):  # killed: what it left is no obstacle
+    with held(path, Told(notes.append)):  # killed: what it left is no obstacle
         assert json.loads((disk / ".stem.holder").read_text())["pid"] == os.getpid()
         with pytest.raises(HeldError, match=f"process {os.getpid()}"), held(path):
             pass
@@ -92,7 +93,7 @@ def test_a_worker_does_not_keep_the_lock(disk: Path) -> None:
             os._exit(0)
         assert os.read(ready, 1) == b"x"
     try:
-        with locked(disk, note=pytest.fail):
+        with locked(disk, reporter=Told(pytest.fail)):
             pass
     finally:
         os.kill(worker, 9)
@@ -109,7 +110,7 @@ def test_it_is_waited_for_with_one_line(disk: Path, monkeypatch: pytest.MonkeyPa
             first.close()
         notes.append(message)
 
-    with locked(disk, note):
+    with locked(disk, Told(note)):
         assert len([message for message in notes if "waiting" in message]) == 1
 
 
@@ -120,7 +121,7 @@ def test_a_disk_without_locks_is_said_once(
     without_locks(monkeypatch, number)
     notes: list[str] = []
     for _ in range(2):
-        with locked(tmp_path, notes.append):
+        with locked(tmp_path, Told(notes.append)):
             assert sorted(os.listdir(tmp_path)) == ["lock", "lock.holder"]
     assert os.listdir(tmp_path) == ["lock"]
     assert notes == [f"{tmp_path} is on a disk without file locks: lock.holder stands in for one."]
@@ -158,7 +159,7 @@ def test_what_a_dead_process_of_this_machine_left_is_removed(
     for pid in (DEAD, os.getpid()):  # the first process of a container always has the same number
         (tmp_path / "lock.holder").write_text(holder(pid, HERE))
         notes: list[str] = []
-        with locked(tmp_path, notes.append):
+        with locked(tmp_path, Told(notes.append)):
             assert json.loads((tmp_path / "lock.holder").read_text())["token"] != "abc"
         assert f"{tmp_path / 'lock.holder'} was left behind by process {pid}" in notes[0]
         assert os.listdir(tmp_path) == ["lock"]

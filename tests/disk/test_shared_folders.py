@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reports import Told
 from two_users import FIRST, GROUP, SECOND, AsUser
 
 from nanothink.data.cache import cache_folder
@@ -21,7 +22,7 @@ def mode(path: Path) -> str:
 
 def write_all(folder: Path, user: int) -> str:
     """Everything that NanoThink does in a shared folder."""
-    cache = cache_folder(folder / "data", note=lambda message: (_ for _ in ()).throw(ValueError(message)))
+    cache = cache_folder(folder / "data", Told(pytest.fail))
     with locked(cache):
         make_folder(cache / "tokens" / "t", within=cache)
         with whole_folder(cache / "tokens" / "t" / "same") as tokens:
@@ -97,7 +98,7 @@ def test_a_cache_of_another_user_gives_way_to_the_own_one(shared: Path, as_user:
     def cache() -> list[str]:
         os.environ["XDG_CACHE_HOME"] = str(home)
         notes: list[str] = []
-        folder = cache_folder(shared, notes.append)
+        folder = cache_folder(shared, Told(notes.append))
         return [folder.parts[-3] if folder != shared / ".nanothink" else "shared", *notes]
 
     assert as_user(FIRST, cache) == ["shared"]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reports import Told
 
 import nanothink
 from nanothink.checkpoints import archive, read_checkpoint, write_checkpoint
@@ -851,15 +852,12 @@ def test_a_resumed_run_holds_the_rates_of_its_last_step(copied: Path) -> None:
     from nanothink.config.run import resolve_config
     from nanothink.runs.preparing import prepare
     from nanothink.runs.pretraining import build_run
-    from nanothink.runs.resuming import RunSpec, Watch
+    from nanothink.runs.resuming import RunSpec
     from nanothink.training.optimizer import learning_rate_fraction
 
-    watch = Watch(note=lambda message: None, progress=lambda label, done, total: None)
     where = RunSpec(kind="transformer", checkpoint_dir=copied, resume="newest")
-    setup = prepare(
-        where, lambda base: resolve_config(base=base, assignments=["train_expert.max_steps=30"]), watch
-    )
-    resumed = build_run(setup, watch)
+    setup = prepare(where, lambda base: resolve_config(base=base, assignments=["train_expert.max_steps=30"]))
+    resumed = build_run(setup)
     fraction = learning_rate_fraction(19, 30, setup.config.train_expert)
     groups = [g for o in resumed.optimizer.optimizers.values() for g in o.param_groups]
     assert resumed.state.step == 20
@@ -870,5 +868,5 @@ def test_doctor_tells_how_far_it_is(tmp_path: Path) -> None:
     from nanothink.runs.doctor import examine
 
     told: list[tuple[str, int, int]] = []
-    examine(None, tmp_path, lambda *at: told.append(at))
+    examine(None, tmp_path, Told(progress=lambda *at: told.append(at)))
     assert told == [("examining", done, 3) for done in range(3)]

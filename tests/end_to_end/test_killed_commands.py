@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reports import Told
 from struck_runs import Ground, assert_same_run, stem
 
 from nanothink.config import VectorStoreConfig
@@ -212,7 +213,7 @@ def test_tokens_are_whole_or_made_again(ground: Ground, tmp_path: Path) -> None:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(corpus, copy)
         notes: list[str] = []
-        tokens = tokenise(find_corpus(copy), tokenizer, split=SplitRule(0.1), note=notes.append)
+        tokens = tokenise(find_corpus(copy), tokenizer, split=SplitRule(0.1), reporter=Told(notes.append))
         assert not [note for note in notes if "damaged" in note]
         whole = {
             (d, side): stream.block(0, stream.n_tokens)[1].tobytes()

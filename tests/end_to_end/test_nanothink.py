@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from reports import Told
 from struck_runs import assert_same, metrics
 
 import nanothink as package
@@ -24,8 +25,8 @@ from nanothink.models import COMBINED
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.experts import MAX_EXPERTS, find_experts
 from nanothink.runs.pretraining import pretrain as pretrain_run
-from nanothink.runs.resuming import RunSpec, Watch
-from nanothink.training.events import Event, RunStarted, StepDone
+from nanothink.runs.resuming import RunSpec
+from nanothink.training.events import RunStarted, StepDone
 
 STEM = "nanothink_mla"
 KINDS = ("transformer", "state_space", "diffuser")
@@ -175,7 +176,7 @@ class Phase2:
             "train_mla.states_disk_gb": gb,
         }
 
-        def observe(event: Event) -> None:
+        def observe(event: object) -> None:
             if isinstance(event, RunStarted):
                 assert math.ceil(event.n_blocks / 64) == self.per_epoch
                 assert event.epochs == 3
@@ -190,8 +191,7 @@ class Phase2:
             pretrain_run(
                 spec,
                 lambda base: resolve_config(base=base, assignments=assignments),
-                observe=observe,
-                watch=Watch(said.append, lambda what, done, total: None),
+                Told(said.append, event=observe),
             )
         return "\n".join(said)
 

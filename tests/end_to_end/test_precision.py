@@ -15,7 +15,7 @@ from nanothink.cli.app import run
 from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.runs.preparing import prepare
-from nanothink.runs.resuming import RunSpec, Watch
+from nanothink.runs.resuming import RunSpec
 from nanothink.training import matmul_speed
 
 Said = Callable[[], str]
@@ -138,10 +138,9 @@ def test_other_processes_take_the_types_of_the_first(
         "data.tokenizer": ("--tokenizer", str(tiny_tokenizer)),
     }
     spec = RunSpec("transformer", tmp_path)
-    watch = Watch(note=lambda _: None, progress=lambda *_: None)
 
     def setup(types: dict[str, str] | None) -> Config:
-        return prepare(spec, lambda base: resolve_config(base=base, flags=flags), watch, types).config
+        return prepare(spec, lambda base: resolve_config(base=base, flags=flags), types=types).config
 
     assert setup(None).train_expert.amp_dtype == "float32"
     told = {"amp_dtype": "bfloat16", "muon_dtype": "bfloat16"}

@@ -25,7 +25,7 @@ WHILE_TRAINING: dict[str, dict[str, Any]] = {
     "the first checkpoint": {"call": "nanothink.checkpoints.archive:DigestingWriter.seal"},
     "the very first step": {"call": "torch:Tensor.backward"},
     "training": {"event": "StepDone", "having": {"step": 6}},
-    "evaluation": {"event": "EvaluationProgress", "nth": 4},
+    "evaluation": {"stage": "validating", "nth": 4},
     "sampling": {"call": "nanothink.models.transformer:Transformer.step", "nth": 5},
     "the last save": {"event": "CheckpointSaved", "having": {"role": "epoch"}, "nth": 2},
 }

@@ -20,7 +20,7 @@ import torch
 import nanothink as package
 from nanothink.checkpoints.file import read_checkpoint
 from nanothink.cli.app import run
-from nanothink.cli.render.progress import Bars
+from nanothink.cli.render.progress import BarReporter
 from nanothink.data.corpus import find_corpus
 from nanothink.data.split import SplitRule
 from nanothink.data.tokens import tokenise
@@ -342,7 +342,9 @@ def test_what_compacting_is_at_is_told(
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told: dict[str, list[tuple[int, int]]] = {}
-    monkeypatch.setattr(Bars, "__call__", lambda self, label, *at: told.setdefault(label, []).append(at))
+    monkeypatch.setattr(
+        BarReporter, "progress", lambda self, label, *at: told.setdefault(label, []).append(at)
+    )
     assert run(["store", "compact", "--max-tokens", "500", "--checkpoint-dir", str(copied)]) == 0
     vector_store = f"{STEM}.store"
     stages = ("evaluating before", "comparing keys", f"writing {vector_store}", "evaluating after")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from reports import Told
 from torch import Tensor
 
 from nanothink.config.run import resolve_config
@@ -65,7 +66,7 @@ def test_the_error_is_the_mean_over_valid_targets_and_features(
 
 def test_measuring_says_how_far_it_is(model: Diffuser, tokens: TokenisedCorpus) -> None:
     heard: list[tuple[int, int]] = []
-    errors(model, tokens, on_progress=lambda done, total: heard.append((done, total)))
+    errors(model, tokens, reporter=Told(progress=lambda _, *at: heard.append(at)))
     total = heard[-1][1]
     assert heard == [(done, total) for done in range(1, total + 1)]
     assert total % len(measured_levels(LEVELS)) == 0

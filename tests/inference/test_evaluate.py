@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reports import Told
 
 from nanothink.config.run import resolve_config
 from nanothink.data.corpus import find_corpus
@@ -227,7 +228,7 @@ def test_it_stops_when_asked_and_leaves_the_model_as_it_was(
 
 def test_progress_reaches_its_total(model: LanguageModel, tokens: TokenisedCorpus) -> None:
     seen: list[tuple[int, int]] = []
-    evaluation = score(model, tokens, on_progress=lambda done, total: seen.append((done, total)))
+    evaluation = score(model, tokens, reporter=Told(progress=lambda _, *at: seen.append(at)))
     assert seen[-1] == (evaluation.overall.tokens, evaluation.overall.tokens)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 

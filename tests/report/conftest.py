@@ -80,10 +80,10 @@ def make_run(tmp_path: Path) -> MakeRun:
         }.get(kind, {})
         for step in range(1, n_steps + 1):
             loss = losses[step - 1] if losses else 5 * math.exp(-step / 30)
-            recorder(StepDone(step, n_steps, 0, loss, 1e-4, 0.5, 1024, 0.5, loss != loss, True, parts))
+            recorder.event(StepDone(step, n_steps, 0, loss, 1e-4, 0.5, 1024, 0.5, loss != loss, True, parts))
             if step % max(1, n_steps // 4) == 0:
-                recorder(Evaluated(step, 0, evaluation_at(step, kind), True, 0))
-                recorder(Sampled(step, 0, {"Once <i>upon</i>": HOSTILE}))
+                recorder.event(Evaluated(step, 0, evaluation_at(step, kind), True, 0))
+                recorder.event(Sampled(step, 0, {"Once <i>upon</i>": HOSTILE}))
         recorder.close()
         if finished:
             (folder / "finished.json").write_text(json.dumps({"reason": "all steps done", "step": n_steps}))

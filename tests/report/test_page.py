@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reports import Told
 
 from nanothink.errors import CheckpointNotFoundError, StorageError, UsageError
 from nanothink.report import ReportedRun, RoutedPassage, RoutedToken, page
@@ -55,7 +56,7 @@ def figures_of(html: str) -> list[dict[str, Any]]:
 
 def report(folders: list[Path], out: Path, **more: Any) -> tuple[Report, list[str]]:
     notes: list[str] = []
-    return write_report(folders, out, note=notes.append, progress=lambda *_: None, **more), notes
+    return write_report(folders, out, reporter=Told(notes.append), **more), notes
 
 
 def test_everything_of_a_run_is_on_its_page(make_run: MakeRun) -> None:
@@ -296,8 +297,7 @@ def test_a_place_that_cannot_be_written_is_said_before_a_run_is_read(make_run: M
         write_report(
             [make_run("mine")],
             Path("/proc/report.html"),
-            note=heard.append,
-            progress=lambda label, done, total: heard.append(label),
+            reporter=Told(heard.append, lambda stage, *_: heard.append(stage)),
         )
     assert heard == []
 

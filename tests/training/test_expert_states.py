@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from reports import Told
 from torch import Tensor
 
 from nanothink.config.run import resolve_config
@@ -98,7 +99,7 @@ class Place:
             "begin": True,
             "number": lambda position: position % N_BLOCKS,
         } | changed
-        states = open_states(self.root, note=notes.append, **options)
+        states = open_states(self.root, reporter=Told(notes.append), **options)
         self.notes = notes
         self.said = " ".join(notes)
         return states
@@ -265,7 +266,7 @@ def test_a_killed_run_leaves_nothing_that_is_trusted_and_not_whole(model: Counte
         "        return [tokens[:, :, None].float().expand(-1, -1, 64) + e for e in range(3)]\n"
         "shape = (2000, 3, 64, 64)\n"
         "states = open_states(Path(sys.argv[1]), {'experts': 'killed'}, shape, budget_bytes=10**9,\n"
-        "                     begin=True, number=int, note=lambda line: None)\n"
+        "                     begin=True, number=int)\n"
         "print('ready', flush=True)\n"
         "for number in range(2000):\n"
         "    states.of(Experts(), torch.full((1, 64), number), [number])\n"

@@ -8,6 +8,7 @@ import threading
 from queue import Queue
 
 import pytest
+from reports import Told
 
 from nanothink.training.interruption import STOPPING, StopRequest, StopRequests
 
@@ -64,8 +65,11 @@ def test_a_second_request_does_not_wait_for_a_call_of_a_library() -> None:
     """pbkdf2 computes for minutes and never lets the main thread run a handler, but other threads run."""
     code = (
         "import hashlib\n"
+        "from nanothink.reporter import Reporter\n"
         "from nanothink.training.interruption import StopRequest\n"
-        "with StopRequest(lambda message: print(message, flush=True)):\n"
+        "class Printer(Reporter):\n"
+        "    def note(self, message): print(message, flush=True)\n"
+        "with StopRequest(Printer()):\n"
         "    print('computing', flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 30)\n"
     )
@@ -101,7 +105,7 @@ def test_a_reader_that_has_stopped_does_not_hold_up_the_end() -> None:
 
 def test_a_signal_to_a_forked_child_is_none_to_its_parent() -> None:
     heard: list[str] = []
-    with StopRequest(heard.append) as stop:
+    with StopRequest(Told(heard.append)) as stop:
         child = os.fork()
         if child == 0:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -113,7 +117,7 @@ def test_a_signal_to_a_forked_child_is_none_to_its_parent() -> None:
 
 def test_it_is_said_at_once_and_in_another_thread() -> None:
     said: Queue[tuple[str, threading.Thread]] = Queue()
-    with StopRequest(lambda message: said.put((message, threading.current_thread()))):
+    with StopRequest(Told(lambda message: said.put((message, threading.current_thread())))):
         os.kill(os.getpid(), signal.SIGINT)
         message, thread = said.get(timeout=10)
     assert message.startswith("Stopping: ")
@@ -123,7 +127,7 @@ def test_it_is_said_at_once_and_in_another_thread() -> None:
 
 def test_nothing_is_said_where_nothing_came() -> None:
     said: list[str] = []
-    with StopRequest(said.append):
+    with StopRequest(Told(said.append)):
         pass
     assert said == []
 

@@ -13,9 +13,11 @@ from contextlib import suppress
 from datetime import timedelta
 
 import pytest
+from reports import Told
 
 from nanothink.cli.app import run
 from nanothink.errors import DistributedError, NanoThinkError, RankError, UsageError
+from nanothink.reporter import SILENT
 from nanothink.training import launch
 from nanothink.training.launch import Launch, meet
 
@@ -39,10 +41,6 @@ def port() -> int:
     return number
 
 
-def silent(said: str) -> None:
-    pass
-
-
 def of(rank: int, port: int, size: int = 3) -> Launch:
     return Launch(rank, rank, size, "127.0.0.1", port)
 
@@ -53,12 +51,12 @@ def test_the_first_says_who_is_missing_and_gives_up(port: int, monkeypatch: pyte
 
     def second() -> None:
         with suppress(NanoThinkError):
-            meet(of(1, port), silent, SOON)
+            meet(of(1, port), SILENT, SOON)
 
     thread = threading.Thread(target=second)
     thread.start()  # the third does not come
     with pytest.raises(DistributedError, match=r"did not come to 127\.0\.0\.1:.* within 1 s") as error:
-        meet(of(0, port), said.append, SOON)
+        meet(of(0, port), Told(said.append), SOON)
     thread.join()
     assert not isinstance(error.value, RankError)  # the first says it for all
     assert said[-1] == f"Waiting for 1 of 3 processes (rank 2) at 127.0.0.1:{port}."
@@ -69,11 +67,11 @@ def test_the_first_says_who_is_missing_and_gives_up(port: int, monkeypatch: pyte
 def test_another_says_that_the_first_does_not_answer(port: int) -> None:
     said: list[str] = []
     with pytest.raises(RankError, match=r"Process 2 of 3, on .*Connection refused.*MASTER_ADDR"):
-        meet(of(2, port), said.append, SOON)
+        meet(of(2, port), Told(said.append), SOON)
     assert "waits for the first process at" in said[0]
     assert "Connection refused" in said[0]
     with pytest.raises(RankError, match=r"no-such-machine\.invalid"):
-        meet(Launch(1, 1, 2, "no-such-machine.invalid", port), silent, SOON)
+        meet(Launch(1, 1, 2, "no-such-machine.invalid", port), SILENT, SOON)
 
 
 def test_a_port_that_is_taken_is_named() -> None:
@@ -81,7 +79,7 @@ def test_a_port_that_is_taken_is_named() -> None:
         taken.bind(("", 0))
         taken.listen()
         with pytest.raises(RankError, match="choose another MASTER_PORT"):
-            meet(of(0, taken.getsockname()[1]), silent, SOON)
+            meet(of(0, taken.getsockname()[1]), SILENT, SOON)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +116,12 @@ def test_a_signal_ends_the_waiting(port: int) -> None:
     code = (
         "from nanothink.training import launch; launch.FIRST_WORD_SECONDS = 0\n"
         "from nanothink.cli import app\n"
+        "from nanothink.reporter import Reporter\n"
         "from nanothink.training.distributed import join\n"
+        "class Printer(Reporter):\n"
+        "    def note(self, message): print(message, flush=True)\n"
         "def command(args):\n"
-        "    with join('cpu', lambda message: print(message, flush=True)): pass\n"
+        "    with join('cpu', Printer()): pass\n"
         "app._run = command\n"
         "app.main([])\n"
     )

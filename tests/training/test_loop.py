@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from reports import Told
 
 from nanothink.config import Config, TrainExpertConfig
 from nanothink.config.run import resolve_config
@@ -14,7 +15,7 @@ from nanothink.errors import InterruptedRun, TrainingDivergedError
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped, Score
 from nanothink.models import build_model
 from nanothink.models.precision import Precision
-from nanothink.training.events import Evaluated, Note, RunFinished, StepDone
+from nanothink.training.events import Evaluated, RunFinished, StepDone
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Callbacks, Run, train
 from nanothink.training.objectives import Batch, Loss, next_token
@@ -84,6 +85,7 @@ class Harness:
         )
         self.stop = StopRequest()
         self.events: list[Any] = []
+        self.notes: list[str] = []
         self.saved: list[tuple[str, int, int]] = []
         self.validation = iter(validation or [])
 
@@ -99,7 +101,7 @@ class Harness:
             evaluate=lambda: self.evaluate(),
             sample=dict,
             save=self.save,
-            observe=self.events.append,
+            reporter=Told(self.notes.append, event=self.events.append),
             stop=self.stop,
         )
         return train(self.run, callbacks)
@@ -233,7 +235,7 @@ def test_stopping_before_the_rate_has_come_down_is_said_with_what_to_do() -> Non
     losses = [3.0, 2.0, 1.0, *[2.0] * 9]
     harness = Harness(validation=losses, n_blocks=13, max_epochs=20, early_stopping_patience=3)
     harness.go()
-    (advice,) = [event.message for event in harness.events if isinstance(event, Note)]
+    (advice,) = harness.notes
     assert "at step 20 of 130, before the learning rate had come down" in advice
     assert "--max-epochs 3 --overwrite" in advice
 
@@ -248,7 +250,7 @@ def test_stopping_before_the_rate_has_come_down_is_said_with_what_to_do() -> Non
 def test_nothing_is_advised_where_the_rate_came_down(losses: list[float], epochs: int) -> None:
     harness = Harness(validation=losses, max_epochs=epochs, early_stopping_patience=2)
     harness.go()
-    assert not [event for event in harness.events if isinstance(event, Note)]
+    assert not harness.notes
 
 
 def test_a_run_that_stopped_early_stays_stopped() -> None:
@@ -521,7 +523,7 @@ def test_an_epochs_means_count_its_steps_before_a_resume_too() -> None:
             first.stop._on_signal(2, None)
 
     with pytest.raises(InterruptedRun):
-        train(first.run, Callbacks(first.evaluate, dict, first.save, observe, first.stop))
+        train(first.run, Callbacks(first.evaluate, dict, first.save, Told(event=observe), first.stop))
     object.__setattr__(second.run, "state", TrainState.from_dict(first.run.state.to_dict()))
     second.go()
     assert means(first.events) + means(second.events) == found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reports import Told
 
 from nanothink.errors import StorageError
 from nanothink.inference.evaluate import Evaluation, Score
@@ -30,10 +31,10 @@ def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 def test_it_writes_what_happens(tmp_path: Path) -> None:
     recorder = RunRecorder(tmp_path / "run", {"kind": "transformer"}, TrainState())
-    recorder(step(1))
-    recorder(step(2, logged=False))
-    recorder(evaluated(2))
-    recorder(Sampled(2, 1, {"Once": " upon"}))
+    recorder.event(step(1))
+    recorder.event(step(2, logged=False))
+    recorder.event(evaluated(2))
+    recorder.event(Sampled(2, 1, {"Once": " upon"}))
     recorder.close()
     train, validation = lines(tmp_path / "run")
     assert (train["event"], train["step"], train["loss"]) == ("train", 1, 2.0)
@@ -48,8 +49,8 @@ def test_it_writes_what_happens(tmp_path: Path) -> None:
 def test_what_lies_beyond_the_checkpoint_is_dropped(tmp_path: Path) -> None:
     recorder = RunRecorder(tmp_path, {}, TrainState())
     for number in (1, 2, 3, 4):
-        recorder(step(number))
-        recorder(evaluated(number))
+        recorder.event(step(number))
+        recorder.event(evaluated(number))
     recorder.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"event": "train", "st')  # a killed process, in the middle of a line
@@ -61,7 +62,7 @@ def test_what_lies_beyond_the_checkpoint_is_dropped(tmp_path: Path) -> None:
 def test_a_new_run_begins_with_an_empty_folder_and_sets_the_old_one_aside(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "mine"
     first = RunRecorder(folder, {}, TrainState())
-    first(step(1))
+    first.event(step(1))
     first.close()
     for _ in range(2):
         RunRecorder(folder, {}, TrainState()).close()
@@ -75,9 +76,9 @@ def test_a_new_run_begins_with_an_empty_folder_and_sets_the_old_one_aside(tmp_pa
 
 def test_a_loss_that_is_not_a_number_is_null(tmp_path: Path) -> None:
     recorder = RunRecorder(tmp_path, {}, TrainState())
-    recorder(step(1, loss=math.nan))
+    recorder.event(step(1, loss=math.nan))
     diverged = Evaluation({"a": Score(math.nan, 100, 300)}, denoising={1: math.inf})
-    recorder(Evaluated(1, 1, diverged, False, 1))
+    recorder.event(Evaluated(1, 1, diverged, False, 1))
     recorder.close()
     written = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in written
@@ -100,7 +101,7 @@ def test_samples_survive_a_resume_whatever_characters_they_hold(tmp_path: Path) 
     """U+2028 and its like end a line for str.splitlines, but not in a file of JSON lines."""
     texts = {"Once": "a\u2028b\u0085c\x0bd"}
     recorder = RunRecorder(tmp_path / "runs" / "x", {}, TrainState())
-    recorder(Sampled(2, 1, texts))
+    recorder.event(Sampled(2, 1, texts))
     recorder.close()
     RunRecorder(tmp_path / "runs" / "x", {}, TrainState(step=2, evaluated_step=2)).close()
     (kept,) = (tmp_path / "runs" / "x" / "samples.jsonl").read_bytes().splitlines()
@@ -109,7 +110,7 @@ def test_samples_survive_a_resume_whatever_characters_they_hold(tmp_path: Path) 
 
 def test_half_a_character_of_a_killed_process_is_dropped(tmp_path: Path) -> None:
     recorder = RunRecorder(tmp_path / "runs" / "x", {}, TrainState())
-    recorder(Sampled(2, 1, {"Once": "one"}))
+    recorder.event(Sampled(2, 1, {"Once": "one"}))
     recorder.close()
     path = tmp_path / "runs" / "x" / "samples.jsonl"
     whole = path.read_bytes()
@@ -128,7 +129,7 @@ def test_records_are_not_written_through_links(tmp_path: Path) -> None:
         RunRecorder(folder, {}, TrainState(step=1))
     (folder / "samples.jsonl").unlink()
     recorder = RunRecorder(folder, {}, TrainState(step=1))
-    recorder(step(2))
+    recorder.event(step(2))
     recorder.close()
     assert elsewhere.read_text() == "precious"
     assert not (folder / "config.json").is_symlink()
@@ -151,15 +152,15 @@ def test_a_full_disk_is_said_once_and_what_waited_is_written_when_it_has_room(
 
     monkeypatch.setattr("nanothink.disk.growing_file.os.write", write)
     notes: list[str] = []
-    recorder = RunRecorder(tmp_path, {}, TrainState(), notes.append)
+    recorder = RunRecorder(tmp_path, {}, TrainState(), Told(notes.append))
     for number in range(1, 9):
         if number == 3:
             room = 100  # of a line, a part
         if number == 7:
             room = math.inf
-        recorder(step(number))
-        recorder(evaluated(number))
-        recorder(Sampled(number, 1, {"Once": " upon"}))
+        recorder.event(step(number))
+        recorder.event(evaluated(number))
+        recorder.event(Sampled(number, 1, {"Once": " upon"}))
         expected = number if number < 3 or number > 6 else 2
         assert [entry["step"] for entry in lines(tmp_path, "samples.jsonl")] == list(range(1, expected + 1))
         assert len(lines(tmp_path)) == 2 * expected
@@ -172,8 +173,8 @@ def test_a_full_disk_is_said_once_and_what_waited_is_written_when_it_has_room(
 
 def test_what_never_found_room_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    recorder = RunRecorder(tmp_path, {}, TrainState(), notes.append)
-    recorder(step(1))
+    recorder = RunRecorder(tmp_path, {}, TrainState(), Told(notes.append))
+    recorder.event(step(1))
 
     def refuse(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -181,7 +182,7 @@ def test_what_never_found_room_is_counted(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("nanothink.disk.growing_file.os.write", refuse)
     monkeypatch.setattr("nanothink.disk.growing_file.MOST_WAITING_BYTES", 500)  # two lines
     for number in range(2, 10):
-        recorder(step(number))
+        recorder.event(step(number))
     monkeypatch.setattr("nanothink.disk.write.RawFile", refuse)
     assert not recorder.keep_ending({})
     recorder.close()

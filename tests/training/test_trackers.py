@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from reports import Told
 
 from nanothink.errors import UsageError
 from nanothink.inference.evaluate import Evaluation, Score
@@ -20,12 +21,12 @@ def record(
 ) -> RunRecorder:
     """The records of a run of two steps, a validation and a sample, which goes on at ``step``."""
     state = TrainState(step=step, evaluated_step=step)
-    hear = (notes if notes is not None else []).append
-    recorder = RunRecorder(folder, {"config": {"train_expert": {"lr": 0.1}}}, state, hear, tracker)
+    reporter = Told((notes if notes is not None else []).append)
+    recorder = RunRecorder(folder, {"config": {"train_expert": {"lr": 0.1}}}, state, reporter, tracker)
     for number in (step + 1, step + 2):
-        recorder(StepDone(number, 10, 0, 1.25, 1e-3, 0.5, 64, 0.1, False, True))
-    recorder(Evaluated(step + 2, 1, Evaluation({"tales": Score(2.0, 1, 4)}), True, 0))
-    recorder(Sampled(step + 2, 1, {"Once": " upon"}))
+        recorder.event(StepDone(number, 10, 0, 1.25, 1e-3, 0.5, 64, 0.1, False, True))
+    recorder.event(Evaluated(step + 2, 1, Evaluation({"tales": Score(2.0, 1, 4)}), True, 0))
+    recorder.event(Sampled(step + 2, 1, {"Once": " upon"}))
     if close:
         recorder.close()
     return recorder

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reports import Told
 
 from nanothink.config import VectorStoreConfig
 from nanothink.errors import UsageError, VectorStoreDamagedError, VectorStoreError
@@ -183,7 +184,7 @@ def test_training_in_steps_equals_one_call(kind: Kind) -> None:
     keys = clustered(12_000)[: sample_size(kind, 12_000)]
     steps, reference = (NeighbourIndex.create(kind, WIDTH, 12_000, 16) for _ in range(2))
     at: list[tuple[int, int]] = []
-    steps.train(keys, lambda *told: at.append(told))
+    steps.train(keys, Told(progress=lambda _, *told: at.append(told)))
     reference._index.cp.max_points_per_centroid = 1 << 30
     reference._index.train(keys)
     assert at == [(step, 11) for step in range(1, 12)]
@@ -197,7 +198,9 @@ def test_training_in_steps_equals_one_call(kind: Kind) -> None:
 
 def test_an_exact_index_has_nothing_to_train() -> None:
     at: list[tuple[int, int]] = []
-    NeighbourIndex.create("exact", WIDTH, 10, 16).train(clustered(10), lambda *told: at.append(told))
+    NeighbourIndex.create("exact", WIDTH, 10, 16).train(
+        clustered(10), Told(progress=lambda _, *told: at.append(told))
+    )
     assert at == []
 
 

@@ -63,9 +63,7 @@ def corpus_folder(tiny_corpus: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tokenizer(tiny_tokenizer: Path, corpus_folder: Path) -> Tokenizer:
-    return resolve_tokenizer(
-        str(tiny_tokenizer), find_corpus(corpus_folder), split=SplitRule(0.1), note=lambda _: None
-    )
+    return resolve_tokenizer(str(tiny_tokenizer), find_corpus(corpus_folder), split=SplitRule(0.1))
 
 
 @pytest.fixture
@@ -104,7 +102,6 @@ def make(tmp_path: Path, owner: Owner, tokenizer: Tokenizer) -> Callable[..., Ve
             tokens,
             vocab_size=tokenizer.vocab_size,
             store=store,
-            progress=lambda label, done, total: None,
         )
         return open_store(folder, settings, owner=owner)
 
@@ -453,7 +450,7 @@ def test_compaction_keeps_what_the_memory_says(settings: VectorStoreConfig, read
     store = make(tokens, settings)
     keys, said = training_pairs(tokens)
     writable = open_store(store.folder, settings, writable=True)
-    contents = merge_duplicates(writable, 0.98, lambda done, total: None)
+    contents = merge_duplicates(writable, 0.98)
     n = len(contents.merged)
     assert n > 20
     write_store(store.folder, store.owner, writable.index, contents)
@@ -485,7 +482,7 @@ def test_a_merged_key_belongs_to_all_its_documents(read: Read, make: Make) -> No
     tokens = read()
     store = make(tokens)
     writable = open_store(store.folder, EXACT, writable=True)
-    contents = merge_duplicates(writable, 0.98, lambda done, total: None)
+    contents = merge_duplicates(writable, 0.98)
     write_store(store.folder, store.owner, writable.index, contents)
     after = open_store(store.folder, EXACT)
     texts = after.contents.documents["key"]
@@ -508,9 +505,7 @@ def test_compaction_twice_hands_counts_on(read: Read, make: Make) -> None:
     total = store.index.n_keys
     for similarity in (0.99, 0.9):
         writable = open_store(store.folder, EXACT, writable=True)
-        write_store(
-            store.folder, store.owner, writable.index, merge_duplicates(writable, similarity, lambda *_: None)
-        )
+        write_store(store.folder, store.owner, writable.index, merge_duplicates(writable, similarity))
     after = open_store(store.folder, EXACT)
     numbers = np.concatenate([n for n, _ in after.index.groups()])
     counts = after.neighbours(np.ones((1, len(numbers)), np.float32), numbers[None]).counts
@@ -539,14 +534,14 @@ def test_neighbours_are_found_once_and_kept(read: Read, make: Make) -> None:
 
     known = TrainingNeighbours(store, tokens, LENGTH, counted)
     some = places[::3]
-    known.find(known.missing(some), lambda *_: None)
+    known.find(known.missing(some))
     assert sum(asked) == len(some)
     assert known.missing(some) == {}
     again = TrainingNeighbours(store, tokens, LENGTH, counted)  # as in another process
     left = again.missing(places)
     assert sum(map(len, left.values())) == len(places) - len(some)
     assert again.n_bytes(left) == (len(places) - len(some)) * LENGTH * 8 * 6
-    again.find(left, lambda *_: None)
+    again.find(left)
     assert sum(asked) == len(places)
     assert again.missing(places) == {}
 
@@ -571,7 +566,7 @@ def test_kept_neighbours_go_with_their_store(read: Read, make: Make) -> None:
     tokens = read()
     store = make(tokens)
     known = TrainingNeighbours(store, tokens, LENGTH, states)
-    known.find(known.missing(all_places(tokens)), lambda *_: None)
+    known.find(known.missing(all_places(tokens)))
     assert known.folder.exists()
     other = TrainingNeighbours(
         open_store(store.folder, EXACT.model_copy(update={"n_neighbours": 4})), tokens, LENGTH, states
@@ -598,7 +593,7 @@ def test_a_search_that_was_killed_goes_on(read: Read, make: Make, monkeypatch: p
 
     known = TrainingNeighbours(store, tokens, LENGTH, stopped)
     with pytest.raises(KeyboardInterrupt):
-        known.find(known.missing(places), lambda *_: None)
+        known.find(known.missing(places))
     left = TrainingNeighbours(store, tokens, LENGTH, states).missing(places)
     assert sum(map(len, left.values())) == len(places) - 20
 
@@ -631,7 +626,7 @@ def test_a_disk_without_room_is_said_before_the_search(
     usage = shutil.disk_usage(known.folder.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(StorageError, match="Make room"):
-        known.find(known.missing(all_places(tokens)), lambda *_: None)
+        known.find(known.missing(all_places(tokens)))
     assert not known.folder.exists()
 
 
@@ -650,7 +645,7 @@ def test_a_search_reads_the_documents_of_a_domain_once(
 
     monkeypatch.setattr(TokenStream, "documents", counted)
     monkeypatch.setattr(neighbours, "BATCH_TOKENS", 2 * LENGTH)
-    known.find(known.missing(all_places(tokens)), lambda *_: None)
+    known.find(known.missing(all_places(tokens)))
     assert sorted(asked) == sorted(tokens.train)
 
 
@@ -658,7 +653,7 @@ def test_files_of_neighbours_are_closed_and_opened_again(read: Read, make: Make)
     tokens = read()
     known = TrainingNeighbours(make(tokens), tokens, LENGTH, states)
     places = all_places(tokens)[:2]
-    known.find(known.missing(places), lambda *_: None)
+    known.find(known.missing(places))
     expected = known.read(places)
     n_open = len(os.listdir("/proc/self/fd"))
     known.close()
@@ -680,7 +675,7 @@ def test_damaged_neighbours_are_searched_again(damage: str, read: Read, make: Ma
     store = make(tokens)
     places = all_places(tokens)
     known = TrainingNeighbours(store, tokens, LENGTH, states)
-    known.find(known.missing(places), lambda *_: None)
+    known.find(known.missing(places))
     expected = known.read(places)
     for path in known.folder.iterdir():
         if path.suffix == (".marks" if "marks" in damage else ".blocks"):
@@ -690,7 +685,7 @@ def test_damaged_neighbours_are_searched_again(damage: str, read: Read, make: Ma
             cut = {"cut": content[:-100], "emptied": bytearray(), "marks cut": content[:-9]}
             path.write_bytes(cut.get(damage, content))
     again = TrainingNeighbours(store, tokens, LENGTH, states)
-    again.find(again.missing(places), lambda *_: None)
+    again.find(again.missing(places))
     for _ in range(2):
         found = again.read(places)
         assert torch.equal(found.tokens, expected.tokens)
@@ -705,7 +700,7 @@ def test_more_domains_than_files_that_may_be_open(
     places = all_places(tokens)
     places = [place for pair in zip(places, places[::-1], strict=True) for place in pair]
     known = TrainingNeighbours(make(tokens), tokens, LENGTH, states)
-    known.find(known.missing(places), lambda *_: None)
+    known.find(known.missing(places))
     expected = known.read(places)
     known.close()
     n_open = len(os.listdir("/proc/self/fd"))
@@ -758,7 +753,7 @@ def test_numbers_of_keys_may_exceed_32_bits(read: Read, make: Make) -> None:
     here = make(tokens)
     writable = open_store(here.folder, EXACT, writable=True)
     far = moved(writable, first)
-    merged_here, merged_far = (merge_duplicates(one, 0.95, lambda *_: None) for one in (writable, far))
+    merged_here, merged_far = (merge_duplicates(one, 0.95) for one in (writable, far))
     assert len(merged_far.merged) > 100
     assert np.array_equal(merged_far.merged, merged_here.merged + first)
     near = VectorStore(
@@ -774,7 +769,7 @@ def test_numbers_of_keys_may_exceed_32_bits(read: Read, make: Make) -> None:
         known = TrainingNeighbours(store, tokens, LENGTH, states)
         missing = known.missing(places)
         assert known.n_bytes(missing) == len(places) * LENGTH * 8 * (6 if store is near else 10)
-        known.find(missing, lambda *_: None)
+        known.find(missing)
         found.append(known.read(places))
         known.close()
     assert torch.equal(found[0].tokens, found[1].tokens)
@@ -795,7 +790,7 @@ def test_products_of_keys_and_documents_do_not_overflow(read: Read, make: Make) 
     """Keys beyond 2^62, of which a product with the number of documents would be another number."""
     store = make(read())
     writable = open_store(store.folder, EXACT, writable=True)
-    merged = merge_duplicates(writable, 0.95, lambda *_: None)
+    merged = merge_duplicates(writable, 0.95)
     near = VectorStore(store.folder, store.owner, writable.index, merged, n_neighbours=8)
     first = (1 << 62) + 12345
     far = moved(near, first)

@@ -18,7 +18,7 @@ from nanothink.cli.render.console import (
 )
 from nanothink.cli.render.corpus import near_duplicates
 from nanothink.cli.render.problems import ErrorStream, bad_lines, hints, problems
-from nanothink.cli.render.progress import progress
+from nanothink.cli.render.progress import BarReporter, reporting
 from nanothink.cli.render.results import (
     estimate,
     evaluations,
@@ -33,6 +33,7 @@ from nanothink.cli.render.tables import facts, fits, histogram, table
 from nanothink.cli.render.training import training_view
 
 __all__ = [
+    "BarReporter",
     "ErrorStream",
     "bad_lines",
     "chapter",
@@ -51,8 +52,8 @@ __all__ = [
     "note",
     "print_json",
     "problems",
-    "progress",
     "reconstructions",
+    "reporting",
     "routing",
     "samples",
     "say",

@@ -23,58 +23,58 @@ from rich.progress import (
 from rich.text import Text
 
 from nanothink.cli.render.console import duration, err, note, print_note, redraws
+from nanothink.reporter import Reporter
 
 
-class Bars:
-    """Progress bars with ETA for (label, done, total), and notes above them.
+class BarReporter(Reporter):
+    """Shows progress as bars with an ETA, and notes above them.
 
-    A total of 0 is one that nobody knows. Where nothing can be redrawn a bar is silent unless it runs long;
-    then it says so every ten seconds.
+    Where nothing can be redrawn, a stage that takes longer than ten seconds prints a line every ten seconds.
     """
 
     _PLAIN_SECONDS = 10.0
 
-    def __init__(self, progress: Progress | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._progress = progress
+    def __init__(self, bars: Progress | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._bars = bars
         self._tasks: dict[str, TaskID] = {}
         self._clock = clock
         self._said: set[str] = set()
         self._began: dict[str, tuple[float, int]] = {}
         self._start = self._last_line = clock()
 
-    def __call__(self, label: str, done: int, total: int) -> None:
-        if self._progress is None:
-            self._plainly(label, done, total)
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if self._bars is None:
+            self._plainly(stage, done, total)
             return
-        if label not in self._tasks:
-            self._tasks[label] = self._progress.add_task(label, total=total or None)
-        self._progress.update(self._tasks[label], completed=done, total=total or None)
-        if 0 < total <= done:  # the same label may come again, and begins anew then
-            self._progress.remove_task(self._tasks.pop(label))
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total or None)
+        self._bars.update(self._tasks[stage], completed=done, total=total or None)
+        if 0 < total <= done:
+            self._bars.remove_task(self._tasks.pop(stage))
 
-    def _plainly(self, label: str, done: int, total: int) -> None:
+    def _plainly(self, stage: str, done: int, total: int) -> None:
         now = self._clock()
         if not total:
             if now - self._start >= self._PLAIN_SECONDS / 2:  # what goes before it has not been short either
-                note(f"{label}: it cannot be told how long that takes")
+                note(f"{stage}: it cannot be told how long that takes")
             return
-        since, first = self._began.setdefault(label, (now, done))
+        since, first = self._began.setdefault(stage, (now, done))
         if done >= total:
-            del self._began[label]
-        elif now - self._last_line >= self._PLAIN_SECONDS:
+            del self._began[stage]
+        elif now - max(since, self._last_line) >= self._PLAIN_SECONDS:
             self._last_line = now
             eta = f", ETA {duration((total - done) * (now - since) / (done - first))}" if done > first else ""
-            note(f"{label}: {100 * done / total:.0f} %{eta}")
+            note(f"{stage}: {100 * done / total:.0f} %{eta}")
 
     def note(self, message: str) -> None:
-        """A line; once, though several steps of the work should say it."""
+        """Show a line once, even if several stages report it."""
         if message in self._said:
             return
         self._said.add(message)
-        if self._progress is None:
+        if self._bars is None:
             note(message)
         else:
-            print_note(self._progress.console, message)
+            print_note(self._bars.console, message)
 
 
 class _Label(ProgressColumn):
@@ -131,9 +131,9 @@ class ProgressBars(Progress):
 
 
 @contextmanager
-def progress() -> Iterator[Bars]:
+def reporting() -> Iterator[BarReporter]:
     if not redraws():
-        yield Bars(None)
+        yield BarReporter()
         return
     with ProgressBars(*progress_columns(), console=err, transient=True) as bars:
-        yield Bars(bars)
+        yield BarReporter(bars)

@@ -14,24 +14,24 @@ from rich.table import Table
 from rich.text import Text
 
 from nanothink.cli.render.console import count, duration, err, note, redraws
-from nanothink.cli.render.progress import Bars, ProgressBars, progress_columns
+from nanothink.cli.render.progress import BarReporter, ProgressBars, progress_columns
 from nanothink.cli.render.tables import sparkline
 from nanothink.errors import counted
 
 if TYPE_CHECKING:
     from nanothink.inference.evaluate import Evaluation
-    from nanothink.training.events import Event
 
 
-class TrainingView:
-    """Watches a run: receives its events, shows where it stands."""
+class TrainingView(BarReporter):
+    """Shows a run from its events."""
 
-    def __init__(self) -> None:
+    def __init__(self, bars: ProgressBars | None = None) -> None:
+        super().__init__(bars)
         self.last_validation: Evaluation | None = None
         self._started: Any = None
         self._durations: list[float] = []
 
-    def __call__(self, event: Event) -> None:
+    def event(self, event: object) -> None:
         from nanothink.training import events
 
         if isinstance(event, events.RunStarted):
@@ -40,14 +40,6 @@ class TrainingView:
             self._durations = [*self._durations[-49:], event.seconds]
         elif isinstance(event, events.Evaluated):
             self.last_validation = event.evaluation
-        elif isinstance(event, events.Note):
-            self.note(event.message)
-
-    def note(self, message: str) -> None:
-        raise NotImplementedError
-
-    def progress(self, label: str, done: int, total: int) -> None:
-        raise NotImplementedError
 
     def last_validation_as_dict(self) -> dict[str, Any] | None:
         if self.last_validation is None:
@@ -89,20 +81,13 @@ def trust_by_domain(evaluation: Evaluation) -> str:
 class PlainTrainingView(TrainingView):
     """One line an event, for logs and pipes."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._bars = Bars(None)
-
     def note(self, message: str) -> None:
         note(message)
 
-    def progress(self, label: str, done: int, total: int) -> None:
-        self._bars(label, done, total)
-
-    def __call__(self, event: Event) -> None:
+    def event(self, event: object) -> None:
         from nanothink.training import events
 
-        super().__call__(event)
+        super().event(event)
         if isinstance(event, events.RunStarted):
             note(
                 f"{event.name}: from step {count(event.step)} to {count(event.total_steps)}, epochs of "
@@ -141,10 +126,9 @@ class LiveTrainingView(TrainingView):
     """A panel that is redrawn in place: progress with ETA, the curve, validation by domain."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._bar = ProgressBars(*progress_columns(), console=err)
+        super().__init__(self._bar)
         self._task: TaskID | None = None
-        self._bars = Bars(self._bar)
         self._losses: list[float] = []
         self._step: Any = None
         self._validations: list[Any] = []
@@ -158,16 +142,10 @@ class LiveTrainingView(TrainingView):
     def __exit__(self, *exception: Any) -> None:
         self._live.__exit__(*exception)
 
-    def note(self, message: str) -> None:
-        self._bars.note(message)
-
-    def progress(self, label: str, done: int, total: int) -> None:
-        self._bars(label, done, total)
-
-    def __call__(self, event: Event) -> None:
+    def event(self, event: object) -> None:
         from nanothink.training import events
 
-        super().__call__(event)
+        super().event(event)
         if isinstance(event, events.RunStarted):
             self._task = self._bar.add_task(event.name, total=event.total_steps, completed=event.step)
         elif isinstance(event, events.StepDone):
@@ -178,8 +156,6 @@ class LiveTrainingView(TrainingView):
             if self._task is not None:
                 eta = self.eta_seconds(event.step, event.total_steps)
                 self._bar.update(self._task, completed=event.step, eta_seconds=eta)
-        elif isinstance(event, events.EvaluationProgress):
-            self.progress("validating", event.done_tokens, event.total_tokens)
         elif isinstance(event, events.Evaluated):
             self._validations.append(event)
             overall = event.evaluation.overall
