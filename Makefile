@@ -37,7 +37,7 @@ check: install   ## lint, format, types
 	$(BIN)/mypy
 
 docs: install    ## the documentation as a site, in site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	$(BIN)/zensical build --strict
 
 wheel: install   ## build the wheel, install it outside the clone, and use it there
 	VENV=$(VENV) .ci/wheel
