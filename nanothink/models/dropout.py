@@ -15,25 +15,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanothink.models.noise import block_generator
 
 _LEVELS = 256  # a mask compares random bytes, 3 times as fast as random floats, with a threshold
 
 
-class Dropout(nn.Module):
-    """One instance serves all places of a model: each draws the next mask of the blocks."""
+class Dropout:
+    """One instance serves all places of a model: each draws the next mask of the blocks.
+
+    No module: its layers would share it, and one's ``eval()`` would change the others.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
         self.rate = 0.0
         """Fraction of the features that is zeroed in training, to the nearest 256th."""
         self._generators: Sequence[torch.Generator] = ()
 
     @contextmanager
     def masks(self, seed: int, positions: Sequence[int], device: torch.device) -> Iterator[None]:
-        """Set, for the forward passes in the context, which blocks of the run they are on."""
+        """Drop in the context, whose forward passes are on the blocks at these positions of the run."""
         if self.rate:
             self._generators = [block_generator(seed, "dropout", position, device) for position in positions]
         try:
@@ -41,11 +43,11 @@ class Dropout(nn.Module):
         finally:
             self._generators = ()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D): features zeroed, the others scaled up; unchanged in evaluation mode."""
-        if not self.training or not self.rate:
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D): features zeroed, the others scaled up; unchanged outside ``masks``."""
+        if not self._generators:
             return x
-        assert len(self._generators) == len(x), "dropout in training needs masks() of the same blocks"
+        assert len(self._generators) == len(x), "masks() was told of other blocks"
         dropped = min(round(self.rate * _LEVELS), _LEVELS - 1)
         words = torch.empty(len(x), -(-x[0].numel() // 8), dtype=torch.int64, device=x.device)  # 8 bytes each
         for row, generator in zip(words, self._generators, strict=True):
