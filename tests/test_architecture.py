@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,37 @@ def test_every_part_has_a_place() -> None:
 def test_imports_run_one_way(path: Path) -> None:
     part = path.relative_to(PACKAGE).parts[0]
     assert _imported_parts(path) - {part} <= MAY_IMPORT[part] | EVERYWHERE
+
+
+def test_no_import_circles() -> None:
+    """Imports inside functions count too; those that only a type checker sees do not."""
+    modules = {_name(path): path for path in PACKAGE.rglob("*.py")}
+    arrows = {name: _imported_modules(path, set(modules)) for name, path in modules.items()}
+    try:
+        list(graphlib.TopologicalSorter(arrows).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imported_modules(path: Path, modules: set[str]) -> set[str]:
+    """Modules of the package that a module imports, at whatever moment."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            whole = {f"{node.module}.{alias.name}" for alias in node.names} & modules
+            found |= whole or {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & modules
 
 
 def test_no_module_is_a_grab_bag() -> None:

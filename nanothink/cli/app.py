@@ -224,7 +224,7 @@ def run(args: list[str]) -> int:
 
 def _run(args: list[str]) -> int:
     try:
-        result = app(args=args, standalone_mode=False, prog_name="nanothink")
+        result = app(args=args, standalone_mode=False, prog_name="nanothink", obj=run)
         return result if isinstance(result, int) else 0
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -24,11 +24,12 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
+    context: typer.Context,
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Where its data and checkpoints go.")
     ] = Path("demo"),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew instead of going on with an earlier demo.")
+        bool, typer.Option("--overwrite", help="Start anew instead of resuming an earlier demo.")
     ] = False,
 ) -> int:
     """Show the whole story, offline, from text to a trained model.
@@ -40,8 +41,8 @@ def demo(
     import time
 
     from nanothink.cli import render
-    from nanothink.cli.app import run
 
+    run: Callable[[list[str]], int] = context.obj  # as app.py gives it to every command
     start = time.monotonic()
     steps = list(_steps(out, overwrite=overwrite))
     for number, (title, command) in enumerate(steps, start=1):
@@ -56,7 +57,7 @@ def demo(
 
 
 def _steps(out: Path, *, overwrite: bool) -> Iterator[tuple[str, list[str]]]:
-    """What each chapter is called, and its command."""
+    """Title and command of each chapter."""
     data, tokenizer, checkpoints = str(out / "data"), out / "tokenizer", str(out / "checkpoints")
     again = ["--overwrite"] if overwrite else ["--resume"]
     shape = [part for assignment in _SHAPE for part in ("--set", assignment)]

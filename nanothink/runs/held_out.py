@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -25,7 +25,9 @@ from nanothink.data.tokenizer import Tokenizer
 from nanothink.data.tokens import TokenisedCorpus, TokenStream, tokenise
 from nanothink.errors import DataError, SeenTextError, UsageError, counted
 from nanothink.reporter import SILENT, Reporter
-from nanothink.runs.loading import LoadedModel
+
+if TYPE_CHECKING:
+    from nanothink.runs.loading import LoadedModel
 
 _NAMED_DOCUMENTS = 3
 _FRACTIONS = ("val_split", "test_split")

@@ -11,22 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from nanothink.models import native
+from nanothink.models.decoding.program import Operation, Program
 from nanothink.models.native import waves
 from nanothink.models.selective_scan import plain
-
-KINDS = ("embed", "norm", "linear", "spread", "gate", "rotate", "append", "attend", "convolve", "scan")
-"""Names of the operations, in the order of operations.cpp."""
-
-
-class Operation(ctypes.Structure):
-    """See operations.cpp."""
-
-    _fields_ = (
-        ("kind", ctypes.c_int64),
-        ("sizes", ctypes.c_int64 * 6),
-        ("number", ctypes.c_double),
-        ("pointers", ctypes.c_void_p * 7),
-    )
 
 
 def unavailable() -> str:
@@ -62,8 +49,6 @@ def _declare(found: Any) -> None:
 
 def _error(found: Any) -> float:
     """Largest of the relative errors of a small attention layer and a small state-space layer."""
-    from nanothink.models.decoding.program import Program
-
     position, width, heads, room = 5, 22, 2, 9
     head, rows = width // heads, 3
     program = Program(found, max_rows=rows)

@@ -9,7 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanothink.models.decoding.compiled import KINDS, Operation
+KINDS = ("embed", "norm", "linear", "spread", "gate", "rotate", "append", "attend", "convolve", "scan")
+"""Names of the operations, in the order of operations.cpp."""
+
+
+class Operation(ctypes.Structure):
+    """See operations.cpp."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("sizes", ctypes.c_int64 * 6),
+        ("number", ctypes.c_double),
+        ("pointers", ctypes.c_void_p * 7),
+    )
+
 
 _N_SIZES, _N_POINTERS = 6, 7
 
