@@ -22,7 +22,7 @@ $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@touch $@
 
-demo: install    ## the whole story on text that Python itself carries: data, four models, evaluation, a sample
+demo: install    ## the whole story on the starter corpus: data, four models, evaluation, a sample
 	$(BIN)/nanothink demo --out $(DEMO) --overwrite
 
 test: install    ## the default test suite, under ten minutes on two cores

@@ -68,7 +68,7 @@ def main() -> None:
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_starter_corpus(folder / "data", max_bytes_per_domain=200_000)
+        write_starter_corpus(folder / "data")
         train(folder)
         for round_number in range(options.rounds + 1):
             for side, command in SIDES.items():

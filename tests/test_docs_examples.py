@@ -49,7 +49,6 @@ BENCH = [block for found in EXAMPLES.values() for block in found if block.mark =
 
 IN_PROSE = {f"nanothink {shlex.join(call)}" for page in PAGES for call in calls_in_prose(page)}
 IN_PROSE -= {f"nanothink {shlex.join(call)}" for _, call in CALLS}
-SLOW = {"nanothink data sample"}  # more than ten seconds: make test-bench
 NAMES = {"nanothink data import"}  # of commands, which need an argument: their help runs
 WORDS = {
     "PATH": "checkpoints/transformer_expert.pt",
@@ -155,18 +154,12 @@ def test_commands_in_running_text_run(
     shell: ForkingShell, own_text: Path, after_the_tutorial: Callable[[], Path]
 ) -> None:
     """Those that no example shows, each in the folder that the tutorial leaves behind."""
-    for command in sorted(IN_PROSE - SLOW):
+    for command in sorted(IN_PROSE):
         place = Place(after_the_tutorial(), own_text, shell)
         typed = command + " --help" * (command in NAMES)
         for word, other in WORDS.items():
             typed = re.sub(rf"\b{word}\b", other, typed)
         place.run(f"{BEFORE.get(command, '')}\n{typed}", HOME=str(place.folder))
-
-
-@pytest.mark.bench
-def test_slow_commands_in_running_text_run(shell: ForkingShell, own_text: Path, tmp_path: Path) -> None:
-    for command in sorted(SLOW):
-        Place(tmp_path, own_text, shell).run(command)
 
 
 @pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))

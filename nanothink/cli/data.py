@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -242,30 +243,19 @@ def sample(
 ) -> None:
     """Write a starter corpus, offline.
 
-    From text that every Python installation carries: source code, manual, docstrings.
+    Text that comes with NanoThink, from Python's own source: code, manual, docstrings.
     """
     from nanothink.cli import render
     from nanothink.data.starter import write_starter_corpus
 
     target = Path(_folder(folder, data_dir))
-    with render.reporting() as reporter:
-        report = write_starter_corpus(
-            target,
-            overwrite=overwrite,
-            reporter=reporter,
-        )
+    domains = write_starter_corpus(target, overwrite=overwrite)
     if as_json:
-        domains = [
-            {"name": d.name, "path": d.path, "n_records": d.records, "n_bytes": d.n_bytes}
-            for d in report.domains
-        ]
-        render.print_json({"data_dir": str(target), "domains": domains, "notes": report.notes})
+        render.print_json({"data_dir": str(target), "domains": [dataclasses.asdict(d) for d in domains]})
         return
-    for line in report.notes:
-        render.note(line)
     render.table(
         ["domain", ">records", ">text"],
-        [[d.name, render.count(d.records), render.size(d.n_bytes)] for d in report.domains],
+        [[d.name, render.count(d.n_records), render.size(d.n_bytes)] for d in domains],
         title=f"Starter corpus in {target}",
     )
     render.say(f"Next: nanothink pretrain transformer --data-dir {target} --preset tiny")

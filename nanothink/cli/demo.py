@@ -64,7 +64,7 @@ def _steps(out: Path, *, overwrite: bool) -> Iterator[tuple[str, list[str]]]:
     common = ["--preset", "tiny", "--data-dir", data, "--checkpoint-dir", checkpoints, *shape, *again]
     text = ["--tokenizer", str(tokenizer), *common]
 
-    yield "Text that every Python installation carries", ["data", "sample", data, "--overwrite"]
+    yield "A starter corpus: code, manual and docstrings of Python", ["data", "sample", data, "--overwrite"]
     if overwrite or not tokenizer.exists():
         train = ["tokenizer", "train", "--data-dir", data, "--vocab-size", "2048", "--out", str(tokenizer)]
         yield "A byte-level BPE of its own", [*train, *(["--overwrite"] if overwrite else [])]
