@@ -19,7 +19,7 @@ from side_by_side import machine, take_turns
 from torch import Tensor
 
 from nanothink.config import Config, TransformerConfig
-from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription, build_model
+from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.latent_attention import LatentAttention, latent_widths
@@ -34,7 +34,7 @@ def model(context: int) -> LanguageModel:
     config = Config()
     config = config.model_copy(update={"model": config.model.model_copy(update={"max_seq_len": context})})
     torch.manual_seed(0)
-    parts = [ExpertDescription(kind, kind, config) for kind in EXPERT_KINDS]
+    parts = [ExpertDescription(kind, kind, config) for kind in EXPERTS]
     return build_model(COMBINED, config, VOCABULARY, parts).eval()
 
 

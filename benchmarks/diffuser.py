@@ -35,15 +35,15 @@ from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import IGNORE, TokenisedCorpus
 from nanothink.inference.denoising import denoising_errors
 from nanothink.inference.evaluate import evaluate_model
-from nanothink.models import build_model
-from nanothink.models.contract import LanguageModel
+from nanothink.models import build_model, training_of
+from nanothink.models.contract import Batch, LanguageModel
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.precision import Precision
 from nanothink.models.transformer import Transformer
+from nanothink.runs.building import TARGET_SAMPLE_BLOCKS
 from nanothink.runs.held_out import held_out
-from nanothink.runs.loading import LoadedModel, load
-from nanothink.runs.pretraining import TARGET_SAMPLE_BLOCKS
-from nanothink.training.objectives import Batch, Denoising, Objective, next_token
+from nanothink.runs.trained_model import TrainedModel, load
+from nanothink.training.objectives import ExpertObjective, Objective, next_token
 from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fraction
 
 EXACT = Precision(torch.device("cpu"), torch.float32, "benchmark")
@@ -51,14 +51,14 @@ SCORED_TOKENS = 10_000  # of each domain's validation text
 
 
 def objective_of(config: Config, seed: int, frozen: Transformer) -> Objective:
-    return Denoising(seed, frozen if config.diffuser.target == "hidden_state" else None)
+    return ExpertObjective(seed, frozen if config.diffuser.target == "hidden_state" else None)
 
 
 def train(
     kind: str, config: Config, tokens: TokenisedCorpus, frozen: Transformer, steps: int, seed: int
 ) -> tuple[LanguageModel, float]:
     """A trained model, and the seconds of a step (median)."""
-    training = config.training_of(kind)
+    training = training_of(kind, config)
     torch.manual_seed(seed)
     model = build_model(kind, config, frozen.vocab_size)
     batches = TrainingBatches(tokens.train, config.model.max_seq_len, seed)
@@ -95,7 +95,7 @@ def settings_of(options: argparse.Namespace, changed: dict[str, Any]) -> Config:
     return resolve_config(preset=options.preset, assignments=[*options.set, *named]).config
 
 
-def opened(options: argparse.Namespace) -> tuple[LoadedModel, TokenisedCorpus]:
+def opened(options: argparse.Namespace) -> tuple[TrainedModel, TokenisedCorpus]:
     """The frozen transformer, and its data."""
     frozen = load(options.transformer)
     data = frozen.config.data
@@ -136,7 +136,7 @@ def pair(options: argparse.Namespace) -> None:
                 save(Path(options.save) / f"{kind}_{seed}_expert.pt", model, config, frozen)
 
 
-def save(path: Path, model: LanguageModel, config: Config, frozen: LoadedModel) -> None:
+def save(path: Path, model: LanguageModel, config: Config, frozen: TrainedModel) -> None:
     """As a checkpoint that every command can open; its optimizer state is left out."""
     from nanothink.checkpoints import model_state, write_checkpoint
 
@@ -176,7 +176,7 @@ def sampling(options: argparse.Namespace) -> None:
 
 
 def write(
-    loaded: LoadedModel, prompts: Sequence[list[int]], length: int, steps: int | None, temperature: float
+    loaded: TrainedModel, prompts: Sequence[list[int]], length: int, steps: int | None, temperature: float
 ) -> tuple[list[list[int]], float]:
     start = time.perf_counter()
     texts = loaded.continue_tokens(
@@ -196,7 +196,7 @@ def report(
     temperature: str,
     prompts: Sequence[list[int]],
     texts: Sequence[list[int]],
-    frozen: LoadedModel,
+    frozen: TrainedModel,
     ms: float,
 ) -> None:
     nats, n_bytes = 0.0, 0
@@ -235,7 +235,7 @@ def cost(options: argparse.Namespace) -> None:
         if isinstance(model, Diffuser):
             model.adopt(frozen, batch.targets)
             objective = objective_of(config, 0, frozen)
-        optimizer = GroupedOptimizer(model.parameter_groups(), config.training_of(kind))
+        optimizer = GroupedOptimizer(model.parameter_groups(), training_of(kind, config))
 
         def step(model: Any = model, objective: Any = objective, optimizer: Any = optimizer) -> None:
             objective(model, batch, 1 / batch.targets.numel()).total.backward()

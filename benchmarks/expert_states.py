@@ -24,10 +24,11 @@ from torch import Tensor
 
 from nanothink.config import Config
 from nanothink.config.run import resolve_config
-from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription, build_model
+from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model
+from nanothink.models.contract import Batch
 from nanothink.models.nanothink import NanoThink
 from nanothink.training.expert_states import open_states
-from nanothink.training.objectives import Batch, Objective, Routed
+from nanothink.training.objectives import Objective, Routed
 from nanothink.training.optimizer import GroupedOptimizer
 
 
@@ -59,7 +60,7 @@ SIZES = (
 
 def built(config: Config, vocabulary: int) -> NanoThink:
     torch.manual_seed(0)
-    experts = [ExpertDescription(kind, kind, config) for kind in EXPERT_KINDS]
+    experts = [ExpertDescription(kind, kind, config) for kind in EXPERTS]
     model = build_model(COMBINED, config, vocabulary, experts)
     assert isinstance(model, NanoThink)
     return model.train()
@@ -94,7 +95,7 @@ def measure(size: Size, rounds: int, clock: Callable[[], float]) -> str:
         positions = range(first, first + count)
         batches.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions))
     n_blocks = count * len(batches)
-    shape = (n_blocks, len(EXPERT_KINDS), length, config.model.d_model)
+    shape = (n_blocks, len(EXPERTS), length, config.model.d_model)
     with tempfile.TemporaryDirectory() as folder:
 
         def states(name: str) -> Any:

@@ -28,7 +28,7 @@ from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.inference.generate import generate
 from nanothink.inference.sampling import SamplingConfig
-from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription, build_model
+from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.state_space import StateSpace, to_mamba_config
 from nanothink.models.transformer import Transformer, to_qwen3_config
@@ -40,7 +40,7 @@ Call = Callable[[], list[list[int]]]
 
 def model_of(kind: str, config: Config) -> LanguageModel:
     torch.manual_seed(0)
-    parts = [ExpertDescription(k, k, config) for k in EXPERT_KINDS] if kind == COMBINED else []
+    parts = [ExpertDescription(k, k, config) for k in EXPERTS] if kind == COMBINED else []
     model = build_model(kind, config, VOCABULARY, parts).eval()
     for parameter in model.parameters():
         if not parameter.any():
@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = (*EXPERT_KINDS, COMBINED)
+    kinds = (*EXPERTS, COMBINED)
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=list(kinds))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=128)

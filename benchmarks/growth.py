@@ -46,8 +46,9 @@ def step_of(kind: str, device: str, width: int, batch: int, length: int) -> tupl
     from side_by_side import wait_for
 
     from nanothink.config.run import resolve_config
-    from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription, build_model
-    from nanothink.training.objectives import Batch, Denoising, Routed, next_token
+    from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model, training_of
+    from nanothink.models.contract import Batch
+    from nanothink.training.objectives import ExpertObjective, Routed, next_token
     from nanothink.training.optimizer import GroupedOptimizer
 
     heads = width // 64
@@ -80,12 +81,12 @@ def step_of(kind: str, device: str, width: int, batch: int, length: int) -> tupl
 
         return their_step, sum(p.numel() for p in theirs.parameters())
 
-    parts = [ExpertDescription(k, k, config) for k in EXPERT_KINDS] if kind == COMBINED else []
+    parts = [ExpertDescription(k, k, config) for k in EXPERTS] if kind == COMBINED else []
     model = build_model(kind, config, VOCABULARY, parts).to(device).train()
-    optimizer = GroupedOptimizer(model.parameter_groups(), config.training_of(kind))
+    optimizer = GroupedOptimizer(model.parameter_groups(), training_of(kind, config))
     objective: Any = next_token
     if kind == "diffuser":
-        objective = Denoising(0)
+        objective = ExpertObjective(0)
     elif kind == COMBINED:
         objective = Routed(config.train_mla.entropy_reg)
     shown = Batch(inputs, targets, range(batch))

@@ -26,7 +26,7 @@ from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
 from nanothink.inference.evaluate import evaluate_model
-from nanothink.models import EXPERT_KINDS, build_model
+from nanothink.models import EXPERTS, build_model
 from nanothink.models.precision import Precision
 from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fraction
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kind", default="transformer", choices=EXPERT_KINDS)
+    parser.add_argument("--kind", default="transformer", choices=EXPERTS)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--steps", type=int, nargs="+", default=[150, 300])

@@ -29,11 +29,11 @@ from nanothink.config.run import resolve_config
 from nanothink.data.corpus import find_corpus
 from nanothink.errors import NanoThinkError
 from nanothink.inference.evaluate import Evaluation, evaluate_model
-from nanothink.models import EXPERT_KINDS, build_model
+from nanothink.models import EXPERTS, build_model
 from nanothink.models.contract import IGNORE, LanguageModel
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.held_out import held_out
-from nanothink.runs.loading import LoadedModel, load
+from nanothink.runs.trained_model import TrainedModel, load
 from nanothink.training.records import read_run
 
 Table = dict[str, dict[str, float]]
@@ -58,7 +58,7 @@ ABLATIONS = {
 class Ensemble(nn.Module):
     """The uniform ensemble of language models: of their logits' distributions, linear or log-linear."""
 
-    def __init__(self, members: Sequence[LoadedModel], *, linear: bool) -> None:
+    def __init__(self, members: Sequence[TrainedModel], *, linear: bool) -> None:
         super().__init__()
         self.members = list(members)
         self.experts = {m.path.stem: m.model for m in members}
@@ -156,13 +156,13 @@ class Bench:
         )
         return records.last_step * a_step / speed
 
-    def score(self, model: LoadedModel | Ensemble) -> dict[str, float]:
+    def score(self, model: TrainedModel | Ensemble) -> dict[str, float]:
         """Bits per byte by domain, and over all."""
-        loaded = model if isinstance(model, LoadedModel) else load(self.any_expert)
-        members = [model] if isinstance(model, LoadedModel) else model.members
+        loaded = model if isinstance(model, TrainedModel) else load(self.any_expert)
+        members = [model] if isinstance(model, TrainedModel) else model.members
         tokens = held_out(self.corpus, members, loaded.tokenizer)
         length = loaded.config.model.max_seq_len
-        scored: LanguageModel = model.model if isinstance(model, LoadedModel) else model  # type: ignore[assignment]
+        scored: LanguageModel = model.model if isinstance(model, TrainedModel) else model  # type: ignore[assignment]
         found: Evaluation = evaluate_model(
             scored,
             tokens.val,
@@ -182,7 +182,7 @@ class Bench:
 def shared(bench: Bench) -> Table:
     """Experts that saw the same data."""
     options = bench.options
-    experts = {kind: bench.expert(kind, kind) for kind in EXPERT_KINDS}
+    experts = {kind: bench.expert(kind, kind) for kind in EXPERTS}
     bench.any_expert = experts["transformer"]
     table = {kind: bench.score(load(path)) for kind, path in experts.items()}
     best = min(table, key=lambda kind: table[kind]["all"])

@@ -39,7 +39,7 @@ from nanothink.data.tokens import IGNORE
 from nanothink.models.contract import LanguageModel
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.held_out import held_out
-from nanothink.runs.loading import load
+from nanothink.runs.trained_model import load
 from nanothink.vector_store.contents import VectorStore
 from nanothink.vector_store.index import Float32, Int64, Kind, NeighbourIndex, import_faiss, sample_size
 

@@ -226,7 +226,7 @@ def warm_up() -> None:
         "nanothink.cli.render.training",
         "nanothink.runs.evaluating",
         "nanothink.runs.exporting",
-        "nanothink.runs.loading",
+        "nanothink.runs.trained_model",
         "nanothink.runs.pretraining",
         "nanothink.runs.vector_store",
         "nanothink.runs.store_commands",

@@ -148,7 +148,7 @@ class Chain:
         """The run went on from the rolling file, or a finished one, if it got so far as to say."""
         if "Traceback" in ended.stderr:
             self._fail(ended.stderr[-1500:])
-        said = re.search(r"Going on from (\S+): epoch \d+, step (\d+)\.", ended.stderr)
+        said = re.search(r"Resuming from (\S+): epoch \d+, step (\d+)\.", ended.stderr)
         if said is not None:
             self._campaign.resumes_seen += 1
             done = self._store.interrupted not in before
@@ -156,7 +156,7 @@ class Chain:
                 int(said[2]) != max(before.values()) if done else Path(said[1]) != self._store.interrupted
             ):
                 self._fail(f"it went on from {said[1]}, step {said[2]}, but there were {before}")
-        elif before and "starting anew" in ended.stderr:
+        elif before and "starting a new run" in ended.stderr:
             self._fail(f"it started anew, but there were {before}")
 
     def _fail(self, what: str) -> None:

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": {"disk", "config", "data", "models"},
     "inference": {"config", "data", "models"},
     "training": {"disk", "config", "data", "models", "inference"},
-    "report": {"config", "training"},
+    "report": {"config", "models", "training"},
     "runs": {
         *("disk", "config", "data", "models", "vector_store", "inference", "training", "checkpoints"),
         "report",

@@ -21,7 +21,7 @@ class ModelPayload(TypedDict):
     """What a model is, without what trains it further."""
 
     kind: str
-    """Kind of model, as in ``models.MODEL_KINDS``."""
+    """Kind of model, a name in ``models.EXPERTS``, or ``models.COMBINED``."""
 
     model_state: dict[str, Tensor]
     """Parameters and persistent buffers, without wrapper prefixes. Tied ones appear under each name."""

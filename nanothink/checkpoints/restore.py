@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from nanothink.checkpoints.payload import ModelPayload
 from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, counted, some_of
+from nanothink.models import COMBINED
 from nanothink.models.contract import LanguageModel
 
 _LISTED = 8
 """Names shown per line of a report."""
-
-_EXPERTS = ("transformer", "state_space", "diffuser")
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,4 +229,4 @@ def _type(tensor: Tensor) -> str:
 
 
 def _command_for(kind: str) -> str:
-    return f"nanothink pretrain {kind}" if kind in _EXPERTS else "nanothink train-mla"
+    return "nanothink train-mla" if kind == COMBINED else f"nanothink pretrain {kind}"

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import typer
 
-KINDS = ("transformer", "state_space", "diffuser")
+from nanothink.models import EXPERTS
+
 SPLITS = ("val", "test", "train", "all")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def kinds(incomplete: str) -> list[str]:
-    return _starting(KINDS, incomplete)
+    return _starting(EXPERTS, incomplete)
 
 
 def splits(incomplete: str) -> list[str]:

@@ -11,7 +11,7 @@ from nanothink.cli import completion
 from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json, NoVectorStore, examples
 
 if TYPE_CHECKING:
-    from nanothink.runs.loading import LoadedModel
+    from nanothink.runs.trained_model import TrainedModel
 
 
 EXAMPLES = examples(
@@ -123,7 +123,7 @@ def generate(
     from nanothink.inference.sampling import sampling_config
     from nanothink.models import COMBINED
     from nanothink.runs.evaluating import newest_finished
-    from nanothink.runs.loading import load
+    from nanothink.runs.trained_model import load
 
     asked: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -228,7 +228,7 @@ def _read(prompt: str) -> str:
 
 
 def _generate_routed(
-    loaded: LoadedModel, path: Path, prompts: list[str], sampling: dict[str, Any], *, as_json: bool
+    loaded: TrainedModel, path: Path, prompts: list[str], sampling: dict[str, Any], *, as_json: bool
 ) -> None:
     from nanothink.cli import render
 

@@ -90,9 +90,9 @@ def _is_value(following: list[str], others: list[str], takes_kind: bool) -> bool
 
 
 def _is_kind(word: str) -> bool:
-    from nanothink.models import EXPERT_KINDS
+    from nanothink.models import EXPERTS
 
-    return word.replace("-", "_") in EXPERT_KINDS
+    return word.replace("-", "_") in EXPERTS
 
 
 def _refuse_folder(args: list[str], command: str, *, takes_kind: bool) -> None:

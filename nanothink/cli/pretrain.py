@@ -94,9 +94,8 @@ def pretrain(
     as_json: Json = False,
 ) -> int:
     """Train an expert on your data."""
-    from nanothink.config.run import training_section
     from nanothink.errors import UsageError
-    from nanothink.models import known_kind
+    from nanothink.models import known_kind, training_section
 
     if name == "" or (domains and not any(part.strip(" ,") for part in domains)):
         raise UsageError("--name and --domains need a value; leave the option out for the default.")
@@ -165,7 +164,7 @@ def resume(
     from dataclasses import replace
 
     from nanothink.cli import render
-    from nanothink.config.run import training_section
+    from nanothink.models import training_section
     from nanothink.reporter import SILENT
     from nanothink.runs.resuming import locate
 

@@ -81,7 +81,8 @@ def build(
     from nanothink.cli import render
     from nanothink.disk import try_to_write
     from nanothink.errors import UsageError
-    from nanothink.runs.store_commands import build_store, facts_of, find_store_source, plan_store
+    from nanothink.runs.store_commands import build_store, facts_of, plan_store
+    from nanothink.runs.store_source import find_store_source
     from nanothink.vector_store.store import exists
 
     with render.reporting() as reporter:
@@ -141,7 +142,8 @@ def add(
     from nanothink.cli import render
     from nanothink.disk import try_to_write
     from nanothink.errors import counted
-    from nanothink.runs.store_commands import build_store, facts_of, find_store_source, plan_store
+    from nanothink.runs.store_commands import build_store, facts_of, plan_store
+    from nanothink.runs.store_source import find_store_source
 
     with render.reporting() as reporter:
         found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, reporter=reporter)
@@ -176,7 +178,8 @@ def info(
 ) -> None:
     """Say what is in a vector store; every byte of it is verified."""
     from nanothink.cli import render
-    from nanothink.runs.store_commands import facts_of, find_store_source
+    from nanothink.runs.store_commands import facts_of
+    from nanothink.runs.store_source import find_store_source
 
     with render.reporting() as reporter:
         found = find_store_source(checkpoint, (), checkpoint_dir, name=name, reporter=reporter)
@@ -203,7 +206,8 @@ def search(
     from dataclasses import asdict
 
     from nanothink.cli import render
-    from nanothink.runs.store_commands import find_store_source, search_store
+    from nanothink.runs.store_commands import search_store
+    from nanothink.runs.store_source import find_store_source
 
     with render.reporting() as reporter:
         found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, reporter=reporter)
@@ -243,7 +247,8 @@ def compact(
     """
     from nanothink.cli import render
     from nanothink.disk import try_to_write
-    from nanothink.runs.store_commands import compact_store, find_store_source
+    from nanothink.runs.store_commands import compact_store
+    from nanothink.runs.store_source import find_store_source
 
     with render.reporting() as reporter:
         found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, reporter=reporter)

@@ -32,7 +32,7 @@ from nanothink.config.model import (
     VectorStoreConfig,
 )
 from nanothink.config.text_encoding import conversion, wide_encoding
-from nanothink.config.training import TrainConfig, TrainDiffuserConfig, TrainExpertConfig, TrainMLAConfig
+from nanothink.config.training import TrainDiffuserConfig, TrainExpertConfig, TrainMLAConfig
 from nanothink.errors import ConfigError, did_you_mean
 
 if sys.version_info >= (3, 11):
@@ -59,11 +59,6 @@ class Config(Settings):
     train_expert: TrainExpertConfig = TrainExpertConfig()
     train_diffuser: TrainDiffuserConfig = TrainDiffuserConfig()
     train_mla: TrainMLAConfig = TrainMLAConfig()
-
-    def training_of(self, kind: str) -> TrainConfig:
-        """How models of this kind are trained."""
-        settings: TrainConfig = getattr(self, training_section(kind))
-        return settings
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Config:
@@ -93,12 +88,6 @@ class Config(Settings):
                 f"diffuser.training_steps={self.diffuser.training_steps}, the noise levels there are"
             )
         return self
-
-
-def training_section(kind: str) -> str:
-    """The section of ``Config`` that says how models of this kind are trained."""
-    special = {"diffuser": TrainDiffuserConfig.section, "nanothink_mla": TrainMLAConfig.section}
-    return special.get(kind, TrainExpertConfig.section)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from nanothink.data.tokens import IGNORE, TokenStream
 from nanothink.errors import UsageError, counted
 from nanothink.inference.evaluate import EvaluationStopped
 from nanothink.inference.generate import evaluating
+from nanothink.models.contract import LanguageModel
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.noise import block_generator, diffuse
 from nanothink.models.precision import Precision
-from nanothink.models.transformer import Transformer
 from nanothink.reporter import SILENT, Reporter
 
 MEASURED_FRACTIONS = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -54,7 +54,7 @@ def denoising_errors(
     *,
     length: int,
     precision: Precision,
-    transformer: Transformer | None = None,
+    transformer: LanguageModel | None = None,
     n_tokens: int = MEASURED_TOKENS,
     should_stop: Callable[[], bool] | None = None,
     reporter: Reporter = SILENT,

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from nanothink.data.batches import validation_batches
 from nanothink.data.tokens import IGNORE, TokenStream
 from nanothink.models.contract import LanguageModel
-from nanothink.models.nanothink import NanoThink, routing_entropy
+from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import Precision
+from nanothink.models.router import routing_entropy
 from nanothink.reporter import SILENT, Reporter
 
 

@@ -1,28 +1,62 @@
-"""The models, and the one place where a kind's name becomes a model. Light to import: torch comes later."""
+"""The models, and the registry of the kinds of expert. Light to import: torch comes with the first model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nanothink.config import Config
 from nanothink.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from nanothink.models.contract import LanguageModel
+    from nanothink.config import Config, TrainConfig
+    from nanothink.models.contract import Expert, LanguageModel
 
-EXPERT_KINDS: tuple[str, ...] = ("transformer", "state_space", "diffuser")
+
+def _transformer() -> type[Expert]:
+    from nanothink.models.transformer import Transformer
+
+    return Transformer
+
+
+def _state_space() -> type[Expert]:
+    from nanothink.models.state_space import StateSpace
+
+    return StateSpace
+
+
+def _diffuser() -> type[Expert]:
+    from nanothink.models.diffuser import Diffuser
+
+    return Diffuser
+
+
+@dataclass(frozen=True)
+class ExpertKind:
+    """A kind of expert. All else that there is to know of it, its model says: see ``contract.Expert``."""
+
+    model: Callable[[], type[Expert]]
+    """Imports the class."""
+    sections: tuple[str, ...]
+    """Sections of ``Config`` that describe its shape, beside ``model``; its own first."""
+    training: str = "train_expert"
+    """Section of ``Config`` that says how it is trained."""
+
+
+EXPERTS: dict[str, ExpertKind] = {
+    "transformer": ExpertKind(_transformer, ("transformer",)),
+    "state_space": ExpertKind(_state_space, ("state_space",)),
+    "diffuser": ExpertKind(_diffuser, ("diffuser", "transformer"), "train_diffuser"),
+}
+"""The kinds of expert by name, in the order in which NanoThink combines them."""
 
 COMBINED = "nanothink_mla"
 """The kind of a model that combines experts."""
 
-MODEL_KINDS: tuple[str, ...] = (*EXPERT_KINDS, COMBINED)
-
 
 @dataclass(frozen=True)
 class ExpertDescription:
-    """An expert inside a combined model: all that is needed to build it, but for its weights."""
+    """All that is needed to build an expert inside a combined model, but for its weights."""
 
     name: str
     kind: str
@@ -35,28 +69,17 @@ def build_model(
     """A freshly initialised model, on the CPU, in training mode. Its weights follow torch's global seed.
 
     Args:
-        experts: what a combined model combines, built here too.
+        experts: those of a combined model, built here too.
 
     Raises:
         UsageError: no model is called ``kind``.
     """
-    if kind == COMBINED:
-        from nanothink.models.nanothink import NanoThink
+    if kind != COMBINED:
+        return EXPERTS[known_kind(kind)].model().build(config, vocab_size)
+    from nanothink.models.nanothink import NanoThink
 
-        parts = {e.name: build_model(e.kind, e.config, vocab_size) for e in experts}
-        return NanoThink(vocab_size, config.model, config.mla, parts, config.vector_store)
-    kind = known_kind(kind)
-    if kind == "state_space":
-        from nanothink.models.state_space import StateSpace
-
-        return StateSpace(vocab_size, config.model, config.state_space)
-    if kind == "diffuser":
-        from nanothink.models.diffuser import Diffuser
-
-        return Diffuser(vocab_size, config.model, config.transformer, config.diffuser)
-    from nanothink.models.transformer import Transformer
-
-    return Transformer(vocab_size, config.model, config.transformer)
+    parts = {e.name: build_model(e.kind, e.config, vocab_size) for e in experts}
+    return NanoThink(vocab_size, config.model, config.mla, parts, config.vector_store)
 
 
 def known_kind(kind: str) -> str:
@@ -68,9 +91,25 @@ def known_kind(kind: str) -> str:
     name = kind.replace("-", "_")
     if name == COMBINED:
         raise UsageError("NanoThink itself is trained over finished experts: nanothink train-mla")
-    if name not in EXPERT_KINDS:
+    if name not in EXPERTS:
         raise UsageError(
-            f"There is no model called '{kind}'. The kinds are {', '.join(EXPERT_KINDS)}."
-            f"{did_you_mean(name, EXPERT_KINDS)}"
+            f"There is no model called '{kind}'. The kinds are {', '.join(EXPERTS)}."
+            f"{did_you_mean(name, EXPERTS)}"
         )
     return name
+
+
+def shape_sections(kind: str) -> tuple[str, ...]:
+    """The sections of ``Config`` that describe the shape of a model, beside ``model``."""
+    return ("mla",) if kind == COMBINED else EXPERTS[kind].sections
+
+
+def training_section(kind: str) -> str:
+    """The section of ``Config`` that says how models of this kind are trained."""
+    return "train_mla" if kind == COMBINED else EXPERTS[kind].training
+
+
+def training_of(kind: str, config: Config) -> TrainConfig:
+    """How models of this kind are trained."""
+    settings: TrainConfig = getattr(config, training_section(kind))
+    return settings

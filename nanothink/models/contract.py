@@ -9,17 +9,30 @@ Shapes: B batch, T time, D model width, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanothink.config import Config
 from nanothink.data.tokens import IGNORE
 from nanothink.models.dropout import Dropout
 from nanothink.models.loss import linear_cross_entropy, linear_log_likelihood
 
-__all__ = ["IGNORE", "LanguageModel", "State", "joined_rows", "without_row"]
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "Expert",
+    "FrozenBase",
+    "LanguageModel",
+    "Loss",
+    "State",
+    "joined_rows",
+    "without_row",
+]
 
 
 class State:
@@ -188,3 +201,93 @@ class LanguageModel(nn.Module, ABC):
                 role = "matrices" if key in matrices else "other"
             groups[role].append((name, parameter))
         return groups
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training blocks, and their places in the run."""
+
+    inputs: Tensor
+    """(B, T) int64."""
+    targets: Tensor
+    """(B, T) int64, IGNORE where there is nothing to predict."""
+    positions: Sequence[int]
+    """Place of each block in the run's order. With the seed they fix every random choice of a loss."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums over the valid targets of a batch, times the scale that was asked for."""
+
+    total: Tensor
+    """Scalar; it is minimised."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Scalars by name, for the records; empty where there is nothing but the total."""
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """The trained model that an expert's own training builds on."""
+
+    kind: str
+    path: str | None
+    """Its checkpoint; None: the one of this kind in the checkpoint folder."""
+    setting: str
+    """``section.key`` of ``path``."""
+    option: str
+    """The option of ``pretrain`` that gives ``path``."""
+    at_every_step: bool
+    """Its states are targets: resuming needs it too, and its context must be as long as the expert's."""
+
+
+class Expert(LanguageModel):
+    """A model that is trained by itself and that NanoThink combines with others.
+
+    A kind of expert is a subclass and its entry in ``models.EXPERTS``, with a section of ``Config`` if it has
+    settings of its own. The methods below are what kinds differ in beside the model itself.
+    """
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Config, vocab_size: int) -> Expert:
+        """A freshly initialised one, on the CPU. Its weights follow torch's global seed."""
+
+    @classmethod
+    def settle(cls, config: Config, device: torch.device) -> tuple[Config, str]:
+        """The settings with every choice made that they leave to this machine, and a line about it, or ""."""
+        return config, ""
+
+    @classmethod
+    def runnable(cls, config: Config, device: torch.device) -> Config:
+        """The settings of a trained one with every choice undone that this machine cannot follow."""
+        return config
+
+    @classmethod
+    def base(cls, config: Config) -> FrozenBase | None:
+        """The model that its training builds on; None: it learns from text alone."""
+        return None
+
+    def adopt(self, base: LanguageModel, targets: Tensor) -> None:
+        """Start from ``base``; called once, before the first step.
+
+        Args:
+            targets: (B, T), a sample of the training targets.
+        """
+
+    def training_loss(
+        self, batch: Batch, scale: float, *, seed: int, base: LanguageModel | None = None
+    ) -> Loss:
+        """The loss that its training minimises: ``scale`` times sums over valid targets.
+
+        Args:
+            seed: the run's, for random choices.
+            base: the model that it builds on, if that is needed at every step.
+        """
+        return Loss(self.loss(batch.inputs, batch.targets, scale=scale))
+
+    def foreign_config(self) -> dict[str, Any]:
+        """Keyword arguments of the class of ``transformers`` that has the same weights under the same names.
+
+        With ``architectures`` and ``model_type``; empty if there is no such class.
+        """
+        return {}

@@ -2,45 +2,38 @@
 
 For position i the *clean target* y is the row of token i+1 in the frozen transformer's LM head,
 RMS-normalised and standardised; its row in the embedding table, or the hidden state, are a setting. A
-causal *context encoder*, transformer blocks over the tokens up to i, gives z; a *denoiser*, feed-forward
-blocks with adaptive normalisation (Peebles & Xie 2023, section 3.2; per position and conditioned on z as
-in MAR, Li et al. 2024, section 3.3), predicts y from x_t, z and the noise level t, with self-conditioning
-as a setting (after Chen et al. 2023). No position sees the target of another, noised or clean, so the model
-is causal by construction.
+causal *context encoder*, transformer blocks over the tokens up to i, gives z; a *denoiser* (denoiser.py)
+predicts y from x_t, z and the noise level t, with self-conditioning as a setting (after Chen et al. 2023). No
+position sees the target of another, noised or clean, so the model is causal by construction.
 
 As a language model its distribution is that of its LM head on the denoiser's last state, from the null
 noise x_N = 0 at the last level, in one evaluation: exact, and what loss, perplexity and generation use.
 The head's cross-entropy is part of the loss (the rounding loss of Diffusion-LM, Li et al. 2022, section
 4.2). Text can also be sampled by DDIM from drawn noise.
 
-It differs from MAR in predicting the velocity (or the clean target), in causal attention over tokens, in
-the null noise, and in modulation that is a sum of a term of z and a term of t, so that the first is
-computed once for all evaluations.
+It differs from MAR (Li et al. 2024) in predicting the velocity (or the clean target), in causal attention
+over tokens, and in the null noise.
 
-Shapes: B batch, T time, D model width, V vocabulary, N noise levels, M = 3 D numbers a denoiser block.
+Shapes: B batch, T time, D model width, V vocabulary, N noise levels.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanothink.config import DiffuserConfig, ModelConfig, TransformerConfig
+from nanothink.config import Config, DiffuserConfig, ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
-from nanothink.models.contract import IGNORE, LanguageModel, State
-from nanothink.models.dropout import Dropout
-from nanothink.models.feed_forward import SwiGLU
+from nanothink.models.contract import IGNORE, Batch, Expert, FrozenBase, LanguageModel, Loss, State
+from nanothink.models.denoiser import Condition, Denoiser
 from nanothink.models.key_value_cache import KeyValueCache
-from nanothink.models.layers import (
-    RMSNorm,
-    linear,
-)
+from nanothink.models.layers import linear
 from nanothink.models.loss import CHUNK_ROWS, linear_cross_entropy
 from nanothink.models.noise import (
     Draws,
@@ -52,17 +45,8 @@ from nanothink.models.noise import (
     diffuse,
 )
 from nanothink.models.precision import matmul_dtype
-from nanothink.models.transformer import (
-    Decoder,
-    Transformer,
-    block_reading_bytes,
-    inner_width,
-    shape_inner_width,
-)
+from nanothink.models.transformer import Decoder, block_reading_bytes, inner_width, shape_inner_width
 
-_LEVEL_FEATURES = (
-    32  # cosines of the noise level: smooth over 100 levels, fine enough to tell neighbours apart
-)
 _SMALLEST_SCALE = 1e-3  # features that hardly vary are not amplified
 
 
@@ -97,89 +81,7 @@ class DiffuserState(KeyValueCache):
             self.ddim = Ddim(self.ddim.n_steps, tuple(seeds[:-1]))
 
 
-@dataclass(frozen=True)
-class Condition:
-    """The context as the denoiser reads it, computed once for all evaluations at its positions."""
-
-    stream: Tensor
-    """(..., D): the initial value of the denoiser's stream."""
-    modulation: Tensor
-    """(..., layers * M): shift, scale and gate of each block, without the term of the noise level."""
-
-
-class Denoiser(nn.Module):
-    """Feed-forward blocks whose norms are shifted, scaled and gated by context and noise level.
-
-    All blocks begin as the identity and the output at zero.
-
-    Args:
-        width: D.
-        n_layers: blocks.
-        inner: inner width of a block.
-        n_levels: N.
-        guided: True if it reads an earlier guess (self-conditioning).
-        dropout: that of the model.
-    """
-
-    level_features: Tensor
-
-    def __init__(
-        self, width: int, n_layers: int, inner: int, n_levels: int, *, guided: bool, dropout: Dropout
-    ) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.context_proj = linear(width, width)
-        self.noisy_proj = linear(width, width)
-        self.guess_proj = linear(width, width, zero=True) if guided else None
-        self.context_modulation = linear(width, n_layers * 3 * width, zero=True)
-        self.level_proj = linear(_LEVEL_FEATURES, width)
-        self.level_modulation = linear(width, n_layers * 3 * width, zero=True)
-        self.norms = nn.ModuleList(RMSNorm(width) for _ in range(n_layers))
-        self.mlps = nn.ModuleList(SwiGLU(width, inner) for _ in range(n_layers))
-        self.norm = RMSNorm(width)
-        self.out_proj = linear(width, width, zero=True)
-        angles = torch.outer(
-            torch.arange(n_levels + 1, dtype=torch.float64) / n_levels,
-            math.pi * torch.arange(_LEVEL_FEATURES, dtype=torch.float64),
-        )  # (N + 1, features)
-        self.register_buffer("level_features", 2**0.5 * angles.cos().float(), persistent=False)
-
-    def condition(self, states: Tensor) -> Condition:
-        """(..., D) states of the encoder."""
-        return Condition(self.context_proj(states), self.context_modulation(states))
-
-    def forward(
-        self, condition: Condition, noisy: Tensor | None, levels: Tensor | int, guess: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """One evaluation.
-
-        Args:
-            condition: of (..., D) positions.
-            noisy: x_t, (..., D); None stands for zeros.
-            levels: t, (...) int64, or one for all.
-            guess: an earlier guess at the clean target, (..., D); None stands for zeros.
-
-        Returns:
-            The prediction, and the last normalised state, (..., D) float32 each.
-        """
-        x = condition.stream.float()
-        dtype = matmul_dtype(x)
-        if noisy is not None:
-            x = x + self.noisy_proj(noisy.to(dtype))
-        if guess is not None and self.guess_proj is not None:
-            x = x + self.guess_proj(guess.to(dtype))
-        by_level = self.level_modulation(F.silu(self.level_proj(self.level_features)))  # (N + 1, layers * M)
-        of_level = by_level[levels] if isinstance(levels, int) else F.embedding(levels, by_level)
-        terms = (condition.modulation + of_level).chunk(3 * len(self.norms), dim=-1)
-        for i, (norm, mlp) in enumerate(zip(self.norms, self.mlps, strict=True)):
-            shift, scale, gate = terms[3 * i : 3 * i + 3]
-            inside = torch.addcmul(shift, norm(x, dtype), 1 + scale)
-            x = torch.addcmul(x, self.dropout(mlp(inside).float()), (1 + gate).float())
-        hidden = self.dropout(self.norm(x))
-        return self.out_proj(hidden.to(dtype)).float(), hidden
-
-
-class Diffuser(LanguageModel):
+class Diffuser(Expert):
     """See the head of this file.
 
     A new one has no targets yet: ``adopt`` takes them from a transformer, and checkpoints contain them.
@@ -227,6 +129,32 @@ class Diffuser(LanguageModel):
             "alpha_bars", cosine_alpha_bars(shape.training_steps).float(), persistent=False
         )  # (N + 1,)
 
+    @classmethod
+    def build(cls, config: Config, vocab_size: int) -> Diffuser:
+        """See ``Expert.build``."""
+        return cls(vocab_size, config.model, config.transformer, config.diffuser)
+
+    @classmethod
+    def settle(cls, config: Config, device: torch.device) -> tuple[Config, str]:
+        """See ``Expert.settle``: the path of its transformer, from any folder."""
+        named = config.diffuser.transformer
+        if named is None:
+            return config, ""
+        shape = config.diffuser.model_copy(update={"transformer": str(Path(named).resolve())})
+        return config.model_copy(update={"diffuser": shape}), ""
+
+    @classmethod
+    def base(cls, config: Config) -> FrozenBase:
+        """See ``Expert.base``: a transformer, from which its targets come."""
+        shape = config.diffuser
+        return FrozenBase(
+            "transformer",
+            path=shape.transformer,
+            setting="diffuser.transformer",
+            option="--transformer",
+            at_every_step=shape.target == "hidden_state",
+        )
+
     @property
     def embedding(self) -> nn.Embedding:
         """See ``LanguageModel.embedding``."""
@@ -237,25 +165,22 @@ class Diffuser(LanguageModel):
         """(V, D): the LM head, which reads the denoiser's last state."""
         return cast(nn.Parameter, self.lm_head.weight)
 
-    # -----------------------------------------------------------------------------------------------
-    # Targets
-
     @torch.no_grad()
-    def adopt(self, transformer: Transformer, targets: Tensor) -> None:
-        """Start from a frozen transformer: its embeddings, its targets, and their mean and spread.
+    def adopt(self, base: LanguageModel, targets: Tensor) -> None:
+        """See ``Expert.adopt``: take over embeddings and targets, with the targets' mean and spread.
 
         Args:
-            transformer: of the same vocabulary and width.
-            targets: (B, T), a sample of training targets to take mean and spread over, IGNORE left out.
+            base: a frozen transformer of the same vocabulary and width.
+            targets: (B, T), over which mean and spread are taken, IGNORE left out.
         """
-        self.embedding.weight.copy_(transformer.embedding.weight)
+        self.embedding.weight.copy_(base.embedding.weight)
         valid = targets != IGNORE
         if self.shape.target == "hidden_state":
-            sample = transformer.hidden(targets.clamp_min(0))[valid]
+            sample = base.hidden(targets.clamp_min(0))[valid]
         else:
-            table = transformer.embedding.weight
+            table = base.embedding.weight
             if self.shape.target == "head_row":
-                table = transformer.head_weight
+                table = base.head_weight
                 table = table - table.mean(0)
             table = F.rms_norm(table, (self.d_model,))
             sample = table[targets[valid]]
@@ -265,7 +190,7 @@ class Diffuser(LanguageModel):
             self.target_table.copy_((table - self.target_mean) / self.target_scale)
 
     @torch.no_grad()
-    def clean_targets(self, targets: Tensor, transformer: Transformer | None = None) -> Tensor:
+    def clean_targets(self, targets: Tensor, transformer: LanguageModel | None = None) -> Tensor:
         """(B, T) tokens that follow -> (B, T, D) clean targets; where the token is IGNORE they mean nothing.
 
         Args:
@@ -281,9 +206,6 @@ class Diffuser(LanguageModel):
                 "this diffuser's targets are hidden states of its transformer, which is needed to make them"
             )
         return (transformer.hidden(known) - self.target_mean) / self.target_scale
-
-    # -----------------------------------------------------------------------------------------------
-    # The denoiser, given the encoder's states
 
     def condition(self, states: Tensor) -> Condition:
         """Condition of the denoiser on (..., D) states of the encoder."""
@@ -328,9 +250,6 @@ class Diffuser(LanguageModel):
             noisy = ddim_step(noisy, guess, self.alpha_bars[current], self.alpha_bars[following])
         return guess, hidden
 
-    # -----------------------------------------------------------------------------------------------
-    # The language model
-
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) int64, T <= context_length -> (B, T, D) float32: the denoiser's from null noise."""
         return self.denoise(self.condition(self.encoder(tokens)), None, self.shape.training_steps)[1]
@@ -365,8 +284,34 @@ class Diffuser(LanguageModel):
                 condition, torch.stack(noise).view_as(encoded), self.shape.training_steps, state.ddim.n_steps
             )[1]
 
-    # -----------------------------------------------------------------------------------------------
-    # Training
+    def training_loss(
+        self, batch: Batch, scale: float, *, seed: int, base: LanguageModel | None = None
+    ) -> Loss:
+        """See ``Expert.training_loss``: squared errors of the clean target, and cross-entropy of the head.
+
+        Total = mse_weight (mse_pure + mse_noised) + cross_entropy_weight (cross_entropy + rounding / every),
+        with the parts of ``denoising_losses``. At cross_entropy_weight 0 the head's part stays in with weight
+        1, but reaches the head alone.
+        """
+        shape = self.shape
+        draws = Draws.make(
+            seed,
+            batch.positions,
+            batch.inputs.shape[1],
+            self.d_model,
+            n_levels=shape.training_steps,
+            null_fraction=shape.null_fraction,
+            guided_fraction=shape.self_conditioning,
+            device=batch.inputs.device,
+        )
+        clean = self.clean_targets(batch.targets, base)
+        parts = self.denoising_losses(batch.inputs, batch.targets, clean, draws, scale)
+        total = shape.mse_weight * (parts["mse_pure"] + parts["mse_noised"])
+        of_head = parts["cross_entropy"]
+        if "rounding" in parts:
+            of_head = of_head + parts["rounding"] / shape.rounding_every
+        total = total + (shape.cross_entropy_weight or 1.0) * of_head
+        return Loss(total, {name: part.detach() for name, part in parts.items()})
 
     def denoising_losses(
         self, inputs: Tensor, targets: Tensor, clean: Tensor, draws: Draws, scale: float

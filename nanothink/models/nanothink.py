@@ -46,6 +46,7 @@ from nanothink.models.loss import (
     linear_log_likelihood,
 )
 from nanothink.models.precision import matmul_dtype
+from nanothink.models.router import Router
 from nanothink.models.store_gate import (
     VECTOR_STORE,
     Neighbours,
@@ -54,33 +55,6 @@ from nanothink.models.store_gate import (
     choose_key_expert,
 )
 from nanothink.models.transformer import Transformer, inner_width
-
-
-class Router(nn.Module):
-    """The weight of each expert: equal at first.
-
-    Its parameters are not those of a linear layer, so that the optimizer treats them like a bias. With an
-    orthogonalised update the first step would already decide between the experts.
-    """
-
-    def __init__(self, width: int, n_experts: int, *, by_token: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(n_experts, width)) if by_token else None
-        self.bias = nn.Parameter(torch.zeros(n_experts))
-
-    def forward(self, stream: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, E) float32, positive, with sum 1."""
-        with torch.autocast(stream.device.type, enabled=False):
-            scores = self.bias.expand(*stream.shape[:-1], -1)
-            if self.weight is not None:
-                scores = scores + F.linear(stream.float(), self.weight)
-            return scores.softmax(-1)
-
-
-def routing_entropy(weights: Tensor) -> Tensor:
-    """(..., E) weights -> (...) nats: log E where all are equal, 0 where one of them is 1."""
-    entropy: Tensor = torch.special.entr(weights).sum(-1)
-    return entropy
 
 
 @dataclass

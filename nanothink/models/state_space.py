@@ -29,16 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nanothink.config import ModelConfig, StateSpaceConfig
+from nanothink.config import Config, ModelConfig, StateSpaceConfig
 from nanothink.errors import UsageError
 from nanothink.models import decoding
-from nanothink.models.contract import LanguageModel, State, without_row
+from nanothink.models.contract import Expert, State, without_row
 from nanothink.models.dropout import Dropout
 from nanothink.models.feed_forward import gated_product
 from nanothink.models.layers import RMSNorm, embedding, linear
 from nanothink.models.loss import CHUNK_ROWS
 from nanothink.models.precision import matmul_dtype
-from nanothink.models.selective_scan import selective_scan
+from nanothink.models.selective_scan import choose_scan, selective_scan
 
 if TYPE_CHECKING:
     from nanothink.models.decoding.experts import Step
@@ -348,7 +348,7 @@ class Backbone(nn.Module):
         return step
 
 
-class StateSpace(LanguageModel):
+class StateSpace(Expert):
     """See the head of this file.
 
     Args:
@@ -367,6 +367,34 @@ class StateSpace(LanguageModel):
         self.shape = shape
         self.backbone = Backbone(vocab_size, width, shape, self.dropout)
         self.lm_head = None if shape.tie_embeddings else linear(width, vocab_size, zero=True)
+
+    @classmethod
+    def build(cls, config: Config, vocab_size: int) -> StateSpace:
+        """See ``Expert.build``."""
+        return cls(vocab_size, config.model, config.state_space)
+
+    @classmethod
+    def settle(cls, config: Config, device: torch.device) -> tuple[Config, str]:
+        """See ``Expert.settle``: the scan that this machine runs fastest."""
+        scan = choose_scan(device.type, config.state_space.scan)
+        return _with_scan(config, scan.name), f"Selective scan: {scan.name} ({scan.reason})."
+
+    @classmethod
+    def runnable(cls, config: Config, device: torch.device) -> Config:
+        """See ``Expert.runnable``: the scan of training if this machine has it, else "auto"."""
+        try:
+            choose_scan(device.type, config.state_space.scan)
+        except UsageError:
+            return _with_scan(config, "auto")
+        return config
+
+    def foreign_config(self) -> dict[str, Any]:
+        """See ``Expert.foreign_config``."""
+        config = to_mamba_config(self)
+        if (eps := self.shape.mixer_norm_eps) is not None:
+            falcon = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba"}
+            return {**falcon, **config, "mixer_rms_eps": eps}
+        return {"architectures": ["MambaForCausalLM"], "model_type": "mamba", **config}
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -427,6 +455,11 @@ class StateSpace(LanguageModel):
 def delta_rank(width: int, shape: StateSpaceConfig) -> int:
     """R: as set, else a sixteenth of the model width, rounded up (the paper's default)."""
     return shape.delta_rank or -(-width // 16)
+
+
+def _with_scan(config: Config, scan: str) -> Config:
+    settled = config.state_space.model_copy(update={"scan": scan})
+    return config.model_copy(update={"state_space": settled})
 
 
 def to_mamba_config(model: StateSpace) -> dict[str, Any]:

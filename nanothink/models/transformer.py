@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from nanothink.config import ModelConfig, TransformerConfig
+from nanothink.config import Config, ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
 from nanothink.models import decoding
-from nanothink.models.contract import LanguageModel, State
+from nanothink.models.contract import Expert, State
 from nanothink.models.dropout import Dropout
 from nanothink.models.feed_forward import feed_forward
 from nanothink.models.key_value_cache import KeyValueCache
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
         return step
 
 
-class Transformer(LanguageModel):
+class Transformer(Expert):
     """See the head of this file.
 
     Args:
@@ -170,6 +170,27 @@ class Transformer(LanguageModel):
         std = 0.02 if shape.tie_embeddings else 1.0
         self.model = Decoder(vocab_size, model, shape, n_layers=shape.n_layers, std=std, dropout=self.dropout)
         self.lm_head = None if shape.tie_embeddings else linear(width, vocab_size, zero=True)
+
+    @classmethod
+    def build(cls, config: Config, vocab_size: int) -> Transformer:
+        """See ``Expert.build``."""
+        return cls(vocab_size, config.model, config.transformer)
+
+    def foreign_config(self) -> dict[str, Any]:
+        """See ``Expert.foreign_config``."""
+        model_type = _model_type(self.d_model, self.shape)
+        if model_type is None:
+            return {}
+        return {
+            "architectures": [f"{model_type.capitalize()}ForCausalLM"],
+            "model_type": model_type,
+            "rope_theta": self.shape.rope_theta,  # as transformers 4, llama.cpp and vLLM read it
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            **to_qwen3_config(self),
+        }
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -240,6 +261,20 @@ def inner_width(width: int, ffn_mult: float) -> int:
 def shape_inner_width(width: int, shape: TransformerConfig) -> int:
     """F: as set, else by ``ffn_mult``."""
     return shape.ffn_dim or inner_width(width, shape.ffn_mult)
+
+
+def _model_type(width: int, shape: TransformerConfig) -> str | None:
+    """The family of ``transformers`` with this shape and these names of the weights; None: there is none."""
+    plain = (shape.feed_forward, shape.norm, shape.rotary_fraction, shape.parallel)
+    if plain != ("swiglu", "rms", 1.0, False):
+        return None
+    if shape.qk_norm:
+        return "qwen3" if shape.attention_bias != "qkv" else None
+    if shape.attention_bias == "qkv":
+        return "qwen2"
+    if width % shape.n_heads:  # a Llama's heads divide its width
+        return "mistral" if shape.attention_bias == "none" else None
+    return "llama"
 
 
 def to_qwen3_config(model: Transformer) -> dict[str, Any]:

@@ -84,11 +84,7 @@ def page(runs: Sequence[ReportedRun], *, made: str, version: str) -> str:
         n_domains_left_out=max(0, len(names) - MAX_DOMAINS),
         denoising=figures.denoising_figures(runs),
         routed=[_routed(run, runs) for run in runs if figures.experts_of(run)],
-        rebuilt=[
-            (run.label, run.passages)
-            for run in runs
-            if run.records.kind == "diffuser" and run.passages and not isinstance(run.passages, Missing)
-        ],
+        rebuilt=[(run.label, run.passages) for run in runs if run.is_rebuilt],
         missing=[(run.label, run.passages.reason) for run in runs if isinstance(run.passages, Missing)],
         samples=[(run.label, color, _samples(run)) for color, run in enumerate(runs) if run.records.samples],
         settings=settings,

@@ -72,3 +72,10 @@ class ReportedRun:
     passages: tuple[RoutedPassage, ...] | tuple[RebuiltPassage, ...] | Missing = ()
     """Of its best checkpoint; empty for a model of one expert that does not denoise."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_rebuilt(self) -> bool:
+        """True if its passages are those of a diffuser."""
+        return not isinstance(self.passages, Missing) and any(
+            isinstance(passage, RebuiltPassage) for passage in self.passages
+        )

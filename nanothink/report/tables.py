@@ -8,18 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanothink.config import Config
-from nanothink.config.run import flatten, known_settings, training_section
+from nanothink.config.run import flatten, known_settings
 from nanothink.errors import counted
+from nanothink.models import COMBINED, EXPERTS, shape_sections, training_section
 from nanothink.report.passages import ReportedRun
 from nanothink.training.records import finite
-
-_SECTIONS = {
-    "transformer": {"transformer"},
-    "state_space": {"state_space"},
-    "diffuser": {"diffuser", "transformer"},
-    "nanothink_mla": {"mla"},
-}
-"""Of the settings, those that shape a model of this kind."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ def overview(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "label": run.label,
-                "kind": {"nanothink_mla": "NanoThink"}.get(records.kind, records.kind.replace("_", "-")),
+                "kind": {COMBINED: "NanoThink"}.get(records.kind, records.kind.replace("_", "-")),
                 "state": str(ending.get("reason", "finished")) if ending else "not finished",
                 "finished": ending is not None,
                 "step": records.last_step,
@@ -200,9 +193,9 @@ def _remarks(run: ReportedRun) -> list[str]:
 
 
 def _concerning(kind: str) -> set[str]:
-    if kind not in _SECTIONS:
+    if kind not in (*EXPERTS, COMBINED):
         return set(Config.model_fields)
-    return {"model", "data", training_section(kind), *_SECTIONS[kind]}
+    return {"model", "data", training_section(kind), *shape_sections(kind)}
 
 
 def _flat(nested: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanothink.checkpoints import (
@@ -18,16 +18,14 @@ from nanothink.checkpoints import (
 from nanothink.data.corpus import find_corpus
 from nanothink.data.problems import Problems
 from nanothink.errors import CheckpointError, CheckpointNotFoundError, DataError, UsageError
-from nanothink.inference.denoising import denoising_errors
-from nanothink.inference.evaluate import Difference, Evaluation, evaluate_model
+from nanothink.inference.evaluate import Difference, Evaluation
 from nanothink.models import COMBINED
-from nanothink.models.diffuser import Diffuser
 from nanothink.reporter import SILENT, Reporter
-from nanothink.runs.held_out import Side, TextToScore, binding_rules
-from nanothink.runs.loading import LoadedModel, load
+from nanothink.runs.held_out import Side, TextToScore
+from nanothink.runs.inherited_split import binding_rules
+from nanothink.runs.scoring import score
+from nanothink.runs.trained_model import TrainedModel, load
 from nanothink.training.matmul_types import AS_TRAINED
-
-_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -124,30 +122,19 @@ def evaluate_checkpoints(
     results = []
     for number, model in enumerate(loaded):
         scored = text.in_tokens_of(model.tokenizer)
-        length = model.config.model.max_seq_len
         if model.precision.reason != AS_TRAINED:
             reporter.note(
                 f"{model.path.name}: computing in {model.precision.name}: {model.precision.reason}."
             )
-        evaluation = evaluate_model(
+        evaluation = score(
             model.model,
             scored.streams,
-            length=length,
-            batch_size=max(1, _BATCH_TOKENS // length),
+            length=model.config.model.max_seq_len,
             precision=model.precision,
             max_tokens=max_tokens,
             reporter=reporter,
             stage=f"evaluating {model.path.name}",
         )
-        if isinstance(model.model, Diffuser) and model.config.diffuser.target != "hidden_state":
-            errors = denoising_errors(
-                model.model,
-                scored.streams,
-                length=length,
-                precision=model.precision,
-                reporter=reporter,
-            )
-            evaluation = replace(evaluation, denoising=errors)
         n_seen = scored.n_seen[number]
         known = model.split.trained.complete
         results.append(
@@ -157,7 +144,7 @@ def evaluate_checkpoints(
 
 
 def _where(
-    loaded: Sequence[LoadedModel],
+    loaded: Sequence[TrainedModel],
     data_dir: str | None,
     domains: Sequence[str] | None,
     reporter: Reporter,

@@ -9,11 +9,11 @@ import torch
 
 from nanothink import __version__
 from nanothink.config import TrainMLAConfig
-from nanothink.models import EXPERT_KINDS
+from nanothink.models import shape_sections
 from nanothink.models.nanothink import NanoThink
 from nanothink.reporter import Reporter
-from nanothink.runs.frozen import weights_digest
 from nanothink.runs.preparing import RunSetup
+from nanothink.runs.saved_model import weights_digest
 from nanothink.training.expert_states import ExpertStates, Shape, open_states, states_bytes
 
 
@@ -52,11 +52,11 @@ def keep_states(setup: RunSetup, model: NanoThink, reporter: Reporter) -> Expert
     assert isinstance(setup.training, TrainMLAConfig)
     experts = [
         {
-            "kind": described.kind,
-            "shape": described.config.model_dump(mode="json", include={"model", *EXPERT_KINDS}),
+            "kind": inside.kind,
+            "shape": inside.config.model_dump(mode="json", include={"model", *shape_sections(inside.kind)}),
             "weights": weights_digest(expert.state_dict()),
         }
-        for described, expert in zip(setup.inside, model.experts, strict=True)
+        for inside, expert in zip(setup.inside, model.experts, strict=True)
     ]
     identity: dict[str, Any] = {
         "experts": experts,

@@ -13,19 +13,17 @@ import nanothink
 from nanothink.checkpoints import check_place, model_state, read_checkpoint, write_export
 from nanothink.checkpoints.export import CONFIG, EXPORT_VERSION, FILES, OWN_SECTION
 from nanothink.checkpoints.payload import CheckpointPayload
-from nanothink.config import Config, TransformerConfig
-from nanothink.config.run import training_section
+from nanothink.config import Config
 from nanothink.data.tokenizer import save_tokenizer
 from nanothink.disk import try_to_write
 from nanothink.errors import counted
 from nanothink.inference.sampling import SamplingConfig
-from nanothink.models import COMBINED
-from nanothink.models.contract import LanguageModel
+from nanothink.models import COMBINED, shape_sections, training_section
+from nanothink.models.contract import Expert, LanguageModel
 from nanothink.models.nanothink import NanoThink
-from nanothink.models.state_space import StateSpace, to_mamba_config
-from nanothink.models.transformer import Transformer, to_qwen3_config
 from nanothink.reporter import SILENT, Reporter
-from nanothink.runs.loading import LoadedModel, opened
+from nanothink.runs.saved_model import SavedModel
+from nanothink.runs.trained_model import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,8 @@ def export_checkpoint(
     check_place(folder, overwrite=overwrite)  # before a large file is read
     try_to_write(folder.parent)
     payload = read_checkpoint(checkpoint, mmap=True, reporter=reporter)
-    loaded = opened(checkpoint, payload, device="cpu", vector_store=False)
+    saved = SavedModel.of(checkpoint, payload)
+    loaded = TrainedModel.of(saved, device="cpu", vector_store=False)
     model = loaded.model
     notes = list(loaded.notes)
     if isinstance(model, NanoThink) and model.store_gate is not None:
@@ -123,41 +122,9 @@ def export_checkpoint(
 
 def _foreign_config(model: LanguageModel) -> dict[str, Any]:
     """The part of config.json that transformers reads; empty for a kind that it does not have."""
-    kind = {"dtype": "float32", "torch_dtype": "float32", "use_cache": True}  # transformers 5 and 4
-    if isinstance(model, Transformer):
-        if (model_type := _model_type(model.d_model, model.shape)) is None:
-            return {}
-        shape = to_qwen3_config(model)
-        rope = {"rope_theta": model.shape.rope_theta}  # as transformers 4, llama.cpp and vLLM read it
-        own = {
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-            "use_sliding_window": False,
-            "sliding_window": None,
-        }
-        kind |= {"architectures": [f"{model_type.capitalize()}ForCausalLM"], "model_type": model_type}
-        return {**kind, **shape, **rope, **own}
-    if isinstance(model, StateSpace):
-        if (eps := model.shape.mixer_norm_eps) is not None:
-            kind |= {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba"}
-            return {**kind, **to_mamba_config(model), "mixer_rms_eps": eps}
-        kind |= {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
-        return {**kind, **to_mamba_config(model)}
-    return {}
-
-
-def _model_type(width: int, shape: TransformerConfig) -> str | None:
-    """The family of ``transformers`` with this shape and our names of the weights; None: there is none."""
-    plain = (shape.feed_forward, shape.norm, shape.rotary_fraction, shape.parallel)
-    if plain != ("swiglu", "rms", 1.0, False):
-        return None
-    if shape.qk_norm:
-        return "qwen3" if shape.attention_bias != "qkv" else None
-    if shape.attention_bias == "qkv":
-        return "qwen2"
-    if width % shape.n_heads:  # a Llama's heads divide its width
-        return "mistral" if shape.attention_bias == "none" else None
-    return "llama"
+    foreign = model.foreign_config() if isinstance(model, Expert) else {}
+    types = {"dtype": "float32", "torch_dtype": "float32", "use_cache": True}  # transformers 5 and 4
+    return {**types, **foreign} if foreign else {}
 
 
 def _own_section(payload: CheckpointPayload, config: Config) -> dict[str, Any]:
@@ -183,8 +150,8 @@ def _own_section(payload: CheckpointPayload, config: Config) -> dict[str, Any]:
 
 def _shapes(config: dict[str, Any], kind: str) -> dict[str, Any]:
     """The settings that describe a model, its precision and its split."""
-    own = "mla" if kind == COMBINED else kind
-    kept = {name: dict(config[name]) for name in {"model", "transformer", own}}  # heads must divide the width
+    # always the transformer's too: its heads must divide the width
+    kept = {name: dict(config[name]) for name in {"model", "transformer", *shape_sections(kind)}}
     kept.get("diffuser", {}).pop("transformer", None)
     kept["data"] = {name: config["data"][name] for name in ("val_split", "test_split", "domains")}
     phase = training_section(kind)
@@ -196,7 +163,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _card(loaded: LoadedModel, payload: CheckpointPayload, architecture: str | None, name: str) -> str:
+def _card(loaded: TrainedModel, payload: CheckpointPayload, architecture: str | None, name: str) -> str:
     """README.md: a model card, as the Hugging Face Hub reads them."""
     model, config = loaded.model, loaded.config
     context = "any length" if model.context_length is None else f"{model.context_length:,} tokens"

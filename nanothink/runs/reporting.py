@@ -39,7 +39,7 @@ from nanothink.report import (
 )
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.held_out import held_out
-from nanothink.runs.loading import LoadedModel, load
+from nanothink.runs.trained_model import TrainedModel, load
 from nanothink.training.records import RunRecords, read_description, read_run
 
 PASSAGE_TOKENS = 120
@@ -192,7 +192,7 @@ def _passages(
 
 
 def _held_out(
-    loaded: LoadedModel, records: RunRecords, data_dir: str | None, reporter: Reporter
+    loaded: TrainedModel, records: RunRecords, data_dir: str | None, reporter: Reporter
 ) -> tuple[dict[str, list[int]], bool]:
     """By domain a passage of validation text, beginning with EOS; and whether the data is as it was."""
     config = loaded.config.data
@@ -228,7 +228,7 @@ def _passage(stream: TokenStream, n_tokens: int) -> list[int]:
     return stream.block(0, stop)[1][start:].tolist()  # type: ignore[no-any-return]
 
 
-def _routed(loaded: LoadedModel, passages: dict[str, list[int]]) -> tuple[RoutedPassage, ...]:
+def _routed(loaded: TrainedModel, passages: dict[str, list[int]]) -> tuple[RoutedPassage, ...]:
     assert isinstance(loaded.model, NanoThink)
     found = []
     for domain, tokens in list(passages.items())[:ROUTED_DOMAINS]:
@@ -239,7 +239,7 @@ def _routed(loaded: LoadedModel, passages: dict[str, list[int]]) -> tuple[Routed
     return tuple(found)
 
 
-def _rebuilt(loaded: LoadedModel, passages: dict[str, list[int]]) -> tuple[RebuiltPassage, ...]:
+def _rebuilt(loaded: TrainedModel, passages: dict[str, list[int]]) -> tuple[RebuiltPassage, ...]:
     assert isinstance(loaded.model, Diffuser)
     n_levels = loaded.model.shape.training_steps
     levels = sorted({max(1, round(fraction * n_levels)) for fraction in REBUILT_FRACTIONS})
@@ -264,7 +264,7 @@ def _rebuilt(loaded: LoadedModel, passages: dict[str, list[int]]) -> tuple[Rebui
     return tuple(found)
 
 
-def _texts(loaded: LoadedModel, tokens: Sequence[int]) -> list[str]:
+def _texts(loaded: TrainedModel, tokens: Sequence[int]) -> list[str]:
     """The text that becomes final with each token; the last has what is left of an unfinished character."""
     decoder = StreamDecoder(loaded.tokenizer)
     texts = [decoder.push(token) for token in tokens]

@@ -1,4 +1,4 @@
-"""Which run is meant, and the checkpoint that it goes on from."""
+"""The run that a command means, and the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ NEWEST = "newest"
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Which run is meant."""
+    """The run that a command means."""
 
     kind: str
     checkpoint_dir: Path
     name: str | None = None
     resume: str | None = None
-    """None: start anew. NEWEST: the latest state of this name, or anew if there is none. Else a path."""
+    """None: a new run. NEWEST: the latest state of this name, or a new run if there is none. Else a path."""
     overwrite: bool = False
     device: str | None = None
     experts: tuple[Path, ...] = ()
@@ -58,9 +58,9 @@ _RESTORED = ("model_state", "optimizer_state")
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint that a run continues from.
+    """The checkpoint that a run resumes from.
 
-    Weights and moments lie in the mapped file until they are restored; all else is in memory.
+    Weights and moments stay in the mapped file until they are restored; everything else is in memory.
     """
 
     path: Path
@@ -68,26 +68,26 @@ class ResumePoint:
 
     @classmethod
     def open(cls, path: Path, reporter: Reporter = SILENT) -> ResumePoint:
-        """Raises as ``read_checkpoint`` does."""
+        """Read and verify the checkpoint. Raises as ``read_checkpoint`` does."""
         payload = read_checkpoint(path, mmap=True, reporter=reporter)
         rest = {name: entry for name, entry in payload.items() if name not in _RESTORED}
         payload.update(deepcopy(rest))  # type: ignore[typeddict-item]
         return cls(path, payload)
 
     def release(self) -> None:
-        """Let go of weights and moments: a mapped file keeps its place on the disk when it is replaced."""
+        """Drop weights and moments: a mapped file takes disk space even after it is replaced."""
         for name in _RESTORED:
             self.payload[name] = {}  # type: ignore[literal-required]
 
 
 def locate(checkpoint: str | None, checkpoint_dir: Path, reporter: Reporter = SILENT) -> RunSpec:
-    """Which run ``nanothink resume [CHECKPOINT]`` means.
+    """Find the run that ``nanothink resume [CHECKPOINT]`` means.
 
-    Without a checkpoint it is the run that was interrupted last, from its latest state that verifies;
-    each file that is passed over is noted.
+    Without a checkpoint it is the run that was interrupted last, at its latest state that verifies. A note
+    names each file that is passed over.
 
     Raises:
-        CheckpointNotFoundError: nothing there to go on with.
+        CheckpointNotFoundError: there is nothing to resume.
     """
     if checkpoint is None:
         entries = list_checkpoints(checkpoint_dir)
@@ -106,15 +106,15 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, reporter: Reporter = SI
         newest = _newest_of(sorted(paths, key=_modified_ns, reverse=True), reporter)
         if newest is None:
             raise CheckpointNotFoundError(
-                f"Runs in {checkpoint_dir} were interrupted, but no file of theirs verifies. "
-                "nanothink checkpoints ls shows what there is."
+                f"Runs in {checkpoint_dir} were interrupted, but all their files are damaged. List them: "
+                f"nanothink checkpoints ls --checkpoint-dir {checkpoint_dir}"
             )
         checkpoint = str(newest)
     path = Path(checkpoint)
     payload = read_checkpoint(path, mmap=True, reporter=reporter)
     stem = payload["run"].get("name")
     if not isinstance(stem, str):
-        raise CheckpointDamagedError(f"{path}: does not say which run it is of. Use another checkpoint")
+        raise CheckpointDamagedError(f"{path}: the name of its run is missing. Use another checkpoint")
     ending = f"_{COMBINED}" if payload["kind"] == COMBINED else "_expert"
     return RunSpec(
         kind=payload["kind"],
@@ -125,7 +125,7 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, reporter: Reporter = SI
 
 
 def _newest_of(interrupted: Sequence[Path], reporter: Reporter) -> Path | None:
-    """The latest state that verifies of the first of these runs that has any."""
+    """The latest state that verifies of the first run that has one."""
     for path in interrupted:
         stem = path.name.removesuffix("_interrupted.pt")
         store = CheckpointStore(path.parent, stem)
@@ -143,13 +143,19 @@ def _modified_ns(path: Path) -> int:
 
 
 def find_start(spec: RunSpec, reporter: Reporter) -> ResumePoint | None:
+    """Open the checkpoint that a run resumes from; None for a new run.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another kind.
+        UsageError: a later state of the run would be lost.
+    """
     if spec.resume is None:
         return None
     store = spec.store
     if spec.resume == NEWEST:
         path = store.newest(reporter)
         if path is None:
-            reporter.note(f"Nothing of {spec.stem} in {spec.checkpoint_dir} to go on from; starting anew.")
+            reporter.note(f"No state of {spec.stem} in {spec.checkpoint_dir} to resume; starting a new run.")
             return None
     else:
         path = Path(spec.resume)
@@ -157,7 +163,7 @@ def find_start(spec: RunSpec, reporter: Reporter) -> ResumePoint | None:
     payload = resume_point.payload
     if payload["kind"] != spec.kind:
         raise CheckpointMismatchError(
-            f"{path} holds a {payload['kind']}, not a {spec.kind}. Go on with it by: nanothink resume {path}"
+            f"{path} holds a {payload['kind']}, not a {spec.kind}. Resume it with: nanothink resume {path}"
         )
     if (
         store.interrupted.exists()
@@ -168,9 +174,9 @@ def find_start(spec: RunSpec, reporter: Reporter) -> ResumePoint | None:
     ):
         raise UsageError(
             f"{store.interrupted} is further on (step {later}) than {path} (step {payload['step']}) and "
-            "would be lost. Go on with the later one by bare --resume, or add --overwrite to give it up."
+            "would be lost. Resume the later one (--resume without a path), or discard it: --overwrite"
         )
-    reporter.note(f"Going on from {path}: epoch {payload['epoch']}, step {payload['step']}.")
+    reporter.note(f"Resuming from {path}: epoch {payload['epoch']}, step {payload['step']}.")
     return resume_point
 
 

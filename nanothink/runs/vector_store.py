@@ -24,7 +24,8 @@ from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import Precision
 from nanothink.models.store_gate import choose_key_expert
 from nanothink.reporter import SILENT, Reporter
-from nanothink.runs.held_out import seen_documents
+from nanothink.runs.inherited_split import seen_documents
+from nanothink.runs.saved_model import SavedModel, expert_entries
 from nanothink.vector_store.building import BuildPlan, build, plan_build, search_seconds
 from nanothink.vector_store.contents import Owner, VectorStore
 from nanothink.vector_store.index import Float32
@@ -177,27 +178,21 @@ def folder_of(checkpoint: Path) -> Path:
     return store_folder(checkpoint.parent, name.stem if name is not None else checkpoint.stem)
 
 
-def attach(
-    model: NanoThink,
-    path: Path,
-    run: Mapping[str, Any],
-    config: Config,
-    tokenizer: Tokenizer,
-    reporter: Reporter = SILENT,
-) -> None:
-    """Give a trained model the vector store that lies beside its checkpoint.
+def open_beside(saved: SavedModel, key_expert: str, reporter: Reporter = SILENT) -> VectorStore:
+    """Open the vector store that lies beside a combined model's checkpoint.
+
+    Args:
+        key_expert: name of the expert whose states the keys are.
 
     Raises:
         VectorStoreError: it is missing, damaged, or another model's.
     """
-    folder = folder_of(path)
-    entry = run["experts"][model.key_expert]
+    entries = {entry["name"]: entry for entry in expert_entries(saved.payload, saved.path)}
+    owner = owner_of(entries[key_expert], saved.config, saved.tokenizer)
     try:
-        model.vector_store = open_store(
-            folder, config.vector_store, owner=owner_of(entry, config, tokenizer), reporter=reporter
-        )
+        return open_store(folder_of(saved.path), saved.config.vector_store, owner=owner, reporter=reporter)
     except VectorStoreError as error:
         raise type(error)(
-            f"{path} was trained with a vector store. {error} To run without it: --no-vector-store "
+            f"{saved.path} was trained with a vector store. {error} To run without it: --no-vector-store "
             "(in Python: vector_store=False)."
         ) from None

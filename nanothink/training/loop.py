@@ -23,7 +23,7 @@ from nanothink.config import TrainConfig
 from nanothink.data.tokens import IGNORE
 from nanothink.errors import InterruptedRun, TrainingDivergedError, counted
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped
-from nanothink.models.contract import LanguageModel
+from nanothink.models.contract import Batch, LanguageModel
 from nanothink.models.precision import Precision
 from nanothink.reporter import Reporter
 from nanothink.training.distributed import ALONE, Processes
@@ -35,7 +35,7 @@ from nanothink.training.events import (
     StepDone,
 )
 from nanothink.training.interruption import StopRequest
-from nanothink.training.objectives import Batch, Objective
+from nanothink.training.objectives import Objective
 from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fraction
 from nanothink.training.routing import unbalanced_experts
 from nanothink.training.state import Plan, TrainState

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanothink.cli import app, completion
-from nanothink.models import EXPERT_KINDS
+from nanothink.cli import app
 
 
 def _offered(cwd: Path, *words: str) -> list[str]:
@@ -63,10 +62,6 @@ def place(tmp_path: Path) -> Path:
 )
 def test_tab_offers(place: Path, typed: str, offered: list[str]) -> None:
     assert _offered(place, *typed.split(" ")) == offered
-
-
-def test_the_kinds_are_those_there_are() -> None:
-    assert set(completion.KINDS) == set(EXPERT_KINDS)
 
 
 def test_nothing_is_said_about_a_line_that_is_being_typed(

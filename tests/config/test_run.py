@@ -15,6 +15,7 @@ from nanothink.config.run import (
     resolve_config,
 )
 from nanothink.errors import ConfigError
+from nanothink.models import training_of
 
 
 def test_defaults_are_those_of_the_design() -> None:
@@ -34,8 +35,8 @@ def test_the_diffuser_has_a_training_section_of_its_own() -> None:
         10,
     )
     assert (config.train_diffuser.lr, config.train_diffuser.batch_size) == (1e-4, 64)
-    assert config.training_of("diffuser") is config.train_diffuser
-    assert config.training_of("transformer") is config.train_expert
+    assert training_of("diffuser", config) is config.train_diffuser
+    assert training_of("transformer", config) is config.train_expert
     for name in preset_names():  # three times the multipliers make up for a third of the rate
         config = resolve_config(preset=name).config
         for group in ("matrices", "embeddings", "head", "other"):

@@ -127,7 +127,7 @@ def test_data_that_changed_is_said_and_trained_on(ground: Ground, corpus: Path, 
     ended = ground.server.run([*arguments, "--resume"])
     assert ended.code == 0, ended.stderr
     assert "The training data is not what this run began with" in " ".join(ended.stderr.split())
-    assert "Going on from" in ended.stderr
+    assert "Resuming from" in ended.stderr
     with open(corpus / "tales" / "texts.jsonl", "a") as file:
         file.write("no record\n")
     ended = ground.server.run([*arguments, "--resume", "--max-epochs", "3"])

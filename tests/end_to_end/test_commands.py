@@ -533,7 +533,7 @@ def test_resuming_with_nothing_there_starts_anew(
     pretrain: Callable[..., int], said: Said, tmp_path: Path
 ) -> None:
     assert pretrain(tmp_path, "--max-steps", "2", "--resume") == 0
-    assert "starting anew" in said()[1]
+    assert "starting a new run" in said()[1]
 
 
 def test_resuming_with_another_tokenizer_is_refused(
@@ -850,8 +850,8 @@ def test_a_resume_reads_its_checkpoint_once_and_lets_go_of_it(
 def test_a_resumed_run_holds_the_rates_of_its_last_step(copied: Path) -> None:
     """A checkpoint written before the next step, as at an epoch's end, must not differ in them."""
     from nanothink.config.run import resolve_config
+    from nanothink.runs.building import build_run
     from nanothink.runs.preparing import prepare
-    from nanothink.runs.pretraining import build_run
     from nanothink.runs.resuming import RunSpec
     from nanothink.training.optimizer import learning_rate_fraction
 

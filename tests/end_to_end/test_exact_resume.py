@@ -78,7 +78,7 @@ def test_resumed_is_the_same_run(
     else:
         ended = ground.server.run([*arguments, "--resume"])
     assert ended.code == 0, ended.stderr
-    assert f"Going on from {tmp_path / stem(kind)}_interrupted.pt" in ended.stderr
+    assert f"Resuming from {tmp_path / stem(kind)}_interrupted.pt" in ended.stderr
     assert_same_run(uninterrupted(kind), tmp_path, stem(kind))
 
 

@@ -177,7 +177,7 @@ def test_a_rolling_file_that_is_empty_is_passed_over_by_both_commands(
         ended = ground.server.run(arguments)
         assert ended.code == 0, ended.stderr
         assert f"Passing over {folder / f'{STEM}_interrupted.pt'}: it is empty (0 bytes)" in ended.stderr
-        assert f"Going on from {folder / f'{STEM}_epoch1.pt'}: epoch 1, step 12" in ended.stderr
+        assert f"Resuming from {folder / f'{STEM}_epoch1.pt'}: epoch 1, step 12" in ended.stderr
         # The best of steps that were done twice is older; all that came later is the same.
         last = f"{STEM}_epoch2.pt"
         assert (folder / last).exists()
@@ -189,7 +189,7 @@ def test_a_resume_with_nothing_sound_says_so(ground: Ground, interrupted: Path) 
         path.write_bytes(path.read_bytes()[:-1])
     before = content(interrupted)
     message = said(ground.server.run(["resume", "--checkpoint-dir", str(interrupted)]))
-    assert "no file of theirs verifies" in message
+    assert "all their files are damaged" in message
     assert "nanothink checkpoints ls" in message
     assert content(interrupted) == before
 

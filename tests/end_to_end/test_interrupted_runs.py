@@ -54,7 +54,7 @@ def test_resuming_from_a_snapshot_begins_with_the_next_epoch(
     shutil.copy(whole / f"{STEM}_epoch1.pt", tmp_path)
     ended = ground.server.run([*ground.typed("transformer", tmp_path), "--resume"])
     assert ended.code == 0, ended.stderr
-    assert f"Going on from {tmp_path / f'{STEM}_epoch1.pt'}: epoch 1" in ended.stderr
+    assert f"Resuming from {tmp_path / f'{STEM}_epoch1.pt'}: epoch 1" in ended.stderr
     name = f"{STEM}_epoch{LAST_EPOCH}.pt"
     assert_same(dict(read_checkpoint(whole / name)), dict(read_checkpoint(tmp_path / name)), name)
 

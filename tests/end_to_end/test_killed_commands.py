@@ -30,7 +30,7 @@ from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import tokenise
 from nanothink.errors import CheckpointDamagedError, TokenizerError, VectorStoreNotFoundError
-from nanothink.runs.loading import load
+from nanothink.runs.trained_model import load
 from nanothink.vector_store.store import open_store, store_folder
 
 MODEL = stem("nanothink_mla")

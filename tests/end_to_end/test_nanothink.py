@@ -23,9 +23,10 @@ from nanothink.config.run import resolve_config
 from nanothink.errors import InterruptedRun, UsageError
 from nanothink.models import COMBINED
 from nanothink.models.nanothink import NanoThink
-from nanothink.runs.experts import MAX_EXPERTS, find_experts
+from nanothink.runs.experts import find_experts
 from nanothink.runs.pretraining import pretrain as pretrain_run
 from nanothink.runs.resuming import RunSpec
+from nanothink.runs.saved_model import MAX_EXPERTS
 from nanothink.training.events import RunStarted, StepDone
 
 STEM = "nanothink_mla"

@@ -226,7 +226,7 @@ def test_one_process_stops_and_two_go_on(by_one: Path, settings: list[str], tmp_
         process.communicate(timeout=60)
     assert process.returncode == 130
     _, said = finished(*command, "--resume")
-    assert said.count("Going on from") == 1
+    assert said.count("Resuming from") == 1
     assert_as_one(by_one, tmp_path)
 
 

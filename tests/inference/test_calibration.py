@@ -15,7 +15,7 @@ from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
 from nanothink.inference.calibration import SMALLEST, fit_logit_scale
 from nanothink.inference.evaluate import EvaluationStopped, evaluate_model
-from nanothink.models import COMBINED, MODEL_KINDS, ExpertDescription, build_model
+from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision
 
@@ -105,7 +105,7 @@ def test_it_stops_when_told_and_leaves_the_training_flag(
     assert model.training
 
 
-@pytest.mark.parametrize("kind", MODEL_KINDS)
+@pytest.mark.parametrize("kind", [*EXPERTS, COMBINED])
 def test_every_prediction_is_scaled_and_the_training_loss_is_not(kind: str) -> None:
     model = built(kind).eval()
     inputs = torch.randint(40, (2, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -122,7 +122,7 @@ def test_every_prediction_is_scaled_and_the_training_loss_is_not(kind: str) -> N
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", MODEL_KINDS)
+@pytest.mark.parametrize("kind", [*EXPERTS, COMBINED])
 def test_folding_moves_it_into_the_weights(kind: str, tied: bool) -> None:
     model, inputs = built(kind, tied=tied).eval(), torch.arange(LENGTH)[None]
     model.logit_scale = 0.7

@@ -10,7 +10,7 @@ import torch
 
 from nanothink.config import Config, ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
-from nanothink.models import EXPERT_KINDS, build_model
+from nanothink.models import EXPERTS, build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.diffuser import Ddim, Diffuser
 from nanothink.models.transformer import Transformer
@@ -21,7 +21,7 @@ def config(*, tied: bool = False) -> Config:
     return Config(model=ModelConfig(d_model=16, max_seq_len=8), transformer=shape)
 
 
-@pytest.mark.parametrize("kind", EXPERT_KINDS)
+@pytest.mark.parametrize("kind", EXPERTS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_groups_hold_each_parameter_once(kind: str, tied: bool) -> None:
     model = build_model(kind, config(tied=tied), 50)
@@ -79,7 +79,7 @@ def test_calling_a_model_gives_logits() -> None:
     assert model(tokens).shape == (1, 6, 50)
 
 
-@pytest.mark.parametrize("kind", EXPERT_KINDS)
+@pytest.mark.parametrize("kind", EXPERTS)
 def test_reading_gives_the_states_of_the_parallel_pass(kind: str) -> None:
     torch.manual_seed(3)
     model = build_model(kind, config(), 50).eval()

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from nanothink.config import DiffuserConfig, ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
-from nanothink.models.contract import IGNORE
+from nanothink.models.contract import IGNORE, Batch, Loss
 from nanothink.models.diffuser import Ddim, Diffuser
 from nanothink.models.noise import Draws, clean_from_velocity, diffuse
 from nanothink.models.transformer import Transformer
-from nanothink.training.objectives import Batch, Denoising, Loss
+from nanothink.training.objectives import ExpertObjective
 
 VOCAB, WIDTH, CONTEXT, LEVELS = 61, 24, 40, 12
 SIZES = ModelConfig(d_model=WIDTH, max_seq_len=CONTEXT)
@@ -278,7 +278,7 @@ def test_training_leaves_the_transformer_as_it_was(target: str) -> None:
     model.adopt(frozen, tokens(8, CONTEXT, seed=11))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     table = model.target_table.clone()
-    objective = Denoising(5, frozen if target == "hidden_state" else None)
+    objective = ExpertObjective(5, frozen if target == "hidden_state" else None)
     weights = model.head_weight.detach().clone()
     for step in range(4):
         objective(model, batch_of(2, first=2 * step), 1.0).total.backward()
@@ -343,7 +343,7 @@ def test_the_loss_and_all_its_gradients_are_those_of_the_equations(prediction: s
     null = (chance.pure == 0).flatten(1).all(1)
     assert 0 < int(null.sum()) < 3
     assert 0 < int(chance.guided.sum()) < 3
-    found = Denoising(5)(model, batch, 0.25)
+    found = ExpertObjective(5)(model, batch, 0.25)
     found.total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
@@ -368,7 +368,7 @@ def test_with_one_evaluation_each_block_is_either_pure_or_noised_and_counts_twic
     chance = draws(model, 6, 16)
     assert 0 < int(chance.split.sum()) < 6
     clean = model.clean_targets(batch.targets)
-    found = Denoising(5)(model, batch, 1.0).parts
+    found = ExpertObjective(5)(model, batch, 1.0).parts
     condition = model.condition(model.encoder(batch.inputs))
     valid = batch.targets != IGNORE
     noisy = diffuse(clean, chance.noise, model.alpha_bars[chance.levels].unsqueeze(-1))
@@ -389,7 +389,7 @@ def test_with_one_evaluation_each_block_is_either_pure_or_noised_and_counts_twic
 
 @pytest.mark.parametrize("evaluations", [1, 2])
 def test_a_batch_can_be_cut_into_micro_batches(evaluations: int) -> None:
-    model, objective = build(evaluations=evaluations), Denoising(5)
+    model, objective = build(evaluations=evaluations), ExpertObjective(5)
     whole = batch_of(4)
     losses: list[Loss] = [objective(model, whole, 0.5)]
     losses += [
@@ -402,7 +402,7 @@ def test_a_batch_can_be_cut_into_micro_batches(evaluations: int) -> None:
 
 def test_by_mse_alone_the_head_learns_and_nothing_below_it_does_by_it() -> None:
     model = build(cross_entropy_weight=0.0, mse_weight=0.0)
-    Denoising(5)(model, batch_of(3), 1.0).total.backward()
+    ExpertObjective(5)(model, batch_of(3), 1.0).total.backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
     assert moved == {"lm_head.weight"}
 
@@ -453,7 +453,7 @@ def test_in_sampling_the_guess_is_the_one_from_pure_noise(monkeypatch: pytest.Mo
 def test_it_starts_uniform_and_knowing_nothing() -> None:
     model, batch = build(trained=False), batch_of(4)
     n_targets = int((batch.targets != IGNORE).sum())
-    found = Denoising(5)(model, batch, 1 / n_targets).parts
+    found = ExpertObjective(5)(model, batch, 1 / n_targets).parts
     clean = model.clean_targets(batch.targets)
     variance = (clean.square().mean(-1) * (batch.targets != IGNORE)).sum() / n_targets
     assert float(found["cross_entropy"]) == pytest.approx(math.log(VOCAB), rel=1e-5)
@@ -483,7 +483,7 @@ def test_it_learns_to_predict_and_to_denoise(prediction: str) -> None:
     model = build(trained=False, prediction=prediction)
     text = torch.arange(17).repeat(4, 1)
     text = (text * torch.tensor([[1], [2], [3], [5]])) % 23
-    objective = Denoising(5)
+    objective = ExpertObjective(5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     def errors() -> list[float]:
@@ -528,5 +528,5 @@ def test_the_memory_estimate_covers_what_backward_keeps(evaluations: int, denois
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        Denoising(5)(model, batch, 1.0)
+        ExpertObjective(5)(model, batch, 1.0)
     assert 1.0 < model.activation_bytes(8, CONTEXT, 4) / sum(kept.values()) < 1.8

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanothink.config import Config, MLAConfig, ModelConfig, TransformerConfig
-from nanothink.models import COMBINED, MODEL_KINDS, ExpertDescription, build_model
+from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.dropout import Dropout
 
@@ -46,7 +46,7 @@ def test_the_fraction_is_zeroed_and_the_mean_stays(rate: float) -> None:
     assert torch.equal(dropout(x), x)
 
 
-@pytest.mark.parametrize("kind", MODEL_KINDS)
+@pytest.mark.parametrize("kind", [*EXPERTS, COMBINED])
 def test_a_blocks_masks_depend_on_seed_and_position_alone(kind: str) -> None:
     model, tokens = built(kind), torch.randint(30, (3, 8), generator=torch.Generator().manual_seed(1))
     together = hidden(model, tokens, [4, 5, 6])
@@ -57,7 +57,7 @@ def test_a_blocks_masks_depend_on_seed_and_position_alone(kind: str) -> None:
     assert not torch.allclose(together, hidden(model, tokens, [4, 5, 6], seed=8))
 
 
-@pytest.mark.parametrize("kind", MODEL_KINDS)
+@pytest.mark.parametrize("kind", [*EXPERTS, COMBINED])
 def test_dropout_leaves_a_model_causal_and_evaluation_alone(kind: str) -> None:
     model, tokens = built(kind), torch.randint(30, (1, 8), generator=torch.Generator().manual_seed(1))
     changed = tokens.clone()
@@ -71,7 +71,7 @@ def test_dropout_leaves_a_model_causal_and_evaluation_alone(kind: str) -> None:
     torch.testing.assert_close(hidden(model, tokens, [0]), evaluated, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", MODEL_KINDS)
+@pytest.mark.parametrize("kind", [*EXPERTS, COMBINED])
 def test_gradients_flow_through_the_masks(kind: str) -> None:
     model, tokens = built(kind), torch.zeros(1, 8, dtype=torch.int64)
     with model.dropout.masks(0, [0], CPU):

@@ -14,11 +14,11 @@ from nanothink.config import MLAConfig, ModelConfig, TrainMLAConfig, Transformer
 from nanothink.config.run import Config
 from nanothink.errors import UsageError
 from nanothink.models import build_model
-from nanothink.models.contract import IGNORE
+from nanothink.models.contract import IGNORE, Batch
 from nanothink.models.loss import likelihood_and_peak, linear_log_likelihood
 from nanothink.models.nanothink import JointState, NanoThink
 from nanothink.models.store_gate import NO_TOKEN, TINY, Neighbours, StoreGate, choose_key_expert
-from nanothink.training.objectives import Batch, Routed
+from nanothink.training.objectives import Routed
 from nanothink.training.optimizer import GroupedOptimizer
 
 VOCAB, WIDTH, K = 37, 16, 5

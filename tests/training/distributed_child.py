@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from nanothink.errors import DistributedError, InterruptedRun, TrainingDivergedError
+from nanothink.models.contract import Batch, Loss
 from nanothink.training.distributed import Processes, _GradientSum, join
 from nanothink.training.events import StepDone
-from nanothink.training.objectives import Batch, Loss, next_token
+from nanothink.training.objectives import next_token
 
 
 def harness(**settings: Any) -> Any:

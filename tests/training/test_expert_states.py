@@ -20,11 +20,12 @@ from torch import Tensor
 
 from nanothink.config.run import resolve_config
 from nanothink.data import cache
-from nanothink.models import COMBINED, EXPERT_KINDS, ExpertDescription, build_model
+from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model
+from nanothink.models.contract import Batch
 from nanothink.models.nanothink import NanoThink
 from nanothink.training import expert_states
 from nanothink.training.expert_states import ExpertStates, Shape, open_states, states_bytes
-from nanothink.training.objectives import Batch, Routed
+from nanothink.training.objectives import Routed
 
 VOCABULARY, LENGTH, WIDTH, N_BLOCKS = 50, 24, 16, 6
 SHAPE: Shape = (N_BLOCKS, 3, LENGTH, WIDTH)
@@ -55,11 +56,11 @@ def build() -> NanoThink:
         "mla.n_heads": 2,
         "mla.n_layers": 1,
         "state_space.scan": "plain",
-        **{f"{kind}.n_layers": 1 for kind in EXPERT_KINDS},
+        **{f"{kind}.n_layers": 1 for kind in EXPERTS},
     }
     config = resolve_config(assignments=[f"{name}={value}" for name, value in sets.items()]).config
     model = build_model(
-        COMBINED, config, VOCABULARY, [ExpertDescription(kind, kind, config) for kind in EXPERT_KINDS]
+        COMBINED, config, VOCABULARY, [ExpertDescription(kind, kind, config) for kind in EXPERTS]
     )
     model.__class__ = Counted
     assert isinstance(model, Counted)

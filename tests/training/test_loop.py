@@ -14,11 +14,12 @@ from nanothink.data.tokens import IGNORE
 from nanothink.errors import InterruptedRun, TrainingDivergedError
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped, Score
 from nanothink.models import build_model
+from nanothink.models.contract import Batch, Loss
 from nanothink.models.precision import Precision
 from nanothink.training.events import Evaluated, RunFinished, StepDone
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Callbacks, Run, train
-from nanothink.training.objectives import Batch, Loss, next_token
+from nanothink.training.objectives import next_token
 from nanothink.training.optimizer import GroupedOptimizer
 from nanothink.training.state import Plan, TrainState
 

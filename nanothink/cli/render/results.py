@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nanothink.inference.evaluate import Difference, Evaluation
     from nanothink.runs.estimate import RunEstimate
     from nanothink.runs.evaluating import CheckpointEvaluation
-    from nanothink.runs.loading import RoutedPiece
+    from nanothink.runs.trained_model import RoutedPiece
     from nanothink.training.events import RunFinished
 
 

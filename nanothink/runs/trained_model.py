@@ -11,29 +11,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanothink.checkpoints import (
-    ModelPayload,
-    SplitRecord,
-    is_export,
-    read_checkpoint,
-    read_export,
-    restore_model,
-)
+from nanothink.checkpoints import SplitRecord, is_export
 from nanothink.config import Config
-from nanothink.config.run import resolve_config
 from nanothink.data.split import TrainedText, text_key
 from nanothink.data.tokenizer import Tokenizer
-from nanothink.errors import CheckpointMismatchError, UsageError
+from nanothink.errors import UsageError
 from nanothink.inference.denoising import Reconstruction, measured_levels, reconstruct
 from nanothink.inference.generate import StreamDecoder, generate
 from nanothink.inference.sampling import sampling_config
+from nanothink.models import training_of
 from nanothink.models.contract import LanguageModel, State
 from nanothink.models.diffuser import Ddim, Diffuser
 from nanothink.models.nanothink import JointState, NanoThink
 from nanothink.models.precision import Precision, choose_device
 from nanothink.reporter import SILENT, Reporter
-from nanothink.runs.experts import described, scan_that_runs
-from nanothink.runs.rebuilding import rebuild
+from nanothink.runs.saved_model import SavedModel
+from nanothink.runs.vector_store import open_beside
+from nanothink.vector_store.contents import VectorStore
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class RoutedPiece:
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class TrainedModel:
     """A model from a checkpoint, ready for use. Needs no other file than that, but for a vector store's."""
 
     path: Path
@@ -65,6 +59,24 @@ class LoadedModel:
     """The rule of its split, and the documents that it was trained on; see ``trained_on``."""
     notes: tuple[str, ...]
     """What did not fit when the weights were read; empty when everything did."""
+
+    @classmethod
+    def of(
+        cls,
+        saved: SavedModel,
+        *,
+        device: str | None = None,
+        vector_store: bool = True,
+        reporter: Reporter = SILENT,
+    ) -> TrainedModel:
+        """The model of a checkpoint that has been read; arguments and errors as for ``load``."""
+        chosen = choose_device(device)
+        model, notes = saved.build(chosen)
+        model.to(chosen)
+        config = saved.runnable_config(chosen)
+        if vector_store and isinstance(model, NanoThink) and model.store_gate is not None:
+            model.vector_store = open_beside(saved, model.names[model.key_expert], reporter)
+        return cls(saved.path, model, config, saved.tokenizer, chosen, saved.split, notes)
 
     @property
     def kind(self) -> str:
@@ -78,7 +90,7 @@ class LoadedModel:
         """
         from nanothink.training.matmul_types import precision_of_use
 
-        return precision_of_use(self.config.training_of(self.kind), self.config.model, self.device)
+        return precision_of_use(training_of(self.kind, self.config), self.config.model, self.device)
 
     @cached_property
     def trained_text(self) -> TrainedText:
@@ -103,8 +115,6 @@ class LoadedModel:
     def _stored(self) -> TrainedText | None:
         if not isinstance(self.model, NanoThink) or self.model.vector_store is None:
             return None
-        from nanothink.vector_store.contents import VectorStore
-
         assert isinstance(self.model.vector_store, VectorStore)
         return self.model.vector_store.trained_text
 
@@ -294,63 +304,19 @@ def load(
     device: str | None = None,
     vector_store: bool = True,
     reporter: Reporter = SILENT,
-) -> LoadedModel:
+) -> TrainedModel:
     """Open a checkpoint, or a folder that ``checkpoints export`` wrote, for use.
 
     Args:
-        memory: open the vector store beside it too, where it was trained with one.
+        device: "cpu", "cuda", "mps" ...; the best one there is when None.
+        vector_store: open the vector store beside the checkpoint too, if it was trained with one.
+        progress: called with (what is being done, bytes done, bytes in all) while the file is verified.
 
     Raises:
         CheckpointError: it is missing, damaged, or holds something else; an export's weights are not those of
             its model.
-        VectorStoreError: the vector store is.
+        VectorStoreError: the vector store is missing, damaged, or another model's.
     """
     path = Path(path)
-    exported = is_export(path)
-    payload: ModelPayload
-    payload = read_export(path) if exported else read_checkpoint(path, mmap=True, reporter=reporter)
-    return opened(
-        path, payload, device=device, vector_store=vector_store, complete=exported, reporter=reporter
-    )
-
-
-def opened(
-    path: Path,
-    payload: ModelPayload,
-    *,
-    device: str | None = None,
-    vector_store: bool = True,
-    complete: bool = False,
-    reporter: Reporter = SILENT,
-) -> LoadedModel:
-    """The model of a payload that was read from ``path``.
-
-    Args:
-        complete: refuse missing and surplus weights, which are otherwise reported in ``notes``. Other
-            programs change exports; without the biases that one of them added it would be another model.
-    """
-    chosen = choose_device(device)
-    config = scan_that_runs(resolve_config(base=payload["config"]).config, chosen)
-    tokenizer = Tokenizer.from_state(payload["tokenizer"])
-    inside = described(payload, chosen, path)
-    model = rebuild(payload["kind"], config, tokenizer.vocab_size, inside, payload=payload, path=path)
-    report = restore_model(model, payload, expect_kind=payload["kind"], path=path)
-    if complete and not report.complete:
-        raise CheckpointMismatchError(
-            f"{path}: its weights are not those of the {model.kind} that its settings describe: "
-            f"{'. '.join(report.lines())}. Export the checkpoint again"
-        )
-    model.to(chosen).eval().requires_grad_(False)
-    if vector_store and isinstance(model, NanoThink) and model.store_gate is not None:
-        from nanothink.runs.vector_store import attach
-
-        attach(model, path, payload["run"], config, tokenizer, reporter)
-    return LoadedModel(
-        path,
-        model,
-        config,
-        tokenizer,
-        chosen,
-        SplitRecord.from_state(payload["split"], path),
-        tuple(report.lines()),
-    )
+    saved = SavedModel.read_export(path) if is_export(path) else SavedModel.read(path, reporter)
+    return TrainedModel.of(saved, device=device, vector_store=vector_store, reporter=reporter)

@@ -1,0 +1,175 @@
+"""A run built from its set-up: model, optimizer, objective and vector store, fresh or from the checkpoint."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from nanothink.checkpoints import restore_model, unpack_rng
+from nanothink.config import TrainMLAConfig
+from nanothink.errors import counted
+from nanothink.models import COMBINED
+from nanothink.models.contract import Expert, LanguageModel
+from nanothink.models.nanothink import NanoThink
+from nanothink.models.store_gate import Neighbours
+from nanothink.reporter import SILENT, Reporter
+from nanothink.runs.expert_state_cache import keep_states
+from nanothink.runs.preparing import RunSetup
+from nanothink.runs.saved_model import SavedModel
+from nanothink.runs.saving import built_on
+from nanothink.runs.vector_store import key_expert, update_store
+from nanothink.training.distributed import ALONE, Processes
+from nanothink.training.loop import Run
+from nanothink.training.objectives import ExpertObjective, Objective, Routed
+from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fraction
+from nanothink.vector_store.neighbours import TrainingNeighbours
+from nanothink.vector_store.store import store_folder
+
+TARGET_SAMPLE_BLOCKS = 64
+"""Training blocks whose targets a model sees that adopts another: see ``Expert.adopt``."""
+
+
+def build_run(
+    setup: RunSetup, reporter: Reporter = SILENT, processes: Processes = ALONE, stack: ExitStack | None = None
+) -> Run:
+    """Build model, optimizer, objective and state of a run; restore them from the checkpoint if there is one.
+
+    Args:
+        stack: closes the files that the run reads from; None leaves them open.
+    """
+    stack = stack or ExitStack()
+    train_config = setup.training
+    device = setup.precision.device
+    # Nothing here draws from Python or numpy, but an objective may, and then it must repeat.
+    random.seed(train_config.seed)
+    np.random.seed(train_config.seed % 2**32)
+    torch.manual_seed(train_config.seed)
+    model = _build_model(setup, reporter)
+    scaler = torch.amp.GradScaler(device.type) if setup.precision.needs_scaler else None
+    state = replace(setup.state)
+    if setup.resume_point is not None:
+        payload = setup.resume_point.payload
+        report = restore_model(model, payload, expect_kind=setup.spec.kind, path=setup.resume_point.path)
+        for line in report.lines():
+            reporter.note(line)
+    elif isinstance(model, Expert):
+        for base in setup.parts.values():
+            _, targets = setup.batches.read(0, TARGET_SAMPLE_BLOCKS)
+            model.adopt(_built(base, torch.device("cpu"), reporter), targets)
+    model.to(device)
+    neighbours = _update_store(setup, model, reporter, processes, stack)
+    model.dropout.rate = train_config.dropout
+    optimizer = GroupedOptimizer(model.parameter_groups(), train_config)
+    if setup.resume_point is not None:
+        fresh = optimizer.load_state_dict(payload["optimizer_state"])
+        # A run saved before its first step has no moments yet; afterwards their absence is worth a line.
+        if fresh and payload["step"] > 0:
+            reporter.note(
+                f"Optimizer moments start at zero for {counted(len(fresh), 'parameter')}: "
+                + ", ".join(fresh[:5])
+                + (" ..." if len(fresh) > 5 else "")
+            )
+        if scaler is not None and payload["amp_scaler"]:
+            scaler.load_state_dict(dict(payload["amp_scaler"]))
+        for line in unpack_rng(payload["rng"]):
+            reporter.note(line)
+        setup.resume_point.release()
+    # The rates of the last step taken, as a run that was never interrupted would hold them: a checkpoint
+    # written before the next step must not differ in them.
+    last_step = max(0, state.step - 1)
+    optimizer.set_fraction(learning_rate_fraction(last_step, setup.plan.total_steps, train_config))
+    processes.watch([parameter for parameter in model.parameters() if parameter.requires_grad])
+    return Run(
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        objective=_objective(setup, model, reporter, neighbours, stack),
+        batches=setup.batches,
+        precision=setup.precision,
+        config=train_config,
+        plan=setup.plan,
+        state=state,
+        processes=processes,
+    )
+
+
+def _build_model(setup: RunSetup, reporter: Reporter) -> LanguageModel:
+    """A new model, or one whose weights are not restored yet."""
+    if setup.spec.kind != COMBINED or not setup.parts:
+        return setup.build_model()
+    config, vocab_size = setup.config, setup.tokenizer.vocab_size
+    experts = {name: _built(part, setup.precision.device, reporter) for name, part in setup.parts.items()}
+    return NanoThink(vocab_size, config.model, config.mla, experts, config.vector_store)
+
+
+def _built(saved: SavedModel, device: torch.device, reporter: Reporter) -> LanguageModel:
+    """The frozen model, with a note on each kind of weight that did not fit."""
+    model, differences = saved.build(device)
+    for line in differences:
+        reporter.note(f"{saved.path}: {line}")
+    return model
+
+
+def _update_store(
+    setup: RunSetup, model: LanguageModel, reporter: Reporter, processes: Processes, stack: ExitStack
+) -> Callable[[Sequence[int]], Neighbours] | None:
+    """Attach the run's vector store, if it has one; return a function from positions to their neighbours."""
+    if not isinstance(model, NanoThink) or model.store_gate is None:
+        return None
+    config, batches, plan = setup.config, setup.batches, setup.plan
+    expert = key_expert(model, built_on(setup)["experts"], config, setup.tokenizer, setup.precision)
+
+    def blocks_ahead() -> Iterator[tuple[str, int]]:
+        """The blocks that the run will read, each once."""
+        seen: set[tuple[str, int]] = set()
+        remaining = max(0, plan.total_steps - setup.state.step) * plan.blocks_per_step
+        for position in range(setup.state.position, setup.state.position + remaining):
+            if (place := batches.place(position)) not in seen:
+                seen.add(place)
+                yield place
+            if len(seen) == batches.n_blocks:
+                return
+
+    def stored() -> TrainingNeighbours:
+        return update_store(
+            store_folder(setup.spec.checkpoint_dir, setup.spec.stem),
+            model,
+            expert,
+            config.vector_store,
+            setup.tokens,
+            blocks_ahead,
+            vocab_size=setup.tokenizer.vocab_size,
+            replace_other=setup.spec.overwrite,
+            reporter=reporter,
+        )
+
+    # Rank 0 builds the store and looks the neighbours up; the other ranks find both on the disk.
+    known = processes.rank0_first(lambda: (stored(), ""), lambda _: stored())
+    stack.callback(known.close)
+    return lambda positions: known.read([batches.place(position) for position in positions])
+
+
+def _objective(
+    setup: RunSetup,
+    model: LanguageModel,
+    reporter: Reporter,
+    neighbours: Callable[[Sequence[int]], Neighbours] | None,
+    stack: ExitStack,
+) -> Objective:
+    if isinstance(setup.training, TrainMLAConfig):
+        assert isinstance(model, NanoThink)
+        states = keep_states(setup, model, reporter)
+        if states is not None:
+            stack.callback(states.close)
+        return Routed(setup.training.entropy_reg, states, neighbours)
+    assert isinstance(model, Expert)
+    base, built = model.base(setup.config), None
+    if base is not None and base.at_every_step:
+        device = setup.precision.device
+        built = _built(setup.parts[base.kind], device, reporter).to(device)
+    return ExpertObjective(setup.training.seed, built)

@@ -1,0 +1,148 @@
+"""Callbacks of the training loop: validate, write samples, save."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from itertools import takewhile
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from nanothink.checkpoints import CheckpointStore
+from nanothink.errors import DataError
+from nanothink.inference.calibration import fit_logit_scale
+from nanothink.inference.evaluate import Evaluation, EvaluationStopped
+from nanothink.inference.generate import generate
+from nanothink.inference.sampling import SamplingConfig
+from nanothink.models.contract import LanguageModel
+from nanothink.models.nanothink import NanoThink
+from nanothink.reporter import Reporter
+from nanothink.runs.preparing import RunSetup
+from nanothink.runs.saving import checkpoint_payload
+from nanothink.runs.scoring import score
+from nanothink.training.distributed import Processes
+from nanothink.training.interruption import StopRequest
+from nanothink.training.loop import Callbacks, Run
+from nanothink.training.objectives import ExpertObjective
+
+T = TypeVar("T")
+
+_SAMPLED_DOMAINS = 3
+_OPENING_TOKENS = 6  # of a held-out text, as a prompt: a few words
+
+
+def make_callbacks(
+    setup: RunSetup, run: Run, store: CheckpointStore, reporter: Reporter, stop: StopRequest
+) -> Callbacks:
+    """The callbacks of a run. Raises DataError when there is nothing to validate on."""
+    train_config, processes = setup.training, run.processes
+    if not any(stream.n_tokens for stream in setup.tokens.val.values()):
+        raise DataError("There is no validation text: every domain needs at least two characters of text.")
+    sampling = SamplingConfig(max_new_tokens=max(1, train_config.sample_tokens), seed=train_config.seed)
+
+    def calibrate() -> float:
+        if isinstance(run.model, NanoThink) and run.model.store_gate is not None:
+            return 1.0  # its predictions are no softmax of scaled logits
+        return fit_logit_scale(
+            run.model,
+            {name: stream.sample(train_config.eval_max_tokens) for name, stream in setup.tokens.val.items()},
+            length=setup.config.model.max_seq_len,
+            precision=run.precision,
+            should_stop=stop,
+        )
+
+    def evaluate_share() -> Evaluation:
+        return score(
+            run.model,
+            setup.tokens.val,
+            length=setup.config.model.max_seq_len,
+            precision=run.precision,
+            max_tokens=train_config.eval_max_tokens,
+            base=run.objective.base if isinstance(run.objective, ExpertObjective) else None,
+            reporter=reporter,
+            stage="validating",
+            should_stop=stop,
+            share=(processes.rank, processes.size),
+        )
+
+    def evaluate() -> Evaluation:
+        if processes.size > 1:
+            processes.assert_same_on_all_ranks(
+                f"weights after step {run.state.step}", weights_checksum(run.model)
+            )
+        own_scale = _unless_stopped(processes, calibrate)
+        run.model.logit_scale = processes.all_reduce_sum([own_scale if processes.is_rank0 else 0.0])[0]
+        return _unless_stopped(processes, evaluate_share).added(processes.all_reduce_sum)
+
+    def sample_here() -> Mapping[str, str]:
+        if not processes.is_rank0:
+            return {}
+        prompts = _sample_prompts(setup)
+        tokenizer = setup.tokenizer
+
+        def leave_if_asked(row: int, token: int) -> None:
+            if stop():
+                raise EvaluationStopped
+
+        continued = generate(
+            run.model,
+            [tokenizer.encode(p) for p in prompts],
+            sampling,
+            eos_id=tokenizer.eos_id,
+            on_token=leave_if_asked,
+        )
+        return {prompt: tokenizer.decode(new) for prompt, new in zip(prompts, continued, strict=True)}
+
+    def sample() -> Mapping[str, str]:
+        return _unless_stopped(processes, sample_here)
+
+    def save(role: str) -> Path:
+        path = {"best": store.best, "interrupted": store.interrupted}.get(role) or store.epoch(
+            run.state.epoch
+        )
+        if processes.is_rank0:
+            store.write(path, checkpoint_payload(setup, run))
+        return path
+
+    def resume_command(path: Path) -> str:
+        asked = setup.spec.device if processes.size == 1 else None  # else each process has its own
+        device = ["--device", asked] if asked else []
+        return shlex.join([*processes.launcher, "nanothink", "resume", str(path), *device])
+
+    return Callbacks(evaluate, sample, save, reporter=reporter, stop=stop, resume_command=resume_command)
+
+
+def _sample_prompts(setup: RunSetup) -> list[str]:
+    """The prompts of the settings, else the first words of a held-out text of each domain."""
+    if setup.training.sample_prompts is not None:
+        return list(setup.training.sample_prompts)
+    tokenizer = setup.tokenizer
+    openings = []
+    for stream in list(setup.tokens.val.values())[:_SAMPLED_DOMAINS]:
+        tokens = stream.block(0, 1 + _OPENING_TOKENS)[0][1:].tolist()  # what stands first is an EOS
+        first_text = takewhile(lambda token: token != tokenizer.eos_id, tokens)
+        openings.append(tokenizer.decode(list(first_text)).rstrip("\N{REPLACEMENT CHARACTER}"))
+    return list(dict.fromkeys(openings))
+
+
+def _unless_stopped(processes: Processes, work: Callable[[], T]) -> T:
+    """Return ``work()``. Raises EvaluationStopped in all processes if one of them was stopped."""
+    done = None
+    with suppress(EvaluationStopped):
+        done = work()
+    if processes.any(done is None) or done is None:
+        raise EvaluationStopped
+    return done
+
+
+def weights_checksum(model: LanguageModel) -> str:
+    """Checksum of the weights, in one pass. Ranks compare it: a difference of one bit changes it."""
+    sums = [
+        tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64).cpu()
+        for _, tensor in sorted(model.state_dict().items())
+        if tensor.dtype is torch.float32 and tensor.numel()
+    ]
+    return str(torch.stack(sums).tolist())

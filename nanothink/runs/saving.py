@@ -1,0 +1,96 @@
+"""The contents of a run's checkpoints, and the description in its records (config.json)."""
+
+from __future__ import annotations
+
+import platform
+from datetime import datetime
+from typing import Any
+
+import torch
+
+from nanothink import __version__
+from nanothink.checkpoints import FORMAT_VERSION, CheckpointPayload, model_state, pack_rng
+from nanothink.models import COMBINED
+from nanothink.runs.experts import as_entries
+from nanothink.runs.preparing import RunSetup
+from nanothink.training.loop import Run
+
+_OF_THE_RUN = {"name", "state", "logit_scale", "nanothink_version"}
+
+
+def checkpoint_payload(setup: RunSetup, run: Run) -> CheckpointPayload:
+    """Everything that changes the next step, as plain containers and tensors."""
+    state = run.state
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": run.model.kind,
+        "model_state": model_state(run.model),
+        "optimizer_state": run.optimizer.state_dict(),
+        "step": state.step,
+        "epoch": state.epoch,
+        "position": state.position,
+        "amp_scaler": run.scaler.state_dict() if run.scaler is not None else None,
+        "rng": pack_rng(),
+        "early_stopping": {
+            "best_loss": state.best_loss,
+            "evals_without_improvement": state.evals_without_improvement,
+        },
+        "best_loss": state.best_loss,
+        "config": setup.config.model_dump(mode="json"),
+        "tokenizer": setup.tokenizer.to_state(),
+        "data_fingerprint": setup.tokens.fingerprint,
+        "split": setup.split.to_state(),
+        "run": {
+            "name": setup.spec.stem,
+            "state": state.to_dict(),
+            "logit_scale": run.model.logit_scale,
+            "nanothink_version": __version__,
+            **built_on(setup),
+        },
+    }
+
+
+def built_on(setup: RunSetup) -> dict[str, Any]:
+    """Entries about the models that a run builds on: experts, or the digest of an expert's base."""
+    if setup.resume_point is not None:
+        earlier = setup.resume_point.payload["run"]
+        return {name: value for name, value in earlier.items() if name not in _OF_THE_RUN}
+    if setup.spec.kind == COMBINED:
+        return {"experts": as_entries(setup.parts)}
+    return {name: part.digest for name, part in setup.parts.items()}
+
+
+def description(setup: RunSetup, run: Run) -> dict[str, Any]:
+    """Settings, data, precision and machine of a run, for its records."""
+    return {
+        "kind": setup.spec.kind,
+        "name": setup.spec.stem,
+        "config": setup.config.model_dump(mode="json"),
+        "sources": dict(setup.sources),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "tokenizer": {
+            "name": setup.tokenizer.name,
+            "vocab_size": setup.tokenizer.vocab_size,
+            "fingerprint": setup.tokenizer.fingerprint,
+        },
+        "data": {
+            "fingerprint": setup.tokens.fingerprint,
+            "train_tokens": {d: s.n_tokens for d, s in setup.tokens.train.items()},
+            "validation_tokens": {d: s.n_tokens for d, s in setup.tokens.val.items()},
+            "n_bad_lines": setup.tokens.skipped_records,
+        },
+        "precision": {
+            "device": str(setup.precision.device),
+            "dtype": setup.precision.name,
+            "reason": setup.precision.reason,
+        },
+        "machine": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "nanothink": __version__,
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "processes": run.processes.size,
+        },
+        "started": datetime.now().astimezone().isoformat(timespec="milliseconds"),
+    }
