@@ -1,9 +1,9 @@
-"""Text into a store: which documents, which keys, in a stream.
+"""Building a store from text, or adding text to one.
 
-A document that the store has, or that any data it was made from holds out for validation, is never let in;
-a text that stands in several places is let in once. Keys are computed block by block, as training reads the
-text: once for a sample, spread evenly, that the index is trained on, and once for all, each batch going into
-the index and out of memory. So beside the index, which holds compressed keys, memory depends on the sample.
+A document that is in the store already, or that any of its data holds out for validation, is left out; a text
+that stands in several places goes in once. Keys are computed block by block, as training reads the text: once
+for an evenly spread sample, on which the index is trained, and once for all blocks, batch by batch. So the
+memory needed is that of the index, which holds compressed keys, and of the sample.
 
 Shapes: B blocks, T tokens of a block, N tokens, D width.
 """
@@ -11,7 +11,7 @@ Shapes: B blocks, T tokens of a block, N tokens, D width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,20 +50,20 @@ _SCANNED_PER_SECOND = 3.5e9  # numbers of a coded key that one thread compares a
 
 @dataclass(frozen=True)
 class Intake:
-    """What of one domain's training text goes in."""
+    """The training text of one domain, and the part of it that goes in."""
 
     domain: str
     stream: TokenStream
     documents: Documents
     ends: Int64
-    """Where each document ends in the stream."""
+    """End of each document in the stream, in tokens."""
     fresh: NDArray[np.bool_]
-    """By document: let in."""
+    """For each document: True if it goes in."""
     blocks: Int64
-    """Blocks that are read."""
+    """Blocks in which such a document has a token."""
 
     def block(self, index: int, length: int) -> tuple[Int64, Int64, Int64]:
-        """Inputs and targets, (T,), and the document of each target; -1 where it is not let in."""
+        """Inputs and targets, (T,), and the document of each target; -1 if it does not go in."""
         inputs, targets = self.stream.block(index, length)
         places = index * length + np.arange(length)
         document = np.searchsorted(self.ends, places, side="right").clip(max=len(self.ends) - 1)
@@ -73,23 +73,23 @@ class Intake:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What a build would put in and what it would cost."""
+    """The text that a build puts in, and its cost."""
 
     intakes: tuple[Intake, ...]
     n_keys: int
-    """New ones, about where ``max_keys`` bounds them."""
+    """New keys; an estimate under ``max_keys``."""
     n_old: int
-    """Keys that are there already."""
+    """Keys that are in the store already."""
     n_known: int
-    """Documents left out because the store has them, or because they stand twice in the data."""
+    """Documents left out: in the store already, or twice in the data."""
     n_held_out: int
-    """Documents left out because other data holds them out."""
+    """Documents left out: held out by other data."""
     kind: Kind
     n_lists: int
     disk_bytes: int
     memory_bytes: int
     seconds: float
-    """About."""
+    """Estimated."""
 
 
 def plan_build(
@@ -99,11 +99,11 @@ def plan_build(
     states: States,
     store: VectorStore | None = None,
 ) -> BuildPlan:
-    """Choose documents and blocks, and estimate. Reads a few blocks to see how fast the expert is.
+    """Choose documents and blocks, and estimate the cost. Reads a few blocks to time the expert.
 
     Args:
         tokens: the data whose training side goes in.
-        store: what it is added to; None for a new one.
+        store: the store to add to; None for a new one.
     """
     length = owner.block_length
     held_out = held_out_texts(tokens)
@@ -129,10 +129,10 @@ def plan_build(
     n_fresh = sum(int(documents.n_tokens[fresh].sum()) for _, _, documents, _, fresh, _ in chosen)
     n_old = store.index.n_keys if store is not None else 0
     share = 1.0
-    if settings.max_keys is not None and store is None:  # what is added to one, somebody wants in it
+    if settings.max_keys is not None and store is None:  # additions go in whole
         share = min(1.0, settings.max_keys / max(1, n_fresh))
     intakes = tuple(
-        # at least one, however low the bound: a vector store of nothing could not be searched
+        # at least one block, however low the bound: an empty store cannot be searched
         Intake(domain, stream, documents, ends, fresh, _evenly(touched, max(1, round(share * len(touched)))))
         for domain, stream, documents, ends, fresh, touched in chosen
     )
@@ -144,7 +144,7 @@ def plan_build(
         if store is not None and store.index.kind != "exact"
         else choose_kind(settings, total)
     )
-    if store is not None and store.index.kind == kind:  # its lists are those it has
+    if store is not None and store.index.kind == kind:  # the lists stay as they are
         sample, lists = 0, store.index.n_lists
     else:
         sample, lists = sample_size(kind, total), 0 if kind == "exact" else choose_lists(total)
@@ -175,21 +175,21 @@ def build(
     store: VectorStore | None = None,
     reporter: Reporter = SILENT,
 ) -> None:
-    """Carry out ``plan``: a new store in ``folder``, or ``store`` (opened writable) with more in it.
+    """Carry out ``plan``: write a new store to ``folder``, or add to ``store``, which is opened writable.
 
     Raises:
-        StorageError: the disk refused; what was there before is intact.
+        StorageError: it cannot be written; the old store is intact.
     """
     old = store.contents if store is not None else Contents.empty(vocab_size)
     index = _prepared_index(plan, settings, owner, states, store, reporter)
-    domains, files = _Places(old.domains), _Places(old.files)
+    domains, files = ({name: place for place, name in enumerate(names)} for names in (old.domains, old.files))
     parts: list[NDArray[Any]] = [np.asarray(old.tokens)]
     rows: list[NDArray[Any]] = [np.asarray(old.documents)]
     number = len(old.tokens)
     done, n_blocks = 0, sum(len(intake.blocks) for intake in plan.intakes)
     for intake in plan.intakes:
-        domain = domains.of(intake.domain)
-        sources = np.array([files.of(path) for path in intake.documents.paths], np.int64)
+        domain = _place(domains, intake.domain)
+        sources = np.array([_place(files, path) for path in intake.documents.paths], np.int64)
         for keys, targets, documents in _keys(intake, intake.blocks, owner.block_length, states):
             index.add(keys, number + np.arange(len(keys)))
             parts.append(targets.astype(old.tokens.dtype))
@@ -201,8 +201,8 @@ def build(
     contents = Contents(
         np.concatenate(parts),
         _joined(np.concatenate(rows)),
-        domains.names,
-        files.names,
+        tuple(domains),
+        tuple(files),
         held_out,
         _heads(old, tokens.trained_text),
         old.merged,
@@ -211,13 +211,13 @@ def build(
 
 
 def _heads(old: Contents, trained: TrainedText) -> NDArray[np.uint64]:
-    """Cut texts whose heads may be inside, each with the characters of the longest head."""
+    """(H, 2): hash of each text of which only the head may be in the store, and characters of that head."""
     heads = (old.trained_text | trained).heads
     return np.array(sorted(heads.items()), np.uint64).reshape(-1, 2)
 
 
 def held_out_texts(tokens: TokenisedCorpus) -> NDArray[np.uint64]:
-    """Sorted hashes of the validation and test texts."""
+    """Sorted hashes of all validation and test texts."""
     streams = [*tokens.val.values(), *tokens.test.values()]
     keys = [stream.documents().keys for stream in streams]
     return np.unique(np.concatenate(keys or [np.empty(0, np.uint64)]))
@@ -231,11 +231,11 @@ def _prepared_index(
     store: VectorStore | None,
     reporter: Reporter,
 ) -> NeighbourIndex:
-    """The index that the new keys go into: trained, and holding the old ones."""
+    """A trained index that holds the old keys, for the new ones to be added to."""
     if store is not None and store.index.kind == plan.kind:
         return store.index
     total = plan.n_old + plan.n_keys
-    old = list(store.index.groups()) if store is not None else []  # exact: few enough to hold
+    old = list(store.index.groups()) if store is not None else []  # exact, so few
     wanted = sample_size(plan.kind, total)
     if not wanted:
         index = NeighbourIndex.create(plan.kind, owner.width, total, settings.n_probe)
@@ -243,17 +243,17 @@ def _prepared_index(
         sample = [keys for _, keys in old]
         missing = wanted - sum(map(len, sample))
         every = np.concatenate(
-            [np.stack([np.full(len(i.blocks), n), i.blocks]) for n, i in _numbered(plan)], 1
+            [np.stack([np.full(len(i.blocks), n), i.blocks]) for n, i in enumerate(plan.intakes)], 1
         )
         some = _evenly(np.arange(every.shape[1]), -(-missing // owner.block_length))
         read = 0
-        for n, intake in _numbered(plan):
+        for n, intake in enumerate(plan.intakes):
             for keys, _, _ in _keys(intake, every[1, some[every[0, some] == n]], owner.block_length, states):
                 sample.append(keys)
                 read += len(keys)
                 reporter.progress("sample for the index", min(read, missing), missing)
         keys = np.concatenate(sample or [np.empty((0, owner.width), np.float32)])
-        # Fewer than were planned where little of each block is let in; there are no more lists than keys.
+        # The sample is smaller than planned if little of each block goes in. No more lists than keys.
         n_keys = total if len(keys) >= choose_lists(total) else len(keys)
         index = NeighbourIndex.create(plan.kind, owner.width, n_keys, settings.n_probe)
         index.train(keys, reporter)
@@ -262,14 +262,10 @@ def _prepared_index(
     return index
 
 
-def _numbered(plan: BuildPlan) -> Iterator[tuple[int, Intake]]:
-    return enumerate(plan.intakes)
-
-
 def _keys(
     intake: Intake, blocks: Int64, length: int, states: States
 ) -> Iterator[tuple[Float32, Int64, Int64]]:
-    """Keys (n, D), the token after each (n,), and its document (n,), batch by batch."""
+    """Yield batches of keys (n, D), the token after each (n,), and its document (n,)."""
     at_once = max(1, BATCH_TOKENS // length)
     for first in range(0, len(blocks), at_once):
         read = [intake.block(int(index), length) for index in blocks[first : first + at_once]]
@@ -280,7 +276,7 @@ def _keys(
 
 
 def _rows(intake: Intake, documents: Int64, number: int, domain: int, sources: Int64) -> NDArray[Any]:
-    """A row for each stretch of one document in a batch that begins at key ``number``."""
+    """DOCUMENT rows of a batch whose first key is ``number``: one for each run of tokens of one document."""
     last = np.flatnonzero(np.diff(documents, append=-1))
     own = documents[last]
     rows = np.empty(len(last), DOCUMENT)
@@ -293,25 +289,15 @@ def _rows(intake: Intake, documents: Int64, number: int, domain: int, sources: I
 
 
 def _joined(rows: NDArray[Any]) -> NDArray[Any]:
-    """Neighbouring rows of one document as one."""
+    """Rows with neighbours of the same document merged."""
     last = np.append(rows["key"][1:] != rows["key"][:-1], True) if len(rows) else np.empty(0, np.bool_)
     joined: NDArray[Any] = rows[last]
     return joined
 
 
-class _Places:
-    """Names in the order in which they came, and the place of each."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._places = {name: place for place, name in enumerate(names)}
-
-    def of(self, name: str) -> int:
-        """The place of a name, which is added if need be."""
-        return self._places.setdefault(name, len(self._places))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._places)
+def _place(names: dict[str, int], name: str) -> int:
+    """Place of a name among ``names``, to which it is added if it is new."""
+    return names.setdefault(name, len(names))
 
 
 def _blocks_of(ends: Int64, sizes: Int64, chosen: NDArray[np.bool_], length: int) -> Int64:
@@ -324,7 +310,7 @@ def _blocks_of(ends: Int64, sizes: Int64, chosen: NDArray[np.bool_], length: int
 
 
 def _evenly(values: Int64, n: int) -> Int64:
-    """``n`` of the values, spread evenly; all of them if there are no more."""
+    """``n`` of the values, evenly spread; all of them if there are fewer."""
     if n >= len(values):
         return values
     return values[(np.arange(n) * len(values)) // max(n, 1)]
@@ -333,13 +319,13 @@ def _evenly(values: Int64, n: int) -> Int64:
 def _seconds(
     intakes: tuple[Intake, ...], owner: Owner, states: States, n_read: int, lists: int, sample: int
 ) -> float:
-    """About how long a build takes: reading, by a trial; lists, by the products that they cost."""
+    """Estimated duration of a build: a timed trial for the expert, counted products for the lists."""
     longest = max(intakes, key=lambda intake: len(intake.blocks), default=None)
     if longest is None or not len(longest.blocks):
         return 0.0
     blocks = longest.blocks[:_PROBED_BLOCKS]
     inputs = torch.from_numpy(np.stack([longest.block(int(b), owner.block_length)[0] for b in blocks]))
-    states(inputs)  # the first call of a shape also sets up its kernels
+    states(inputs)  # the first call with a shape sets up kernels
     begun = time.perf_counter()
     states(inputs)
     per_token = (time.perf_counter() - begun) / inputs.numel()
@@ -354,7 +340,7 @@ def _seconds(
 
 
 def search_seconds(n_queries: int, n_keys: int, kind: Kind, n_probe: int, width: int) -> float:
-    """About how long a search of many queries takes."""
+    """Estimated duration of a search."""
     if kind == "exact":
         return n_queries * n_keys * width / 1e10
     lists = choose_lists(n_keys)

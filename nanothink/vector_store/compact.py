@@ -1,10 +1,10 @@
-"""A smaller store that says nearly the same.
+"""Compaction: near-duplicate keys with the same token are merged.
 
-Keys that are nearly alike and were followed by the same token say one thing several times. One of them stays
-and counts for all (its weight in p_mem is multiplied by their number), the others are taken out of the index;
-the text stays whole, so passages can still be shown, and of which documents a key speaks is still known.
+One of them stays and counts for all: its weight in p_mem is multiplied by their number. The others are
+removed from the index. The text stays whole, so passages can still be shown, and the documents of a key are
+still known.
 
-Only keys in one inverted list are compared, which is where such neighbours are: that makes it linear in the
+Only keys in one inverted list are compared, since near-duplicates share a list; the cost is linear in the
 number of lists. In each list, and for each token, keys are taken in the order of the text; one that is nearer
 than the threshold to a key that stays is merged into the first such key (leader clustering, Hartigan 1975,
 chapter 3).
@@ -24,9 +24,9 @@ _AT_ONCE = 4096  # keys of a group compared at a time: a matrix of 64 MB
 
 
 def merge_duplicates(store: VectorStore, similarity: float, reporter: Reporter = SILENT) -> Contents:
-    """Merge keys at least so similar (0 to 1) that have the same token; the index of ``store`` changes.
+    """Merge keys with the same token and at least this similarity (0 to 1); changes the index of ``store``.
 
-    Returns the contents to be written with it.
+    Returns the contents to write with it.
     """
     pairs = []
     done, total = 0, store.index.n_keys
@@ -47,7 +47,7 @@ def merge_duplicates(store: VectorStore, similarity: float, reporter: Reporter =
     new = np.concatenate(pairs or [np.empty((0, 2), np.int64)])
     store.index.remove(new[:, 0])
     old = np.asarray(store.contents.merged)
-    if len(old) and len(new):  # what a key stood for goes over to the one that stands for it now
+    if len(old) and len(new):  # keys merged earlier into one that is merged now
         at = np.argsort(new[:, 0])
         found = np.searchsorted(new[at, 0], old[:, 1]).clip(max=len(new) - 1)
         moved = new[at[found], 0] == old[:, 1]
@@ -56,7 +56,7 @@ def merge_duplicates(store: VectorStore, similarity: float, reporter: Reporter =
 
 
 def _leaders(keys: Float32, similarity: float) -> Int64:
-    """For each of (n, D) keys the first key that it is merged into, or itself."""
+    """For each of (n, D) keys, the key that it is merged into, or itself."""
     near = keys @ keys.T >= similarity
     leaders = np.full(len(keys), -1, np.int64)
     for i in range(len(keys)):
@@ -67,7 +67,7 @@ def _leaders(keys: Float32, similarity: float) -> Int64:
 
 
 def _unit(keys: Float32) -> Float32:
-    """Codes lose a little of a key's length."""
+    """Keys scaled to length 1, of which coded keys lose a little."""
     lengths = np.linalg.norm(keys, axis=1, keepdims=True)
     unit: Float32 = (keys / np.maximum(lengths, 1e-12)).astype(np.float32)
     return unit
