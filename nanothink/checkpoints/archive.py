@@ -37,10 +37,10 @@ _CHUNK = 1 << 22
 
 
 class DigestingWriter:
-    """What ``torch.save`` writes into: every byte reaches the file or an exception says why not.
+    """File object for ``torch.save`` that computes the digest; every byte is written, or an exception raised.
 
-    PyTorch's own writer turns a failed write into a RuntimeError about positions. Therefore the first
-    failure is kept, for the caller to raise, and later writes do nothing.
+    PyTorch's own writer turns a failed write into a RuntimeError about positions. The first failure is
+    therefore kept in ``failure`` for the caller to raise, and later writes do nothing.
     """
 
     def __init__(self, file: FileIO) -> None:

@@ -1,13 +1,12 @@
-"""A model as a folder that other programs open: safetensors, JSON and a tokenizer, and no optimizer.
+"""Exports: a model as a folder that other programs open, without training state.
 
     config.json              what transformers reads; our own settings under the key "nanothink"
     model.safetensors        the weights, under the names that config.json's architecture gives them
     training_documents.st    hashes of the documents it was trained on, in the format of safetensors
     tokenizer.json, tokenizer_config.json, generation_config.json, README.md
 
-The weights are the model's state dict as it stands: a transformer's is that of ``Qwen3ForCausalLM``, a
-state-space model's that of ``MambaForCausalLM``; no other program has the other kinds. ``read_export`` opens
-what ``write_export`` wrote.
+The weights are the model's state dict as it is: a transformer's is that of ``Qwen3ForCausalLM``, a
+state-space model's that of ``MambaForCausalLM``; no other program has the other kinds.
 
 A folder is written whole or not at all; see ``whole_folder`` in disk/write.py.
 """
@@ -55,10 +54,10 @@ def write_export(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Make ``folder`` an export of ``weights``, whole or not at all.
+    """Write an export of ``weights``, whole or not at all.
 
     Args:
-        weights: by the names that they are to have; each with storage of its own.
+        weights: by name in the file; each with storage of its own.
         documents: the tensors of ``SplitRecord.to_state()``.
         fill: writes the other files of ``FILES`` into the folder that it is given.
         overwrite: replace an earlier export. A folder that holds any other file is never replaced.
@@ -81,7 +80,7 @@ def write_export(
 
 
 def check_place(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a place that an export can't take. Raises UsageError."""
+    """Raise UsageError if an export cannot be written to ``folder``."""
     target = folder.resolve()
     if target.exists() and not target.is_dir():
         raise UsageError(f"{folder} is a file; an export is a folder. Name another place: --to DIR.")
@@ -104,12 +103,12 @@ def check_place(folder: Path, *, overwrite: bool) -> None:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether this is a folder that ``write_export`` could have written."""
+    """True if ``write_export`` could have written this folder."""
     return (folder / CONFIG).is_file()
 
 
 def read_export(folder: Path) -> ModelPayload:
-    """What ``load`` needs of a checkpoint, from an export. Runs no code from it.
+    """Read an export as the payload of a model. Runs no code from it.
 
     Raises:
         CheckpointDamagedError: a file is missing, cut short or not what it should be.

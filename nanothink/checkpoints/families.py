@@ -54,7 +54,7 @@ class Family:
 def our_names(
     family: Family, names: Sequence[str], *, tied: bool
 ) -> Iterator[tuple[str, Rule, tuple[str, ...]]]:
-    """For each weight of a file: its name, its rule and our names of its parts.
+    """Name, rule and our names of the parts of each weight of a file.
 
     Args:
         tied: the head is the embedding table; a head that the file has beside it is passed over.
@@ -275,7 +275,7 @@ FAMILIES: Mapping[str, Family] = {
         r".*\.attn\.(bias|masked_bias)",
     ),
 }
-"""By ``model_type``, as config.json names it."""
+"""Families by the ``model_type`` of config.json."""
 
 
 def place_weights(

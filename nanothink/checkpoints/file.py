@@ -1,9 +1,9 @@
-"""One checkpoint file: written whole or not at all, read only when it verifies.
+"""A checkpoint file: written whole or not at all, loaded only after it is verified.
 
 The file is what ``torch.save`` writes of one plain dict (``CheckpointPayload``), so
 ``torch.load(path, weights_only=True)`` opens it anywhere; see archive.py for the comment at its end.
 
-How a file is written, and what a kill leaves at each point: disk/write.py.
+disk/write.py describes the steps of a write and what a kill leaves at each.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ if TYPE_CHECKING:  # a listing does without torch, whose import takes longer tha
 T = TypeVar("T")
 
 _PIECE = 2**22
-"""Numbers looked at at once."""
+"""Numbers checked at once."""
 
 _SETTLED_NS = 100_000_000
-"""A change later than this after the one before has another time; disks count in ticks of 1 to 10 ms."""
+"""Changes further apart than this have different times; disks count in ticks of 1 to 10 ms."""
 
 
 class _Verified:
-    """Files whose every byte this process has verified: who opens one next need not read it again.
+    """Files that this process has verified, so that opening one again need not read every byte.
 
-    A file is known by its place on the disk, its size and the times of its last changes, so one that was
-    replaced, or written to since, is another. Only the last few are remembered.
+    A file is identified by inode, size and times of change, so a replaced or changed file is another. Only
+    the last few are remembered.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class _Verified:
 
     @contextlib.contextmanager
     def verifying(self, file: BinaryIO) -> Iterator[None]:
-        """Remember ``file`` if it is found to be whole within, and does not change meanwhile."""
+        """Remember ``file`` if the block raises nothing and the file does not change meanwhile."""
         began, before = time.time_ns(), self._identity(file)
         yield
         if self._identity(file) == before and max(before[-2:]) < began - _SETTLED_NS:
@@ -86,7 +86,7 @@ _verified = _Verified()
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSummary:
-    """What a listing shows of a checkpoint."""
+    """Values that a listing shows of a checkpoint."""
 
     path: Path
     kind: str
@@ -159,7 +159,7 @@ def read_checkpoint(
 
 
 def verify_checkpoint(path: Path, *, reporter: Reporter = SILENT) -> CheckpointSummary:
-    """``read_checkpoint`` for its checks alone: reads every byte, holds none.
+    """Run the checks of ``read_checkpoint`` on every byte, without keeping the tensors in memory.
 
     Raises the same errors, and CheckpointDamagedError for weights that are not finite: NanoThink writes
     none, and no model works with them.
@@ -224,7 +224,7 @@ def _cannot_write(path: Path, error: OSError, needed: int) -> StorageError:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Piece by piece, since the look itself takes a copy."""
+    """True if every number is finite. Checked in pieces, since the check takes a copy."""
     flat = tensor.reshape(-1)
     return all(bool(flat[at : at + _PIECE].isfinite().all()) for at in range(0, flat.numel(), _PIECE))
 

@@ -1,11 +1,11 @@
-"""What the files in a checkpoint folder are called.
+"""Names of the files in a checkpoint folder.
 
     <stem>.pt                           best         lowest validation loss so far
     <stem>_epoch<N>.pt                  epoch        snapshot; N = epochs completed, without leading zeros
     <stem>_interrupted.pt               interrupted  rolling; the latest state of a run that has not ended
-    .<file name>.<...>.tmp              a write under way, or what a killed one left behind
-    .<stem>.lock, .<stem>.holder        who writes this stem at the moment
-    replaced/<stem>-<time>/             what ``--overwrite`` set aside, or a run on other data wrote over
+    .<file name>.<...>.tmp              a write under way, or left by a killed one
+    .<stem>.lock, .<stem>.holder        lock of the run that writes this stem
+    replaced/<stem>-<time>/             checkpoints displaced by ``--overwrite`` or by changed data
 
 A stem can't end in ``_epoch<N>`` or ``_interrupted``, so a file name belongs to exactly one stem.
 """
@@ -36,7 +36,7 @@ class CheckpointName:
 
     @property
     def sort_key(self) -> tuple[str, int, int]:
-        """By stem, then best, snapshots by number, interrupted."""
+        """Order by stem, then best, snapshots by number, interrupted."""
         return self.stem, ("best", "epoch", "interrupted").index(self.role), self.epoch or 0
 
 
@@ -53,9 +53,9 @@ def parse_name(file_name: str) -> CheckpointName | None:
 
 
 def validate_name(name: str) -> str:
-    """Give ``name`` back when a run may have it.
+    """Return ``name`` if a run may have it.
 
-    Raises UsageError saying what is wrong with it and, where one is near, a name that would do.
+    Raises UsageError that says what is wrong with it and suggests a similar valid name.
     """
     if not name:
         raise UsageError("a checkpoint name is empty; give it at least one letter or digit")

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and the checks that keep it plain.
+"""Contents of a checkpoint, and their checks.
 
 A payload is one dict of tensors and plain Python values, so that ``torch.load(weights_only=True)`` opens
 it. It is checked when it is written (a file that would not load again is not written) and when it is read.
@@ -18,7 +18,7 @@ FORMAT_VERSION = 3
 
 
 class ModelPayload(TypedDict):
-    """What a model is, without what trains it further."""
+    """A model without its training state."""
 
     kind: str
     """Kind of model, a name in ``models.EXPERTS``, or ``models.COMBINED``."""
@@ -62,7 +62,7 @@ class CheckpointPayload(ModelPayload):
     """State of the GradScaler, when there is one."""
 
     rng: dict[str, Any]
-    """What ``restore.pack_rng`` gives."""
+    """Random states, as ``restore.pack_rng`` gives them."""
 
     early_stopping: dict[str, Any]
     """``best_loss`` (float or None, nats per token) and ``evals_without_improvement`` (int)."""
@@ -158,7 +158,7 @@ def _is_tensor(value: Any) -> TypeGuard[Tensor]:
 
 
 def plain(value: Any, where: str) -> Any:
-    """``value`` with nothing in it but plain containers, plain scalars and tensors of just their own data.
+    """Copy of ``value`` with plain containers, plain scalars, and tensors of their own data only.
 
     Tensors keep sharing their storage, so that tied parameters are stored once.
     """

@@ -35,10 +35,10 @@ class PublishedModel:
     family: Family
     settings: Settings
     weights: Mapping[str, Tensor]
-    """By name; on the disk until they are touched."""
+    """Weights by name; on the disk until they are used."""
     tokenizer: Tokenizer
     licence: str | None
-    """As its card or its metadata name it."""
+    """Name of the licence in the model card or metadata."""
     chat_template: str | None
     """Jinja, as the tokenizer has it."""
     stored_as: str
@@ -154,7 +154,7 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _licence(folder: Path) -> str | None:
-    """What the head of the model card says, else the first line of a licence file."""
+    """Licence named in the head of the model card, else the first line of a licence file."""
     for name, pattern in (("README.md", r"(?m)^license:\s*[\"']?([^\s\"'#]+)"), ("LICENSE", r"\s*(\S.*)")):
         path = folder / name
         if path.is_file():

@@ -1,4 +1,4 @@
-"""From live objects to the entries of a checkpoint, and back."""
+"""Conversion of live objects to the entries of a checkpoint and back."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _LISTED = 8
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What ``restore_model`` could not restore as it was. Empty tuples: everything is as saved."""
+    """Differences that ``restore_model`` found; empty tuples if everything is as saved."""
 
     missing: tuple[str, ...]
-    """In the model, not in the file: kept as they were."""
+    """Names in the model and not in the file: kept as they were."""
     surplus: tuple[str, ...]
-    """In the file, not in the model: passed over."""
+    """Names in the file and not in the model: ignored."""
     reshaped: tuple[str, ...]
-    """In both, but not alike; each with the reason. Kept as they were."""
+    """Names in both of different shape or sort, each with the reason: kept as they were."""
     converted: tuple[str, ...]
-    """Loaded into another floating-point type; each with both types."""
+    """Names loaded into another floating-point type, each with both types."""
     n_fitting: int
-    """Numbers of the model that came from the file; tied ones count once."""
+    """Numbers of the model that came from the file; tied ones counted once."""
     n_total: int
-    """Numbers in the model's state; tied ones count once."""
+    """Numbers in the model's state; tied ones counted once."""
 
     @property
     def complete(self) -> bool:
@@ -49,10 +49,10 @@ class LoadReport:
         return self.complete and not self.converted
 
     def lines(self) -> list[str]:
-        """A line per kind of difference; none when exact."""
+        """One line for each kind of difference; none if exact."""
         kinds = (
             (self.missing, "not in the checkpoint, kept as initialised"),
-            (self.surplus, "in the checkpoint only, passed over"),
+            (self.surplus, "in the checkpoint only, ignored"),
             (self.reshaped, "of another shape or sort, kept as initialised"),
             (self.converted, "converted to another type"),
         )
@@ -80,7 +80,7 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, path: Path) -> LoadReport:
-    """Load what fits, as ``strict=False`` does but also past other shapes, and report the rest.
+    """Load the tensors that fit, as ``strict=False`` does, also where shapes differ, and report the rest.
 
     The scale of the logits comes along. Nothing is changed unless everything below holds. ``path`` is for the
     messages.
@@ -167,7 +167,7 @@ def pack_rng() -> dict[str, Any]:
 
 
 def unpack_rng(state: dict[str, Any]) -> list[str]:
-    """Set the global random generators; gives a line for each that this machine could not take.
+    """Set the global random generators; return a line for each that this machine cannot restore.
 
     Raises CheckpointDamagedError when ``state`` isn't what ``pack_rng`` gives.
     """
@@ -197,7 +197,7 @@ def unpack_rng(state: dict[str, Any]) -> list[str]:
 
 
 def _bare(name: str) -> str:
-    """A parameter's name without what DDP, DataParallel and torch.compile put before it."""
+    """Parameter name without the prefixes of DDP, DataParallel and torch.compile."""
     name = name.replace("_orig_mod.", "")
     while name.startswith("module."):
         name = name.removeprefix("module.")

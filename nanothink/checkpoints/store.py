@@ -1,7 +1,7 @@
-"""The files of one run in a checkpoint folder: where each goes, which is the latest, who may write.
+"""The files of one run in a checkpoint folder: paths, search for the latest, lock, listing, pruning.
 
-A run is named by its stem (``transformer_expert``, ``nanothink_mla``); names.py says how its files are
-called. Searching, listing and pruning never trust a file by its name alone: what counts is verified.
+A run is named by its stem (``transformer_expert``, ``nanothink_mla``); names.py defines the file names.
+Search and pruning verify a file before they count it.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from nanothink.errors import (
 from nanothink.reporter import SILENT, Reporter
 
 REPLACED_FOLDER = "replaced"
-"""Folder inside the checkpoint folder that takes what a run writes over: on request, or on other data."""
+"""Folder that holds checkpoints displaced by ``--overwrite`` or by changed data."""
 
 
 @dataclass(frozen=True, slots=True)
 class DamagedEntry:
-    """A file that is called like a checkpoint and isn't a usable one."""
+    """A file with the name of a checkpoint that cannot be used."""
 
     path: Path
     n_bytes: int
@@ -91,14 +91,14 @@ class CheckpointStore:
         return [path for name, path in _checkpoint_files(self.folder) if name.stem == self.stem]
 
     def newest(self, reporter: Reporter = SILENT) -> Path | None:
-        """The latest state there is: interrupted, then the newest snapshot, then best.
+        """The latest state: interrupted, then the newest snapshot, then best.
 
         The best file comes before the snapshots that it is further on than: a completed run may leave it
         after all of them. Each candidate is verified to the last byte; a damaged one is passed over, with
         a note of the reason.
 
         Raises StorageError, CheckpointMismatchError: a candidate cannot be read, or belongs to another
-        version or program. It may be sound, and going on without it would write over it.
+        version or program. It may be sound, and continuing without it would overwrite it.
         """
         files = self.existing()  # best, snapshots by number, interrupted
         best_steps = _steps_done(self.best)
@@ -140,9 +140,9 @@ class CheckpointStore:
             raise _storage_error(self.interrupted, "cannot be removed", error) from error
 
     def keep_best(self) -> Path | None:
-        """Keep what is best so far below ``replaced/`` as well, before another takes its place.
+        """Keep the best checkpoint below ``replaced/`` too, before it is overwritten.
 
-        Gives its path there; None where there is no best.
+        Returns its path there; None if there is no best.
         """
         if not self.best.exists():
             return None
@@ -159,9 +159,9 @@ class CheckpointStore:
         return kept
 
     def guard_new_run(self, *, overwrite: bool) -> None:
-        """Refuse to start a new run over the files of an old one, unless told to ``overwrite``.
+        """Refuse to start a new run over the files of an old one, unless ``overwrite`` is set.
 
-        Raises UsageError that names the files and the three ways on.
+        Raises UsageError that names the files and the three alternatives.
         """
         old = self.existing()
         self._to_set_aside = bool(old) and overwrite
@@ -174,7 +174,7 @@ class CheckpointStore:
         names = ", ".join(path.name for path in old)
         raise UsageError(
             f"{self.folder} already holds {state} called '{self.stem}': {names}. A new run would replace it. "
-            f"Go on with it: --resume. Leave it alone: --name OTHER, or another --checkpoint-dir. "
+            f"Continue it: --resume. Keep it: --name OTHER, or another --checkpoint-dir. "
             f"Start over: --overwrite (the old files are moved to {self.folder / REPLACED_FOLDER})"
         )
 
@@ -227,7 +227,7 @@ class CheckpointStore:
 
 
 def _put_back(moved: list[tuple[Path, Path]], aside: Path) -> Path:
-    """Move files back to where they came from, the last one first; return the folder that holds them now."""
+    """Move files back, the last one first; return the folder that holds them now."""
     with suppress(OSError):
         for old, new in reversed(moved):
             new.rename(old)
@@ -295,7 +295,7 @@ def prune(folder: Path, *, keep: int = 1, dry_run: bool = False) -> list[Path]:
 
 
 def _older_than_kept(paths: list[Path], keep: int) -> list[Path]:
-    """Of one stem's snapshots, oldest first, those before the ``keep`` newest sound ones."""
+    """Snapshots of one stem before the ``keep`` newest sound ones; ``paths`` is oldest first."""
     if len(paths) <= keep:
         return []
     n_sound = 0

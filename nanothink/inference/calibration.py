@@ -1,4 +1,4 @@
-"""One number that a model's logits are multiplied by, fitted on held-out text.
+"""Calibration: a factor on a model's logits, fitted on held-out text.
 
 Temperature scaling (Guo et al. 2017, "On calibration of modern neural networks", section 4.2): a model that
 has fitted a small text is mostly too sure on other text. Dividing its logits by one temperature fixes that

@@ -26,7 +26,7 @@ READ_TOKENS = 512
 """Prompt tokens read between two tokens of the batch, which waits for them."""
 
 _PIECE = 256
-"""Of those, so many of one reading."""
+"""Most prompt tokens of one reading."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a row has drawn."""
+    """A token that a row has drawn."""
 
     row: Row
     token: int | None
@@ -49,7 +49,7 @@ class Drawn:
     """"stop" after the end of a document, "length" after ``max_new_tokens``; None while the row goes on."""
     score: TokenScore | None = None
     weights: tuple[float, ...] = ()
-    """How far each of a combined model's components was trusted."""
+    """Weights of a combined model's components."""
 
 
 class Row:
@@ -114,7 +114,7 @@ class Engine:
         return [*self._rows, *read, *self._waiting]
 
     def add(self, row: Row) -> None:
-        """Let a row join the batch at its next step.
+        """Add a row to the batch at its next step.
 
         Raises:
             UsageError: its prompt has a token that is not in the model's vocabulary.
@@ -146,7 +146,7 @@ class Engine:
                 self._readings.remove(reading)
 
     def step(self) -> list[Drawn]:
-        """One more token of every row in the batch, after some reading of those that wait."""
+        """Draw one token for every row in the batch, and read part of the waiting prompts."""
         with evaluating(self._model), torch.inference_mode():
             self._renew_windows()
             logits = []

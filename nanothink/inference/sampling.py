@@ -1,4 +1,4 @@
-"""From logits to the next token.
+"""Sampling of the next token from logits.
 
 In this order: repetition penalty, temperature, top-k, top-p, draw. All but finding the k likeliest (which no
 conversion changes, nor a temperature) happens on the CPU in float64,

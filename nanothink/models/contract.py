@@ -153,7 +153,7 @@ class LanguageModel(nn.Module, ABC):
         return linear_log_likelihood(states, self.head_weight, targets.flatten()).view(targets.shape)
 
     def _scaled(self, states: Tensor) -> Tensor:
-        """What the head reads in a prediction, (..., D)."""
+        """Input of the head, (..., D)."""
         return states if self.logit_scale == 1.0 else states * self.logit_scale
 
     @torch.no_grad()

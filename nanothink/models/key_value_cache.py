@@ -25,10 +25,10 @@ class Positions(Protocol[P]):
     """Gives something for each position: a rotation, or an embedding."""
 
     def __call__(self, start: int, length: int) -> P:
-        """For positions ``start`` to ``start + length - 1``."""
+        """Rows for positions ``start`` to ``start + length - 1``."""
 
     def at(self, positions: Tensor) -> P:
-        """For (B, T) positions."""
+        """Rows for (B, T) positions."""
 
 
 class KeyValueCache(State):
@@ -78,7 +78,7 @@ class KeyValueCache(State):
         return places.at(self._positions)
 
     def mask(self, n_new: int, device: torch.device) -> Tensor | None:
-        """Which of the S keys each new token may look at: (T, S) or (B, 1, T, S) bool; None for all."""
+        """Mask of the keys that each new token may attend to: (T, S) or (B, 1, T, S) bool; None for all."""
         if self._lengths is not None:
             return self._seen
         if n_new == 1:

@@ -1,14 +1,14 @@
-"""Several processes that train one model: who takes which blocks, how gradients are added, who writes.
+"""Data-parallel training: shares of blocks, the sum of gradients, agreement between processes.
 
     torchrun --nproc-per-node=N -m nanothink pretrain ...
 
 Every process holds the whole model and takes its share of each micro-batch; gradients are added once an
-optimizer step, after which all take the same step. Process 0 alone writes, prints and holds the lock. What
-would have to be decided by a clock, a signal or a disk is decided by one and told to the others, so that no
+optimizer step, after which all take the same step. Rank 0 alone writes, prints and holds the lock. A decision
+that depends on a clock, a signal or a disk is made by one process and told to the others, so that no
 process waits for a call that another does not make.
 
-``Processes`` is also what a single process is: all of it then does nothing, and torch.distributed is never
-imported. Why not DistributedDataParallel: docs/decisions/0017-distributed.md.
+A single process is a ``Processes`` too: its methods then do nothing, and torch.distributed is never imported.
+docs/decisions/0017-distributed.md says why this is not DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -49,65 +49,65 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for one that is alive and silent. It must outlast the writing of a checkpoint."""
+"""Wait for a process that is alive and silent. It must outlast the writing of a checkpoint."""
 
 BUCKET_BYTES = 25 << 20
-"""Gradients are added in pieces of about this size, each sent off while the backward pass goes on."""
+"""Size of the pieces in which gradients are added, each sent off while the backward pass continues."""
 
 _ALIGNMENT = 16  # floats: every gradient begins at a multiple of 64 bytes, as a tensor of its own would
 
 
 class Processes:
-    """The processes of a run, as one of them sees them. This class: there is just the one."""
+    """The processes of a run, as one of them sees them; this class is a run of one process."""
 
     rank = 0
     size = 1
     launcher: Sequence[str] = ()
-    """Words before ``nanothink`` that start as many again."""
+    """Command line before ``nanothink`` that starts as many processes again."""
 
     def __init__(self, device: str | None = None) -> None:
         self.device = device
-        """Where this process computes, as ``--device`` has it; None leaves the choice open."""
+        """Device of this process, as ``--device`` names it; None leaves the choice open."""
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is the one that writes and prints."""
+        """True in the process that writes and prints."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of ``count`` things are this process's; the parts differ in size by at most 1."""
+        """Indices of this process's share of ``count`` items; shares differ in size by at most 1."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
-        """Each number added over all processes. All must call it, with as many numbers."""
+        """Add each number over all processes. Every process must call it, with as many numbers."""
         return list(values)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in one of them at least. All must call it."""
+        """True if ``flag`` is in at least one process. Every process must call it."""
         return bool(self.all_reduce_sum([float(flag)])[0])
 
     def rank0_first(self, first: Callable[[], tuple[T, str]], others: Callable[[str], T]) -> T:
-        """Let the first process do something, and the others only then, with the word that it returned.
+        """Run ``first`` on rank 0, then ``others(message)`` on the other ranks, with the message it returned.
 
-        However long the first takes; if it fails, the others end. All must call it.
+        The other ranks wait without a time limit, and end if it fails. Every process must call it.
         """
         return first()[0]
 
     def assert_same_on_all_ranks(self, what: str, value: str) -> None:
-        """Refuse to go on with processes that differ in something. All must call it.
+        """Compare ``value`` between the processes. Every process must call it.
 
         Raises:
-            DistributedError: they do.
+            DistributedError: they differ in ``what``.
         """
 
     def watch(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Say whose gradients are to be added, in the order of the forward pass. Once, before training."""
+        """Name the parameters whose gradients are added, in forward order. Once, before training."""
 
     def adding_gradients(self) -> AbstractContextManager[None]:
-        """A context for a step's last backward pass: when it ends, gradients are those of all processes.
+        """Context for a step's last backward pass; when it ends, gradients are summed over all processes.
 
-        What earlier passes have accumulated counts in. A parameter without a gradient in every process
-        stays without.
+        Gradients accumulated by earlier passes are included. A parameter that has no gradient in any
+        process keeps none.
         """
         return nullcontext()
 
@@ -120,12 +120,12 @@ def join(device: str | None = None, reporter: Reporter = SILENT) -> Iterator[Pro
     """Meet the other processes of this run, if torchrun has started any.
 
     Args:
-        device: as ``--device`` has it; on GPUs every process takes one of its own.
+        device: as ``--device`` names it; on GPUs every process takes one of its own.
 
     Raises:
         UsageError: the device cannot be shared out.
-        DistributedError: the others do not come, or one of them is lost on the way.
-        RankError: something went wrong in this process and not in the first.
+        DistributedError: the others do not start, or one of them is lost later.
+        RankError: this process failed, and rank 0 did not.
     """
     launch = Launch.of(os.environ)
     if launch is None:
@@ -233,11 +233,11 @@ class _Several(Processes):
 
 
 class _GradientSum:
-    """Adds gradients over all processes, bucket by bucket, while the backward pass goes on.
+    """Adds gradients over all processes, bucket by bucket, while the backward pass continues.
 
-    The buckets and their order are fixed by the parameters alone. So every process makes the same calls
-    whichever gradients it has, and in which order sums are formed does not depend on what ran before:
-    a resumed run forms them as the run that was never interrupted.
+    The parameters alone decide the buckets and their order. So every process makes the same calls whichever
+    gradients it has, and the order of summation does not depend on earlier steps: a resumed run forms the
+    same sums as one that was never interrupted.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -293,7 +293,7 @@ class _GradientSum:
 
 
 class _Bucket:
-    """Some parameters, and one piece of memory for their gradients and, behind them, who has one."""
+    """Some parameters, with one buffer for their gradients, followed by a flag for each that has one."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         import torch
@@ -368,7 +368,7 @@ def _own_device(asked: str | None, launch: Launch) -> torch.device:
 def _peers(
     what: str = "Another process of this run has ended, or does not answer",
 ) -> Iterator[None]:
-    """What torch.distributed raises when a process is gone, in our words."""
+    """Raise the errors that torch.distributed raises when a process is gone as DistributedError."""
     try:
         yield
     except RuntimeError as error:
@@ -379,7 +379,7 @@ def _peers(
 
 
 def _leave_together() -> None:
-    """Wait until all are here: the first may still be writing, and torchrun ends all with the first to go."""
+    """Wait for all processes: rank 0 may still be writing, and torchrun ends all once one has ended."""
     import torch
     import torch.distributed as dist
 

@@ -16,7 +16,7 @@ class RunStarted:
     total_steps: int
     epoch: int
     epochs: int
-    """Epochs that the whole run takes, a last one that is not completed counted in."""
+    """Epochs of the whole run, including an incomplete last one."""
     n_blocks: int
     """Training blocks in an epoch."""
     blocks_per_step: int
@@ -24,7 +24,7 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimizer step. ``loss`` is the mean over all targets of its accumulation window, as minimised."""
+    """An optimizer step. ``loss`` is the mean over all targets of its accumulation window, as minimised."""
 
     step: int
     total_steps: int
@@ -37,7 +37,7 @@ class StepDone:
     skipped: bool
     logged: bool
     parts: Mapping[str, float] = field(default_factory=dict)
-    """What the loss is made of, by name, where an objective has several parts."""
+    """Parts of the loss by name, if the objective has several."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Evaluated:
     best: bool
     evals_without_improvement: int
     epoch_parts: Mapping[str, float] = field(default_factory=dict)
-    """Where an epoch ends here: mean of each part of the loss over it, steps before a resume counted in."""
+    """Mean of each part of the loss over the epoch that ends, including steps before a resume; else empty."""
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
-"""States of frozen experts over the training blocks, kept on the disk so that each is computed once.
+"""Disk cache of frozen experts' states over the training blocks, so that each is computed once.
 
     <cache>/states/<key>/
-        identity.json     what the states depend on; a folder that says anything else is not used
-        states.f32        (E, T, D) float32 a block, block after block; a hole where none was written yet
-        marks.u64         a number a block: 0, or 2^32 plus the CRC-32 of its states
+        identity.json     everything the states depend on; a folder with another identity is not used
+        states.f32        (E, T, D) float32 per block, in order; a hole where none was written yet
+        marks.u64         one number per block: 0, or 2^32 plus the CRC-32 of its states
 
-Nothing is computed ahead: a block's states are written when it first comes by, and its mark after them
-(disk/block_file.py). So a killed process, a power cut or a damaged file costs that the blocks in question are
+Nothing is computed ahead: a block's states are written when it is first read, and its mark after them
+(disk/block_file.py). After a killed process, a power cut or damage to a file, the blocks concerned are
 computed again, and runs that share a folder cannot harm one another.
 
-The numbers are those that the experts give, bit for bit, so a run ends in the same weights with this and
-without it, or with a part of it. The one thing this rests on, that a block's states do not depend on the
-blocks beside it in a batch, is tried on the first batch of every run.
+The states are bit for bit those that the experts compute, so a run ends in the same weights with the cache,
+without it, or with part of it. This requires that a block's states do not depend on the other blocks of
+its batch, which is tested on the first batch of every run.
 
 Shapes: B blocks of a batch, T time, D model width, E experts.
 """
@@ -40,7 +40,7 @@ from nanothink.models.nanothink import NanoThink
 from nanothink.reporter import SILENT, Reporter
 
 SPARE_BYTES = 10**9
-"""Room that is left on the disk for everything else, checkpoints above all."""
+"""Disk space left free, above all for checkpoints."""
 
 _FORMAT = 1
 _FOLDER = "states"
@@ -51,7 +51,7 @@ Shape = tuple[int, int, int, int]
 
 
 def states_bytes(shape: Shape) -> int:
-    """What the states of all blocks take on the disk."""
+    """Bytes that the states of all blocks take on the disk."""
     return 4 * int(np.prod(shape, dtype=np.int64)) + 8 * shape[0]
 
 
@@ -60,8 +60,8 @@ class ExpertStates:
 
     Args:
         folder: made by ``open_states``.
-        shape: how much it holds.
-        number: which block comes at a position of the run.
+        shape: of all states.
+        number: index of the block at a position of the run.
     """
 
     def __init__(self, folder: Path, shape: Shape, number: Callable[[int], int], reporter: Reporter) -> None:
@@ -76,11 +76,11 @@ class ExpertStates:
             raise
 
     def n_filled(self) -> int:
-        """Blocks that are there already."""
+        """Number of blocks whose states are cached."""
         return int(self._file.filled(self._shape[0]).sum()) if self._file is not None else 0
 
     def of(self, model: NanoThink, inputs: Tensor, positions: Sequence[int]) -> list[Tensor]:
-        """What ``model.expert_states(inputs)`` gives, read where it is known and kept where it is not.
+        """``model.expert_states(inputs)``, read from the cache or computed and cached.
 
         Args:
             inputs: (B, T) int64, on the CPU.
@@ -111,7 +111,7 @@ class ExpertStates:
     def _try_out(
         self, model: NanoThink, inputs: Tensor, numbers: list[int], known: Tensor, missing: list[int]
     ) -> list[Tensor]:
-        """The first batch is computed as if nothing were known, and compared with what is."""
+        """Compute the first batch without the cache, and compare it with the cached states."""
         self._tried = True
         made = model.expert_states(inputs)
         alone = model.expert_states(inputs[-1:])
@@ -125,7 +125,7 @@ class ExpertStates:
         return made
 
     def _read(self, number: int, into: Tensor) -> bool:
-        """Fill (E, T, D) with the states of a block, if they are there and whole."""
+        """Fill (E, T, D) with the states of a block; False if they are missing or damaged."""
         assert self._file is not None
         if self._file.read(number, [part.numpy() for part in into]):
             return True
@@ -140,7 +140,7 @@ class ExpertStates:
             self._file.write(numbers[row], [part.numpy() for part in states[:, row]])
 
     def _give_up(self, why: str) -> None:
-        """Make room: what is left of the disk belongs to the checkpoints."""
+        """Stop caching and delete the folder: the space belongs to the checkpoints."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         self._reporter.note(f"The experts' states are no longer kept: {why}, {_IN_VAIN}.")
@@ -156,15 +156,15 @@ def open_states(
     number: Callable[[int], int],
     reporter: Reporter = SILENT,
 ) -> ExpertStates | None:
-    """The states kept under this identity, or an empty place for them; None, and a line, if neither.
+    """Open the cache of this identity, or make an empty one; None, with a note, if neither is possible.
 
     Args:
         root: the data's folder, beside whose tokens they are kept.
         identity: plain values, everything that a bit of the states depends on.
-        budget_bytes: what all states in the folder may take together. Older ones give way, least recently
-            used first, unless a run is using them.
-        begin: whether to make a place if there is none.
-        number: which block comes at a position of the run.
+        budget_bytes: limit for all states in the folder together. The least recently used ones are deleted,
+            unless a run is using them.
+        begin: make a cache if there is none.
+        number: index of the block at a position of the run.
     """
     needed = states_bytes(shape)
     if needed > budget_bytes:
@@ -240,7 +240,7 @@ def _sizes(shape: Shape) -> dict[str, int]:
 
 
 def _make_room(own: Path, allowed_bytes: int) -> bool:
-    """Delete states of others, the longest unused first, until the rest takes no more; whether it does."""
+    """Delete other caches, least recently used first, down to the limit; False if that is not enough."""
     others = [path for path in own.parent.iterdir() if path != own and path.is_dir()]
     used = {path for path in others if is_in_use(path / "marks.u64")}
     allowed_bytes -= sum(map(_taken, used))
@@ -253,7 +253,7 @@ def _make_room(own: Path, allowed_bytes: int) -> bool:
 
 
 def _taken(folder: Path) -> int:
-    """Bytes on the disk, holes left out."""
+    """Bytes on the disk, without holes."""
     return sum(512 * path.stat().st_blocks for path in folder.iterdir())
 
 

@@ -32,17 +32,17 @@ STOPPING = (
 _INSISTING = (signal.SIGINT, signal.SIGTERM)
 _ONE_REQUEST_SECONDS = 1.0
 _SHOW_CURSOR = b"\x1b[?25h"
-"""To a terminal: whoever drew a progress bar there has no chance any more to bring the cursor back."""
+"""Escape that shows a terminal's cursor, which a progress bar has hidden and cannot show any more."""
 
 
 def stopping_signals() -> list[signal.Signals]:
-    """Those of STOPPING that this process may answer: one that was ignored at its start (nohup) stays so."""
+    """Signals of STOPPING that this process may handle: one that it inherited as ignored (nohup) stays so."""
     # None: a handler that is not Python's, which could not be put back.
     return [number for number in STOPPING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
 class StopRequests:
-    """Tells a second request from more signals of the first one.
+    """Distinguishes a second request from further signals of the first one.
 
     One request often comes as several signals: ``timeout`` sends SIGTERM twice, a terminal that is closed
     sends SIGHUP twice, systemd sends SIGTERM and SIGHUP, SIGXCPU comes each second, and ``torchrun`` passes
@@ -67,10 +67,10 @@ class StopRequests:
 
 
 class SignalListener:
-    """A context in which another thread calls ``hear`` with each signal of STOPPING that has a handler.
+    """Context in which another thread calls ``hear`` with each signal of STOPPING that has a handler.
 
-    At once, even while the main thread is in a long call of a library, provided that the call lets other
-    threads run. Only in the main thread; elsewhere it does nothing.
+    It does so at once, even while the main thread is in a long call of a library that lets other threads
+    run. Outside the main thread it does nothing.
     """
 
     n_active = 0
@@ -116,7 +116,7 @@ os.register_at_fork(after_in_child=_stop_listening)
 
 
 class StopRequest:
-    """A context in which the signals of STOPPING raise a flag. Calling it asks whether the flag is up.
+    """Context in which the signals of STOPPING set a flag; calling it reads the flag.
 
     Args:
         reporter: gets a note, from another thread, that the run stops.

@@ -1,8 +1,8 @@
-"""What torchrun says to a process, and how the processes of a run find each other.
+"""Rendezvous: the environment that torchrun sets, and the store in which the processes of a run meet.
 
-PyTorch's own rendezvous waits inside a library call, without a word and deaf to signals, until everybody is
-there. Here each process connects to the store that the first one (or torchrun) keeps, leaves its number in
-it, and looks every tenth of a second who is missing.
+PyTorch's own rendezvous waits inside a library call, silent and deaf to signals, until all processes have
+come. Here each process connects to the store that rank 0 (or torchrun) keeps, registers in it, and checks
+every tenth of a second which ranks are missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nanothink.errors import DistributedError, RankError, UsageError, some_of
 from nanothink.reporter import Reporter
 
 MEETING_SECONDS = 600.0
-"""How long a process waits for the others to be started."""
+"""Time limit for all processes to start."""
 
 FIRST_WORD_SECONDS = 5.0
 NEXT_WORD_SECONDS = 60.0
@@ -32,22 +32,22 @@ _RUNS = itertools.count()  # that this process has joined
 
 @dataclass(frozen=True)
 class Launch:
-    """What torchrun says to a process that it starts."""
+    """Rank, sizes and address that torchrun passes to a process by its environment."""
 
     rank: int
     local_rank: int
     size: int
     address: str = field(default="localhost", compare=False)
-    """Of the machine with the first process."""
+    """Host of rank 0."""
     port: int = field(default=29500, compare=False)
     agent_store: bool = field(default=False, compare=False)
-    """Whether torchrun keeps the store, and not the first process."""
+    """True if torchrun keeps the store, and not rank 0."""
     local_size: int = field(default=0, compare=False)
-    """Processes on this machine; 0 where nobody says."""
+    """Processes on this machine; 0 if unknown."""
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Launch | None:
-        """None for a process that is alone, torchrun's only one included.
+        """Read the environment; None for a single process, also one that torchrun started.
 
         Raises:
             UsageError: what the environment says makes no sense.
@@ -83,7 +83,7 @@ class Launch:
 
     @property
     def command(self) -> list[str]:
-        """Words before ``nanothink`` that start as many processes again."""
+        """Command line before ``nanothink`` that starts as many processes again."""
         if self.local_size == self.size:
             return ["torchrun", f"--nproc-per-node={self.size}", "-m"]
         return []  # several machines, or another launcher: one process can continue the run too
@@ -94,16 +94,16 @@ def _is_number(value: str) -> bool:
 
 
 def meet(launch: Launch, reporter: Reporter, lasting: timedelta) -> Any:
-    """Wait until every process of the run is there, and give the store that they share.
+    """Wait until every process of the run has come, and return the store that they share.
 
-    A note after some seconds, and then each minute, says for whom this process waits.
+    After some seconds, and then each minute, a note says which ranks are missing.
 
     Args:
-        lasting: the store's time limit from then on.
+        lasting: time limit of the store's later calls.
 
     Raises:
-        DistributedError: some do not come.
-        RankError: the first does not come, or its port is taken; this process alone knows.
+        DistributedError: some processes do not come.
+        RankError: rank 0 does not come, or its port is taken; only this process knows.
     """
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
@@ -165,7 +165,7 @@ def meet(launch: Launch, reporter: Reporter, lasting: timedelta) -> Any:
 class _Waited:
     seconds: float
     is_long: bool
-    """It is time to say so."""
+    """True when the next note is due."""
     is_over: bool
 
     def __str__(self) -> str:
@@ -173,7 +173,7 @@ class _Waited:
 
 
 def _polls(deadline: float) -> Iterator[_Waited]:
-    """Moments at which to look again; the last one ``is_over``."""
+    """Yield at each poll; the last one ``is_over``."""
     began = time.monotonic()
     word = began + FIRST_WORD_SECONDS
     while True:
@@ -186,7 +186,7 @@ def _polls(deadline: float) -> Iterator[_Waited]:
 
 
 def _cannot_reach(launch: Launch) -> str:
-    """Why the store cannot be reached; empty if it can."""
+    """Reason that the store cannot be reached; empty if it can."""
     try:
         socket.create_connection((launch.address, launch.port), timeout=2.0).close()
     except OSError as error:
@@ -197,7 +197,7 @@ def _cannot_reach(launch: Launch) -> str:
 
 
 def first_sentence(error: Exception) -> str:
-    """A library's error without the place in its source, and its advice."""
+    """First sentence of a library's error, without its source location and its advice."""
     lines = re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()
     return lines[0].split(". ")[0] if lines else type(error).__name__
 

@@ -42,7 +42,7 @@ from nanothink.training.state import Plan, TrainState
 
 
 class BlockSource(Protocol):
-    """Where training blocks come from; ``TrainingBatches`` is one."""
+    """Source of training blocks; ``TrainingBatches`` is one."""
 
     def read(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, (count, T) int64 each, of the blocks at positions start .. start+count-1."""
@@ -67,15 +67,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What the loop asks of the outside.
-
-    Where several processes train, each calls all of them at the same point.
+    """Functions that the loop calls. Several processes each call all of them at the same point.
 
     evaluate: score the validation text; may raise EvaluationStopped, and then does so in all processes.
     sample: text by prompt, leaving every random state as it was; may raise EvaluationStopped likewise.
     save: write a checkpoint of ``state`` in a role ("best", "epoch", "interrupted"), return its path.
-    stop: whether this process was asked to stop; where one was, all do.
-    resume_command: what to type to continue from a checkpoint.
+    stop: true once this process was asked to stop; then all processes stop.
+    resume_command: the command that continues from a checkpoint.
     """
 
     evaluate: Callable[[], Evaluation]
@@ -213,7 +211,7 @@ def _evaluation_is_due(run: Run) -> bool:
 
 
 def _reason_to_end(run: Run) -> str:
-    """Why training is over, or an empty string. A function of the state, so a resumed run agrees."""
+    """Reason to end, or an empty string. A function of the state alone, so a resumed run agrees."""
     if run.state.evals_without_improvement >= run.config.early_stopping_patience:
         return f"no improvement in {counted(run.state.evals_without_improvement, 'evaluation')}"
     if run.plan.is_over(run.state):
@@ -222,19 +220,18 @@ def _reason_to_end(run: Run) -> str:
 
 
 def _advice(run: Run) -> str:
-    """For a run that stopped early in the first half of its schedule, or an empty string.
+    """Advice for a run that stopped early in the first half of its schedule; else an empty string.
 
-    Its best came with the rate still high. A run of only so many epochs brings the rate down by then, which
-    gave 1.7 and 2.4 % fewer bits per byte on 0.5 and 1 MB of text (docs/log.md).
+    Its best loss came while the learning rate was high. With a schedule of that many epochs the rate is low
+    by then, which gave 1.7 and 2.4 % fewer bits per byte on 0.5 and 1 MB of text (docs/log.md).
     """
     state, plan = run.state, run.plan
     if plan.is_over(state) or not 0 < 2 * state.best_step <= plan.total_steps:
         return ""
     epochs = max(1, round(state.best_step * plan.blocks_per_step / plan.n_blocks))
     return (
-        f"The best was at step {state.best_step:,} of {plan.total_steps:,}, before the learning rate had "
-        "come down. A run that ends there brings it down by then, and usually does better: "
-        f"--max-epochs {epochs} --overwrite."
+        f"Loss was lowest at step {state.best_step:,} of {plan.total_steps:,}, while the learning rate was "
+        f"still high. Retry with a shorter schedule: --max-epochs {epochs} --overwrite."
     )
 
 
@@ -283,6 +280,5 @@ def _save(role: str, run: Run, callbacks: Callbacks) -> Path:
 
 def _remedy(config: TrainConfig) -> str:
     return (
-        f"Lower the learning rate (--set {config.section}.lr={config.lr / 3:.1e}) and go on from it with "
-        "--resume."
+        f"Lower the learning rate and resume from it: --set {config.section}.lr={config.lr / 3:.1e} --resume."
     )

@@ -1,6 +1,6 @@
-"""Speed of 16-bit matrix products on this CPU, in times that of float32: measured once, then kept.
+"""Speed of 16-bit matrix products on this CPU, as a multiple of float32's: measured once, then kept.
 
-No flag of a processor tells it: of two with AVX512-BF16 and without AMX, one multiplied bfloat16 at 0.75
+No flag of a processor predicts it: of two with AVX512-BF16 and without AMX, one multiplied bfloat16 at 0.75
 times the speed of float32, the other at 4 to 15 times (docs/decisions/0007). So both types take turns at the
 products of a model's width, and the median of the ratios is kept in the user's cache folder:
 
@@ -53,7 +53,7 @@ _RESTRICTIONS = ("ATEN_", "DNNL_", "MKL_", "ONEDNN_", "OPENBLAS_")
 @dataclass(frozen=True)
 class Speed:
     times: float
-    """How many times as fast as float32."""
+    """Speed as a multiple of float32's."""
     kept: Path | None
     """The file that keeps it; None where no folder can be written to."""
 
@@ -71,7 +71,7 @@ class MatmulSpeed:
         return cls(model.d_model, train.batch_size * model.max_seq_len)
 
     def of_step(self, dtype: torch.dtype) -> Speed:
-        """Of linear layers forward and backward, and of the chunked loss.
+        """Speed of linear layers forward and backward, and of the chunked loss.
 
         Raises RuntimeError when torch cannot multiply in this type.
         """
@@ -79,7 +79,7 @@ class MatmulSpeed:
         return _kept_or_measured("step", dtype, {"width": width, "rows": rows}, lambda: _step(width, rows))
 
     def of_muon(self, dtype: torch.dtype) -> Speed:
-        """Of Muon's Newton-Schulz steps.
+        """Speed of Muon's Newton-Schulz steps.
 
         Raises RuntimeError when torch cannot multiply in this type.
         """
@@ -88,7 +88,7 @@ class MatmulSpeed:
 
 
 Work = Callable[[torch.dtype], object]
-"""Takes the products of something in one type."""
+"""Function that computes some products in one type."""
 
 
 def ratio(work: Work, dtype: torch.dtype, clock: Callable[[], float] = time.thread_time) -> float:
@@ -161,7 +161,7 @@ def _kept_or_measured(
 
 
 _KNOWN: dict[str, Speed] = {}
-"""By digest: within a process the answer stays, even where it cannot be kept."""
+"""Speeds by digest: a process measures once, even if it cannot write the file."""
 
 
 @contextlib.contextmanager

@@ -1,9 +1,8 @@
-"""The types that a run's matrix products are computed in: as configured, else the faster one.
+"""Choice of the types of a run's matrix products: as configured, else the faster one.
 
-On a CPU that is measured (matmul_speed.py). A 16-bit type is chosen from 1.2 times the speed of float32 on,
-since what is not a product gains nothing by it. A checkpoint holds the types by name, so that a resumed run
-computes as it began. Muon's Newton-Schulz steps are smaller products than the model's, and are measured by
-themselves.
+On a CPU the speed is measured (matmul_speed.py). A 16-bit type is chosen if it is at least 1.2 times as fast
+as float32, since only products gain by it. A checkpoint holds the types by name, so that a resumed run
+computes as it began. Muon's Newton-Schulz steps are smaller products than the model's and are measured apart.
 
 Text is generated in float32 on every device: a step of one sequence waits for its weights, and converting
 them takes longer than reading them (docs/decisions/0007).
@@ -21,14 +20,14 @@ from nanothink.models.precision import DTYPES, Precision
 from nanothink.training.matmul_speed import MatmulSpeed, Speed
 
 NEEDED = 1.2
-"""Times the speed of float32 from which a 16-bit type is chosen, and below whose inverse it is avoided."""
+"""Speed, as a multiple of float32's, from which a 16-bit type is chosen; below its inverse it is avoided."""
 
 
 AS_TRAINED = "as trained"
 
 
 class Speeds(Protocol):
-    """``MatmulSpeed``, or a test's."""
+    """Interface of ``MatmulSpeed``."""
 
     def of_step(self, dtype: torch.dtype) -> Speed: ...
 
@@ -77,7 +76,7 @@ def precision_of_use(
 
 
 def _fix_threads(device: torch.device) -> None:
-    """Do in every run what measuring does in one: MKL does not lower a number of threads that was set."""
+    """Set the threads as a measurement does, in every run: MKL does not lower a number that was set."""
     if device.type == "cpu":
         torch.set_num_threads(torch.get_num_threads())
 
@@ -114,7 +113,7 @@ def _chosen(train: TrainConfig, device: torch.device, speeds: Speeds) -> tuple[t
 def _chosen_for_muon(
     train: TrainConfig, device: torch.device, dtype: torch.dtype, speeds: Speeds
 ) -> tuple[torch.dtype, str]:
-    """The type of Muon's steps, and a remark where it is not that of the other products."""
+    """Type of Muon's steps, and a remark if it is not that of the other products."""
     if train.optimizer != "muon":
         return torch.float32, ""
     if train.muon_dtype != "auto":
@@ -133,7 +132,7 @@ def _times(speed: Speed) -> str:
 
 
 def _unsupported(device: torch.device, dtype: torch.dtype) -> str:
-    """Why products on this device cannot run in a type; empty where they can."""
+    """Reason that products on this device cannot run in a type; empty if they can."""
     if dtype is torch.float32:
         return ""
     try:

@@ -37,7 +37,7 @@ class ExpertObjective:
 
 
 WEIGHT_PART = "weight_"
-"""Before an expert's name: the part of the loss's record that is its mean weight."""
+"""Prefix of the parts that are an expert's mean weight."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Routed:
 
     entropy_reg: float
     states: ExpertStates | None = None
-    """Where the experts' states are kept; None: they are computed each time. The loss is the same."""
+    """Cache of the experts' states; None computes them each time. The loss is the same."""
     neighbours: Callable[[Sequence[int]], Neighbours] | None = None
     """Neighbours in the vector store at each token of some blocks, (B, T, K); None without a store."""
 

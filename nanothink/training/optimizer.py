@@ -96,7 +96,7 @@ class GroupedOptimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def is_finite(self) -> bool:
-        """Whether every parameter and every moment is a finite number."""
+        """True if every parameter and every moment is finite."""
         tensors = [
             value
             for optimizer in self.optimizers.values()
@@ -111,7 +111,7 @@ class GroupedOptimizer:
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Take over moments from ``state``; rates stay as this run's config has them.
+        """Load the moments of ``state``; rates stay as this run's config has them.
 
         Parameters are matched by name, so a state survives added and removed parameters. Returns the
         names whose moments were not found or had another shape, and so start at zero.
@@ -177,7 +177,7 @@ class EagerAdamW(_Eager, AdamW):
 
 
 class FastMuon(_Eager, Muon):
-    """torch's Muon, orthogonalising in a type of one's choice.
+    """torch's Muon, with a choice of the type it orthogonalises in.
 
     torch does it in bfloat16 everywhere, which took half of a small step on a CPU that is slow at it
     (docs/log.md). Options, state and arithmetic are torch's; only the type differs.
@@ -259,7 +259,7 @@ def _steps_on_gram(x: torch.Tensor, coefficients: tuple[float, float, float], n_
 
 
 _MOMENTS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
-"""What each optimizer keeps of a parameter: a count, else tensors of its shape."""
+"""State that each optimizer keeps for a parameter: a count, else tensors of its shape."""
 
 
 def _fits(moments: Any, parameter: nn.Parameter, names: set[str]) -> bool:

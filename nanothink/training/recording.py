@@ -1,4 +1,4 @@
-"""What a run leaves behind to be read later: ``checkpoints/runs/<name>/``.
+"""Records of a run: ``checkpoints/runs/<name>/``.
 
     config.json       resolved settings, where each came from, versions, device, data
     metrics.jsonl     one JSON object a line: "train" and "validation"

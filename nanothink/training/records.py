@@ -1,6 +1,6 @@
-"""The records of a run, read back: the other side of ``recording.py``.
+"""Reader of the records that ``recording.py`` writes.
 
-A run may be under way or killed in the middle of a line; what is whole is read, and what is not is counted.
+A run may be under way, or killed in the middle of a line: whole lines are read, others are counted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NOT_CURVES = {"event", "step", "epoch", "skipped", "seconds"}
 
 @dataclass(frozen=True)
 class Curve:
-    """A number in the course of a run; steps rise, values are finite."""
+    """Values of a number over the steps of a run; steps rise, values are finite."""
 
     steps: array[float] = field(default_factory=lambda: array("d"))
     values: array[float] = field(default_factory=lambda: array("d"))
@@ -35,18 +35,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """What a run has left in its folder so far."""
+    """Records that a run has written so far."""
 
     folder: Path
     description: Mapping[str, Any]
     """config.json: settings and their sources, data, precision, machine."""
     training: Mapping[str, Curve]
-    """By the name that ``metrics.jsonl`` has for it: loss, learning_rate, gradient_norm ..."""
+    """Curves by their names in ``metrics.jsonl``: loss, learning_rate, gradient_norm ..."""
     validations: tuple[Mapping[str, Any], ...]
     """The validation lines, in order."""
     samples: tuple[Mapping[str, Any], ...]
     last_step: int
-    """Of the last line; 0 when there is none."""
+    """Step of the last line; 0 if there is none."""
     last_epoch: int
     n_skipped: int
     """Logged steps that were left out for a loss or gradient that is not finite."""

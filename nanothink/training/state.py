@@ -1,4 +1,4 @@
-"""Where a run stands: integers and one float, from which everything else follows."""
+"""State of a run: integers and one float, from which everything else follows."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ class TrainState:
     epoch_blocks: int = 0
     """Training blocks in an epoch; 0 before the first plan."""
     epoch_shift: int = 0
-    """By how much later epochs end than at a multiple of that: the training text had another size before."""
+    """Blocks added to every epoch boundary after the data changed on resume."""
     epoch_targets: int = 0
     """Targets trained on since the epoch began, in steps that were not skipped."""
     epoch_parts: dict[str, float] = field(default_factory=dict)
     """Sums over those targets of each part of the loss."""
 
     def count(self, parts: Mapping[str, float], n_targets: int) -> None:
-        """Take in a step: means of the parts of its loss over its targets."""
+        """Add a step: means of the parts of its loss over its targets."""
         self.epoch_targets += n_targets
         self.epoch_parts = {
             name: self.epoch_parts.get(name, 0.0) + mean * n_targets for name, mean in parts.items()
         }
 
     def end_epoch(self) -> dict[str, float]:
-        """Mean of each part over the epoch that ends here; the next one begins with nothing."""
+        """Mean of each part over the epoch that ends; the sums begin anew."""
         means = {name: total / self.epoch_targets for name, total in self.epoch_parts.items()}
         self.epoch_targets, self.epoch_parts = 0, {}
         return means
 
     def fit(self, n_blocks: int) -> None:
-        """An epoch has so many blocks from here on. The one under way began where it began."""
+        """Set the blocks of an epoch. The start of the current epoch stays."""
         if self.epoch_blocks:
             self.epoch_shift += self.epoch * (self.epoch_blocks - n_blocks)
         self.epoch_blocks = n_blocks
@@ -62,9 +62,9 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: Any) -> TrainState:
-        """What ``to_dict`` gave; an entry that is missing is as at the start.
+        """Inverse of ``to_dict``; a missing entry has its initial value.
 
-        Raises CheckpointDamagedError for anything that could not have come from there.
+        Raises CheckpointDamagedError for a value that ``to_dict`` could not have given.
         """
         if not isinstance(values, Mapping):
             raise _damaged(f"it is a {type(values).__name__}")
@@ -88,13 +88,13 @@ _NEVER_REACHED = 2**53
 
 def _damaged(reason: str) -> CheckpointDamagedError:
     return CheckpointDamagedError(
-        f"where the run stood is damaged in this checkpoint ({reason}). Use another checkpoint"
+        f"the training state in this checkpoint is damaged ({reason}). Use another checkpoint"
     )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How far a run goes. Derived once from config, data and where the run stands."""
+    """Length of a run, derived once from config, data and state."""
 
     n_blocks: int
     """Training blocks in an epoch."""
@@ -105,7 +105,7 @@ class Plan:
 
     @classmethod
     def make(cls, config: TrainConfig, n_blocks: int, state: TrainState) -> Plan:
-        """``max_steps`` decides where it is set; else the steps taken plus what the remaining blocks need."""
+        """``max_steps`` steps if set; else the steps taken plus those that the remaining blocks need."""
         blocks_per_step = config.batch_size * config.grad_accum_steps
         remaining = max(0, state.epoch_shift + config.max_epochs * n_blocks - state.position)
         total = config.max_steps or state.step + -(-remaining // blocks_per_step)

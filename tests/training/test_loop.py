@@ -237,7 +237,7 @@ def test_stopping_before_the_rate_has_come_down_is_said_with_what_to_do() -> Non
     harness = Harness(validation=losses, n_blocks=13, max_epochs=20, early_stopping_patience=3)
     harness.go()
     (advice,) = harness.notes
-    assert "at step 20 of 130, before the learning rate had come down" in advice
+    assert "lowest at step 20 of 130, while the learning rate was still high" in advice
     assert "--max-epochs 3 --overwrite" in advice
 
 

@@ -40,7 +40,7 @@ class Step:
     n_before_head: int
     """Operations that give the states."""
     address: int
-    """Of the embedding table: a model that was moved or converted has another."""
+    """Data pointer of the embedding table, which changes when a model is moved or converted."""
 
     def read(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         """(B, T) new tokens, the first of each row at its position -> their states, (B, T, D)."""

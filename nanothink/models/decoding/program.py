@@ -47,7 +47,7 @@ class Program:
         self._array: Any = None
 
     def __len__(self) -> int:
-        """How many operations it has."""
+        """Number of operations."""
         return len(self._operations)
 
     def run(self, tokens: Tensor, positions: Sequence[int], n_operations: int | None = None) -> None:

@@ -154,7 +154,7 @@ def _launch(u: Tensor, rates: Tensor) -> tuple[tuple[int], dict[str, Any]]:
 
 
 def _rows(z: Tensor) -> Tensor:
-    """As it is where its last dimension is contiguous and steps within a chunk stay below 2^31."""
+    """``z`` if its last dimension is contiguous and steps within a chunk are below 2^31, else a copy."""
     return z if z.stride(2) == 1 and z.stride(1) < 2**31 // CHUNK else z.contiguous()
 
 
