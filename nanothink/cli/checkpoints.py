@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from nanothink.cli import completion
 from nanothink.cli.options import CheckpointDir, ForgivingCommand, Json
+
+if TYPE_CHECKING:
+    from nanothink.checkpoints.gguf_export import Quantization
+    from nanothink.reporter import Reporter
 
 app = typer.Typer(
     help="List, look into, verify, prune, import and export checkpoints.",
@@ -246,7 +250,9 @@ def import_(
 
 @app.command(cls=ForgivingCommand)
 def export(
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write; made if need be.")],
+    to: Annotated[
+        Path, typer.Option("--to", metavar="PATH", help="Folder to write, or the file of --format gguf.")
+    ],
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
@@ -255,21 +261,43 @@ def export(
             autocompletion=completion.checkpoints,
         ),
     ] = None,
+    format: Annotated[
+        Literal["transformers", "gguf"],
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="transformers: a model folder. gguf: a file for llama.cpp, Ollama and others.",
+        ),
+    ] = "transformers",
+    quantize: Annotated[
+        Literal["f32", "f16", "q8_0"],
+        typer.Option(
+            "--quantize",
+            metavar="TYPE",
+            help="Of the matrices of a GGUF file: f32, f16 or q8_0.",
+        ),
+    ] = "f32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     as_json: Json = False,
 ) -> None:
-    """Write a model as a folder for other programs.
+    """Write a model as a folder or a file for other programs.
 
-    Weights in safetensors, config.json, tokenizer, model card. transformers opens a transformer (as Qwen3)
-    and a state-space model (as Mamba) without further code.
+    A folder has weights in safetensors, config.json, tokenizer, model card. transformers opens a transformer
+    (as Qwen3) and a state-space model (as Mamba) without further code. A GGUF file runs in llama.cpp.
     """
     from nanothink.cli import render
+    from nanothink.errors import UsageError
     from nanothink.runs.evaluating import newest_finished
     from nanothink.runs.exporting import export_checkpoint
 
+    if quantize != "f32" and format != "gguf":
+        raise UsageError(f"--quantize {quantize} goes with --format gguf; a model folder is float32.")
     with render.reporting() as reporter:
         path = checkpoint or newest_finished(checkpoint_dir, reporter)
+        if format == "gguf":
+            _write_gguf(path, to, quantize, overwrite, as_json, reporter)
+            return
         done = export_checkpoint(path, to, overwrite=overwrite, reporter=reporter)
     for line in done.notes:
         render.warning(f"{path}: {line}")
@@ -285,6 +313,31 @@ def export(
         ["from Python", done.how_to_load],
     ]
     render.facts(rows, title=str(done.folder))
+
+
+def _write_gguf(
+    path: Path, to: Path, quantize: Quantization, overwrite: bool, as_json: bool, reporter: Reporter
+) -> None:
+    from nanothink.cli import render
+    from nanothink.runs.exporting_gguf import export_gguf
+
+    done = export_gguf(path, to, quantization=quantize, overwrite=overwrite, reporter=reporter)
+    for line in done.notes:
+        reporter.note(f"{path}: {line}")
+    if as_json:
+        render.print_json(_as_dict(done))
+        return
+    rows = [
+        ["checkpoint", str(done.checkpoint)],
+        ["kind", done.kind],
+        [
+            "parameters",
+            f"{render.count(done.n_parameters)}, {done.quantization} ({render.size(done.n_bytes)})",
+        ],
+        ["llama.cpp", f"llama-completion -m {done.file} -p 'Once upon a time'"],
+        ["Ollama", f"ollama create {done.file.stem} -f {done.modelfile}"],
+    ]
+    render.facts(rows, title=str(done.file))
 
 
 def _origin(imported: Any) -> dict[str, str]:

@@ -72,7 +72,7 @@ def export_checkpoint(
             "--no-vector-store. To use the vector store, keep the checkpoint"
         )
     model.fold_logit_scale()
-    foreign = _foreign_config(model)
+    foreign = foreign_config(model)
     architecture = foreign["architectures"][0] if foreign else None
     eos = loaded.tokenizer.eos_id
     config = {
@@ -120,7 +120,7 @@ def export_checkpoint(
     )
 
 
-def _foreign_config(model: LanguageModel) -> dict[str, Any]:
+def foreign_config(model: LanguageModel) -> dict[str, Any]:
     """The part of config.json that transformers reads; empty for a kind that it does not have."""
     foreign = model.foreign_config() if isinstance(model, Expert) else {}
     types = {"dtype": "float32", "torch_dtype": "float32", "use_cache": True}  # transformers 5 and 4

@@ -12,32 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from random_checkpoints import write_random_checkpoint
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import nanothink as package
-from nanothink.checkpoints import SplitRecord, model_state, pack_rng, write_checkpoint
 from nanothink.checkpoints.export import FILES
-from nanothink.checkpoints.payload import FORMAT_VERSION
 from nanothink.cli.app import run
-from nanothink.config import Config
-from nanothink.config.run import resolve_config
-from nanothink.data.split import HeldOutText, SplitRule, TrainedText
 from nanothink.data.tokenizer import Tokenizer, load_tokenizer
-from nanothink.models import COMBINED, ExpertDescription, build_model
+from nanothink.models import COMBINED
 from nanothink.runs.exporting import export_checkpoint
 
-SMALL: dict[str, Any] = {
-    "model": {"d_model": 32, "max_seq_len": 48},
-    "transformer": {"n_layers": 2, "n_heads": 2},
-    "state_space": {"n_layers": 2, "scan": "plain"},
-    "diffuser": {"n_layers": 1, "denoiser_layers": 1, "training_steps": 8, "inference_steps": 4},
-    "mla": {"n_heads": 2, "n_layers": 1},
-    "data": {"data_dir": "/somebody/s/private/data", "tokenizer": "/somebody/s/tokenizer"},
-}
 TEXTS = [
     "time light stone, water 7.",
     " two  spaces\n\nand lines ",
@@ -47,66 +33,13 @@ TEXTS = [
 ]
 
 
-def settings(changes: dict[str, Any]) -> Config:
-    nested = {section: dict(values) for section, values in SMALL.items()}
-    for name, value in changes.items():
-        section, _, key = name.partition(".")
-        nested.setdefault(section, {})[key] = value
-    return resolve_config(base=nested).config
-
-
-def randomise(model: nn.Module) -> None:
-    """Every weight that starts at zero or one a random value, so that nothing is hidden by it."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
-                continue
-            noise = torch.randn(parameter.shape, generator=generator) * 0.2
-            parameter.add_(noise)
-
-
 @pytest.fixture
 def checkpoint(tiny_tokenizer: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes the checkpoint of a model with random weights."""
 
     def write(kind: str, **changes: Any) -> Path:
         tokenizer = load_tokenizer(str(tiny_tokenizer))
-        config = settings({name.replace("__", "."): value for name, value in changes.items()})
-        torch.manual_seed(0)
-        kinds = ("transformer", "state_space", "diffuser", "transformer") if kind == COMBINED else ()
-        experts = [ExpertDescription(f"{k}{i}", k, config) for i, k in enumerate(kinds)]
-        model = build_model(kind, config, tokenizer.vocab_size, experts)
-        randomise(model)
-        path = tmp_path / f"{kind}.pt"
-        entries = [
-            {"name": e.name, "kind": e.kind, "config": config.model_dump(mode="json"), "digest": "-"}
-            for e in experts
-        ]
-        write_checkpoint(
-            path,
-            {
-                "format_version": FORMAT_VERSION,
-                "kind": kind,
-                "model_state": model_state(model),
-                "optimizer_state": {"state": {}},
-                "step": 12,
-                "epoch": 3,
-                "position": 48,
-                "amp_scaler": None,
-                "rng": pack_rng(),
-                "early_stopping": {},
-                "best_loss": 2.5,
-                "config": config.model_dump(mode="json"),
-                "tokenizer": tokenizer.to_state(),
-                "data_fingerprint": "-",
-                "split": SplitRecord(
-                    SplitRule(0.1), ("a",), TrainedText(np.arange(5, dtype=np.uint64)), HeldOutText()
-                ).to_state(),
-                "run": {"name": kind, "experts": entries},
-            },
-        )
-        return path
+        return write_random_checkpoint(tmp_path / f"{kind}.pt", tokenizer, kind, **changes)
 
     return write
 
