@@ -19,8 +19,7 @@ Shapes: B batch, T time, D model width, V vocabulary, N noise levels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -31,8 +30,8 @@ from torch import Tensor, nn
 from nanothink.config import Config, DiffuserConfig, ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
 from nanothink.models.contract import IGNORE, Batch, Expert, FrozenBase, LanguageModel, Loss, State
+from nanothink.models.decoding_states import Ddim, DiffuserState
 from nanothink.models.denoiser import Condition, Denoiser
-from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.layers import linear
 from nanothink.models.loss import CHUNK_ROWS, linear_cross_entropy
 from nanothink.models.noise import (
@@ -48,37 +47,6 @@ from nanothink.models.precision import matmul_dtype
 from nanothink.models.transformer import Decoder, block_reading_bytes, inner_width, shape_inner_width
 
 _SMALLEST_SCALE = 1e-3  # features that hardly vary are not amplified
-
-
-@dataclass(frozen=True)
-class Ddim:
-    """Settings of DDIM sampling: evaluations per token, and a seed for each sequence."""
-
-    n_steps: int
-    seeds: Sequence[int]
-
-
-class DiffuserState(KeyValueCache):
-    """The encoder's keys and values, and the settings of DDIM."""
-
-    ddim: Ddim | None = None
-    """None: the next token is predicted from the null noise."""
-
-    def join(self, other: State) -> None:
-        """See ``State.join``."""
-        assert isinstance(other, DiffuserState)
-        super().join(other)
-        if other.ddim is not None:
-            own = () if self.ddim is None else self.ddim.seeds
-            self.ddim = Ddim(other.ddim.n_steps, (*own, *other.ddim.seeds))
-
-    def drop(self, row: int) -> None:
-        """See ``State.drop``."""
-        super().drop(row)
-        if self.ddim is not None:
-            seeds = list(self.ddim.seeds)
-            seeds[row] = seeds[-1]
-            self.ddim = Ddim(self.ddim.n_steps, tuple(seeds[:-1]))
 
 
 class Diffuser(Expert):

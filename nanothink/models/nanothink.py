@@ -25,7 +25,6 @@ Shapes: B batch, T time, D model width, V vocabulary, E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
@@ -34,7 +33,8 @@ from torch import Tensor, nn
 
 from nanothink.config import MLAConfig, ModelConfig, VectorStoreConfig
 from nanothink.errors import UsageError
-from nanothink.models.contract import IGNORE, LanguageModel, State, joined_rows, without_row
+from nanothink.models.contract import IGNORE, LanguageModel, State
+from nanothink.models.decoding_states import JointState
 from nanothink.models.feed_forward import SwiGLU
 from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.latent_attention import LatentAttention, latent_widths
@@ -55,35 +55,6 @@ from nanothink.models.store_gate import (
     choose_key_expert,
 )
 from nanothink.models.transformer import Transformer, inner_width
-
-
-@dataclass
-class JointState(State):
-    """Decoding state: the experts' states, the latents of the blocks, and the last token's weights, query and
-    stream."""
-
-    experts: Sequence[State]
-    latents: KeyValueCache
-    weights: Tensor | None = None  # (B, E), or (B, E + 1) after a search
-    query: Tensor | None = None  # (B, D)
-    stream: Tensor | None = None  # (B, D)
-
-    def join(self, other: State) -> None:
-        """See ``State.join``."""
-        assert isinstance(other, JointState)
-        for own, theirs in zip((*self.experts, self.latents), (*other.experts, other.latents), strict=True):
-            own.join(theirs)
-        self.weights = joined_rows(self.weights, other.weights)
-        self.query = joined_rows(self.query, other.query)
-        self.stream = joined_rows(self.stream, other.stream)
-
-    def drop(self, row: int) -> None:
-        """See ``State.drop``."""
-        for own in (*self.experts, self.latents):
-            own.drop(row)
-        self.weights = without_row(self.weights, row)
-        self.query = without_row(self.query, row)
-        self.stream = without_row(self.stream, row)
 
 
 class NanoThink(LanguageModel):

@@ -21,8 +21,9 @@ from nanothink.inference.generate import StreamDecoder, generate
 from nanothink.inference.sampling import sampling_config
 from nanothink.models import training_of
 from nanothink.models.contract import LanguageModel, State
-from nanothink.models.diffuser import Ddim, Diffuser
-from nanothink.models.nanothink import JointState, NanoThink
+from nanothink.models.decoding_states import Ddim, JointState
+from nanothink.models.diffuser import Diffuser
+from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import Precision, choose_device
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.saved_model import SavedModel

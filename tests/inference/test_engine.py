@@ -14,7 +14,8 @@ from nanothink.inference.generate import generate
 from nanothink.inference.sampling import SamplingConfig
 from nanothink.models import ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
-from nanothink.models.diffuser import Ddim, Diffuser
+from nanothink.models.decoding_states import Ddim
+from nanothink.models.diffuser import Diffuser
 
 VOCAB, EOS = 37, 36
 KINDS = ("transformer", "state_space", "diffuser", "nanothink_mla")

@@ -12,7 +12,8 @@ from nanothink.config import Config, ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
 from nanothink.models import EXPERTS, build_model
 from nanothink.models.contract import LanguageModel
-from nanothink.models.diffuser import Ddim, Diffuser
+from nanothink.models.decoding_states import Ddim
+from nanothink.models.diffuser import Diffuser
 from nanothink.models.transformer import Transformer
 
 

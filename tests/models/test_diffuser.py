@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from nanothink.config import DiffuserConfig, ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
 from nanothink.models.contract import IGNORE, Batch, Loss
-from nanothink.models.diffuser import Ddim, Diffuser
+from nanothink.models.decoding_states import Ddim
+from nanothink.models.diffuser import Diffuser
 from nanothink.models.noise import Draws, clean_from_velocity, diffuse
 from nanothink.models.transformer import Transformer
 from nanothink.training.objectives import ExpertObjective

@@ -22,7 +22,8 @@ from nanothink.config.run import resolve_config
 from nanothink.errors import UsageError
 from nanothink.models import COMBINED, ExpertDescription, build_model
 from nanothink.models.contract import IGNORE, LanguageModel
-from nanothink.models.nanothink import JointState, NanoThink
+from nanothink.models.decoding_states import JointState
+from nanothink.models.nanothink import NanoThink
 from nanothink.models.router import routing_entropy
 from nanothink.training.optimizer import GroupedOptimizer
 

@@ -13,8 +13,9 @@ from nanothink.config import ModelConfig, StateSpaceConfig
 from nanothink.errors import UsageError
 from nanothink.models import state_space
 from nanothink.models.contract import IGNORE
+from nanothink.models.mamba_mixer import delta_rank
 from nanothink.models.selective_scan import compiled
-from nanothink.models.state_space import StateSpace, delta_rank, to_mamba_config
+from nanothink.models.state_space import StateSpace, to_mamba_config
 
 VOCAB = 61
 SCANS = [

@@ -15,8 +15,9 @@ from nanothink.config.run import Config
 from nanothink.errors import UsageError
 from nanothink.models import build_model
 from nanothink.models.contract import IGNORE, Batch
+from nanothink.models.decoding_states import JointState
 from nanothink.models.loss import likelihood_and_peak, linear_log_likelihood
-from nanothink.models.nanothink import JointState, NanoThink
+from nanothink.models.nanothink import NanoThink
 from nanothink.models.store_gate import NO_TOKEN, TINY, Neighbours, StoreGate, choose_key_expert
 from nanothink.training.objectives import Routed
 from nanothink.training.optimizer import GroupedOptimizer

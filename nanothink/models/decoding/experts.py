@@ -17,7 +17,8 @@ from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.layers import Attention, Block, RMSNorm
 
 if TYPE_CHECKING:
-    from nanothink.models.state_space import Backbone, Layer, Recurrence
+    from nanothink.models.mamba_mixer import Recurrence
+    from nanothink.models.state_space import Backbone, Layer
     from nanothink.models.transformer import Decoder
 
 _BLOCK = {
