@@ -83,9 +83,11 @@ SMALL = {
     ),
     "generation.py": Small(
         "--preset tiny --tokens 4 --rounds 1 --batch 1",
-        rows=14,
+        rows=26,
         named=(
             "nanothink, nanothink_mla",
+            "nanothink, transformer, no compiler",
+            "llama.cpp, f32",
             QWEN3,
             "GPT-2, transformers",
             "Mamba, transformers",

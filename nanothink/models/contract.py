@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from nanothink.config import Config
 from nanothink.data.tokens import IGNORE
 from nanothink.models.dropout import Dropout
 from nanothink.models.loss import linear_cross_entropy, linear_log_likelihood
+
+if TYPE_CHECKING:
+    from nanothink.models.decoding.steps import Step
 
 __all__ = [
     "IGNORE",
@@ -41,6 +44,16 @@ class State:
     Its rows are sequences of their own. They may join and leave, and may have read different numbers of
     tokens; whoever reads on gives each of them the same number.
     """
+
+    compiled: Step | None = None
+    """Reads tokens into the tensors of this state; None once one of them has been replaced."""
+
+    def check_room(self, tokens: Tensor) -> None:
+        """Raise UsageError for (B, T) tokens that do not fit."""
+
+    def has_room(self, n_new: int) -> bool:
+        """True if the tensors of this state take so many more tokens as they are."""
+        return True
 
     def join(self, other: State) -> None:
         """Append copies of the rows of another state of the same model, which stays as it is."""

@@ -76,6 +76,15 @@ class Denoiser(nn.Module):
         """(..., D) states of the encoder."""
         return Condition(self.context_proj(states), self.context_modulation(states))
 
+    def level_terms(self, levels: Tensor | int) -> Tensor:
+        """Terms of the modulation, (layers * M), or (..., layers * M) for (...) int64 levels."""
+        if isinstance(levels, int):
+            features = self.level_features[levels]
+            one: Tensor = self.level_modulation(F.silu(self.level_proj(features)))
+            return one
+        by_level = self.level_modulation(F.silu(self.level_proj(self.level_features)))  # (N + 1, layers * M)
+        return F.embedding(levels, by_level)
+
     def forward(
         self, condition: Condition, noisy: Tensor | None, levels: Tensor | int, guess: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -96,8 +105,7 @@ class Denoiser(nn.Module):
             x = x + self.noisy_proj(noisy.to(dtype))
         if guess is not None and self.guess_proj is not None:
             x = x + self.guess_proj(guess.to(dtype))
-        by_level = self.level_modulation(F.silu(self.level_proj(self.level_features)))  # (N + 1, layers * M)
-        of_level = by_level[levels] if isinstance(levels, int) else F.embedding(levels, by_level)
+        of_level = self.level_terms(levels)
         terms = (condition.modulation + of_level).chunk(3 * len(self.norms), dim=-1)
         for i, (norm, mlp) in enumerate(zip(self.norms, self.mlps, strict=True)):
             shift, scale, gate = terms[3 * i : 3 * i + 3]

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from nanothink.config import Config, DiffuserConfig, ModelConfig, TransformerConfig
 from nanothink.errors import UsageError
+from nanothink.models import decoding
 from nanothink.models.contract import IGNORE, Batch, Expert, FrozenBase, LanguageModel, Loss, State
 from nanothink.models.decoding_states import Ddim, DiffuserState
 from nanothink.models.denoiser import Condition, Denoiser
@@ -45,6 +46,9 @@ from nanothink.models.noise import (
 )
 from nanothink.models.precision import matmul_dtype
 from nanothink.models.transformer import Decoder, block_reading_bytes, inner_width, shape_inner_width
+
+if TYPE_CHECKING:
+    from nanothink.models.decoding.steps import Step
 
 _SMALLEST_SCALE = 1e-3  # features that hardly vary are not amplified
 
@@ -237,6 +241,10 @@ class Diffuser(Expert):
     def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
         """See ``LanguageModel.read``."""
         assert isinstance(state, DiffuserState)
+        if (step := self._compiled_step(tokens, state)) is not None:
+            states = step.read(tokens, state.lengths)
+            state.advance(tokens.shape[1])
+            return states[:, -1:] if last_only else states
         encoded = self.encoder.read(tokens, state, last_only=last_only)
         with torch.no_grad():
             condition = self.condition(encoded)
@@ -251,6 +259,28 @@ class Diffuser(Expert):
             return self.denoise_by_ddim(
                 condition, torch.stack(noise).view_as(encoded), self.shape.training_steps, state.ddim.n_steps
             )[1]
+
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """See ``LanguageModel.step``."""
+        assert isinstance(state, DiffuserState)
+        step = self._compiled_step(tokens, state, self.head_weight)
+        if step is None:
+            return super().step(tokens, state)
+        logits = step.predict(tokens, state.lengths) * self.logit_scale
+        state.advance(tokens.shape[1])
+        return logits
+
+    def _compiled_step(self, tokens: Tensor, state: DiffuserState, head: Tensor | None = None) -> Step | None:
+        """The compiled step for these tokens, with logits if there is a head; None where there is none."""
+        if state.ddim is not None:
+            return None  # the encoder's own is found further down
+
+        def build() -> Step | None:
+            from nanothink.models.decoding.steps import diffuser_step
+
+            return diffuser_step(self, state, tokens.shape[1], head)
+
+        return decoding.step_for(state, tokens, self.embedding.weight, head, build)
 
     def training_loss(
         self, batch: Batch, scale: float, *, seed: int, base: LanguageModel | None = None

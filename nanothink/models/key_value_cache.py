@@ -5,16 +5,13 @@ Shapes: B batch, T new tokens, S keys (cached and new), H heads of keys, K width
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from nanothink.errors import UsageError
 from nanothink.models.contract import State
-
-if TYPE_CHECKING:
-    from nanothink.models.decoding.experts import Step
 
 _FIRST_CAPACITY = 64  # tokens a new cache has room for; it doubles when full
 
@@ -51,8 +48,6 @@ class KeyValueCache(State):
         self._lengths: list[int] | None = None  # of each row, where they differ
         self._positions: Tensor | None = None  # (B, T) of the new tokens, where the lengths differ
         self._seen: Tensor | None = None  # (B, 1, T, S), the mask where the lengths differ
-        self.compiled: Step | None = None
-        """Writes to these buffers; nothing once one of them has been replaced."""
         self._keys: list[Tensor | None] = [None] * n_layers
         self._values: list[Tensor | None] = [None] * n_layers
 
@@ -154,17 +149,21 @@ class KeyValueCache(State):
         n = self.batch_size
         return all_keys[:n, :, :stop], all_values[:n, :, :stop]
 
-    def room(self, layer: int, n_new: int, n_heads: int, width: int) -> tuple[Tensor, Tensor]:
+    def room(
+        self, layer: int, n_new: int, n_heads: int, key_width: int, value_width: int
+    ) -> tuple[Tensor, Tensor]:
         """Buffers of a layer, (B, n_heads, S, width) float32 each, with room for ``n_new`` more tokens."""
-        new = torch.empty(self.batch_size, n_heads, n_new, width)
-        keys = self._keys[layer] = self._with_room(self._keys[layer], new)
-        values = self._values[layer] = self._with_room(self._values[layer], new)
-        return keys, values
+        found = []
+        for buffers, width in ((self._keys, key_width), (self._values, value_width)):
+            buffer = self._with_room(buffers[layer], torch.empty(self.batch_size, n_heads, n_new, width))
+            buffers[layer] = buffer
+            found.append(buffer)
+        return found[0], found[1]
 
     def has_room(self, n_new: int) -> bool:
-        """True if the buffers can take ``n_new`` more tokens as they are."""
-        first = self._keys[0]
-        return first is not None and self.length + n_new <= first.shape[2]
+        """See ``State.has_room``."""
+        stop = self.length + n_new
+        return not self._keys or (self._keys[0] is not None and stop <= self._keys[0].shape[2])
 
     def advance(self, n_tokens: int) -> None:
         self.length += n_tokens

@@ -24,7 +24,7 @@ from nanothink.models.layers import linear
 from nanothink.models.selective_scan import selective_scan
 
 if TYPE_CHECKING:
-    from nanothink.models.decoding.experts import Step
+    from nanothink.models.decoding.steps import Step
 
 _DELTA_MIN, _DELTA_MAX, _DELTA_FLOOR = 0.001, 0.1, 1e-4
 
@@ -43,7 +43,7 @@ class Recurrence(State):
         self.compiled: Step | None = None
         """Writes to these states; nothing once one of them has been replaced."""
 
-    def check_batch(self, tokens: Tensor) -> None:
+    def check_room(self, tokens: Tensor) -> None:
         """Raise UsageError for (B, T) tokens of another number of sequences."""
         if tokens.shape[0] != self.batch_size:
             raise UsageError(
@@ -67,9 +67,10 @@ class Recurrence(State):
         assert isinstance(other, Recurrence)
         self.compiled = None
         for i, (own, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
-            if own is None:
-                self.layers[i] = None if theirs is None else replace(theirs)
-            elif theirs is not None:
+            if own is None and theirs is not None:
+                conv_state, ssm_state = theirs.conv_state.clone(), theirs.ssm_state.clone()
+                self.layers[i] = replace(theirs, conv_state=conv_state, ssm_state=ssm_state)
+            elif own is not None and theirs is not None:
                 own.conv_state = torch.cat([own.conv_state, theirs.conv_state])
                 own.ssm_state = torch.cat([own.ssm_state, theirs.ssm_state])
         self.batch_size += other.batch_size

@@ -24,8 +24,8 @@ Shapes: B batch, T time, D model width, V vocabulary, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from nanothink.config import MLAConfig, ModelConfig, VectorStoreConfig
 from nanothink.errors import UsageError
+from nanothink.models import decoding
 from nanothink.models.contract import IGNORE, LanguageModel, State
 from nanothink.models.decoding_states import JointState
 from nanothink.models.feed_forward import SwiGLU
@@ -55,6 +56,9 @@ from nanothink.models.store_gate import (
     choose_key_expert,
 )
 from nanothink.models.transformer import Transformer, inner_width
+
+if TYPE_CHECKING:
+    from nanothink.models.decoding.steps import JointStep, Step
 
 
 class NanoThink(LanguageModel):
@@ -291,8 +295,12 @@ class NanoThink(LanguageModel):
 
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """See ``LanguageModel.step``."""
-        logits = super().step(tokens, state)
         assert isinstance(state, JointState)
+        step = self._compiled_step(tokens, state, self.head_weight)
+        if step is None:
+            logits = super().step(tokens, state)
+        else:
+            logits = self._run(step, tokens, state, step.predict) * self.logit_scale
         if state.query is None:
             return logits
         assert self.store_gate is not None
@@ -315,6 +323,9 @@ class NanoThink(LanguageModel):
     def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
         """See ``LanguageModel.read``."""
         assert isinstance(state, JointState)
+        if (step := self._compiled_step(tokens, state)) is not None:
+            hidden = self._run(step, tokens, state, step.read)
+            return hidden[:, -1:] if last_only else hidden
         state.latents.check_room(tokens)  # before any expert's state has advanced
         with torch.no_grad():
             states = [
@@ -328,6 +339,41 @@ class NanoThink(LanguageModel):
         if (queries := self._query([of_expert[:, -1] for of_expert in states])) is not None:
             state.query, state.stream = queries, hidden[:, -1, -self.d_model :]
         return hidden[:, -1:] if last_only else hidden
+
+    def _compiled_step(
+        self, tokens: Tensor, state: JointState, head: Tensor | None = None
+    ) -> JointStep | None:
+        """The compiled step for these tokens, with logits if there is a head; None where there is none."""
+
+        def build() -> Step | None:
+            from nanothink.models.decoding.steps import joint_step
+
+            return joint_step(self, state.latents, tokens.shape[1], head)
+
+        found = decoding.step_for(state.latents, tokens, self.embed_tokens.weight, head, build)
+        return cast("JointStep | None", found)
+
+    def _run(
+        self,
+        step: JointStep,
+        tokens: Tensor,
+        state: JointState,
+        run: Callable[[Tensor, Sequence[int]], Tensor],
+    ) -> Tensor:
+        """Read (B, T) tokens by a compiled step, after the experts; returns what ``run`` does."""
+        states = [
+            cast(LanguageModel, expert).read(tokens, of_expert)
+            for expert, of_expert in zip(self.experts, state.experts, strict=True)
+        ]
+        for place, of_expert in zip(step.experts, states, strict=True):
+            place[: tokens.numel()].copy_(of_expert.flatten(0, 1))
+        found = run(tokens, state.latents.lengths)
+        state.latents.advance(tokens.shape[1])
+        last = torch.arange(tokens.shape[1] - 1, tokens.numel(), tokens.shape[1])  # row of each last token
+        state.weights = step.weights[last]
+        if (queries := self._query([of_expert[:, -1] for of_expert in states])) is not None:
+            state.query, state.stream = queries, step.states[last, -self.d_model :]
+        return found
 
     def _combine(
         self,

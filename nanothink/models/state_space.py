@@ -36,7 +36,7 @@ from nanothink.models.precision import matmul_dtype
 from nanothink.models.selective_scan import choose_scan
 
 if TYPE_CHECKING:
-    from nanothink.models.decoding.experts import Step
+    from nanothink.models.decoding.steps import Step
 
 _STEPS_BETWEEN_STATES = 32  # of those that the scan keeps for its backward pass (plain.py, compiled.py)
 
@@ -97,16 +97,13 @@ class Backbone(nn.Module):
         self, tokens: Tensor, recurrence: Recurrence, head: Tensor | None = None
     ) -> Step | None:
         """The compiled step for these tokens, with logits if there is a head; None where there is none."""
-        weight = self.embeddings.weight
-        if not decoding.suits(tokens, weight):
-            return None
-        step = recurrence.compiled
-        if step is None or step.address != weight.data_ptr() or (step.logits is None and head is not None):
-            from nanothink.models.decoding.experts import state_space_step
 
-            with torch.no_grad():
-                recurrence.compiled = step = state_space_step(self, recurrence, head)
-        return step
+        def build() -> Step | None:
+            from nanothink.models.decoding.steps import state_space_step
+
+            return state_space_step(self, recurrence, head)
+
+        return decoding.step_for(recurrence, tokens, self.embeddings.weight, head, build)
 
 
 class StateSpace(Expert):
@@ -179,13 +176,13 @@ class StateSpace(Expert):
     def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
         """See ``LanguageModel.read``. Many tokens are read by one scan, which returns its last state."""
         assert isinstance(state, Recurrence)
-        state.check_batch(tokens)
+        state.check_room(tokens)
         return self.backbone.read(tokens, state, last_only=last_only)
 
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """See ``LanguageModel.step``."""
         assert isinstance(state, Recurrence)
-        state.check_batch(tokens)
+        state.check_room(tokens)
         step = self.backbone.compiled_step(tokens, state, self.head_weight)
         if step is None:
             return super().step(tokens, state)

@@ -39,7 +39,7 @@ from nanothink.models.layers import (
 from nanothink.models.loss import CHUNK_ROWS
 
 if TYPE_CHECKING:
-    from nanothink.models.decoding.experts import Step
+    from nanothink.models.decoding.steps import Step
 
 
 class Decoder(nn.Module):
@@ -133,21 +133,13 @@ class Decoder(nn.Module):
 
     def compiled_step(self, tokens: Tensor, cache: KeyValueCache, head: Tensor | None = None) -> Step | None:
         """The compiled step for these tokens, with logits if there is a head; None where there is none."""
-        weight = self.embed_tokens.weight
-        if not decoding.suits(tokens, weight):
-            return None
-        cache.check_room(tokens)
-        step, n_new = cache.compiled, tokens.shape[1]
-        if (
-            step is None
-            or step.address != weight.data_ptr()
-            or not cache.has_room(n_new)
-            or (step.logits is None and head is not None)
-        ):
-            from nanothink.models.decoding.experts import decoder_step
 
-            cache.compiled = step = decoder_step(self, cache, n_new, head)
-        return step
+        def build() -> Step | None:
+            from nanothink.models.decoding.steps import decoder_step
+
+            return decoder_step(self, cache, tokens.shape[1], head)
+
+        return decoding.step_for(cache, tokens, self.embed_tokens.weight, head, build)
 
 
 class Transformer(Expert):

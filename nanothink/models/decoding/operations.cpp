@@ -29,9 +29,7 @@ struct Run {
   int64_t position(int64_t row) const { return positions[row / n_new] + row % n_new; }
 };
 
-enum Kind { EMBED, NORM, LINEAR, SPREAD, GATE, ROTATE, APPEND, ATTEND, CONVOLVE, SCAN };
-
-constexpr int64_t AHEAD = 4096;  // bytes of a matrix asked for before they are needed
+constexpr int64_t AHEAD = 2048;  // bytes of a matrix asked for before they are needed
 
 // Call f(start, lanes) for each vector of a row of n numbers; the last may be cut short.
 template <class F>
@@ -118,12 +116,14 @@ void embed(const Operation& op, const Run& run) {
     std::memcpy(op.p[1] + r * width, op.p[0] + run.tokens[r] * width, 4 * width);
 }
 
-// y = RMSNorm(x), for each of n[1] parts of a row. n: width, parts; number: epsilon; p: x, weight, y.
+// y = RMSNorm(x), for each part of a row. n: width, parts, stride of x, stride of y; number: epsilon;
+// p: x, weight, y.
 void norm(const Operation& op, const Run& run) {
   const int64_t width = op.n[0];
-  for (int64_t r = 0; r < run.rows() * op.n[1]; ++r) {
-    const float* x = op.p[0] + r * width;
-    float* y = op.p[2] + r * width;
+  for (int64_t i = 0; i < run.rows() * op.n[1]; ++i) {
+    const int64_t r = i / op.n[1], part = i % op.n[1] * width;
+    const float* x = op.p[0] + r * op.n[2] + part;
+    float* y = op.p[2] + r * op.n[3] + part;
     vec squares{};
     for_vectors(width, [&](int64_t i, int lanes) {
       const vec v = load(x + i, lanes);
@@ -172,14 +172,14 @@ void gate(const Operation& op, const Run& run) {
 }
 
 // Rotate the first 2 half features of each head of x (R, heads, K) by the row's position, first half against
-// second. n: heads, K, half; p: cosines (S, half), sines, x.
+// second. n: heads, K, half, stride of x; p: cosines (S, half), sines, x.
 void rotate(const Operation& op, const Run& run) {
   const int64_t heads = op.n[0], width = op.n[1], half = op.n[2];
   for (int64_t r = 0; r < run.rows(); ++r) {
     const int64_t position = run.position(r);
     const float *cosines = op.p[0] + position * half, *sines = op.p[1] + position * half;
     for (int64_t h = 0; h < heads; ++h) {
-      float *first = op.p[2] + (r * heads + h) * width, *second = first + half;
+      float *first = op.p[2] + r * op.n[3] + h * width, *second = first + half;
       for_vectors(half, [&](int64_t i, int lanes) {
         const vec a = load(first + i, lanes), b = load(second + i, lanes);
         const vec c = load(cosines + i, lanes), s = load(sines + i, lanes);
@@ -190,13 +190,13 @@ void rotate(const Operation& op, const Run& run) {
   }
 }
 
-// Put rows into a cache. n: G, K, S; p: x (R, G, K), cache (B, G, S, K).
+// Put rows into a cache. n: G, K, S, stride of x; p: x (R, G K), cache (B, G, S, K).
 void append(const Operation& op, const Run& run) {
   const int64_t heads = op.n[0], width = op.n[1], room = op.n[2];
   for (int64_t r = 0; r < run.rows(); ++r)
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t row = ((r / run.n_new) * heads + h) * room + run.position(r);
-      std::memcpy(op.p[1] + row * width, op.p[0] + (r * heads + h) * width, 4 * width);
+      std::memcpy(op.p[1] + row * width, op.p[0] + r * op.n[3] + h * width, 4 * width);
     }
 }
 
@@ -265,6 +265,83 @@ void attend(const Operation& op, const Run& run) {
   }
 }
 
+// Attention to latents (latent_attention.py, "absorbed"), whose caches hold the new tokens. C latent and Q rotary
+// width. n: H, K, Q, C, S; number: scale of the scores; p: queries (R, H, K + Q), latents (B, S, C), rotary keys
+// (B, S, Q), matrices that expand a latent to a head's key, then its value (H, 2, K, C), y (R, H, K).
+void attend_latents(const Operation& op, const Run& run) {
+  const int64_t heads = op.n[0], width = op.n[1], rotary = op.n[2], latent = op.n[3], room = op.n[4];
+  const int64_t longest = *std::max_element(run.positions, run.positions + run.batch) + run.n_new;
+  const int64_t stride = (longest + W - 1) / W * W;
+  std::vector<float> scores(heads * stride), absorbed(heads * latent), seen(latent);
+  for (int64_t r = 0; r < run.rows(); ++r) {
+    const int64_t n_keys = run.position(r) + 1, first = r / run.n_new * room;
+    const float *query = op.p[0] + r * heads * (width + rotary), *latents = op.p[1] + first * latent;
+    for (int64_t h = 0; h < heads; ++h)
+      for_vectors(latent, [&](int64_t i, int lanes) {
+        vec total{};
+        for (int64_t k = 0; k < width; ++k)
+          total += splat(query[h * (width + rotary) + k]) * load(op.p[3] + (h * 2 * width + k) * latent + i, lanes);
+        store(absorbed.data() + h * latent + i, total, lanes);
+      });
+    product(latents, absorbed.data(), latent, scores.data(), stride, heads, latent, n_keys, false);
+    product(op.p[2] + first * rotary, query + width, width + rotary, scores.data(), stride, heads, rotary, n_keys,
+            true);
+    for (int64_t h = 0; h < heads; ++h) {
+      softmax(scores.data() + h * stride, n_keys, static_cast<float>(op.number));
+      weighted_sum(scores.data() + h * stride, latents, n_keys, latent, seen.data());
+      product(op.p[3] + (h * 2 + 1) * width * latent, seen.data(), latent, op.p[4] + (r * heads + h) * width, width,
+              1, latent, width, false);
+    }
+  }
+}
+
+// y = shift + x (1 + scale), each the sum of a term of the row and one of the noise level. n: D, stride of the
+// rows' terms; p: x (R, D), terms of the rows, terms of the level (shift, then scale, of width D), y (R, D).
+void modulate(const Operation& op, const Run& run) {
+  const int64_t width = op.n[0];
+  for (int64_t r = 0; r < run.rows(); ++r) {
+    const float* of_row = op.p[1] + r * op.n[1];
+    for_vectors(width, [&](int64_t i, int lanes) {
+      const vec shift = load(of_row + i, lanes) + load(op.p[2] + i, lanes);
+      const vec scale = load(of_row + width + i, lanes) + load(op.p[2] + width + i, lanes);
+      store(op.p[3] + r * width + i, shift + load(op.p[0] + r * width + i, lanes) * (splat(1.f) + scale), lanes);
+    });
+  }
+}
+
+// x += y (1 + gate), gate as above. n: D, stride; p: y (R, D), terms of the rows, terms of the level, x (R, D).
+void add_gated(const Operation& op, const Run& run) {
+  const int64_t width = op.n[0];
+  for (int64_t r = 0; r < run.rows(); ++r)
+    for_vectors(width, [&](int64_t i, int lanes) {
+      const vec gate = load(op.p[1] + r * op.n[1] + i, lanes) + load(op.p[2] + i, lanes);
+      float* to = op.p[3] + r * width + i;
+      store(to, load(to, lanes) + load(op.p[0] + r * width + i, lanes) * (splat(1.f) + gate), lanes);
+    });
+}
+
+// The weight of each expert, w = softmax(bias + W u), and the head's input e^s [w_1 h_1 ; ... ; u]. n: D, experts,
+// stride of experts; p: u (R, D), W (experts, D) or null, bias, s, h (experts, R, D), w (R, experts), y.
+void route(const Operation& op, const Run& run) {
+  const int64_t width = op.n[0], experts = op.n[1];
+  const float factor = std::exp(*op.p[3]);
+  for (int64_t r = 0; r < run.rows(); ++r) {
+    const float* u = op.p[0] + r * width;
+    float *weights = op.p[5] + r * experts, *y = op.p[6] + r * (experts + 1) * width;
+    std::memcpy(weights, op.p[2], 4 * experts);
+    if (op.p[1]) product(op.p[1], u, width, weights, experts, 1, width, experts, true);
+    const float most = *std::max_element(weights, weights + experts);
+    float total = 0;
+    for (int64_t e = 0; e < experts; ++e) total += weights[e] = std::exp(weights[e] - most);
+    for (int64_t e = 0; e <= experts; ++e) {
+      const float* part = e < experts ? op.p[4] + e * op.n[2] + r * width : u;
+      if (e < experts) weights[e] /= total;
+      const vec scale = splat(e < experts ? weights[e] * factor : factor);
+      for_vectors(width, [&](int64_t i, int lanes) { store(y + e * width + i, load(part + i, lanes) * scale, lanes); });
+    }
+  }
+}
+
 // A causal filter a channel over the inputs before and now, then silu. n: E, width of the filter; p: x (R, E),
 // taps (width, E) with the oldest input's first, bias (E), inputs before (B, width - 1, E), y (R, E).
 void convolve(const Operation& op, const Run& run) {
@@ -311,7 +388,8 @@ void scan(const Operation& op, const Run& run) {
 }
 
 using Function = void (*)(const Operation&, const Run&);
-constexpr Function FUNCTIONS[] = {embed, norm, linear, spread, gate, rotate, append, attend, convolve, scan};
+constexpr Function FUNCTIONS[] = {embed,    norm, linear,         spread,   gate,      rotate, append, attend,
+                                  convolve, scan, attend_latents, modulate, add_gated, route};
 
 }  // namespace
 

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KINDS = ("embed", "norm", "linear", "spread", "gate", "rotate", "append", "attend", "convolve", "scan")
+KINDS = (
+    *("embed", "norm", "linear", "spread", "gate", "rotate", "append", "attend", "convolve", "scan"),
+    *("attend_latents", "modulate", "add_gated", "route"),
+)
 """Names of the operations, in the order of operations.cpp."""
 
 
@@ -80,15 +83,16 @@ class Program:
 
     def norm(self, x: Tensor, weight: Tensor, eps: float, *, in_place: bool = False) -> Tensor:
         """RMSNorm of each part of a row that is as wide as the weight."""
-        width = weight.shape[0]
+        width, row = weight.shape[0], x.stride(0)
         y = x if in_place else self.buffer(x.shape[1])
-        return self._add("norm", [width, x.shape[1] // width], [x, weight], y, eps)
+        return self._add("norm", [width, x.shape[1] // width, row, y.stride(0)], [x, weight], y, eps)
 
     def linear(
         self, x: Tensor, weight: Tensor, *, add_to: Tensor | None = None, last: bool = False
     ) -> Tensor:
         """``x @ weight.T``, added to a buffer if one is given; of the last new tokens alone if ``last``."""
         n_out, n_in = weight.shape
+        assert x.is_contiguous()
         y = self.buffer(n_out) if add_to is None else add_to
         return self._add("linear", [n_in, n_out, int(add_to is not None), int(last)], [weight, x], y)
 
@@ -102,19 +106,63 @@ class Program:
         return self._add("gate", [x.shape[1]], [gate, x], self.buffer(x.shape[1]))
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, width: int) -> Tensor:
-        """Rotary positions, in place, on the first features of each head of a width."""
-        return self._add("rotate", [x.shape[1] // width, width, cos.shape[1]], [cos, sin], x)
+        """Rotary positions, in place, on the first features of each head of a width.
+
+        The last head may lack what lies behind those features.
+        """
+        sizes = [-(-x.shape[1] // width), width, cos.shape[1], x.stride(0)]
+        return self._add("rotate", sizes, [cos, sin], x)
 
     def append(self, x: Tensor, cache: Tensor) -> None:
         """Put rows (G K) into a cache (B, G, S, K) at their positions."""
         _, groups, room, width = cache.shape
-        self._add("append", [groups, width, room], [x], cache)
+        self._add("append", [groups, width, room, x.stride(0)], [x], cache)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Causal attention of heads (H K) to caches (B, G, S, K), which hold the new tokens already."""
         _, groups, room, width = keys.shape
         sizes = [queries.shape[1] // width, groups, width, room]
         return self._add("attend", sizes, [queries, keys, values], self.buffer(queries.shape[1]), scale)
+
+    def attend_latents(
+        self, queries: Tensor, latents: Tensor, keys: Tensor, expand: Tensor, n_heads: int, scale: float
+    ) -> Tensor:
+        """Latent attention to caches (B, 1, S, C) of latents and (B, 1, S, Q) of rotary keys.
+
+        Args:
+            queries: (H (K + Q)).
+            expand: (H 2 K, C), from a latent to each head's key and value.
+        """
+        _, _, room, latent = latents.shape
+        width, rotary = expand.shape[0] // (2 * n_heads), keys.shape[3]
+        y = self.buffer(n_heads * width)
+        found = [queries, latents, keys, expand]
+        return self._add("attend_latents", [n_heads, width, rotary, latent, room], found, y, scale)
+
+    def modulate(self, x: Tensor, of_row: Tensor, of_level: Tensor) -> Tensor:
+        """``shift + x * (1 + scale)``; both lie one after the other in the terms, and are added up."""
+        return self._add(
+            "modulate", [x.shape[1], of_row.stride(0)], [x, of_row, of_level], self.buffer(x.shape[1])
+        )
+
+    def add_gated(self, y: Tensor, of_row: Tensor, of_level: Tensor, x: Tensor) -> None:
+        """``x += y * (1 + gate)``, the gate a sum of two terms."""
+        self._add("add_gated", [x.shape[1], of_row.stride(0)], [y, of_row, of_level], x)
+
+    def route(
+        self, u: Tensor, weight: Tensor | None, bias: Tensor, log_scale: Tensor, states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The weight of each expert (E), and the input of the combined head ((E + 1) D).
+
+        Args:
+            weight, bias: the router's.
+            states: (E, max_rows, D).
+        """
+        n_experts, _, width = states.shape
+        weights, y = self.buffer(n_experts), self.buffer((n_experts + 1) * width)
+        found = [u, weight, bias, log_scale, states, weights]
+        self._add("route", [width, n_experts, states.stride(0)], found, y)
+        return weights, y
 
     def convolve(self, x: Tensor, taps: Tensor, bias: Tensor, before: Tensor) -> Tensor:
         """Causal filter (W, E) over the inputs ``before`` (B, W - 1, E), which move on, and x; then silu."""
@@ -139,15 +187,20 @@ class Program:
         return self._add("scan", sizes, found, self.buffer(channels))
 
     def _add(
-        self, kind: str, sizes: list[int], inputs: list[Tensor], output: Tensor, number: float = 0.0
+        self,
+        kind: str,
+        sizes: list[int],
+        inputs: Sequence[Tensor | None],
+        output: Tensor,
+        number: float = 0.0,
     ) -> Tensor:
-        tensors = [*inputs, output]
-        for tensor in tensors:
-            assert tensor.dtype is torch.float32
-            assert tensor.stride(-1) == 1
-        # Not parameters themselves: these can be given other memory.
-        self._kept += [tensor.detach() for tensor in tensors]
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        addresses = []
+        for tensor in (*inputs, output):
+            addresses.append(None if tensor is None else tensor.data_ptr())
+            if tensor is not None:
+                assert tensor.dtype is torch.float32
+                assert tensor.dim() == 0 or tensor.stride(-1) == 1
+                self._kept.append(tensor.detach())  # a parameter itself can be given other memory
         self._operations.append(
             Operation(
                 KINDS.index(kind),

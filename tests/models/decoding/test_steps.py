@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nanothink.config import Config
 from nanothink.errors import UsageError
-from nanothink.models import build_model, decoding
+from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model, decoding
 from nanothink.models.contract import LanguageModel
 from nanothink.models.decoding import MAX_ROWS, compiled
 from nanothink.models.decoding.program import Program
@@ -21,16 +21,18 @@ from nanothink.models.decoding.program import Program
 pytestmark = pytest.mark.skipif(bool(compiled.unavailable()), reason=compiled.unavailable() or "-")
 
 VOCABULARY = 67
-KINDS = ("transformer", "state_space")
+KINDS = (*EXPERTS, COMBINED)
 
 
 def model_of(kind: str, width: int = 24, **shape: Any) -> LanguageModel:
     """A model of two layers in which every weight counts."""
-    sections = {"transformer": {"n_layers": 2, "n_heads": 1}, "state_space": {"n_layers": 2}}
-    sections[kind] |= shape
+    sections: dict[str, dict[str, Any]] = {name: {"n_layers": 2} for name in EXPERTS}
+    sections |= {"transformer": {"n_layers": 2, "n_heads": 1}, "mla": {"n_heads": 2}}
+    sections[{COMBINED: "mla"}.get(kind, kind)] |= shape
     config = Config.model_validate({"model": {"d_model": width, "max_seq_len": 150}, **sections})
     torch.manual_seed(0)
-    model = build_model(kind, config, VOCABULARY).eval()
+    experts = [ExpertDescription(name, name, config) for name in EXPERTS] if kind == COMBINED else []
+    model = build_model(kind, config, VOCABULARY, experts).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model
@@ -54,6 +56,11 @@ SHAPES = [
     ("state_space", 14, {"d_state": 3, "expand": 1, "conv_width": 2, "delta_rank": 1}),
     ("state_space", 50, {"d_state": 5, "conv_width": 7, "tie_embeddings": True}),
     ("state_space", 64, {"expand": 3, "delta_rank": 33}),
+    ("diffuser", 24, {}),
+    ("diffuser", 34, {"denoiser_layers": 1, "denoiser_mult": 1.4, "self_conditioning": 0.0}),
+    (COMBINED, 24, {}),
+    (COMBINED, 34, {"n_layers": 1, "router": "global", "n_heads": 3, "head_dim": 5, "rope_dim": 6}),
+    (COMBINED, 24, {"n_layers": 0}),
 ]
 
 
@@ -67,7 +74,7 @@ def test_steps_give_the_parallel_logits_for_any_shape(
     state = model.start(batch)
     for t in range(90):
         close(model.step(tokens[:, t : t + 1], state), expected[:, t])
-        assert state.compiled is not None  # type: ignore[attr-defined]
+        assert getattr(state, "latents", state).compiled is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,7 +159,7 @@ def test_what_programs_do_not_know_takes_the_models_own_step() -> None:
     state = model.start(1)
     for t in range(6):
         close(model.step(tokens[:, t : t + 1], state), expected[:, t])
-    assert state.compiled is None  # type: ignore[attr-defined]
+    assert state.compiled is None
     with torch.autocast("cpu", torch.bfloat16):
         assert not decoding.suits(tokens, model.head_weight)
     assert not decoding.suits(text(1, MAX_ROWS + 1), model.head_weight)

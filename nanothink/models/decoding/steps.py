@@ -1,4 +1,4 @@
-"""The steps of the transformer and the state-space model: their forward passes as programs."""
+"""The steps of all models: their forward passes for a few tokens, as programs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from nanothink.models.decoding import MAX_ROWS, compiled
 from nanothink.models.decoding.program import Program
 from nanothink.models.feed_forward import SwiGLU
 from nanothink.models.key_value_cache import KeyValueCache
+from nanothink.models.latent_attention import LatentAttention
 from nanothink.models.layers import Attention, Block, RMSNorm
 
 if TYPE_CHECKING:
+    from nanothink.models.diffuser import Diffuser
     from nanothink.models.mamba_mixer import Recurrence
+    from nanothink.models.nanothink import NanoThink
     from nanothink.models.state_space import Backbone, Layer
     from nanothink.models.transformer import Decoder
 
@@ -64,21 +67,20 @@ def decoder_step(decoder: Decoder, cache: KeyValueCache, n_new: int, head: Tenso
     Returns:
         None if the decoder has something that programs do not know.
     """
-    blocks = [cast(Block, block) for block in decoder.layers]
-    rotary, norm = decoder.rotary, decoder.norm
-    if rotary is None or not all(map(_known, blocks)) or not _plain_floats(decoder):
-        return None
-    if (
-        2 * rotary.cos.shape[1] != cast(Attention, blocks[0].self_attn).head_dim
-    ):  # a part of each head rotates
-        return None
-    assert isinstance(norm, RMSNorm)
     program = Program(compiled.library(), MAX_ROWS)
+    states = _decoded(program, decoder, cache, n_new)
+    return None if states is None else _finished(program, states, decoder.embed_tokens, head)
+
+
+def _decoded(program: Program, decoder: Decoder, cache: KeyValueCache, n_new: int) -> Tensor | None:
+    rotary, blocks = decoder.rotary, [cast(Block, block) for block in decoder.layers]
+    if rotary is None or not _plain_floats(decoder) or not all(map(_known, blocks)):
+        return None
     x = program.embed(decoder.embed_tokens.weight)
     for i, block in enumerate(blocks):
-        attention, mlp = cast(Attention, block.self_attn), cast(SwiGLU, block.mlp)
-        width = attention.q_proj.weight.shape[0] // attention.n_heads
-        keys, values = cache.room(i, n_new, attention.k_proj.weight.shape[0] // width, width)
+        attention = cast(Attention, block.self_attn)
+        width = attention.head_dim
+        keys, values = cache.room(i, n_new, attention.n_kv_heads, width, width)
         h = _norm(program, x, block.input_layernorm)
         q, k = program.linear(h, attention.q_proj.weight), program.linear(h, attention.k_proj.weight)
         for rows, of_head in ((q, attention.q_norm), (k, attention.k_norm)):
@@ -89,10 +91,8 @@ def decoder_step(decoder: Decoder, cache: KeyValueCache, n_new: int, head: Tenso
         program.append(program.linear(h, attention.v_proj.weight), values)
         y = program.attend(q, keys, values, width**-0.5)
         program.linear(y, attention.o_proj.weight, add_to=x)
-        h = _norm(program, x, block.post_attention_layernorm)
-        gate, up = program.linear(h, mlp.gate_proj.weight), program.linear(h, mlp.up_proj.weight)
-        program.linear(program.gate(gate, up), mlp.down_proj.weight, add_to=x)
-    return _finished(program, x, norm, decoder.embed_tokens, head)
+        _feed_forward(program, _norm(program, x, block.post_attention_layernorm), block.mlp, x)
+    return _norm(program, x, decoder.norm)
 
 
 def state_space_step(backbone: Backbone, recurrence: Recurrence, head: Tensor | None) -> Step | None:
@@ -114,11 +114,74 @@ def state_space_step(backbone: Backbone, recurrence: Recurrence, head: Tensor | 
         rates = (mixer.rates() / math.log(2)).t().contiguous()
         y = program.scan(u, delta, parts, mixer.splits[0], rates, mixer.D, state.ssm_state)
         program.linear(program.gate(gate, y), mixer.out_proj.weight, add_to=x)
-    return _finished(program, x, backbone.norm_f, backbone.embeddings, head)
+    return _finished(program, _norm(program, x, backbone.norm_f), backbone.embeddings, head)
 
 
-def _finished(program: Program, x: Tensor, norm: RMSNorm, table: nn.Embedding, head: Tensor | None) -> Step:
-    states = _norm(program, x, norm)
+def diffuser_step(model: Diffuser, cache: KeyValueCache, n_new: int, head: Tensor | None) -> Step | None:
+    """The same for the diffuser: one evaluation of its denoiser, from the null noise."""
+    program, denoiser = Program(compiled.library(), MAX_ROWS), model.denoiser
+    encoded = _decoded(program, model.encoder, cache, n_new)
+    if encoded is None or not _plain_floats(denoiser):
+        return None
+    x = program.linear(encoded, denoiser.context_proj.weight)
+    of_row = program.linear(encoded, denoiser.context_modulation.weight)
+    of_level, width = denoiser.level_terms(model.shape.training_steps), model.d_model
+    for i, (norm, mlp) in enumerate(zip(denoiser.norms, denoiser.mlps, strict=True)):
+        row, level = of_row[:, 3 * i * width :], of_level[3 * i * width :]
+        inside = program.modulate(_norm(program, x, norm), row, level)
+        y = _feed_forward(program, inside, mlp)
+        program.add_gated(y, row[:, 2 * width :], level[2 * width :], x)
+    return _finished(program, _norm(program, x, denoiser.norm), model.embedding, head)
+
+
+@dataclass(frozen=True)
+class JointStep(Step):
+    """That of NanoThink, which reads the states of its experts beside the tokens."""
+
+    experts: Tensor
+    """(E, max_rows, D): where the experts' states are put."""
+    weights: Tensor
+    """(max_rows, E), the router's."""
+
+
+def joint_step(model: NanoThink, latents: KeyValueCache, n_new: int, head: Tensor | None) -> JointStep | None:
+    """The same for NanoThink over its experts."""
+    own = [p for name, p in model.named_parameters() if not name.startswith("experts.")]
+    if not all(p.dtype is torch.float32 and p.is_contiguous() for p in own):
+        return None
+    program, width = Program(compiled.library(), MAX_ROWS), model.d_model
+    experts = program.hold(torch.zeros(len(model.experts), MAX_ROWS, width))
+    u = _norm(program, program.embed(model.embed_tokens.weight), model.embed_norm)
+    for project, states in zip(cast("list[nn.Linear]", model.expert_projs), experts, strict=True):
+        program.linear(states, project.weight, add_to=u)
+    for i, block in enumerate(cast("list[Block]", model.layers)):
+        attention = cast(LatentAttention, block.self_attn)
+        n_heads, head_dim, latent = attention.n_heads, attention.head_dim, attention.latent_dim
+        kept, keys = latents.room(i, n_new, 1, latent, attention.rope_dim)
+        h = _norm(program, u, block.input_layernorm)
+        q = program.linear(h, attention.q_proj.weight)
+        program.rotate(q[:, head_dim:], model.rotary.cos, model.rotary.sin, head_dim + attention.rope_dim)
+        both = program.linear(h, attention.kv_a_proj_with_mqa.weight)
+        program.append(_norm(program, both[:, :latent], attention.kv_a_layernorm), kept)
+        program.rotate(both[:, latent:], model.rotary.cos, model.rotary.sin, attention.rope_dim)
+        program.append(both[:, latent:], keys)
+        scale = (head_dim + attention.rope_dim) ** -0.5
+        y = program.attend_latents(q, kept, keys, attention.kv_b_proj.weight, n_heads, scale)
+        program.linear(y, attention.o_proj.weight, add_to=u)
+        _feed_forward(program, _norm(program, u, block.post_attention_layernorm), block.mlp, u)
+    u, router = _norm(program, u, model.norm), model.router
+    weights, states = program.route(u, router.weight, router.bias, model.log_scale, experts)
+    found = _finished(program, states, model.embed_tokens, head)
+    return JointStep(**vars(found), experts=experts, weights=weights)
+
+
+def _feed_forward(program: Program, x: Tensor, mlp: nn.Module, add_to: Tensor | None = None) -> Tensor:
+    assert isinstance(mlp, SwiGLU)
+    gate, up = program.linear(x, mlp.gate_proj.weight), program.linear(x, mlp.up_proj.weight)
+    return program.linear(program.gate(gate, up), mlp.down_proj.weight, add_to=add_to)
+
+
+def _finished(program: Program, states: Tensor, table: nn.Embedding, head: Tensor | None) -> Step:
     count = len(program)
     logits = None if head is None else program.linear(states, head, last=True)
     return Step(program, states, logits, count, table.weight.data_ptr())
