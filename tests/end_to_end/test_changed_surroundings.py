@@ -16,54 +16,29 @@ MODEL = stem("nanothink_mla")
 STOPPED = {"event": "StepDone", "having": {"step": 6}, "signals": ["SIGTERM"]}
 
 
-def of_another_corpus(arguments: list[str], corpus: Path) -> list[str]:
-    arguments = list(arguments)
-    arguments[arguments.index("--data-dir") + 1] = str(corpus)
-    return arguments
-
-
-@pytest.fixture
-def corpus(ground: Ground, tmp_path: Path) -> Path:
-    """A copy of the corpus of which nothing was tokenised and no expert's state is known."""
-    folder = tmp_path / "corpus"
-    return Path(shutil.copytree(ground.corpus, folder, ignore=shutil.ignore_patterns(".nanothink")))
-
-
-@pytest.mark.parametrize(
-    ("moment", "damage"),
-    [
-        ("before a block", None),
-        ("between a block and its mark", None),
-        ("between a block and its mark", "flipped"),
-        ("before a block", "cut"),
-        ("before a block", "gone"),
-    ],
-)
+@pytest.mark.parametrize("damage", ["none", "flipped bits"])
 def test_killed_while_the_experts_states_are_written(
-    moment: str, damage: str | None, ground: Ground, corpus: Path, tmp_path: Path
+    damage: str, ground: Ground, uninterrupted: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """NanoThink keeps them in its first epoch; whatever is left of them, the run ends in the same bits."""
-    calls = {"before a block": "BlockFile.write", "between a block and its mark": "os.pwrite"}
-    struck, whole = tmp_path / "struck", tmp_path / "whole"
-    arguments = of_another_corpus(ground.typed("nanothink_mla", struck), corpus)
-    strike = {"call": f"nanothink.disk.block_file:{calls[moment]}", "nth": 19, "signals": ["SIGKILL"]}
+    """Killed between a block and its mark; whatever is left of the states, the run ends in the same bits.
+
+    tests/training/test_expert_states.py has every other moment and damage.
+    """
+    whole, all_states = uninterrupted("nanothink_mla"), ground.corpus / ".nanothink" / "states"
+    shutil.rmtree(all_states)
+    arguments = ground.typed("nanothink_mla", tmp_path)
+    strike = {"call": "nanothink.disk.block_file:os.pwrite", "nth": 19, "signals": ["SIGKILL"]}
     assert ground.server.run(arguments, strike=strike).code == -9
-    (states,) = (corpus / ".nanothink" / "states").iterdir()
-    if damage == "flipped":
+    (states,) = all_states.iterdir()
+    if damage == "flipped bits":
         content = bytearray((states / "states.f32").read_bytes())
         for place in range(50, len(content), 997):
             content[place] ^= 1
         (states / "states.f32").write_bytes(content)
-    elif damage == "cut":
-        os.truncate(states / "states.f32", 5000)
-    elif damage == "gone":
-        (states / "marks.u64").unlink()
     ended = ground.server.run([*arguments, "--resume"])
     assert ended.code == 0, ended.stderr
-    assert ("damaged" in ended.stderr) == (damage is not None)
-    shutil.rmtree(corpus / ".nanothink" / "states")
-    assert ground.server.run(of_another_corpus(ground.typed("nanothink_mla", whole), corpus)).code == 0
-    assert_same_run(whole, struck, MODEL)
+    assert ("damaged" in ended.stderr) == (damage == "flipped bits")
+    assert_same_run(whole, tmp_path, MODEL)
 
 
 def test_a_folder_of_checkpoints_that_moved_and_lost_its_times(
@@ -97,8 +72,8 @@ def test_a_vector_store_moves_with_its_checkpoints(ground: Ground, tmp_path: Pat
     assert_same_run(whole, here, MODEL)
 
 
-@pytest.mark.parametrize("change", ["gone", "another"])
-def test_the_tokenizer_is_the_checkpoints_own(change: str, ground: Ground, tmp_path: Path) -> None:
+def test_the_tokenizer_is_the_checkpoints_own(ground: Ground, tmp_path: Path) -> None:
+    """Also when the folder that it came from is gone, or holds another."""
     tokenizer, whole, struck = tmp_path / "tokenizer", tmp_path / "whole", tmp_path / "struck"
     shutil.copytree(ground.tokenizer, tokenizer)
 
@@ -110,17 +85,19 @@ def test_the_tokenizer_is_the_checkpoints_own(change: str, ground: Ground, tmp_p
     assert ground.server.run(typed(whole)).code == 0
     assert ground.server.run(typed(struck), strike=STOPPED).code == 130
     shutil.rmtree(tokenizer)
-    if change == "another":
-        trained = ["--data-dir", str(ground.corpus), "--vocab-size", "270", "--out", str(tokenizer)]
-        assert ground.server.run(["tokenizer", "train", *trained]).code == 0
+    again = {**STOPPED, "having": {"step": 10}}
+    assert ground.server.run([*typed(struck), "--resume"], strike=again).code == 130
+    trained = ["--data-dir", str(ground.corpus), "--vocab-size", "270", "--out", str(tokenizer)]
+    assert ground.server.run(["tokenizer", "train", *trained]).code == 0
     ended = ground.server.run([*typed(struck), "--resume"])
     assert ended.code == 0, ended.stderr
     assert_same_run(whole, struck, stem("transformer"))
 
 
-def test_data_that_changed_is_said_and_trained_on(ground: Ground, corpus: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
-    arguments = of_another_corpus(ground.typed("transformer", folder), corpus)
+def test_data_that_changed_is_said_and_trained_on(ground: Ground, tmp_path: Path) -> None:
+    corpus = Path(shutil.copytree(ground.corpus, tmp_path / "corpus"))
+    arguments = ground.typed("transformer", tmp_path / "checkpoints")
+    arguments[arguments.index("--data-dir") + 1] = str(corpus)
     assert ground.server.run(arguments, strike=STOPPED).code == 130
     with open(corpus / "tales" / "texts.jsonl", "a") as file:
         file.write('{"text": "' + "a tale of stone and water " * 20 + '"}\n')

@@ -5,22 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from kills import make_reference, run_campaign
-from struck_runs import KINDS, Ground
+from struck_runs import Ground
 
 
-def test_runs_of_every_kind_killed_at_random_moments(ground: Ground, tmp_path: Path) -> None:
-    """Most of the kills hit a checkpoint half written. What is checked after each: kills.py."""
+def test_a_run_killed_at_random_moments(ground: Ground, tmp_path: Path) -> None:
+    """Most of the kills hit a checkpoint half written. What is checked after each: kills.py.
+
+    One kind: test_exact_resume.py has the others.
+    """
     slowly = 0.0001
     campaign = run_campaign(
         ground,
-        {kind: make_reference(ground, kind, tmp_path, write_seconds=slowly) for kind in KINDS},
-        dict.fromkeys(KINDS, 2),
+        {"transformer": make_reference(ground, "transformer", tmp_path, write_seconds=slowly)},
+        {"transformer": 4},
         seed=3,
         in_write_fraction=0.8,
         write_seconds=slowly,
     )
     assert campaign.failures == []
-    assert len(campaign.kills) == 2 * len(KINDS)
-    assert sum(kill.in_write for kill in campaign.kills) >= 3
-    assert set(campaign.ends) == set(KINDS)
-    assert campaign.resumes_seen >= len(KINDS)
+    assert len(campaign.kills) == 4
+    assert sum(kill.in_write for kill in campaign.kills) >= 2
+    assert campaign.ends
+    assert campaign.resumes_seen >= 2

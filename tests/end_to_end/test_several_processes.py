@@ -232,7 +232,13 @@ def test_one_process_stops_and_two_go_on(by_one: Path, settings: list[str], tmp_
 
 @pytest.mark.parametrize(
     ("stem", "rank"),
-    [(STEM, 0), (STEM, 1), ("state_space_expert", 1), ("diffuser_expert", 1), ("nanothink_mla", 1)],
+    [
+        (STEM, 0),
+        (STEM, 1),
+        ("nanothink_mla", 1),
+        pytest.param("state_space_expert", 1, marks=pytest.mark.bench),
+        pytest.param("diffuser_expert", 1, marks=pytest.mark.bench),
+    ],
 )
 def test_a_killed_process_ends_the_run_and_the_last_checkpoint_is_usable(
     stem: str, rank: int, by_one: Path, by_two: Path, settings: list[str], tmp_path: Path
