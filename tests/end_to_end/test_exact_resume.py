@@ -1,5 +1,6 @@
 """Interrupted and resumed is the same run as never interrupted: every kind, every moment, every bit.
 
+Each run is interrupted at one moment after the other: where the last bit is right, every resume was.
 Compared are all checkpoints of both runs (weights, moments, learning rates, random states, early-stopping
 counter, settings) and their records; see ``assert_same_run``.
 """
@@ -22,22 +23,29 @@ def after_step(step: int, *signals: str) -> dict[str, Any]:
     return {"event": "StepDone", "having": {"step": step}, "signals": signals}
 
 
-MOMENTS: dict[str, list[dict[str, Any]]] = {
-    "in the middle of an epoch": [after_step(6, "SIGTERM")],
-    # Backward passes 1 and 2 of a process are its first step. SIGTERM waits for the second of them, SIGKILL
-    # leaves with half a window done, and what it has done since the rolling file is done again.
-    "in the middle of an accumulation window": [
-        {"call": "torch:Tensor.backward", "nth": 9, "after": True, "signals": ["SIGTERM"]},
-        {"call": "torch:Tensor.backward", "nth": 3, "after": True, "signals": ["SIGKILL"]},
-    ],
-    # The best file is written, the rolling one that comes with it is not.
-    "just after a best": [
-        {"event": "CheckpointSaved", "having": {"role": "best"}, "nth": 2, "signals": ["SIGKILL"]}
-    ],
-    # Stopped with the last step of the epoch done and its validation not.
-    "at an epoch's end": [after_step(AN_EPOCH, "SIGINT")],
-    "twice in a row": [after_step(5, "SIGINT"), after_step(6, "SIGKILL"), after_step(18, "SIGTERM")],
-}
+def in_backward(n: int, sent: str) -> dict[str, Any]:
+    """In the middle of an accumulation window if ``n`` is odd: each has two backward passes."""
+    return {"call": "torch:Tensor.backward", "nth": n, "after": True, "signals": [sent]}
+
+
+MOMENTS: list[tuple[str, dict[str, Any], int]] = [
+    # (moment, strike, step of the state that is left). What is done since the rolling file is done again.
+    ("killed with half of the second window done", in_backward(3, "SIGKILL"), 0),
+    ("stopped in a window, which is finished first", in_backward(5, "SIGTERM"), 3),
+    (
+        "killed with the best file written, and not the rolling one that comes with it",
+        {"event": "CheckpointSaved", "having": {"role": "best"}, "signals": ["SIGKILL"]},
+        3,
+    ),
+    ("stopped in the middle of an epoch", after_step(6, "SIGINT"), 6),
+    (
+        "stopped with the last step of an epoch done, and not its validation",
+        after_step(AN_EPOCH, "SIGINT"),
+        12,
+    ),
+    ("killed a step later", after_step(14, "SIGKILL"), 12),
+    ("stopped again", after_step(18, "SIGTERM"), 18),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,23 +70,21 @@ def test_some_run_that_is_compared_with_counts_towards_early_stopping(
     assert any(m["event"] == "validation" and not m["best"] for m in recorded)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_resumed_is_the_same_run(
-    kind: str, moment: str, ground: Ground, uninterrupted: Callable[[str], Path], tmp_path: Path
+def test_resumed_at_every_moment_it_is_the_same_run(
+    kind: str, ground: Ground, uninterrupted: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    arguments = ground.typed(kind, tmp_path)
-    for n, strike in enumerate(MOMENTS[moment]):
+    arguments, rolling = ground.typed(kind, tmp_path), tmp_path / f"{stem(kind)}_interrupted.pt"
+    for n, (moment, strike, step) in enumerate(MOMENTS):
         ended = ground.server.run([*arguments, *(["--resume"] if n else [])], strike=strike)
-        killed = "SIGKILL" in strike["signals"]
-        assert ended.code == (-9 if killed else 130), ended.stderr
-        assert "Traceback" not in ended.stderr
-    if moment == "twice in a row":
-        ended = ground.server.run(["resume", "--checkpoint-dir", str(tmp_path)])
-    else:
-        ended = ground.server.run([*arguments, "--resume"])
+        assert ended.code == (-9 if "SIGKILL" in strike["signals"] else 130), f"{moment}: {ended.stderr}"
+        assert "Traceback" not in ended.stderr, moment
+        assert not n or f"Resuming from {rolling}" in ended.stderr, moment
+        # An evaluation may have written it since.
+        assert read_checkpoint(rolling)["step"] == step, moment
+    ended = ground.server.run(["resume", "--checkpoint-dir", str(tmp_path)])
     assert ended.code == 0, ended.stderr
-    assert f"Resuming from {tmp_path / stem(kind)}_interrupted.pt" in ended.stderr
+    assert f"Resuming from {rolling}" in ended.stderr
     assert_same_run(uninterrupted(kind), tmp_path, stem(kind))
 
 
