@@ -81,7 +81,7 @@ def build(
     from nanothink.cli import render
     from nanothink.disk import try_to_write
     from nanothink.errors import UsageError
-    from nanothink.runs.store_commands import build_store, facts_of, plan_store
+    from nanothink.runs.store_commands import facts_of
     from nanothink.runs.store_source import find_store_source
     from nanothink.vector_store.store import exists
 
@@ -112,9 +112,9 @@ def build(
                 f"{found.checkpoint} was trained without a vector store and cannot use one. To train it with "
                 f"one: nanothink resume {found.checkpoint} --set vector_store.enabled=true --max-steps N"
             )
-        plan = plan_store(found, tokens)
+        plan = found.plan(tokens)
         if not dry_run:
-            store = build_store(found, plan, tokens, reporter=reporter)
+            store = found.build(plan, tokens, reporter=reporter)
     if dry_run:
         _show_plan(found.folder, plan, tokens.left_out, as_json=as_json)
     else:
@@ -142,7 +142,7 @@ def add(
     from nanothink.cli import render
     from nanothink.disk import try_to_write
     from nanothink.errors import counted
-    from nanothink.runs.store_commands import build_store, facts_of, plan_store
+    from nanothink.runs.store_commands import facts_of
     from nanothink.runs.store_source import find_store_source
 
     with render.reporting() as reporter:
@@ -154,7 +154,7 @@ def add(
         tokens = found.tokens(
             data_dir, _listed(domains), skip_bad_records=skip_bad_records, reporter=reporter
         )
-        plan = plan_store(found, tokens, store)
+        plan = found.plan(tokens, store)
         for n, why in (
             (plan.n_known, "known already"),
             (plan.n_held_out, "held out by earlier data"),
@@ -162,7 +162,7 @@ def add(
             if n:
                 reporter.note(f"{counted(n, 'document')} left out: {why}.")
         if not dry_run:
-            store = build_store(found, plan, tokens, store, reporter=reporter)
+            store = found.build(plan, tokens, store, reporter=reporter)
     if dry_run:
         _show_plan(found.folder, plan, tokens.left_out, as_json=as_json)
     else:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,12 +23,12 @@ from nanothink.runs.expert_state_cache import keep_states
 from nanothink.runs.preparing import RunSetup
 from nanothink.runs.saved_model import SavedModel
 from nanothink.runs.saving import built_on
-from nanothink.runs.vector_store import key_expert, update_store
+from nanothink.runs.vector_store import KeyExpert, ModelStore, key_entry, owner_of
 from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.loop import Run
 from nanothink.training.objectives import ExpertObjective, Objective, Routed
 from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fraction
-from nanothink.vector_store.neighbours import TrainingNeighbours
+from nanothink.vector_store.neighbours import RepeatedSearch, TrainingNeighbours
 from nanothink.vector_store.store import store_folder
 
 TARGET_SAMPLE_BLOCKS = 64
@@ -122,7 +123,11 @@ def _update_store(
     if not isinstance(model, NanoThink) or model.store_gate is None:
         return None
     config, batches, plan = setup.config, setup.batches, setup.plan
-    expert = key_expert(model, built_on(setup)["experts"], config, setup.tokenizer, setup.precision)
+    entry = key_entry(built_on(setup)["experts"], config.vector_store.expert)
+    inside = cast(LanguageModel, model.experts[model.names.index(entry["name"])])
+    expert = KeyExpert(owner_of(entry, config, setup.tokenizer), inside, setup.precision)
+    folder = store_folder(setup.spec.checkpoint_dir, setup.spec.stem)
+    own = ModelStore(folder, config.vector_store, expert, setup.tokenizer)
 
     def blocks_ahead() -> Iterator[tuple[str, int]]:
         """The blocks that the run will read, each once."""
@@ -136,17 +141,10 @@ def _update_store(
                 return
 
     def stored() -> TrainingNeighbours:
-        return update_store(
-            store_folder(setup.spec.checkpoint_dir, setup.spec.stem),
-            model,
-            expert,
-            config.vector_store,
-            setup.tokens,
-            blocks_ahead,
-            vocab_size=setup.tokenizer.vocab_size,
-            replace_other=setup.spec.overwrite,
-            reporter=reporter,
-        )
+        store = own.open_or_build(setup.tokens, replace=setup.spec.overwrite, reporter=reporter)
+        known = own.neighbours(store, setup.tokens, blocks_ahead(), reporter)
+        model.vector_store = RepeatedSearch(store)
+        return known
 
     # Rank 0 builds the store and looks the neighbours up; the other ranks find both on the disk.
     known = processes.rank0_first(lambda: (stored(), ""), lambda _: stored())

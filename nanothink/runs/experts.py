@@ -97,7 +97,7 @@ def config_for_experts(experts: Mapping[str, SavedModel], resolved: ResolvedConf
     return config.model_copy(update=settled)
 
 
-def as_entries(experts: Mapping[str, SavedModel]) -> list[dict[str, Any]]:
+def as_entries(experts: Mapping[str, SavedModel]) -> list[Mapping[str, Any]]:
     """The description of its experts that a checkpoint keeps beside their weights."""
     return [
         {"name": name, "kind": e.kind, "config": e.config.model_dump(mode="json"), "digest": e.digest}

@@ -27,14 +27,14 @@ from nanothink.errors import (
 from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model, training_of
 from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision, choose_device
-from nanothink.models.store_gate import choose_key_expert
 from nanothink.reporter import SILENT, Reporter
-from nanothink.runs.experts import config_for_experts
+from nanothink.runs.experts import as_entries, config_for_experts
 from nanothink.runs.inherited_split import InheritedSplit, spelled
 from nanothink.runs.parts import find_parts
 from nanothink.runs.rebuilding import rebuild
 from nanothink.runs.resuming import ResumePoint, RunSpec, find_start
 from nanothink.runs.saved_model import SavedModel, expert_entries, experts_inside
+from nanothink.runs.vector_store import key_entry
 from nanothink.training.matmul_types import choose_precision
 from nanothink.training.state import Plan, TrainState
 from nanothink.vector_store.store import read_texts, store_folder
@@ -217,11 +217,9 @@ def _text_in_store(
     """The documents in the vector store that the run will use; none if it has yet to be built."""
     if resume_point is not None:
         entries = expert_entries(resume_point.payload, resume_point.path)
-        of_experts = {e["name"]: (e["kind"], str(e.get("digest", ""))) for e in entries}
     else:
-        of_experts = {name: (expert.kind, expert.digest) for name, expert in experts.items()}
-    kinds = {name: kind for name, (kind, _) in of_experts.items()}
-    digest = of_experts[choose_key_expert(kinds, config.vector_store.expert)][1]
+        entries = as_entries(experts)
+    digest = key_entry(entries, config.vector_store.expert).get("digest", "")
     try:
         return read_texts(store_folder(spec.checkpoint_dir, spec.stem), digest)
     except VectorStoreError:  # missing or damaged: an error, or a new build, when it is opened

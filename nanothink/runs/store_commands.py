@@ -12,20 +12,15 @@ import torch
 from nanothink.checkpoints import read_checkpoint
 from nanothink.data.tokens import TokenisedCorpus
 from nanothink.errors import (
-    DataError,
     UsageError,
-    counted,
 )
 from nanothink.inference.evaluate import Evaluation
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.scoring import score
 from nanothink.runs.store_source import StoreSource
 from nanothink.runs.trained_model import load
-from nanothink.runs.vector_store import cost
-from nanothink.vector_store.building import BuildPlan, build, plan_build
 from nanothink.vector_store.compact import merge_duplicates
 from nanothink.vector_store.contents import Owner, VectorStore
-from nanothink.vector_store.index import import_faiss
 from nanothink.vector_store.store import store_bytes, write_store
 
 
@@ -70,41 +65,6 @@ def facts_of(store: VectorStore) -> StoreFacts:
         n_bytes=store_bytes(store.folder),
         neighbours_bytes=kept,
     )
-
-
-def plan_store(found: StoreSource, tokens: TokenisedCorpus, store: VectorStore | None = None) -> BuildPlan:
-    """What building, or adding to ``store``, would take."""
-    import_faiss()
-    return plan_build(tokens, found.settings, found.expert.owner, found.expert.states, store)
-
-
-def build_store(
-    found: StoreSource,
-    plan: BuildPlan,
-    tokens: TokenisedCorpus,
-    store: VectorStore | None = None,
-    *,
-    reporter: Reporter = SILENT,
-) -> VectorStore:
-    """Carry out a plan, and open the result."""
-    if not plan.n_keys:
-        raise DataError(
-            f"There is nothing new to remember: {counted(plan.n_known, 'document')} known already, "
-            f"{plan.n_held_out:,} held out by earlier data."
-        )
-    reporter.note(cost(found.folder, plan))
-    build(
-        plan,
-        found.folder,
-        found.settings,
-        found.expert.owner,
-        found.expert.states,
-        tokens,
-        vocab_size=found.tokenizer.vocab_size,
-        store=store,
-        reporter=reporter,
-    )
-    return found.open(reporter=reporter)
 
 
 @dataclass(frozen=True)
@@ -203,7 +163,7 @@ def compact_store(
         return score(
             loaded.model,
             tokens.val,
-            length=found.config.model.max_seq_len,
+            length=found.expert.owner.block_length,
             precision=loaded.precision,
             max_tokens=max_tokens,
             reporter=reporter,

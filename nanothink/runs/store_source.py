@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-from nanothink.config import Config, VectorStoreConfig
+from nanothink.config import DataConfig
 from nanothink.config.run import resolve_config
 from nanothink.data.corpus import find_corpus
 from nanothink.data.split import NOTHING, TrainedText
-from nanothink.data.tokenizer import Tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
 from nanothink.errors import (
     CheckpointMismatchError,
@@ -24,38 +23,23 @@ from nanothink.errors import (
 )
 from nanothink.models import COMBINED
 from nanothink.models.precision import Precision, choose_device
-from nanothink.models.store_gate import choose_key_expert
 from nanothink.reporter import SILENT, Reporter
-from nanothink.runs.experts import config_for_experts, find_experts
+from nanothink.runs.experts import as_entries, config_for_experts, find_experts
 from nanothink.runs.inherited_split import InheritedSplit, spelled
 from nanothink.runs.saved_model import SavedModel, expert_entries
-from nanothink.runs.vector_store import KeyExpert, folder_of, owner_of
-from nanothink.vector_store.contents import VectorStore
-from nanothink.vector_store.store import open_store, read_texts, store_folder
+from nanothink.runs.vector_store import KeyExpert, ModelStore, folder_of, key_entry, owner_of
+from nanothink.vector_store.store import read_texts, store_folder
 
 
 @dataclass(frozen=True)
-class StoreSource:
-    """A combined model, or experts that are to become one, and where its vector store lies."""
+class StoreSource(ModelStore):
+    """The vector store of a combined model, or of experts that are yet to be combined, and its text."""
 
-    folder: Path
-    expert: KeyExpert
-    config: Config
-    tokenizer: Tokenizer
+    data: DataConfig
     checkpoint: Path | None
-    """None where there are only experts so far."""
+    """The combined model; None if there are only experts yet."""
     split: InheritedSplit
-    """Of the model, or of the experts together."""
-
-    @property
-    def settings(self) -> VectorStoreConfig:
-        return self.config.vector_store
-
-    def open(self, *, writable: bool = False, reporter: Reporter = SILENT) -> VectorStore:
-        """The vector store that is there, verified."""
-        return open_store(
-            self.folder, self.settings, owner=self.expert.owner, writable=writable, reporter=reporter
-        )
+    """The split of the model, or of the experts together."""
 
     def tokens(
         self,
@@ -65,9 +49,9 @@ class StoreSource:
         skip_bad_records: bool,
         reporter: Reporter = SILENT,
     ) -> TokenisedCorpus:
-        """The data named, or what the model was trained on, split as for the model.
+        """The data that is named, else that of the training, split as for the model.
 
-        Text that the model holds out stays out of its vector store, so that figures on it stay true.
+        Text that the model holds out stays out of its vector store, so that scores on it stay true.
         """
         tokens = self._read(self.split.trained, data_dir, domains, skip_bad_records, reporter)
         if n := sum(s.n_documents for side in (tokens.val, tokens.test) for s in side.values()):
@@ -75,7 +59,7 @@ class StoreSource:
         return tokens
 
     def held_out(self, *, reporter: Reporter = SILENT) -> TokenisedCorpus:
-        """The model's own data, whose validation side is in neither the model nor its vector store."""
+        """The data of the training, with a validation side that neither model nor store contains."""
         try:
             inside = read_texts(self.folder, self.expert.owner.digest)
         except VectorStoreNotFoundError:
@@ -90,13 +74,13 @@ class StoreSource:
         skip_bad_records: bool,
         reporter: Reporter,
     ) -> TokenisedCorpus:
-        data = self.config.data
-        spec = data_dir or data.data_dir
-        if data_dir is None and not Path(spec).is_dir():
-            raise DataError(
-                f"The folder this was trained on, {spec}, is not there. Name one: --data-dir DIR."
-            )
-        corpus = find_corpus(spec, domains or (data.domains if data_dir is None else None))
+        if data_dir is None:
+            data_dir, domains = self.data.data_dir, domains or self.data.domains
+            if not Path(data_dir).is_dir():
+                raise DataError(
+                    f"The folder this was trained on, {data_dir}, is not there. Name one: --data-dir DIR."
+                )
+        corpus = find_corpus(data_dir, domains or None)
         for warning in corpus.warnings:
             reporter.note(str(warning))
         return tokenise(
@@ -105,7 +89,7 @@ class StoreSource:
             split=self.split.rule,
             trained=trained,
             held_out=self.split.held_out,
-            skip_bad_records=skip_bad_records or data.skip_bad_records,
+            skip_bad_records=skip_bad_records or self.data.skip_bad_records,
             reporter=reporter,
         )
 
@@ -123,10 +107,10 @@ def find_store_source(
 ) -> StoreSource:
     """Find the model of a ``store`` command: a combined one, or the experts of one yet to be trained.
 
-    Without a checkpoint or experts it is the combined model in the folder, or else the three experts there.
+    Without a checkpoint or experts it is the combined model in the folder, else the experts there.
 
     Raises:
-        CheckpointError: there is nothing of the kind.
+        CheckpointError: there is none, or it is damaged.
     """
     stem = f"{name}_{COMBINED}" if name else COMBINED
     if checkpoint is None and not experts and (checkpoint_dir / f"{stem}.pt").exists():
@@ -145,13 +129,9 @@ def find_store_source(
                 f"{checkpoint}"
             )
         resolved = resolve_config(base=saved.payload["config"], assignments=assignments)
-        config, tokenizer = resolved.config, saved.tokenizer
-        parts = {str(checkpoint): saved.split}
-        entries = {entry["name"]: entry for entry in expert_entries(saved.payload, checkpoint)}
-        kinds = {name: entry["kind"] for name, entry in entries.items()}
-        chosen = choose_key_expert(kinds, config.vector_store.expert)
-        one, entry = saved.expert(chosen), entries[chosen]
-        folder = folder_of(checkpoint)
+        config, parts = resolved.config, {str(checkpoint): saved.split}
+        entry = key_entry(expert_entries(saved.payload, checkpoint), config.vector_store.expert)
+        one, data, folder = saved.expert(entry["name"]), config.data, folder_of(checkpoint)
     else:
         resolved = resolve_config(assignments=assignments, flags=flags)
         try:
@@ -160,16 +140,11 @@ def find_store_source(
             raise CheckpointNotFoundError(
                 f"No {stem}.pt in {checkpoint_dir}, and no experts to build a vector store for. {error}"
             ) from None
-        config = config_for_experts(found, resolved)
-        parts = {str(expert.path): expert.split for expert in found.values()}
-        kinds = {name: expert.kind for name, expert in found.items()}
-        chosen = choose_key_expert(kinds, config.vector_store.expert)
-        one = found[chosen]
-        tokenizer = one.tokenizer
-        if data_dir is None:
-            config = config.model_copy(update={"data": one.config.data})
-        entry = {"name": chosen, "kind": one.kind, "digest": one.digest}
-        folder = store_folder(checkpoint_dir, stem)
+        config, parts = config_for_experts(found, resolved), {str(e.path): e.split for e in found.values()}
+        entry = key_entry(as_entries(found), config.vector_store.expert)
+        one, folder = found[entry["name"]], store_folder(checkpoint_dir, stem)
+        data = config.data if data_dir is not None else one.config.data
     model = one.build(chosen_device)[0].to(chosen_device)
-    expert = KeyExpert(owner_of(entry, config, tokenizer), model, precision)
-    return StoreSource(folder, expert, config, tokenizer, checkpoint, InheritedSplit.of(parts, resolved))
+    expert = KeyExpert(owner_of(entry, config, one.tokenizer), model, precision)
+    split = InheritedSplit.of(parts, resolved)
+    return StoreSource(folder, config.vector_store, expert, one.tokenizer, data, checkpoint, split)

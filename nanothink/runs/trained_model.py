@@ -76,7 +76,7 @@ class TrainedModel:
         model.to(chosen)
         config = saved.runnable_config(chosen)
         if vector_store and isinstance(model, NanoThink) and model.store_gate is not None:
-            model.vector_store = open_beside(saved, model.names[model.key_expert], reporter)
+            model.vector_store = open_beside(saved, reporter)
         return cls(saved.path, model, config, saved.tokenizer, chosen, saved.split, notes)
 
     @property

@@ -1,11 +1,11 @@
-"""The vector store where it meets runs and checkpoints: built for a run, attached to a model."""
+"""The vector store of one model: built for a run, added to by commands, opened beside a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,13 @@ from nanothink.config import Config, VectorStoreConfig
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.data.tokens import TokenisedCorpus
 from nanothink.errors import (
+    DataError,
     VectorStoreDamagedError,
     VectorStoreError,
     VectorStoreMismatchError,
+    counted,
 )
 from nanothink.models.contract import LanguageModel
-from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import Precision
 from nanothink.models.store_gate import choose_key_expert
 from nanothink.reporter import SILENT, Reporter
@@ -28,11 +29,11 @@ from nanothink.runs.inherited_split import seen_documents
 from nanothink.runs.saved_model import SavedModel, expert_entries
 from nanothink.vector_store.building import BuildPlan, build, plan_build, search_seconds
 from nanothink.vector_store.contents import Owner, VectorStore
-from nanothink.vector_store.index import Float32
-from nanothink.vector_store.neighbours import RepeatedSearch, TrainingNeighbours
+from nanothink.vector_store.index import Float32, import_faiss
+from nanothink.vector_store.neighbours import TrainingNeighbours
 from nanothink.vector_store.store import exists, open_store, store_folder
 
-_LONG_SECONDS = 300  # of building, beyond which the way to a smaller memory is said
+_LONG_SECONDS = 300  # a build that takes longer comes with advice
 _FEWER_KEYS = 200_000
 
 
@@ -52,25 +53,122 @@ class KeyExpert:
         return found
 
 
-def key_expert(
-    model: NanoThink,
-    experts: Iterable[Mapping[str, Any]],
-    config: Config,
-    tokenizer: Tokenizer,
-    precision: Precision,
-) -> KeyExpert:
-    """The one inside a combined model.
+@dataclass(frozen=True)
+class ModelStore:
+    """Folder, settings and key expert of a model's vector store, whether it is built yet or not."""
+
+    folder: Path
+    settings: VectorStoreConfig
+    expert: KeyExpert
+    tokenizer: Tokenizer
+
+    def open(self, *, writable: bool = False, reporter: Reporter = SILENT) -> VectorStore:
+        """The store, verified. Raises as ``open_store``."""
+        owner = self.expert.owner
+        return open_store(self.folder, self.settings, owner=owner, writable=writable, reporter=reporter)
+
+    def plan(self, tokens: TokenisedCorpus, store: VectorStore | None = None) -> BuildPlan:
+        """Text and cost of a new store, or of an addition to ``store``."""
+        import_faiss()
+        return plan_build(tokens, self.settings, self.expert.owner, self.expert.states, store)
+
+    def build(
+        self,
+        plan: BuildPlan,
+        tokens: TokenisedCorpus,
+        store: VectorStore | None = None,
+        *,
+        reporter: Reporter = SILENT,
+    ) -> VectorStore:
+        """Carry out a plan and open the result. Notes the cost first.
+
+        Raises:
+            DataError: there is nothing to put in.
+            StorageError: it cannot be written; the old store is intact.
+        """
+        if not plan.n_keys:
+            raise DataError(
+                f"There is nothing new to put in: {counted(plan.n_known, 'document')} known already, "
+                f"{plan.n_held_out:,} held out by earlier data."
+            )
+        reporter.note(_cost(self.folder, plan))
+        build(
+            plan,
+            self.folder,
+            self.settings,
+            self.expert.owner,
+            self.expert.states,
+            tokens,
+            vocab_size=self.tokenizer.vocab_size,
+            store=store,
+            reporter=reporter,
+        )
+        return self.open(reporter=reporter)
+
+    def open_or_build(
+        self, tokens: TokenisedCorpus, *, replace: bool, reporter: Reporter = SILENT
+    ) -> VectorStore:
+        """The store for a run over ``tokens``; built if it is missing.
+
+        Args:
+            replace: build it again if it is damaged or another model's.
+
+        Raises:
+            VectorStoreError: it is damaged, another model's, or holds text that the run holds out.
+        """
+        store: VectorStore | None = None
+        if exists(self.folder):
+            try:
+                store = self.open(reporter=reporter)
+            except (VectorStoreDamagedError, VectorStoreMismatchError) as error:
+                if not replace:
+                    raise
+                reporter.note(f"{error} It is built again now (--overwrite).")
+        if store is None:
+            store = self.build(self.plan(tokens), tokens, reporter=reporter)
+        if held := sum(seen_documents(side, store.trained_text) for side in (tokens.val, tokens.test)):
+            raise VectorStoreMismatchError(
+                f"{self.folder} holds {held} of the documents that this run holds out, so its figures would "
+                "say nothing. Build it again from this data: nanothink store build --overwrite, or start "
+                "with --overwrite."
+            )
+        return store
+
+    def neighbours(
+        self,
+        store: VectorStore,
+        tokens: TokenisedCorpus,
+        places: Iterable[tuple[str, int]],
+        reporter: Reporter = SILENT,
+    ) -> TrainingNeighbours:
+        """Neighbours of the training blocks at ``places`` (domain, index); looks up the missing ones."""
+        length = self.expert.owner.block_length
+        known = TrainingNeighbours(store, tokens, length, self.expert.states)
+        if missing := known.missing(places):
+            n_queries = sum(map(len, missing.values())) * length
+            index = store.index
+            seconds = search_seconds(n_queries, index.n_keys, index.kind, self.settings.n_probe, index.width)
+            reporter.note(
+                f"Looking up the neighbours of {n_queries:,} training tokens, once: about "
+                f"{_duration(seconds)} and {_size(known.n_bytes(missing))} on the disk."
+            )
+            known.find(missing, reporter)
+        return known
+
+
+def key_entry(entries: Sequence[Mapping[str, Any]], asked: str | None) -> Mapping[str, Any]:
+    """The entry of the expert whose states are keys and queries.
 
     Args:
-        experts: name, kind and digest of each, as a checkpoint has them.
+        entries: of a combined model, as ``expert_entries`` gives them.
+        asked: ``vector_store.expert``.
     """
-    entries = {entry["name"]: entry for entry in experts}
-    name = choose_key_expert({n: e["kind"] for n, e in entries.items()}, config.vector_store.expert)
-    inside = cast(LanguageModel, model.experts[model.names.index(name)])
-    return KeyExpert(owner_of(entries[name], config, tokenizer), inside, precision)
+    name = choose_key_expert({entry["name"]: entry["kind"] for entry in entries}, asked)
+    return next(entry for entry in entries if entry["name"] == name)
 
 
 def owner_of(entry: Mapping[str, Any], config: Config, tokenizer: Tokenizer) -> Owner:
+    """The owner of a store whose keys are states of this expert."""
     return Owner(
         expert=entry["name"],
         kind=entry["kind"],
@@ -81,72 +179,31 @@ def owner_of(entry: Mapping[str, Any], config: Config, tokenizer: Tokenizer) -> 
     )
 
 
-def update_store(
-    folder: Path,
-    model: NanoThink,
-    expert: KeyExpert,
-    settings: VectorStoreConfig,
-    tokens: TokenisedCorpus,
-    places: Callable[[], Iterable[tuple[str, int]]],
-    *,
-    vocab_size: int,
-    replace_other: bool,
-    reporter: Reporter = SILENT,
-) -> TrainingNeighbours:
-    """Attach a vector store to a model in training: build it if missing, and find the blocks' neighbours.
+def folder_of(checkpoint: Path) -> Path:
+    """Folder of the vector store of a checkpoint: best, interrupted or snapshot."""
+    name = parse_name(checkpoint.name)
+    return store_folder(checkpoint.parent, name.stem if name is not None else checkpoint.stem)
 
-    Args:
-        places: the blocks that the run will read.
-        replace_other: build anew where the store is damaged or another model's.
+
+def open_beside(saved: SavedModel, reporter: Reporter = SILENT) -> VectorStore:
+    """Open the vector store that lies beside a combined model's checkpoint.
 
     Raises:
-        VectorStoreError: the store is damaged, another model's, or holds what this run validates on.
+        VectorStoreError: it is missing, damaged, or another model's.
     """
-    store: VectorStore | None = None
-    if exists(folder):
-        try:
-            store = open_store(folder, settings, owner=expert.owner, reporter=reporter)
-        except (VectorStoreDamagedError, VectorStoreMismatchError) as error:
-            if not replace_other:
-                raise
-            reporter.note(f"{error} It is built again now (--overwrite).")
-    if store is None:
-        plan = plan_build(tokens, settings, expert.owner, expert.states)
-        reporter.note(cost(folder, plan))
-        build(
-            plan,
-            folder,
-            settings,
-            expert.owner,
-            expert.states,
-            tokens,
-            vocab_size=vocab_size,
-            reporter=reporter,
-        )
-        store = open_store(folder, settings, owner=expert.owner, reporter=reporter)
-    if held := sum(seen_documents(side, store.trained_text) for side in (tokens.val, tokens.test)):
-        raise VectorStoreMismatchError(
-            f"{folder} holds {held} of the documents that this run holds out, so its figures would say "
-            "nothing. Build it again from this data: nanothink store build --overwrite, or start with "
-            "--overwrite."
-        )
-    known = TrainingNeighbours(store, tokens, expert.owner.block_length, expert.states)
-    missing = known.missing(places())
-    if missing:
-        n_queries = sum(map(len, missing.values())) * expert.owner.block_length
-        seconds = search_seconds(
-            n_queries, store.index.n_keys, store.index.kind, settings.n_probe, expert.owner.width
-        )
-        reporter.note(
-            f"Looking up the neighbours of {n_queries:,} training tokens, once: about {_duration(seconds)} "
-            f"and {_size(known.n_bytes(missing))} on the disk."
-        )
-        known.find(missing, reporter)
-    model.vector_store = RepeatedSearch(store)
-    return known
+    settings = saved.config.vector_store
+    entry = key_entry(expert_entries(saved.payload, saved.path), settings.expert)
+    owner = owner_of(entry, saved.config, saved.tokenizer)
+    try:
+        return open_store(folder_of(saved.path), settings, owner=owner, reporter=reporter)
+    except VectorStoreError as error:
+        raise type(error)(
+            f"{saved.path} was trained with a vector store. {error} To run without it: --no-vector-store "
+            "(in Python: vector_store=False)."
+        ) from None
 
 
-def cost(folder: Path, plan: BuildPlan) -> str:
+def _cost(folder: Path, plan: BuildPlan) -> str:
     kept = {
         "exact": "as they are",
         "sq8": f"in {plan.n_lists:,} lists, a byte a number",
@@ -170,29 +227,3 @@ def _duration(seconds: float) -> str:
 
 def _size(n_bytes: float) -> str:
     return f"{n_bytes / 1e6:,.1f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:,.1f} GB"
-
-
-def folder_of(checkpoint: Path) -> Path:
-    """The vector store that belongs to a checkpoint, be it best, interrupted or of some epoch."""
-    name = parse_name(checkpoint.name)
-    return store_folder(checkpoint.parent, name.stem if name is not None else checkpoint.stem)
-
-
-def open_beside(saved: SavedModel, key_expert: str, reporter: Reporter = SILENT) -> VectorStore:
-    """Open the vector store that lies beside a combined model's checkpoint.
-
-    Args:
-        key_expert: name of the expert whose states the keys are.
-
-    Raises:
-        VectorStoreError: it is missing, damaged, or another model's.
-    """
-    entries = {entry["name"]: entry for entry in expert_entries(saved.payload, saved.path)}
-    owner = owner_of(entries[key_expert], saved.config, saved.tokenizer)
-    try:
-        return open_store(folder_of(saved.path), saved.config.vector_store, owner=owner, reporter=reporter)
-    except VectorStoreError as error:
-        raise type(error)(
-            f"{saved.path} was trained with a vector store. {error} To run without it: --no-vector-store "
-            "(in Python: vector_store=False)."
-        ) from None

@@ -194,7 +194,7 @@ def test_a_domain_is_learnt_without_training(
     assert set(after["routing"]["chants"]["weights"]) == {"transformer", "state_space", "vector_store"}
     assert set(alone["routing"]["chants"]["weights"]) == {"transformer", "state_space"}
     assert run(["store", "add", str(corpus), *told]) == 1  # all of it is known now
-    assert "nothing new to remember" in capsys.readouterr().err
+    assert "nothing new to put in" in capsys.readouterr().err
     # What is in the memory is not scored unasked.
     assert run(["eval", *map(str, on_chants), "--split", "train"]) == 1
     assert "in the vector store of" in capsys.readouterr().err
