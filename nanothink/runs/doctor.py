@@ -1,4 +1,4 @@
-"""What a machine has to offer. Behind ``nanothink doctor``."""
+"""Findings about this machine: ``nanothink doctor``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would take: parameters, tokens, steps, memory, disk. Behind ``--dry-run``."""
+"""Estimate of a run, without a step of it: parameters, tokens, steps, memory, disk. For ``--dry-run``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class RunEstimate:
     """Sizes in bytes, counts in units of their name."""
 
     parameters: dict[str, int]
-    """Trained ones, by their role for the optimizer."""
+    """Trained parameters, by their role for the optimizer."""
     frozen_parameters: int
-    """Numbers that travel in the checkpoint and are not trained."""
+    """Numbers in the checkpoint that are not trained."""
     train_tokens: dict[str, int]
     validation_tokens: dict[str, int]
     tokens_per_step: int
@@ -33,16 +33,16 @@ class RunEstimate:
     epochs: float
     n_processes: int
     memory: dict[str, int]
-    """Of each process."""
+    """Bytes in each process, by use."""
     checkpoint_bytes: int
     disk_bytes: int
     disk_free_bytes: int
     states_bytes: int
-    """The experts' states that are kept beside the tokens; 0 where none are, or they may not take so much."""
+    """The experts' states on the disk; 0 if they are not kept."""
     precision: str
     precision_reason: str
     n_bad_lines: int
-    """Lines of the text that are left out."""
+    """Lines of the text that are skipped."""
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -50,9 +50,10 @@ class RunEstimate:
 
 
 def estimate_run(setup: RunSetup, n_processes: int = 1) -> RunEstimate:
-    """Count what can be counted and estimate the rest, without a step of training.
+    """Count what can be counted, and estimate the rest.
 
-    Raises UsageError when the processes are too many for the batch.
+    Raises:
+        UsageError: there are more processes than blocks in a batch.
     """
     config, train_config, plan = setup.config, setup.training, setup.plan
     model = setup.build_model()
@@ -64,14 +65,14 @@ def estimate_run(setup: RunSetup, n_processes: int = 1) -> RunEstimate:
         count * (1 if role == "matrices" and train_config.optimizer == "muon" else 2)
         for role, count in parameters.items()
     )
-    # what travels in the checkpoint but is not trained: a diffuser's table of targets, NanoThink's experts
+    # not trained: a diffuser's table of targets, NanoThink's experts
     trained = {name for named in groups.values() for name, _ in named}
     n_fixed = sum(t.numel() for name, t in model.state_dict().items() if name not in trained)
     value_bytes = 2 if setup.precision.dtype.itemsize == 2 else 4
     length = config.model.max_seq_len
     memory = {
         "weights": _FLOAT32 * (n_parameters + n_fixed),
-        # several keep their own until the sum of all is there
+        # several processes keep their own until the sum is there
         "gradients": _FLOAT32 * n_parameters * (1 if n_processes == 1 else 2),
         "optimizer": _FLOAT32 * moments,
         "activations": model.activation_bytes(largest_share(setup, n_processes), length, value_bytes),
@@ -107,7 +108,7 @@ def estimate_run(setup: RunSetup, n_processes: int = 1) -> RunEstimate:
 
 
 def _vector_store(setup: RunSetup) -> tuple[int, int]:
-    """Memory and disk of the store once it is built, the neighbours of the training blocks included."""
+    """Bytes of memory and disk of the store once built, with the neighbours of the training blocks."""
     settings, model = setup.config.vector_store, setup.config.model
     n_tokens = sum(stream.n_tokens for stream in setup.tokens.train.values())
     n_keys = min(n_tokens, settings.max_keys or n_tokens)

@@ -42,10 +42,10 @@ class CheckpointEvaluation:
 
 
 def above_best(results: Sequence[CheckpointEvaluation]) -> list[Difference | None]:
-    """How far each is above the one with the fewest bits per byte.
+    """Difference in bits per byte between each model and the best.
 
-    None for that one itself, and for what was not scored on the same documents. A model without a finite
-    score is never the best beside one that has one.
+    None for the best itself, and for a model that was scored on other documents. A model with a finite score
+    is better than one without.
     """
 
     def order(result: CheckpointEvaluation) -> float:
@@ -72,12 +72,11 @@ def evaluate_checkpoints(
 ) -> list[CheckpointEvaluation]:
     """Score each checkpoint on the same documents.
 
-    Without ``data_dir`` the text is that of the domains that the checkpoints were trained on, and several
-    checkpoints must agree on the folder. The checkpoints say what of it is held out: by the rule of their
-    split, and by the documents that they were trained on, none of which is scored unless ``allow_seen``; see
-    ``TextToScore``. Each checkpoint cuts the text up with its own tokenizer and reads it in blocks of its
-    own ``max_seq_len``. A model that was trained with a vector store is scored with it, unless
-    ``vector_store`` is False.
+    Without ``data_dir`` the text is that of the domains that the checkpoints were trained on, in one folder.
+    ``TextToScore`` decides which documents are held out: by the rule of the checkpoints' split, and without
+    the documents that one of them was trained on, unless ``allow_seen``. Each checkpoint tokenises the text
+    with its own tokenizer and reads it in blocks of its own ``max_seq_len``. A model that was trained with a
+    vector store is scored with it, unless ``vector_store`` is False.
 
     Raises:
         SeenTextError: one of them was trained on some of the text.
@@ -149,7 +148,7 @@ def _where(
     domains: Sequence[str] | None,
     reporter: Reporter,
 ) -> tuple[str, Sequence[str] | None]:
-    """Folder and domains of the text: those that were named, else those of the training."""
+    """Folder and domains of the text: as named, else those of the training."""
     if data_dir is not None:
         return data_dir, domains
     folders = sorted({model.config.data.data_dir for model in loaded})
@@ -172,7 +171,7 @@ def _where(
 def _retry(
     paths: Sequence[Path], data_dir: str | None, domains: Sequence[str] | None, vector_store: bool
 ) -> str:
-    """The command that would score the same again."""
+    """The command that scores the same again."""
     words = ["nanothink", "eval", *map(str, paths)]
     words += ["--data-dir", data_dir] if data_dir is not None else []
     words += ["--domains", ",".join(domains)] if domains else []
@@ -198,7 +197,7 @@ def newest_finished(
     *,
     kind: str | None = None,
 ) -> Path:
-    """Of the best checkpoints in a folder the one written last; damaged newer ones are noted.
+    """The newest of the best checkpoints in a folder; damaged newer ones are noted.
 
     Args:
         kind: of which it must be, where not any will do.

@@ -1,4 +1,4 @@
-"""Whether the experts' states of a run are kept on the disk, and what they depend on."""
+"""The experts' states of a run, kept on the disk: when, and the identity under which they are found again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nanothink.training.expert_states import ExpertStates, Shape, open_states, s
 
 
 def kept_bytes(setup: RunSetup) -> int:
-    """What a run's states will take at most on the disk; 0 where they will not be kept."""
+    """Upper bound on the disk space of a run's states; 0 if they are not kept."""
     shape, training = _shape(setup), setup.training
     if shape is None or setup.plan.epochs == 1:
         return 0
@@ -27,10 +27,10 @@ def kept_bytes(setup: RunSetup) -> int:
 
 
 def _shape(setup: RunSetup) -> Shape | None:
-    """Blocks, experts, length and width of the states that are to be kept; None where none are.
+    """Blocks, experts, length and width of the states; None if they are not kept.
 
-    Only on a CPU: elsewhere nobody has shown that a block's states are the same bits whatever stands beside
-    it, or that it pays.
+    Kept on a CPU only: elsewhere it is not shown that the states of a block are the same bits in any batch,
+    nor that keeping them is faster.
     """
     training = setup.training
     if not isinstance(training, TrainMLAConfig) or not training.states_disk_gb:
@@ -42,9 +42,9 @@ def _shape(setup: RunSetup) -> Shape | None:
 
 
 def keep_states(setup: RunSetup, model: NanoThink, reporter: Reporter) -> ExpertStates | None:
-    """Where the states of ``model``'s experts are kept.
+    """Open the kept states of ``model``'s experts; None if they are not kept.
 
-    A run of one epoch reads what others have left, but leaves nothing: it would not come back to it.
+    A run of one epoch reads states that others have kept, but keeps none, since it needs each only once.
     """
     shape = _shape(setup)
     if shape is None:
@@ -62,7 +62,7 @@ def keep_states(setup: RunSetup, model: NanoThink, reporter: Reporter) -> Expert
         "experts": experts,
         "data": setup.tokens.fingerprint,
         "products": setup.precision.name,
-        # what else decides about a last bit
+        # anything else that could change a last bit
         "nanothink": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

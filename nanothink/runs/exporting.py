@@ -1,4 +1,4 @@
-"""A checkpoint as a model folder for other programs. What the folder is: checkpoints/export.py."""
+"""Export of a checkpoint to a model folder for other programs; checkpoints/export.py describes the folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from nanothink.runs.trained_model import TrainedModel
 
 @dataclass(frozen=True)
 class Export:
-    """What ``export_checkpoint`` wrote."""
+    """Result of ``export_checkpoint``."""
 
     checkpoint: Path
     folder: Path
@@ -41,7 +41,7 @@ class Export:
     how_to_load: str
     """A line of Python."""
     notes: tuple[str, ...]
-    """What of the checkpoint did not fit its model, or does not come along."""
+    """Weights that did not fit, and parts that are not exported."""
 
 
 def export_checkpoint(

@@ -1,4 +1,4 @@
-"""The text that models may be scored on: none that they were trained on, wherever it lies now."""
+"""Text to score models on: without the documents that they were trained on, in whichever file those are."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ Side = Literal["train", "val", "test", "all"]
 
 @dataclass(frozen=True)
 class ScoredText:
-    """The text that models are scored on, by domain, in the tokens of one of them."""
+    """The text that models are scored on, by domain, in the tokens of one tokenizer."""
 
     streams: dict[str, TokenStream]
     n_seen: tuple[int, ...]
-    """Documents of it that each model was trained on, or has in its vector store; none unless allowed."""
+    """Number of documents that each model was trained on, or has in its vector store; 0 unless allowed."""
     left_out: Problems
-    """Bad lines that were passed over."""
+    """Bad lines, which were skipped."""
 
 
 class TextToScore:
-    """A corpus, as far as some models may be scored on it.
+    """The part of a corpus that some models may be scored on.
 
-    Under ``val`` and ``test`` it is what the rules of all of them hold out, without the text that one of them
-    was trained on, or has in its vector store. Under ``train`` and ``all`` such text is refused.
+    ``val`` and ``test``: the documents that the rules of all models hold out, without those that one of them
+    was trained on or has in its vector store. ``train`` and ``all``: such documents are refused.
 
     Args:
-        max_tokens: at most so many of each domain will be scored.
-        allow_seen: neither leave out nor refuse text that was trained on.
-        retry: the command that scores them, without --split, for messages.
+        max_tokens: upper bound on the tokens scored in each domain.
+        allow_seen: neither leave out nor refuse documents that were trained on.
+        retry: the command that scores the models, without --split, for messages.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TextToScore:
         self._found: dict[str, ScoredText] = {}
 
     def in_tokens_of(self, tokenizer: Tokenizer) -> ScoredText:
-        """The text, cut up by this tokenizer.
+        """The text in the tokens of this tokenizer.
 
         Raises:
             SeenTextError: a model was trained on some of it, or on all that could be held out.
@@ -168,9 +168,9 @@ def held_out(
     skip_bad_records: bool = False,
     reporter: Reporter = SILENT,
 ) -> TokenisedCorpus:
-    """A corpus whose validation and test sides are text that none of the models was trained on.
+    """The corpus with validation and test sides that none of the models was trained on.
 
-    On their own data that is just what their runs held out. A domain may have no such text.
+    On the models' own data these are the sides that their runs held out. A domain may have no such text.
     """
     return tokenise(
         corpus,

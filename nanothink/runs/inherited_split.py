@@ -33,21 +33,21 @@ class InheritedSplit:
 
     rule: SplitRule
     trained_by: Mapping[str, TrainedText]
-    """By the path of each model: the documents that any part of it was trained on."""
+    """Documents that each model, or a part of it, was trained on, by the model's path."""
     held_out: HeldOutText = field(default_factory=HeldOutText)
-    """Documents that models of this very rule held out, and which so stay on their sides."""
+    """Documents that models with the same rule held out; they stay on their sides."""
     store: TrainedText = field(default_factory=TrainedText)
-    """Documents in the vector store that the run is to use."""
+    """Documents in the vector store that the run will use."""
 
     @classmethod
     def of(cls, parts: Mapping[str, SplitRecord], resolved: ResolvedConfig) -> InheritedSplit:
         """The rule of a run that builds on ``parts``, and the text that they were trained on.
 
-        A fraction that was set by hand holds; else it is the smallest of the parts'. The sides of different
-        fractions are nested, so that all of them held out what the smallest one holds out.
+        A fraction in the settings overrides those of the parts, whose smallest is taken otherwise. Sides of
+        different fractions are nested, so all parts held out what the smallest fraction holds out.
 
         Raises:
-            UsageError: fractions set by hand and inherited ones leave nothing to train on.
+            UsageError: the fractions together leave nothing to train on.
         """
         fractions = {name: getattr(resolved.config.data, name) for name in FRACTIONS}
         rules = binding_rules(parts.values()) if any(part.domains for part in parts.values()) else []
@@ -60,8 +60,8 @@ class InheritedSplit:
         except ValueError:
             asked = " and ".join(f"data.{name}={value}" for name, value in fractions.items())
             raise UsageError(
-                f"{asked} leave nothing to train on: together they must be below 1. What is not set by hand "
-                f"comes from {', '.join(parts)}."
+                f"{asked} leave nothing to train on: together they must be below 1. A fraction that is not "
+                f"set comes from {', '.join(parts)}."
             ) from None
         return cls(
             rule,
@@ -87,7 +87,7 @@ class InheritedSplit:
         skip_bad_records: bool,
         reporter: Reporter = SILENT,
     ) -> TokenisedCorpus:
-        """The corpus, with what was trained on, or is in the vector store, on the training side.
+        """The corpus. Documents that a part was trained on, or the store holds, are on the training side.
 
         Raises:
             SeenTextError: that leaves nothing to validate on.
@@ -163,7 +163,7 @@ def first_seen(streams: Mapping[str, TokenStream], trained: TrainedText) -> str:
 
 
 def described_as_seen(streams: Mapping[str, TokenStream], trained_by: Mapping[str, TrainedText]) -> str:
-    """How many documents of some text were trained on by which model, and where the first of them are."""
+    """The number of documents that each model was trained on, and the first of them, in words."""
     n_documents = sum(stream.n_documents for stream in streams.values())
     parts = []
     for name, trained in trained_by.items():

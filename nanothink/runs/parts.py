@@ -51,9 +51,9 @@ def _find_base(
     """Read the model that the settings name, or the one of its kind in the checkpoint folder.
 
     Args:
-        kind: of the expert that is to be trained.
+        kind: that of the expert to be trained.
         base: the model that it builds on.
-        config: its settings.
+        config: the expert's settings.
 
     Raises:
         CheckpointError: it is missing, of another kind, width or context; with the command to run.

@@ -1,7 +1,8 @@
-"""Building the model that a checkpoint describes, without trusting its settings with the memory.
+"""Building the model that a checkpoint describes, within the memory that its weights justify.
 
-A file of a kilobyte can ask for a width of 16,384 and 256 layers. Its weights are in the file too, so
-whatever needs far more than those is refused before it is allocated, whichever setting asks for it.
+A file of one kilobyte can ask for a width of 16,384 and 256 layers. Since the weights are in the file too, a
+model that needs far more memory than they do is refused before it is allocated, whichever setting asks for
+it.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def rebuild(
             return build_model(kind, config, vocab_size, experts)
     except _TooLarge:
         raise CheckpointMismatchError(
-            f"{path}: hardly anything in it fits this model: its settings and tokenizer ask for one of more "
-            f"than {2 * n_saved + TABLE_NUMBERS:,} numbers, and it holds {n_saved:,}. Use the settings it "
-            "was trained with; if nothing was changed, the file is damaged or forged: use another checkpoint"
+            f"{path}: hardly anything in it fits this model: its settings and tokenizer ask for more than "
+            f"{2 * n_saved + TABLE_NUMBERS:,} numbers, and it holds {n_saved:,}. Use the settings it was "
+            "trained with. If nothing was changed, the file is damaged or forged: use another checkpoint"
         ) from None
 
 
@@ -57,7 +58,7 @@ class _TooLarge(Exception):
 
 
 class _Allowance(TorchFunctionMode):
-    """Stops before more than ``numbers`` are allocated: at once by anything, or in all by ``torch.empty``."""
+    """Refuses an allocation of more than ``numbers``, or of so many in all by ``torch.empty``."""
 
     def __init__(self, numbers: int) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ _BY_SHAPE = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch
 
 
 def _result_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """At least as many numbers as the result has, told from the arguments."""
+    """Upper bound on the elements allocated, computed from the arguments."""
     if func in _BY_SHAPE:
         shape = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
         return math.prod(n for n in shape if isinstance(n, int))
@@ -96,7 +97,7 @@ def _result_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _broadcast_numbers(shapes: Sequence[Sequence[int]]) -> int:
-    """Numbers of a pointwise result; of the largest shape where these do not fit one another.
+    """Elements of a pointwise result; of the largest shape if the shapes do not broadcast.
 
     torch.broadcast_shapes does it too, but imports sympy, which takes half a second.
     """

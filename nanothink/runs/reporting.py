@@ -1,4 +1,4 @@
-"""The page of one or several runs: finds their records, asks their models, writes the file whole."""
+"""The report of runs: their records, passages from their models, and one HTML file, written whole."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ from nanothink.runs.trained_model import TrainedModel, load
 from nanothink.training.records import RunRecords, read_description, read_run
 
 PASSAGE_TOKENS = 120
-"""Of a held-out passage that is routed or rebuilt; a smaller context has less."""
+"""Tokens of a held-out passage that is routed or rebuilt, at most the context."""
 
 REBUILT_FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Noise levels that a passage is rebuilt from, as fractions of the highest."""
 
 ROUTED_DOMAINS, REBUILT_DOMAINS = 6, 2
-"""Domains that a passage is shown of."""
+"""Domains that show a passage."""
 
 _SEARCHED_DOCUMENTS = 1000
 _WITH_PASSAGES = {"nanothink_mla", "diffuser"}
@@ -172,7 +172,7 @@ def _started(folder: Path) -> tuple[str, str]:
 def _passages(
     records: RunRecords, data_dir: str | None, device: str | None, reporter: Reporter
 ) -> tuple[tuple[RoutedPassage, ...] | tuple[RebuiltPassage, ...] | Missing, tuple[str, ...]]:
-    """What the best checkpoint of a run makes of held-out text, and what is to be said about that."""
+    """Passages of held-out text from the best checkpoint of a run, and remarks about them."""
     if records.kind not in _WITH_PASSAGES:
         return (), ()
     path = records.folder.parent.parent / f"{records.name}.pt"
@@ -194,7 +194,7 @@ def _passages(
 def _held_out(
     loaded: TrainedModel, records: RunRecords, data_dir: str | None, reporter: Reporter
 ) -> tuple[dict[str, list[int]], bool]:
-    """By domain a passage of validation text, beginning with EOS; and whether the data is as it was."""
+    """A passage of validation text by domain, beginning with EOS; True if the data has not changed."""
     config = loaded.config.data
     folder = data_dir or config.data_dir
     if not Path(folder).is_dir():

@@ -44,12 +44,11 @@ class SavedModel:
     """Settings of its training."""
     tokenizer: Tokenizer
     must_fit: str | None = None
-    """What to do about weights that are not those of the model, which ``build`` then refuses; None: they are
-    reported."""
+    """Advice in the error of ``build`` about weights that do not fit; None: they are only reported."""
 
     @classmethod
     def read(cls, path: Path, reporter: Reporter = SILENT) -> SavedModel:
-        """The model of a checkpoint; ``progress`` hears of (what is being done, bytes done, bytes in all).
+        """Read and verify a checkpoint.
 
         Raises:
             CheckpointError: the file is missing, damaged, or something else.
@@ -58,10 +57,10 @@ class SavedModel:
 
     @classmethod
     def read_export(cls, folder: Path) -> SavedModel:
-        """The model of an export. Raises as ``read``.
+        """Read an export. Raises as ``read``.
 
-        All its weights must fit: other programs change exports, and without the biases that one of them added
-        it would be another model.
+        All its weights must fit: another program may have changed the export, and without biases that it
+        added, for example, the model would be another one.
         """
         return cls.of(folder, read_export(folder), must_fit="Export the checkpoint again")
 

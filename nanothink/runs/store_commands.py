@@ -1,4 +1,4 @@
-"""The vector store by itself: what the commands of ``nanothink store`` do."""
+"""Work of the ``nanothink store`` commands: facts, search, compaction."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nanothink.vector_store.store import store_bytes, write_store
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """What ``store info`` says."""
+    """Facts of a vector store, for ``store info``."""
 
     folder: Path
     owner: Owner
@@ -40,7 +40,7 @@ class StoreFacts:
     n_held_out: int
     n_bytes: int
     neighbours_bytes: int
-    """Of what training has looked up and kept."""
+    """Neighbours that training has looked up and kept."""
 
 
 def facts_of(store: VectorStore) -> StoreFacts:
@@ -69,26 +69,26 @@ def facts_of(store: VectorStore) -> StoreFacts:
 
 @dataclass(frozen=True)
 class StoreHit:
-    """A key that a text brings to mind."""
+    """A key near the end of a text."""
 
     similarity: float
     weight: float
-    """Its part of p_mem, at the temperature the model has learnt, or 0.05."""
+    """Its share of p_mem, at the temperature that the model has learnt, or 0.05."""
     before: str
-    """What stands before the token in its document."""
+    """Text before the token in its document."""
     token: str
-    """What followed there."""
+    """The token that follows the key."""
     domain: str
     source: str
     """File and line."""
     stands_for: int
-    """Keys that it stands for, itself included."""
+    """Number of merged keys that it stands for, itself included."""
 
 
 def search_store(
     found: StoreSource, store: VectorStore, text: str, n_neighbours: int, n_before: int = 24
 ) -> list[StoreHit]:
-    """What the end of ``text`` brings to mind, nearest first.
+    """The keys nearest to the end of ``text``, nearest first.
 
     Raises:
         UsageError: an empty text.
@@ -137,7 +137,7 @@ class Compaction:
     before: StoreFacts
     after: StoreFacts
     evaluation_before: Evaluation | None
-    """On the validation text; None where there is no trained model to ask."""
+    """On validation text; None if there is no trained model."""
     evaluation_after: Evaluation | None
 
 
@@ -153,7 +153,7 @@ def compact_store(
 
     Args:
         tokens: text to score on; None to leave that out.
-        max_tokens: at most so many of each domain.
+        max_tokens: upper bound on the tokens scored in each domain.
     """
 
     def scored(stage: str) -> Evaluation | None:

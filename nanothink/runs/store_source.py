@@ -1,4 +1,4 @@
-"""The model that a vector store belongs to: a combined one, or experts that are yet to be combined."""
+"""The vector store that a ``store`` command means, and the text that may go into it."""
 
 from __future__ import annotations
 

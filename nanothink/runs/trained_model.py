@@ -36,20 +36,20 @@ class RoutedPiece:
     """A token that a combined model has drawn."""
 
     text: str
-    """What became final with it: nothing while a character is unfinished."""
+    """Text that became final with it; empty while a character is unfinished."""
     token: int
     weights: Mapping[str, float]
-    """By expert, and "vector_store": how far it was trusted in predicting this token."""
+    """Weight of each expert, and of "vector_store", in the prediction of this token."""
 
     @property
     def trusted(self) -> str:
-        """Who has the most weight."""
+        """Name of the component with the largest weight."""
         return max(self.weights, key=self.weights.__getitem__)
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model from a checkpoint, ready for use. Needs no other file than that, but for a vector store's."""
+    """A model from a checkpoint, ready for use. It needs no other file, except those of its vector store."""
 
     path: Path
     model: LanguageModel
@@ -59,7 +59,7 @@ class TrainedModel:
     split: SplitRecord
     """The rule of its split, and the documents that it was trained on; see ``trained_on``."""
     notes: tuple[str, ...]
-    """What did not fit when the weights were read; empty when everything did."""
+    """Weights that did not fit, a line for each kind; empty if all fitted."""
 
     @classmethod
     def of(
@@ -85,7 +85,7 @@ class TrainedModel:
 
     @cached_property
     def precision(self) -> Precision:
-        """The type to evaluate in: that of training unless this machine is slower in it.
+        """Device and type for evaluation: the type of training, unless this machine is slower in it.
 
         ``logits`` and ``generate`` compute in float32.
         """
@@ -100,15 +100,15 @@ class TrainedModel:
         return self.split.trained if stored is None else self.split.trained | stored
 
     def trained_on(self, text: str) -> bool:
-        """Whether this text is a document that any part of the model was trained on, or that is in its store.
+        """True if this text is a document that a part of the model was trained on, or that its store holds.
 
-        White space, line ends and the form of Unicode do not count; a text of which only the head was trained
-        on counts as trained on.
+        White space, line ends and Unicode normalisation make no difference. A text of which only the head was
+        trained on counts as trained on.
         """
         return bool(self.trained_text.holds(np.array([text_key(text)], np.uint64))[0])
 
     def seen_by(self) -> dict[str, TrainedText]:
-        """``trained_text`` by who has it: the model, and its vector store."""
+        """``trained_text`` of the model and of its vector store, by name."""
         stored = self._stored()
         own = {str(self.path): self.split.trained}
         return own if stored is None else {**own, f"the vector store of {self.path}": stored}
@@ -126,11 +126,11 @@ class TrainedModel:
             return self.model.logits(tokens.to(self.device)).to(tokens.device)
 
     def routing(self, tokens: torch.Tensor) -> torch.Tensor:
-        """How far a combined model trusts each expert: (B, T) int64 -> (B, T, E) float32, in rows of sum 1.
+        """Weight of each expert of a combined model: (B, T) int64 -> (B, T, E) float32, in rows of sum 1.
 
-        The weights at position t are those of the prediction of token t + 1. The experts' names, in their
-        order, are ``.model.names``. A vector store adds one column, its share of the
-        prediction, and the others have the rest; ``.model.components`` names them all.
+        The weights at position t are those of the prediction of token t + 1. ``.model.names`` has the names
+        of the experts in their order. A vector store adds a column with its share of the prediction;
+        ``.model.components`` names all columns.
 
         Raises:
             UsageError: this model combines no experts, or the tokens are not its own.
@@ -154,9 +154,9 @@ class TrainedModel:
             prompt: one string, or a sequence of them, continued side by side.
             on_text: called with (row, piece of text) as text becomes final.
             ddim_steps: for a diffuser: denoise each token by DDIM in this many evaluations, from drawn noise;
-                0 for as many as its ``diffuser.inference_steps``. The noise then is the chance, and the
-                temperature is 0 unless it is given. Else the token is the head's, from the null noise, whose
-                distribution is the one that loss and perplexity are of.
+                0 for its ``diffuser.inference_steps``. Randomness then comes from the noise, and the
+                temperature is 0 unless it is given. None: tokens are drawn from the head's distribution at
+                the null noise, the one that loss and perplexity measure.
             sampling: fields of ``SamplingConfig``: temperature, top_k, top_p, max_new_tokens, seed ...
 
         Returns:
@@ -187,7 +187,10 @@ class TrainedModel:
         ddim_steps: int | None = None,
         **sampling: Any,
     ) -> list[list[int]]:
-        """``generate`` on token ids: the new ones of each prompt. ``on_token`` hears of (row, token)."""
+        """``generate`` on token ids; returns the new ones of each prompt.
+
+        ``on_token`` is called with (row, token).
+        """
         if ddim_steps is not None:
             sampling = {"temperature": 0.0, **sampling}
         return generate(
@@ -202,11 +205,11 @@ class TrainedModel:
     def generate_routed(
         self, prompt: str, *, on_piece: Callable[[RoutedPiece], None] | None = None, **sampling: Any
     ) -> list[RoutedPiece]:
-        """``generate`` of a combined model, token by token with the weights that each was drawn by.
+        """``generate`` with a combined model: each token with the weights of its prediction.
 
         Args:
             prompt: text to continue.
-            on_piece: hears of each piece as soon as it is drawn.
+            on_piece: called with each piece as soon as it is drawn.
             sampling: as of ``generate``.
 
         Raises:
@@ -237,7 +240,7 @@ class TrainedModel:
             on_token=lambda _, token: say(decoder.push(token), token),
             start=start,
         )
-        if rest := decoder.flush():  # a character that was never finished belongs to its last token
+        if rest := decoder.flush():  # an unfinished character belongs to its last token
             last = pieces.pop()
             pieces.append(replace(last, text=last.text + rest))
             if on_piece is not None:
@@ -252,7 +255,7 @@ class TrainedModel:
         seed: int = 0,
         ddim_steps: int = 1,
     ) -> list[Reconstruction]:
-        """For a diffuser: hide every token of a passage behind noise and let the model find it again.
+        """For a diffuser: add noise to every token of a passage and let the model reconstruct it.
 
         Args:
             passage: at most a context of text.

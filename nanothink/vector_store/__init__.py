@@ -1,1 +1,1 @@
-"""The vector store: a vector store of the training text that a NanoThink can look things up in."""
+"""The vector store: states of one expert over the training text, in which NanoThink searches neighbours."""

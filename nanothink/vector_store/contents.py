@@ -1,4 +1,4 @@
-"""What a vector store holds, and how it is searched."""
+"""Contents of a vector store, and search in it."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from nanothink.models.store_gate import NO_TOKEN, Neighbours
 from nanothink.vector_store.index import Float32, Int64, NeighbourIndex, damaged
 
 DOCUMENT = np.dtype([("end", "<i8"), ("key", "<u8"), ("line", "<i8"), ("domain", "<i4"), ("file", "<i4")])
-"""Of one document: where its tokens end (they begin where the one before ends), the hash of its text, and
-where it comes from; domain and file are indices into the manifest's lists."""
+"""A document: end of its tokens (they begin where the one before ends), hash of its text, and its source;
+domain and file are indices into the manifest's lists."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The frozen expert whose states the keys are. Whatever model it is a part of can use the store."""
+    """The frozen expert whose states the keys are. Any model that contains this expert can use the store."""
 
     expert: str
     kind: str
     digest: str
-    """Of its weights."""
+    """Digest of its weights."""
     tokenizer: str
-    """Its fingerprint."""
+    """Fingerprint of its tokenizer."""
     width: int
     block_length: int
-    """Tokens that it read at a time when the keys were made."""
+    """Tokens in a block of text from which keys were computed."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ class Contents:
     tokens: NDArray[Any]
     """(N,) unsigned: token n followed key n."""
     documents: NDArray[Any]
-    """DOCUMENT, in the order of their tokens; no two have the same text."""
+    """(documents,) of DOCUMENT, in the order of their tokens; no two have the same text."""
     domains: tuple[str, ...]
     files: tuple[str, ...]
     held_out: NDArray[np.uint64]
-    """Sorted hashes of validation and test texts, none of which is ever let in."""
+    """Sorted hashes of validation and test texts, which never go in."""
     heads: NDArray[np.uint64] = field(default_factory=lambda: np.empty((0, 2), np.uint64))
-    """(H, 2): hash of a text of which only the head may be let in, and normalised characters of that head."""
+    """(H, 2): hash of a text of which only the head may go in, and normalised characters of that head."""
     merged: Int64 = field(default_factory=lambda: np.empty((0, 2), np.int64))
-    """(M, 2): a key that was taken out, and the one that stands for it."""
+    """(M, 2): a key that was removed, and the key that stands for it."""
 
     @property
     def trained_text(self) -> TrainedText:
-        """The texts that are in the store, wholly or in part."""
+        """The texts of which the store holds all or a part."""
         return trained_text(self.documents, self.heads)
 
     @classmethod
@@ -94,13 +94,13 @@ class VectorStore:
     def search_elsewhere(
         self, queries: Float32, own: NDArray[np.uint64], n_neighbours: int
     ) -> tuple[Float32, Int64]:
-        """Neighbours that are no part of the query's own document.
+        """Neighbours outside the query's own document.
 
-        Twice as many are fetched as are wanted; where that leaves too few, the rest is missing.
+        Searches twice as many as are wanted. If too few of them remain, the rest is missing.
 
         Args:
             queries: (Q, D).
-            own: (Q,) hash of the text that each query stands in.
+            own: (Q,) hash of the text of each query.
 
         Returns:
             similarities and numbers (Q, K), nearest first; -inf and -1 where missing.
@@ -112,7 +112,7 @@ class VectorStore:
         return np.take_along_axis(similarities, order, 1), np.take_along_axis(numbers, order, 1)
 
     def is_of(self, numbers: Int64, texts: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """(Q, K) keys, (Q,) hashes of texts: whether a key, or one that it stands for, is of that text."""
+        """(Q, K) keys, (Q,) hashes of texts -> (Q, K), True if the key or one it stands for is of the text."""
         documents = self.documents_of(texts)[:, None]
         known = (numbers >= 0) & (documents >= 0)
         same = known & (self.document(numbers) == documents)
@@ -125,11 +125,11 @@ class VectorStore:
         return cast(NDArray[np.bool_], same)
 
     def document(self, numbers: Int64) -> Int64:
-        """The document that each key's token is of, as an index; any where the number is -1."""
+        """Index of the document of each key; arbitrary where the number is -1."""
         return np.searchsorted(self._ends, numbers, side="right").clip(max=max(len(self._ends) - 1, 0))
 
     def documents_of(self, texts: NDArray[np.uint64]) -> Int64:
-        """Index of the document with each hash; -1 where no such text is in the store."""
+        """Index of the document with each hash; -1 if the store has no such text."""
         order, sorted_keys = self._by_text
         if not len(order):
             return np.full(len(texts), -1, np.int64)
@@ -137,7 +137,7 @@ class VectorStore:
         return np.where(sorted_keys[at] == texts, order[at], -1)
 
     def neighbours(self, similarities: Float32, numbers: Int64) -> Neighbours:
-        """What a search found, as a model wants it."""
+        """Result of a search of the index, with tokens and counts."""
         there = numbers >= 0
         if numbers.size and int(numbers.max()) >= len(self.contents.tokens):
             raise damaged(self.folder, "its index has keys without a token")
@@ -150,7 +150,7 @@ class VectorStore:
         return Neighbours(torch.from_numpy(similarities), torch.from_numpy(tokens), counts)
 
     def passage(self, number: int, n_before: int) -> list[int]:
-        """Tokens of key ``number``'s document that lead up to its token, without that one."""
+        """At most ``n_before`` tokens before the token of key ``number``, in its document."""
         document = int(self.document(np.array([number]))[0])
         start = int(self._ends[document - 1]) if document else 0
         return [int(t) for t in self.contents.tokens[max(start, number - n_before) : number]]
@@ -163,15 +163,15 @@ class VectorStore:
 
     @cached_property
     def _counts(self) -> tuple[Int64, Int64]:
-        """Keys that stand for others too, sorted, and how many each is, itself included."""
+        """Sorted keys that stand for others, and the number of keys that each stands for, itself included."""
         keys, others = np.unique(self.contents.merged[:, 1], return_counts=True)
         return keys, others + 1
 
     @cached_property
     def _members(self) -> Int64:
-        """Sorted place in ``_counts`` × documents + document, for each document of which a key has a part.
+        """Sorted codes, place in ``_counts`` × documents + document, of the documents that a key stands for.
 
-        Places, since products with the keys themselves could exceed 2^63.
+        Places instead of keys, since products with keys could exceed 2^63.
         """
         if not len(self.contents.merged):
             return np.empty(0, np.int64)

@@ -66,7 +66,7 @@ def import_faiss() -> Any:
 
 
 def choose_kind(settings: VectorStoreConfig, n_keys: int) -> Kind:
-    """How ``n_keys`` keys are kept."""
+    """The kind of index for ``n_keys`` keys."""
     if settings.index != "auto":
         return settings.index
     if n_keys <= settings.exact_below:
@@ -89,7 +89,7 @@ def sample_size(kind: Kind, n_keys: int) -> int:
 
 
 def bytes_per_key(kind: Kind, width: int) -> int:
-    """Of the index: code and number."""
+    """Bytes of a key in the index: code and number."""
     return {"exact": 4 * width, "sq8": width, "pq": -(-width // _PQ_DIMENSIONS)}[kind] + 8
 
 

@@ -1,9 +1,9 @@
-"""Neighbours of the training blocks, found once and kept: the experts are frozen, and so are they.
+"""Neighbours of the training blocks: looked up once and kept, since the experts are frozen.
 
-For each domain its blocks in a sparse file (disk/block_file.py): one that was never searched takes no space,
-and one that was is held against its checksum whenever it is read. So a search that was stopped goes on where
-it was, a longer run only searches what it reads in addition, and a block that the disk has damaged is
-searched again. A token's own document, and copies of it, are never among its neighbours.
+Each domain has its blocks in a sparse file (disk/block_file.py). A block that was never searched takes no
+space, and a block's checksum is verified on every read. So an interrupted search continues where it stopped,
+a longer run only searches its additional blocks, and a damaged block is searched again. A token's own
+document, and copies of it, are never among its neighbours.
 
 Similarities are kept in 16 bits, in steps of 1/32767.
 
@@ -39,12 +39,12 @@ _SCALE = 32767.0
 
 
 def number_dtype(n_keys: int) -> np.dtype[Any]:
-    """Smallest unsigned type for the number of a key; its largest value stands for none."""
+    """Smallest unsigned type for the number of a key; its largest value means none."""
     return np.dtype(np.uint32 if n_keys < 0xFFFFFFFF else np.uint64)
 
 
 def bytes_per_neighbour(n_keys: int) -> int:
-    """On the disk: number and similarity."""
+    """Bytes of a neighbour on the disk: number and similarity."""
     return number_dtype(n_keys).itemsize + 2
 
 
@@ -52,10 +52,10 @@ class TrainingNeighbours:
     """Neighbours of the blocks of a corpus's training side.
 
     Args:
-        store: what is searched.
+        store: the store to search.
         tokens: the corpus.
         length: T.
-        states: of the expert whose states the keys are.
+        states: computes the states of the key expert.
     """
 
     def __init__(self, store: VectorStore, tokens: TokenisedCorpus, length: int, states: States) -> None:
@@ -71,7 +71,7 @@ class TrainingNeighbours:
         self._read_documents: dict[str, tuple[Int64, NDArray[np.uint64]]] = {}
 
     def missing(self, places: Iterable[tuple[str, int]]) -> dict[str, Int64]:
-        """Of these blocks (domain, index), those that were not searched yet, by domain."""
+        """The blocks (domain, index) that were not searched yet, by domain."""
         wanted: dict[str, set[int]] = {}
         for domain, block in places:
             wanted.setdefault(domain, set()).add(block)
@@ -84,12 +84,12 @@ class TrainingNeighbours:
         return found
 
     def n_bytes(self, missing: Mapping[str, Int64]) -> int:
-        """What keeping them will take."""
+        """Disk space that the neighbours of these blocks take."""
         n_neighbours = sum(map(len, missing.values())) * self._length * self._k
         return n_neighbours * bytes_per_neighbour(len(self._store.contents.tokens))
 
     def find(self, missing: Mapping[str, Int64], reporter: Reporter = SILENT) -> None:
-        """Search these blocks and keep what is found.
+        """Search these blocks and keep the result.
 
         Raises:
             StorageError: the disk refused.
@@ -151,8 +151,8 @@ class TrainingNeighbours:
                     file.write(block, [numbers[row], coded[row]])
             except OSError as error:
                 raise StorageError(
-                    f"{self.folder} is gone or cannot be read: was the vector store built anew meanwhile? Go "
-                    "on with --resume, which looks its neighbours up again."
+                    f"{self.folder} is gone or cannot be read. Was the vector store built again meanwhile? "
+                    "Resume with --resume, which looks the neighbours up again."
                 ) from error
         similarities = coded.astype(np.float32) / _SCALE
         which = np.where(numbers == self._missing, -1, numbers.astype(np.int64))
@@ -160,14 +160,14 @@ class TrainingNeighbours:
         return self._store.neighbours(similarities, which)
 
     def _documents(self, domain: str) -> tuple[Int64, NDArray[np.uint64]]:
-        """Where each document of a domain ends, in tokens, and the hash of its text. Read once."""
+        """End of each document of a domain, in tokens, and the hash of its text. Read once."""
         if domain not in self._read_documents:
             documents = self._streams[domain].documents()
             self._read_documents[domain] = np.cumsum(documents.n_tokens), documents.keys
         return self._read_documents[domain]
 
     def close(self) -> None:
-        """Close the files; what is asked afterwards opens them again."""
+        """Close the files. A later read opens them again."""
         while self._files:
             self._files.popitem()[1].close()
 
@@ -181,7 +181,7 @@ class TrainingNeighbours:
             raise storage_error(self.folder, error) from error
 
     def _file(self, domain: str, *, create: bool) -> BlockFile:
-        """The file of a domain; good until that of another domain is asked for."""
+        """The open file of a domain; valid until the file of another domain is opened."""
         if domain in self._files:
             self._files.move_to_end(domain)
         else:
@@ -201,7 +201,7 @@ def _coded(similarities: Float32) -> NDArray[np.int16]:
 class RepeatedSearch:
     """A ``NeighbourSearch`` with a cache: a run validates on the same text again and again."""
 
-    _LEAST_ROWS = 64  # fewer are a sample being written, which nobody asks again
+    _LEAST_ROWS = 64  # fewer are a sample that is being generated, and do not repeat
     _MOST_ROWS = 500_000  # about 200 MB at 32 neighbours
 
     def __init__(self, store: VectorStore) -> None:

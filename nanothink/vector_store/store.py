@@ -1,4 +1,4 @@
-"""The vector store on the disk: whole or not at all, and only for the model it was made for.
+"""The vector store on the disk: written whole or not at all, opened only for the expert it belongs to.
 
     <checkpoint>.store/
         manifest.json                  what belongs to it, with the size and digest of every file
@@ -8,12 +8,12 @@
         heldout-<generation>.npy       hashes of the validation and test texts of all data that went in
         heads-<generation>.npy         hashes of texts of which only the head may be in it, and its length
         merged-<generation>.npy        keys that others stand for (compact.py)
-        neighbours-<...>/              what training found once and need not search again (neighbours.py)
-        lock                           held by whoever is writing
+        neighbours-<...>/              neighbours of the training blocks (neighbours.py)
+        lock                           held while a process writes
 
 A change writes a new generation of files beside the old one and then replaces the manifest, in one rename. A
-kill at any point leaves the old store or the new one; files that no manifest names are swept up by the next
-change. Digests are checked before FAISS or numpy see a file, and nothing is unpickled.
+kill at any point leaves the old store or the new one; the next change removes files that no manifest names.
+Digests are verified before FAISS or numpy read a file, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class _Files(TypedDict):
 
 
 class _Manifest(TypedDict):
-    """What manifest.json holds."""
+    """Contents of manifest.json."""
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]
 
@@ -113,7 +113,7 @@ _MANIFESTS = TypeAdapter(_Manifest)
 
 
 def store_folder(checkpoint_dir: Path, stem: str) -> Path:
-    """Where the vector store of a run lies."""
+    """Folder of the vector store of a run."""
     return checkpoint_dir / f"{stem}{SUFFIX}"
 
 
@@ -122,7 +122,7 @@ def exists(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a store says of itself, once it has been seen to be whole; its files are not read.
+    """Read and verify the manifest of a store; the other files are not read.
 
     Raises:
         VectorStoreError: there is none, or the manifest is damaged.
@@ -209,7 +209,7 @@ def open_store(
 
 
 def read_texts(folder: Path, digest: str) -> TrainedText:
-    """The texts in the store of ``folder``, without opening its index; none where it is not this expert's.
+    """The texts in the store of ``folder``, without its index; none if it belongs to another expert.
 
     Args:
         digest: of the key expert's weights.

@@ -163,7 +163,7 @@ def test_a_resumed_run_never_validates_on_what_it_was_trained_on(
     write_domain(other / "letters", made_up_texts(0, 40)[:20] + made_up_texts(5, 20))
     capsys.readouterr()
     assert run(["resume", str(path), "--data-dir", str(other), "--max-steps", "7"]) == 0
-    assert "the next evaluation writes the best checkpoint anew" in " ".join(capsys.readouterr().err.split())
+    assert "The next evaluation writes a new best checkpoint" in " ".join(capsys.readouterr().err.split())
     last = record_of(path)
     assert after.trained.holds(last.held_out.val).sum() == 0
     assert np.isin(after.trained.keys, last.trained.keys).all()
