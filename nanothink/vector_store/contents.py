@@ -112,7 +112,7 @@ class VectorStore:
         return np.take_along_axis(similarities, order, 1), np.take_along_axis(numbers, order, 1)
 
     def is_of(self, numbers: Int64, texts: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """(Q, K) keys, (Q,) hashes of texts -> (Q, K), True if the key or one it stands for is of the text."""
+        """(Q, K) keys, (Q,) hashes of texts -> (Q, K), True if the key or one it stands for is of it."""
         documents = self.documents_of(texts)[:, None]
         known = (numbers >= 0) & (documents >= 0)
         same = known & (self.document(numbers) == documents)

@@ -665,7 +665,7 @@ def test_files_of_neighbours_are_closed_and_opened_again(read: Read, make: Make)
 def test_neighbours_that_are_gone_are_no_traceback(read: Read, make: Make) -> None:
     tokens = read()
     known = TrainingNeighbours(make(tokens), tokens, LENGTH, states)
-    with pytest.raises(StorageError, match="built anew meanwhile"):
+    with pytest.raises(StorageError, match="built again meanwhile"):
         known.read(all_places(tokens)[:1])
 
 
