@@ -1,7 +1,8 @@
 """What the documentation says is so: its tree, commands, table of settings and links. Examples run in
 test_docs_examples.py.
 
-``python tests/test_docs.py`` writes the table of settings in docs/configuration.md anew.
+``python tests/test_docs.py`` writes the tables of options in docs/commands.md and of settings in
+docs/configuration.md anew.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from documentation import (
     leaf,
 )
 
+COMMANDS_PAGE = ROOT / "docs" / "commands.md"
 SETTINGS_PAGE = ROOT / "docs" / "configuration.md"
 _BEGIN, _END = "<!-- settings: begin -->\n", "<!-- settings: end -->\n"
 
@@ -84,21 +86,56 @@ def test_every_command_parses(block: Block, call: list[str]) -> None:
     parse(call)
 
 
-def test_the_reference_names_every_command_and_option() -> None:
-    page = (ROOT / "docs" / "commands.md").read_text("utf-8")
-    section = re.compile(r"^### `nanothink ([a-z -]+?)(?: [A-Z\[][^\n]*)?`\n(.*?)(?=^##|\Z)", re.M | re.S)
-    sections = dict(section.findall(page))
+# ---------------------------------------------------------------------------------------------------
+# 3. The reference of commands
+
+_SECTION = re.compile(r"^### `(nanothink [^`]*)`\n(.*?)(?=^##|\Z)", re.M | re.S)
+_OPTIONS = re.compile(r"(?<=<!-- options -->\n).*?(?=<!-- /options -->\n)", re.S)
+
+
+def reference() -> dict[str, str]:
+    """Table of arguments and options of every command, by its usage line."""
+    tables = {}
     for path, command in commands_of_the_program():
-        assert path in sections, f"docs/commands.md has no section on nanothink {path}"
-        cells = "".join(re.findall(r"^\|([^|]*)\|", sections[path], re.M))
-        named = set(re.findall(r"`(--?[a-z][a-z-]*)", cells))
-        known = {name for parameter in command.params for name in parameter.opts if name.startswith("-")}
-        known -= {"--help", "-h"}
-        assert named == known, f"nanothink {path}"
+        context = command.make_context(path, [], resilient_parsing=True)
+        arguments = command.collect_usage_pieces(context)[1:]  # without [OPTIONS]
+        rows = [
+            f"| {_names(record[0])} | {' '.join(record[1].split()).replace('|', chr(92) + '|')} |"
+            for parameter in command.params
+            if parameter.name != "help" and (record := parameter.get_help_record(context))
+        ]
+        usage = " ".join(["nanothink", path, *arguments])
+        tables[usage] = "\n".join(["| option | meaning |", "|---|---|", *rows]) + "\n"
+    return tables
+
+
+def _names(record: str) -> str:
+    """``-c, --checkpoint PATH`` as code, the long name first."""
+    spelled = [name for name in record.partition(" <")[0].replace(" / ", ", ").split(", ") if name]
+    spelled.sort(key=lambda name: not name.startswith("--"))
+    return ", ".join(f"`{name}`" for name in spelled)
+
+
+def with_reference(text: str) -> str:
+    """The page with the table of each section made from its command."""
+    tables = reference()
+
+    def refreshed(section: re.Match[str]) -> str:
+        return _OPTIONS.sub(lambda _: tables.get(section[1], ""), section[0])
+
+    return _SECTION.sub(refreshed, text)
+
+
+def test_the_reference_is_the_commands() -> None:
+    text = COMMANDS_PAGE.read_text("utf-8")
+    sections = dict(_SECTION.findall(text))
+    assert set(sections) == set(reference()), "docs/commands.md has a section for each command, and no other"
+    assert all(_OPTIONS.search(section) for section in sections.values())
+    assert text == with_reference(text), "refresh it: python tests/test_docs.py"
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3. The table of settings
+# 4. The table of settings
 
 
 def settings_table() -> str:
@@ -249,5 +286,7 @@ def test_no_path_or_host_of_one_machine() -> None:
 
 
 if __name__ == "__main__":
+    COMMANDS_PAGE.write_text(with_reference(COMMANDS_PAGE.read_text("utf-8")), "utf-8")
+    print(f"{COMMANDS_PAGE.relative_to(ROOT)}: tables of options written")
     SETTINGS_PAGE.write_text(with_settings_table(SETTINGS_PAGE.read_text("utf-8")), "utf-8")
     print(f"{SETTINGS_PAGE.relative_to(ROOT)}: table of settings written")

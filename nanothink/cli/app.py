@@ -1,4 +1,4 @@
-"""The ``nanothink`` command. Each command parses, calls, renders; errors end up in one place here.
+"""The ``nanothink`` command. Each command parses, calls, renders; this file maps errors to exit codes.
 
 Exit codes: 0 done; 1 the data or the run failed its check; 2 wrong usage; 130 interrupted (saved); 141 the
 reader of the output has gone.
@@ -54,7 +54,7 @@ _ORDER = (
 
 
 class _InOrder(TyperGroup):
-    """Commands in the order in which a person meets them; Typer lists groups last."""
+    """Lists commands in the order of their use; Typer lists groups last."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return super().get_command(ctx, "store" if cmd_name == "memory" else cmd_name)  # its first name
@@ -88,7 +88,7 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Nothing of its own to do."""
+    """Take ``--version``; do nothing else."""
 
 
 app.add_typer(data.app, name="data")
@@ -106,19 +106,20 @@ demo.register(app)
 
 
 _GARBAGE_OBJECTS = 50_000
-"""Before garbage is looked for; at Python's 700 that is a tenth of torch's import, and a step leaves none."""
+"""Allocations between garbage collections. At Python's 700 they take a tenth of torch's import time, and a
+training step leaves no garbage."""
 
 _PATIENCE_SECONDS = 0.3
-"""For the main thread to answer a second signal itself."""
+"""Time for the main thread to act on a second signal itself."""
 
 
 class _Interrupted(BaseException):
-    """A signal, on its way out. Typer turns a KeyboardInterrupt into an exit without a word."""
+    """A signal that ends a command. Typer would turn KeyboardInterrupt into an exit without a message."""
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
-    # Said before numpy and torch start their thread pools: libraries must not fork warnings at users.
+    # Set before numpy and torch start thread pools: tokenizers would warn about forking.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     gc.set_threshold(_GARBAGE_OBJECTS)
     output.install()
@@ -142,7 +143,7 @@ _OPEN_FILES = 65_536
 
 
 def _allow_open_files() -> None:
-    """Raise the soft limit on open files, 1,024 on most systems, as far as the hard one allows."""
+    """Raise the soft limit on open files, 1,024 on most systems, as far as the hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -152,9 +153,9 @@ def _allow_open_files() -> None:
 
 @contextmanager
 def _unwinding_on_signals(*, forwarded: bool) -> Iterator[None]:
-    """Every signal that asks to stop ends a command as Ctrl-C does: half-made files go.
+    """Let every stopping signal end a command as Ctrl-C does, so that half-written files are removed.
 
-    A second request does not wait for that. Training has its own way to stop (training/interruption.py).
+    A second signal ends it at once. Training stops in its own way (training/interruption.py).
     """
     handled, heard = (StopRequests(forwarded=forwarded) for _ in range(2))
     unwinding = False
@@ -235,7 +236,7 @@ def _run(args: list[str]) -> int:
 
 
 def _lacks_memory(error: RuntimeError) -> bool:
-    """What PyTorch raises where Python would raise MemoryError."""
+    """True for the errors that PyTorch raises where Python would raise MemoryError."""
     said = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
     return any(words in str(error) for words in said)
 
@@ -252,7 +253,7 @@ def _usage_error(error: Exception) -> int:
         word = message.split("'")[1] if "'" in message else ""
         message += did_you_mean(word, getattr(context.command, "commands", {}))
     where = context.command_path if context is not None else "nanothink"
-    message = message.partition(", unable to parse")[0]  # a validator's words about its own affairs
+    message = message.partition(", unable to parse")[0]  # internals of a validator
     if message[-1] not in ".?":
         message += "."
     _print_error(f"{message} See: {where} --help")
@@ -260,7 +261,7 @@ def _usage_error(error: Exception) -> int:
 
 
 def _print_error(message: str) -> None:
-    if "_NANOTHINK_COMPLETE" in os.environ:  # a shell asks at Tab: it is the command line that is being typed
+    if "_NANOTHINK_COMPLETE" in os.environ:  # completing at Tab
         return
     from nanothink.cli import render
 

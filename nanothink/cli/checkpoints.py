@@ -1,4 +1,4 @@
-"""``nanothink checkpoints``: see, check and tidy what runs have left."""
+"""``nanothink checkpoints``: list, show, verify, prune, import and export checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nanothink.reporter import Reporter
 
 app = typer.Typer(
-    help="List, look into, verify, prune, import and export checkpoints.",
+    help="List, show, verify, prune, import and export checkpoints.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -29,7 +29,7 @@ def list_all(checkpoint_dir: CheckpointDir = Path("checkpoints"), as_json: Json 
 
     entries = list_checkpoints(checkpoint_dir)
     if as_json:
-        render.print_json({"checkpoints": [_as_dict(entry) for entry in entries]})
+        render.print_json({"checkpoints": entries})
         return
     if not entries:
         render.note(f"No checkpoints in {checkpoint_dir}.")
@@ -65,7 +65,7 @@ def show(
 ) -> None:
     """Show what is inside one checkpoint.
 
-    Where the run stood, its settings, its tokenizer, the shape of every tensor.
+    The state of the run, its settings, its tokenizer, the shape of every tensor.
     """
     from nanothink.checkpoints import SplitRecord, read_checkpoint, read_summary
     from nanothink.cli import render
@@ -76,7 +76,7 @@ def show(
     split = SplitRecord.from_state(payload["split"], checkpoint).described()
     shapes = {name: list(tensor.shape) for name, tensor in payload["model_state"].items()}
     facts: dict[str, Any] = {
-        **_as_dict(summary),
+        **render.plain(summary),
         "tokenizer": payload["tokenizer"].get("name"),
         "data_fingerprint": payload["data_fingerprint"],
         "split": split,
@@ -153,7 +153,7 @@ def verify(
                 results[path] = str(error).removeprefix(f"{path}: ")
     sound = not any(results.values())
     if as_json:
-        files = [{"path": str(p), "ok": reason is None, "reason": reason} for p, reason in results.items()]
+        files = [{"path": p, "ok": reason is None, "reason": reason} for p, reason in results.items()]
         render.print_json({"ok": sound, "files": files})
     else:
         for path, reason in results.items():
@@ -168,9 +168,9 @@ def verify(
 def prune(
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     keep: Annotated[
-        int, typer.Option("--keep", metavar="N", min=1, help="Epoch snapshots to keep of each run.")
+        int, typer.Option("--keep", metavar="N", min=1, help="Undamaged epoch snapshots to keep of each run.")
     ] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove old epoch snapshots and what killed saves left behind.
@@ -182,7 +182,7 @@ def prune(
 
     removed = prune_folder(checkpoint_dir, keep=keep, dry_run=dry_run)
     if as_json:
-        render.print_json({"removed": [str(p) for p in removed], "dry_run": dry_run})
+        render.print_json({"removed": removed, "dry_run": dry_run})
         return
     for path in removed:
         render.say(f"{'would remove' if dry_run else 'removed'} {path}")
@@ -198,14 +198,19 @@ def import_(
     ],
     name: Annotated[
         str | None,
-        typer.Option("--name", metavar="NAME", help="It becomes NAME_expert.pt. [default: that of SOURCE]"),
+        typer.Option(
+            "--name",
+            metavar="NAME",
+            help="The checkpoint is NAME_expert.pt. [default: SOURCE's name]",
+        ),
     ] = None,
     context: Annotated[
         int | None,
         typer.Option("--context", metavar="N", min=2, help="Tokens of context. [default: the model's own]"),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint of that name.")
+        bool,
+        typer.Option("--overwrite", help="Replace a checkpoint of that name; it is moved to replaced/."),
     ] = False,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     as_json: Json = False,
@@ -227,7 +232,7 @@ def import_(
             reporter=reporter,
         )
     if as_json:
-        render.print_json(_as_dict(done))
+        render.print_json(done)
         return
     rows = [
         ["source", f"{done.source} ({done.family})"],
@@ -302,7 +307,7 @@ def export(
     for line in done.notes:
         render.warning(f"{path}: {line}")
     if as_json:
-        render.print_json(_as_dict(done))
+        render.print_json(done)
         return
     rows = [
         ["checkpoint", str(done.checkpoint)],
@@ -325,7 +330,7 @@ def _write_gguf(
     for line in done.notes:
         reporter.note(f"{path}: {line}")
     if as_json:
-        render.print_json(_as_dict(done))
+        render.print_json(done)
         return
     rows = [
         ["checkpoint", str(done.checkpoint)],
@@ -341,7 +346,7 @@ def _write_gguf(
 
 
 def _origin(imported: Any) -> dict[str, str]:
-    """Where an imported model comes from."""
+    """Source, licence and chat template of an imported model."""
     if not isinstance(imported, dict):
         return {}
     return {
@@ -349,12 +354,6 @@ def _origin(imported: Any) -> dict[str, str]:
         "licence": str(imported.get("licence") or "not stated by its files"),
         "chat template": "yes" if imported.get("chat_template") else "no",
     }
-
-
-def _as_dict(entry: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(entry)
 
 
 def _when(timestamp: float) -> str:

@@ -1,6 +1,6 @@
-"""What a shell offers at Tab: names that are cheap to find. A word that has none here is the shell's affair.
+"""Shell completion: names that are quick to find. The shell completes everything else.
 
-Typer calls these while somebody waits at a prompt, so they import little and take nothing for granted.
+Typer calls these while a person waits at a prompt, so they import little and tolerate missing folders.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""``nanothink data``: look at, check, make and import text."""
+"""``nanothink data``: inspect, validate, sample and import text."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,7 +64,7 @@ def inspect(
     ] = 512,
     near_duplicates: Annotated[
         bool,
-        typer.Option("--near-duplicates", help="Look for documents that are nearly the same, by MinHash."),
+        typer.Option("--near-duplicates", help="Find documents that are nearly the same, by MinHash."),
     ] = False,
     config_file: ConfigFile = None,
     assignments: Set = None,
@@ -116,7 +115,7 @@ def inspect(
     if as_json:
         found = {"tokenizer": resolved.name, "vocab_size": resolved.vocab_size, **summary.to_dict()}
         found |= render.bad_lines(tokens.left_out)
-        render.print_json(found if alike is None else {**found, "near_duplicates": alike.to_dict()})
+        render.print_json(found | ({} if alike is None else {"near_duplicates": alike}))
         return
     # Two tables: one with everything would not fit into 80 columns.
     several = len(summary.domains) > 1
@@ -175,7 +174,7 @@ def validate(
     data_dir: DataDir = None,
     domains: Domains = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Name every bad line, also where many are bad for one reason.")
+        bool, typer.Option("--all", help="Name every bad line, however many there are.")
     ] = False,
     as_json: Json = False,
 ) -> int:
@@ -192,7 +191,7 @@ def validate(
     with render.reporting() as reporter:
         report = validate_corpus(
             corpus,
-            # Not with every line named: the bar and the lines would draw over one another.
+            # With --all the bar and the lines would overwrite one another.
             reporter=SILENT if stream else reporter,
             on_error=stream.add if stream else None,
         )
@@ -200,7 +199,7 @@ def validate(
         if stream:
             stream.end_json(_rest(report))
         else:
-            render.print_json({"errors": [problem.to_dict() for problem in report.errors]} | _rest(report))
+            render.print_json({"errors": report.errors} | _rest(report))
         return 0 if report.ok else 1
     render.problems(report.found_warnings, lambda line: render.say(f"warning: {line}", style="yellow"))
     if not stream:
@@ -218,7 +217,7 @@ def validate(
 
 
 def _rest(report: ValidationReport) -> dict[str, Any]:
-    """What `data validate --json` says beside the errors."""
+    """Keys of ``data validate --json`` beside the errors."""
     return {
         "ok": report.ok,
         "n_files": report.files,
@@ -226,9 +225,9 @@ def _rest(report: ValidationReport) -> dict[str, Any]:
         "n_errors": len(report.found_errors),
         "n_warnings": len(report.found_warnings),
         "n_unreadable": len(report.unreadable),
-        "warnings": [problem.to_dict() for problem in report.warnings],
-        "error_groups": [group.to_dict() for group in report.found_errors.groups],
-        "warning_groups": [group.to_dict() for group in report.found_warnings.groups],
+        "warnings": report.warnings,
+        "error_groups": report.found_errors.groups,
+        "warning_groups": report.found_warnings.groups,
         "n_bytes": report.n_bytes,
         "seconds": report.seconds,
     }
@@ -251,7 +250,7 @@ def sample(
     target = Path(_folder(folder, data_dir))
     domains = write_starter_corpus(target, overwrite=overwrite)
     if as_json:
-        render.print_json({"data_dir": str(target), "domains": [dataclasses.asdict(d) for d in domains]})
+        render.print_json({"data_dir": target, "domains": domains})
         return
     render.table(
         ["domain", ">records", ">text"],
@@ -286,7 +285,7 @@ def import_text(
         bool | None,
         typer.Option(
             "--quotes/--no-quotes",
-            help="Whether fields of a csv or tsv may be quoted. [default: in csv, not in tsv]",
+            help="Fields of a csv or tsv may be quoted. [default: in csv, not in tsv]",
             show_default=False,
         ),
     ] = None,
@@ -295,7 +294,7 @@ def import_text(
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Bring other formats in.
+    """Import text of other formats.
 
     txt, md, csv, tsv, json, jsonl, parquet, a folder of texts (txt, md), or a Hugging Face dataset (hf:NAME).
     """
@@ -325,9 +324,9 @@ def import_text(
                 "first_multiline_field": report.first_spanning,
                 "n_bad_rows": len(report.found_bad_rows),
                 "n_warnings": len(report.found_warnings),
-                "bad_rows": [p.to_dict() for p in report.bad_rows],
-                "bad_row_groups": [group.to_dict() for group in report.found_bad_rows.groups],
-                "warnings": [p.to_dict() for p in report.warnings],
+                "bad_rows": report.bad_rows,
+                "bad_row_groups": report.found_bad_rows.groups,
+                "warnings": report.warnings,
                 "seconds": report.seconds,
             }
         )

@@ -1,4 +1,4 @@
-"""``nanothink demo``: the whole story in a few minutes, by the commands that a person would type."""
+"""``nanothink demo``: text to trained models in a few minutes, by the commands that a person would type."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHAPE = ("transformer.n_layers=2", "state_space.n_layers=3", "diffuser.n_layers
 
 
 _KEYS = 200_000
-"""Of the vector store; to look up neighbours for every token would take minutes more."""
+"""Keys of the vector store; looking up neighbours for every token would take minutes more."""
 
 
 def register(app: typer.Typer) -> None:

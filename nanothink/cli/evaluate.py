@@ -125,7 +125,7 @@ def _rows(results: Sequence[CheckpointEvaluation]) -> list[dict[str, Any]]:
         }
         rows.append(
             {
-                "path": str(result.path),
+                "path": result.path,
                 "kind": result.kind,
                 "seen_documents": result.n_seen,
                 "trained_text_known": result.trained_text_known,

@@ -40,7 +40,7 @@ def generate(
             "--checkpoint",
             "-c",
             metavar="PATH",
-            help="Which model. [default: the newest best one in --checkpoint-dir that can do it]",
+            help="Model to run. [default: the newest best one in --checkpoint-dir that can do it]",
             autocompletion=completion.checkpoints,
         ),
     ] = None,
@@ -51,7 +51,10 @@ def generate(
     temperature: Annotated[
         float | None,
         typer.Option(
-            "--temperature", "-t", metavar="T", help="0 always takes the likeliest token. [default: 0.8]"
+            "--temperature",
+            "-t",
+            metavar="T",
+            help="0 always takes the likeliest token. [default: 0.8; 0 with DDIM]",
         ),
     ] = None,
     top_k: Annotated[
@@ -71,18 +74,20 @@ def generate(
         typer.Option(
             "--repetition-penalty",
             metavar="X",
-            help="Above 1, recent tokens become less likely. [default: 1]",
+            help="Above 1, the last 64 tokens become less likely. [default: 1]",
         ),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", metavar="N", help="Same seed, same text. [default: another each time]"),
+        typer.Option(
+            "--seed", metavar="N", help="Same seed, same text; prompt i takes N + i. [default: none]"
+        ),
     ] = None,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Write on past the end of a text.")
+        bool, typer.Option("--ignore-eos", help="Continue past the end of a text.")
     ] = False,
     ddim: Annotated[
-        bool, typer.Option("--ddim", help="A diffuser: denoise every token from drawn noise.")
+        bool, typer.Option("--ddim", help="A diffuser: denoise every token from drawn noise, by DDIM.")
     ] = False,
     ddim_steps: Annotated[
         int | None,
@@ -109,7 +114,7 @@ def generate(
         bool,
         typer.Option(
             "--show-routing",
-            help="A NanoThink: which expert, or its vector store, was trusted at each token.",
+            help="A NanoThink: show the expert, or vector store, with the most weight at each token.",
         ),
     ] = False,
     no_vector_store: NoVectorStore = False,
@@ -136,7 +141,7 @@ def generate(
     }
     prompts = [_read(text) for text in prompt or [""]]
     sampling = {name: value for name, value in asked.items() if value is not None}
-    sampling_config(**sampling)  # a bad value is said before anything is loaded or printed
+    sampling_config(**sampling)  # raises for a bad value before anything is loaded or printed
     if denoise and (len(prompts) > 1 or not prompts[0]):
         raise UsageError(
             '--denoise needs one passage to rebuild: nanothink generate --denoise "Some text ..."'
@@ -167,7 +172,7 @@ def generate(
             shown = [
                 {"level": r.level, "right": r.right, "text": loaded.tokenizer.decode(r.tokens)} for r in found
             ]
-            render.print_json({"checkpoint": str(path), "passage": prompts[0], "levels": shown})
+            render.print_json({"checkpoint": path, "passage": prompts[0], "levels": shown})
         else:
             render.reconstructions(found, loaded.tokenizer.decode)
     elif show_routing:
@@ -176,7 +181,7 @@ def generate(
         texts = loaded.generate(prompts, **sampling)
         render.print_json(
             {
-                "checkpoint": str(path),
+                "checkpoint": path,
                 "kind": loaded.kind,
                 "samples": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)],
             }
@@ -192,15 +197,15 @@ def generate(
 
 
 def _say_if_nothing(texts: list[str]) -> None:
-    """Nothing is what a model writes that takes the prompt for a whole text; that looks like a fault."""
+    """Explain an empty continuation: the model takes the prompt for a whole text."""
     from nanothink.cli import render
 
     if not all(texts):
-        render.note("The model ends a text right after the prompt; --ignore-eos has it write on.")
+        render.note("The model ends the text right after the prompt; --ignore-eos continues past that.")
 
 
 def _read(prompt: str) -> str:
-    """A prompt, byte for byte as it was given: the text stream of standard input would make LF of CRLF."""
+    """Read a prompt byte for byte: the text stream of standard input would turn CRLF into LF."""
     import codecs
     import sys
 
@@ -214,7 +219,7 @@ def _read(prompt: str) -> str:
             where, given = "Standard input", sys.stdin.buffer.read()
         except OSError as error:  # of a terminal that has hung up, for example
             raise UsageError(f"Standard input cannot be read: {error.strerror or error}.") from None
-        # A file that an editor of Windows has saved begins with a mark that is no text.
+        # Windows editors begin a file with a byte-order mark.
         given = given.removeprefix(codecs.BOM_UTF8)
     else:
         where, given = "The prompt", prompt.encode("utf-8", "surrogateescape")
@@ -247,4 +252,4 @@ def _generate_routed(
                 pieces = loaded.generate_routed(prompt, on_piece=show, **own)
             _say_if_nothing(["".join(piece.text for piece in pieces)])
     if as_json:
-        render.print_json({"checkpoint": str(path), "kind": loaded.kind, "samples": shown})
+        render.print_json({"checkpoint": path, "kind": loaded.kind, "samples": shown})

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the two liberties the command line takes with them.
+"""Options that several commands share, alone and in groups, and how the command line parses them.
 
 Typer knows no option with an optional value, yet ``--resume`` must work bare, with a path, and before
 another flag. ``ForgivingCommand`` puts the missing value in before Typer parses: a ``--resume`` that is
@@ -8,10 +8,13 @@ underscore spellings of the older scripts (``--data_dir``) for the hyphenated on
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 NEWEST = "newest"
 
 GROUP: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
-"""How every group of commands is made; rich would double the time that --help takes."""
+"""Settings of every group of commands; importing rich would double the time that --help takes."""
 
 
 class ForgivingCommand(TyperCommand):
@@ -41,11 +44,11 @@ class ForgivingCommand(TyperCommand):
         return super().parse_args(ctx, filled)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """As man pages have it: ``KIND`` where Typer has ``{KIND}``."""
+        """Show ``KIND`` where Typer shows ``{KIND}``."""
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """As Typer's, without the Python types that it shows beside the names of arguments."""
+        """List arguments and options as Typer does, without the Python types beside the arguments."""
         for title, kind in (("Arguments", "argument"), ("Options", "option")):
             records = [p.get_help_record(ctx) for p in self.get_params(ctx) if p.param_type_name == kind]
             shown = [(record[0].partition(" <")[0], record[1]) for record in records if record]
@@ -55,16 +58,15 @@ class ForgivingCommand(TyperCommand):
 
 
 def examples(*commands: str) -> str:
-    """The end of a command's help: command lines to begin with."""
+    """Format the end of a command's help: examples of its use."""
     return "\b\nExamples:\n" + "\n".join(f"  nanothink {command}" for command in commands)
 
 
 def fill_bare_resume(args: list[str], *, takes_kind: bool = True) -> list[str]:
     """Give every bare ``--resume`` the value ``newest``.
 
-    What follows is its value only when it cannot be the kind: it ends in .pt, holds a path separator, is a
-    file or a folder, or the kind stands elsewhere. ``--resume transformer`` is therefore bare, and the kind
-    stays a kind.
+    The next argument is its value only when it cannot be the kind: it ends in .pt, holds a path separator, is
+    a file or a folder, or the kind stands elsewhere. ``--resume transformer`` is therefore bare.
     """
     filled: list[str] = []
     for i, argument in enumerate(args):
@@ -96,14 +98,14 @@ def _is_kind(word: str) -> bool:
 
 
 def _refuse_folder(args: list[str], command: str, *, takes_kind: bool) -> None:
-    """A folder is given to ``--resume`` by whoever means the latest run in it."""
+    """Refuse a folder as the value of ``--resume``, with the command that resumes the latest run in it."""
     values = [args[i + 1] for i, argument in enumerate(args[:-1]) if argument == "--resume"]
     values += [argument.partition("=")[2] for argument in args if argument.startswith("--resume=")]
     for value in values:
         if value not in ("", NEWEST) and os.path.isdir(value):  # pathlib's raises where one may not look
             kind = f" {next(filter(_is_kind, args), 'KIND')}" if takes_kind else ""
             raise UsageError(
-                f"--resume takes a checkpoint, and {value} is a folder. To go on with the latest run in it: "
+                f"--resume takes a checkpoint, and {value} is a folder. To resume the latest run in it: "
                 f"{command}{kind} --resume --checkpoint-dir {value}"
             )
 
@@ -158,7 +160,7 @@ MaxSteps = Annotated[
     typer.Option(
         "--max-steps",
         metavar="N",
-        help="Optimizer steps; decides over --max-epochs. [default: by --max-epochs]",
+        help="Optimizer steps; overrides --max-epochs. [default: by --max-epochs]",
     ),
 ]
 Seed = Annotated[
@@ -193,35 +195,79 @@ Resume = Annotated[
     typer.Option(
         "--resume",
         metavar="[PATH]",
-        help="Go on from the latest state, or from PATH; starts anew if there is none.",
+        help="Resume the latest state, or PATH; starts a new run if there is none.",
         autocompletion=completion.checkpoints,
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Give up an earlier run of the same name.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")]
 SkipBadRecords = Annotated[
-    bool, typer.Option("--skip-bad-records", help="Go on without lines that are not valid records.")
+    bool, typer.Option("--skip-bad-records", help="Leave out lines that are not valid records.")
 ]
 NoVectorStore = Annotated[
     bool,
-    typer.Option(
-        "--no-vector-store", help="Leave the vector store out of a model that was trained with one."
-    ),
+    typer.Option("--no-vector-store", help="Run a model without the vector store it was trained with."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop there.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Estimate time, memory and disk, and stop there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
 
 
-def launch() -> Launch | None:
-    """What torchrun has said to this process; None where there is only the one."""
-    import os
+def takes(group: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the fields of the dataclass ``group`` to a command's options.
 
+    The command receives them as one object, its last parameter.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        *own, last = inspect.signature(command, eval_str=True).parameters.values()
+        hints = get_type_hints(group, include_extras=True)
+        shared = [
+            last.replace(name=field.name, default=field.default, annotation=hints[field.name])
+            for field in fields(group)
+        ]
+
+        @functools.wraps(command)
+        def call(**given: Any) -> Any:
+            chosen = group(**{option.name: given.pop(option.name) for option in shared})
+            return command(**given, **{last.name: chosen})
+
+        parameters = [*own, *shared]
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return call
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class NewRun:
+    """Options of the commands that train a model from its beginning."""
+
+    data_dir: DataDir = None
+    domains: Domains = None
+    preset: Preset = None
+    max_epochs: MaxEpochs = None
+    max_steps: MaxSteps = None
+    resume: Resume = None
+    overwrite: Overwrite = False
+    checkpoint_dir: CheckpointDir = Path("checkpoints")
+    device: Device = None
+    seed: Seed = None
+    config_file: ConfigFile = None
+    assignments: Set = None
+    skip_bad_records: SkipBadRecords = False
+    dry_run: DryRun = False
+    as_json: Json = False
+
+
+def launch() -> Launch | None:
+    """Settings that torchrun gave this process; None for a run of one process."""
     from nanothink.training.launch import Launch
 
     return Launch.of(os.environ)
 
 
 def is_first_process() -> bool:
-    """Whether this process is to speak: the only one, the first, or one that cannot tell which it is."""
+    """True for the process that prints: the only one, the first, or one that cannot tell its rank."""
     try:
         launched = launch()
     except UsageError:
@@ -230,7 +276,7 @@ def is_first_process() -> bool:
 
 
 def launched_with_others() -> bool:
-    """Whether torchrun started this process as one of several."""
+    """True if torchrun started this process as one of several."""
     try:
         return launch() is not None
     except UsageError:  # which the command says
@@ -238,9 +284,9 @@ def launched_with_others() -> bool:
 
 
 def refuse_early(configure: Callable[[Mapping[str, Any] | None], ResolvedConfig]) -> None:
-    """Say what is wrong with the settings and the domains of a new run before torch, which takes seconds.
+    """Raise errors in the settings and domains of a new run before torch is imported, which takes seconds.
 
-    Not where there are several processes: there it is for the first to speak.
+    With several processes the first one checks, later.
     """
     if launch() is None:
         from nanothink.data.corpus import find_corpus
@@ -258,7 +304,7 @@ def data_settings(
     tokenizer: str | None = None,
     skip_bad_records: bool = False,
 ) -> DataConfig:
-    """The settings of the data as training would have them: the same sources in the same order."""
+    """Resolve the data settings as training does: the same sources in the same order."""
     flags = {
         "data.data_dir": ("--data-dir", data_dir),
         "data.domains": ("--domains", domains or None),
@@ -276,11 +322,9 @@ def configure_from(
     assignments: list[str] | None,
     flags: Mapping[str, tuple[str, Any]],
 ) -> Callable[[Mapping[str, Any] | None], ResolvedConfig]:
-    """The function that settles a run's configuration from what was typed."""
+    """Return the function that resolves a run's configuration from the command line."""
 
     def configure(base: Mapping[str, Any] | None) -> ResolvedConfig:
-        import os
-
         from nanothink.config.run import resolve_config
 
         return resolve_config(

@@ -137,7 +137,7 @@ def _replacement(stream: Any, raw: _Descriptor) -> Any:
 
 
 def _writes_to(stream: Any, raw: _Descriptor) -> bool:
-    """Whether this is Python's own stream for that descriptor."""
+    """True for Python's own stream on that descriptor."""
     if not isinstance(stream, io.TextIOWrapper) or isinstance(
         getattr(stream.buffer, "raw", None), _Descriptor
     ):

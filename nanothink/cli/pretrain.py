@@ -1,7 +1,8 @@
-"""``nanothink pretrain`` and ``nanothink resume``: train an expert, go on with one."""
+"""``nanothink pretrain`` and ``nanothink resume``: train an expert, resume any run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,27 +11,19 @@ import typer
 from nanothink.cli import completion, output
 from nanothink.cli.options import (
     CheckpointDir,
-    ConfigFile,
-    DataDir,
     Device,
-    Domains,
     DryRun,
     ForgivingCommand,
     Json,
-    MaxEpochs,
-    MaxSteps,
-    Overwrite,
-    Preset,
-    Resume,
-    Seed,
+    NewRun,
     Set,
-    SkipBadRecords,
     TokenizerName,
     configure_from,
     examples,
     is_first_process,
     launch,
     refuse_early,
+    takes,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +45,7 @@ def register(app: typer.Typer) -> None:
     app.command(cls=ForgivingCommand, epilog=RESUME_EXAMPLES)(resume)
 
 
+@takes(NewRun)
 def pretrain(
     kind: Annotated[
         str,
@@ -61,9 +55,6 @@ def pretrain(
             autocompletion=completion.kinds,
         ),
     ],
-    data_dir: DataDir = None,
-    domains: Domains = None,
-    preset: Preset = None,
     tokenizer: TokenizerName = None,
     transformer: Annotated[
         str | None,
@@ -74,59 +65,27 @@ def pretrain(
             autocompletion=completion.checkpoints,
         ),
     ] = None,
-    max_epochs: MaxEpochs = None,
-    max_steps: MaxSteps = None,
-    resume: Resume = None,
     name: Annotated[
         str | None,
         typer.Option(
             "--name", metavar="NAME", help="Its checkpoint is NAME_expert.pt. [default: the kind's name]"
         ),
     ] = None,
-    overwrite: Overwrite = False,
-    checkpoint_dir: CheckpointDir = Path("checkpoints"),
-    device: Device = None,
-    seed: Seed = None,
-    config_file: ConfigFile = None,
-    assignments: Set = None,
-    skip_bad_records: SkipBadRecords = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    *,
+    options: NewRun,
 ) -> int:
     """Train an expert on your data."""
     from nanothink.errors import UsageError
-    from nanothink.models import known_kind, training_section
+    from nanothink.models import known_kind
 
-    if name == "" or (domains and not any(part.strip(" ,") for part in domains)):
-        raise UsageError("--name and --domains need a value; leave the option out for the default.")
     kind = known_kind(kind)
     if transformer is not None and kind != "diffuser":
         raise UsageError(f"--transformer names what a diffuser learns from; a {kind} learns from text.")
-    section = training_section(kind)
     flags = {
-        "data.data_dir": ("--data-dir", data_dir),
-        "data.domains": ("--domains", domains or None),
         "data.tokenizer": ("--tokenizer", tokenizer),
-        "data.skip_bad_records": ("--skip-bad-records", skip_bad_records or None),
         "diffuser.transformer": ("--transformer", transformer),
-        f"{section}.max_epochs": ("--max-epochs", max_epochs),
-        f"{section}.max_steps": ("--max-steps", max_steps),
-        f"{section}.seed": ("--seed", seed),
     }
-    configure = configure_from(preset=preset, config_file=config_file, assignments=assignments, flags=flags)
-    if resume is None:
-        refuse_early(configure)
-    from nanothink.runs.resuming import RunSpec
-
-    spec = RunSpec(
-        kind=kind,
-        checkpoint_dir=checkpoint_dir,
-        name=name,
-        resume=resume,
-        overwrite=overwrite,
-        device=device,
-    )
-    return train(spec, configure, dry_run=dry_run, as_json=as_json)
+    return start(kind, name, options, flags)
 
 
 def resume(
@@ -134,30 +93,32 @@ def resume(
         Path | None,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="Checkpoint to go on from. [default: what was interrupted last]",
+            help="Checkpoint to resume. [default: the run that was interrupted last]",
             autocompletion=completion.checkpoints,
         ),
     ] = None,
     max_epochs: Annotated[
-        int | None, typer.Option("--max-epochs", metavar="N", help="A new end. [default: the checkpoint's]")
+        int | None,
+        typer.Option("--max-epochs", metavar="N", help="New end of the run. [default: the checkpoint's]"),
     ] = None,
     max_steps: Annotated[
-        int | None, typer.Option("--max-steps", metavar="N", help="A new end. [default: the checkpoint's]")
+        int | None,
+        typer.Option("--max-steps", metavar="N", help="New end of the run. [default: the checkpoint's]"),
     ] = None,
     data_dir: Annotated[
         str | None,
-        typer.Option("--data-dir", metavar="DIR", help="Where the data is now. [default: where it was]"),
+        typer.Option("--data-dir", metavar="DIR", help="Folder of the data. [default: the run's]"),
     ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     assignments: Set = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Give up a later interrupted state of the same run.")
+        bool, typer.Option("--overwrite", help="Discard a later interrupted state of the same run.")
     ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> int:
-    """Go on with what was interrupted.
+    """Resume an interrupted run.
 
     Kind, settings and data come from the checkpoint.
     """
@@ -185,8 +146,58 @@ def resume(
     return train(spec, configure, dry_run=dry_run, as_json=as_json)
 
 
+def start(
+    kind: str,
+    name: str | None,
+    options: NewRun,
+    flags: Mapping[str, tuple[str, Any]],
+    experts: Sequence[Path] = (),
+) -> int:
+    """Train a new model, or resume it with ``--resume``.
+
+    Args:
+        flags: settings by the command's own options, beside those of ``options``.
+        experts: checkpoints that a NanoThink combines.
+    """
+    from nanothink.errors import UsageError
+    from nanothink.models import training_section
+
+    domains = options.domains or None
+    if name == "" or (domains and not any(part.strip(" ,") for part in domains)):
+        raise UsageError("--name and --domains need a value; leave the option out for the default.")
+    section = training_section(kind)
+    configure = configure_from(
+        preset=options.preset,
+        config_file=options.config_file,
+        assignments=options.assignments,
+        flags={
+            "data.data_dir": ("--data-dir", options.data_dir),
+            "data.domains": ("--domains", domains),
+            "data.skip_bad_records": ("--skip-bad-records", options.skip_bad_records or None),
+            f"{section}.max_epochs": ("--max-epochs", options.max_epochs),
+            f"{section}.max_steps": ("--max-steps", options.max_steps),
+            f"{section}.seed": ("--seed", options.seed),
+            **flags,
+        },
+    )
+    if options.resume is None:
+        refuse_early(configure)
+    from nanothink.runs.resuming import RunSpec
+
+    spec = RunSpec(
+        kind=kind,
+        checkpoint_dir=options.checkpoint_dir,
+        name=name,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        device=options.device,
+        experts=tuple(experts),
+    )
+    return train(spec, configure, dry_run=options.dry_run, as_json=options.as_json)
+
+
 def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) -> int:
-    """Train what ``where`` names and show how it goes; or say what it would take."""
+    """Train the model of ``spec`` and show the run, or print an estimate of it."""
     from nanothink.cli import render
     from nanothink.errors import OutputError, ReaderGoneError
     from nanothink.runs.preparing import prepare
@@ -201,7 +212,7 @@ def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) 
             setup = prepare(spec, configure, reporter)
             estimate = estimate_run(setup, launched.size if launched else 1)
         if as_json:
-            render.print_json(_estimate_as_dict(estimate))
+            render.print_json({**render.plain(estimate), "peak_memory_bytes": estimate.peak_memory_bytes})
         else:
             render.estimate(spec.stem, estimate)
         return 0
@@ -210,14 +221,14 @@ def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) 
     from nanothink.training.records import read_description
 
     if not is_first_process():
-        # It speaks only until it has met the first.
+        # It reports only until it has met the first process.
         run_training(spec, configure, render.BarReporter())
         return 0
     with render.training_view() as view:
         finished = run_training(spec, configure, view)
     best = spec.store.best
     data = read_description(spec.checkpoint_dir / "runs" / spec.stem).get("data")
-    # A summary that nobody can read any more is no failure of a run that is complete and saved.
+    # The run is complete and saved: failing to print its summary is not a failure of the run.
     with output.optional_results() as lost:
         if as_json:
             render.print_json(
@@ -242,9 +253,3 @@ def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) 
             raise told
         render.note(str(told))
     return 0
-
-
-def _estimate_as_dict(estimate: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {**asdict(estimate), "peak_memory_bytes": estimate.peak_memory_bytes}

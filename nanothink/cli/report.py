@@ -26,16 +26,22 @@ def report(
             autocompletion=completion.runs,
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The HTML file to write.")] = Path(
-        "report.html"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="HTML file to write; replaces an earlier report, nothing else.",
+        ),
+    ] = Path("report.html"),
     open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     data_dir: Annotated[
         str | None,
         typer.Option(
             "--data-dir",
             metavar="DIR",
-            help="Where held-out passages come from. [default: the data of each run]",
+            help="Source of the held-out passages. [default: the data of each run]",
         ),
     ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
@@ -61,4 +67,4 @@ def report(
         names = ", ".join(one.label for one in made.runs)
         render.say(f"{made.path}: {render.size(made.n_bytes)}, with {names}")
     if open_it and not webbrowser.open(made.path.absolute().as_uri()):
-        render.note(f"No browser was found; open {made.path} by hand.")
+        render.note(f"No browser found. Open {made.path} yourself.")

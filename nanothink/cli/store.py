@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -203,8 +203,6 @@ def search(
 
     With what followed in each, and the file and line where it stands.
     """
-    from dataclasses import asdict
-
     from nanothink.cli import render
     from nanothink.runs.store_commands import search_store
     from nanothink.runs.store_source import find_store_source
@@ -216,7 +214,7 @@ def search(
         render.warning(f"The tokenizer loses a part of the text: {loss}.")
     hits = search_store(found, store, text, neighbours)
     if as_json:
-        render.print_json({"text": text, "found": [asdict(one) for one in hits]})
+        render.print_json({"text": text, "found": hits})
     else:
         render.hits(hits)
 
@@ -264,8 +262,8 @@ def compact(
         scores = {"before": done.evaluation_before, "after": done.evaluation_after}
         render.print_json(
             {
-                "before": _as_dict(done.before),
-                "after": _as_dict(done.after),
+                "before": done.before,
+                "after": done.after,
                 "bits_per_byte": {
                     when: None if found is None else found.overall.bits_per_byte
                     for when, found in scores.items()
@@ -282,17 +280,11 @@ def _listed(domains: list[str] | None) -> tuple[str, ...] | None:
     return DataConfig(domains=tuple(domains)).domains if domains else None
 
 
-def _as_dict(facts: StoreFacts) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(facts)
-
-
 def _show(facts: StoreFacts, left_out: Problems | None = None, *, as_json: bool) -> None:
     from nanothink.cli import render
 
     if as_json:
-        render.print_json(_as_dict(facts) | (render.bad_lines(left_out) if left_out is not None else {}))
+        render.print_json(render.plain(facts) | ({} if left_out is None else render.bad_lines(left_out)))
     else:
         render.store_facts(facts)
 

@@ -15,7 +15,7 @@ import numpy as np
 from nanothink.training.records import Curve
 
 MAX_POINTS = 800
-"""Of a curve on the page; about as many as a plot has columns of pixels."""
+"""Points of a curve on the page: about as many as a plot has columns of pixels."""
 
 SMOOTHING_FRACTION = 0.02
 """The span of the moving average, as a fraction of the curve's points."""

@@ -17,7 +17,7 @@ class Figure:
     title: str
     note: str
     y: str
-    """What is drawn, with its unit."""
+    """Quantity drawn, with its unit."""
     lines: tuple[Line, ...]
     x: str = "step"
     logarithmic: bool = False
@@ -48,7 +48,7 @@ class Figure:
         ]
 
     def data(self) -> dict[str, Any]:
-        """What the script draws from."""
+        """Data that the page's script draws."""
         return {
             "x": self.x,
             "logarithmic": self.logarithmic,
@@ -67,7 +67,7 @@ class Figure:
 
 
 def progress_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
-    """How well the models do."""
+    """Figures of validation scores."""
     losses = []
     for color, run in enumerate(runs):
         # Where a loss has parts, the one that all models have in common is next-token cross-entropy.
@@ -100,7 +100,7 @@ def progress_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
 
 
 def course_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
-    """How the training went."""
+    """Figures of the training steps."""
     norms = _of(runs, "gradient_norm")
     return _drawn(
         Figure("Learning rate", "Scales that of every parameter group.", "rate", _of(runs, "learning_rate")),
@@ -224,7 +224,7 @@ def expert_colors(run: ReportedRun, runs: Sequence[ReportedRun]) -> list[int]:
 
 
 def _parts(run: ReportedRun) -> Figure:
-    """What the loss that is minimised is made of, where the records say it."""
+    """Parts of the training loss, where the records have them."""
     names = [
         name
         for name in run.records.training

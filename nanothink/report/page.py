@@ -154,5 +154,5 @@ def _text(*parts: str) -> str:
 
 
 def _digest(script: str) -> str:
-    """What a browser must find a script to be before it runs it."""
+    """Hash of a script, which a browser checks before it runs it (Content-Security-Policy)."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

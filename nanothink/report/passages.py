@@ -1,4 +1,4 @@
-"""What a page is made of: records of runs, and what their models make of held-out text."""
+"""Data of a page: records of runs, and held-out passages as their models route or rebuild them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ReportedRun:
     """Unique on the page."""
     records: RunRecords
     passages: tuple[RoutedPassage, ...] | tuple[RebuiltPassage, ...] | Missing = ()
-    """Of its best checkpoint; empty for a model of one expert that does not denoise."""
+    """Passages by its best checkpoint; empty for a transformer or state-space model."""
     notes: tuple[str, ...] = ()
 
     @property

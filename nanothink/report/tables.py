@@ -1,4 +1,4 @@
-"""What the page says in tables: overview, domains, settings, machine, data."""
+"""Tables of the page: overview, domains, settings, machine, data."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def settings(runs: Sequence[ReportedRun]) -> list[Setting]:
 
 
 def overview(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
-    """Where each run stands and how good it got."""
+    """Progress and best score of each run."""
     rows = []
     for run in runs:
         records, best = run.records, run.records.best or {}
@@ -178,7 +178,7 @@ def number(value: float | None) -> str:
 
 
 def _remarks(run: ReportedRun) -> list[str]:
-    """What a person should know about a run's records."""
+    """Warnings about a run's records."""
     records, remarks = run.records, []
     data = records.description.get("data")
     if isinstance(data, dict) and isinstance(n_bad := data.get("n_bad_lines"), int) and n_bad:

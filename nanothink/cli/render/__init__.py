@@ -1,4 +1,4 @@
-"""Everything a person sees. The only part that knows rich.
+"""Everything that commands print. The only part that imports rich.
 
 Results go to standard output, so that they can be piped; notes, progress and errors go to standard
 error. Where standard error is not a terminal there are no bars and no colours, only plain lines.
@@ -10,6 +10,7 @@ from nanothink.cli.render.console import (
     duration,
     error,
     note,
+    plain,
     print_json,
     say,
     setting,
@@ -50,6 +51,7 @@ __all__ = [
     "hits",
     "near_duplicates",
     "note",
+    "plain",
     "print_json",
     "problems",
     "reconstructions",

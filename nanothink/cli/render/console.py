@@ -1,4 +1,4 @@
-"""Two consoles, single lines, and numbers as people read them."""
+"""Standard output and standard error as consoles; single lines, JSON, and numbers for people."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,16 @@ err = Console(stderr=True, highlight=False)
 
 
 def redraws() -> bool:
-    """Whether standard error can be drawn over: a terminal, and not one that only takes lines."""
+    """True if lines on standard error can be redrawn: it is a terminal, and not a dumb one."""
     return err.is_terminal and not err.is_dumb_terminal
 
 
 def printable(text: str) -> str:
-    """The text without what drives a terminal: names in a file, or a model, must not.
+    """Replace characters that control a terminal: file names and generated text must not.
 
-    Control characters go, and what turns the direction of writing around. Spaces of every width and joiners
-    stay, which ``str.isprintable`` counts out: Japanese indents with the former, Persian words and emoji are
-    made with the latter, and an emoji may be younger than this Python.
+    These are control characters and marks of writing direction. Spaces of every width and joiners stay,
+    although ``str.isprintable`` is False for them: Japanese indents with the former, Persian words and emoji
+    need the latter, and an emoji may be newer than this Python.
     """
     return "".join(
         c if c.isprintable() or c in "\n\t" or not _drives(c) else "\N{REPLACEMENT CHARACTER}" for c in text
@@ -59,13 +60,13 @@ _WHOLE = re.compile(
     r" .*?(?=\. [A-Z]|[.)]*$|, )"
     r"|\S*\d\S* (?:%|[KMGT]?B|s|min|h)(?!\w)\S*|\S+"
 )
-"""Blanks; and what is not broken: a word, a number with its unit, and a command, which one copies whole."""
+"""Blanks, and pieces that are never broken: a word, a number with its unit, a command to be copied."""
 
 
 def flowing(text: str, console: Console, used: int = 0) -> str:
-    """``text`` broken between words to the width of ``console``, of whose first line ``used`` are taken.
+    """Break ``text`` between words to the width of ``console``, whose first line has ``used`` cells taken.
 
-    A path or command that is longer than a line is left to the terminal, which knows that it is one line.
+    A path or command that is longer than a line is left for the terminal to wrap, so that it copies whole.
     """
     if not console.is_terminal:
         return text
@@ -106,12 +107,12 @@ def _headed(head: str, style: str, message: str) -> None:
 
 
 def say(message: str = "", style: str = "") -> None:
-    """A sentence of a result; or a line of it."""
+    """Print a line of a result on standard output."""
     out.print(Text(flowing(printable(message), out), style=style), soft_wrap=True)
 
 
 def chapter(title: str, command: str) -> None:
-    """A heading among the results, and the command that it is about."""
+    """Print a heading and the command below it."""
     out.print()
     out.print(Text(title, style="bold"), soft_wrap=True)
     if command:
@@ -119,18 +120,21 @@ def chapter(title: str, command: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on standard output. What JSON cannot say (NaN, infinity) becomes null."""
+    """Print one JSON object on standard output.
+
+    A result has ``to_dict()``, or is a dataclass whose fields are its keys. NaN and infinity become null.
+    """
     sys.stdout.write(json_text(value, indent=2) + "\n")
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """A value as JSON that standard output can take."""
-    text = json.dumps(_jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    """Format a value as JSON, with escapes for what the encoding of standard output lacks."""
+    text = json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
     return _escaped(text, sys.stdout.encoding or "utf-8")
 
 
 def _escaped(text: str, encoding: str) -> str:
-    """JSON with escapes for what ``encoding`` lacks or what drives a terminal: nothing of it is lost."""
+    """Escape characters that ``encoding`` lacks or that control a terminal; none is lost."""
     odd = [c for c in set(text) if not c.isascii() and (_drives(c) or not _encodable(c, encoding))]
     return text.translate({ord(c): json.dumps(c)[1:-1] for c in odd})
 
@@ -143,18 +147,23 @@ def _encodable(char: str, encoding: str) -> bool:
     return True
 
 
-def _jsonable(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Convert a result to dicts, lists, strings and numbers, as ``print_json`` prints it."""
+    if hasattr(value, "to_dict"):
+        return plain(value.to_dict())
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): _jsonable(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
 
 
 def setting(value: object) -> str:
-    """The value of a setting as one types it after ``--set``; "-" for one that is empty."""
+    """Format the value of a setting as it is typed after ``--set``; "-" for none."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -165,12 +174,12 @@ def setting(value: object) -> str:
 
 
 def count(number: float) -> str:
-    """1234567 -> 1,234,567."""
+    """Format 1234567 as 1,234,567."""
     return f"{number:,.0f}"
 
 
 def size(n_bytes: float) -> str:
-    """Bytes in the unit that keeps the number short."""
+    """Format bytes in the unit that keeps the number short."""
     for unit in ("B", "KB", "MB", "GB"):
         if abs(n_bytes) < 1000:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"

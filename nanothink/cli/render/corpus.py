@@ -1,4 +1,4 @@
-"""What ``data inspect`` finds in a corpus beside counts."""
+"""Near-duplicates that ``data inspect`` finds in a corpus."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN_PAIRS = 5
 
 
 def near_duplicates(found: NearDuplicates, root: Path) -> None:
-    """How many documents are nearly the same, how many of them across the split, and the first pairs."""
+    """Print how many documents are nearly the same, how many across the split, and the first pairs."""
     straddling = [_share(found.n_val_in_training, found.n_val, "validation text")]
     if found.n_test:
         straddling.append(_share(found.n_test_in_training, found.n_test, "test text"))

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 _FEW = 5
-"""Problems that have one reason and are named in lines of their own all the same."""
+"""Problems of one reason that still get a line each."""
 
 
 def problems(found: Problems, tell: Callable[[str], None]) -> None:
-    """A line each, or a line for all that have one reason."""
+    """Print a line for each problem, or one for all that have the same reason."""
     lines: list[tuple[float, str]] = []
     for group in found.groups:
         if group.is_uniform and group.count > _FEW:
@@ -34,19 +34,19 @@ def problems(found: Problems, tell: Callable[[str], None]) -> None:
 
 
 def bad_lines(found: Problems) -> dict[str, Any]:
-    """What `--json` says of bad lines that were left out."""
-    return {"n_bad_lines": len(found), "bad_lines": [group.to_dict() for group in found.groups]}
+    """Count and kinds of the bad lines that were left out, for ``--json``."""
+    return {"n_bad_lines": len(found), "bad_lines": found.groups}
 
 
 def hints(found: Problems) -> None:
-    """What mends the problems, where a command does it."""
+    """Print the commands that fix problems, where there are any."""
     for group in found.groups:
         if group.hint:
             say(group.hint)
 
 
 class ErrorStream:
-    """Writes each error as it is found, however many there are; as JSON, the first part of one object."""
+    """Writes each error as it is found, or as JSON the first part of one object."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
@@ -56,12 +56,10 @@ class ErrorStream:
         if not self._as_json:
             sys.stdout.write(printable(f"error: {problem}") + "\n")
         else:
-            sys.stdout.write(
-                ('{"errors": [\n' if not self._n_written else ",\n") + json_text(problem.to_dict())
-            )
+            sys.stdout.write(('{"errors": [\n' if not self._n_written else ",\n") + json_text(problem))
         self._n_written += 1
 
     def end_json(self, rest: dict[str, Any]) -> None:
-        """Completes the object with the other keys."""
+        """Complete the object with the other keys."""
         head = "\n], " if self._n_written else '{"errors": [], '
         sys.stdout.write(head + json_text(rest).removeprefix("{") + "\n")

@@ -1,4 +1,4 @@
-"""Progress bars with ETA, and what stands for them where there is no terminal."""
+"""Progress bars with an ETA; plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class BarReporter(Reporter):
 
 
 class _Label(ProgressColumn):
-    """What the bar is of. A long name is cut: the times beside it would be otherwise."""
+    """Name of the stage. A long one is cut, so that the times beside it are not."""
 
     _OTHERS = 40
 
@@ -89,7 +89,7 @@ class _Label(ProgressColumn):
 
 
 class _Remaining(TimeRemainingColumn):
-    """Rich's estimate, or that of whoever knows better: a task's field ``eta_seconds``."""
+    """Remaining time: the task's field ``eta_seconds`` if it has one, else Rich's estimate."""
 
     def render(self, task: Task) -> Text:
         known = task.fields.get("eta_seconds")
@@ -112,10 +112,7 @@ def progress_columns() -> list[Any]:
 
 @dataclass(frozen=True)
 class _ShortOfTheEdge:
-    """Two columns are left free.
-
-    A terminal echoes Ctrl-C as ``^C``. After a full line that begins a new one, and the bar is not erased.
-    """
+    """Leaves two columns free: an echoed ``^C`` would begin another line, which is not cleared."""
 
     drawn: RenderableType
 

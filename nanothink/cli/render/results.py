@@ -1,4 +1,4 @@
-"""What commands have found out, as tables and text."""
+"""Results of commands as tables and text."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def training_summary(name: str, finished: RunFinished, best: Path, view: Trainin
 
 
 def _errors_by_level(evaluation: Evaluation) -> None:
-    """Of a model that denoises: what is left of the clean target's variance, by noise level."""
+    """Print a diffuser's squared error by noise level, as a share of the clean target's variance."""
     if evaluation.denoising:
         table(
             ["level", *(f">{level}" for level in evaluation.denoising)],
@@ -52,7 +52,7 @@ def _errors_by_level(evaluation: Evaluation) -> None:
 
 
 def _trust(evaluation: Evaluation, of: str = "") -> None:
-    """Of a model that combines experts: mean weight of each and mean entropy, by domain."""
+    """Print the mean weight of each expert, and their mean entropy, by domain."""
     if not evaluation.routing:
         return
     names = next(iter(evaluation.routing.values())).weights
@@ -75,7 +75,7 @@ def _score_rows(evaluation: Evaluation) -> list[list[str]]:
 
 
 def estimate(name: str, estimate: RunEstimate) -> None:
-    """What ``--dry-run`` has found out."""
+    """Print the estimate of ``--dry-run``."""
     total = sum(estimate.parameters.values()) + estimate.frozen_parameters
     table(
         ["parameters", ">count"],
@@ -148,7 +148,7 @@ def evaluations(results: Sequence[CheckpointEvaluation], split: str) -> None:
 
 
 def _side_by_side(results: Sequence[CheckpointEvaluation], split: str) -> None:
-    """A line a checkpoint; on a terminal with no room for that, a line a domain."""
+    """Print a line for each checkpoint; on a narrow terminal, a line for each domain."""
     from nanothink.runs.evaluating import above_best
 
     domains = list(dict.fromkeys(d for r in results for d in r.evaluation.domains))
@@ -195,7 +195,7 @@ def _side_by_side(results: Sequence[CheckpointEvaluation], split: str) -> None:
 
 
 def _seen(result: CheckpointEvaluation) -> str:
-    """Marks figures on text that was trained on, or may have been."""
+    """Mark scores on text that the model was, or may have been, trained on."""
     seen = f"; {counted(result.n_seen, 'document')} of it seen in training" if result.n_seen else ""
     return seen + ("" if result.trained_text_known else "; what the model was trained on is unknown")
 
@@ -209,7 +209,7 @@ def _difference(above: Difference | None) -> str:
 
 @contextmanager
 def streaming(prompt: str) -> Iterator[Callable[[str], None]]:
-    """Write text as it comes: the prompt dim, the continuation plain, nothing but text when piped."""
+    """Write text as it is generated: the prompt dim, the continuation plain; piped, only text."""
     if out.is_terminal:
         out.print(Text(_on_screen(prompt), style="dim"), end="", soft_wrap=True)
     else:
@@ -227,7 +227,7 @@ def streaming(prompt: str) -> Iterator[Callable[[str], None]]:
 
 
 def _on_screen(text: str) -> str:
-    """For a terminal. A model of text with CRLF writes CRLF, of which a terminal needs no CR."""
+    """Make text safe for a terminal, without the CR of CRLF."""
     return printable(text.replace("\r", ""))
 
 
@@ -245,9 +245,9 @@ _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @contextmanager
 def routing(prompt: str) -> Iterator[Callable[[RoutedPiece], None]]:
-    """Text as it comes, each token in the colour of the expert it trusts most, with that weight in percent.
+    """Show text as it is generated, each token in the colour of its most weighted expert.
 
-    Piped, or without colours: a plain line a token, with the weight of every expert.
+    Piped, or without colours: a plain line for each token, with the weight of every expert.
     """
     totals: dict[str, float] = {}
     n_tokens = 0
@@ -280,12 +280,12 @@ def routing(prompt: str) -> Iterator[Callable[[RoutedPiece], None]]:
             for i, (name, total) in enumerate(totals.items())
         ]
         number = "70".translate(_RAISED)
-        key = f"\n\nColour: who was trusted most for a token; {number}: with 70 % of the weight.\n"
+        key = f"\n\nColour: the expert with the most weight for a token; {number}: it had 70 %.\n"
         out.print(Text.assemble((key, "dim"), "Mean weight: ", *legend), soft_wrap=True)
 
 
 def reconstructions(found: Sequence[Reconstruction], decode: Callable[[list[int]], str]) -> None:
-    """What came back from each noise level; the first token of a passage is never hidden."""
+    """Print the passage rebuilt from each noise level; its first token is never hidden."""
     for result in found:
-        say(f"level {result.level}: {100 * result.right:.0f} % of the tokens found again")
+        say(f"level {result.level}: {100 * result.right:.0f} % of the tokens recovered")
         out.print(Text(_on_screen(decode(result.tokens)), style="dim"), soft_wrap=True)

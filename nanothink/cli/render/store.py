@@ -1,4 +1,4 @@
-"""What the vector store holds and recalls, as tables."""
+"""Contents of the vector store and passages found in it, as tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def store_facts(found: StoreFacts) -> None:
-    """``store info``."""
+    """Print the facts of ``store info``."""
     kept = {
         "exact": "exact",
         "sq8": f"{counted(found.n_lists, 'list')}, a byte a number",
@@ -37,7 +37,7 @@ def store_facts(found: StoreFacts) -> None:
 
 
 def hits(found: Sequence[StoreHit]) -> None:
-    """``store search``: a passage a line, the token that followed it set off, and where it stands."""
+    """Print the hits of ``store search``: passage, the token that followed it, and its file and line."""
     rows = [
         (
             f"{one.similarity:.3f}",
@@ -58,7 +58,7 @@ def hits(found: Sequence[StoreHit]) -> None:
 
 
 def compaction(done: Compaction) -> None:
-    """``store compact``: before and after."""
+    """Print size and scores before and after ``store compact``."""
     rows = [
         [
             "keys",

@@ -21,12 +21,12 @@ Row = Sequence[str | Text]
 def table(
     columns: Sequence[str], rows: Sequence[Row], *, title: str | None = None, total: bool = False
 ) -> None:
-    """A table on standard output. Columns whose name begins with '>' are right-aligned numbers.
+    """Print a table on standard output. Columns whose name begins with '>' are right-aligned numbers.
 
-    With ``total`` the last row is set off from the others. Where the terminal has no room, texts are broken
-    between words and parts of names, and if that is not enough the columns go into several tables, each with
-    the first column: nothing is left out. Piped, a table is a heading and a line a row, whatever its width:
-    for ``grep``, ``cut`` and ``awk``.
+    With ``total`` the last row is set off from the others. On a narrow terminal text is broken between words
+    and parts of names; if that is not enough, the columns are split over several tables, each with the first
+    column, so nothing is left out. Piped, a table is a heading and a line a row, whatever its width, for
+    ``grep``, ``cut`` and ``awk``.
     """
     if title:
         say(title, "bold")
@@ -42,7 +42,7 @@ def table(
 
 
 def facts(rows: Iterable[Sequence[str]], *, title: str = "") -> None:
-    """Names and what they stand for, a line each."""
+    """Print names and values, a line each."""
     if title:
         say(title, "bold")
     if out.is_terminal:
@@ -59,14 +59,14 @@ def facts(rows: Iterable[Sequence[str]], *, title: str = "") -> None:
 
 
 def fits(columns: Sequence[str], rows: Sequence[Row]) -> bool:
-    """Whether a table keeps every cell on one line. Piped, every table does."""
+    """True if a table keeps every cell on one line. Piped, every table does."""
     wanted = sum(one.natural for one in _measure(columns, rows)) + _frame_width(len(columns))
     return not out.is_terminal or wanted <= out.width
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Widths of a column: without a break, with breaks at blanks alone, and with every break there may be."""
+    """Least widths of a column: without a break, broken at blanks only, and broken at every joint."""
 
     natural: int
     words: int
@@ -75,7 +75,7 @@ class _Measured:
 
 
 _PROSE = 24
-"""A column of sentences gets no narrower than this before names are broken."""
+"""Least width of a column of sentences before names are broken."""
 
 
 def _measure(columns: Sequence[str], rows: Sequence[Row]) -> list[_Measured]:
@@ -102,7 +102,7 @@ def _frame_width(n_columns: int) -> int:
 
 
 def _bands(least: Sequence[int], room: int) -> Iterator[list[int]]:
-    """Which columns stand together; the first stands in every table."""
+    """Split columns into tables that fit; each has the first column."""
     band = [0]
     for i in range(1, len(least)):
         if len(band) > 1 and sum(least[j] for j in [*band, i]) + _frame_width(len(band) + 1) > room:
@@ -113,7 +113,7 @@ def _bands(least: Sequence[int], room: int) -> Iterator[list[int]]:
 
 
 def _widths(columns: Sequence[_Measured], room: int) -> list[int]:
-    """What each column gets: sentences give way first, then names, and no number ever."""
+    """Width of each column in ``room``: sentences are narrowed first, then names, numbers never."""
     widths = [column.natural for column in columns]
     floors = (
         [column.words for column in columns],
@@ -134,13 +134,13 @@ def _pieces(text: str) -> list[str]:
 
 
 _WORDS = re.compile(r"\s*\d\S*\s(?:[KMGT]?B|%|s)\b\S*\s*|\s*\S+\s*|\s+")
-"""A number and its unit are one."""
+"""Words; a number and its unit are one."""
 _JOINT = re.compile(r"(?<=[^\W_][_=])(?=\w)|(?<=[\w.]/)(?=\w)|(?<=\w[.-])(?=[^\W\d])")
-"""Where a name or a path may be broken."""
+"""Points at which a name or a path may be broken."""
 
 
 def broken(text: Text, width: int) -> Text:
-    """``text`` in lines of ``width`` cells, broken between words; within a longer one at its joints."""
+    """Break ``text`` into lines of ``width`` cells between words, and a longer word at its joints."""
     lines = []
     for line in text.split("\n", allow_blank=True):
         offsets, used, at = [], 0, 0
@@ -179,7 +179,7 @@ def _framed(columns: Sequence[str], rows: Sequence[Row], widths: Sequence[int], 
 
 
 def _aligned(columns: Sequence[str], rows: Sequence[Row], *, heading: bool = True) -> Iterator[str]:
-    """A line a row, with two blanks between columns."""
+    """Yield a line for each row, with two blanks between columns."""
     cells = [[" ".join(str(cell).split("\n")) for cell in row] for row in rows]
     if heading:
         cells.insert(0, [column.lstrip(">") for column in columns])
@@ -193,7 +193,7 @@ def _aligned(columns: Sequence[str], rows: Sequence[Row], *, heading: bool = Tru
 
 
 def histogram(title: str, counts: Sequence[int], edges: Sequence[float], *, unit: str) -> None:
-    """A horizontal bar chart: how many values fall between neighbouring edges."""
+    """Print a horizontal bar chart of the number of values between neighbouring edges."""
     out.print(Text(title, style="bold"))
     labels = [f"{count(low)} - {count(high)}" for low, high in itertools.pairwise(edges)]
     width = max(map(len, labels))
@@ -212,7 +212,7 @@ _TICKS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """The course of a number as a line of block characters, ``width`` at most."""
+    """Draw a series as a line of at most ``width`` block characters."""
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return ""

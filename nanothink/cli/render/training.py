@@ -1,4 +1,4 @@
-"""A run as it is watched: redrawn in place on a terminal, one line an event elsewhere."""
+"""A run in progress: redrawn in place on a terminal, one line for each event elsewhere."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TrainingView(BarReporter):
         }
 
     def eta_seconds(self, step: int, total_steps: int) -> float:
-        """From the median step, so that one slow step does not throw it off."""
+        """Estimate from the median step, so that one slow step does not distort it."""
         typical = sorted(self._durations)[len(self._durations) // 2] if self._durations else 0.0
         return typical * (total_steps - step)
 
@@ -64,12 +64,12 @@ def _bits_by_domain(evaluation: Evaluation) -> str:
 
 
 def errors_by_level(evaluation: Evaluation) -> str:
-    """The squared error of a model that denoises, by noise level."""
+    """Format a diffuser's squared error by noise level."""
     return "  ".join(f"{level}: {mse:.3f}" for level, mse in evaluation.denoising.items())
 
 
 def trust_by_domain(evaluation: Evaluation) -> str:
-    """Mean weight of each expert of a combined model, and their entropy, by domain."""
+    """Format the mean weight of each expert, and their entropy, by domain."""
     return ";  ".join(
         f"{domain}: "
         + ", ".join(f"{name} {100 * weight:.0f} %" for name, weight in routing.weights.items())
@@ -79,7 +79,7 @@ def trust_by_domain(evaluation: Evaluation) -> str:
 
 
 class PlainTrainingView(TrainingView):
-    """One line an event, for logs and pipes."""
+    """Shows a run as one line for each event, for logs and pipes."""
 
     def note(self, message: str) -> None:
         note(message)
@@ -123,7 +123,7 @@ class PlainTrainingView(TrainingView):
 
 
 class LiveTrainingView(TrainingView):
-    """A panel that is redrawn in place: progress with ETA, the curve, validation by domain."""
+    """Shows a run as a panel redrawn in place: progress with ETA, loss curve, validation by domain."""
 
     def __init__(self) -> None:
         self._bar = ProgressBars(*progress_columns(), console=err)
