@@ -168,7 +168,7 @@ def verify(
 def prune(
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     keep: Annotated[
-        int, typer.Option("--keep", metavar="N", min=1, help="Undamaged epoch snapshots to keep of each run.")
+        int, typer.Option(metavar="N", min=1, help="Undamaged epoch snapshots to keep of each run.")
     ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
     as_json: Json = False,
@@ -192,25 +192,16 @@ def prune(
 
 @app.command("import", cls=ForgivingCommand)
 def import_(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="SOURCE", help="A model folder in transformers' format."),
-    ],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A model folder in transformers' format.")],
     name: Annotated[
         str | None,
-        typer.Option(
-            "--name",
-            metavar="NAME",
-            help="The checkpoint is NAME_expert.pt. [default: SOURCE's name]",
-        ),
+        typer.Option(metavar="NAME", help="The checkpoint is NAME_expert.pt. [default: SOURCE's name]"),
     ] = None,
     context: Annotated[
-        int | None,
-        typer.Option("--context", metavar="N", min=2, help="Tokens of context. [default: the model's own]"),
+        int | None, typer.Option(metavar="N", min=2, help="Tokens of context. [default: the model's own]")
     ] = None,
     overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace a checkpoint of that name; it is moved to replaced/."),
+        bool, typer.Option("--overwrite", help="Replace a checkpoint of that name; it is moved to replaced/.")
     ] = False,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     as_json: Json = False,

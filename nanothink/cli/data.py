@@ -17,6 +17,7 @@ from nanothink.cli.options import (
     SkipBadRecords,
     TokenizerName,
     data_settings,
+    domain_names,
     examples,
 )
 from nanothink.errors import counted
@@ -29,8 +30,7 @@ app = typer.Typer(
 )
 
 DataDirArgument = Annotated[
-    str | None,
-    typer.Argument(metavar="DATA_DIR", help="Folder with one folder per domain. [default: data]"),
+    str | None, typer.Argument(metavar="DATA_DIR", help="Folder with one folder per domain. [default: data]")
 ]
 
 
@@ -46,12 +46,6 @@ def _named_folder(argument: str | None, option: str | None) -> str | None:
     return argument or option
 
 
-def _names(domains: list[str] | None) -> tuple[str, ...] | None:
-    from nanothink.config import DataConfig
-
-    return DataConfig(domains=tuple(domains)).domains if domains else None
-
-
 @app.command(cls=ForgivingCommand)
 def inspect(
     folder: DataDirArgument = None,
@@ -59,12 +53,10 @@ def inspect(
     domains: Domains = None,
     tokenizer: TokenizerName = None,
     block: Annotated[
-        int,
-        typer.Option("--block", metavar="N", min=2, help="Block length in tokens, for the block counts."),
+        int, typer.Option(metavar="N", min=2, help="Block length in tokens, for the block counts.")
     ] = 512,
     near_duplicates: Annotated[
-        bool,
-        typer.Option("--near-duplicates", help="Find documents that are nearly the same, by MinHash."),
+        bool, typer.Option("--near-duplicates", help="Find documents that are nearly the same, by MinHash.")
     ] = False,
     config_file: ConfigFile = None,
     assignments: Set = None,
@@ -186,7 +178,7 @@ def validate(
     from nanothink.data.corpus import find_corpus, validate_corpus
     from nanothink.reporter import SILENT
 
-    corpus = find_corpus(_folder(folder, data_dir), _names(domains))
+    corpus = find_corpus(_folder(folder, data_dir), domain_names(domains))
     stream = render.ErrorStream(as_json=as_json) if every else None
     with render.reporting() as reporter:
         report = validate_corpus(
@@ -269,17 +261,15 @@ def sample(
 )
 def import_text(
     source: Annotated[
-        str,
-        typer.Argument(metavar="SOURCE", help="A file, a folder, or hf:NAME for a Hugging Face dataset."),
+        str, typer.Argument(metavar="SOURCE", help="A file, a folder, or hf:NAME for a Hugging Face dataset.")
     ],
-    domain: Annotated[str, typer.Option("--domain", metavar="NAME", help="Domain to put it in.")],
+    domain: Annotated[str, typer.Option(metavar="NAME", help="Domain to put it in.")],
     data_dir: DataDir = None,
     text_field: Annotated[
-        str, typer.Option("--text-field", metavar="NAME", help="Field or column that holds the text.")
+        str, typer.Option(metavar="NAME", help="Field or column that holds the text.")
     ] = "text",
     name: Annotated[
-        str | None,
-        typer.Option("--name", metavar="NAME", help="Name of the file to write. [default: the source's]"),
+        str | None, typer.Option(metavar="NAME", help="Name of the file to write. [default: the source's]")
     ] = None,
     quotes: Annotated[
         bool | None,

@@ -25,9 +25,9 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     context: typer.Context,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Where its data and checkpoints go.")
-    ] = Path("demo"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where its data and checkpoints go.")] = Path(
+        "demo"
+    ),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew instead of resuming an earlier demo.")
     ] = False,

@@ -17,6 +17,7 @@ from nanothink.cli.options import (
     Json,
     NoVectorStore,
     SkipBadRecords,
+    domain_names,
     examples,
 )
 
@@ -45,15 +46,12 @@ def evaluate(
     ] = None,
     data_dir: Annotated[
         str | None,
-        typer.Option(
-            "--data-dir", metavar="DIR", help="Text to score. [default: the data they were trained on]"
-        ),
+        typer.Option(metavar="DIR", help="Text to score. [default: the data they were trained on]"),
     ] = None,
     domains: Domains = None,
     split: Annotated[
         str,
         typer.Option(
-            "--split",
             metavar="NAME",
             help="Which part of each domain: val, test, train or all.",
             autocompletion=completion.splits,
@@ -62,7 +60,6 @@ def evaluate(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            "--max-tokens",
             metavar="N",
             min=1,
             help="Score a sample of each domain of at most this many tokens. [default: all]",
@@ -73,8 +70,7 @@ def evaluate(
     skip_bad_records: SkipBadRecords = False,
     no_vector_store: NoVectorStore = False,
     allow_seen: Annotated[
-        bool,
-        typer.Option("--allow-seen", help="Score text that a model was trained on too; it is marked."),
+        bool, typer.Option("--allow-seen", help="Score text that a model was trained on too; it is marked.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -84,7 +80,6 @@ def evaluate(
     NanoThink, a router over experts, is nanothink_mla.
     """
     from nanothink.cli import render
-    from nanothink.config.data import DataConfig
     from nanothink.errors import UsageError, did_you_mean
 
     sides = ("val", "test", "train", "all")
@@ -97,7 +92,7 @@ def evaluate(
         results = evaluate_checkpoints(
             paths,
             data_dir=data_dir,
-            domains=DataConfig(domains=tuple(domains)).domains if domains else None,
+            domains=domain_names(domains),
             split=split,  # type: ignore[arg-type]
             max_tokens=max_tokens,
             device=device,

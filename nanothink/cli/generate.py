@@ -58,30 +58,21 @@ def generate(
         ),
     ] = None,
     top_k: Annotated[
-        int | None,
-        typer.Option("--top-k", metavar="K", help="Choose among the K likeliest; 0 for all. [default: 50]"),
+        int | None, typer.Option(metavar="K", help="Choose among the K likeliest; 0 for all. [default: 50]")
     ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
-            "--top-p",
-            metavar="P",
-            help="Choose among the likeliest that together have this probability. [default: 1]",
+            metavar="P", help="Choose among the likeliest that together have this probability. [default: 1]"
         ),
     ] = None,
     repetition_penalty: Annotated[
         float | None,
-        typer.Option(
-            "--repetition-penalty",
-            metavar="X",
-            help="Above 1, the last 64 tokens become less likely. [default: 1]",
-        ),
+        typer.Option(metavar="X", help="Above 1, the last 64 tokens become less likely. [default: 1]"),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(
-            "--seed", metavar="N", help="Same seed, same text; prompt i takes N + i. [default: none]"
-        ),
+        typer.Option(metavar="N", help="Same seed, same text; prompt i takes N + i. [default: none]"),
     ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Continue past the end of a text.")
@@ -92,10 +83,7 @@ def generate(
     ddim_steps: Annotated[
         int | None,
         typer.Option(
-            "--ddim-steps",
-            metavar="N",
-            min=1,
-            help="The same, in this many evaluations a token. [default: the model's, 10]",
+            metavar="N", min=1, help="The same, in this many evaluations a token. [default: the model's, 10]"
         ),
     ] = None,
     denoise: Annotated[
@@ -105,9 +93,7 @@ def generate(
     levels: Annotated[
         list[int] | None,
         typer.Option(
-            "--level",
-            metavar="T",
-            help="Noise level for --denoise; repeatable. [default: a spread of them]",
+            "--level", metavar="T", help="Noise level for --denoise; repeatable. [default: a spread of them]"
         ),
     ] = None,
     show_routing: Annotated[

@@ -119,53 +119,38 @@ def _hyphenated(argument: str) -> str:
 
 DataDir = Annotated[
     str | None,
-    typer.Option(
-        "--data-dir", metavar="DIR", help="Folder with one folder of JSONL files per domain. [default: data]"
-    ),
+    typer.Option(metavar="DIR", help="Folder with one folder of JSONL files per domain. [default: data]"),
 ]
 Domains = Annotated[
     list[str] | None,
     typer.Option(
-        "--domains",
         metavar="A,B",
         help="Domains to use, comma-separated or repeated. [default: all]",
         autocompletion=completion.domains,
     ),
 ]
 CheckpointDir = Annotated[
-    Path,
-    typer.Option("--checkpoint-dir", metavar="DIR", help="Where checkpoints and run records are kept."),
+    Path, typer.Option(metavar="DIR", help="Where checkpoints and run records are kept.")
 ]
 TokenizerName = Annotated[
-    str | None,
-    typer.Option(
-        "--tokenizer", metavar="NAME", help="Hub name, local folder or tokenizer.json. [default: gpt2]"
-    ),
+    str | None, typer.Option(metavar="NAME", help="Hub name, local folder or tokenizer.json. [default: gpt2]")
 ]
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device",
         metavar="NAME",
         help="auto, cpu, cuda, cuda:N or mps. [default: auto]",
         autocompletion=completion.devices,
     ),
 ]
 MaxEpochs = Annotated[
-    int | None,
-    typer.Option("--max-epochs", metavar="N", help="Passes over the training text. [default: the preset's]"),
+    int | None, typer.Option(metavar="N", help="Passes over the training text. [default: the preset's]")
 ]
 MaxSteps = Annotated[
     int | None,
-    typer.Option(
-        "--max-steps",
-        metavar="N",
-        help="Optimizer steps; overrides --max-epochs. [default: by --max-epochs]",
-    ),
+    typer.Option(metavar="N", help="Optimizer steps; overrides --max-epochs. [default: by --max-epochs]"),
 ]
-Seed = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="Seed of weights and data order. [default: 42]")
-]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of weights and data order. [default: 42]")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
@@ -175,7 +160,6 @@ ConfigFile = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        "--preset",
         metavar="NAME",
         help="tiny, default, large: see 'nanothink config presets'. [default: default]",
         autocompletion=completion.presets,
@@ -193,7 +177,6 @@ Set = Annotated[
 Resume = Annotated[
     str | None,
     typer.Option(
-        "--resume",
         metavar="[PATH]",
         help="Resume the latest state, or PATH; starts a new run if there is none.",
         autocompletion=completion.checkpoints,
@@ -204,8 +187,7 @@ SkipBadRecords = Annotated[
     bool, typer.Option("--skip-bad-records", help="Leave out lines that are not valid records.")
 ]
 NoVectorStore = Annotated[
-    bool,
-    typer.Option("--no-vector-store", help="Run a model without the vector store it was trained with."),
+    bool, typer.Option("--no-vector-store", help="Run a model without the vector store it was trained with.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Estimate time, memory and disk, and stop there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
@@ -293,6 +275,13 @@ def refuse_early(configure: Callable[[Mapping[str, Any] | None], ResolvedConfig]
 
         data = configure(None).config.data
         find_corpus(data.data_dir, data.domains)
+
+
+def domain_names(domains: list[str] | None) -> tuple[str, ...] | None:
+    """Split ``--domains a,b``, given once or several times; None for all domains."""
+    from nanothink.config import DataConfig
+
+    return DataConfig(domains=tuple(domains)).domains if domains else None
 
 
 def data_settings(

@@ -59,7 +59,6 @@ def pretrain(
     transformer: Annotated[
         str | None,
         typer.Option(
-            "--transformer",
             metavar="PATH",
             help="What a diffuser learns from. [default: transformer_expert.pt in --checkpoint-dir]",
             autocompletion=completion.checkpoints,
@@ -67,9 +66,7 @@ def pretrain(
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(
-            "--name", metavar="NAME", help="Its checkpoint is NAME_expert.pt. [default: the kind's name]"
-        ),
+        typer.Option(metavar="NAME", help="Its checkpoint is NAME_expert.pt. [default: the kind's name]"),
     ] = None,
     *,
     options: NewRun,
@@ -98,16 +95,13 @@ def resume(
         ),
     ] = None,
     max_epochs: Annotated[
-        int | None,
-        typer.Option("--max-epochs", metavar="N", help="New end of the run. [default: the checkpoint's]"),
+        int | None, typer.Option(metavar="N", help="New end of the run. [default: the checkpoint's]")
     ] = None,
     max_steps: Annotated[
-        int | None,
-        typer.Option("--max-steps", metavar="N", help="New end of the run. [default: the checkpoint's]"),
+        int | None, typer.Option(metavar="N", help="New end of the run. [default: the checkpoint's]")
     ] = None,
     data_dir: Annotated[
-        str | None,
-        typer.Option("--data-dir", metavar="DIR", help="Folder of the data. [default: the run's]"),
+        str | None, typer.Option(metavar="DIR", help="Folder of the data. [default: the run's]")
     ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,

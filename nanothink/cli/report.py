@@ -38,11 +38,7 @@ def report(
     open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     data_dir: Annotated[
         str | None,
-        typer.Option(
-            "--data-dir",
-            metavar="DIR",
-            help="Source of the held-out passages. [default: the data of each run]",
-        ),
+        typer.Option(metavar="DIR", help="Source of the held-out passages. [default: the data of each run]"),
     ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,

@@ -1,9 +1,11 @@
-"""``nanothink store``: the vector store of a NanoThink, built, added to, asked, made smaller."""
+"""``nanothink store``: build, extend, inspect, search and compact the vector store of a NanoThink."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,39 +20,62 @@ from nanothink.cli.options import (
     Json,
     Set,
     SkipBadRecords,
+    domain_names,
     examples,
+    takes,
 )
 
 if TYPE_CHECKING:
     from nanothink.data.problems import Problems
+    from nanothink.reporter import Reporter
     from nanothink.runs.store_commands import StoreFacts
+    from nanothink.runs.store_source import StoreSource
     from nanothink.vector_store.building import BuildPlan
 
 app = typer.Typer(help="Build, add to, search and compact the vector store of a model.", **GROUP)
 
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(
-        "--checkpoint",
-        "-c",
-        metavar="PATH",
-        help="A NanoThink. [default: nanothink_mla.pt in --checkpoint-dir, or its experts]",
-        autocompletion=completion.checkpoints,
-    ),
-]
-Name = Annotated[
-    str | None,
-    typer.Option("--name", metavar="NAME", help="Name of the model, where it is NAME_nanothink_mla.pt."),
-]
+
+@dataclass(frozen=True)
+class Source:
+    """Options that name the model whose vector store is meant."""
+
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            metavar="PATH",
+            help="A NanoThink. [default: nanothink_mla.pt in --checkpoint-dir, or its experts]",
+            autocompletion=completion.checkpoints,
+        ),
+    ] = None
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the model, where it is NAME_nanothink_mla.pt.")
+    ] = None
+    checkpoint_dir: CheckpointDir = Path("checkpoints")
+    device: Device = None
+    as_json: Json = False
+
+    def find(self, reporter: Reporter, experts: Sequence[Path] = (), **more: Any) -> StoreSource:
+        from nanothink.runs.store_source import find_store_source
+
+        return find_store_source(
+            self.checkpoint,
+            experts,
+            self.checkpoint_dir,
+            name=self.name,
+            device=self.device,
+            reporter=reporter,
+            **more,
+        )
 
 
 @app.command(cls=ForgivingCommand)
+@takes(Source)
 def build(
-    checkpoint: Checkpoint = None,
     expert: Annotated[
         list[Path] | None,
         typer.Option(
-            "--expert",
             metavar="PATH",
             help="Experts that are yet to be combined, as for train-mla; repeatable.",
             autocompletion=completion.checkpoints,
@@ -58,23 +83,19 @@ def build(
     ] = None,
     data_dir: Annotated[
         str | None,
-        typer.Option(
-            "--data-dir", metavar="DIR", help="Text to remember. [default: what the model was trained on]"
-        ),
+        typer.Option(metavar="DIR", help="Text to store. [default: what the model was trained on]"),
     ] = None,
     domains: Domains = None,
-    name: Name = None,
-    checkpoint_dir: CheckpointDir = Path("checkpoints"),
-    device: Device = None,
     assignments: Set = None,
     skip_bad_records: SkipBadRecords = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the vector store that is there.")
     ] = False,
     dry_run: DryRun = False,
-    as_json: Json = False,
+    *,
+    source: Source,
 ) -> None:
-    """Make the vector store of a NanoThink, or of experts to be combined.
+    """Build the vector store of a NanoThink, or of experts to be combined.
 
     A key for each token of the training text; text held out for validation is never in it.
     """
@@ -82,20 +103,10 @@ def build(
     from nanothink.disk import try_to_write
     from nanothink.errors import UsageError
     from nanothink.runs.store_commands import facts_of
-    from nanothink.runs.store_source import find_store_source
     from nanothink.vector_store.store import exists
 
     with render.reporting() as reporter:
-        found = find_store_source(
-            checkpoint,
-            expert or (),
-            checkpoint_dir,
-            name=name,
-            assignments=assignments or (),
-            data_dir=data_dir,
-            device=device,
-            reporter=reporter,
-        )
+        found = source.find(reporter, expert or (), assignments=assignments or (), data_dir=data_dir)
     if exists(found.folder) and not overwrite and not dry_run:
         raise UsageError(
             f"{found.folder} is there already. Look at it: nanothink store info. Put more text in: "
@@ -105,7 +116,7 @@ def build(
         try_to_write(found.folder.parent)
     with render.reporting() as reporter:
         tokens = found.tokens(
-            data_dir, _listed(domains), skip_bad_records=skip_bad_records, reporter=reporter
+            data_dir, domain_names(domains), skip_bad_records=skip_bad_records, reporter=reporter
         )
         if found.checkpoint is not None and not found.settings.enabled:
             reporter.note(
@@ -116,43 +127,40 @@ def build(
         if not dry_run:
             store = found.build(plan, tokens, reporter=reporter)
     if dry_run:
-        _show_plan(found.folder, plan, tokens.left_out, as_json=as_json)
+        _show_plan(found.folder, plan, tokens.left_out, as_json=source.as_json)
     else:
-        _show(facts_of(store), tokens.left_out, as_json=as_json)
+        _show(facts_of(store), tokens.left_out, as_json=source.as_json)
 
 
 @app.command(cls=ForgivingCommand, epilog=examples("store add data --domains recipes"))
+@takes(Source)
 def add(
     data_dir: Annotated[
         str, typer.Argument(metavar="DATA_DIR", help="Folder with one folder of JSONL files per domain.")
     ],
     domains: Domains = None,
-    checkpoint: Checkpoint = None,
-    name: Name = None,
-    checkpoint_dir: CheckpointDir = Path("checkpoints"),
-    device: Device = None,
     skip_bad_records: SkipBadRecords = False,
     dry_run: DryRun = False,
-    as_json: Json = False,
+    *,
+    source: Source,
 ) -> None:
-    """Put more text into a vector store.
+    """Add text to a vector store.
 
-    The model then knows it without training.
+    The model can then use it without training.
     """
     from nanothink.cli import render
     from nanothink.disk import try_to_write
     from nanothink.errors import counted
     from nanothink.runs.store_commands import facts_of
-    from nanothink.runs.store_source import find_store_source
 
     with render.reporting() as reporter:
-        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, reporter=reporter)
+        found = source.find(reporter)
         store = found.open(writable=True, reporter=reporter)
     if not dry_run:
         try_to_write(found.folder.parent)
     with render.reporting() as reporter:
         tokens = found.tokens(
-            data_dir, _listed(domains), skip_bad_records=skip_bad_records, reporter=reporter
+            data_dir, domain_names(domains), skip_bad_records=skip_bad_records, reporter=reporter
         )
         plan = found.plan(tokens, store)
         for n, why in (
@@ -164,92 +172,75 @@ def add(
         if not dry_run:
             store = found.build(plan, tokens, store, reporter=reporter)
     if dry_run:
-        _show_plan(found.folder, plan, tokens.left_out, as_json=as_json)
+        _show_plan(found.folder, plan, tokens.left_out, as_json=source.as_json)
     else:
-        _show(facts_of(store), tokens.left_out, as_json=as_json)
+        _show(facts_of(store), tokens.left_out, as_json=source.as_json)
 
 
 @app.command(cls=ForgivingCommand)
-def info(
-    checkpoint: Checkpoint = None,
-    name: Name = None,
-    checkpoint_dir: CheckpointDir = Path("checkpoints"),
-    as_json: Json = False,
-) -> None:
-    """Say what is in a vector store; every byte of it is verified."""
+@takes(Source)
+def info(source: Source) -> None:
+    """Show the size and contents of a vector store, and verify every byte of it."""
     from nanothink.cli import render
     from nanothink.runs.store_commands import facts_of
-    from nanothink.runs.store_source import find_store_source
 
     with render.reporting() as reporter:
-        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, reporter=reporter)
+        found = source.find(reporter)
         store = found.open(reporter=reporter)
-    _show(facts_of(store), as_json=as_json)
+    _show(facts_of(store), as_json=source.as_json)
 
 
 @app.command(cls=ForgivingCommand, epilog=examples('store search "In the beginning"'))
+@takes(Source)
 def search(
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="Its end is what is searched by.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="Text whose end is the query.")],
     neighbours: Annotated[
         int, typer.Option("--neighbours", "-k", metavar="N", min=1, help="Passages to show.")
     ] = 8,
-    checkpoint: Checkpoint = None,
-    name: Name = None,
-    checkpoint_dir: CheckpointDir = Path("checkpoints"),
-    device: Device = None,
-    as_json: Json = False,
+    *,
+    source: Source,
 ) -> None:
-    """Show which passages a text brings to mind.
+    """Show the stored passages nearest to the end of a text.
 
-    With what followed in each, and the file and line where it stands.
+    With the token that followed each, and its file and line.
     """
     from nanothink.cli import render
     from nanothink.runs.store_commands import search_store
-    from nanothink.runs.store_source import find_store_source
 
     with render.reporting() as reporter:
-        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, reporter=reporter)
+        found = source.find(reporter)
         store = found.open(reporter=reporter)
     if loss := found.tokenizer.loss(text):
         render.warning(f"The tokenizer loses a part of the text: {loss}.")
     hits = search_store(found, store, text, neighbours)
-    if as_json:
+    if source.as_json:
         render.print_json({"text": text, "found": hits})
     else:
         render.hits(hits)
 
 
 @app.command(cls=ForgivingCommand)
+@takes(Source)
 def compact(
     similarity: Annotated[
-        float,
-        typer.Option(
-            "--similarity", metavar="X", min=0.5, max=1.0, help="Keys at least so similar are merged."
-        ),
+        float, typer.Option(metavar="X", min=0.5, max=1.0, help="Keys at least so similar are merged.")
     ] = 0.95,
     max_tokens: Annotated[
-        int,
-        typer.Option(
-            "--max-tokens", metavar="N", min=0, help="Tokens of each domain to score on; 0: do not score."
-        ),
+        int, typer.Option(metavar="N", min=0, help="Tokens of each domain to score on; 0: do not score.")
     ] = 20_000,
-    checkpoint: Checkpoint = None,
-    name: Name = None,
-    checkpoint_dir: CheckpointDir = Path("checkpoints"),
-    device: Device = None,
-    as_json: Json = False,
+    *,
+    source: Source,
 ) -> None:
     """Merge keys that are nearly alike and led to the same token.
 
-    Says how large the vector store is, and how well the model does, before and after.
+    Prints the size of the vector store and the model's score, before and after.
     """
     from nanothink.cli import render
     from nanothink.disk import try_to_write
     from nanothink.runs.store_commands import compact_store
-    from nanothink.runs.store_source import find_store_source
 
     with render.reporting() as reporter:
-        found = find_store_source(checkpoint, (), checkpoint_dir, name=name, device=device, reporter=reporter)
+        found = source.find(reporter)
     try_to_write(found.folder.parent)
     with render.reporting() as reporter:
         tokens = None
@@ -258,7 +249,7 @@ def compact(
         done = compact_store(
             found, similarity, tokens=tokens, max_tokens=max_tokens or None, reporter=reporter
         )
-    if as_json:
+    if source.as_json:
         scores = {"before": done.evaluation_before, "after": done.evaluation_after}
         render.print_json(
             {
@@ -272,12 +263,6 @@ def compact(
         )
     else:
         render.compaction(done)
-
-
-def _listed(domains: list[str] | None) -> tuple[str, ...] | None:
-    from nanothink.config.data import DataConfig
-
-    return DataConfig(domains=tuple(domains)).domains if domains else None
 
 
 def _show(facts: StoreFacts, left_out: Problems | None = None, *, as_json: bool) -> None:

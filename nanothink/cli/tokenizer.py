@@ -31,8 +31,7 @@ def train(
     data_dir: DataDir = None,
     domains: Domains = None,
     vocab_size: Annotated[
-        int | None,
-        typer.Option("--vocab-size", metavar="N", min=257, help="Entries. [default: sized to the corpus]"),
+        int | None, typer.Option(metavar="N", min=257, help="Entries. [default: sized to the corpus]")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write it to.")] = Path(
         "tokenizer"

@@ -27,7 +27,6 @@ def train_mla(
     expert: Annotated[
         list[Path] | None,
         typer.Option(
-            "--expert",
             metavar="PATH",
             help="An expert to combine; repeatable. [default: transformer_expert.pt, state_space_expert.pt "
             "and diffuser_expert.pt in --checkpoint-dir]",
@@ -35,13 +34,11 @@ def train_mla(
         ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", metavar="NAME", help="Must be the experts'; leave it out.")
+        str | None, typer.Option(metavar="NAME", help="Must be the experts'; leave it out.")
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(
-            "--name", metavar="NAME", help="Its checkpoint is NAME_nanothink_mla.pt. [default: no name]"
-        ),
+        typer.Option(metavar="NAME", help="Its checkpoint is NAME_nanothink_mla.pt. [default: no name]"),
     ] = None,
     use_vector_store: Annotated[
         bool,
