@@ -95,7 +95,7 @@ def build(
     *,
     source: Source,
 ) -> None:
-    """Build the vector store of a NanoThink, or of experts to be combined.
+    """Build the vector store of a NanoThink, or of its experts.
 
     A key for each token of the training text; text held out for validation is never in it.
     """
@@ -180,7 +180,7 @@ def add(
 @app.command(cls=ForgivingCommand)
 @takes(Source)
 def info(source: Source) -> None:
-    """Show the size and contents of a vector store, and verify every byte of it."""
+    """Show what a vector store holds; every byte is verified."""
     from nanothink.cli import render
     from nanothink.runs.store_commands import facts_of
 
