@@ -22,36 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nanothink.checkpoints.gguf_layout import NAMES, PRE_TOKENIZERS, library, renamed, to_gguf
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.disk import storage_error, whole_file, write_whole
-from nanothink.errors import CheckpointMismatchError, UsageError
+from nanothink.errors import CheckpointMismatchError
 
 Quantization = Literal["f32", "f16", "q8_0"]
-
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-_BYTES_ALONE = {**_BYTE_LEVEL, "use_regex": False}
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _split(numbers: str) -> dict[str, Any]:
-    pattern = {"Regex": _WORDS % numbers}
-    cut = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [cut, _BYTES_ALONE]}
-
-
-PRE_TOKENIZERS: Mapping[str, dict[str, Any]] = {
-    "gpt-2": _BYTE_LEVEL,
-    "smollm": {
-        "type": "Sequence",
-        "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
-    },
-    "qwen2": _split(r"\p{N}"),
-    "llama-bpe": _split(r"\p{N}{1,3}"),
-}
-"""How a text is cut, by llama.cpp's name for it: the ``pre_tokenizer`` of a tokenizer.json."""
 
 _PASSED_THROUGH = "{% for message in messages %}{{ message.content }}{% endfor %}"
 """A chat template that adds nothing, since without one front ends wrap a text in a template of their own."""
@@ -102,12 +78,12 @@ def write_gguf(model: GgufModel, path: Path, *, quantization: Quantization = "f3
         UsageError: the package ``gguf`` is not installed.
         StorageError: the disk refuses; what was there is intact.
     """
-    gguf = _library()
+    gguf = library()
     pre = check_tokenizer(model.tokenizer)
     writer = gguf.GGUFWriter(None, _architecture(model.settings))
     _describe(writer, gguf, model, quantization)
     _add_tokenizer(writer, gguf, model, pre)
-    for name, values in _tensors(gguf, model):
+    for name, values in _tensors(model):
         kind = _stored_as(gguf, name, values, quantization)
         if kind is None:
             writer.add_tensor(name, values)
@@ -124,14 +100,6 @@ def write_gguf(model: GgufModel, path: Path, *, quantization: Quantization = "f3
 def modelfile_of(path: Path) -> Path:
     """Where the Modelfile of a GGUF file lies."""
     return path.with_name(f"{path.name}.Modelfile")
-
-
-def _library() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise UsageError("GGUF files need an extra: pip install 'nanothink[gguf]'") from None
-    return gguf
 
 
 def _architecture(settings: Mapping[str, Any]) -> str:
@@ -187,40 +155,16 @@ def _describe(writer: Any, gguf: Any, model: GgufModel, quantization: Quantizati
     writer.add_rope_freq_base(settings["rope_theta"])
 
 
-def _tensors(gguf: Any, model: GgufModel) -> Iterator[tuple[str, NDArray[np.float32]]]:
+def _tensors(model: GgufModel) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Weights by llama.cpp's names, in its layouts."""
-    arch = {a: key for key, a in gguf.MODEL_ARCH_NAMES.items()}[_architecture(model.settings)]
-    names = gguf.get_tensor_name_map(arch, model.settings["num_hidden_layers"])
-    tied = model.settings["tie_word_embeddings"]
+    architecture = _architecture(model.settings)
+    theirs = {ours: name for name, ours in NAMES[architecture].items()}
     for name, tensor in model.weights.items():
-        if tied and name == "lm_head.weight":
+        if name == "lm_head.weight" and model.settings["tie_word_embeddings"]:
             continue
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if theirs is None:
+        if (called := renamed(name, theirs)) is None:
             raise CheckpointMismatchError(f"llama.cpp has no name for the weight {name} of this model.")
-        values = tensor.detach().float().numpy()
-        if name.endswith("A_log"):
-            values = -np.exp(values)
-        elif name.endswith("conv1d.weight"):
-            values = values.squeeze(1)
-        elif arch == gguf.MODEL_ARCH.LLAMA and (".q_proj." in name or ".k_proj." in name):
-            of = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
-            values = neighbours_paired(values, model.settings[of])
-        yield theirs, np.ascontiguousarray(values, dtype=np.float32)
-
-
-def neighbours_paired(values: NDArray[Any], n_heads: int) -> NDArray[Any]:
-    """Rows of queries or keys as llama.cpp's Llama rotates them: features 2k and 2k + 1 of a head."""
-    halves: NDArray[Any] = values.reshape(n_heads, 2, -1, *values.shape[1:])
-    paired: NDArray[Any] = halves.swapaxes(1, 2).reshape(values.shape)
-    return paired
-
-
-def halves_paired(values: NDArray[Any], n_heads: int) -> NDArray[Any]:
-    """The inverse of ``neighbours_paired``."""
-    pairs: NDArray[Any] = values.reshape(n_heads, -1, 2, *values.shape[1:])
-    halves: NDArray[Any] = pairs.swapaxes(1, 2).reshape(values.shape)
-    return halves
+        yield called, to_gguf(architecture, name, tensor.detach().float().numpy(), model.settings)
 
 
 def _stored_as(gguf: Any, name: str, values: NDArray[np.float32], quantization: Quantization) -> Any:

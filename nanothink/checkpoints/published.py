@@ -36,6 +36,8 @@ class PublishedModel:
     settings: Settings
     weights: Mapping[str, Tensor]
     """Weights by name; on the disk until they are used."""
+    n_numbers: int
+    """In all weights."""
     tokenizer: Tokenizer
     licence: str | None
     """Name of the licence in the model card or metadata."""
@@ -69,6 +71,7 @@ def read_published(folder: Path) -> PublishedModel:
         family,
         settings,
         weights,
+        sum(tensor.numel() for tensor in weights.values()),
         load_tokenizer(str(folder)),
         _licence(folder),
         _template(folder, tokenizer_settings),
@@ -90,7 +93,7 @@ def settings_of(model_type: str, given: Mapping[str, Any], source: str) -> Setti
     except Exception as error:  # whatever its validators raise
         reason = " ".join(str(error).split())[:300]
         raise CheckpointDamagedError(
-            f"{source}: {CONFIG} does not describe a {model_type}: {reason}"
+            f"{source}: its settings do not describe a {model_type}: {reason}"
         ) from None
 
 

@@ -192,7 +192,10 @@ def prune(
 
 @app.command("import", cls=ForgivingCommand)
 def import_(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A model folder in transformers' format.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A model folder in transformers' format, or a GGUF file."),
+    ],
     name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The checkpoint is NAME_expert.pt. [default: SOURCE's name]"),

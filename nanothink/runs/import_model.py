@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from nanothink.checkpoints import (
     FORMAT_VERSION,
     CheckpointStore,
@@ -18,6 +20,7 @@ from nanothink.checkpoints import (
 )
 from nanothink.checkpoints.export import OWN_SECTION
 from nanothink.checkpoints.families import UnsupportedError, place_weights
+from nanothink.checkpoints.gguf_import import read_gguf
 from nanothink.checkpoints.published import PublishedModel, read_published, refused
 from nanothink.checkpoints.split_record import UNKNOWN_TEXT
 from nanothink.checkpoints.store import REPLACED_FOLDER
@@ -58,7 +61,7 @@ def import_model(
     """Make ``checkpoint_dir/NAME_expert.pt`` of a published model, in float32.
 
     Args:
-        source: a folder in ``transformers``' format.
+        source: a folder in ``transformers``' format, or a GGUF file.
         name: NAME; the last part of ``source`` when None.
         context: a shorter context than the model's own, in tokens.
         overwrite: replace a checkpoint of that name.
@@ -78,7 +81,7 @@ def import_model(
             f"place: --overwrite (what is there is moved to {checkpoint_dir / REPLACED_FOLDER})"
         )
     reporter.progress("reading", 0, 0)
-    found = read_published(folder)
+    found = read_gguf(folder) if folder.is_file() else read_published(folder)
     model, config = _ours(found, folder, context)
     n_rows = _n_rows(found)
     vocab_size = found.tokenizer.vocab_size
@@ -148,7 +151,8 @@ def _ours(found: PublishedModel, source: Path, context: int | None) -> tuple[Lan
             raise UnsupportedError(
                 f"a tokenizer of {vocab_size:,} tokens over a table of {_n_rows(found):,} embeddings"
             )
-        payload = cast("ModelPayload", {"model_state": found.weights})
+        numbers = torch.empty(1).expand(found.n_numbers)  # as many as the file has, without their memory
+        payload = cast("ModelPayload", {"model_state": {"": numbers}})
         model = rebuild(found.family.kind, config, vocab_size, payload=payload, path=source)
         place_weights(found.family, found.settings, found.weights, dict(model.state_dict()))
     except UnsupportedError as error:
@@ -168,4 +172,5 @@ def _n_rows(found: PublishedModel) -> int:
 
 def _name_of(source: str) -> str:
     """The last part of a folder, a file or a Hub name, in the letters that a checkpoint's name may have."""
-    return re.sub(r"[^\w.-]+", "-", Path(source).expanduser().resolve().name).strip(".-") or "imported"
+    name = Path(source).expanduser().resolve().name.removesuffix(".gguf")
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "imported"

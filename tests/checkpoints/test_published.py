@@ -266,7 +266,7 @@ def _cut(folder: Path) -> None:
         ),
         (_rewrite(lambda s: s.update(intermediate_size=95)), r"has the shape \(.*94.*\), not \(.*95"),
         (_rewrite(lambda s: s.update(num_key_value_heads=5)), "n_kv_heads=5 does not divide"),
-        (_rewrite(lambda s: s.update(hidden_size="x")), "does not describe a qwen3"),
+        (_rewrite(lambda s: s.update(hidden_size="x")), "do not describe a qwen3"),
         (_rewrite(lambda s: s.update(quantization_config={"bits": 4})), "quantized weights"),
         (_rewrite(lambda s: s.update(model_type="qwen3_moe")), "no models of the family 'qwen3_moe'"),
     ],

@@ -7,24 +7,22 @@ these tests are skipped.
 from __future__ import annotations
 
 import json
-import random
 import re
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from llama_server import divergence, llama_cpp, texts
 from random_checkpoints import write_random_checkpoint
 
 import nanothink as package
 from nanothink.cli.app import run
 from nanothink.data.tokenizer import load_tokenizer
-from nanothink.errors import CheckpointMismatchError
+from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError
 from nanothink.runs.exporting_gguf import export_gguf
+from nanothink.runs.import_model import import_model
 
 pytest.importorskip("gguf")
 
@@ -53,59 +51,6 @@ PROMPTS = [
 ]
 
 
-class LlamaCpp:
-    """A model in llama.cpp, asked through its own server."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, no special token among them."""
-        found: list[int] = self._ask("tokenize", {"content": text, "parse_special": False})["tokens"]
-        return found
-
-    def log_probabilities(self, tokens: Sequence[int], vocab_size: int) -> np.ndarray:
-        """(V,) of the token after these, in nats."""
-        request = {
-            "prompt": list(tokens),
-            "n_predict": 1,
-            "n_probs": vocab_size,
-            "temperature": 1.0,
-            "cache_prompt": False,
-            # What is drawn does not count, but half a character or EOS would come without probabilities.
-            "logit_bias": [[self.tokenize("a")[0], 1000.0]],
-        }
-        (first,) = self._ask("completion", request)["completion_probabilities"]
-        found = np.full(vocab_size, -np.inf)
-        for entry in first["top_logprobs"]:
-            found[entry["id"]] = entry["logprob"]
-        return found
-
-    def _ask(self, what: str, request: dict[str, Any]) -> Any:
-        body = json.dumps(request).encode()
-        headers = {"Content-Type": "application/json"}
-        with urllib.request.urlopen(
-            urllib.request.Request(f"{self._address}/{what}", body, headers)
-        ) as answer:
-            return json.load(answer)
-
-
-@contextmanager
-def llama_cpp(path: Path, context: int = 64) -> Iterator[LlamaCpp]:
-    xllamacpp = pytest.importorskip("xllamacpp")
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(path)
-    parameters.n_ctx, parameters.n_parallel, parameters.warmup = context, 1, False
-    parameters.cpuparams.n_threads = parameters.n_threads_http = 1
-    parameters.verbosity = -1
-    # As in our model: keys and values in float32, and no kernel that halves them.
-    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = xllamacpp.Server(parameters)
-    yield LlamaCpp(server.listening_address)
-    del server
-
-
 @pytest.fixture
 def exported(tiny_tokenizer: Path, tmp_path: Path) -> Any:
     """Writes a checkpoint with random weights and a GGUF file of it; gives both."""
@@ -117,11 +62,6 @@ def exported(tiny_tokenizer: Path, tmp_path: Path) -> Any:
         return path, export_gguf(path, tmp_path / "out" / "a.gguf", quantization=quantization).file
 
     return write
-
-
-def divergence(expected: np.ndarray, found: np.ndarray) -> float:
-    """Kullback-Leibler divergence in nats."""
-    return float((np.exp(expected) * (expected - found)).sum())
 
 
 @pytest.mark.parametrize("quantization", ["f32", "q8_0"])
@@ -142,22 +82,88 @@ def test_llama_cpp_predicts_the_same(shape: str, quantization: str, exported: An
                 assert divergence(expected, found) < 0.01
 
 
-def texts(n: int = 300) -> list[str]:
-    """Texts of letters, digits, signs, CJK, emoji and odd white space, as they come."""
-    words = "time, light,stone,水の中,日本語,한국어,🌊,👩\u200d👧,é,e\u0301,ß,Ω,١٢٣,123,ﬁ,½,don't,'s,'LL"
-    signs = "_ # < |> <|endoftext|> x=1; . , !?"
-    spaces = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u3000", "\u00a0", "\u200b", "\u0085", "\u2028"]
-    pieces = [*words.split(","), *signs.split(" "), *spaces]
-    drawn = random.Random(0)
-    return ["".join(drawn.choices(pieces, k=drawn.randint(1, 24))) for _ in range(n)]
-
-
 def test_llama_cpp_reads_the_same_tokens(exported: Any) -> None:
     checkpoint, file = exported("mamba")
     ours = package.load(checkpoint).tokenizer
     with llama_cpp(file) as theirs:
         wrong = [text for text in texts() if theirs.tokenize(text) != ours.encode(text)]
     assert wrong == []
+
+
+@pytest.mark.parametrize("quantization", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name != "qwen2"])
+def test_a_file_is_imported_as_what_it_was_made_of(
+    shape: str, quantization: str, exported: Any, tmp_path: Path
+) -> None:
+    checkpoint, file = exported(shape, quantization)
+    done = import_model(str(file), name="back", checkpoint_dir=tmp_path / "c")
+    ours, again = package.load(checkpoint, device="cpu"), package.load(done.path, device="cpu")
+    assert again.notes == ()
+    assert not again.trained_text.complete
+    assert [again.tokenizer.encode(text) for text in texts(50)] == [
+        ours.tokenizer.encode(text) for text in texts(50)
+    ]
+    assert again.tokenizer.eos_id == ours.tokenizer.eos_id
+    x = torch.randint(ours.tokenizer.vocab_size, (2, 40), generator=torch.Generator().manual_seed(5))
+    expected, found = ours.logits(x), again.logits(x)
+    tolerance = {"f32": 2e-5, "f16": 0.02, "q8_0": 0.3}[quantization]  # A goes through exp and log
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def _changed(**changes: Any) -> Any:
+    """Writes a GGUF file with other metadata; None leaves a key out."""
+
+    def write(file: Path, into: Path) -> None:
+        import gguf
+
+        reader = gguf.GGUFReader(file)
+        writer = gguf.GGUFWriter(into, changes.get("general_architecture", "qwen3"))
+        for key, field in reader.fields.items():
+            kinds = field.types
+            name = key.replace(".", "_")
+            if key.startswith("GGUF.") or key == "general.architecture" or changes.get(name, 0) is None:
+                continue
+            value = changes.get(name, field.contents())
+            writer.add_key_value(key, value, kinds[0], kinds[1] if len(kinds) > 1 else None)
+        if "expert_count" in changes:
+            writer.add_expert_count(changes["expert_count"])
+        for tensor in reader.tensors:
+            writer.add_tensor(changes.get("names", {}).get(tensor.name, tensor.name), tensor.data)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    return write
+
+
+def _cut(file: Path, into: Path) -> None:
+    into.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_cut, "no sound GGUF file"),
+        (lambda file, into: into.write_bytes(b"GGUF"), "no sound GGUF file"),
+        (lambda file, into: into.write_text("hello"), "no sound GGUF file"),
+        (_changed(general_architecture="gemma"), "architecture 'gemma'"),
+        (_changed(qwen3_embedding_length=None), "lacks qwen3.embedding_length"),
+        (_changed(qwen3_embedding_length=64), "due|not those|lm_head"),
+        (_changed(expert_count=8), "mixture of experts"),
+        (_changed(tokenizer_ggml_pre="odd"), "tokenizer is of a kind"),
+        (_changed(tokenizer_ggml_model="llama"), "tokenizer is of a kind"),
+        (_changed(names={"output_norm.weight": "rope_freqs.weight"}), "the weight rope_freqs.weight"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_one_line(
+    damage: Any, reason: str, exported: Any, tmp_path: Path
+) -> None:
+    _, file = exported("qwen3")
+    damage(file, tmp_path / "b.gguf")
+    with pytest.raises((CheckpointDamagedError, CheckpointMismatchError), match=reason):
+        import_model(str(tmp_path / "b.gguf"), checkpoint_dir=tmp_path / "c")
+    assert list(tmp_path.glob("c/*.pt")) == []
 
 
 def test_a_text_begins_after_eos_there_too(exported: Any) -> None:

@@ -1,0 +1,200 @@
+"""A published model from a GGUF file, as llama.cpp reads it: settings, weights and tokenizer in one.
+
+Weights are mapped, and each is brought to float32 when it is used, so that no second copy of the model is in
+memory. Quantized ones come as llama.cpp would compute with them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanothink.checkpoints.families import FAMILIES
+from nanothink.checkpoints.gguf_layout import NAMES, PRE_TOKENIZERS, from_gguf, library, renamed
+from nanothink.checkpoints.published import PublishedModel, refused, settings_of
+from nanothink.data.encoding import parse_tokenizer
+from nanothink.data.tokenizer import Tokenizer
+from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, NanoThinkError, counted
+
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+"""Types of tokens that a text does not become by merging."""
+
+_SIZES = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "max_position_embeddings": "context_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+_STATE_SIZES = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "conv_kernel": "ssm.conv_kernel",
+    "state_size": "ssm.state_size",
+    "time_step_rank": "ssm.time_step_rank",
+    "layer_norm_epsilon": "attention.layer_norm_rms_epsilon",
+}
+
+
+def read_gguf(path: Path) -> PublishedModel:
+    """The model of a GGUF file.
+
+    Raises:
+        CheckpointMismatchError: an architecture, a tokenizer or a type that NanoThink does not read.
+        CheckpointDamagedError: the file is cut short or no GGUF file.
+        UsageError: the package ``gguf`` is not installed.
+    """
+    gguf = library()
+    try:
+        reader = gguf.GGUFReader(path)
+        return _read(gguf, _Fields(reader.fields), reader.tensors, path)
+    except NanoThinkError:
+        raise
+    except Exception as error:  # the reader trusts the file: whatever numpy and Python say of nonsense in it
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointDamagedError(f"{path}: is no sound GGUF file ({reason}). Fetch it again") from None
+
+
+class _Fields:
+    """The metadata of a file, by key."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = fields
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._fields[key].contents() if key in self._fields else default
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._fields:
+            raise ValueError(f"it lacks {key}")
+        return self.get(key)
+
+
+class _Weights(Mapping[str, Tensor]):
+    """Weights by our names, float32, made when they are asked for."""
+
+    def __init__(self, gguf: Any, architecture: str, tensors: Mapping[str, Any], settings: Any) -> None:
+        self._gguf, self._architecture, self._tensors = gguf, architecture, tensors
+        self._settings = settings.to_dict()
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        values = self._gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        return torch.from_numpy(from_gguf(self._architecture, name, values, self._settings))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _read(gguf: Any, fields: _Fields, tensors: Any, path: Path) -> PublishedModel:
+    architecture = fields["general.architecture"]
+    if architecture not in NAMES:
+        raise CheckpointMismatchError(
+            f"{path}: NanoThink imports no GGUF files of the architecture {architecture!r:.60}; it imports "
+            f"{', '.join(NAMES)}."
+        )
+    named = {renamed(tensor.name, NAMES[architecture]) or tensor.name: tensor for tensor in tensors}
+    if foreign := [name for name, tensor in named.items() if name == tensor.name]:
+        raise refused(path, f"the weight {foreign[0]}")
+    types = [tensor.tensor_type.name for tensor in tensors]
+    known = gguf.quants._type_traits.keys() | {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16}
+    if odd := [tensor.tensor_type.name for tensor in tensors if tensor.tensor_type not in known]:
+        raise refused(path, f"weights of the type {odd[0]}")
+    model_type, given = _settings(fields, architecture, path)
+    given["tie_word_embeddings"] = "lm_head.weight" not in named
+    settings = settings_of(model_type, given, str(path))
+    return PublishedModel(
+        model_type,
+        FAMILIES[model_type],
+        settings,
+        _Weights(gguf, architecture, named, settings),
+        sum(int(tensor.n_elements) for tensor in tensors),
+        _tokenizer(fields, path),
+        fields.get("general.license"),
+        fields.get("tokenizer.chat_template"),
+        max(set(types), key=types.count).lower(),
+    )
+
+
+def _settings(fields: _Fields, architecture: str, path: Path) -> tuple[str, dict[str, Any]]:
+    """``model_type`` and config of ``transformers``."""
+    if fields.get(f"{architecture}.rope.scaling.type", "none") != "none":
+        raise refused(path, f"rotary positions scaled by '{fields[f'{architecture}.rope.scaling.type']}'")
+    if fields.get(f"{architecture}.expert_count"):
+        raise refused(path, "a mixture of experts")
+    sizes = _STATE_SIZES if architecture == "mamba" else _SIZES
+    given = {name: fields[f"{architecture}.{key}"] for name, key in sizes.items()}
+    if lists := [name for name, value in given.items() if isinstance(value, list)]:
+        raise refused(path, f"layers that differ in {lists[0]}")
+    given["vocab_size"] = len(fields["tokenizer.ggml.tokens"])
+    if architecture == "mamba":
+        given["expand"] = fields["mamba.ssm.inner_size"] // given["hidden_size"]
+        return ("falcon_mamba" if fields.get("mamba.ssm.dt_b_c_rms") else "mamba"), given
+    heads, width = given["num_attention_heads"], given["hidden_size"]
+    given["num_key_value_heads"] = fields.get(f"{architecture}.attention.head_count_kv", heads)
+    given["head_dim"] = head = fields.get(f"{architecture}.attention.key_length", width // heads)
+    if (rotated := fields.get(f"{architecture}.rope.dimension_count", head)) != head:
+        raise refused(path, f"rotation of {rotated} of the {head} features of a head")
+    theta = fields.get(f"{architecture}.rope.freq_base", 10_000.0)
+    given["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    if architecture == "llama" and width % heads:
+        return "mistral", {**given, "sliding_window": None}
+    return architecture, given
+
+
+def _tokenizer(fields: _Fields, path: Path) -> Tokenizer:
+    """The tokenizer of a file, built anew for our library."""
+    kind, cut = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2" or cut not in PRE_TOKENIZERS:
+        raise CheckpointMismatchError(
+            f"{path}: its tokenizer is of a kind that is not read from GGUF files ({kind}, {cut}). Import "
+            "the model's folder in transformers' format."
+        )
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    added = [
+        {
+            "id": number,
+            "content": token,
+            "special": types[number] == _CONTROL,
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        }
+        for number, token in enumerate(tokens)
+        if types[number] in (_CONTROL, _USER_DEFINED)
+    ]
+    vocabulary = {token: number for number, token in enumerate(tokens) if types[number] != _UNUSED}
+    if len(vocabulary) + types.count(_UNUSED) < len(tokens):
+        raise ValueError(f"{counted(len(tokens), 'token')}, some of them twice")
+    state = {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": PRE_TOKENIZERS[cut],
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": cut == "llama-bpe",
+            "vocab": vocabulary,
+            "merges": [merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]],
+        },
+    }
+    backend = parse_tokenizer(json.dumps(_with_offsets(state)), str(path))
+    return Tokenizer(backend, path.name, tokens[fields["tokenizer.ggml.eos_token_id"]])
+
+
+def _with_offsets(rules: Any) -> Any:
+    """Rules with ``trim_offsets`` where the library asks for it."""
+    if isinstance(rules, dict):
+        inner = {key: _with_offsets(value) for key, value in rules.items()}
+        return {"trim_offsets": True, **inner} if rules.get("type") == "ByteLevel" else inner
+    return [_with_offsets(rule) for rule in rules] if isinstance(rules, list) else rules
