@@ -6,6 +6,7 @@ its standard streams, then arguments, folder and environment, and gets back a pr
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -116,7 +117,8 @@ def _serve(path: str) -> None:
 
     for module in pkgutil.walk_packages(nanothink.__path__, "nanothink."):
         if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+            with contextlib.suppress(ModuleNotFoundError):  # of an extra
+                importlib.import_module(module.name)
     importlib.import_module("torch._dynamo")  # which the first optimizer would import, for seconds
     for name in [name for name in sys.modules if name.startswith("nanothink.cli.render")]:
         del sys.modules[name]  # its consoles look at the streams as they are imported

@@ -150,12 +150,42 @@ def with_a_browser_and_more_runs(script: str, place: Place) -> None:
 
 def with_lm_eval(script: str, place: Place) -> None:
     """With more text, and some of it held out."""
+    _with_held_out_text(place)
+    place.run(script, HF_DATASETS_OFFLINE="1", HF_DATASETS_CACHE=str(place.folder / "cache"))
+
+
+def _with_held_out_text(place: Place) -> None:
     place.run("nanothink data sample\nnanothink pretrain transformer --preset tiny")
     task = Path("benchmarks", "lm_eval")
     shutil.copytree(ROOT / task, place.folder / task)
     text = (place.folder / "data" / "code" / "starter.jsonl").read_text().splitlines(keepends=True)
     (place.folder / "held_out.jsonl").write_text("".join(text[:20]))
-    place.run(script, HF_DATASETS_OFFLINE="1", HF_DATASETS_CACHE=str(place.folder / "cache"))
+
+
+def with_a_server(script: str, place: Place, **environment: str) -> None:
+    """``nanothink serve`` goes on until the rest is done; Ctrl-C then ends it in order."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = place.shell.start(f"nanothink serve --port {port}", place.folder)
+    assert process.stdout is not None
+    said = process.stdout.readline()
+    assert f":{port}/v1" in said, said + process.communicate()[0]
+    try:
+        rest = script.removeprefix("nanothink serve\n").replace("curl ", "curl --fail ")
+        place.run(replaced(rest, {":8000/": f":{port}/"}), **environment)
+    finally:
+        process.send_signal(signal.SIGINT)
+        ended, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, ended
+
+
+def with_a_server_and_lm_eval(script: str, place: Place) -> None:
+    """The same beside ``with_lm_eval``, whose models have a tiny context."""
+    typed = replaced(script, {"max_length=512": "max_length=32"})
+    _with_held_out_text(place)
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(place.folder / "cache")}
+    with_a_server(typed, place, **offline)
 
 
 SURROUNDINGS: dict[str, Callable[[str, Place], None]] = {
@@ -165,4 +195,6 @@ SURROUNDINGS: dict[str, Callable[[str, Place], None]] = {
     "on two machines": on_two_machines,
     "with a browser, and more runs": with_a_browser_and_more_runs,
     "with lm-eval": with_lm_eval,
+    "with a server": with_a_server,
+    "with a server and lm-eval": with_a_server_and_lm_eval,
 }

@@ -29,9 +29,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("disk", "config", "data", "models", "vector_store", "inference", "training", "checkpoints"),
         "report",
     },
+    "serve": {"errors", "data", "models", "inference", "runs"},
     "cli": {
         *("disk", "config", "data", "models", "vector_store", "inference", "training", "checkpoints"),
         "runs",
+        "serve",
     },
 }
 

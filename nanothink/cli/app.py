@@ -32,6 +32,7 @@ from nanothink.cli import (
     output,
     pretrain,
     report,
+    serve,
     store,
     tokenizer,
     train_mla,
@@ -48,7 +49,7 @@ from nanothink.errors import (
 from nanothink.training.interruption import SignalListener, StopRequests, last_words, stopping_signals
 
 _ORDER = (
-    *("data", "tokenizer", "pretrain", "train-mla", "resume", "eval", "generate", "store"),
+    *("data", "tokenizer", "pretrain", "train-mla", "resume", "eval", "generate", "serve", "store"),
     *("report", "checkpoints", "config", "doctor", "demo"),
 )
 
@@ -97,6 +98,7 @@ pretrain.register(app)
 train_mla.register(app)
 evaluate.register(app)
 generate.register(app)
+serve.register(app)
 app.add_typer(store.app, name="store")
 report.register(app)
 app.add_typer(checkpoints.app, name="checkpoints")

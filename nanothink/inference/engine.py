@@ -20,6 +20,7 @@ from torch import Tensor
 from nanothink.errors import UsageError
 from nanothink.inference.generate import evaluating, window_start
 from nanothink.inference.sampling import SamplingConfig, next_tokens
+from nanothink.inference.scores import TokenScore, token_scores
 from nanothink.models.contract import LanguageModel, State
 
 READ_TOKENS = 512
@@ -27,15 +28,6 @@ READ_TOKENS = 512
 
 _PIECE = 256
 """Most prompt tokens of one reading."""
-
-
-@dataclass(frozen=True)
-class TokenScore:
-    """Log-probability of a token under the model as it is, and the likeliest ones in its place."""
-
-    log_probability: float
-    likeliest: tuple[tuple[int, float], ...] = ()
-    """(token, log-probability), likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -266,17 +258,3 @@ class Engine:
 
     def _tensor(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self._model.head_weight.device)
-
-
-def token_scores(logits: Tensor, tokens: Sequence[int], n_likeliest: int) -> list[TokenScore]:
-    """Score of one token in each row of (B, V) logits, and so many of the likeliest."""
-    log_probabilities = logits.float().log_softmax(-1)
-    index = torch.tensor(list(tokens), device=logits.device).unsqueeze(1)
-    own = log_probabilities.gather(1, index).squeeze(1).tolist()
-    if not n_likeliest:
-        return [TokenScore(value) for value in own]
-    best = log_probabilities.topk(min(n_likeliest, logits.shape[1]), dim=1)
-    return [
-        TokenScore(value, tuple(zip(ids, values, strict=True)))
-        for value, ids, values in zip(own, best.indices.tolist(), best.values.tolist(), strict=True)
-    ]

@@ -64,6 +64,7 @@ CASES = {
         "'the stone' -n 4 -c checkpoints/nanothink_mla.pt --show-routing",
         "'the stone in the garden' --denoise --level 50 -c checkpoints/diffuser_expert.pt",
     ],
+    "serve": ["--host 0.0.0.0"],
     "store build": ["--dry-run", "--overwrite"],
     "store add": ["data --dry-run"],
     "store info": [""],

@@ -1,0 +1,121 @@
+"""``nanothink serve``: an OpenAI-compatible server of trained models, and a playground in the browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nanothink.cli import completion
+from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, NoVectorStore, examples
+
+EXAMPLES = examples(
+    "serve",
+    "serve checkpoints/nanothink_mla.pt --port 8080",
+    "serve --host 0.0.0.0 --api-key @key.txt",
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(cls=ForgivingCommand, epilog=EXAMPLES)(serve)
+
+
+def serve(
+    checkpoint: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="Models, called by the names of their files. [default: every best one in --checkpoint-dir]",
+            autocompletion=completion.checkpoints,
+        ),
+    ] = None,
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            metavar="ADDRESS",
+            help="Where to listen; others than this machine's own need --api-key.",
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", "-p", metavar="N", min=0, max=65_535, help="Port; 0 takes a free one.")
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key", metavar="KEY", help="Ask for this key; @FILE reads it from a file. [default: none]"
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin",
+            metavar="URL",
+            help="Pages of this origin may ask too (CORS); repeatable. [default: none]",
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            "--chat-template",
+            metavar="FILE",
+            help="Jinja template for chats. [default: messages are passed through as plain text]",
+        ),
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", metavar="N", min=1, help="Texts of a model written at a time.")
+    ] = 32,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", metavar="N", min=1, help="Texts taken on in all.")
+    ] = 512,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="Longest text that can be asked for.")
+    ] = 4096,
+    no_vector_store: NoVectorStore = False,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    device: Device = None,
+) -> None:
+    """Serve models by OpenAI's API, with a playground.
+
+    Needs two more packages: pip install -e '.[serve]'.
+    """
+    from nanothink.cli import render
+    from nanothink.errors import UsageError
+
+    try:
+        from nanothink.serve import server
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        raise UsageError("The server needs two more packages: pip install -e '.[serve]'") from None
+    from nanothink.runs.evaluating import finished_checkpoints
+    from nanothink.runs.trained_model import load
+    from nanothink.serve.endpoints import Limits
+
+    access = server.access(host, api_key, allow_origin or ())
+    template = None
+    if chat_template is not None:
+        try:
+            template = chat_template.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"The chat template cannot be read: {error}.") from None
+    bound = server.listen(host, port)
+    with render.reporting() as reporter:
+        paths = checkpoint or finished_checkpoints(checkpoint_dir, reporter)
+        if not checkpoint:
+            paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        loaded = [
+            load(path, device=device, vector_store=not no_vector_store, reporter=reporter) for path in paths
+        ]
+    models = server.served_models(loaded, template)
+    for model in loaded:
+        for line in model.notes:
+            render.note(f"{model.path}: {line}")
+
+    def ready() -> None:
+        names, url = ", ".join(model.name for model in models), server.url_of(bound)
+        render.say(f"Serving {names} at {url}/v1; playground: {url}/; stop with Ctrl-C.")
+
+    limits = Limits(max_batch=max_batch, max_texts=max_queue, max_tokens=max_tokens)
+    server.build_server(models, access, limits, note=render.note, on_ready=ready).run(sockets=[bound])
