@@ -235,6 +235,7 @@ def warm_up() -> None:
         "torch.optim",
     ):
         importlib.import_module(name)
+    importlib.import_module("nanothink.cli.app").command_tree()
 
 
 def main() -> None:

@@ -6,9 +6,10 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+from nanothink.cli.app import command_tree
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")})
@@ -81,19 +82,9 @@ def calls_in_prose(page: Path) -> Iterator[list[str]]:
             yield words
 
 
-@cache
-def program() -> Any:
-    """The root command, built once: calls by the hundred are looked up in it."""
-    from typer.main import get_command
-
-    from nanothink.cli.app import app
-
-    return get_command(app)
-
-
 def leaf(words: list[str]) -> tuple[Any, list[str]]:
     """The command that words lead to, and what is left of them; a group when they end there."""
-    command = program()
+    command = command_tree()
     path = "nanothink"
     while hasattr(command, "commands") and words and not words[0].startswith("-"):
         assert words[0] in command.commands, f"{path} has no command '{words[0]}'"
@@ -112,5 +103,5 @@ def commands_of_the_program() -> list[tuple[str, Any]]:
         else:
             found.append((path, command))
 
-    walk(program(), "")
+    walk(command_tree(), "")
     return found

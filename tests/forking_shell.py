@@ -119,6 +119,7 @@ def _serve(path: str) -> None:
         if not module.name.endswith("__main__"):
             with contextlib.suppress(ModuleNotFoundError):  # of an extra
                 importlib.import_module(module.name)
+    importlib.import_module("nanothink.cli.app").command_tree()
     importlib.import_module("torch._dynamo")  # which the first optimizer would import, for seconds
     for name in [name for name in sys.modules if name.startswith("nanothink.cli.render")]:
         del sys.modules[name]  # its consoles look at the streams as they are imported

@@ -41,6 +41,9 @@ BEGIN_WITH_TEXT = (
     ROOT / "docs" / "configuration.md",
     ROOT / "docs" / "distributed.md",
 )
+IN_BENCH = {ROOT / "docs" / "commands.md"}
+"""Long pages whose commands the tests of end_to_end/ run too: their examples are for ``make test-bench``."""
+
 EXAMPLES = {page: [b for b in blocks(page) if b.language in {"console", "bash", "python"}] for page in PAGES}
 EXAMPLES = {page: found for page, found in EXAMPLES.items() if found}
 RUN = {page: [block for block in found if block.mark == "run"] for page, found in EXAMPLES.items()}
@@ -125,7 +128,11 @@ def run(block: Block, place: Place) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.bench) if page in IN_BENCH else page for page in RUN],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_examples_run_in_order(
     page: Path, shell: ForkingShell, own_text: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -149,6 +156,7 @@ def test_examples_with_more_packages_run(
     run(block, Place(tmp_path, own_text, shell))
 
 
+@pytest.mark.bench
 @pytest.mark.timeout(900)
 def test_commands_in_running_text_run(
     shell: ForkingShell, own_text: Path, after_the_tutorial: Callable[[], Path]

@@ -15,10 +15,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
+import typer.main
 from typer.core import TyperGroup
 
 from nanothink.cli import (
@@ -225,9 +227,15 @@ def run(args: list[str]) -> int:
         return 1
 
 
+@cache
+def command_tree() -> Any:
+    """The commands as click has them, built once in a process; ``app`` itself builds all of them per call."""
+    return typer.main.get_command(app)
+
+
 def _run(args: list[str]) -> int:
     try:
-        result = app(args=args, standalone_mode=False, prog_name="nanothink", obj=run)
+        result = command_tree()(args=args, standalone_mode=False, prog_name="nanothink", obj=run)
         return result if isinstance(result, int) else 0
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors

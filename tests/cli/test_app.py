@@ -37,7 +37,7 @@ def test_lack_of_memory_is_one_error_that_says_what_to_do(
     def exhaust(**_: object) -> None:
         raise raised
 
-    monkeypatch.setattr(app, "app", exhaust)
+    monkeypatch.setattr(app, "command_tree", lambda: exhaust)
     assert app.run(command) == 1
     said, out = capsys.readouterr().err, capsys.readouterr().out
     assert said.startswith("error: Out of memory. ")
@@ -50,6 +50,6 @@ def test_any_other_failure_of_a_library_stays_a_failure(monkeypatch: pytest.Monk
     def fail(**_: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(app, "app", fail)
+    monkeypatch.setattr(app, "command_tree", lambda: fail)
     with pytest.raises(RuntimeError, match="shapes"):
         app.run(["eval"])

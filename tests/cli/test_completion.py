@@ -72,7 +72,7 @@ def test_nothing_is_said_about_a_line_that_is_being_typed(
     def interrupted(**_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(app, "app", interrupted)
+    monkeypatch.setattr(app, "command_tree", lambda: interrupted)
     assert app.run([]) == 130
     assert "Interrupted" in capsys.readouterr().err
     monkeypatch.setenv("_NANOTHINK_COMPLETE", "complete_bash")

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from typer.main import get_command
 
-from nanothink.cli.app import app
+from nanothink.cli.app import command_tree
 
 
 def _commands(command: Any, path: str = "nanothink") -> Iterator[tuple[str, Any]]:
@@ -19,7 +18,7 @@ def _commands(command: Any, path: str = "nanothink") -> Iterator[tuple[str, Any]
         yield from _commands(below, f"{path} {name}")
 
 
-COMMANDS = dict(_commands(get_command(app)))
+COMMANDS = dict(_commands(command_tree()))
 
 
 def _help(path: str) -> str:
