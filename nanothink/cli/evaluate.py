@@ -109,27 +109,23 @@ def evaluate(
 
 def _rows(results: Sequence[CheckpointEvaluation]) -> list[dict[str, Any]]:
     from nanothink.runs.evaluating import above_best
-    from nanothink.training.recording import denoising_as_dict, routing_as_dict, score_as_dict
 
     rows = []
     for result, above in zip(results, above_best(results), strict=True):
         found = result.evaluation
-        domains = {
-            name: {**score_as_dict(score), "bits_per_byte_stderr": found.standard_error(name)}
-            for name, score in found.domains.items()
-        }
+        scores = found.to_dict()
+        scores["overall"]["bits_per_byte_stderr"] = found.standard_error()
+        for name, score in scores["domains"].items():
+            score["bits_per_byte_stderr"] = found.standard_error(name)
         rows.append(
             {
                 "path": result.path,
                 "kind": result.kind,
                 "seen_documents": result.n_seen,
                 "trained_text_known": result.trained_text_known,
-                "overall": {**score_as_dict(found.overall), "bits_per_byte_stderr": found.standard_error()},
                 "above_best": above
                 and {"bits_per_byte": above.bits_per_byte, "bits_per_byte_stderr": above.standard_error},
-                "domains": domains,
-                **denoising_as_dict(found),
-                **routing_as_dict(found),
+                **scores,
             }
         )
     return rows

@@ -232,7 +232,7 @@ def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) 
                     "epoch": finished.epoch,
                     "reason": finished.reason,
                     "best_loss": finished.best_loss,
-                    "validation": view.last_validation_as_dict(),
+                    "validation": view.last_validation,
                     "seconds": finished.seconds,
                     "n_bad_lines": data.get("n_bad_lines", 0) if isinstance(data, dict) else 0,
                 }

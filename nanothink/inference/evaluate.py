@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,15 @@ class Score:
     @property
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.n_bytes
+
+    def to_dict(self) -> dict[str, float]:
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+            "bytes": self.n_bytes,
+        }
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,9 @@ class Routing:
     def entropy(self) -> float:
         """Mean entropy of the router's weights, in nats: log E where all are equal."""
         return self.entropy_total / self.tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights, "entropy": self.entropy}
 
     def __add__(self, other: Routing) -> Routing:
         totals = {name: total + other.totals[name] for name, total in self.totals.items()}
@@ -128,6 +141,18 @@ class Evaluation:
         return Score(
             sum(s.nats for s in scores), sum(s.tokens for s in scores), sum(s.n_bytes for s in scores)
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Scores overall and by domain; ``denoising_mse`` and ``routing`` of a model that has them."""
+        found: dict[str, Any] = {
+            "overall": self.overall.to_dict(),
+            "domains": {name: score.to_dict() for name, score in self.domains.items()},
+        }
+        if self.denoising:
+            found["denoising_mse"] = {str(level): mse for level, mse in self.denoising.items()}
+        if self.routing:
+            found["routing"] = {name: routing.to_dict() for name, routing in self.routing.items()}
+        return found
 
     def standard_error(self, domain: str | None = None) -> float | None:
         """Standard error of the bits per byte of a domain, or overall.

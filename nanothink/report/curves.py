@@ -1,4 +1,4 @@
-"""Curves as a page shows them: few enough points, none of them made up.
+"""Curves of a page: few points, all of them from the records.
 
 A curve of n rows is cut into buckets of neighbouring rows, and each bucket keeps its lowest and its highest
 (min-max decimation): a spike of one step stays visible however long the run was.
@@ -18,7 +18,7 @@ MAX_POINTS = 800
 """Points of a curve on the page: about as many as a plot has columns of pixels."""
 
 SMOOTHING_FRACTION = 0.02
-"""The span of the moving average, as a fraction of the curve's points."""
+"""Span of the moving average, as a fraction of the curve's points."""
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,23 @@ class Line:
 
     label: str
     color: int
-    """Which colour of the palette."""
+    """Index of the colour in the palette."""
     steps: Sequence[float]
     values: Sequence[float]
     faint: bool = False
-    """Stands behind, without a legend: the course that a smoothed line is of."""
+    """Drawn behind without a legend: the data of a smoothed line."""
     n_points: int = field(default=0)
-    """Before thinning."""
+    """Number of points before thinning."""
 
 
 def line(label: str, color: int, curve: Curve, *, faint: bool = False) -> Line:
-    """A curve, thinned."""
+    """Thin a curve and make it a line."""
     kept = thinned(curve)
     return Line(label, color, kept.steps, kept.values, faint, len(curve))
 
 
 def thinned(curve: Curve, max_points: int = MAX_POINTS) -> Curve:
-    """At most ``max_points`` of the points: of each bucket the lowest and the highest; first and last."""
+    """Keep at most ``max_points``: the lowest and highest of each bucket, the first and the last."""
     n, n_buckets = len(curve), max_points // 2 - 1
     if n <= max_points:
         return curve
@@ -59,7 +59,7 @@ def thinned(curve: Curve, max_points: int = MAX_POINTS) -> Curve:
 
 
 def smoothed(curve: Curve) -> Curve:
-    """The exponential moving average, its start not pulled towards zero."""
+    """Exponential moving average, with its start corrected for bias towards zero."""
     keep = math.exp(-1 / max(1.0, SMOOTHING_FRACTION * len(curve)))
     result, total, weight = Curve(), 0.0, 0.0
     for step, value in zip(curve.steps, curve.values, strict=True):

@@ -1,4 +1,4 @@
-"""Which plots there are, run by run or with all runs in one."""
+"""Plots of the page: one for each run, or all runs in one."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Figure:
     x: str = "step"
     logarithmic: bool = False
     from_zero: bool = False
-    """The vertical axis begins at zero: for shares, whose plots are compared by eye."""
+    """Begin the vertical axis at zero, for shares that are compared by eye."""
 
     @property
     def named(self) -> list[Line]:
-        """The lines that have a legend."""
+        """Lines with a legend."""
         return [line for line in self.lines if not line.faint]
 
     def summaries(self) -> list[dict[str, Any]]:
-        """Each line in numbers, for those who do not see it."""
+        """Numbers of each line, for screen readers."""
         return [
             {
                 "label": each.label,
@@ -123,7 +123,7 @@ def course_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
 
 
 def domain_figures(runs: Sequence[ReportedRun], domains: Sequence[str]) -> list[Figure]:
-    """Bits per byte, a plot a domain."""
+    """Bits per byte: a plot for each domain."""
 
     def of(domain: str) -> Callable[[Mapping[str, Any]], Any]:
         return lambda row: row.get("domains", {}).get(domain, {}).get("bits_per_byte")
@@ -134,7 +134,7 @@ def domain_figures(runs: Sequence[ReportedRun], domains: Sequence[str]) -> list[
 
 
 def denoising_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
-    """A diffuser's error by noise level, and at each level in the course of the run."""
+    """Error of a diffuser by noise level, and of each level over the run."""
     lines = []
     for color, run in enumerate(runs):
         best = run.records.best
@@ -146,8 +146,8 @@ def denoising_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
     figures = [
         Figure(
             "Squared error by noise level",
-            "Of the guess at the clean target, at the best validation. About 1 is what knowing "
-            "nothing costs; at the last level nothing is left of the target.",
+            "Of the predicted clean target, at the best validation. About 1 is the error of "
+            "predicting the mean; at the last level no trace of the target is left.",
             "mean squared error",
             tuple(lines),
             x="noise level",
@@ -161,7 +161,7 @@ def denoising_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
         figures.append(
             Figure(
                 f"Squared error over time: {run.label}",
-                "A line a noise level.",
+                "A line for each noise level.",
                 "mean squared error",
                 tuple(line(f"level {level}", i, levels[level]) for i, level in enumerate(sorted(levels))),
             )
@@ -205,7 +205,7 @@ def routing_figures(run: ReportedRun, colors: Sequence[int]) -> list[Figure]:
 
 
 def experts_of(run: ReportedRun) -> list[str]:
-    """The experts that a run combines, in the order of its records; empty for another kind of run."""
+    """Experts that a run combines, in the order of its records; none for another kind."""
     for row in reversed(run.records.validations):
         for routing in row.get("routing", {}).values():
             return list(routing.get("weights", {}))
@@ -215,7 +215,7 @@ def experts_of(run: ReportedRun) -> list[str]:
 
 
 def expert_colors(run: ReportedRun, runs: Sequence[ReportedRun]) -> list[int]:
-    """Those of the experts' own runs where all of them are on the page; else one after the other."""
+    """Colours of the experts' own runs if all of them are on the page, else the first colours in order."""
     experts, labels = experts_of(run), [other.label for other in runs]
     own = [f"{name}_expert" for name in experts]
     if all(label in labels for label in own):
@@ -237,7 +237,7 @@ def _parts(run: ReportedRun) -> Figure:
     )
     return Figure(
         f"Parts of the loss: {run.label}",
-        "What is minimised, and what it is made of, as moving averages.",
+        "The training loss and its parts, as moving averages.",
         "per token",
         tuple(lines),
     )
@@ -276,6 +276,6 @@ def _by_level(row: Mapping[str, Any]) -> list[tuple[int, float]]:
 
 
 def _short(value: float) -> float:
-    """Five digits are more than a plot can show, and keep the page small."""
+    """Round to five digits: more than a plot can show, and a smaller page."""
     rounded = float(f"{value:.5g}") if abs(value) < 1e5 else round(value)
     return int(rounded) if rounded == int(rounded) else rounded

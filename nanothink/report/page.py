@@ -1,4 +1,4 @@
-"""The page: everything in one string, nothing fetched from anywhere."""
+"""The page as one string of HTML that fetches nothing."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from nanothink.report.figures import Figure
 from nanothink.report.passages import Missing, ReportedRun, RoutedPassage
 
 GENERATOR = '<meta name="generator" content="nanothink report">'
-"""By this a page is known as one that may be written anew."""
+"""Marks a page as a report, which may be overwritten."""
 
 MAX_DOMAINS = 12
-"""Domains that have plots of their own; the table has all."""
+"""Domains with a plot; the table has all."""
 
 MAX_SAMPLES = 8
-"""Moments of a run whose samples are shown."""
+"""Steps of a run whose samples are shown."""
 
 N_COLORS = 8
-"""Colours in the style sheet; the ninth line has the first again, dashed."""
+"""Colours in the style sheet; the ninth line has the first one again, dashed."""
 
 
 def page(runs: Sequence[ReportedRun], *, made: str, version: str) -> str:
@@ -38,7 +38,7 @@ def page(runs: Sequence[ReportedRun], *, made: str, version: str) -> str:
     numbered: list[Figure] = []
 
     def plot(figure: Figure) -> int:
-        """The number by which the script finds a figure."""
+        """Index by which the script finds a figure."""
         numbered.append(figure)
         return len(numbered) - 1
 
@@ -95,7 +95,7 @@ def page(runs: Sequence[ReportedRun], *, made: str, version: str) -> str:
 
 
 def _routed(run: ReportedRun, runs: Sequence[ReportedRun]) -> dict[str, Any]:
-    """A combined model's weights: by domain, over time, and token by token."""
+    """Weights of a combined model: by domain, over time, and token by token."""
     experts, colors = figures.experts_of(run), figures.expert_colors(run, runs)
     routing = (run.records.best or {}).get("routing", {})
     passages = () if isinstance(run.passages, Missing) else run.passages
@@ -116,7 +116,7 @@ def _routed(run: ReportedRun, runs: Sequence[ReportedRun]) -> dict[str, Any]:
 
 
 def _tinted(passage: RoutedPassage, colors: Mapping[str, int]) -> dict[str, Any]:
-    """A passage with the strength of each token's colour, 0 to 1 between its weakest and strongest trust."""
+    """Passage with the strength of each token's colour: 0 at its lowest, 1 at its highest leading weight."""
     held = [max(token.weights) for token in passage.tokens]
     low, high = min(held, default=0.0), max(held, default=0.0)
     return {
@@ -133,7 +133,7 @@ def _tinted(passage: RoutedPassage, colors: Mapping[str, int]) -> dict[str, Any]
 
 
 def _samples(run: ReportedRun) -> dict[str, Any]:
-    """The last samples, and some of the earlier ones, evenly chosen."""
+    """Last samples, and some of the earlier ones at even distances."""
     found = run.records.samples
     n_shown = min(MAX_SAMPLES, len(found))
     chosen = sorted({round(i * (len(found) - 1) / max(1, n_shown - 1)) for i in range(n_shown)})

@@ -12,7 +12,7 @@ from nanothink.training.records import RunRecords
 class RoutedToken:
     text: str
     weights: Sequence[float]
-    """(E,): how far each expert was trusted in predicting this token."""
+    """(E,): weight of each expert in predicting this token."""
 
     @property
     def trusted(self) -> int:
@@ -22,14 +22,14 @@ class RoutedToken:
 
 @dataclass(frozen=True)
 class RoutedPassage:
-    """Held-out text as a combined model reads it."""
+    """Held-out text with a combined model's weights."""
 
     domain: str
     experts: tuple[str, ...]
     tokens: tuple[RoutedToken, ...]
 
     def shares(self) -> list[float]:
-        """By expert: share of the tokens for which it was trusted most."""
+        """Share of the tokens for which each expert had the most weight."""
         counts = [0] * len(self.experts)
         for token in self.tokens:
             counts[token.trusted] += 1
@@ -38,13 +38,13 @@ class RoutedPassage:
 
 @dataclass(frozen=True)
 class Rebuilding:
-    """A passage found again behind noise of one level."""
+    """A passage rebuilt from noise of one level."""
 
     level: int
     right: float
-    """Share of the tokens that are those of the passage."""
+    """Share of the tokens that were recovered."""
     tokens: tuple[tuple[str, bool], ...]
-    """Text, and whether it is the passage's own."""
+    """Text of each token, and True if it was recovered."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class RebuiltPassage:
 
 @dataclass(frozen=True)
 class Missing:
-    """Why there is no passage of a run that could have some."""
+    """Reason that a run has no passages."""
 
     reason: str
 

@@ -22,11 +22,11 @@ class Setting:
     default: str
     """Empty where this version does not know the setting."""
     cells: tuple[SettingCell | None, ...]
-    """One a run; None where the run does not have it."""
+    """Value in each run; None where a run does not have it."""
 
     @property
     def differs(self) -> bool:
-        """Some run has another value than the default, in a section that concerns its kind."""
+        """True if a run differs from the default, in a section that concerns its kind."""
         return any(cell is not None and cell.differs and cell.concerns for cell in self.cells)
 
 
@@ -35,13 +35,13 @@ class SettingCell:
     value: str
     source: str
     differs: bool
-    """From the default."""
+    """True if it differs from the default."""
     concerns: bool
-    """This kind of run."""
+    """True if the setting concerns this kind of run."""
 
 
 def settings(runs: Sequence[ReportedRun]) -> list[Setting]:
-    """Every setting of every run beside its default."""
+    """All settings of all runs, with their defaults."""
     defaults, meanings = flatten(Config()), known_settings()
     values = [_flat(run.records.description.get("config")) for run in runs]
     sources = [_mapping(run.records.description.get("sources")) for run in runs]
@@ -91,14 +91,14 @@ def overview(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
 
 
 def domains(runs: Sequence[ReportedRun]) -> list[str]:
-    """Every domain that some run was validated on."""
+    """Domains that any run was validated on."""
     return sorted(
         {name for run in runs for row in run.records.validations for name in row.get("domains", {})}
     )
 
 
 def by_domain(runs: Sequence[ReportedRun], names: Sequence[str]) -> list[list[float | None]]:
-    """Bits per byte at each run's best validation: a row a run, a column a domain, and all of them."""
+    """Bits per byte at the best validation: a row for each run, a column for each domain and for all."""
     rows = []
     for run in runs:
         best = run.records.best or {}
@@ -109,12 +109,12 @@ def by_domain(runs: Sequence[ReportedRun], names: Sequence[str]) -> list[list[fl
 
 
 def lowest(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """The lowest number of each column."""
+    """Lowest number of each column."""
     return [min((v for v in column if v is not None), default=None) for column in zip(*rows, strict=True)]
 
 
 def machines(runs: Sequence[ReportedRun]) -> list[tuple[str, list[str]]]:
-    """Precision, machine and tokenizer, a row a fact, a column a run."""
+    """Precision, machine and tokenizer: a column for each run."""
     facts: dict[str, list[str]] = {}
     for column, run in enumerate(runs):
         described = run.records.description
@@ -140,7 +140,7 @@ def machines(runs: Sequence[ReportedRun]) -> list[tuple[str, list[str]]]:
 
 @dataclass(frozen=True)
 class Data:
-    """A corpus as it was split, and the runs that were trained on it."""
+    """A corpus, its split, and the runs trained on it."""
 
     labels: tuple[str, ...]
     folder: str
@@ -165,7 +165,7 @@ def data(runs: Sequence[ReportedRun]) -> list[Data]:
 
 
 def number(value: float | None) -> str:
-    """Four digits, in the shortest form that people read."""
+    """Format a number with four digits."""
     if value is None:
         return "–"
     if value == 0 or not math.isfinite(value):

@@ -23,7 +23,7 @@ from typing import Any
 
 from nanothink.disk import GrowingFile, make_folder, new_folder, write_whole
 from nanothink.errors import StorageError, counted
-from nanothink.inference.evaluate import Evaluation, Score
+from nanothink.inference.evaluate import Evaluation
 from nanothink.reporter import SILENT, Reporter
 from nanothink.training.events import Evaluated, Sampled, StepDone
 from nanothink.training.state import TrainState
@@ -137,18 +137,17 @@ class RunRecorder(Reporter):
             )
             self._track(event.step, train=numbers)
         elif isinstance(event, Evaluated):
+            scores = event.evaluation.to_dict()
             self._line(
                 self._metrics,
                 {
                     "event": "validation",
                     "step": event.step,
                     "epoch": event.epoch,
-                    **score_as_dict(event.evaluation.overall),
-                    **denoising_as_dict(event.evaluation),
-                    **routing_as_dict(event.evaluation),
+                    **scores.pop("overall"),
                     "logit_scale": event.evaluation.logit_scale,
                     "best": event.best,
-                    "domains": {name: score_as_dict(s) for name, s in event.evaluation.domains.items()},
+                    **scores,
                 },
             )
             self._track_validation(event.evaluation, event.step)
@@ -219,36 +218,6 @@ class RunRecorder(Reporter):
                 self._tracker.close()
             except Exception as error:
                 self._reporter.note(f"warning: the tracker lacks the last values ({error}).")
-
-
-def score_as_dict(score: Score) -> dict[str, float]:
-    """The numbers of a score under the names that scripts read."""
-    return {
-        "loss": score.loss,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte,
-        "tokens": score.tokens,
-        "bytes": score.n_bytes,
-    }
-
-
-def denoising_as_dict(evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """The squared error by noise level as scripts read it; nothing for a model that does not denoise."""
-    if not evaluation.denoising:
-        return {}
-    return {"denoising_mse": {str(level): mse for level, mse in evaluation.denoising.items()}}
-
-
-def routing_as_dict(evaluation: Evaluation) -> dict[str, Any]:
-    """Mean weight of each expert and mean entropy by domain, of a model that combines experts."""
-    if not evaluation.routing:
-        return {}
-    return {
-        "routing": {
-            domain: {"weights": routing.weights, "entropy": routing.entropy}
-            for domain, routing in evaluation.routing.items()
-        }
-    }
 
 
 def _finite(value: Any) -> Any:

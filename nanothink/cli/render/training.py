@@ -41,18 +41,6 @@ class TrainingView(BarReporter):
         elif isinstance(event, events.Evaluated):
             self.last_validation = event.evaluation
 
-    def last_validation_as_dict(self) -> dict[str, Any] | None:
-        if self.last_validation is None:
-            return None
-        from nanothink.training.recording import denoising_as_dict, routing_as_dict, score_as_dict
-
-        return {
-            "overall": score_as_dict(self.last_validation.overall),
-            "domains": {name: score_as_dict(s) for name, s in self.last_validation.domains.items()},
-            **denoising_as_dict(self.last_validation),
-            **routing_as_dict(self.last_validation),
-        }
-
     def eta_seconds(self, step: int, total_steps: int) -> float:
         """Estimate from the median step, so that one slow step does not distort it."""
         typical = sorted(self._durations)[len(self._durations) // 2] if self._durations else 0.0
