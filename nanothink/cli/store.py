@@ -103,7 +103,7 @@ def build(
     from nanothink.disk import try_to_write
     from nanothink.errors import UsageError
     from nanothink.runs.store_commands import facts_of
-    from nanothink.vector_store.store import exists
+    from nanothink.vector_store.manifest import exists
 
     with render.reporting() as reporter:
         found = source.find(reporter, expert or (), assignments=assignments or (), data_dir=data_dir)

@@ -28,8 +28,8 @@ from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.loop import Run
 from nanothink.training.objectives import ExpertObjective, Objective, Routed
 from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fraction
+from nanothink.vector_store.manifest import store_folder
 from nanothink.vector_store.neighbours import RepeatedSearch, TrainingNeighbours
-from nanothink.vector_store.store import store_folder
 
 TARGET_SAMPLE_BLOCKS = 64
 """Training blocks whose targets a model sees that adopts another: see ``Expert.adopt``."""

@@ -37,7 +37,8 @@ from nanothink.runs.saved_model import SavedModel, expert_entries, experts_insid
 from nanothink.runs.vector_store import key_entry
 from nanothink.training.matmul_types import choose_precision
 from nanothink.training.state import Plan, TrainState
-from nanothink.vector_store.store import read_texts, store_folder
+from nanothink.vector_store.manifest import store_folder
+from nanothink.vector_store.store import read_texts
 
 Configure = Callable[[Mapping[str, Any] | None], ResolvedConfig]
 """Resolves the settings; takes a checkpoint's settings as their base when one is resumed."""

@@ -28,7 +28,8 @@ from nanothink.runs.experts import as_entries, config_for_experts, find_experts
 from nanothink.runs.inherited_split import InheritedSplit, spelled
 from nanothink.runs.saved_model import SavedModel, expert_entries
 from nanothink.runs.vector_store import KeyExpert, ModelStore, folder_of, key_entry, owner_of
-from nanothink.vector_store.store import read_texts, store_folder
+from nanothink.vector_store.manifest import store_folder
+from nanothink.vector_store.store import read_texts
 
 
 @dataclass(frozen=True)

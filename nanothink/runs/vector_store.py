@@ -30,8 +30,9 @@ from nanothink.runs.saved_model import SavedModel, expert_entries
 from nanothink.vector_store.building import BuildPlan, build, plan_build, search_seconds
 from nanothink.vector_store.contents import Owner, VectorStore
 from nanothink.vector_store.index import Float32, import_faiss
+from nanothink.vector_store.manifest import exists, store_folder
 from nanothink.vector_store.neighbours import TrainingNeighbours
-from nanothink.vector_store.store import exists, open_store, store_folder
+from nanothink.vector_store.store import open_store
 
 _LONG_SECONDS = 300  # a build that takes longer comes with advice
 _FEWER_KEYS = 200_000

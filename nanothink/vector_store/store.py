@@ -25,13 +25,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import DTypeLike, NDArray
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
 
 from nanothink.config import VectorStoreConfig
 from nanothink.data.split import NOTHING, TrainedText
@@ -42,7 +39,6 @@ from nanothink.disk import (
     storage_error,
     sync_folder,
     sync_tree,
-    write_whole,
 )
 from nanothink.errors import (
     StorageError,
@@ -52,111 +48,8 @@ from nanothink.errors import (
 )
 from nanothink.reporter import SILENT, Reporter
 from nanothink.vector_store.contents import DOCUMENT, Contents, Owner, VectorStore, trained_text
-from nanothink.vector_store.index import Kind, NeighbourIndex, damaged
-
-FORMAT = 2
-SUFFIX = ".store"
-
-_MANIFEST = "manifest.json"
-_ROLES = ("index", "tokens", "documents", "heldout", "heads", "merged")
-
-_Count = Annotated[int, Field(ge=0)]
-
-
-class _OwnerFacts(TypedDict):
-    expert: str
-    kind: str
-    digest: str
-    tokenizer: str
-    width: _Count
-    block_length: _Count
-
-
-class _IndexFacts(TypedDict):
-    kind: Kind
-    lists: _Count
-    keys: _Count
-
-
-class _FileFacts(TypedDict):
-    name: Annotated[str, Field(pattern=r"^[^\x00]+$")]
-    bytes: _Count
-    digest: str
-
-
-class _Files(TypedDict):
-    index: _FileFacts
-    tokens: _FileFacts
-    documents: _FileFacts
-    heldout: _FileFacts
-    heads: _FileFacts
-    merged: _FileFacts
-
-
-class _Manifest(TypedDict):
-    """Contents of manifest.json."""
-
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]
-
-    format: int
-    generation: Annotated[str, Field(pattern=r"^\w+$")]
-    owner: _OwnerFacts
-    index: _IndexFacts
-    tokens: _Count
-    domains: list[str]
-    sources: list[str]
-    files: _Files
-    digest: str
-
-
-_MANIFESTS = TypeAdapter(_Manifest)
-
-
-def store_folder(checkpoint_dir: Path, stem: str) -> Path:
-    """Folder of the vector store of a run."""
-    return checkpoint_dir / f"{stem}{SUFFIX}"
-
-
-def exists(folder: Path) -> bool:
-    return (folder / _MANIFEST).exists()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and verify the manifest of a store; the other files are not read.
-
-    Raises:
-        VectorStoreError: there is none, or the manifest is damaged.
-        StorageError: it cannot be read.
-    """
-    path = folder / _MANIFEST
-    try:
-        manifest = orjson.loads(path.read_bytes())
-    except FileNotFoundError:
-        model = folder.with_suffix(".pt")
-        which = f" -c {model}" if model.exists() else ""
-        raise VectorStoreNotFoundError(
-            f"There is no vector store in {folder}. If the model was copied, copy that folder too; or build "
-            f"it: nanothink store build{which}"
-        ) from None
-    except OSError as error:
-        raise StorageError(
-            f"Cannot read {path}: {error.strerror}. Check the disk and who may read it."
-        ) from error
-    except orjson.JSONDecodeError as error:
-        raise damaged(path, str(error)) from None
-    if not isinstance(manifest, dict) or manifest.get("digest") != _digest_of(manifest):
-        raise damaged(path, "its digest does not match")
-    if manifest.get("format") != FORMAT:
-        raise VectorStoreMismatchError(
-            f"{folder} has format {manifest.get('format')}, and this NanoThink reads {FORMAT}. Build it "
-            "again: nanothink store build --overwrite"
-        )
-    try:
-        return dict(_MANIFESTS.validate_python(manifest))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise damaged(path, f"its entry {where} makes no sense ({first['msg']})") from None
+from nanothink.vector_store.index import NeighbourIndex, damaged
+from nanothink.vector_store.manifest import FORMAT, MANIFEST, ROLES, read_manifest, write_manifest
 
 
 def open_store(
@@ -265,7 +158,7 @@ def write_store(
     with locked(folder, reporter):
         _sweep(folder)
         generation = secrets.token_hex(6)
-        names = {role: f"{role}-{generation}.{'faiss' if role == 'index' else 'npy'}" for role in _ROLES}
+        names = {role: f"{role}-{generation}.{'faiss' if role == 'index' else 'npy'}" for role in ROLES}
         try:
             with scratch_folder(folder / "generation", blamed=folder) as scratch:
                 index.write(scratch / names["index"])
@@ -294,8 +187,7 @@ def write_store(
                 "sources": list(contents.files),
                 "files": files,
             }
-            described = orjson.dumps({**manifest, "digest": _digest_of(manifest)})
-            write_whole(folder / _MANIFEST, described, explain=storage_error)
+            write_manifest(folder, manifest)
         except OSError as error:
             raise storage_error(folder, error) from error
         finally:
@@ -317,7 +209,7 @@ def _sweep(folder: Path) -> None:
         kept, generation = set(), ""
     for path in folder.iterdir():
         role = path.name.partition("-")[0]
-        if role in _ROLES and path.name not in kept:
+        if role in ROLES and path.name not in kept:
             path.unlink(missing_ok=True)
         elif role == "neighbours" and not (generation and path.name.startswith(f"neighbours-{generation}")):
             shutil.rmtree(path, ignore_errors=True)
@@ -326,7 +218,7 @@ def _sweep(folder: Path) -> None:
 def _verified(folder: Path, role: str, facts: Mapping[str, Any], on_bytes: Callable[[int], None]) -> Path:
     path = folder / str(facts["name"])
     if path.parent != folder:
-        raise damaged(folder / _MANIFEST, f"it places {role} elsewhere")
+        raise damaged(folder / MANIFEST, f"it places {role} elsewhere")
     try:
         if path.stat().st_size != facts["bytes"]:
             raise damaged(path, f"it has {path.stat().st_size} bytes of {facts['bytes']}")
@@ -384,8 +276,3 @@ def _digest(path: Path, on_bytes: Callable[[int], None] = lambda n: None) -> str
             hashed.update(block)
             on_bytes(len(block))
     return hashed.hexdigest()
-
-
-def _digest_of(manifest: Mapping[str, Any]) -> str:
-    body = {name: value for name, value in manifest.items() if name != "digest"}
-    return hashlib.blake2b(orjson.dumps(body, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from struck_runs import Ground, assert_same_run, stem
 
-from nanothink.vector_store.store import store_folder
+from nanothink.vector_store.manifest import store_folder
 
 MODEL = stem("nanothink_mla")
 STOPPED = {"event": "StepDone", "having": {"step": 6}, "signals": ["SIGTERM"]}

@@ -31,7 +31,8 @@ from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import tokenise
 from nanothink.errors import CheckpointDamagedError, TokenizerError, VectorStoreNotFoundError
 from nanothink.runs.trained_model import load
-from nanothink.vector_store.store import open_store, store_folder
+from nanothink.vector_store.manifest import store_folder
+from nanothink.vector_store.store import open_store
 
 MODEL = stem("nanothink_mla")
 NOTHING = "nothing"

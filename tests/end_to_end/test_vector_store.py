@@ -28,7 +28,7 @@ from nanothink.errors import VectorStoreNotFoundError
 from nanothink.models.nanothink import NanoThink
 from nanothink.vector_store.building import held_out_texts
 from nanothink.vector_store.contents import VectorStore
-from nanothink.vector_store.store import read_manifest
+from nanothink.vector_store.manifest import read_manifest
 
 STEM = "nanothink_mla"
 WORDS = ["time", "light", "stone", "water", "letter", "garden", "river", "wind", "moon", "winter"]

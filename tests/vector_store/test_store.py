@@ -35,8 +35,9 @@ from nanothink.vector_store.building import States, build, held_out_texts, plan_
 from nanothink.vector_store.compact import merge_duplicates
 from nanothink.vector_store.contents import Owner, VectorStore
 from nanothink.vector_store.index import Float32, NeighbourIndex
+from nanothink.vector_store.manifest import digest_of, read_manifest
 from nanothink.vector_store.neighbours import RepeatedSearch, TrainingNeighbours, number_dtype
-from nanothink.vector_store.store import open_store, read_manifest, store_bytes, write_store
+from nanothink.vector_store.store import open_store, store_bytes, write_store
 
 WIDTH, LENGTH = 16, 24
 
@@ -413,7 +414,7 @@ def test_a_manifest_cannot_name_files_elsewhere(read: Read, make: Make, tmp_path
     manifest = read_manifest(store.folder)
     shutil.copy(next(store.folder.glob("tokens-*")), tmp_path / "elsewhere.npy")
     manifest["files"]["tokens"]["name"] = "../elsewhere.npy"
-    manifest["digest"] = store_module._digest_of(manifest)
+    manifest["digest"] = digest_of(manifest)
     (store.folder / "manifest.json").write_bytes(orjson.dumps(manifest))
     with pytest.raises(VectorStoreDamagedError, match="places tokens elsewhere"):
         open_store(store.folder, EXACT)
@@ -425,7 +426,7 @@ def test_nothing_is_unpickled(read: Read, make: Make) -> None:
     path = store.folder / manifest["files"]["merged"]["name"]
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     manifest["files"]["merged"] |= {"bytes": path.stat().st_size, "digest": store_module._digest(path)}
-    manifest["digest"] = store_module._digest_of(manifest)
+    manifest["digest"] = digest_of(manifest)
     (store.folder / "manifest.json").write_bytes(orjson.dumps(manifest))
     with pytest.raises(VectorStoreDamagedError, match=path.name):
         open_store(store.folder, EXACT)
@@ -836,7 +837,7 @@ def test_a_file_that_is_sound_and_wrong_is_refused(role: str, content: Any, read
     else:
         np.save(path, content)
     facts |= {"bytes": path.stat().st_size, "digest": store_module._digest(path)}
-    manifest["digest"] = store_module._digest_of(manifest)
+    manifest["digest"] = digest_of(manifest)
     (store.folder / "manifest.json").write_bytes(orjson.dumps(manifest))
     with pytest.raises(VectorStoreDamagedError, match=f"{facts['name']} is damaged"):
         open_store(store.folder, EXACT)
@@ -849,7 +850,7 @@ def test_a_file_that_is_sound_and_wrong_is_refused(role: str, content: Any, read
 def test_a_manifest_that_makes_no_sense_is_refused(entry: str, value: Any, read: Read, make: Make) -> None:
     store = make(read())
     manifest = json.loads((store.folder / "manifest.json").read_text()) | {entry: value}
-    manifest["digest"] = store_module._digest_of(manifest)
+    manifest["digest"] = digest_of(manifest)
     (store.folder / "manifest.json").write_bytes(orjson.dumps(manifest))
     with pytest.raises(VectorStoreDamagedError, match=rf"its entry {entry}.* makes no sense"):
         open_store(store.folder, EXACT)
