@@ -65,6 +65,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         UsageError: the address cannot be had.
     """
+    bound: socket.socket | None = None
     try:
         family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, socket.SOCK_STREAM)
@@ -72,6 +73,8 @@ def listen(host: str, port: int) -> socket.socket:
         bound.bind(address)
         bound.listen(1024)
     except OSError as error:
+        if bound is not None:
+            bound.close()
         raise UsageError(
             f"Cannot listen at {host}, port {port}: {error.strerror or error}. Choose another: "
             f"nanothink serve --port {port + 1 if 0 < port < 65_535 else 8001}"
