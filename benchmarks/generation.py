@@ -35,7 +35,7 @@ from nanothink.inference.generate import generate
 from nanothink.inference.sampling import SamplingConfig
 from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
-from nanothink.models.decoding import plain_steps
+from nanothink.models.decoding import steps_by
 from nanothink.models.state_space import StateSpace, to_mamba_config
 from nanothink.models.transformer import Transformer, to_qwen3_config
 
@@ -87,7 +87,7 @@ def ours(model: LanguageModel, prompts: torch.Tensor, n_tokens: int, drawn: bool
 
 def without_compiler(call: Call) -> Call:
     def plain() -> list[list[int]]:
-        with plain_steps():
+        with steps_by("plain"):
             return call()
 
     return plain

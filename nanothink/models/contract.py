@@ -45,7 +45,7 @@ class State:
     tokens; whoever reads on gives each of them the same number.
     """
 
-    compiled: Step | None = None
+    step: Step | None = None
     """Reads tokens into the tensors of this state; None once one of them has been replaced."""
 
     def check_room(self, tokens: Tensor) -> None:

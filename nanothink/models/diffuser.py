@@ -241,7 +241,7 @@ class Diffuser(Expert):
     def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
         """See ``LanguageModel.read``."""
         assert isinstance(state, DiffuserState)
-        if (step := self._compiled_step(tokens, state)) is not None:
+        if (step := self._step_for(tokens, state)) is not None:
             states = step.read(tokens, state.lengths)
             state.advance(tokens.shape[1])
             return states[:, -1:] if last_only else states
@@ -263,15 +263,15 @@ class Diffuser(Expert):
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """See ``LanguageModel.step``."""
         assert isinstance(state, DiffuserState)
-        step = self._compiled_step(tokens, state, self.head_weight)
+        step = self._step_for(tokens, state, self.head_weight)
         if step is None:
             return super().step(tokens, state)
         logits = step.predict(tokens, state.lengths) * self.logit_scale
         state.advance(tokens.shape[1])
         return logits
 
-    def _compiled_step(self, tokens: Tensor, state: DiffuserState, head: Tensor | None = None) -> Step | None:
-        """The compiled step for these tokens, with logits if there is a head; None where there is none."""
+    def _step_for(self, tokens: Tensor, state: DiffuserState, head: Tensor | None = None) -> Step | None:
+        """The program for these tokens, with logits if there is a head; None where there is none."""
         if state.ddim is not None:
             return None  # the encoder's own is found further down
 

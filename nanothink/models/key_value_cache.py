@@ -84,7 +84,7 @@ class KeyValueCache(State):
     def join(self, other: State) -> None:
         """See ``State.join``."""
         assert isinstance(other, KeyValueCache)
-        self.compiled = None
+        self.step = None
         lengths = [*self.lengths, *other.lengths]
         for buffers, others in ((self._keys, other._keys), (self._values, other._values)):
             for layer, theirs in enumerate(others):
@@ -189,5 +189,5 @@ class KeyValueCache(State):
         larger = new.new_zeros(rows, new.shape[1], capacity, new.shape[3])
         if buffer is not None:
             larger[:, :, : self.length] = buffer[:, :, : self.length]
-        self.compiled = None
+        self.step = None
         return larger

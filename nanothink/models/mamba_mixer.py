@@ -24,7 +24,7 @@ from nanothink.models.layers import linear
 from nanothink.models.selective_scan import selective_scan
 
 if TYPE_CHECKING:
-    from nanothink.models.decoding.steps import Step
+    pass
 
 _DELTA_MIN, _DELTA_MAX, _DELTA_FLOOR = 0.001, 0.1, 1e-4
 
@@ -40,8 +40,6 @@ class Recurrence(State):
     def __init__(self, n_layers: int, batch_size: int) -> None:
         self.batch_size = batch_size
         self.layers: list[LayerState | None] = [None] * n_layers  # None before the first token
-        self.compiled: Step | None = None
-        """Writes to these states; nothing once one of them has been replaced."""
 
     def check_room(self, tokens: Tensor) -> None:
         """Raise UsageError for (B, T) tokens of another number of sequences."""
@@ -65,7 +63,7 @@ class Recurrence(State):
     def join(self, other: State) -> None:
         """See ``State.join``."""
         assert isinstance(other, Recurrence)
-        self.compiled = None
+        self.step = None
         for i, (own, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
             if own is None and theirs is not None:
                 conv_state, ssm_state = theirs.conv_state.clone(), theirs.ssm_state.clone()
@@ -77,7 +75,7 @@ class Recurrence(State):
 
     def drop(self, row: int) -> None:
         """See ``State.drop``."""
-        self.compiled = None
+        self.step = None
         for own in self.layers:
             if own is not None:
                 own.conv_state = cast(Tensor, without_row(own.conv_state, row))

@@ -296,7 +296,7 @@ class NanoThink(LanguageModel):
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """See ``LanguageModel.step``."""
         assert isinstance(state, JointState)
-        step = self._compiled_step(tokens, state, self.head_weight)
+        step = self._step_for(tokens, state, self.head_weight)
         if step is None:
             logits = super().step(tokens, state)
         else:
@@ -323,7 +323,7 @@ class NanoThink(LanguageModel):
     def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
         """See ``LanguageModel.read``."""
         assert isinstance(state, JointState)
-        if (step := self._compiled_step(tokens, state)) is not None:
+        if (step := self._step_for(tokens, state)) is not None:
             hidden = self._run(step, tokens, state, step.read)
             return hidden[:, -1:] if last_only else hidden
         state.latents.check_room(tokens)  # before any expert's state has advanced
@@ -340,10 +340,8 @@ class NanoThink(LanguageModel):
             state.query, state.stream = queries, hidden[:, -1, -self.d_model :]
         return hidden[:, -1:] if last_only else hidden
 
-    def _compiled_step(
-        self, tokens: Tensor, state: JointState, head: Tensor | None = None
-    ) -> JointStep | None:
-        """The compiled step for these tokens, with logits if there is a head; None where there is none."""
+    def _step_for(self, tokens: Tensor, state: JointState, head: Tensor | None = None) -> JointStep | None:
+        """The program for these tokens, with logits if there is a head; None where there is none."""
 
         def build() -> Step | None:
             from nanothink.models.decoding.steps import joint_step

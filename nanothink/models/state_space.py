@@ -79,10 +79,10 @@ class Backbone(nn.Module):
 
     def read(self, tokens: Tensor, recurrence: Recurrence, *, last_only: bool) -> Tensor:
         """The same of (B, T) tokens after those in the decoding state, which advances. No gradients."""
-        if (step := self.compiled_step(tokens, recurrence)) is not None:
+        if (step := self.step_for(tokens, recurrence)) is not None:
             states = step.read(tokens, [0] * recurrence.batch_size)
             return states[:, -1:] if last_only else states
-        recurrence.compiled = None
+        recurrence.step = None
         with torch.no_grad():
             pieces = []
             for piece in torch.split(tokens, _PIECE, 1):
@@ -93,10 +93,8 @@ class Backbone(nn.Module):
                     pieces.append(self.norm_f(x))
             return cast(Tensor, self.norm_f(x[:, -1:])) if last_only else torch.cat(pieces, 1)
 
-    def compiled_step(
-        self, tokens: Tensor, recurrence: Recurrence, head: Tensor | None = None
-    ) -> Step | None:
-        """The compiled step for these tokens, with logits if there is a head; None where there is none."""
+    def step_for(self, tokens: Tensor, recurrence: Recurrence, head: Tensor | None = None) -> Step | None:
+        """The program for these tokens, with logits if there is a head; None where there is none."""
 
         def build() -> Step | None:
             from nanothink.models.decoding.steps import state_space_step
@@ -183,7 +181,7 @@ class StateSpace(Expert):
         """See ``LanguageModel.step``."""
         assert isinstance(state, Recurrence)
         state.check_room(tokens)
-        step = self.backbone.compiled_step(tokens, state, self.head_weight)
+        step = self.backbone.step_for(tokens, state, self.head_weight)
         if step is None:
             return super().step(tokens, state)
         return step.predict(tokens, [0] * state.batch_size) * self.logit_scale

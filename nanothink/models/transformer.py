@@ -120,7 +120,7 @@ class Decoder(nn.Module):
         Raises:
             UsageError: the cache would hold more than ``context_length`` tokens.
         """
-        if (step := self.compiled_step(tokens, cache)) is not None:
+        if (step := self.step_for(tokens, cache)) is not None:
             states = step.read(tokens, cache.lengths)
             cache.advance(tokens.shape[1])
             return states[:, -1:] if last_only else states
@@ -131,8 +131,8 @@ class Decoder(nn.Module):
             cache.advance(tokens.shape[1])
             return cast(Tensor, self.norm(x[:, -1:] if last_only else x))
 
-    def compiled_step(self, tokens: Tensor, cache: KeyValueCache, head: Tensor | None = None) -> Step | None:
-        """The compiled step for these tokens, with logits if there is a head; None where there is none."""
+    def step_for(self, tokens: Tensor, cache: KeyValueCache, head: Tensor | None = None) -> Step | None:
+        """The program for these tokens, with logits if there is a head; None where there is none."""
 
         def build() -> Step | None:
             from nanothink.models.decoding.steps import decoder_step
@@ -232,7 +232,7 @@ class Transformer(Expert):
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """See ``LanguageModel.step``."""
         assert isinstance(state, KeyValueCache)
-        step = self.model.compiled_step(tokens, state, self.head_weight)
+        step = self.model.step_for(tokens, state, self.head_weight)
         if step is None:
             return super().step(tokens, state)
         logits = step.predict(tokens, state.lengths) * self.logit_scale

@@ -1,45 +1,52 @@
-"""Decoding a token at a time on a CPU: a step is one call into C++ instead of a hundred small operations.
+"""Decoding a few tokens at a time on a CPU: a step is a list of operations over fixed buffers.
 
 A step of one token reads every weight once and computes next to nothing with it, so PyTorch's dispatch and
 its allocations are most of the time: 80 % for a model of width 128.
 
-program.py       a step as a list of operations over fixed buffers, built once for a decoding state
-compiled.py      the library that runs it (operations.cpp), built at first use
+program.py       the list, written once for a decoding state
 steps.py         the steps of all models as such lists
+compiled.py      running a list by one call into C++ (operations.cpp), built at first use
+plain.py         the same in PyTorch, where there is no compiler
 
 Weights are read where they lie in the model, float32 and unfused, so that they are never out of date. A
-program serves what it knows: a CPU, float32, no autocast, a few rows. Everything else, and a machine without
-a compiler, takes the models' own step, which is the reference (docs/decisions/0031).
+program serves what it knows: a CPU, float32, no autocast, a few rows. Everything else takes the models' own
+step, which is the reference (docs/decisions/0031).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from nanothink.models.contract import State
+    from nanothink.models.decoding.program import Program
     from nanothink.models.decoding.steps import Step
 
 MAX_ROWS = 16
 """Rows (sequences x new tokens) up to which a program is used; more are a matter of matrix products."""
 
-_allowed = True
+_by: Literal["compiled", "plain", "model"] = "compiled"
 
 
 def suits(tokens: Tensor, weight: Tensor) -> bool:
-    """True if a program can read (B, T) tokens into a model with this weight. The first call may build."""
-    if not _allowed or tokens.numel() > MAX_ROWS or weight.dtype is not torch.float32:
+    """True if a program can read (B, T) tokens into a model with this weight."""
+    if _by == "model" or tokens.numel() > MAX_ROWS or weight.dtype is not torch.float32:
         return False
-    if weight.device.type != "cpu" or tokens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return False
-    from nanothink.models.decoding import compiled
+    on_cpu = weight.device.type == "cpu" and tokens.device.type == "cpu"
+    return on_cpu and not torch.is_autocast_enabled("cpu")
 
-    return not compiled.unavailable()
+
+def new_program() -> Program:
+    """An empty program, to be run by the library; in PyTorch where there is none. May build the library."""
+    from nanothink.models.decoding import compiled, plain
+    from nanothink.models.decoding.program import Program
+
+    return Program(plain.bind if _by == "plain" or compiled.unavailable() else compiled.bind, MAX_ROWS)
 
 
 def step_for(
@@ -49,7 +56,7 @@ def step_for(
     head: Tensor | None,
     build: Callable[[], Step | None],
 ) -> Step | None:
-    """The compiled step that reads (B, T) tokens into a state; None where the model's own step is to run.
+    """The step that reads (B, T) tokens into a state; None where the model's own step is to run.
 
     Args:
         table: the model's embedding table.
@@ -62,7 +69,7 @@ def step_for(
     if not suits(tokens, table):
         return None
     state.check_room(tokens)
-    step = state.compiled
+    step = state.step
     if (
         step is None
         or step.address != table.data_ptr()
@@ -70,16 +77,16 @@ def step_for(
         or not state.has_room(tokens.shape[1])
     ):
         with torch.no_grad():
-            state.compiled = step = build()
+            state.step = step = build()
     return step
 
 
 @contextmanager
-def plain_steps() -> Iterator[None]:
-    """Within the block every model takes its own step: for tests and measurements."""
-    global _allowed
-    before, _allowed = _allowed, False
+def steps_by(name: Literal["compiled", "plain", "model"]) -> Iterator[None]:
+    """Within the block new decoding states step in this way: for tests and measurements."""
+    global _by
+    before, _by = _by, name
     try:
         yield
     finally:
-        _allowed = before
+        _by = before

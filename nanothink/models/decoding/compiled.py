@@ -1,36 +1,66 @@
-"""The library behind programs: ``operations.cpp``, built at first use (``models/native``)."""
+"""Running a program by one call of a library: ``operations.cpp``, built at first use (``models/native``)."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from nanothink.models import native
-from nanothink.models.decoding.program import Operation, Program
+from nanothink.models.decoding import plain
+from nanothink.models.decoding.program import Operation, Program, Runner
 from nanothink.models.native import waves
-from nanothink.models.selective_scan import plain
+
+_KINDS = tuple(plain.FUNCTIONS)
+
+
+class _Operation(ctypes.Structure):
+    """See operations.cpp."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("sizes", ctypes.c_int64 * 6),
+        ("number", ctypes.c_double),
+        ("pointers", ctypes.c_void_p * 7),
+    )
 
 
 def unavailable() -> str:
-    """Reason that programs cannot run here; empty where they can. The first call may build the library."""
+    """Reason that there is no library here; empty where there is. The first call may build it."""
     return _load()[1]
 
 
-def library() -> Any:
-    """The library.
+def bind(operations: Sequence[Operation]) -> Runner:
+    """What runs these operations.
 
     Raises:
-        RuntimeError: there is none here; ``unavailable()`` says why.
+        RuntimeError: there is no library here; ``unavailable()`` says why.
     """
-    found, why_not = _load()
-    if found is None:
+    library, why_not = _load()
+    if library is None:
         raise RuntimeError(f"there are no compiled decoding steps: {why_not}")
-    return found
+    return _bind(library, operations)
+
+
+def _bind(library: Any, operations: Sequence[Operation]) -> Runner:
+    array = (_Operation * len(operations))()
+    for to, operation in zip(array, operations, strict=True):
+        to.kind, to.number = _KINDS.index(operation.kind), operation.number
+        to.sizes[: len(operation.sizes)] = operation.sizes
+        to.pointers[: len(operation.tensors)] = [tensor.data_ptr() for tensor in operation.tensors]
+    kept = tuple(operations)  # their tensors are what the array points to
+
+    def run(n_operations: int, tokens: Tensor, positions: Sequence[int]) -> None:
+        assert n_operations <= len(kept)
+        batch, n_new = tokens.shape
+        firsts = (ctypes.c_int64 * batch)(*positions)
+        library.nanothink_decode(array, n_operations, batch, n_new, firsts, tokens.data_ptr())
+
+    return run
 
 
 @functools.cache
@@ -38,44 +68,27 @@ def _load() -> tuple[Any, str]:
     return native.load(native.Source("nanothink.models.decoding", "operations.cpp", _declare, _error))
 
 
-def _declare(found: Any) -> None:
-    found.nanothink_decode.argtypes = [
-        ctypes.POINTER(Operation),
-        *[ctypes.c_int64] * 3,
-        *[ctypes.c_void_p] * 2,
-    ]
-    found.nanothink_decode.restype = None
+def _declare(library: Any) -> None:
+    sizes, pointer = [ctypes.c_int64] * 3, ctypes.c_void_p
+    library.nanothink_decode.argtypes = [ctypes.POINTER(_Operation), *sizes, pointer, pointer]
+    library.nanothink_decode.restype = None
 
 
-def _error(found: Any) -> float:
-    """Largest of the relative errors of a small attention layer and a small state-space layer."""
-    position, width, heads, room = 5, 22, 2, 9
-    head, rows = width // heads, 3
-    program = Program(found, max_rows=rows)
-    x, weight = waves(rows, width), waves(width, width)
-    keys, values = waves(1, heads, room, head), waves(1, heads, room, head).cos()
-    normed = program.norm(program.hold(x), waves(width), 1e-6)
-    query = program.linear(normed, weight)
-    attended = program.attend(query, keys, values, head**-0.5)
-    u = program.gate(normed, attended)
-    n_states = 3
-    bc, rates = waves(rows, 2 * n_states), -waves(n_states, width).exp()
-    state = waves(1, n_states, width)
-    scanned = program.scan(u, query, program.hold(bc), 0, rates / math.log(2), waves(width), state.clone())
+def _error(library: Any) -> float:
+    """Largest relative error of a small program, against the same in PyTorch."""
+    mine, expected = (_results(bind) for bind in (functools.partial(_bind, library), plain.bind))
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(mine, expected, strict=True))
+
+
+def _results(bind: Callable[[Sequence[Operation]], Runner]) -> list[Tensor]:
+    position, width, heads, n_states, rows = 5, 22, 2, 3, 3
+    program = Program(bind, max_rows=rows)
+    keys, values = waves(1, heads, 9, width // heads), waves(1, heads, 9, width // heads).cos()
+    normed = program.norm(waves(rows, width), waves(width), 1e-6)
+    query = program.linear(normed, waves(width, width))
+    attended = program.attend(query, keys, values, 0.3)
+    opened = program.gate(normed, attended)
+    rates, state = -waves(n_states, width).exp(), waves(1, n_states, width)
+    y = program.scan(opened, query, waves(rows, 2 * n_states), 0, rates, waves(width), state)
     program.run(torch.zeros(1, rows, dtype=torch.int64), [position])
-
-    expected = F.rms_norm(x, (width,), waves(width), 1e-6)
-    q = expected @ weight.t()
-    mask = torch.ones(rows, position + rows, dtype=torch.bool).tril(position)
-    y = F.scaled_dot_product_attention(
-        q.view(1, rows, heads, head).transpose(1, 2),
-        keys[:, :, : position + rows],
-        values[:, :, : position + rows],
-        attn_mask=mask,
-    )
-    attention = y.transpose(1, 2).reshape(rows, width)
-    opened = F.silu(expected) * attention
-    B, C = bc[None].chunk(2, -1)
-    last, _ = plain.scan(opened[None], F.softplus(q)[None], rates.t(), B, C, waves(width), state)
-    pairs = ((attended, attention), (scanned, last[0]))
-    return max(float((a[:rows] - b).abs().max() / b.abs().max()) for a, b in pairs)
+    return [attended, y, state]

@@ -2,52 +2,51 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-KINDS = (
-    *("embed", "norm", "linear", "spread", "gate", "rotate", "append", "attend", "convolve", "scan"),
-    *("attend_latents", "modulate", "add_gated", "route"),
-)
-"""Names of the operations, in the order of operations.cpp."""
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation: what its sizes and tensors mean, operations.cpp says."""
+
+    kind: str
+    sizes: tuple[int, ...]
+    number: float
+    tensors: tuple[Tensor, ...]
+    """float32, rows contiguous; not parameters themselves, which can be given other memory. The last is
+    written to."""
 
 
-class Operation(ctypes.Structure):
-    """See operations.cpp."""
-
-    _fields_ = (
-        ("kind", ctypes.c_int64),
-        ("sizes", ctypes.c_int64 * 6),
-        ("number", ctypes.c_double),
-        ("pointers", ctypes.c_void_p * 7),
-    )
-
-
-_N_SIZES, _N_POINTERS = 6, 7
+Runner: TypeAlias = Callable[[int, Tensor, Sequence[int]], None]
+"""Runs the first operations, so many, for (B, T) tokens and the position of each sequence's first."""
 
 
 class Program:
     """Operations, added one by one in the order in which they run, and the buffers that they write.
 
     A method adds an operation and returns its result's buffer, (max_rows, width), of which a run fills the
-    first rows. All tensors are float32 and contiguous; the program keeps them alive. Caches and states are
-    written in place.
+    first rows. Caches and states are written in place.
 
     Args:
-        library: of ``compiled.library()``.
+        bind: makes what runs the operations: ``compiled.bind`` or ``plain.bind``.
         max_rows: most rows (sequences x new tokens) of a run.
     """
 
-    def __init__(self, library: Any, max_rows: int) -> None:
+    def __init__(self, bind: Callable[[Sequence[Operation]], Runner], max_rows: int) -> None:
         self.max_rows = max_rows
-        self._call = library.nanothink_decode
-        self._kept: list[Tensor] = []
+        self._bind = bind
         self._operations: list[Operation] = []
-        self._array: Any = None
+        self._runner: Runner | None = None
+
+    @property
+    def run_by(self) -> str:
+        """The module that runs it: "compiled" or "plain"."""
+        return self._bind.__module__.rpartition(".")[2]
 
     def __len__(self) -> int:
         """Number of operations."""
@@ -59,22 +58,15 @@ class Program:
         Args:
             positions: of the first new token of each sequence.
         """
-        if self._array is None:
-            self._array = (Operation * len(self._operations))(*self._operations)
+        if self._runner is None:
+            self._runner = self._bind(self._operations)
         assert tokens.numel() <= self.max_rows
-        tokens = tokens.contiguous()
         count = len(self._operations) if n_operations is None else n_operations
-        batch, n_new = tokens.shape
-        self._call(self._array, count, batch, n_new, (ctypes.c_int64 * batch)(*positions), tokens.data_ptr())
+        self._runner(count, tokens.contiguous(), positions)
 
     def buffer(self, width: int) -> Tensor:
         """Room for rows of a width."""
-        return self.hold(torch.empty(self.max_rows, width))
-
-    def hold(self, tensor: Tensor) -> Tensor:
-        """Keep a tensor alive as long as the program."""
-        self._kept.append(tensor)
-        return tensor
+        return torch.empty(self.max_rows, width)
 
     def embed(self, table: Tensor) -> Tensor:
         """The rows of (V, D) that the tokens name."""
@@ -160,7 +152,8 @@ class Program:
         """
         n_experts, _, width = states.shape
         weights, y = self.buffer(n_experts), self.buffer((n_experts + 1) * width)
-        found = [u, weight, bias, log_scale, states, weights]
+        none = torch.empty(0)
+        found = [u, none if weight is None else weight, bias, log_scale, states, weights]
         self._add("route", [width, n_experts, states.stride(0)], found, y)
         return weights, y
 
@@ -187,27 +180,12 @@ class Program:
         return self._add("scan", sizes, found, self.buffer(channels))
 
     def _add(
-        self,
-        kind: str,
-        sizes: list[int],
-        inputs: Sequence[Tensor | None],
-        output: Tensor,
-        number: float = 0.0,
+        self, kind: str, sizes: list[int], inputs: Sequence[Tensor], output: Tensor, number: float = 0.0
     ) -> Tensor:
-        addresses = []
         for tensor in (*inputs, output):
-            addresses.append(None if tensor is None else tensor.data_ptr())
-            if tensor is not None:
-                assert tensor.dtype is torch.float32
-                assert tensor.dim() == 0 or tensor.stride(-1) == 1
-                self._kept.append(tensor.detach())  # a parameter itself can be given other memory
-        self._operations.append(
-            Operation(
-                KINDS.index(kind),
-                (ctypes.c_int64 * _N_SIZES)(*sizes),
-                number,
-                (ctypes.c_void_p * _N_POINTERS)(*addresses),
-            )
-        )
-        self._array = None
+            assert tensor.dtype is torch.float32
+            assert tensor.dim() == 0 or tensor.stride(-1) == 1
+        tensors = tuple(tensor.detach() for tensor in (*inputs, output))
+        self._operations.append(Operation(kind, tuple(sizes), number, tensors))
+        self._runner = None
         return output

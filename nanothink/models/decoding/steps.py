@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from nanothink.models.decoding import MAX_ROWS, compiled
+from nanothink.models.decoding import MAX_ROWS, new_program
 from nanothink.models.decoding.program import Program
 from nanothink.models.feed_forward import SwiGLU
 from nanothink.models.key_value_cache import KeyValueCache
@@ -67,7 +67,7 @@ def decoder_step(decoder: Decoder, cache: KeyValueCache, n_new: int, head: Tenso
     Returns:
         None if the decoder has something that programs do not know.
     """
-    program = Program(compiled.library(), MAX_ROWS)
+    program = new_program()
     states = _decoded(program, decoder, cache, n_new)
     return None if states is None else _finished(program, states, decoder.embed_tokens, head)
 
@@ -100,7 +100,7 @@ def state_space_step(backbone: Backbone, recurrence: Recurrence, head: Tensor | 
     layers = cast("list[Layer]", backbone.layers)
     if not _plain_floats(backbone) or any(layer.mixer.norm_eps is not None for layer in layers):
         return None
-    program = Program(compiled.library(), MAX_ROWS)
+    program = new_program()
     x = program.embed(backbone.embeddings.weight)
     for i, layer in enumerate(layers):
         mixer = layer.mixer
@@ -119,7 +119,7 @@ def state_space_step(backbone: Backbone, recurrence: Recurrence, head: Tensor | 
 
 def diffuser_step(model: Diffuser, cache: KeyValueCache, n_new: int, head: Tensor | None) -> Step | None:
     """The same for the diffuser: one evaluation of its denoiser, from the null noise."""
-    program, denoiser = Program(compiled.library(), MAX_ROWS), model.denoiser
+    program, denoiser = new_program(), model.denoiser
     encoded = _decoded(program, model.encoder, cache, n_new)
     if encoded is None or not _plain_floats(denoiser):
         return None
@@ -149,8 +149,8 @@ def joint_step(model: NanoThink, latents: KeyValueCache, n_new: int, head: Tenso
     own = [p for name, p in model.named_parameters() if not name.startswith("experts.")]
     if not all(p.dtype is torch.float32 and p.is_contiguous() for p in own):
         return None
-    program, width = Program(compiled.library(), MAX_ROWS), model.d_model
-    experts = program.hold(torch.zeros(len(model.experts), MAX_ROWS, width))
+    program, width = new_program(), model.d_model
+    experts = torch.zeros(len(model.experts), MAX_ROWS, width)
     u = _norm(program, program.embed(model.embed_tokens.weight), model.embed_norm)
     for project, states in zip(cast("list[nn.Linear]", model.expert_projs), experts, strict=True):
         program.linear(states, project.weight, add_to=u)

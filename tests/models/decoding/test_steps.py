@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,17 @@ from nanothink.errors import UsageError
 from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model, decoding
 from nanothink.models.contract import LanguageModel
 from nanothink.models.decoding import MAX_ROWS, compiled
-from nanothink.models.decoding.program import Program
-
-pytestmark = pytest.mark.skipif(bool(compiled.unavailable()), reason=compiled.unavailable() or "-")
 
 VOCABULARY = 67
+needs_compiler = pytest.mark.skipif(bool(compiled.unavailable()), reason=compiled.unavailable() or "-")
 KINDS = (*EXPERTS, COMBINED)
+
+
+@pytest.fixture(params=[pytest.param("compiled", marks=needs_compiler), "plain"])
+def by(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What runs the programs."""
+    with decoding.steps_by(request.param):
+        yield request.param
 
 
 def model_of(kind: str, width: int = 24, **shape: Any) -> LanguageModel:
@@ -67,18 +73,21 @@ SHAPES = [
 @pytest.mark.parametrize(("kind", "width", "shape"), SHAPES)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_steps_give_the_parallel_logits_for_any_shape(
-    kind: str, width: int, shape: dict[str, Any], batch: int
+    kind: str, width: int, shape: dict[str, Any], batch: int, by: str
 ) -> None:
-    model, tokens = model_of(kind, width, **shape), text(batch, 90)
-    expected = model.logits(tokens)
-    state = model.start(batch)
-    for t in range(90):
-        close(model.step(tokens[:, t : t + 1], state), expected[:, t])
-        assert getattr(state, "latents", state).compiled is not None
+    """From the first token, after a prompt, and past the first buffers of a cache."""
+    model, tokens = model_of(kind, width, **shape), text(batch, 70)
+    expected, state, at = model.logits(tokens), model.start(batch), 0
+    for length in (1, 1, 56, *[1] * 10):
+        at += length
+        close(model.step(tokens[:, at - length : at], state), expected[:, at - 1])
+    step = getattr(state, "latents", state).step
+    assert step is not None
+    assert step.program.run_by == by
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_may_be_cut_anywhere(kind: str) -> None:
+def test_a_text_may_be_cut_anywhere(kind: str, by: str) -> None:
     """Pieces short enough for a program, and others between them that are read in parallel."""
     model, tokens = model_of(kind), text(2, 70)
     states, state, found, at = model.hidden(tokens), model.start(2), [], 0
@@ -92,7 +101,7 @@ def test_a_text_may_be_cut_anywhere(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_that_join_and_leave(kind: str) -> None:
+def test_rows_that_join_and_leave(kind: str, by: str) -> None:
     model, tokens = model_of(kind), text(3, 30)
     expected = model.logits(tokens)
     state, late = model.start(2), model.start(1)
@@ -109,7 +118,7 @@ def test_rows_that_join_and_leave(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_are_read_where_they_lie(kind: str) -> None:
+def test_weights_are_read_where_they_lie(kind: str, by: str) -> None:
     """Other weights loaded, or a model converted and back: nothing is out of date."""
     model, other, tokens = model_of(kind), model_of(kind), text(1, 4)
     for parameter in other.parameters():
@@ -134,15 +143,15 @@ def test_a_full_cache_is_an_error() -> None:
         model.step(text(2, 1), model.start(1))
 
 
-def test_grouped_heads_share_their_keys() -> None:
+def test_grouped_heads_share_their_keys(by: str) -> None:
     heads, groups, width, room, rows = 6, 2, 5, 12, 2
     x, keys, values = (
         torch.randn(rows, heads * width),
         torch.randn(1, groups, room, width),
         torch.randn(1, groups, room, width),
     )
-    program = Program(compiled.library(), rows)
-    y = program.attend(program.hold(x), keys, values, 0.4)
+    program = decoding.new_program()
+    y = program.attend(x, keys, values, 0.4)
     program.run(torch.zeros(1, rows, dtype=torch.int64), [8])
     for row in range(rows):
         for head in range(heads):
@@ -159,13 +168,13 @@ def test_what_programs_do_not_know_takes_the_models_own_step() -> None:
     state = model.start(1)
     for t in range(6):
         close(model.step(tokens[:, t : t + 1], state), expected[:, t])
-    assert state.compiled is None
+    assert state.step is None
     with torch.autocast("cpu", torch.bfloat16):
         assert not decoding.suits(tokens, model.head_weight)
     assert not decoding.suits(text(1, MAX_ROWS + 1), model.head_weight)
 
 
-def test_not_a_number_comes_out_as_such() -> None:
+def test_not_a_number_comes_out_as_such(by: str) -> None:
     for kind in KINDS:
         model = model_of(kind)
         with torch.no_grad():
@@ -177,18 +186,18 @@ def test_not_a_number_comes_out_as_such() -> None:
         assert model.step(text(1, 1), model.start(1)).isnan().any()
 
 
-def test_without_a_compiler_the_models_own_step_runs(tmp_path: Path) -> None:
+def test_without_a_compiler_programs_run_in_pytorch(tmp_path: Path) -> None:
     code = (
         "import torch\nfrom nanothink.config import Config\nfrom nanothink.models import build_model\n"
         "from nanothink.models.decoding import compiled\nprint(compiled.unavailable())\n"
         "model = build_model('transformer', Config.model_validate({'model': {'d_model': 16}, 'transformer': "
         "{'n_heads': 2}}), 9).eval()\nstate = model.start(1)\n"
-        "print(model.step(torch.zeros(1, 1, dtype=torch.int64), state).shape, state.compiled)"
+        "print(model.step(torch.zeros(1, 1, dtype=torch.int64), state).shape, state.step.program.run_by)"
     )
     environment = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "no C++ compiler found (g++, c++ or clang++)",
-        "torch.Size([1, 9]) None",
+        "torch.Size([1, 9]) plain",
     ]
