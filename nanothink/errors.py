@@ -1,4 +1,4 @@
-"""Everything NanoThink raises on purpose.
+"""The exceptions that NanoThink raises, as a tree.
 
     NanoThinkError            exit 1
     ├── UsageError            exit 2   the command or a setting is wrong
@@ -17,12 +17,12 @@
     │   ├── VectorStoreNotFoundError
     │   ├── VectorStoreDamagedError    a file of it is missing, cut off or changed
     │   └── VectorStoreMismatchError   a sound one that belongs to another model
-    ├── StorageError                   the disk said no: full, read-only, not permitted
-    ├── OutputError                    standard output takes no result: closed, on a full disk
+    ├── StorageError                   the disk refuses a write: full, read-only, not permitted
+    ├── OutputError                    standard output cannot be written: closed, on a full disk
     │   └── ReaderGoneError   exit 141 a pipe whose reader has gone (head); nothing is said
     ├── TrainingDivergedError          too many non-finite losses or gradients in a row, or such weights
     ├── DistributedError               the processes of one run lost each other, or differ
-    │   └── RankError                  what went wrong in one of them alone
+    │   └── RankError                  an error of one of them alone
     └── InterruptedRun        exit 130 stopped by a signal, state saved
 
 A message says what is wrong, where, and what to do about it. The command line prints the message
@@ -36,7 +36,7 @@ from collections.abc import Iterable, Sequence
 
 
 class NanoThinkError(Exception):
-    """Root of the tree; catch this to catch everything NanoThink raises on purpose."""
+    """Root of the tree: catches every error that NanoThink raises itself."""
 
     exit_code = 1
 
@@ -58,11 +58,11 @@ class BadRecordsError(DataError):
 
 
 class UnreadableError(DataError):
-    """A file could not be read to its end. Says nothing about its content, so it is never skipped.
+    """A file could not be read to its end. This is no bad record, so it is never skipped.
 
     Attributes:
         file: its path, printable.
-        line: line reached, from 1; 0 where nothing was read.
+        line: line reached, from 1; 0 if nothing was read.
         reason: what failed.
         remedy: what to do about it.
     """
@@ -74,7 +74,7 @@ class UnreadableError(DataError):
 
 
 class SeenTextError(DataError):
-    """The text to be scored or validated on was trained on."""
+    """Text to score or to validate on was trained on."""
 
 
 class TokenizerError(NanoThinkError):
@@ -139,15 +139,15 @@ class TrainingDivergedError(NanoThinkError):
 
 
 class DistributedError(NanoThinkError):
-    """Every process of a run raises it; the first one says it."""
+    """An error that every process of a run raises; rank 0 prints it."""
 
 
 class RankError(DistributedError):
-    """Only one process knows of it, so that one says it."""
+    """An error of one process, which prints it itself."""
 
     @classmethod
     def of(cls, error: NanoThinkError, rank: int, size: int, host: str) -> RankError:
-        """``error``, with where it happened, and its exit code."""
+        """Wrap ``error`` with its rank and host, and keep its exit code."""
         named = cls(f"Process {rank} of {size}, on {host}: {error}")
         named.exit_code = error.exit_code
         return named
@@ -158,20 +158,17 @@ class InterruptedRun(NanoThinkError):
 
 
 def counted(number: float, noun: str) -> str:
-    """What was counted, as people read it: ``1 record``, ``2,844 records``."""
+    """Format a count with its noun: ``1 record``, ``2,844 records``."""
     return f"{number:,.0f} {noun}" + ("" if number == 1 else "s")
 
 
 def some_of(names: Sequence[str], at_most: int) -> str:
-    """Names in a sentence, the first ones of many: ``a.pt, b.pt and 8 more``."""
+    """List the first names of many: ``a.pt, b.pt and 8 more``."""
     rest = len(names) - at_most
     return ", ".join(names[:at_most]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A ready-made clause for an error about a misspelt name.
-
-    Returns ``" Did you mean 'x'?"`` when something known is close to ``word``, else an empty string.
-    """
+    """Return ``" Did you mean 'x'?"`` if a known name is close to ``word``, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""

@@ -1,4 +1,4 @@
-"""What every settings class has in common."""
+"""Base class of all settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """Frozen, closed (an unknown key is an error), documented field by field."""
+    """A section of settings: frozen, every field documented, an unknown key is an error."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True

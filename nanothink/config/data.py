@@ -1,4 +1,4 @@
-"""Which text, how it is split, and how it becomes tokens."""
+"""Settings of the text, its split and its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SPLIT_SEED = 42
 
 class DataConfig(Settings):
     data_dir: str = "data"
-    """Folder that holds one folder of JSONL files per domain."""
+    """Folder with one folder of JSONL files per domain."""
 
     domains: tuple[str, ...] | None = None
     """Domains to use, by folder name; all of them when empty."""
@@ -21,13 +21,13 @@ class DataConfig(Settings):
     """A Hugging Face Hub name, a local folder, or a tokenizer.json file."""
 
     val_split: float = Field(0.1, gt=0, lt=1)
-    """Fraction of the text that is held out for validation, in whole groups of documents chosen by a hash."""
+    """Fraction of the text held out for validation, in whole groups of documents chosen by a hash."""
 
     test_split: float = Field(0.0, ge=0, lt=1)
-    """Fraction of the text that is kept for testing: nothing in training sees it, not even validation."""
+    """Fraction of the text kept for testing, which neither training nor validation uses."""
 
     skip_bad_records: bool = False
-    """Go on without lines that are not valid records (they are counted and named) instead of stopping."""
+    """Skip lines that are not valid records (they are counted and named) instead of stopping."""
 
     @model_validator(mode="after")
     def _leaves_text_to_train_on(self) -> DataConfig:

@@ -105,7 +105,7 @@ class StateSpaceConfig(Settings):
     square, as in FalconMamba; not normalised when empty."""
 
     scan: Literal["auto", "plain", "compiled", "triton"] = "auto"
-    """How the selective scan is computed; 'auto' takes the fastest that this machine has."""
+    """Implementation of the selective scan; 'auto' takes the fastest on this machine."""
 
 
 class DiffuserConfig(Settings):
@@ -121,17 +121,17 @@ class DiffuserConfig(Settings):
     """Inner width of the denoiser's feed-forward, as a multiple of d_model."""
 
     training_steps: int = Field(100, ge=2, le=10_000)
-    """Noise levels that it is trained at."""
+    """Number of noise levels."""
 
     inference_steps: int = Field(10, ge=1, le=10_000)
     """Evaluations of the denoiser for each token when text is sampled by DDIM; at most training_steps."""
 
     target: Literal["input_embedding", "head_row", "hidden_state"] = "head_row"
-    """What is denoised of the frozen transformer: the next token's row in its embedding table or in its LM
-    head, or its final state once it has read that token (computed at every step, not looked up)."""
+    """Vector of the frozen transformer that is denoised: the next token's row in its embedding table or in
+    its LM head, or its final state after reading that token (computed at every step, not looked up)."""
 
     prediction: Literal["clean", "velocity"] = "velocity"
-    """What the network gives: the clean target, or the velocity, from which it follows."""
+    """Output of the network: the clean target, or the velocity, from which the target follows."""
 
     evaluations: Literal[1, 2] = 2
     """Evaluations of the denoiser in a training step: one from pure noise and one at a random level, or one
@@ -206,7 +206,7 @@ class VectorStoreConfig(Settings):
     """Keys that are recalled for each token."""
 
     index: Literal["auto", "exact", "sq8", "pq"] = "auto"
-    """How keys are kept: as they are; in inverted lists, a byte for each number; or a byte for each four
+    """Storage of the keys: as they are; in inverted lists, a byte for each number; or a byte for each four
     numbers. 'auto' goes by their number."""
 
     exact_below: int = Field(50_000, ge=0)

@@ -1,13 +1,13 @@
-"""The root config, and how it comes together.
+"""The root config, and the sources of its values.
 
     default < preset < nanothink.toml or --config < NANOTHINK_... environment < --set < flag
 
-``resolve_config`` lays these over one another, remembers which one each value came from, and
-validates the result once. Below the command line nothing reads flags, files or the environment.
+``resolve_config`` merges these sources, records the source of each value, and validates the result once.
+Below the command line nothing reads flags, files or the environment.
 
-When a run is resumed, the checkpoint's own settings take the place of the defaults, and only what
-was asked for on the command line itself (preset, file, --set, flag) is laid over them: a
-``nanothink.toml`` that happens to lie in the folder must not quietly change a run that goes on.
+In a resumed run the checkpoint's settings replace the defaults, and only the command line itself (preset,
+file,
+--set, flag) overrides them: a ``nanothink.toml`` in the folder must not silently change a run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _MAX_SHOWN_CHARS = 200
 
 
 class Config(Settings):
-    """Everything that decides what a run does, section by section."""
+    """All settings of a run, by section."""
 
     model: ModelConfig = ModelConfig()
     transformer: TransformerConfig = TransformerConfig()
@@ -92,7 +92,7 @@ class Config(Settings):
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """A validated config, and for each ``section.key`` the layer that decided it."""
+    """A validated config, and the source of each ``section.key``."""
 
     config: Config
     sources: Mapping[str, str]
@@ -125,7 +125,7 @@ def preset_names() -> list[str]:
 
 
 def preset_text(name: str) -> str:
-    """The TOML text of a preset that comes with NanoThink. Raises ConfigError for an unknown name."""
+    """TOML text of a preset. Raises ConfigError for an unknown name."""
     if name not in preset_names():
         known = ", ".join(preset_names())
         raise ConfigError(f"There is no preset '{name}'.{did_you_mean(name, preset_names())} Known: {known}.")
@@ -142,16 +142,16 @@ def resolve_config(
     flags: Mapping[str, tuple[str, Any]] | None = None,
     folder: Path | None = None,
 ) -> ResolvedConfig:
-    """Lay all sources of settings over one another and validate the result.
+    """Merge all sources of settings and validate the result.
 
     Args:
-        base: nested settings of a checkpoint; in a resumed run they stand where the defaults stand.
+        base: nested settings of a checkpoint, which replace the defaults in a resumed run.
         preset: name of a preset.
-        file: a TOML file given by hand; without it ``nanothink.toml`` in ``folder`` is used if there is one.
+        file: a TOML file; if None, ``nanothink.toml`` in ``folder`` if there is one.
         environ: the environment; only ``NANOTHINK_SECTION__KEY`` variables are read.
         assignments: ``section.key=value`` strings of ``--set``.
         flags: ``section.key`` -> (flag as typed, value); a value of None means the flag was not given.
-        folder: where to look for ``nanothink.toml``; nowhere when None.
+        folder: folder of ``nanothink.toml``; None: no such file is read.
 
     Raises:
         ConfigError: an unknown name (with a suggestion), a value out of bounds (with its source), or a
@@ -223,7 +223,7 @@ def _check_known(name: str, source: str) -> None:
             f"{source}: '{section}' is a section; name one of its settings, as in {section}.KEY=VALUE."
         )
     candidates = list(known)
-    # A bare key is the commonest slip, so suggest by key as well as by full name.
+    # A key without its section is the most common mistake, so suggest by key as well.
     suggestion = did_you_mean(name, candidates)
     if not suggestion:
         keys = {full.partition(".")[2]: full for full in reversed(candidates)}  # the first section wins
@@ -281,7 +281,7 @@ def _parse_toml(text: str, source: str) -> dict[str, Any]:
 
 
 def _parse_value(raw: str) -> Any:
-    """A value as TOML would read it; plain text where it is not TOML; None for none/null."""
+    """Parse a value as TOML; plain text if it is not TOML; None for none/null."""
     if raw.lower() in {"none", "null"}:
         return None
     if raw.lower() in {"true", "false"}:

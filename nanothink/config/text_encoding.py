@@ -1,4 +1,4 @@
-"""Encodings of text files that are not UTF-8: which one a file has, and the command that converts it."""
+"""Text files that are not UTF-8: their encoding, and the command that converts them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MARKS = (
 
 
 def wide_encoding(start: bytes) -> str:
-    """Name of the encoding, if the first bytes of a file are text in units of two or four; else empty."""
+    """Return UTF-16 or UTF-32 (with its byte order) if a file begins so; else an empty string."""
     for mark, name in _MARKS:
         if start.startswith(mark):
             return name
@@ -26,5 +26,5 @@ def wide_encoding(start: bytes) -> str:
 
 
 def conversion(encoding: str, old: str, new: str) -> str:
-    """The command that writes ``old`` as UTF-8 to ``new``."""
+    """Return the command that converts ``old`` to UTF-8 in ``new``."""
     return f"iconv -f {encoding} -t UTF-8 {shlex.quote(old)} > {shlex.quote(new)}"

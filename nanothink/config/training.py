@@ -1,4 +1,4 @@
-"""How a model is trained. One class per phase, all of the same shape."""
+"""Settings of training: one class per phase, with the same fields and other defaults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nanothink.config.base import Settings
 
 
 class TrainConfig(Settings):
-    """What every phase has. The phases differ in defaults, not in meaning."""
+    """Settings of every phase. The phases differ in defaults, not in meaning."""
 
     section: ClassVar[str]
     """Name of the section that holds this phase's settings."""
@@ -54,7 +54,7 @@ class TrainConfig(Settings):
     """Shape of the learning rate after warm-up: cosine to lr_min_fraction, or flat and then linear."""
 
     lr_min_fraction: float = Field(0.05, ge=0, le=1)
-    """Where the schedule ends, as a fraction of the peak."""
+    """Learning rate at the end of the schedule, as a fraction of the peak."""
 
     warmup_steps: int = Field(100, ge=0)
     """Optimizer steps of linear warm-up. A run shorter than ten times this
@@ -104,7 +104,7 @@ class TrainConfig(Settings):
     """Log training metrics this often, in optimizer steps."""
 
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
-    """Where to copy the numbers of metrics.jsonl: TensorBoard events beside it, trackio (on this machine), or
+    """Copy of the numbers of metrics.jsonl: TensorBoard events beside it, trackio (on this machine), or
     wandb."""
 
     max_skipped_steps: int = Field(20, ge=1)

@@ -1,13 +1,13 @@
-"""Which block comes when: a pure function of (seed, position), so that resuming needs one integer.
+"""Order of the training blocks: a pure function of (seed, position), so resuming needs one integer.
 
 Positions count blocks from the start of a run. With D domains, sorted by name:
 
-1. Positions are dealt out in groups of D, and each group holds every domain once, in an order of its
-   own. So domains have exactly equal weight, however many blocks each has.
-2. Group q takes block draw q of each domain. A domain of n blocks gives them all in a shuffled order
-   before any comes again: draw q is place q % n of pass q // n, and every pass is shuffled anew.
+1. Each group of D positions holds every domain once, shuffled. Domains therefore have equal weight, however
+   many blocks each has.
+2. Group q takes the q-th block of each domain. A domain of n blocks is shuffled anew for every pass: that
+   block is number q % n of pass q // n, so no block repeats within a pass.
 
-Processes and micro-batches only share positions out, so they change nothing about what comes when.
+Processes and micro-batches divide the positions among themselves and do not change the order.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from nanothink.data.split import SPLITMIX64_STEP, splitmix64
 from nanothink.data.tokens import TokenStream
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class TrainingBatches:
         self._length, self._seed = length, seed
         self._sizes = {domain: stream.n_blocks(length) for domain, stream in self._streams.items()}
         self.n_blocks = sum(self._sizes.values())
-        """Blocks of all domains together: as many positions are one epoch."""
+        """Blocks of all domains together; one epoch is as many positions."""
         self._firsts = dict(zip(self._domains, accumulate(self._sizes.values(), initial=0), strict=False))
         self._passes: dict[str, tuple[int, NDArray[np.int64]]] = {}
         self._group: tuple[int, NDArray[np.int64]] | None = None
@@ -48,7 +49,7 @@ class TrainingBatches:
         return domain, int(self._shuffled(domain, number)[place])
 
     def number(self, position: int) -> int:
-        """Which of the ``n_blocks`` blocks comes at ``position``; they are numbered domain by domain."""
+        """Number of the block at ``position``, of ``n_blocks``, counted domain by domain."""
         domain, index = self.place(position)
         return self._firsts[domain] + index
 
@@ -81,7 +82,7 @@ class TrainingBatches:
 def validation_batches(
     stream: TokenStream, length: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The stream in order, at most ``batch_size`` blocks at a time: inputs and targets (B, length) int64."""
+    """Yield the stream in order, ``batch_size`` blocks or fewer: inputs and targets, (B, length) int64."""
     n_blocks = stream.n_blocks(length)
     for first in range(0, n_blocks, batch_size):
         indices = range(first, min(first + batch_size, n_blocks))
@@ -98,7 +99,7 @@ def _stacked(
 
 
 def _key(seed: int, purpose: str, number: int) -> int:
-    """64 bits that name one permutation."""
+    """64-bit seed of one permutation."""
     named = f"{seed}\0{purpose}\0{number}".encode()
     return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "little")
 
@@ -106,12 +107,7 @@ def _key(seed: int, purpose: str, number: int) -> int:
 def _permutation(n: int, key: int) -> NDArray[np.int64]:
     """A permutation of 0..n-1 by ``key``, the same with every version of numpy and on every machine.
 
-    Sorts the indices by SplitMix64's output (Steele, Lea and Flood 2014) for seed ``key``; equal hashes
-    keep their order.
+    Sorts the indices by the outputs of SplitMix64 with seed ``key``; equal outputs keep their order.
     """
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
-        state = np.uint64(key) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state ^= state >> np.uint64(31)
-    return np.argsort(state, kind="stable")
+    states = np.uint64(key) + np.arange(n, dtype=np.uint64) * SPLITMIX64_STEP
+    return np.argsort(splitmix64(states), kind="stable")

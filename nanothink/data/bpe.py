@@ -1,14 +1,13 @@
-"""Byte-level BPE learnt from texts (Sennrich et al. 2016; bytes as in GPT-2, Radford et al. 2019).
+"""Training of a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2, Radford et al. 2019).
 
     learn       in this process: the reference, silent and not to be interrupted
-    serve       the same in a process of its own, which data/bpe_process.py starts and talks to
+    serve       the same in a child process, which data/bpe_process.py starts
 
-What ``serve`` reads on its standard input: of each text its length in bytes (8 bytes, little-endian, signed)
-and the text in UTF-8; a length of -1 after the last. What it writes, on one pipe and a line each: the
-library's progress (``{"stage": ..., "current": ..., "total": ...}``), whatever Python has to say, and the
-tokenizer.
+``serve`` reads texts from standard input, each as its length in bytes (8 bytes, little-endian, signed) and
+the text in UTF-8; a length of -1 ends them. It writes lines to one pipe: the library's progress (``{"stage":
+..., "current": ..., "total": ...}``), Python's own messages, and the tokenizer.
 
-This module imports nothing but the library, for the process to start in a twentieth of a second.
+This module imports nothing but the library, so that the process starts in a twentieth of a second.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from typing import BinaryIO
 import tokenizers
 
 MAX_WORD_BYTES = 256
-"""Longest word that merges are learnt from; a longer one counts as several.
+"""Longest word that merges are learnt from; a longer one is cut into several.
 
-The library rewrites a word in time that grows with the square of its length: 80,000 dots in a row took 3.7 s,
-and 400,000 now take 0.1 s. In 17 MB of English and code the cap changed no merge."""
+The library's time for a word grows with the square of its length: 80,000 dots in a row took 3.7 s, and with
+the cap 400,000 take 0.1 s. In 17 MB of English and code the cap changed no merge."""
 
 LENGTH = struct.Struct("<q")
 END = -1
@@ -39,7 +38,7 @@ _NOT_FOR_THIS_ONE = (
 
 
 def make_byte_level(backend: tokenizers.Tokenizer) -> None:
-    """GPT-2's cutting into words, and its bytes."""
+    """Give a tokenizer GPT-2's pre-tokenizer and decoder."""
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
 
@@ -47,9 +46,9 @@ def make_byte_level(backend: tokenizers.Tokenizer) -> None:
 def learn(
     texts: Iterable[str], vocab_size: int, eos: str, *, show_progress: bool = False
 ) -> tokenizers.Tokenizer:
-    """The most frequent merges of ``texts``, all 256 bytes and ``eos``: ``vocab_size`` entries or fewer.
+    """Train on ``texts``: a vocabulary of ``vocab_size`` entries or fewer, with all 256 bytes and ``eos``.
 
-    With ``show_progress`` the library writes what it is at to file descriptor 2, a line of JSON each time.
+    With ``show_progress`` the library writes its progress to file descriptor 2, as lines of JSON.
     """
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     make_byte_level(backend)
@@ -69,7 +68,7 @@ def learn(
 
 
 def serve(vocab_size: int, eos: str) -> None:
-    """Learn from what comes in. Without an end of the texts there is nobody any more who waits for it."""
+    """Train on the texts from standard input. Exit if the pipe ends before they do: the parent is gone."""
     for number in _NOT_FOR_THIS_ONE:  # they reach the one who started this, who decides
         signal.signal(number, signal.SIG_IGN)
     backend = learn(_texts(sys.stdin.buffer), vocab_size, eos, show_progress=True)

@@ -1,7 +1,7 @@
-"""The training of a BPE in a process of its own: with progress, and stopped at once.
+"""Training of a BPE in a child process, with progress and immediate interruption.
 
-The library holds the calling thread until the last merge, so that Python could not answer a Ctrl-C there, and
-it writes its progress to file descriptor 2 of its process and nowhere else (docs/decisions/0021).
+The library holds the calling thread until the last merge, so Python cannot handle Ctrl-C there, and it writes
+its progress to file descriptor 2 of its process and nowhere else (docs/decisions/0021).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _START = (
 STAGE = "tokenizer: merging"
 
 _STEPS = 500
-"""Reports of progress; a bar is redrawn less often."""
+"""Most reports of progress; a bar is redrawn less often."""
 
 
 def learn_in_process(texts: Iterable[str], vocab_size: int, eos: str, reporter: Reporter = SILENT) -> str:
@@ -100,7 +100,7 @@ def _send(texts: Iterable[str], pipe: IO[bytes]) -> None:
 def _follow(
     lines: queue.SimpleQueue[bytes | None], vocab_size: int, reporter: Reporter
 ) -> tuple[str | None, str]:
-    """Passes progress on until the process has nothing more to say. The tokenizer, and its last words."""
+    """Report progress until the pipe ends; return the tokenizer as JSON and the last other line."""
     learnt, last, told = None, "", 0
     while (line := lines.get()) is not None:
         if line.startswith(RESULT):

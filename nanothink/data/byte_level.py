@@ -1,16 +1,15 @@
-"""GPT-2's byte-level encoding, several times faster than one document at a time, with the same ids.
+"""Byte-level encoding (GPT-2) with a cache of words: the same ids, three times as fast as the library.
 
-A GPT-2-like tokenizer cuts a text into words, and each word becomes tokens on its own, whatever
-stands beside it. Natural text repeats its words (of the 3.6 million in 17 MB of English and code,
-90,000 are different), so a table from word to ids saves nearly all the work:
+A GPT-2-like tokenizer splits a text into words and encodes each word by itself. Natural text repeats its
+words (17 MB of English and code have 3.6 million, of which 90,000 differ), so a table saves most work:
 
-1. a text is cut at places where the tokenizer cuts it for certain;
-2. each new word is encoded by the tokenizer itself, once, all new words of a round together;
-3. words are looked up, and numpy lays their ids one after the other.
+1. Split the text where the tokenizer certainly splits it.
+2. Encode each new word once, by the tokenizer itself, all new words of a round together.
+3. Look up the ids of every word and concatenate them in numpy.
 
-What a letter or a number is depends on the version of Unicode. Words here hold only characters whose
-class has been the same since Unicode 3.2 (of 2002). The stretch around any other character is given
-to the tokenizer as it is, from the last certain cut before it to the first one after it.
+Unicode versions disagree on what is a letter or a number. The words here hold only characters whose class has
+not changed since Unicode 3.2 (2002). Text around any other character goes to the tokenizer unsplit, from the
+last certain split before it to the first one after it.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ ROUND_CHARS = 1 << 20
 """Characters that are cut into words at a time; bounds memory for documents of any number and size."""
 
 MAX_WORDS = 1 << 18
-"""Words remembered before the table is emptied: some 40 MB. A 17 MB corpus fills a third of it."""
+"""Words kept before the table is emptied: about 40 MB. A 17 MB corpus fills a third of it."""
 
 MAX_WORD_CHARS = 1 << 22
-"""Characters remembered before the table is emptied, for texts whose words are long."""
+"""Characters kept before the table is emptied, for texts whose words are long."""
 
 MAX_NEW_FRACTION = 0.25
-"""With more new words than this in a round (random strings, Chinese), the texts are encoded as they
-are: the tokenizer takes about four times as long for words one by one as for the same text whole."""
+"""Share of new words in a round above which the texts are encoded whole (random strings, Chinese): the
+tokenizer takes about four times as long for single words as for the same text."""
 
 _SPACE = r"\t\n\x0b\x0c\r "
 _CLASSES = {"L": "letter", "N": "number", "M": "other", "P": "other", "S": "other"}
 
 
 def is_byte_level(state: dict[str, Any]) -> bool:
-    """True if a tokenizer (its parsed JSON) cuts and encodes text in the way this module relies on."""
+    """Return whether a tokenizer (its parsed JSON) splits and encodes text as this module assumes."""
     model, cutter = state["model"], state.get("pre_tokenizer") or {}
     return (
         model.get("type") == "BPE"
@@ -61,7 +60,7 @@ def is_byte_level(state: dict[str, Any]) -> bool:
 
 
 class ByteLevelEncoder:
-    """Encodes documents by way of a table of words; not for use by two threads at once.
+    """Encoder with a table of words; not thread-safe.
 
     ``encode`` is the tokenizer itself: texts to lists of ids, without special tokens.
     """
@@ -76,7 +75,7 @@ class ByteLevelEncoder:
         self._n_chars = 0
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
-        """One array of ids a text, always the tokenizer's own ids of that text."""
+        """Encode texts: one array of ids each, equal to the tokenizer's."""
         parts: list[str] = []
         counts = []
         for text in texts:
@@ -133,7 +132,7 @@ class ByteLevelEncoder:
 
 
 class _Table(dict[str, int]):
-    """Word to its number, given in order of first appearance; ``new`` lists those not yet encoded."""
+    """Numbers of words, in order of first appearance; ``new`` lists the words not yet encoded."""
 
     def __init__(self) -> None:
         self.new: list[str] = []
@@ -150,8 +149,8 @@ class _Patterns(NamedTuple):
     unknown: re.Pattern[str]
     """A run of characters whose class depends on the version of Unicode."""
     cut: re.Pattern[str]
-    """A place between a known character that is no space and an ASCII space: no alternative of GPT-2's
-    pattern goes on from one to the other, and none looks further ahead, so it is cut there for certain."""
+    """A place between a known character that is no space and an ASCII space. No alternative of GPT-2's
+    pattern crosses it, and none looks further ahead, so the tokenizer certainly splits there."""
 
 
 def _class_of(character: str) -> str | None:
@@ -179,7 +178,7 @@ def _patterns() -> _Patterns:
 
 
 def _parts(text: str) -> list[str]:
-    """A text cut, where it is certain, into parts of about ROUND_CHARS."""
+    """Split a text, where the tokenizer certainly does, into parts of about ROUND_CHARS."""
     parts = []
     start = 0
     while len(text) - start > ROUND_CHARS:
@@ -193,7 +192,7 @@ def _parts(text: str) -> list[str]:
 
 
 def rounds(parts: Sequence[str]) -> Iterator[list[str]]:
-    """Texts in groups of about ROUND_CHARS characters, in order; a longer one is a group of its own."""
+    """Group texts, in order, into rounds of about ROUND_CHARS characters; a longer text is its own round."""
     group: list[str] = []
     size = 0
     for part in parts:
@@ -207,7 +206,7 @@ def rounds(parts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _words(text: str) -> list[str]:
-    """The words of a text in order; a stretch around characters of unknown class counts as one word."""
+    """Split a text into words; text around characters of unknown class is one word."""
     patterns = _patterns()
     if patterns.unknown.search(text) is None:
         return patterns.word.findall(text)

@@ -1,4 +1,4 @@
-"""Where things derived from a corpus are kept, and how they get there whole or not at all.
+"""The cache folder of a corpus: tokens, and everything else that is derived from it.
 
     <data root>/.nanothink/            or <user's cache>/nanothink/<hash of root>/ if that is not writable
         lock                           held by whoever is writing here
@@ -33,9 +33,10 @@ FOLDER = ".nanothink"
 
 
 def cache_folder(root: Path, reporter: Reporter = SILENT) -> Path:
-    """The folder for things derived from the corpus in ``root``, created if need be.
+    """Return the cache folder of the corpus in ``root``; create it if needed.
 
-    Raises StorageError when neither the data root nor any folder of the user can be written to.
+    Raises:
+        StorageError: neither the data root nor any folder of the user can be written to.
     """
     first = root / FOLDER
     if _writable(first):
@@ -55,7 +56,8 @@ def cache_folder(root: Path, reporter: Reporter = SILENT) -> Path:
 
 
 def _writable(folder: Path) -> bool:
-    """Tries it: permissions alone say nothing about read-only mounts, or about root."""
+    """Return whether a folder can be written to. Tried, since permissions do not show read-only mounts or
+    root."""
     try:
         make_folder(folder, within=folder.parent)
         sweep(folder / "probe")

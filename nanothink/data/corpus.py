@@ -1,9 +1,9 @@
-"""A folder of folders: which domains there are, and whether their lines are records.
+"""A corpus: a folder with one folder per domain, and the validation of its records.
 
     <data root>/<domain>/*.jsonl, *.ndjson, each also .gz or .zst; *.json.gz, *.json.zst
 
-The folder's name is the domain. Whatever else lies in the root or in a domain folder is named in a
-warning, so that nothing a person meant as data is left out unseen.
+The folder's name is the domain. Anything else in the root or in a domain's folder is named in a warning, so
+that no data is left out silently.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NAMED_AT_MOST = 5
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files of each domain, domains and files in the order of their names."""
+    """The files of each domain, both sorted by name."""
 
     root: Path
     domains: dict[str, tuple[Path, ...]]
@@ -52,15 +52,15 @@ class Corpus:
 
     @property
     def n_bytes(self) -> int:
-        """Size of all files on disk, asked for anew; a file that has gone meanwhile counts nothing."""
+        """Size of all files, read from the disk at each call; a file that is gone counts as 0."""
         return sum(_size(path) for _, path in self.files)
 
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """What reading every line of a corpus found. ``n_bytes`` are bytes on disk.
+    """Result of reading every line of a corpus. ``n_bytes`` are bytes on disk.
 
-    Of each kind of error or warning the first ones are kept, and all are counted.
+    All errors and warnings are counted; the first ones of each kind are kept.
     """
 
     files: int
@@ -70,7 +70,7 @@ class ValidationReport:
     found_errors: Problems
     found_warnings: Problems
     unreadable: tuple[UnreadableError, ...]
-    """Files that the machine could not read, all of which are among the errors too."""
+    """Files that the machine could not read; each is an error too."""
 
     @property
     def ok(self) -> bool:
@@ -78,7 +78,7 @@ class ValidationReport:
 
     @property
     def errors(self) -> tuple[Problem, ...]:
-        """Those that are kept, in the order in which they were found."""
+        """The kept errors, in the order found."""
         return tuple(self.found_errors.named())
 
     @property
@@ -87,10 +87,11 @@ class ValidationReport:
 
 
 def find_corpus(data_dir: str | Path, domains: Sequence[str] | None = None) -> Corpus:
-    """The domains below ``data_dir``, all of them or those asked for.
+    """Find the domains below ``data_dir``: all of them, or those named in ``domains``.
 
-    Raises DataError when there is no such folder, no domain in it, or no data in a domain asked for;
-    UsageError, with a suggestion, when a domain asked for does not exist.
+    Raises:
+        DataError: there is no such folder, no domain in it, or no data in a named domain.
+        UsageError: a named domain does not exist; the message has a suggestion.
     """
     root = Path(data_dir)
     warnings: list[Problem] = []
@@ -143,7 +144,7 @@ _NAMED_PROBLEMS = 5
 
 
 def bad_records_error(root: Path, problems: Problems) -> BadRecordsError:
-    """The error for a corpus with bad lines, naming a few, of as many kinds as there are."""
+    """Make the error for a corpus with bad lines; it names a few of them, of different kinds."""
     named = problems.some(_NAMED_PROBLEMS)
     alike = {id(group.first): group.count for group in problems.groups}
     lines = [f"{counted(len(problems), 'bad line')} in the corpus:"]
@@ -161,7 +162,7 @@ def bad_records_error(root: Path, problems: Problems) -> BadRecordsError:
 
 
 def left_out(problems: Problems, root: Path) -> str:
-    """A note on bad lines that are passed over: how many, why, where, and how to see them all."""
+    """Describe bad lines that are skipped: how many, why, where, and the command that lists them."""
     return (
         f"{counted(len(problems), 'bad line')} of {shown(root)}: {problems.sentence()}. "
         f"All of them: nanothink data validate {shlex.quote(shown(root))}"
@@ -174,12 +175,12 @@ def validate_corpus(
     reporter: Reporter = SILENT,
     on_error: ProblemSink | None = None,
 ) -> ValidationReport:
-    """Read every line of every file, in memory that grows neither with the files nor with what is wrong.
+    """Read and check every line of every file, in bounded memory.
 
-    A file that cannot be read and a domain without one valid record are errors too.
+    A file that cannot be read and a domain without a valid record are errors too.
 
     Args:
-        on_error: gets each error as it is found.
+        on_error: receives each error as it is found.
     """
     began = time.perf_counter()
     errors, warnings = Problems(), Problems()
@@ -245,7 +246,7 @@ def _list_root(root: Path) -> list[os.DirEntry[str]]:
 
 
 def _read_domain(folder: Path) -> tuple[tuple[Path, ...], list[Problem]]:
-    """The data files of one domain and what there is to say about the rest of its folder."""
+    """Return the data files of one domain, and warnings about the other files in its folder."""
     paths: list[Path] = []
     others: list[str] = []
     nested: list[str] = []
@@ -271,7 +272,7 @@ def _read_domain(folder: Path) -> tuple[tuple[Path, ...], list[Problem]]:
 
 
 def _holds_data(folder: Path) -> bool:
-    """Whether there is data below; as far as one may look. Links are not followed, so a loop is no loop."""
+    """Return whether a folder holds data at any depth, or cannot be searched. Links are not followed."""
     refused: list[OSError] = []
     holds = any(
         name.endswith(SUFFIXES) for _, _, names in os.walk(folder, onerror=refused.append) for name in names
@@ -281,7 +282,7 @@ def _holds_data(folder: Path) -> bool:
 
 def _why_stray(entry: os.DirEntry[str]) -> str:
     if entry.is_symlink() and not os.path.exists(entry.path):
-        return "not read, because the link points to nothing; mend or remove it"
+        return "not read, because the link points to nothing; fix or remove it"
     if entry.name.endswith(SUFFIXES):
         return "not read, because it lies in no domain folder; move it into one"
     return "not read; data lies in folders, one per domain"
@@ -302,7 +303,7 @@ def _nothing_here(root: Path, stray: list[str]) -> str:
 
 
 def _listed(notes: Sequence[Problem]) -> str:
-    """What lies there all the same, in lines of their own."""
+    """Notes on the files that are not read, one per line."""
     shown_notes = [f"\n  {note}" for note in notes[:_NAMED_AT_MOST]]
     rest = len(notes) - len(shown_notes)
     return "".join(shown_notes) + (f"\n  and {rest:,} more" if rest else "")
@@ -334,7 +335,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-# ---------------------------------------------------------------------------------------------------
-# The hash of the split

@@ -1,7 +1,7 @@
-"""Tables of delimited text as rows: CSV with quotes (RFC 4180), TSV without (IANA text/tab-separated-values).
+"""Rows of CSV files, with quotes (RFC 4180), and of TSV files, without (IANA text/tab-separated-values).
 
-An unbalanced quote makes one field of many rows. So fields that span lines are counted, one that seems to
-hold rows is named, and one that never ends is an error that names the line where it began.
+A missing quote merges many rows into one field. Fields that span lines are therefore counted, one that seems
+to hold rows is named in a warning, and one that never ends is an error at the line where it begins.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _DELIMITER_NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertic
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _MANY_LINES = 100
-"""A quoted field of more lines than this is named: more likely than a text is a quote that is missing."""
+"""Lines in a quoted field above which a missing quote is more likely than a long text."""
 _NAMED = 3
 
 
 def table_rows(
     path: Path, delimiter: str, text_field: str, findings: Findings, *, quotes: bool
 ) -> Iterator[Row]:
-    """The rows below the header, each with the line where it begins.
+    """Yield the rows below the header, each with the line where it begins.
 
-    With ``quotes`` a field in double quotes may hold delimiters, line ends, and quotes written twice;
-    without, a quote is a character like any other.
+    With ``quotes`` a field in double quotes may hold delimiters, line ends, and doubled quotes; without, a
+    quote is an ordinary character.
     """
     total = file_size(path)
     limit = csv.field_size_limit(MAX_LINE_BYTES)  # belongs to the whole process: put back below
-    spans, kept_quotes = _Spans(path, delimiter, findings), _KeptQuotes(path, findings)
-    end_of_last = 0
+    spans = _Spans(path, delimiter, findings)
+    end_of_last = n_quoted = first_quoted = 0
     try:
         with reading(path), open_text(path, newline="") as file:
             reader = csv.reader(
@@ -64,7 +64,8 @@ def table_rows(
                 else:
                     text = row[column]
                     if not quotes and text[:1] == text[-1:] == '"' and len(text) > 1:
-                        kept_quotes.count(line)
+                        n_quoted += 1
+                        first_quoted = first_quoted or line
                     origin = row[source] if source is not None else ""
                     own_group = row[group] if group is not None else None
                     yield Row(line, origin or shown(f"{path.name}:{line}"), text, own_group)
@@ -73,14 +74,15 @@ def table_rows(
     finally:
         csv.field_size_limit(limit)
     spans.tell()
-    kept_quotes.tell()
+    if n_quoted:
+        findings.warnings.add(_kept_quotes(path, n_quoted, first_quoted))
     findings.advance(total, total)
 
 
 def _columns(
     path: Path, header: list[str], text_field: str, delimiter: str, *, quotes: bool
 ) -> tuple[int, int | None, int | None]:
-    """Places of the text, the source and the group."""
+    """Indices of the columns of text, source and group."""
     if text_field not in header:
         if other := _other_delimiter(header, delimiter):
             raise DataError(_wrong_delimiter(path, delimiter, other, named=header[0].startswith("sep=")))
@@ -101,7 +103,7 @@ def _columns(
 
 
 def _other_delimiter(header: list[str], delimiter: str) -> str:
-    """The character that seems to separate the columns of a header in which ``delimiter`` separates none."""
+    """The likely delimiter of a header that ``delimiter`` does not split; empty if there is none."""
     if header == ["sep=", ""]:
         return delimiter
     if len(header) != 1:
@@ -114,7 +116,7 @@ def _other_delimiter(header: list[str], delimiter: str) -> str:
 
 
 def _wrong_delimiter(path: Path, delimiter: str, other: str, *, named: bool) -> str:
-    """The advice; ``named``: the first line names the delimiter and is no header."""
+    """Message with the command that converts the file. ``named``: its first line is Excel's ``sep=``."""
     means = f"{path.suffix.lower()} means {_DELIMITER_NAMES[delimiter]}"
     what = f"{shown(path)} separates its columns with {_DELIMITER_NAMES.get(other, repr(other))}, and {means}"
     for suffix, own in DELIMITERS.items():
@@ -128,14 +130,14 @@ def _wrong_delimiter(path: Path, delimiter: str, other: str, *, named: bool) -> 
 
 
 class _Spans:
-    """Fields that span lines: how many, and which of them look like rows that a missing quote has merged."""
+    """Counts fields that span lines, and names those that look like rows merged by a missing quote."""
 
     def __init__(self, path: Path, delimiter: str, findings: Findings) -> None:
         self._path, self._delimiter, self._findings = path, delimiter, findings
         self._n_odd = 0
 
     def look(self, line: int, row: list[str], n_columns: int) -> None:
-        """Note the fields of a row that begins in this line."""
+        """Count the fields of a row that begins in this line."""
         for field in row:
             lines = _LINE_END.split(field)
             if len(lines) > 1:
@@ -161,29 +163,18 @@ class _Spans:
             self._findings.warnings.add(Problem(shown(self._path), 0, 0, reason))
 
 
-class _KeptQuotes:
-    """Texts between quotes in a table that is read without: a spreadsheet may have put them there."""
-
-    def __init__(self, path: Path, findings: Findings) -> None:
-        self._path, self._findings = path, findings
-        self._n = self._first = 0
-
-    def count(self, line: int) -> None:
-        self._n += 1
-        self._first = self._first or line
-
-    def tell(self) -> None:
-        if self._n:
-            texts = "1 text begins and ends" if self._n == 1 else f"{self._n:,} texts begin and end"
-            reason = (
-                f"{texts} with a double quote, from here on, and keeps it; if the file puts its fields in "
-                "quotes, as spreadsheets do, import it with --quotes"
-            )
-            self._findings.warnings.add(Problem(shown(self._path), self._first, 1, reason))
+def _kept_quotes(path: Path, n_texts: int, first: int) -> Problem:
+    """Warning about quoted texts in a table read without quotes: a spreadsheet may have added the quotes."""
+    texts = "1 text begins and ends" if n_texts == 1 else f"{n_texts:,} texts begin and end"
+    reason = (
+        f"{texts} with a double quote, from here on, and keeps it; if the file puts its fields in "
+        "quotes, as spreadsheets do, import it with --quotes"
+    )
+    return Problem(shown(path), first, 1, reason)
 
 
 def _unreadable(path: Path, delimiter: str, first: int, last: int, why: str, quotes: bool) -> DataError:
-    """The error for a row that begins in line ``first`` and could not be read beyond line ``last``."""
+    """Make the error for a row that begins in line ``first`` and could not be read beyond line ``last``."""
     place = f"{shown(path)}, line {last}"
     if not quotes:
         if "field limit" in why:
@@ -209,7 +200,7 @@ def _unreadable(path: Path, delimiter: str, first: int, last: int, why: str, quo
 
 
 def _open_quote(path: Path, delimiter: str, first: int, last: int) -> int:
-    """The line where the last quoted field of those lines begins, read again by RFC 4180's rules."""
+    """Find the line where the last quoted field of these lines begins, by RFC 4180's rules."""
     began, at_start, inside = first, True, False
     with open_text(path, newline="") as file:
         for number, line in enumerate(itertools.islice(file, first - 1, last), first):

@@ -1,9 +1,9 @@
-"""A tokenizer as NanoThink uses it: text to ids and back, byte for byte, and nothing else.
+"""The tokenizer: text to ids and back, byte for byte.
 
-No truncation, padding, dropout or special tokens come between text and ids, whatever the tokenizer's file
-says, and text that spells a special token is text. Documents are ended by ``eos_id`` alone, so no document
-can fake a boundary. Documents are encoded by ``encode_batch``, which raises for a text that does not come
-back; only a prompt, which nothing is measured on, may lose something.
+Truncation, padding, dropout and special tokens are removed, whatever the tokenizer's file says; text that
+spells a special token is encoded as text. ``eos_id`` alone ends a document, so no document can fake a
+boundary. ``encode_batch``, for documents, raises for a text that is not decoded to the same bytes; only a
+prompt, on which nothing is measured, may lose something.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _PROBE = "Hello world"
 
 
 class TextLostError(TokenizerError):
-    """A tokenizer does not give a text back."""
+    """A text is not decoded to what was encoded."""
 
     def __init__(self, tokenizer: str, loss: str, index: int, place: str = "") -> None:
         where = f"{place}: " if place else ""
         super().__init__(
-            f"{where}tokenizer '{tokenizer}' loses text: {loss}. Nothing could be learnt from what is lost, "
-            "or measured on it. Use a tokenizer that spells every text, such as the default, or one of your "
-            "own (nanothink tokenizer train), or leave that text out."
+            f"{where}tokenizer '{tokenizer}' loses text: {loss}. A model cannot learn lost text, and cannot "
+            "be measured on it. Use a tokenizer that can encode every text, such as the default or your own "
+            "(nanothink tokenizer train), or leave that text out."
         )
         self.tokenizer, self.loss, self.index = tokenizer, loss, index
 
@@ -46,16 +46,16 @@ class TextLostError(TokenizerError):
 
 
 class Tokenizer:
-    """Token ids of a text. Equal fingerprints mean equal ids for every text.
+    """A tokenizer. Equal fingerprints mean equal ids for every text.
 
     Parameters
     ----------
-    backend: copied, and freed of everything that is not text to ids.
-    name: what the user calls it; no part of its identity.
-    eos_token: ends every document; added to the vocabulary when it is not there (or None: ``<|endoftext|>``).
+    backend: copied; everything but text to ids is removed from the copy.
+    name: the user's name for it; not part of its identity.
+    eos_token: ends every document; ``<|endoftext|>`` if None; added to the vocabulary if missing.
 
-    Raises TokenizerError for one that cannot give "Hello world" back, or that takes a text spelling
-    its EOS for the end of a document.
+    Raises TokenizerError for a tokenizer that does not decode "Hello world" to itself, or that encodes text
+    spelling its EOS as the end of a document.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Tokenizer:
     fingerprint: str
     """SHA-256, in hex, of the vocabulary, rules and EOS."""
     lossless: bool
-    """Every text comes back by construction, so that none has to be tried."""
+    """Proven to decode every text to itself, so that no text is checked."""
 
     def __init__(self, backend: tokenizers.Tokenizer, name: str, eos_token: str | None = None) -> None:
         where = f"tokenizer '{name:.100}'"
@@ -88,7 +88,7 @@ class Tokenizer:
             self._check()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text, without EOS; ``loss`` says what is not in them.
+        """Encode one text, without EOS; ``loss`` describes what the ids lose.
 
         Raises TokenizerError for a lone surrogate.
         """
@@ -96,9 +96,9 @@ class Tokenizer:
             return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Ids of each text; the same as ``encode`` gives one by one, several times faster.
+        """Encode texts: the same ids as ``encode``, several times faster.
 
-        Raises TextLostError for the first text that they do not give back.
+        Raises TextLostError for the first text that is not decoded to itself.
         """
         with _encodable(*texts):
             if self._words is not None:
@@ -115,33 +115,33 @@ class Tokenizer:
             return encoded
 
     def loss(self, text: str) -> str | None:
-        """What the ids of a text do not give back, in words; None if they give all of it."""
+        """Describe what decoding the ids of a text loses; None if nothing."""
         if self.lossless:
             return None
         ids = self.encode(text)
         return self._loss(text, ids, self.decode(ids))
 
     def encode_exactly(self, text: str) -> list[int]:
-        """``encode``, for a text that something is measured on. Raises TextLostError."""
+        """``encode`` for a text on which something is measured. Raises TextLostError."""
         ids = self.encode(text)
         if not self.lossless:
             self._check_losses([text], [ids], 0)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids. Bytes that are no UTF-8 become U+FFFD; EOS is written as it is spelled."""
+        """Decode ids. Bytes that are not UTF-8 become U+FFFD; EOS is spelled out."""
         try:
             return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
         except OverflowError as error:
             raise TokenizerError(f"Token ids lie between 0 and {self.vocab_size - 1}.") from error
 
     def to_state(self) -> dict[str, str]:
-        """Everything there is to it, in strings only, for a checkpoint."""
+        """The whole tokenizer as strings, for a checkpoint."""
         return {"name": self.name, "eos_token": self._eos, "tokenizer_json": self._json}
 
     @classmethod
     def from_state(cls, state: dict[str, str]) -> Tokenizer:
-        """The tokenizer that ``to_state`` described; same fingerprint."""
+        """Inverse of ``to_state``; the fingerprint is the same."""
         try:
             name, eos, text = (state[key] for key in ("name", "eos_token", "tokenizer_json"))
         except (KeyError, TypeError) as error:
@@ -182,7 +182,8 @@ class Tokenizer:
 
 
 def _purified(backend: tokenizers.Tokenizer, eos: str) -> tuple[tokenizers.Tokenizer, bytes]:
-    """A copy that maps text to ids and nothing else, with its JSON in one canonical order."""
+    """Copy a tokenizer without truncation, padding, dropout and post-processing; return it and its JSON,
+    sorted."""
     state: dict[str, Any] = orjson.loads(backend.to_str())
     state.update(truncation=None, padding=None, post_processor=None)
     if "dropout" in state["model"]:
@@ -213,7 +214,7 @@ def _encodable(*texts: str) -> Iterator[None]:
 
 
 def parse_tokenizer(text: str, where: str) -> tokenizers.Tokenizer:
-    """The library's tokenizer from its JSON. Raises TokenizerError, which begins with ``where``."""
+    """Build the library's tokenizer from JSON. Raises TokenizerError, whose message begins with ``where``."""
     check_tokenizer_json(text, where)
     with failures_told(where):
         return tokenizers.Tokenizer.from_str(text)

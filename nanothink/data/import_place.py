@@ -1,4 +1,4 @@
-"""The place that an import writes to: free, and no part of what it is made from."""
+"""Checks of the file that an import writes: it must be free, and not part of the source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nanothink.errors import StorageError, UsageError
 
 @dataclass(frozen=True)
 class ImportCommand:
-    """An import as a person would type it, for messages that say what to type instead."""
+    """An import as typed on the command line, for messages that suggest another one."""
 
     source: str
     domain: str
@@ -36,10 +36,10 @@ class ImportCommand:
 
 
 def check_place(command: ImportCommand, path: Path) -> None:
-    """Refuse to write to ``path`` what would destroy or double the source, or replace a file unasked.
+    """Refuse a ``path`` that is part of the source, or a file that exists (unless ``overwrite``).
 
-    Files are compared by device and inode, so links and the case of a name hide nothing. Raises UsageError or
-    StorageError, with commands that work.
+    Files are compared by device and inode, so links and the case of names do not matter. Raises UsageError or
+    StorageError with commands that work.
     """
     source = Path(command.source).expanduser()
     if source.is_dir():
@@ -72,7 +72,7 @@ def _check_folder(command: ImportCommand, source: Path, domain_folder: Path) -> 
 
 
 def _check_file(command: ImportCommand, source: Path, path: Path) -> None:
-    """Refuse a source that is the file to be written, or that is data of the domain already."""
+    """Refuse a source that is the file to be written, or data of the domain already."""
     is_target = same_file(source, path)
     moved = path if is_target else _same_data(source, path.parent)
     if moved is None:
@@ -92,7 +92,7 @@ def _check_file(command: ImportCommand, source: Path, path: Path) -> None:
 
 
 def _same_data(source: Path, domain_folder: Path) -> Path | None:
-    """The data file of the domain that a source is, by whatever links; None if it is none."""
+    """The domain's data file that is the same file as the source; None if there is none."""
     try:
         inode = source.stat().st_ino
         with os.scandir(domain_folder.resolve()) as entries:
@@ -107,7 +107,7 @@ def _same_data(source: Path, domain_folder: Path) -> Path | None:
 
 
 def _beside(data_dir: Path, word: str, fits: Callable[[Path], bool]) -> Path:
-    """A folder outside the data folder, where possible beside it, as it would be typed here."""
+    """A folder outside the data folder, beside it if possible, as a path to type."""
     real = data_dir.resolve()
     parents = [folder for folder in (real.parent, Path.home()) if os.access(folder, os.W_OK)]
     named = (parents or [real.parent])[0] / f"{real.name}-{word}"

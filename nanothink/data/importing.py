@@ -1,19 +1,19 @@
-"""Text as people have it, turned into a domain of records.
+"""Import of other formats into a domain of records.
 
     .txt .md             a file becomes one record, a long one several, cut at blank lines
-    a folder             every such file below it, in the order of their names
+    a folder             every such file below it, sorted by name
     .csv                 one record a row, text from the column ``text_field``; fields may be quoted
-    .tsv                 the same; quotes are text like any other, unless they are asked for
+    .tsv                 the same; quotes are text unless ``quotes`` is set
     .json (.gz, .zst)    an array of objects, or of strings; packed also one object a line
     .jsonl (.gz, .zst)   one record a line, text from the key ``text_field``
     .parquet             one record a row, read batch by batch        pip install 'nanothink[parquet]'
     hf:NAME              a data set of the Hugging Face Hub, streamed   pip install 'nanothink[datasets]'
 
-One file is written, whole or not at all, and never over what it is made from. Rows without text are counted
-and rows that cannot be taken are named in the report; only what makes the whole source doubtful is an error.
+One file is written, whole or not at all, and never over its source. Rows without text are counted, and rows
+that cannot be used are named in the report; only a fault of the whole source is an error.
 
-The pieces of a file that is cut have one ``group``, so that a split keeps them together. A ``group`` and a
-``source`` of rows are kept.
+Pieces of one file share a ``group``, so that the split keeps them together. The rows' own ``group`` and
+``source`` are kept.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from nanothink.errors import DataError, UsageError
 from nanothink.reporter import SILENT, Reporter
 
 SPLIT_CHARS = 10_000
-"""Longest record made of a text file, in characters. Documents are what is split into training and
-validation, so a book as one record would leave nothing to choose from."""
+"""Longest record made from a text file, in characters. A book as one record would leave the split nothing to
+choose from."""
 
 
 PACKED_JSON = (".json.gz", ".json.zst")
@@ -55,16 +55,16 @@ _KNOWN_SUFFIXES = (*TEXT_SUFFIXES, *DELIMITERS, ".json", *SUFFIXES, ".parquet")
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What became of a source. ``records`` were written to ``path``, ``n_bytes`` long."""
+    """Result of an import: ``records`` were written to ``path``, ``n_bytes`` long."""
 
     path: Path
     domain: str
     records: int
     n_bytes: int
     empty: int
-    """Rows or files that hold no text and were left out."""
+    """Rows or files without text, left out."""
     found_bad_rows: Problems
-    """Rows that could not be taken and were left out."""
+    """Rows that could not be used, left out."""
     found_warnings: Problems
     seconds: float
     n_spanning: int = 0
@@ -74,7 +74,7 @@ class ImportReport:
 
     @property
     def bad_rows(self) -> tuple[Problem, ...]:
-        """The first of each kind, in the order in which they were found."""
+        """The first of each kind, in the order found."""
         return tuple(self.found_bad_rows.named())
 
     @property
@@ -137,7 +137,7 @@ def import_source(
 
 
 def check_domain_name(domain: str) -> None:
-    """Raises UsageError unless a folder of this name would be found and could be asked for."""
+    """Raise UsageError for a name that ``find_corpus`` or ``--domains`` could not handle."""
     if reason := _why_no_name(domain):
         raise UsageError(f"{domain!r} cannot be the name of a domain: {reason}. For example: --domain novels")
 
@@ -177,7 +177,7 @@ def _records(rows: Iterable[Row], source: str, findings: Findings) -> Iterator[R
 
 
 def _group_name(value: object) -> str | None:
-    """A row's group as text: a string or a number. Tables hold integers as floats where some are missing."""
+    """Convert a row's group to text. Tables store integers as floats if some are missing."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
@@ -208,7 +208,7 @@ def _open(
     findings: Findings,
     data_dir: Path,
 ) -> tuple[str, Iterator[Row]]:
-    """A name for the file to write, and the rows of the source."""
+    """Return a name for the file to write, and the rows of the source."""
     if source.startswith("hf:"):
         return _hub(source[3:], text_field, config_name, split, findings, note="")
     path = Path(source).expanduser()
@@ -226,7 +226,7 @@ def _open(
         if path.exists() or source == "-":
             raise DataError(
                 f"{source!r} is not a regular file, and an import reads its source more than once. Write the "
-                "text to a file and import that."
+                "text to a file and import it."
             )
         raise DataError(f"There is no file or folder {shown(path)}. Check the path.")
     if quotes is not None and suffix not in DELIMITERS:
@@ -246,19 +246,17 @@ def _open(
     if suffix == ".parquet":
         return stem, parquet_rows(path, text_field, findings)
     known = ", ".join(_KNOWN_SUFFIXES)
-    raise UsageError(
-        f"Do not know how to read {shown(path)}. Files are told by the end of their name: {known}."
-    )
+    raise UsageError(f"The format of {shown(path)} is unknown. Formats are recognised by extension: {known}.")
 
 
 def _suffix(path: Path) -> str:
-    """The ending that tells the kind of a file, in lower case; empty for any other."""
+    """The known extension of a file, in lower case; empty if it has none."""
     lower = path.name.lower()
     return next((suffix for suffix in _KNOWN_SUFFIXES if lower.endswith(suffix)), "")
 
 
 def _stem(name: str) -> str:
-    """A name that ``_why_no_name`` allows, so that messages can suggest it with a number appended."""
+    """Turn a string into a name that ``_why_no_name`` allows, with room for a number."""
     name = name.replace("/", "--")
     kept = "".join(char if char.isprintable() and char not in "\\," else "-" for char in name)
     return os.fsencode(kept)[:180].decode(errors="ignore").strip(". ") or "imported"

@@ -1,9 +1,9 @@
-"""A file of any size as complete lines: plain, gzip or zstd, in bounded memory.
+"""Lines of a file of any size, plain, gzip or zstd, in bounded memory.
 
     chunks of bytes, decompressed (source_file.py)  →  complete lines in batches
 
-Nothing is raised for what a file holds: that goes to the caller's sink as a Problem, and what came before it
-has been given out by then. A file that the machine cannot read is an UnreadableError.
+Bad content is not raised but passed to the caller's sink as a Problem, after the lines before it. A file that
+the machine cannot read raises UnreadableError.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SUFFIXES = tuple(
     for packed in ("", ".gz", ".zst")
     if name != "json" or packed
 )
-"""Ends of the names of JSON Lines. ``.json`` alone is more often an array or an object of settings;
-packed, as Dolma and C4 have it, it is JSON Lines."""
+"""Extensions of JSON Lines. A plain ``.json`` is usually an array or settings; compressed, as in Dolma and
+C4, it is JSON Lines."""
 
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line that is read, in bytes without its line end."""
@@ -35,7 +35,7 @@ MAX_LINE_BYTES = 64 * 2**20
 class Problem:
     """One thing wrong with the data. ``line`` and ``column`` count from 1, columns in characters.
 
-    Line 0 means the file or folder as a whole.
+    Line 0: the whole file or folder.
     """
 
     file: str
@@ -43,14 +43,14 @@ class Problem:
     column: int
     reason: str
     text_field: str = ""
-    """Key that seems to hold the text of a record that has no `text`."""
+    """Key that seems to hold the text of a record without `text`."""
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}"
 
     @property
     def place(self) -> str:
-        """``file:line:column``, or the file alone when it is meant as a whole."""
+        """``file:line:column``, or the file alone for line 0."""
         return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,10 +73,10 @@ def iter_lines(
     on_bytes: Callable[[int], None] | None = None,
     digest: Digest | None = None,
 ) -> Iterator[tuple[int, list[bytes]]]:
-    """Stream (number of the first line, lines without their LF) for any of the three kinds of file.
+    """Yield batches: the number of the first line, and the lines without their LF.
 
-    Lines over MAX_LINE_BYTES, damaged compression and what is no UTF-8 text at all go to ``on_problem``.
-    ``digest`` is updated with every byte of the file as it is on the disk, also with those that are not used.
+    Lines over MAX_LINE_BYTES, damaged compression and text that is not UTF-8 go to ``on_problem``. ``digest``
+    is updated with every byte of the file on the disk, used or not.
 
     Raises:
         UnreadableError: the machine could not read the file to its end.
@@ -147,7 +147,7 @@ def _lines(
 
 
 def _accept_start(lines: list[bytes], file: str, on_problem: ProblemSink, on_warning: ProblemSink) -> bool:
-    """Whether this can be UTF-8 text; takes a byte-order mark off the first line."""
+    """Return whether this can be UTF-8 text. Removes a byte-order mark from the first line."""
     start = lines[0]
     reason = ""
     if start.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):

@@ -1,16 +1,15 @@
-"""Documents that are nearly the same. Behind ``nanothink data inspect --near-duplicates``.
+"""Near-duplicates by MinHash, for ``nanothink data inspect --near-duplicates``.
 
-1. A document is the set of its runs of five words (of twelve characters, where the script has no spaces), in
-   lower case and without regard to white space. Two documents are as similar as the part of all their runs
-   that both have (Jaccard index).
-2. A signature stands for that set: for each of 126 hash functions the smallest hash of any run. The fraction
-   of places at which two signatures agree estimates the similarity (Broder 1997), with a standard error of
-   0.04 or less.
-3. Signatures are compared where a band of six places is equal: that finds two documents that are 0.8 alike
-   998 times in 1,000. Of more than 8 documents that have a band in common, each is compared with the 7 after
-   it and with one of the training side, so that time grows with the corpus and not with its square.
+1. A document is the set of its 5-grams of words (12-grams of characters, where the script has no spaces), in
+   lower case, white space normalised. The similarity of two documents is the Jaccard index of their sets.
+2. Its signature is, for each of 126 hash functions, the smallest hash of any n-gram. The fraction of places
+   at which two signatures agree estimates the similarity (Broder 1997), with a standard error of 0.04 or
+   less.
+3. Signatures are compared if a band of six places is equal, which finds a pair of similarity 0.8 with
+   probability 0.998. If more than 8 documents share a band, each is compared with the next 7 and with one of
+   the training side, so time is linear in the corpus.
 
-Memory is 0.5 KB a document.
+Memory is 0.5 KB per document.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanothink.data.corpus import Corpus
-from nanothink.data.lines import Problem
-from nanothink.data.records import iter_records
+from nanothink.data.records import ignored, iter_records
 from nanothink.data.split import normalised_parts, text_key
 from nanothink.data.tokens import TokenisedCorpus
 from nanothink.errors import DataError
@@ -64,7 +62,7 @@ class Pair:
 
     @property
     def straddles(self) -> bool:
-        """True if one of them is on the training side, the other held out."""
+        """Return whether one is on the training side and the other is held out."""
         return (self.first.side == "train") != (self.second.side == "train")
 
 
@@ -79,16 +77,16 @@ class NearDuplicates:
     """Documents on these sides."""
     n_val_in_training: int
     n_test_in_training: int
-    """Those of them that have a near-duplicate on the training side."""
+    """Documents of these sides with a near-duplicate on the training side."""
     pairs: tuple[Pair, ...]
-    """The most similar ones that straddle, then others; 20 at most."""
+    """At most 20: pairs that straddle first, then the most similar."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"threshold": THRESHOLD, **asdict(self)}
 
 
 def import_minhash() -> Any:
-    """Datasketch's MinHash. Raises DataError if it is not installed."""
+    """Import datasketch's MinHash. Raises DataError if it is not installed."""
     try:
         from datasketch import MinHash
     except ImportError:
@@ -99,10 +97,10 @@ def import_minhash() -> Any:
 def find_near_duplicates(
     corpus: Corpus, tokens: TokenisedCorpus, *, reporter: Reporter = SILENT
 ) -> NearDuplicates:
-    """Compares all documents of a corpus, across domains.
+    """Compare all documents of a corpus, across domains.
 
     Args:
-        tokens: of this corpus; they say which side each document is on.
+        tokens: the tokens of this corpus, which give the side of each document.
 
     Raises:
         DataError: the library is not installed, or a file has changed since it was tokenised.
@@ -117,7 +115,7 @@ def find_near_duplicates(
     advance = reporter.counter("comparing", corpus.n_bytes)
     for _, path in corpus.files:
         paths.append(os.path.relpath(path, corpus.root))
-        for line, record in iter_records(path, on_problem=_pass_over, on_bytes=advance):
+        for line, record in iter_records(path, on_problem=ignored, on_bytes=advance):
             side = sides.get((paths[-1], line))
             if side is None:
                 raise DataError(f"{path} changed while it was being read; run the command again.")
@@ -134,7 +132,7 @@ def find_near_duplicates(
 
 
 def _sides_by_line(tokens: TokenisedCorpus) -> dict[tuple[str, int], int]:
-    """A text that is cut counts as training text: a part of it is."""
+    """Side of each document, by file and line. A text that is cut counts as training text."""
     found = {}
     for side in reversed(range(len(_SIDES))):
         for stream in getattr(tokens, _SIDES[side]).values():
@@ -145,7 +143,7 @@ def _sides_by_line(tokens: TokenisedCorpus) -> dict[tuple[str, int], int]:
 
 
 def _runs(text: str) -> Iterator[list[bytes]]:
-    """The runs of a document, some thousands at a time."""
+    """Yield the n-grams of a document, some thousands at a time."""
     before: list[str] = []
     for part in normalised_parts(text.lower()):
         words = part.split()
@@ -189,7 +187,7 @@ def _compared(
 
 
 def _similar(signatures: Signatures, sides: Int64) -> tuple[Int64, Int64, NDArray[np.float64]]:
-    """Pairs of documents at least THRESHOLD alike, the first of lower number, and their similarity."""
+    """Find pairs of similarity THRESHOLD or more: first document (the lower number), second, similarity."""
     n = len(signatures)
     numbers = np.arange(n)
     weights = np.random.default_rng(0).integers(2**64, size=_ROWS, dtype=np.uint64) | np.uint64(1)
@@ -227,7 +225,3 @@ def _similarity(signatures: Signatures, first: Int64, second: Int64) -> NDArray[
         chosen = slice(start, start + _PAIRS_AT_ONCE)
         parts.append((signatures[first[chosen]] == signatures[second[chosen]]).mean(1))
     return np.concatenate(parts)
-
-
-def _pass_over(_problem: Problem) -> None:
-    """Bad records were reported, or accepted, when the file was tokenised."""

@@ -1,11 +1,10 @@
-"""Arrays on the disk in pages, each with its checksum, read a few pages at a time.
+"""Arrays on the disk in pages with checksums.
 
-    page k: up to 16,380 bytes of content, then the CRC-32 of k and them in 4 bytes; only the last is shorter
+    page k: up to 16,380 bytes of content, then their CRC-32 with k in 4 bytes; only the last is shorter
 
-A page is held against its checksum whenever it is read, so nothing has to be read through beforehand to know
-that a bit has flipped. The files are read, not mapped: a disk that fails or a file that was cut off is an
-error which can be answered, where touching a mapped page would kill the process; and a mapping keeps a
-descriptor.
+Each page is checked whenever it is read, so a flipped bit is found without reading the whole file first.
+Files are read, not mapped: a failing disk or a truncated file raises an error, while touching a mapped page
+would kill the process. A mapping would also keep a descriptor open.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _PAGES_AT_ONCE = 64
 
 
 class DamagedPageError(Exception):
-    """A page is not what was written, or is not there."""
+    """A page is missing, or differs from what was written."""
 
 
 def stored_bytes(n_bytes: int) -> int:
@@ -37,7 +36,7 @@ def stored_bytes(n_bytes: int) -> int:
 
 
 class PageWriter:
-    """Appends content to an open file, page by page. Raises OSError when the disk refuses."""
+    """Writer of pages to an open file. Raises OSError if the disk refuses."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -70,10 +69,10 @@ def _check(number: int, content: bytes | memoryview) -> bytes:
 
 
 class OpenFiles:
-    """Descriptors of files that are read again and again; the least recently used gives way.
+    """A bounded pool of open files; the least recently used is closed first.
 
     Args:
-        at_most: how many are open at a time; by default a small part of what the process may have.
+        at_most: most files open at a time; by default a small part of the process's limit.
     """
 
     def __init__(self, at_most: int | None = None) -> None:
@@ -84,7 +83,7 @@ class OpenFiles:
         weakref.finalize(self, _close_all, self._descriptors)
 
     def descriptor(self, path: Path) -> int:
-        """Opened if need be; good until another is asked for. Raises OSError."""
+        """Descriptor of a file, opened if needed; valid until the next call. Raises OSError."""
         found = self._descriptors.get(path)
         if found is None:
             found = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -96,7 +95,7 @@ class OpenFiles:
         return found
 
     def forget(self, path: Path) -> None:
-        """What is asked afterwards is read from the file that has the name then."""
+        """Close a file, so that the next call opens whatever has its name then."""
         found = self._descriptors.pop(path, None)
         if found is not None:
             os.close(found)
@@ -108,10 +107,10 @@ def _close_all(descriptors: Mapping[Path, int]) -> None:
 
 
 def read_pages(descriptor: int, offset: int, n_bytes: int, start: int, stop: int) -> NDArray[Any]:
-    """Bytes [start, stop) of the ``n_bytes`` of content whose pages begin at ``offset``, uint8.
+    """Read bytes [start, stop) of the ``n_bytes`` of content whose pages begin at ``offset``, as uint8.
 
     Raises:
-        DamagedPageError: a page is not what was written.
+        DamagedPageError: a page differs from what was written.
         OSError: the file cannot be read.
     """
     found = np.empty(stop - start, np.uint8)

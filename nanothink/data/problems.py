@@ -1,4 +1,4 @@
-"""Problems by reason: counted all, named a few, in memory that does not grow with their number."""
+"""Problems grouped by reason: all counted, a few kept, in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nanothink.data.lines import Problem
 from nanothink.errors import counted
 
 PLACES = 20
-"""Problems of one kind that are kept whole; and stretches of lines."""
+"""Problems kept of one kind, and spans of lines."""
 
 _GROUPS = 100
 _REASONS = 1000
 _OTHER = "other reasons"
 
-# What differs between problems of one kind: names, values, numbers and characters that stand in the data.
+# Parts of a reason that differ between problems of one kind: names, values, numbers, characters of the data.
 _VARIABLE = re.compile(
     r"(?:`[^`]*`(?:, )?)+"
     r"|'[^']*'|(?<=, found )\S+|U\+[0-9A-F]+|0x[0-9a-f]+|\\u\w+|-?\d[\d,.]*"
@@ -37,7 +37,7 @@ def _masked(found: re.Match[str]) -> str:
 
 @dataclass(slots=True)
 class Span:
-    """Neighbouring lines of a file, both ends included; 0 for the file as a whole."""
+    """Consecutive lines of a file, both ends included; 0 for the whole file."""
 
     file: str
     first: int
@@ -57,13 +57,13 @@ class ProblemGroup:
     count: int = 0
     n_files: int = 0
     named: list[tuple[int, Problem]] = field(default_factory=list)
-    """The first of them, each with the number of problems before it."""
+    """The first ones, each with the number of problems before it."""
     spans: list[Span] = field(default_factory=list)
-    """Where they are, stretch by stretch, as far as PLACES goes."""
+    """Lines of the problems, at most PLACES spans."""
     n_spanned: int = 0
-    """Problems in those stretches."""
+    """Problems in those spans."""
     is_uniform: bool = True
-    """They all have the same reason, to the letter."""
+    """True if all have exactly the same reason."""
     last_file: str = ""
 
     def add(self, problem: Problem, number: int) -> None:
@@ -93,7 +93,7 @@ class ProblemGroup:
 
     @property
     def hint(self) -> str:
-        """What mends it, in a sentence, with commands if there are any; empty where that is plain."""
+        """Sentence that says how to fix them, with commands if there are any; empty where the reason does."""
         if self.first.text_field:
             return _how_to_import(self.first, self.n_files)
         return _NO_STRING if self.reason.startswith("the key `text` is missing; there is") else ""
@@ -108,7 +108,7 @@ class ProblemGroup:
         return "; ".join([*told, *([f"and {rest:,} more"] if rest else [])])
 
     def summary(self) -> str:
-        """In a sentence: the reason, how many, and where the first is."""
+        """The reason, the count, and the place of the first, in one sentence."""
         if self.count == 1:
             return f"{self.reason} ({self.first.place})"
         return f"{self.reason} ({self.count:,}, the first at {self.first.place})"
@@ -137,7 +137,7 @@ class Problems:
         self.count += 1
 
     def extend(self, groups: Iterable[tuple[int, Sequence[Problem]]]) -> None:
-        """Adds what ``named_groups`` gave: counts, each with some of the problems, at least one."""
+        """Add groups of ``named_groups``: counts, each with at least one of its problems."""
         for count, named in groups:
             group = self._group(named[0])
             for problem in named:
@@ -165,24 +165,24 @@ class Problems:
 
     @property
     def groups(self) -> list[ProblemGroup]:
-        """The most frequent first."""
+        """All groups, the most frequent first."""
         return sorted(self._groups.values(), key=lambda group: -group.count)
 
     def named_groups(self) -> list[tuple[int, list[Problem]]]:
         return [(group.count, [problem for _, problem in group.named]) for group in self._groups.values()]
 
     def named(self) -> list[Problem]:
-        """Those that are kept, in the order in which they were found."""
+        """The kept problems, in the order found."""
         found = sorted((at for group in self._groups.values() for at in group.named), key=lambda at: at[0])
         return [problem for _, problem in found]
 
     def some(self, at_most: int) -> list[Problem]:
-        """A few of those that are kept, of as many kinds as there are; by file and line."""
+        """At most ``at_most`` of the kept problems, of as many kinds as possible, by file and line."""
         chosen = list(islice(self._firsts(), at_most))
         return sorted(chosen, key=lambda problem: (problem.file, problem.line, problem.column))
 
     def _firsts(self) -> Iterator[Problem]:
-        """The first of each kind, then the second of each, and so on."""
+        """Yield the first problem of each kind, then the second of each, and so on."""
         kept = [group.named for group in self.groups]
         for place in range(PLACES):
             for named in kept:
@@ -190,7 +190,7 @@ class Problems:
                     yield named[place][1]
 
     def sentence(self, at_most: int = 3) -> str:
-        """The most frequent kinds, for a note on one line."""
+        """The most frequent kinds, on one line."""
         groups = self.groups
         told = "; ".join(group.summary() for group in groups[:at_most])
         rest = sum(group.count for group in groups[at_most:])

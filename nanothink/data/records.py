@@ -1,15 +1,13 @@
-"""JSON Lines in and out: one record a line, strict, streamed, and every bad line named.
-
-Reading goes through plain, gzip and zstd files alike, in three steps:
+"""Records: strict JSON Lines, read and written in a stream.
 
     chunks of bytes (decompressed)  →  complete lines  →  records
 
-Good lines take a fast path (orjson, then pydantic); a line that fails there gets a slow look that
-finds the column and the reason in plain words. Nothing is raised for bad data: a problem goes to the
-caller's sink and reading goes on at the next line. A file that the machine cannot read raises. Memory is
+Good lines take a fast path (orjson, then pydantic). A line that fails there is parsed again by a slower
+parser, which gives the column and the reason (strict_json.py). Bad data is not raised: a problem goes to the
+caller's sink, and reading continues with the next line. A file that the machine cannot read raises. Memory is
 bounded by MAX_LINE_BYTES, not by the file.
 
-What is decided about odd input, each with a test:
+Odd input, each case with a test:
 
     error    invalid UTF-8, escaped lone surrogates, whatever RFC 8259 forbids (NaN, trailing commas,
              comments, ...), nesting beyond 1,024, a line over MAX_LINE_BYTES, bare CR as line end,
@@ -58,7 +56,8 @@ def _not_blank(text: str) -> str:
 
 
 def _source(value: object) -> str | None:
-    """Informational, so that any other type is another program's business, not an error."""
+    """Ignore a source that is not a string: the field is informational, and other programs use other
+    types."""
     return value if isinstance(value, str) else None
 
 
@@ -69,7 +68,7 @@ def _id(value: object) -> int | str | None:
 
 
 def _group(value: object) -> str | None:
-    """The value as the name of a group: a string or an integer; anything else is another program's field."""
+    """Name of a group: a string or an integer. Other types are ignored, as fields of other programs."""
     if isinstance(value, float):  # the fast parser's form of integers beyond 64 bits, too
         raise ValueError("a group must be a string or an integer")
     return str(value) or None if isinstance(value, str) or type(value) is int else None
@@ -81,16 +80,16 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     text: Annotated[str, AfterValidator(_not_blank)]
-    """The document itself; not empty, not whitespace alone."""
+    """The document; neither empty nor white space alone."""
 
     source: Annotated[str | None, BeforeValidator(_source)] = None
-    """Where the text comes from, in the person's own words. What is no string is ignored."""
+    """Origin of the text, for people. Ignored unless it is a string."""
 
     id: Annotated[int | str | None, BeforeValidator(_id)] = None
-    """A number or name by convention, which nothing relies on. What is neither is ignored."""
+    """A number or name by convention; nothing relies on it. Ignored unless it is one."""
 
     group: Annotated[str | None, BeforeValidator(_group)] = None
-    """Name of the document that this record is a piece of; the pieces of one are on one side of the split."""
+    """Name of the document that this record is a piece of. All pieces are on one side of the split."""
 
 
 def iter_records(
@@ -101,16 +100,16 @@ def iter_records(
     on_bytes: Callable[[int], None] | None = None,
     digest: Digest | None = None,
 ) -> Iterator[tuple[int, Record]]:
-    """Stream (line number from 1, record). A bad line goes to ``on_problem`` and is passed over.
+    """Yield (line number from 1, record). A bad line goes to ``on_problem`` and is skipped.
 
-    ``on_bytes`` is called every quarter of a megabyte or so with the bytes of the file (compressed ones,
-    if it is compressed) taken since the last call. ``digest`` is updated with all bytes of the file.
+    ``on_bytes`` is called about every quarter of a megabyte with the bytes of the file (compressed, if it is)
+    read since the last call. ``digest`` is updated with all bytes of the file.
 
     Raises:
-        UnreadableError: the machine could not read the file to its end. Never for what it holds.
+        UnreadableError: the machine could not read the file to its end. Never for its content.
     """
     file = shown(path)
-    warn = on_warning or _ignore
+    warn = on_warning or ignored
     # The class method does the same behind several argument checks, which cost as much as the work.
     validate = Record.__pydantic_validator__.validate_python
     loads, dumps = orjson.loads, orjson.dumps
@@ -166,16 +165,16 @@ def iter_records(
         warn(Problem(file, 1, 1, "the file holds no record"))
 
 
-def _ignore(problem: Problem) -> None:
-    """The sink for warnings nobody asked for."""
+def ignored(problem: Problem) -> None:
+    """Sink for problems that are ignored, or reported elsewhere."""
 
 
 # ---------------------------------------------------------------------------------------------------
-# The slow look at one line
+# The slow parser, for one line
 
 
 class _NoText(JsonFault):
-    """A sound object without the key `text`.
+    """A valid object without the key `text`.
 
     Attributes:
         text_field: key that seems to hold the text instead; empty if none does.
@@ -187,18 +186,17 @@ class _NoText(JsonFault):
 
 
 def likely_text_field(record: Mapping[str, object]) -> str:
-    """Key that seems to hold the text of an object without `text`; empty if none does."""
+    """Guess the key that holds the text of an object without `text`; empty if there is none."""
     strings = {key: value for key, value in record.items() if isinstance(value, str) and value}
     known = [field for field in _TEXT_FIELDS if field in strings]
     return known[0] if known else max(strings, key=lambda key: len(strings[key]), default="")
 
 
 def _look_closely(line: bytes, obj: object) -> Record:
-    """The record, or a JsonFault that says where and why it is none.
+    """Parse a line that the fast path refused. Raises JsonFault with the place and the reason.
 
-    Also takes the few lines that are good though the fast path refuses them: an integer beyond 64
-    bits as ``id``, a number beyond double precision or deep nesting in a field nobody reads.
-    ``obj`` is what the fast parser has made of the line; None if it refused it.
+    A few such lines are valid: with an integer beyond 64 bits as ``id``, or a number beyond double precision
+    or deep nesting in another field. ``obj`` is the fast parser's result; None if it refused the line.
     """
     if isinstance(obj, dict) and "text" not in obj:
         raise _NoText(obj)
@@ -226,7 +224,7 @@ def _why_no_text(value: object) -> str:
 
 
 def decode_line(line: bytes) -> str:
-    """The line as text; raises JsonFault at the first byte that is not UTF-8."""
+    """Decode a line. Raises JsonFault at the first byte that is not UTF-8."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -244,7 +242,7 @@ def _kind(value: object) -> str:
 
 @lru_cache(maxsize=64)  # the lines of a file have the same keys, and the search for a likeness is slow
 def _closest_key(keys: tuple[str, ...]) -> str:
-    """What to add to "text is missing": a likely misspelling, else the keys that are there."""
+    """Addition to "text is missing": a likely misspelling, else the keys that are present."""
     names = [key for key in keys if len(key) <= 40][:20]
     for name in names:
         suggestion = did_you_mean(name.strip().lower(), ["text"])
@@ -273,10 +271,12 @@ def _warn_of_repeated_keys(line: bytes, file: str, number: int, warn: ProblemSin
 
 
 def write_records(path: Path, records: Iterable[Record], *, overwrite: bool = False) -> int:
-    """Write a JSON Lines file whole or not at all; returns the number of records.
+    """Write a JSON Lines file whole or not at all; return the number of records.
 
-    Whatever goes wrong, also an exception out of ``records``, leaves the folder as it was. Raises
-    StorageError when ``path`` exists and ``overwrite`` is not set, or when the disk refuses.
+    Any error, also one raised by ``records``, leaves the folder as it was.
+
+    Raises:
+        StorageError: ``path`` exists and ``overwrite`` is not set, or the disk refuses.
     """
     _refuse_existing(path, overwrite)
     n_records = 0

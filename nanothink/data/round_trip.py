@@ -1,7 +1,7 @@
-"""Whether a tokenizer gives every text back, byte for byte, and what it loses where it does not.
+"""Round trip of text through a tokenizer: proof that nothing is lost, or a description of the loss.
 
-Bits per byte count the bytes of a text and the nats of its tokens. Tokens that stand for less than the text
-(unknown characters, collapsed blanks, another normal form) make that figure a lie.
+Bits per byte divide the nats of a text's tokens by its bytes. If the tokens stand for less than the text
+(unknown characters, collapsed blanks, another normal form), the figure is wrong.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ _AROUND = 20
 """Characters shown on either side of the first difference."""
 
 _KEEPING = {"Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"}
-"""What a pre-tokenizer may do with the places where it cuts; the rest is to remove them."""
+"""Behaviours of a pre-tokenizer that keep the text at which it splits."""
 
 
 def is_lossless(state: dict[str, Any], eos: str) -> bool:
-    """True if a tokenizer (its parsed JSON) gives every text back by construction, and never as ``eos``.
+    """Return whether a tokenizer (its parsed JSON) provably decodes every text to itself, and encodes none as
+    ``eos``.
 
     Byte-level BPE does: nothing changes the text before it is bytes, each of the 256 bytes is a token, a
-    merge is the bytes of its two parts, and the decoder undoes the bytes. False: it is not proven.
+    merge is the bytes of its two parts, and the decoder inverts the bytes. False means that it is not proven.
     """
     model = state["model"]
     vocabulary, added = model.get("vocab"), state.get("added_tokens") or ()
@@ -60,7 +61,7 @@ def _cuts_into_bytes(cutter: dict[str, Any]) -> bool:
 
 
 def _spells(model: dict[str, Any], token: str) -> bool:
-    """Whether the model itself can make this token of text."""
+    """Return whether the model can encode some text as this token."""
     if token not in model["vocab"]:
         return False
     made = (pair if isinstance(pair, list) else pair.split(" ") for pair in model.get("merges") or ())
@@ -68,7 +69,7 @@ def _spells(model: dict[str, Any], token: str) -> bool:
 
 
 def difference(text: str, back: str) -> str:
-    """The first place where ``back`` is not ``text``, in words: what stands there and what became of it."""
+    """Describe the first difference between ``text`` and ``back``, with its surroundings."""
     differing = (place for place, (a, b) in enumerate(zip(text, back, strict=False)) if a != b)
     place = next(differing, min(len(text), len(back)))
     start, stop = max(place - _AROUND, 0), place + _AROUND

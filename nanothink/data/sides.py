@@ -1,18 +1,19 @@
-"""Which side of the split each document of a corpus is on.
+"""The split: the side (training, validation or test) of each document of a corpus.
 
-1. Documents that belong together are one group: those that name the same ``group``; else the same ``source``,
-   unless that names every document of its domain; else copies of one text.
-2. A group is dealt by the hash of its key, as a fraction h of 2**64: it validates if h < val_split, tests if
-   h >= 1 - test_split, trains otherwise. That looks at nothing else: a corpus may grow or be put in another
-   order, and another val_split moves only the groups between the old and the new one.
-3. A text that trains anywhere trains everywhere; else one that validates anywhere validates everywhere.
-4. A domain whose sides are too uneven gets whole groups moved (``_Settler``). One of a single group validates
-   on its last documents, so that only one boundary is shared; one of a single text has that text cut.
-5. What a model was trained on stays on the training side, and what it held out on the side where it was,
-   before all other rules.
+1. Documents that belong together form a group: those of the same ``group``; else of the same ``source``,
+   unless the whole domain has that source; else copies of one text.
+2. The side of a group follows from the hash of its key, as a fraction h of 2**64: validation if h <
+   val_split, test if h >= 1 - test_split, else training. So a corpus may grow or be reordered, and another
+   val_split moves only the groups between the old and the new value.
+3. A text on the training side in one domain is on it in all; otherwise the same holds for validation.
+4. If the sides of a domain are too uneven, whole groups are moved (``_Settler``). A domain of one group
+   validates on its last documents, so that only one boundary is shared; a domain of one text has that text
+   cut.
+5. Before all other rules: what a model was trained on stays on the training side, and what it held out stays
+   on its side.
 
-Texts and groups are numbered, and a step is a few operations of numpy on all of them. Only domains that need
-a move are looked at one by one.
+Texts and groups are numbered, and each step is a few numpy operations on all of them. Only domains that need
+a move are handled one by one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ Int64 = NDArray[np.int64]
 
 TRAIN, VAL, TEST = 0, 1, 2
 CUT = 3
-"""Not a side: the only text of some domain, of which each side gets a part, in every domain that holds it."""
+"""Not a side: the only text of some domain, divided among the sides in every domain that holds it."""
 
 _FREE = -1
 
@@ -51,9 +52,9 @@ class Assignment:
     sides: dict[str, Sides]
     """TRAIN, VAL, TEST or CUT of each document, by domain."""
     trained_groups: Keys
-    """Keys of the groups with a name on the training side, sorted."""
+    """Keys of the named groups on the training side, sorted."""
     cut: dict[int, str]
-    """Key of each text that is to be cut, to a domain that holds it: one that holds no other, if there is."""
+    """Key of each text to cut, and a domain that holds it; one that holds no other, if there is one."""
 
 
 def assign_sides(
@@ -62,15 +63,15 @@ def assign_sides(
     trained: TrainedText = NOTHING,
     held_out: HeldOutText = NOTHING_HELD_OUT,
 ) -> Assignment:
-    """Deals the documents of a corpus to the sides; see the top of this file.
+    """Assign the documents of a corpus to the sides; see the top of this file.
 
     Args:
         documents: rows with ``key``, ``group`` and ``n_bytes`` (token_files.DOCUMENT has them), in the order
             of the domain, copies included.
-        rule: without one, all documents train.
+        rule: None puts all documents on the training side.
 
-    Domains that share texts can make it impossible to serve them all (three domains, each two out of three
-    texts). Copies agree even then, and a domain goes without one side.
+    Domains that share texts may have no solution (three domains, each with two of three texts). Copies agree
+    even then, and a domain lacks one side.
     """
     names = sorted(name for name in documents if len(documents[name]))
     if not names:
@@ -99,12 +100,12 @@ def assign_sides(
 
 
 def group_keys(rows: NDArray[Any], sources_count: bool) -> Keys:
-    """Key of the group of each document: the one it names, or that of its text alone."""
+    """Key of the group of each document: the named group, or the text itself."""
     return np.where(_named(rows["group"], sources_count), rows["group"], rows["key"])
 
 
 def sources_count(rows: NDArray[Any]) -> bool:
-    """False if all documents of a domain are of one source, which then does not make them one group."""
+    """Return whether sources form groups: not if all documents of the domain have the same one."""
     group = rows["group"]
     return not (len(group) and group[0] and group[0] % 2 == 0 and bool((group == group[0]).all()))
 
@@ -115,7 +116,7 @@ def _named(group: Keys, source_counts: bool | NDArray[np.bool_]) -> NDArray[np.b
 
 
 class _Table:
-    """All documents, domain by domain; texts and groups ("units") are numbered in the order of their keys."""
+    """All documents, domain by domain; texts and groups ("units") are numbered by their sorted keys."""
 
     def __init__(self, domains: list[NDArray[Any]]) -> None:
         counts = np.array([len(rows) for rows in domains])
@@ -135,14 +136,14 @@ class _Table:
         self.one_unit = self._all_alike(self.units) & ~self.one_text
 
     def has_three_units(self) -> NDArray[np.bool_]:
-        """By domain."""
+        """Per domain: whether it has three units or more."""
         others = self.units != self.units[self.starts][self.domains]
         places = np.where(others, np.arange(len(others)), len(others) - 1)
         second = self.units[np.minimum.reduceat(places, self.starts)]
         return np.logical_or.reduceat(others & (self.units != second[self.domains]), self.starts)
 
     def _all_alike(self, values: NDArray[Any]) -> NDArray[np.bool_]:
-        """By domain: whether all its documents have the same value."""
+        """Per domain: whether all its documents have the same value."""
         return np.logical_and.reduceat(values == values[self.starts][self.domains], self.starts)
 
     def of_domain(self, domain: int) -> slice:
@@ -151,19 +152,19 @@ class _Table:
 
 
 class _Settler:
-    """Deals units, then moves some where a domain is left with sides that are too uneven.
+    """Assigns units to sides by the rule, then moves units in domains whose sides are too uneven.
 
-    In a domain of two units or more, training and validation are not empty, validation is at most half of the
-    bytes (or ``val_split`` if that is more) and all that is held out at most half (or ``val_split`` plus
-    ``test_split``). Where the rule does not give that:
+    In a domain of two units or more, training and validation must not be empty, validation must have at most
+    half of the bytes (or ``val_split`` if that is more), and all held-out text at most half (or ``val_split``
+    plus ``test_split``). Where the rule does not give that:
 
-    1. Validation keeps its units in the order of their hashes as long as they fit, the others train; then
-       the test side likewise, from the highest hash down.
-    2. If validation is empty, the unit that comes nearest to ``val_split`` of the bytes moves there; of equal
-       ones that of lowest hash. Then the same for an empty test side, in a domain of three units or more.
+    1. Validation keeps its units by ascending hash as long as they fit, and the others train; then the test
+       side does the same by descending hash.
+    2. If validation is empty, the unit whose size is nearest to ``val_split`` of the bytes moves there, the
+       lowest hash first. Then the same for an empty test side, in a domain of three units or more.
 
-    Groups that a model was trained on come last for a move. A move that would take a side from another domain
-    is not made, except that validation takes from testing.
+    Groups that a model was trained on are moved last. A move that would empty a side of another domain is not
+    made, except that validation may take from the test side.
     """
 
     def __init__(self, table: _Table, rule: SplitRule, trained: TrainedText, held_out: HeldOutText) -> None:
@@ -207,8 +208,8 @@ class _Settler:
         self.most_held_out = max(0.5, rule.val_split + rule.test_split) * totals
 
     def _hold_out_the_end(self, documents: slice) -> None:
-        """Forces the texts of a domain of one unit, in the order in which they first occur: the last ones
-        validate, those before them test, the rest train."""
+        """Fix the sides of a domain of one unit: the last texts validate, those before them test, the rest
+        train."""
         texts, first, number = np.unique(self.table.texts[documents], return_index=True, return_inverse=True)
         order = np.argsort(first)
         sizes, texts = np.bincount(number, self.table.sizes[documents])[order], texts[order]
@@ -257,7 +258,7 @@ class _Settler:
         return found
 
     def _settle_one(self, domain: int) -> set[int]:
-        """Makes the moves that one domain needs; returns the domains whose sides they changed."""
+        """Make the moves that one domain needs; return the domains whose sides changed."""
         touched = self._shrink(domain, VAL, self.most_val[domain])
         if not self.bytes[domain, VAL]:
             touched |= self._fill(domain, VAL, self.most_val[domain])
@@ -313,13 +314,13 @@ class _Settler:
         return set()
 
     def _documents(self, domain: int) -> tuple[Int64, Int64, Int64, Int64]:
-        """Text and size of each document, the domain's units, and the place of each document's among them."""
+        """Text and size of each document, the domain's units, and the index of each document's unit."""
         here = self.table.of_domain(domain)
         units, number = np.unique(self.table.units[here], return_inverse=True)
         return self.table.texts[here], self.table.sizes[here], units, number
 
     def _move(self, unit: int, side: int, may_empty: int | None = None) -> set[int] | None:
-        """Moves a unit and what follows it; returns the domains that this changes, None if it is not made."""
+        """Move a unit and the texts that follow it; return the domains changed, or None if it is not made."""
         before = self.unit_sides[unit]
         self.unit_sides[unit] = side
         texts = np.unique(self.table.texts[self._documents_of_unit.members(np.array([unit]))[0]])
@@ -346,7 +347,7 @@ class _Settler:
 
 
 def _dealt(hashes: Keys, rule: SplitRule) -> Sides:
-    """The side of each hash by the rule alone."""
+    """Side of each hash by the rule alone."""
     sides = np.full(len(hashes), TRAIN, np.int8)
     if rule.test_split:
         sides[hashes >= np.uint64(2**64 - math.ceil(rule.test_split * 2.0**64))] = TEST
@@ -355,7 +356,7 @@ def _dealt(hashes: Keys, rule: SplitRule) -> Sides:
 
 
 class _Index:
-    """Places at which each of the numbers 0, 1, ... stands in an array."""
+    """Index from the numbers 0, 1, ... to their places in an array."""
 
     def __init__(self, numbers: Int64) -> None:
         self._order = np.argsort(numbers, kind="stable")
@@ -363,7 +364,7 @@ class _Index:
         self._counts, self._starts = counts, np.cumsum(counts) - counts
 
     def members(self, numbers: Int64) -> tuple[Int64, Int64]:
-        """The places of these numbers, one number after the other, and where each number's begin."""
+        """Places of these numbers, concatenated, and where those of each number begin."""
         counts = self._counts[numbers]
         starts = np.cumsum(counts) - counts
         steps = np.arange(counts.sum()) - np.repeat(starts - self._starts[numbers], counts)

@@ -1,4 +1,4 @@
-"""A file's bytes, decompressed where its name says so: plain, gzip or zstd, in bounded memory.
+"""The bytes of a file, decompressed by its extension (gzip or zstd), in bounded memory.
 
 Two things can go wrong, and they are never mixed up. What the bytes say (damaged or cut-off compression) is
 ``DamagedDataError``: the file is what it is, and everything before the damage has been given out. What the
@@ -24,17 +24,17 @@ CHUNK_BYTES = 2**18  # fits the cache of a core; a megabyte was a fifth slower
 
 _READ_BYTES = 2**17  # of a compressed file at a time
 _MAX_ZSTD_WINDOW = 2**31
-"""Longest distance back that zstd data may refer to: ``zstd --long=31``, the most that the tool writes."""
+"""Largest window of zstd data: ``zstd --long=31``, the most that the tool writes."""
 
 _ZLIB_NO_MEMORY = "Error -4 "  # Z_MEM_ERROR, which the module gives no name of its own
 
 
 class DamagedDataError(Exception):
-    """The rest of the file is not what its compression promises; the message says why."""
+    """The rest of the file cannot be decompressed; the message says why."""
 
 
 class Digest(Protocol):
-    """What hashlib's objects have."""
+    """The part of hashlib's interface that is used."""
 
     def update(self, data: bytes, /) -> None: ...
 
@@ -47,17 +47,17 @@ _REMEDIES = {
     errno.ENFILE: "The whole machine has no more: end what holds them, or raise fs.file-max",
     errno.ENOMEM: "Free some memory and run the command again",
     errno.ESTALE: "The network folder has changed under it: run the command again, or mount it anew",
-    errno.ELOOP: "It is a link that leads back to itself; remove it or mend it",
+    errno.ELOOP: "It is a link that leads back to itself; remove or fix it",
 }
 
 
 def unreadable(path: str | os.PathLike[str], error: OSError | MemoryError, line: int = 0) -> UnreadableError:
-    """The error for a file or folder that the machine could not read, with what to do about it."""
+    """Make the error for a file or folder that the machine could not read, with a remedy."""
     file = shown(path)
     if isinstance(error, FileNotFoundError):
         if os.path.islink(path):
             what = "the link points to a file that does not exist"
-            return UnreadableError(file, what, "Mend or remove the link", line)
+            return UnreadableError(file, what, "Fix or remove the link", line)
         return UnreadableError(file, "the file is gone", "Run the command again", line)
     code = errno.ENOMEM if isinstance(error, MemoryError) else error.errno or 0
     what = os.strerror(code) if code else str(error) or "reading failed"
@@ -65,15 +65,15 @@ def unreadable(path: str | os.PathLike[str], error: OSError | MemoryError, line:
 
 
 class SourceFile:
-    """An open file that counts and, if asked to, hashes every byte that is read.
+    """An open file that counts and optionally hashes the bytes read.
 
     Args:
         path: a regular file.
         on_bytes: called with the number of bytes read since the last call, once they have been used.
-        digest: updated with every byte of the file, if ``drain`` is called in the end.
+        digest: updated with every byte read; ``drain`` reads the rest of the file.
 
     Raises:
-        UnreadableError: on opening and on reading; also when the file ends before its size.
+        UnreadableError: on opening and on reading; also if the file ends before its size.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class SourceFile:
         self._n_told = self._n_bytes
 
     def read(self, n_bytes: int) -> bytes:
-        """At most that many bytes; none at the end of the file."""
+        """Read at most that many bytes; none at the end of the file."""
         self._tell()
         try:
             # At an end that comes before the file's size a read is tried once more: the file may be growing.
@@ -128,12 +128,12 @@ class SourceFile:
         return os.fstat(self._file.fileno()).st_size > self._n_bytes
 
     def drain(self) -> None:
-        """Read what is left, so that the digest is that of the whole file."""
+        """Read the rest, so that the digest covers the whole file."""
         while self.read(CHUNK_BYTES):
             pass
 
     def chunks(self) -> Iterator[bytes]:
-        """Stream the content, decompressed if the name ends in .gz or .zst, about CHUNK_BYTES at a time.
+        """Yield the content, decompressed if the name ends in .gz or .zst, about CHUNK_BYTES at a time.
 
         Raises:
             DamagedDataError: the rest cannot be decompressed.
@@ -149,7 +149,7 @@ class SourceFile:
 
 
 def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Small pieces put together to chunks; what came before damage is given out before the error."""
+    """Join small pieces into chunks. The data before damage is yielded before the error is raised."""
     held: list[bytes] = []
     n_held = 0
     failure: DamagedDataError | None = None

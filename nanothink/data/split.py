@@ -1,4 +1,5 @@
-"""Which documents train, which validate and which are kept for testing."""
+"""The rule of the split, the keys of texts and groups, and the records of what was trained on and held
+out."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ _SPACE = re.compile(r"\s")
 
 @dataclass(frozen=True)
 class SplitRule:
-    """The fractions of the validation and test sides, and the seed of the hash that deals the documents."""
+    """Fractions of the validation and test sides, and the seed of the hash that assigns documents to them."""
 
     val_split: float
     test_split: float = 0.0
@@ -43,7 +44,7 @@ class SplitRule:
 
     @classmethod
     def of(cls, config: DataConfig) -> SplitRule:
-        """The rule that the settings ask for."""
+        """The rule of the settings."""
         return cls(config.val_split, config.test_split)
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,19 +67,19 @@ def _no_keys() -> Keys:
 
 @dataclass(frozen=True, eq=False)
 class TrainedText:
-    """The documents that a model was trained on, by hash: 8 bytes a document, and 8 a named group."""
+    """The documents that a model was trained on, as hashes: 8 bytes per document and per named group."""
 
     keys: Keys = field(default_factory=_no_keys)
     """``text_key`` of each, sorted, without repeats."""
     heads: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
-    """Key of a text of which only the head was trained on, to characters of that head, normalised."""
+    """For a text of which only the head was trained on: its key, and the head's normalised characters."""
     groups: Keys = field(default_factory=_no_keys)
     """``group_key`` of the groups on the training side, sorted, without repeats."""
     complete: bool = True
-    """False: it was trained on other text too, of which nothing is known, as a published model was."""
+    """False if it was also trained on unknown text, as a published model was."""
 
     def holds(self, keys: Keys) -> NDArray[np.bool_]:
-        """Mask of the texts that were trained on, wholly or in part."""
+        """Mask of the texts that were trained on, whole or in part."""
         return _among(keys, self.keys) | _among(keys, _head_keys(self.heads))
 
     @property
@@ -107,7 +108,7 @@ class TrainedText:
         )
 
     def to_state(self) -> dict[str, Any]:
-        """Tensors for a checkpoint: int64 of the same bits, since few operations take uint64."""
+        """Tensors for a checkpoint: int64 with the same bits, since torch hardly supports uint64."""
         import torch
 
         heads = sorted(self.heads.items())
@@ -145,7 +146,7 @@ def _sorted_keys(tensor: Any, what: str) -> Keys:
 
 
 def _bits(tensor: Any, what: str) -> Keys:
-    """The numbers of an int64 tensor of one dimension, bit for bit."""
+    """Convert a 1-D int64 tensor to uint64, bit for bit."""
     import torch
 
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64 or tensor.dim() != 1:
@@ -159,22 +160,22 @@ NOTHING = TrainedText()
 
 @dataclass(frozen=True, eq=False)
 class HeldOutText:
-    """The documents on the other sides, by hash (``text_key``), sorted, without repeats; no cut ones.
+    """The held-out documents, as sorted hashes (``text_key``) without repeats; without texts that are cut.
 
-    A rule alone does not give them: where a side would be too small or too large, groups were moved, and in a
-    part of the corpus, or once it has grown, others would be.
+    The rule alone does not give them: groups are moved where a side is too small or too large, and other
+    groups would be moved in a part of the corpus, or once it has grown.
     """
 
     val: Keys = field(default_factory=_no_keys)
     test: Keys = field(default_factory=_no_keys)
 
     def __or__(self, other: HeldOutText) -> HeldOutText:
-        """What either holds out; a text that one of them validates on is no test text."""
+        """Union of both. A text that one of them validates on is not test text."""
         val = np.union1d(self.val, other.val)
         return HeldOutText(val, np.setdiff1d(np.union1d(self.test, other.test), val))
 
     def to_state(self) -> dict[str, Any]:
-        """Tensors for a checkpoint, as of ``TrainedText``."""
+        """Tensors for a checkpoint; see ``TrainedText.to_state``."""
         import torch
 
         keys = {"val": self.val, "test": self.test}
@@ -192,7 +193,7 @@ NOTHING_HELD_OUT = HeldOutText()
 
 
 def _among(keys: Keys, known: Keys) -> NDArray[np.bool_]:
-    """``np.isin`` for ``known`` keys that are sorted, which are not sorted again at each call."""
+    """``np.isin`` for sorted ``known`` keys, which it does not sort again."""
     if not len(known):
         return np.zeros(len(keys), np.bool_)
     found: NDArray[np.bool_] = known[np.searchsorted(known, keys).clip(max=len(known) - 1)] == keys
@@ -204,10 +205,10 @@ def _head_keys(heads: Mapping[int, int]) -> Keys:
 
 
 def text_key(text: str) -> int:
-    """64 bits that stand for a text: BLAKE2b of its normalised UTF-8, little-endian.
+    """64-bit key of a text: BLAKE2b of its normalised UTF-8, little-endian.
 
-    Line ends, other white space (amount and kind) and the form of Unicode do not count, so that a file saved
-    on another system holds the same texts.
+    White space (line ends, amount and kind) and the normal form of Unicode do not matter, so a file saved on
+    another system holds the same texts.
     """
     hashed = hashlib.blake2b(digest_size=8)
     between = b""
@@ -218,12 +219,12 @@ def text_key(text: str) -> int:
 
 
 def normalised(text: str) -> str:
-    """The text in NFC, each run of white space as one blank, none at the ends."""
+    """Normalise a text: NFC, each run of white space as one blank, none at the ends."""
     return " ".join(normalised_parts(text))
 
 
 def normalised_parts(text: str) -> Iterator[str]:
-    """The normalised text in parts that one blank keeps apart, since a list of all words takes ten times its
+    """Yield the normalised text in parts to be joined by a blank; a list of all words takes ten times the
     memory."""
     text = unicodedata.normalize("NFC", text)
     start = 0
@@ -236,7 +237,7 @@ def normalised_parts(text: str) -> Iterator[str]:
 
 
 def group_key(group: str | None, source: str | None) -> int:
-    """64 bits for the group of a record: odd for its ``group``, else even for its ``source``, else 0."""
+    """64-bit key of a record's group: odd from its ``group``, else even from its ``source``, else 0."""
     if group is not None and (name := group.strip()):
         return text_key("group " + name) | 1
     if source is not None and (name := source.strip()):
@@ -245,7 +246,7 @@ def group_key(group: str | None, source: str | None) -> int:
 
 
 def cut_text(text: str, rule: SplitRule, domain: str, trained_chars: int = 0) -> tuple[str, str, str]:
-    """Cuts the only text of a domain into head, middle and tail: what trains, validates and tests.
+    """Cut the only text of a domain into head, middle and tail, which train, validate and test.
 
     The tail is ``rule.test_split`` of the text, the middle ``rule.val_split``. Each begins at the white space
     nearest to its place, as GPT-2's words do; white space farther away than a twentieth of the text or a
@@ -277,7 +278,7 @@ def cut_text(text: str, rule: SplitRule, domain: str, trained_chars: int = 0) ->
 
 
 def _near_space(text: str, aim: int, lowest: int, highest: int) -> int:
-    """Place of the white space nearest to ``aim`` within these bounds; ``aim`` itself if there is none."""
+    """Find the white space nearest to ``aim`` within these bounds; ``aim`` itself if there is none."""
     aim = min(max(aim, lowest), highest)
     for distance in range(min(len(text) // 20, 1000) + 1):
         for place in (aim - distance, aim + distance):
@@ -295,12 +296,15 @@ def _raw_place(text: str, n_chars: int) -> int:
 
 def hashed(keys: Keys, seed: int) -> Keys:
     """splitmix64(key ^ splitmix64(seed)): 64 random bits by key and seed."""
-    return _splitmix64(np.asarray(keys, np.uint64) ^ _splitmix64(np.array([seed], np.uint64)))
+    return splitmix64(np.asarray(keys, np.uint64) ^ splitmix64(np.array([seed], np.uint64)))
 
 
-def _splitmix64(state: Keys) -> Keys:
-    """The output of SplitMix64 (Steele, Lea and Flood 2014) for each state; a bijection of 64 bits."""
-    mixed: Keys = state + np.uint64(0x9E3779B97F4A7C15)
+SPLITMIX64_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+def splitmix64(states: Keys) -> Keys:
+    """Next output of SplitMix64 (Steele, Lea and Flood 2014) after each state; a bijection of 64 bits."""
+    mixed: Keys = states + SPLITMIX64_STEP
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)

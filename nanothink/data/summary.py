@@ -1,4 +1,4 @@
-"""What a corpus consists of, in numbers. Behind ``nanothink data inspect``."""
+"""Counts of a corpus, for ``nanothink data inspect``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LARGEST_BARS = 14
 class DomainSummary:
     """Counts of one domain. ``n_tokens`` includes the end-of-text token of each record.
 
-    The only text of a domain is cut, so that the tokens of its sides are a few more than its own.
+    If the domain's only text is cut, its sides have a few tokens more than the whole.
     """
 
     name: str

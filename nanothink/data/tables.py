@@ -31,7 +31,8 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def holds_json_array(path: Path) -> bool:
-    """Whether a file, decompressed where its name says so, begins as an array. Raises UnreadableError."""
+    """Return whether a file, decompressed by its extension, begins as a JSON array. Raises
+    UnreadableError."""
     with SourceFile(path) as file:
         try:
             return next(file.chunks(), b"").removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
@@ -97,7 +98,7 @@ def json_lines_rows(path: Path, text_field: str, findings: Findings) -> Iterator
 
 
 def _parse(data: bytes) -> Any:
-    """Any JSON value; raises JsonFault where it is none."""
+    """Parse any JSON value. Raises JsonFault."""
     try:
         return orjson.loads(data)
     except ValueError:  # not JSON, or a number beyond what the fast parser takes

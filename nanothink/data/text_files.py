@@ -1,4 +1,4 @@
-"""Text files as rows: read strictly as UTF-8, cut into records, never all in memory."""
+"""Rows of text files: strict UTF-8, cut into records, in a stream."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
 
 
 class Row(NamedTuple):
-    """One document of a source, as it was found there."""
+    """One document of a source, as found there."""
 
     number: int
-    """Of the row, or the line where it begins, from 1."""
+    """Number of the row, or of the line where it begins, from 1."""
     source: str
     text: object
-    """What stands where the text should be."""
+    """Value of the text field, of any type."""
     group: object = None
     """Name of the document that this is a piece of."""
 
@@ -41,7 +41,7 @@ _BLANK_LINE = re.compile(r"\n[ \t\f\v]*\n")
 
 @dataclass
 class Findings:
-    """What the readers have to say besides the rows."""
+    """Counts and problems that the readers collect beside the rows."""
 
     reporter: Reporter
     empty: int = 0
@@ -58,11 +58,12 @@ class Findings:
 
 
 def cut_text(file: TextIO, limit: int | None) -> Iterator[str]:
-    """A text in pieces of at most ``limit`` characters, cut at blank lines where there are any.
+    """Cut a text into pieces of at most ``limit`` characters.
 
-    Failing those at line ends, failing those at blanks, and inside a word only if it alone is too long.
-    Blank lines at the start and white space at the end of a piece are dropped; every other character is
-    in exactly one piece. Pieces of white space alone are left out. Reads no more than a few pieces ahead.
+    Cuts at blank lines where possible, else at line ends, else at blanks, and inside a word only if it is too
+    long alone. Blank lines at the start and white space at the end of a piece are dropped; every other
+    character is in exactly one piece. Pieces of white space alone are left out. Reads a few pieces ahead at
+    most.
     """
     buffer, ended = "", False
     while True:
@@ -87,7 +88,7 @@ def cut_text(file: TextIO, limit: int | None) -> Iterator[str]:
 
 
 def _cut_place(text: str, start: int, end: int) -> tuple[int, int]:
-    """Where a piece that begins at ``start`` and must end by ``end`` ends, and where the next begins."""
+    """End of the piece that begins at ``start`` and must end by ``end``, and start of the next one."""
     last = None
     for last in _BLANK_LINE.finditer(text, start, end + 1):  # noqa: B007 - the last one is wanted
         pass
@@ -120,7 +121,7 @@ def text_file_rows(files: list[tuple[Path, str]], limit: int | None, findings: F
 
 
 def _content_digest(path: Path) -> str:
-    """16 hexadecimal digits that stand for a text, whatever its name and its line ends."""
+    """Digest of a text file, 16 hexadecimal digits; line ends do not matter."""
     digest = hashlib.blake2b(digest_size=8)
     with open_text(path) as file:
         while chunk := file.read(2**20):
@@ -129,7 +130,7 @@ def _content_digest(path: Path) -> str:
 
 
 def folder_rows(folder: Path, limit: int | None, findings: Findings, leave_out: Path) -> Iterator[Row]:
-    """Rows of the text files below ``folder``, without those below ``leave_out``."""
+    """Yield the rows of the text files below ``folder``, except those below ``leave_out``."""
     files: list[tuple[Path, str]] = []
     others: Counter[str] = Counter()
 
@@ -172,7 +173,7 @@ def folder_rows(folder: Path, limit: int | None, findings: Findings, leave_out: 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what reading a file can raise into a DataError that says where and what to do."""
+    """Turn the errors of reading a file into a DataError with the place and a remedy."""
     try:
         yield
     except UnicodeDecodeError:
@@ -182,7 +183,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def open_text(path: Path, newline: str | None = None) -> TextIO:
-    """The file opened as UTF-8, behind a byte-order mark. Raises DataError for text in wider units."""
+    """Open a file as UTF-8, after a byte-order mark. Raises DataError for UTF-16 and UTF-32."""
     with path.open("rb") as file:
         start = file.read(4096)
     # Without a mark such text may be valid UTF-8 all the same, every second character of it a NUL.
@@ -192,7 +193,7 @@ def open_text(path: Path, newline: str | None = None) -> TextIO:
 
 
 def where_not_utf8(path: Path) -> str:
-    """The error for a file that is no UTF-8, with the place and a command that converts it."""
+    """Message for a file that is not UTF-8, with the place and a command that converts it."""
     # The decoder's own error counts from the start of some buffer, so the place is looked for again.
     offset, rest = 0, b""
     with path.open("rb") as file:
@@ -221,7 +222,7 @@ def _not_utf8(path: Path, why: str, encoding: str) -> str:
 
 
 def no_such_field(where: str, text_field: str, fields: Iterable[object]) -> DataError:
-    """The error for a table without the column or key that should hold the text."""
+    """Make the error for a table without the column or key of the text."""
     names = [str(name) for name in fields]
     listed = ", ".join(names[:20]) or "none"
     message = f"{where} has no '{text_field}'.{did_you_mean(text_field, names)} It has: {listed}."
@@ -229,7 +230,7 @@ def no_such_field(where: str, text_field: str, fields: Iterable[object]) -> Data
 
 
 def same_file(a: Path, b: Path) -> bool:
-    """True if both are there and are one file or folder, whatever links lead to it."""
+    """Return whether both paths exist and are the same file or folder, through any links."""
     try:
         return a.samefile(b)
     except OSError:

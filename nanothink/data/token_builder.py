@@ -1,8 +1,8 @@
-"""Finds or makes the tokens of a corpus's files.
+"""Token files of a corpus: found in the cache, or built.
 
-Each file's content has a digest, and its tokens are looked up by it; what is missing is made
-(token_files.py). The same content in two places is tokenised once. The bytes that are tokenised are hashed as
-they are read, so that tokens are never kept for a content that they are not all of.
+Tokens are looked up by the digest of the file's content; missing ones are built (token_files.py). The same
+content in two places is tokenised once. The bytes are hashed while they are tokenised, so tokens are never
+kept under the digest of content that they do not cover.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from nanothink.data.cache import cache_folder
 from nanothink.data.corpus import Corpus, bad_records_error, left_out
 from nanothink.data.encoding import Tokenizer
-from nanothink.data.lines import Problem, shown
+from nanothink.data.lines import shown
 from nanothink.data.pages import OpenFiles
 from nanothink.data.problems import Problems
-from nanothink.data.records import iter_records
+from nanothink.data.records import ignored, iter_records
 from nanothink.data.split import SplitRule, cut_text, group_key, normalised, text_key
 from nanothink.data.token_files import (
     SUFFIX,
@@ -41,7 +41,7 @@ from nanothink.reporter import Reporter
 
 @dataclass(frozen=True)
 class Cut:
-    """The only text of a domain in two or three documents, which train, validate and test."""
+    """The only text of a domain, cut into two or three documents that train, validate and test."""
 
     name: str
     file: TokenFile
@@ -50,10 +50,10 @@ class Cut:
 
 
 class TokenBuilder:
-    """The tokens of one corpus by one tokenizer.
+    """Builder of the tokens of one corpus by one tokenizer.
 
     Args:
-        skip: leave bad lines out, instead of raising BadRecordsError for them.
+        skip: leave bad lines out instead of raising BadRecordsError.
     """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, skip: bool, reporter: Reporter) -> None:
@@ -67,12 +67,12 @@ class TokenBuilder:
         """Bad lines of the files; complete when ``files`` has returned."""
 
     def files(self) -> dict[str, list[tuple[str, TokenFile]]]:
-        """Digest and tokens of every file, by domain, in the corpus's order.
+        """Return digest and tokens of every file, by domain, in the corpus's order.
 
         Raises:
-            UnreadableError: a file could not be read, whatever is to be skipped.
-            BadRecordsError: there are bad lines, and they are not to be skipped.
-            StorageError: the tokens cannot be kept.
+            UnreadableError: a file could not be read, whether or not bad lines are skipped.
+            BadRecordsError: there are bad lines, and they are not skipped.
+            StorageError: the tokens cannot be written.
         """
         manifest = Manifest(self._cache / "manifest.json")
         sizes: dict[str, int] = {}
@@ -115,7 +115,7 @@ class TokenBuilder:
         }
 
     def cut(self, key: int, paths: Sequence[Path], domain: str, split: SplitRule, trained_chars: int) -> Cut:
-        """The text of that key cut in parts, of which the first holds what was trained on already."""
+        """Cut the text of that key; the first part holds at least the characters trained on already."""
         _, text = self._find(key, paths)
         parts = [part for part in cut_text(text, split, domain, trained_chars) if part]
         lengths = [len(part) for part in parts]
@@ -146,13 +146,13 @@ class TokenBuilder:
 
     def _find(self, key: int, paths: Sequence[Path]) -> tuple[int, str]:
         for path in paths:
-            for line, record in iter_records(path, on_problem=_pass_over):
+            for line, record in iter_records(path, on_problem=ignored):
                 if text_key(record.text) == key:
                     return line, record.text
         raise _changed(paths[0])
 
     def _make(self, path: Path, digest: str, on_bytes: Callable[[int], None] | None = None) -> BadLines:
-        """Tokenises a file, and returns its bad lines; keeps nothing if they, or earlier ones, forbid it."""
+        """Tokenise a file and return its bad lines; keep nothing if these, or earlier ones, forbid it."""
         target = self._path(digest)
         if target.exists():
             self._reporter.note(
@@ -173,12 +173,12 @@ class TokenBuilder:
         return bad_lines_of(bad)
 
     def _keeps(self, bad: Problems) -> bool:
-        """Tokens are of no use if all of this will be refused; files are only read then, to tell all that is
-        wrong at once."""
+        """Return whether tokens are still needed. If the corpus will be refused, files are only read, to
+        report all bad lines at once."""
         return self._skip or not (bad or self._found_bad)
 
     def _make_again(self, path: Path, digest: str) -> None:
-        """Called when a page of the file's tokens turned out to be damaged, or they are gone."""
+        """Rebuild a token file that is damaged or gone."""
         target = self._path(digest)
         with locked(self._cache, self._reporter):
             self._open_files.forget(target)
@@ -200,7 +200,7 @@ class TokenBuilder:
             writer.commit()
 
     def _settle_bad_lines(self, bad: Mapping[str, BadLines], digests: Mapping[Path, str]) -> None:
-        """Refuse them, or tell that they are left out."""
+        """Raise for bad lines, or note that they are left out."""
         for path, digest in digests.items():
             self.left_out.extend(named_in(shown(path), bad[digest]))
         if not self.left_out:
@@ -209,10 +209,6 @@ class TokenBuilder:
         if not self._skip:
             raise bad_records_error(root, self.left_out)
         self._reporter.note(f"Left out: {left_out(self.left_out, root)}")
-
-
-def _pass_over(_problem: Problem) -> None:
-    """Bad records were reported, or accepted, when the file was tokenised."""
 
 
 def _changed(path: Path) -> DataError:

@@ -1,16 +1,15 @@
-"""Tokenised files on disk: one file for each content, whole or not there.
+"""Token files: the tokens of one text file on the disk, whole or not there.
 
     tokens/<tokenizer>/<content>.tokens
         ids of all documents, each followed by EOS, in pages (pages.py); smallest unsigned type that fits
-        one DOCUMENT row a document, in pages
+        one DOCUMENT row per document, in pages
         summary: counts, checksums, and the bad lines that were left out, as JSON
         length and checksum of the summary, and the format
 
-A file is filled under another name and renamed when all of it is written, so what a killed process leaves is
-never read. Every page and the summary are held against their checksums whenever they are read: a flipped bit
-would be trained on, or make an id that no embedding has. A power cut may leave less than was written; that is
-found in the same way, so nothing is synced to the disk. Names are fingerprints, so that nothing here is ever
-out of date.
+A file is written under a temporary name and renamed when complete, so nothing that a killed process leaves is
+read. Every page and the summary are checked whenever they are read: a flipped bit would be trained on, or
+give an id without an embedding. The same check finds what a power cut leaves, so nothing is synced. Names are
+fingerprints, so nothing here is ever out of date.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ from nanothink.disk import storage_error, sweep, whole_file, write_whole
 from nanothink.errors import StorageError, UnreadableError
 
 DOCUMENT = np.dtype([("end", "<i8"), ("n_bytes", "<i8"), ("key", "<u8"), ("group", "<u8"), ("line", "<i8")])
-"""Of one document: where its tokens end (they begin where the one before ends), its size in UTF-8 bytes, the
-hashes of its text and group (split.text_key, split.group_key), and its line."""
+"""Row of a document: the end of its tokens (they begin at the end of the one before), its size in UTF-8
+bytes, the keys of its text and group (split.text_key, split.group_key), and its line."""
 
 SUFFIX = ".tokens"
 
@@ -57,7 +56,7 @@ _PLACES = 5  # of each kind of bad line, kept for the next time that someone ask
 
 
 BadLines = Sequence[tuple[int, Sequence[tuple[int, int, str, str]]]]
-"""Bad lines of a file by kind: how many, and line, column, reason and field of the text of the first few."""
+"""Bad lines of a file by kind: the count, and line, column, reason and text field of the first few."""
 
 
 def bad_lines_of(problems: Problems) -> BadLines:
@@ -68,12 +67,12 @@ def bad_lines_of(problems: Problems) -> BadLines:
 
 
 def named_in(file: str, bad: BadLines) -> list[tuple[int, list[Problem]]]:
-    """For ``Problems.extend``: bad lines as those of ``file``."""
+    """Convert bad lines to problems of ``file``, for ``Problems.extend``."""
     return [(count, [Problem(file, *place) for place in named]) for count, named in bad]
 
 
 class Array(Protocol):
-    """An array of one dimension that is read in stretches."""
+    """A 1-D array that is read in slices."""
 
     def __len__(self) -> int: ...
 
@@ -82,18 +81,18 @@ class Array(Protocol):
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One tokenised file."""
+    """The tokens of one text file."""
 
     tokens: Array
     """(number of tokens,) unsigned"""
     rows: Array
     """(number of documents,) DOCUMENT"""
     bad: BadLines = ()
-    """The lines that were no records."""
+    """Lines that are not records."""
     checksum: str = ""
-    """Of tokens and rows."""
+    """Checksum of tokens and rows."""
     path: str = ""
-    """The text file these are the tokens of, from the data root; empty where nobody has said."""
+    """The text file, relative to the data root; empty if not known."""
 
     @property
     def documents(self) -> NDArray[Any]:
@@ -106,67 +105,63 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-class _KeptFile:
-    """A file of tokens that is opened when it is read, and made again if it is damaged or gone."""
+@dataclass(frozen=True)
+class _PagedArray:
+    """An ``Array`` in the pages of a token file, which is opened when read and rebuilt if damaged or gone."""
 
-    def __init__(self, path: Path, files: OpenFiles, make_again: Callable[[], None] | None) -> None:
-        self.path, self._files, self._make_again = path, files, make_again
+    path: Path
+    files: OpenFiles
+    make_again: Callable[[], None] | None
+    offset: int
+    dtype: np.dtype[Any]
+    length: int
 
-    def read(self, offset: int, n_bytes: int, start: int, stop: int) -> NDArray[Any]:
-        """See ``read_pages``. Raises StorageError."""
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> NDArray[Any]:
+        start, stop, step = part.indices(self.length)
+        assert step == 1
+        if start >= stop:
+            return np.empty(0, self.dtype)
         try:
-            return self._read(offset, n_bytes, start, stop)
+            return self._read(start, stop)
         except DamagedPageError:
-            self._files.forget(self.path)
-        if self._make_again is not None:
-            self._make_again()
+            self.files.forget(self.path)
+        if self.make_again is not None:
+            self.make_again()
             with contextlib.suppress(DamagedPageError):
-                return self._read(offset, n_bytes, start, stop)
+                return self._read(start, stop)
         raise StorageError(
-            f"The tokens kept in {self.path} are damaged. Check the disk; if the file is deleted, it is made "
-            "again."
+            f"The tokens in {self.path} are damaged. Check the disk. If the file is deleted, the next run "
+            "makes it again."
         )
 
-    def _read(self, offset: int, n_bytes: int, start: int, stop: int) -> NDArray[Any]:
+    def _read(self, start: int, stop: int) -> NDArray[Any]:
+        size = self.dtype.itemsize
         try:
-            return read_pages(self._files.descriptor(self.path), offset, n_bytes, start, stop)
+            file = self.files.descriptor(self.path)
+            content = read_pages(file, self.offset, self.length * size, start * size, stop * size)
         except OSError as error:
             raise _damaged_or_unreadable(self.path, error) from error
+        return content.view(self.dtype)
 
 
 def _damaged_or_unreadable(path: Path, error: OSError) -> DamagedPageError | UnreadableError:
-    """A file that is gone, or a bad place of the disk, can be made good; no descriptors or rights cannot."""
+    """Classify an error: a file that is gone or a bad sector can be rebuilt; missing permissions cannot."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
         return DamagedPageError()
     return unreadable(path, error)
 
 
-class _PagedArray:
-    """An ``Array`` in the pages of a kept file."""
-
-    def __init__(self, file: _KeptFile, offset: int, dtype: np.dtype[Any], length: int) -> None:
-        self._file, self._offset, self._dtype, self._length = file, offset, dtype, length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, part: slice) -> NDArray[Any]:
-        start, stop, step = part.indices(self._length)
-        assert step == 1
-        if start >= stop:
-            return np.empty(0, self._dtype)
-        size = self._dtype.itemsize
-        return self._file.read(self._offset, self._length * size, start * size, stop * size).view(self._dtype)
-
-
 def open_token_file(
     path: Path, files: OpenFiles, make_again: Callable[[], None] | None = None
 ) -> TokenFile | None:
-    """The tokenised file at ``path``; None when there is none, or one without a sound summary.
+    """Open the token file at ``path``; None if there is none, or its summary is damaged.
 
     Args:
-        files: keeps it open while it is read.
-        make_again: called when a page turns out to be damaged; leaves a sound file at ``path``.
+        files: pool that keeps it open while it is read.
+        make_again: called if a page is damaged; it must leave a valid file at ``path``.
 
     Raises:
         UnreadableError: the machine could not read it.
@@ -184,11 +179,10 @@ def open_token_file(
     except (DamagedPageError, ValueError, KeyError, TypeError):
         files.forget(path)
         return None
-    kept = _KeptFile(path, files, make_again)
     after_tokens = stored_bytes(n_tokens * dtype.itemsize)
     return TokenFile(
-        _PagedArray(kept, 0, dtype, n_tokens),
-        _PagedArray(kept, after_tokens, DOCUMENT, n_documents),
+        _PagedArray(path, files, make_again, 0, dtype, n_tokens),
+        _PagedArray(path, files, make_again, after_tokens, DOCUMENT, n_documents),
         bad,
         summary["checksum"],
     )
@@ -209,18 +203,14 @@ def _read_summary(descriptor: int) -> dict[str, Any]:
     if start < 0 or zlib.crc32(content) != checksum:
         raise DamagedPageError
     summary: dict[str, Any] = orjson.loads(content)
-    pages = sum(stored_bytes(summary[n] * np.dtype(d).itemsize) for n, d in _areas(summary))
-    if pages != start:
+    tokens = stored_bytes(summary["tokens"] * np.dtype(summary["dtype"]).itemsize)
+    if tokens + stored_bytes(summary["documents"] * DOCUMENT.itemsize) != start:
         raise DamagedPageError
     return summary
 
 
-def _areas(summary: dict[str, Any]) -> Sequence[tuple[str, Any]]:
-    return (("tokens", summary["dtype"]), ("documents", DOCUMENT))
-
-
 def is_whole(path: Path, files: OpenFiles) -> bool:
-    """Whether every page of a tokenised file is as it was written."""
+    """Return whether every page of a token file is as it was written."""
     found = open_token_file(path, files)
     if found is None:
         return False
@@ -235,15 +225,18 @@ def is_whole(path: Path, files: OpenFiles) -> bool:
 
 
 class _NotCommitted(Exception):
-    """Tells the context of the file under way that it is not to appear."""
+    """Makes ``whole_file`` discard a file that was not committed."""
 
 
 class TokenFileWriter:
-    """Tokenises documents into a file, in chunks, which appears at the end if ``commit`` was called.
+    """Writer of a token file, which appears at the end if ``commit`` was called.
 
-    Use it under the lock of the cache. Memory depends on the chunk, not on the number of documents.
-    ``source`` is the file that the documents stand in, for messages. Raises StorageError when the disk
-    refuses, TextLostError for a document that its tokens do not give back.
+    Use it under the lock of the cache. Documents are tokenised in chunks, which bound the memory. ``source``
+    is the text file, for messages.
+
+    Raises:
+        StorageError: the disk refuses.
+        TextLostError: the tokenizer loses a part of a document.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, source: Path) -> None:
@@ -308,7 +301,7 @@ class TokenFileWriter:
         self._texts, self._lines, self._groups, self._n_chars = [], [], [], 0
 
     def commit(self, bad: Problems | None = None) -> None:
-        """Complete the file, with the bad lines that are not in it."""
+        """Complete the file; ``bad`` are the lines that are not in it."""
         self._flush()
         summary = orjson.dumps(
             {
@@ -333,10 +326,10 @@ class TokenFileWriter:
 
 
 class Manifest:
-    """Digests of files by what the file system says about them, so that unchanged files are not read.
+    """Cache of files' digests by size and times, so that unchanged files are not read.
 
-    A file touched within the clock's tick of its digest may change again without a trace, so a
-    digest is only remembered for files left alone for two seconds (FAT's resolution).
+    A file may change twice within the resolution of its times, so a digest is kept only if the file had not
+    changed for two seconds (FAT's resolution).
     """
 
     _SETTLED_NS = 2 * 10**9
@@ -354,7 +347,7 @@ class Manifest:
         return content if isinstance(content, dict) else {}
 
     def digest(self, path: Path, root: Path, now_ns: int) -> tuple[str, int]:
-        """BLAKE2b of the file's bytes, 32 hex digits, and their number. Raises UnreadableError."""
+        """BLAKE2b of the file's bytes, as 32 hex digits, and its size. Raises UnreadableError."""
         name = os.path.relpath(path, root)
         status = stamp(path)
         known = self._fresh.get(name) or self._known.get(name)
@@ -373,7 +366,7 @@ class Manifest:
         return bool(self._fresh)
 
     def save(self) -> None:
-        """Adds what is new to the file on disk. Only for the holder of the cache's lock."""
+        """Add new digests to the file on disk. The caller must hold the cache's lock."""
         with contextlib.suppress(OSError):
             sweep(self._path)
         if self._fresh:
@@ -383,12 +376,12 @@ class Manifest:
 
 
 def new_digest() -> hashlib.blake2b:
-    """The hash that names a file's content."""
+    """Hash function of a file's content."""
     return hashlib.blake2b(digest_size=16)
 
 
 def stamp(path: Path) -> list[int]:
-    """Changes whenever the file's content does, as far as the disk can tell. Raises UnreadableError."""
+    """Size, times and inode, which change with the file's content. Raises UnreadableError."""
     try:
         status = path.stat()
     except OSError as error:

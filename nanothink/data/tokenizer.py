@@ -25,7 +25,7 @@ from nanothink.data.corpus import Corpus, bad_records_error, find_corpus, left_o
 from nanothink.data.encoding import EOS, Tokenizer
 from nanothink.data.hub import TokenizerUnreachableError
 from nanothink.data.problems import Problems
-from nanothink.data.records import Problem, ProblemSink, Record, iter_records
+from nanothink.data.records import ProblemSink, Record, ignored, iter_records
 from nanothink.data.sides import CUT, TRAIN, assign_sides
 from nanothink.data.split import SplitRule, cut_text, group_key, text_key
 from nanothink.data.tokenizer_files import load_tokenizer, looks_like_path, tokenizer_settings
@@ -44,18 +44,17 @@ __all__ = [
 ]
 
 REPLACEABLE = "gpt2"
-"""The name that a tokenizer trained here may stand in for: the default of ``DataConfig``."""
+"""Name of the tokenizer that one trained here may replace: the default of ``DataConfig``."""
 _MAX_TRAINING_BYTES = 256 * 2**20  # counts of words have settled long before
 _STANDS_FOR = "nanothink_stands_for"
 _SPLIT = "nanothink_split"
 
 
 def fitting_vocab_size(n_bytes: int) -> int:
-    """Vocabulary for a corpus of ``n_bytes``: 1,024 at 100 KB, growing with the root of its size.
+    """Vocabulary size for a corpus of ``n_bytes``: 1,024 at 100 KB, growing with the square root of its size.
 
-    A token is learnt from its occurrences. With n tokens and V rows a row is seen n/V times on average,
-    and by Zipf's law the rarest far less often; V ~ sqrt(n) lets the rarest grow more frequent as the
-    corpus does (words by Heaps' law grow about as fast). 32,768 are enough for any text at this scale.
+    With n tokens and V rows, a row is trained on n/V occurrences on average, the rarest on far fewer. V ~
+    sqrt(n) makes the rarest more frequent as the corpus grows. 32,768 are enough for any text at this scale.
     """
     size: float = 1024 * (n_bytes / 100_000) ** 0.5
     return min(max(round(size / 64) * 64, 512), 32768)
@@ -64,7 +63,7 @@ def fitting_vocab_size(n_bytes: int) -> int:
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int | None, *, n_bytes: int, reporter: Reporter = SILENT
 ) -> Tokenizer:
-    """Byte-level BPE that can spell any text; the same texts always give the same tokenizer.
+    """Train a byte-level BPE, which can encode any text. The same texts always give the same tokenizer.
 
     ``n_bytes`` is the size of all texts; it sets the vocabulary when ``vocab_size`` is None. A corpus
     with too few different words gives a smaller vocabulary than asked for. Progress is reported
@@ -85,9 +84,9 @@ def train_on_corpus(
     reporter: Reporter = SILENT,
     on_bad_line: ProblemSink | None = None,
 ) -> Tokenizer:
-    """``train_tokenizer`` on the training side of a corpus, on an even sample of it when that is very large.
+    """Train a tokenizer on the training side of a corpus, or on an even sample of a very large one.
 
-    Bad records are passed over. The corpus is read twice, once to split it and once to train.
+    Bad records are skipped. The corpus is read twice, once to split it and once to train.
     Three stages are reported, each with a speed of its own: reading and counting words, in bytes of files,
     and merging. Raises DataError when there is nothing to train on.
     """
@@ -100,7 +99,7 @@ def train_on_corpus(
         rows[domain] = np.fromiter(
             (
                 (text_key(record.text), group_key(record.group, record.source), len(record.text.encode()))
-                for record in _records(paths, advance, on_bad_line or _pass_over)
+                for record in _records(paths, advance, on_bad_line or ignored)
             ),
             dtype=[("key", "<u8"), ("group", "<u8"), ("n_bytes", "<i8")],
         )
@@ -116,7 +115,7 @@ def train_on_corpus(
         for domain, paths in corpus.domains.items():
             keys = rows[domain]["key"].tolist()
             for record, key, side in zip(
-                _records(paths, advance, _pass_over), keys, sides[domain], strict=False
+                _records(paths, advance, ignored), keys, sides[domain], strict=False
             ):
                 if side == CUT:
                     yield cut_text(record.text, split, assigned.cut[key])[0]
@@ -124,10 +123,6 @@ def train_on_corpus(
                     yield record.text
 
     return train_tokenizer(chosen(), vocab_size, n_bytes=n_bytes, reporter=reporter)
-
-
-def _pass_over(_problem: Problem) -> None:
-    """Bad lines are told when the text is read for the first time."""
 
 
 def _records(
@@ -146,7 +141,7 @@ def save_tokenizer(
     split: SplitRule | None = None,
     context: int | None = None,
 ) -> Path:
-    """Writes tokenizer.json and tokenizer_config.json; ``load_tokenizer`` and transformers read them.
+    """Write tokenizer.json and tokenizer_config.json, which ``load_tokenizer`` and transformers read.
 
     Both give the same ids. A text begins after EOS, as in GPT-2, so that is the BOS of those that ask for
     one; nothing puts it there unasked. ``split`` is the rule whose training side it was trained on;
@@ -190,10 +185,10 @@ def resolve_tokenizer(
     skip_bad_records: bool = False,
     reporter: Reporter = SILENT,
 ) -> Tokenizer:
-    """``load_tokenizer``, or a stand-in trained here when the default ``gpt2`` cannot be had.
+    """Load a tokenizer, or train a stand-in if the default ``gpt2`` is not available.
 
-    Only the default is ever replaced: a name that was asked for by hand may be a slip, and a quiet
-    stand-in would train the wrong vocabulary.
+    Only the default is ever replaced: another name may be misspelt, and a silent stand-in would train the
+    wrong vocabulary.
 
     The stand-in is trained on the training split of every domain in the data root, not only of those
     selected, and is used for that name from then on, whatever becomes of the corpus or the network:

@@ -1,4 +1,5 @@
-"""Tokenizers from a folder, a tokenizer.json, or the Hugging Face Hub. No code that lies there is run."""
+"""Loading of tokenizers from a folder, a tokenizer.json, or the Hugging Face Hub. No code found there is
+run."""
 
 from __future__ import annotations
 
@@ -20,9 +21,11 @@ _KNOWN_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<｜end▁of�
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer in a folder or a tokenizer.json file, or of that name on the Hugging Face Hub.
+    """Load the tokenizer in a folder or a tokenizer.json file, or of that name on the Hugging Face Hub.
 
-    Raises TokenizerError (TokenizerUnreachableError when only the Hub could have it and it is offline).
+    Raises:
+        TokenizerUnreachableError: only the Hub could have it, and it does not answer.
+        TokenizerError: it cannot be found, read or used.
     """
     path = Path(name).expanduser()
     try:
@@ -41,7 +44,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def looks_like_path(name: str) -> bool:
-    """A Hub name is 'name' or 'owner/name'; anything else with a separator is meant as a path."""
+    """Return whether a name is meant as a path. A Hub name is 'name' or 'owner/name'."""
     parts = name.split("/")
     return (
         not name
@@ -64,7 +67,7 @@ def _from_folder(folder: Path, name: str) -> Tokenizer:
 
 
 def _gpt2(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
-    """GPT-2's cutting and bytes around a vocabulary and merges; transformers would cost 3 s to import."""
+    """Build a GPT-2 tokenizer from vocabulary and merges; transformers would take 3 s to import."""
     try:
         ids = orjson.loads(_read(vocab))
         lines = _read(merges).removesuffix("\n").split("\n")
@@ -82,9 +85,9 @@ def _gpt2(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
 
 
 def _through_transformers(folder: Path, name: str) -> Tokenizer:
-    """Other formats (SentencePiece and the like), which transformers knows how to convert.
+    """Load another format (SentencePiece and the like) through transformers.
 
-    It is shown a copy of the data files alone and told to trust no code: a stranger's folder runs none.
+    It gets a copy of the data files alone and is told to trust no code, so a stranger's folder runs none.
     """
     found = [file for file in DATA_FILES if (folder / file).is_file()]
     if not any(file.startswith(("tokenizer.", "vocab.", "spiece", "sentencepiece", "spm")) for file in found):
@@ -123,7 +126,7 @@ def _with_eos(backend: tokenizers.Tokenizer, name: str, eos: str | None) -> Toke
 
 
 def _eos_beside(path: Path) -> str | None:
-    """EOS as the configuration files beside a tokenizer name it."""
+    """EOS token named by the configuration files beside a tokenizer."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         token = tokenizer_settings(path.with_name(name)).get("eos_token")
         if isinstance(token, dict):

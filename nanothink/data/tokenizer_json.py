@@ -1,8 +1,8 @@
-"""A tokenizer's JSON from a stranger, looked at before the tokenizers library builds it.
+"""Checks of a stranger's tokenizer.json before the tokenizers library loads it.
 
-The library trusts what it reads: one absurd id makes it allocate gigabytes and abort the whole process,
-thirty replacements of a letter by two make a terabyte of "Hello", and what does not fit together makes it
-panic. So sizes, ids and growth are bounded here first, and ``failures_told`` turns a panic into an error.
+The library trusts its input: one absurd id makes it allocate gigabytes and abort the process, thirty
+replacements of a letter by two make a terabyte of "Hello", and inconsistent parts make it panic. So sizes,
+ids and growth are bounded first, and ``failures_told`` turns a panic into an error.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import orjson
 from nanothink.errors import NanoThinkError, TokenizerError
 
 MAX_JSON_BYTES = 48 * 2**20
-"""Of the whole; a vocabulary of 256,000 tokens takes 20 MB."""
+"""Most bytes of a tokenizer.json; a vocabulary of 256,000 tokens takes 20 MB."""
 
 _MAX_ID = 2**24
 _MAX_GROWTH = 1000
-"""Characters that one may become in the normaliser, and again in the decoder."""
+"""Most characters that one may become in the normaliser, and again in the decoder."""
 _MAX_STEPS = 64
 _MAX_STRING = 1000
-"""Characters of a pattern, a prefix or a special token."""
+"""Most characters of a pattern, a prefix or a special token."""
 
 
 def check_tokenizer_json(text: str, where: str) -> None:
-    """Raises TokenizerError for JSON that no tokenizer has and that could exhaust the machine."""
+    """Raise TokenizerError for JSON that no real tokenizer has and that could exhaust the machine."""
 
     def refuse(reason: str) -> TokenizerError:
         return TokenizerError(f"{where} is not a tokenizer that can be read: {reason}.")
@@ -77,7 +77,7 @@ def check_tokenizer_json(text: str, where: str) -> None:
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """The steps of a part of the pipeline, those of sequences one by one."""
+    """Yield the steps of a part of the pipeline, those of sequences one by one."""
     pending = [part]
     for _ in range(4 * _MAX_STEPS):
         if not pending:
@@ -91,7 +91,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_charsmap(charsmap: Any, refuse: Any) -> None:
-    """Its first four bytes say how long a table follows, and that much is allocated unseen."""
+    """Check the length in the first four bytes: the library allocates that much without looking."""
     try:
         data = base64.b64decode(charsmap)
     except (TypeError, ValueError, binascii.Error):
@@ -102,7 +102,7 @@ def _check_charsmap(charsmap: Any, refuse: Any) -> None:
 
 @contextlib.contextmanager
 def failures_told(where: str) -> Iterator[None]:
-    """Turns whatever the library raises into a TokenizerError, panics too, which are no ``Exception``."""
+    """Turn errors and panics of the library (which are no ``Exception``) into TokenizerError."""
     try:
         yield
     except NanoThinkError:

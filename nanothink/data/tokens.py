@@ -1,11 +1,10 @@
-"""A corpus as tokens: each file tokenised once, each side of the split read as one stream.
+"""Token streams: each file is tokenised once, each side of the split is read as one stream.
 
-1. The tokens of each file are looked up by its content; what is missing is made (token_builder.py).
-2. Every document goes to training or validation by the hash of its text (corpus.py). A domain of one
-   text has that text cut in two (split.py).
-3. A ``TokenStream`` strings the documents of one domain and side together, each with its EOS, without
-   copying them: it knows which stretches of which files follow one another. Another
-   ``val_split`` or selection of domains therefore costs no tokenising and no disk.
+1. The tokens of each file are looked up by its content; missing ones are built (token_builder.py).
+2. Each document is assigned to a side (sides.py). The only text of a domain is cut (split.py).
+3. A ``TokenStream`` concatenates the documents of one domain and side, each with its EOS, without copying: it
+   lists the ranges of the token files. Another ``val_split`` or selection of domains therefore costs neither
+   tokenising nor disk.
 """
 
 from __future__ import annotations
@@ -32,35 +31,35 @@ IGNORE = -100
 """Target that is not to be predicted (PyTorch's own convention)."""
 
 SAMPLE_SEED = 43
-"""The seed of ``TokenStream.sample``: another one than the split's, and as fixed."""
+"""Seed of ``TokenStream.sample``: fixed like the split's, and another one."""
 
 Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a stream, one value each."""
+    """The documents of a stream, as columns with one value per document."""
 
     n_tokens: Int64
-    """EOS included."""
+    """Tokens, with EOS."""
     n_bytes: Int64
     """UTF-8 bytes of the text."""
     keys: NDArray[np.uint64]
-    """Hash of the text (split.text_key)."""
+    """Key of the text (split.text_key)."""
     groups: NDArray[np.uint64]
-    """Hash of the group that it is split with (sides.group_keys)."""
+    """Key of the group (sides.group_keys)."""
     lines: Int64
     """Line in its file."""
     files: Int64
-    """Its file, as an index into ``paths``."""
+    """Index of its file in ``paths``."""
     paths: tuple[str, ...]
-    """Files, from the data root."""
+    """Files, relative to the data root."""
 
 
 class TokenStream:
     """The documents of one domain and side, each followed by EOS, as one sequence of tokens.
 
-    ``n_tokens`` counts EOS; ``n_bytes`` is the documents' UTF-8 text alone.
+    ``n_tokens`` includes EOS; ``n_bytes`` is the UTF-8 text alone.
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class TokenStream:
         return TokenStream(self.domain, self._eos_id, parts, self._sources_count)
 
     def documents(self) -> Documents:
-        """What is known of each document, in the stream's order; read from disk at each call."""
+        """Properties of each document, in the stream's order; read from the disk at each call."""
         rows, sizes = [], []
         for file, chosen in self._parts:
             documents = file.documents
@@ -174,7 +173,7 @@ class TokenStream:
 
 
 def _runs(ends: Int64, chosen: NDArray[np.bool_]) -> tuple[Int64, Int64]:
-    """Where stretches of neighbouring chosen documents start and stop, in tokens of their file."""
+    """Start and stop, in tokens of their file, of each run of consecutive chosen documents."""
     change = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))
     limits = np.concatenate(([0], ends))
     return limits[change[0::2]], limits[change[1::2]]
@@ -185,22 +184,22 @@ class TokenisedCorpus:
     train: dict[str, TokenStream]
     val: dict[str, TokenStream]
     test: dict[str, TokenStream]
-    """By domain, sorted; all three hold every domain, if with no text where nothing is held out."""
+    """By domain, sorted. All three have every domain, some without text if nothing is held out."""
     fingerprint: str
-    """Equal for two runs if and only if they see the same blocks on the same sides."""
+    """Equal for two runs if and only if they have the same blocks on the same sides."""
     tokenizer_fingerprint: str
     left_out: Problems
-    """Bad lines that were passed over (``skip_bad_records``), by kind."""
+    """Bad lines that were skipped (``skip_bad_records``), by kind."""
     trained_text: TrainedText
-    """What a model is trained on that sees the training side."""
+    """The text of the training side."""
     held_out: HeldOutText
-    """The other sides, without texts that are cut."""
+    """The text of the other sides, without texts that are cut."""
     kept_in_training: int
-    """Documents that the rule would hold out, but for ``trained``."""
+    """Documents that the rule would hold out, but that are in ``trained``."""
 
     @property
     def skipped_records(self) -> int:
-        """Number of bad lines that were passed over."""
+        """Number of bad lines that were skipped."""
         return len(self.left_out)
 
 
@@ -214,7 +213,7 @@ def tokenise(
     skip_bad_records: bool = False,
     reporter: Reporter = SILENT,
 ) -> TokenisedCorpus:
-    """Tokenises what is not tokenised yet, splits, and opens the streams.
+    """Tokenise what is not tokenised yet, split the corpus, and open the streams.
 
     Without a ``split`` nothing is held out or cut: the training side is all there is, in its order. Documents
     in ``trained`` are on the training side whatever the rule says, others in ``held_out`` on the side that is
@@ -305,6 +304,6 @@ def _part_of_cut(n_parts: int, side: int) -> NDArray[np.bool_]:
 
 
 def _by_file(files: Sequence[tuple[str, TokenFile]], sides: Sides) -> list[tuple[TokenFile, Sides]]:
-    """Each file with its own stretch of the domain's sides."""
+    """Pair each file with its part of the domain's sides."""
     ends = np.cumsum([len(file.rows) for _, file in files])
     return [(file, own) for (_, file), own in zip(files, np.split(sides, ends[:-1]), strict=True)]

@@ -1,4 +1,4 @@
-"""Files of a domain's folder that are not read, each with the way in."""
+"""Files in a domain's folder that are not read, each with a command that makes them readable."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PEEKED_BYTES = 2**16
 
 
 def why_not_read(folder: Path, names: Sequence[str]) -> Iterator[str]:
-    """A reason for each kind of file among ``names``, with the names and a command for the first of them."""
+    """Yield a reason for each kind of file among ``names``, with the names and a command for the first."""
     kinds: dict[tuple[str, str], list[str]] = {}
     for name in names:
         kinds.setdefault(_kind(folder, name), []).append(name)
@@ -48,7 +48,7 @@ _IMPORT = "Import {it}: nanothink data import {path} --domain {domain} --data-di
 
 
 def _kind(folder: Path, name: str) -> tuple[str, str]:
-    """Why a file is not read, and what to do about it, with {path}, {domain} and {root} in it."""
+    """Reason why a file is not read, and a template of the remedy with {path}, {domain} and {root}."""
     suffix = Path(name.lower()).suffix
     if name.startswith("."):
         return _NAME, ""
@@ -56,7 +56,7 @@ def _kind(folder: Path, name: str) -> tuple[str, str]:
         return _kind_of_json(folder / name)
     if suffix in _UNPACKED_BY:
         return (
-            f"{suffix} is not a way of packing that is read",
+            f"{suffix} is a compression that is not read",
             f"Unpack {{it}}: {_UNPACKED_BY[suffix]} {{path}}",
         )
     if suffix in _IMPORTED and not name.lower().startswith(("readme", "license")):
@@ -86,7 +86,7 @@ def _kind_of_json(path: Path) -> tuple[str, str]:
 
 
 def _field_option(items: str) -> str:
-    """What import has to be told of an array that begins with ``items``."""
+    """Option ``--text-field`` of the import of an array that begins with ``items``; may be empty."""
     try:
         first = json.JSONDecoder().raw_decode(items)[0]
     except (ValueError, RecursionError):

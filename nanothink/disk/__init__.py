@@ -1,4 +1,4 @@
-"""The ground floor: the only part that knows how to write whole or not at all, sync, lock and name files.
+"""Files on the disk: the only part that writes whole or not at all, syncs, locks and names temporary files.
 
 - ``write``: whole files and folders, and the error for a disk that refuses
 - ``folders``: folders that are made, shared by a group and synced

@@ -1,12 +1,12 @@
 """Blocks of one size on the disk, each whole or not there.
 
-Two files: the blocks, one after the other, a hole where none was written yet; and a mark a block, 0 or 2^32
-plus the CRC-32 of its number and bytes. A block's mark is written after it, and held against it whenever it
-is read. So a killed process, a power cut or a damaged file costs the blocks in question and no others, and
-processes that write the same blocks cannot harm one another.
+Two files: the blocks, with a hole where none is written yet, and a mark per block: 0, or 2^32 plus the CRC-32
+of its number and bytes. The mark is written after the block and checked at each read. So a killed process, a
+power cut or a damaged file costs only the blocks concerned, and processes that write the same blocks do not
+conflict.
 
-The files are read and written, not mapped: a disk that is full or a file that was cut off is an error which
-can be answered, where touching a mapped page would kill the process.
+The files are read and written, not mapped: a full disk or a truncated file raises an error, while touching a
+mapped page would kill the process.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from nanothink.disk.folders import open_shared
 from nanothink.disk.lock import hold_in_use
 
 Parts = list[NDArray[Any]]
-"""A block in memory: arrays that lie one after the other on the disk, each contiguous."""
+"""A block in memory: contiguous arrays, stored one after the other."""
 
 _FILLED = 1 << 32
 
 
 class BlockFile:
-    """Open blocks.
+    """Two open files of blocks and marks.
 
     Args:
-        blocks, marks: the two files.
-        create: make them where they are not.
+        blocks, marks: the paths.
+        create: create missing files.
 
     Raises:
         OSError: they cannot be opened.
@@ -42,7 +42,7 @@ class BlockFile:
 
     def __init__(self, blocks: Path, marks: Path, *, create: bool = False) -> None:
         self.damaged = False
-        """Whether a block was found that does not go with its mark."""
+        """True once a block did not match its mark."""
         self._marks_path = marks
         self._files: list[int] = []
         try:
@@ -57,14 +57,14 @@ class BlockFile:
         hold_in_use(self._files[1])
 
     def filled(self, n_blocks: int) -> NDArray[np.bool_]:
-        """(n_blocks,) which claim to be there."""
+        """Mask (n_blocks,) of the blocks whose mark says that they are there."""
         marks = np.fromfile(self._marks_path, "u8", n_blocks)
         there = np.zeros(n_blocks, np.bool_)
         there[: len(marks)] = marks != 0
         return there
 
     def read(self, number: int, into: Parts) -> bool:
-        """Fill the parts with a block, if it is there and whole."""
+        """Read a block into the parts; return False if it is missing or damaged."""
         mark = int.from_bytes(os.pread(self._files[1], 8, 8 * number), sys.byteorder)
         if not mark:  # asked of the file each time: another process may be filling it too
             return False
@@ -78,7 +78,7 @@ class BlockFile:
         return False
 
     def write(self, number: int, block: Parts) -> None:
-        """Raises OSError when the disk refuses."""
+        """Write a block, then its mark. Raises OSError if the disk refuses."""
         size = sum(part.nbytes for part in block)
         if os.pwritev(self._files[0], [part.data for part in block], number * size) != size:
             raise OSError("the disk is full")
@@ -91,7 +91,7 @@ class BlockFile:
 
 
 def _mark(number: int, parts: Parts) -> int:
-    """Never 0, and another for the same bytes in another place."""
+    """Checksum seeded with the block's number. 0 means "not written" and is never returned."""
     check = number
     for part in parts:
         check = zlib.crc32(part.data, check)

@@ -1,4 +1,5 @@
-"""A file that grows at its end, a whole piece at a time. What the disk refuses waits and is tried again.
+"""A file that grows at its end, a whole piece at a time. A piece that the disk refuses waits for the next
+try.
 
 A write that fails half-way is taken back: the file ends as it did before, so a reader never meets half a
 line, and the retry adds the whole of it.
@@ -14,11 +15,11 @@ from pathlib import Path
 from nanothink.disk.folders import open_plain
 
 MOST_WAITING_BYTES = 64 << 20
-"""Beyond that the oldest pieces are given up: a disk may stay full for weeks."""
+"""Most bytes that wait; beyond it the oldest pieces are dropped, since a disk may stay full for weeks."""
 
 
 class GrowingFile:
-    """Bytes appended to ``path``.
+    """Writer that appends to ``path``.
 
     Raises:
         OSError: it cannot be opened.
@@ -29,7 +30,7 @@ class GrowingFile:
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
         self.n_lost = 0
-        """Pieces given up."""
+        """Pieces dropped."""
         self._descriptor: int | None = _open(path)
         self._end = os.fstat(self._descriptor).st_size
 
@@ -47,10 +48,10 @@ class GrowingFile:
             self.n_lost += 1
 
     def write_out(self) -> None:
-        """Write all that waits, or nothing of it.
+        """Write all waiting pieces, or none of them.
 
         Raises:
-            OSError: the disk refused; it may be tried again.
+            OSError: the disk refused; the call may be repeated.
         """
         if not self._waiting:
             return
@@ -75,7 +76,7 @@ class GrowingFile:
         self._waiting_bytes = 0
 
     def close(self) -> None:
-        """What waits still is lost, unless ``write_out`` is called again."""
+        """Close the file. Pieces that are still waiting are lost, unless ``write_out`` is called again."""
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
             with suppress(OSError):

@@ -28,11 +28,11 @@ from nanothink.errors import StorageError
 from nanothink.reporter import SILENT, Reporter
 
 PATIENCE_SECONDS = 2.0
-"""How long to wait before a line says so."""
+"""Wait after which a note says so."""
 
 STAND_IN_SECONDS, ALIVE_SECONDS = 30.0, 3600.0
-"""How long to wait for a holder file that stands in for a lock: in general, since its holder may be dead, and
-where a process of its number runs on this machine."""
+"""Wait for a holder file that stands in for a lock: in general, since its holder may be dead, and if a
+process with the holder's number runs on this machine."""
 
 _NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
 _POLL_SECONDS = 0.05
@@ -77,7 +77,8 @@ class _Holder:
         return self.host == socket.gethostname()
 
     def is_alive(self) -> bool:
-        """Whether the process is known to run. A lock of this process's number may be an earlier one's."""
+        """Return whether the process is known to run. A lock of this process's number may be an earlier
+        one's."""
         return self.token in _own_tokens or (
             self.is_here() and self.pid != os.getpid() and is_alive(self.pid)
         )
@@ -118,7 +119,7 @@ def held(path: Path, reporter: Reporter = SILENT, *, wait: bool = False) -> Iter
 
 
 def can_lock(folder: Path) -> bool:
-    """Whether the lock of a folder is open to this user."""
+    """Return whether the lock of a folder is open to this user."""
     try:
         os.close(_open(folder / "lock"))
     except OSError:
@@ -133,7 +134,7 @@ def hold_in_use(descriptor: int) -> None:
 
 
 def is_in_use(path: Path) -> bool:
-    """Whether any process marked a file as in use, or might have."""
+    """Return whether any process marked a file as in use, or might have."""
     try:
         with open(path, "rb") as file:
             _flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

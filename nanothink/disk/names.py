@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 FOREIGN_TEMPORARY_SECONDS = 24 * 3600.0
-"""Age at which a temporary file of another host, whose processes cannot be asked, counts as left behind."""
+"""Age at which a temporary file of another host counts as left behind; its processes cannot be checked."""
 
 # The random part is missing from names that versions before 0.1.0 made.
 _TEMPORARY = re.compile(
@@ -70,7 +70,7 @@ def host() -> str:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this number runs on this machine."""
+    """Return whether a process of this number runs on this machine."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

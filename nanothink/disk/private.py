@@ -46,7 +46,7 @@ def private_folder(*names: str) -> Path | None:
 
 
 def is_safe(folder: Path) -> bool:
-    """Whether nobody but this user and root can change where an absolute path without links leads."""
+    """Return whether nobody but this user and root can change where an absolute path without links leads."""
     for path in (folder, *folder.parents):
         status = os.lstat(path)
         if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, os.geteuid()):
