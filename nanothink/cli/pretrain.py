@@ -64,6 +64,14 @@ def pretrain(
             autocompletion=completion.checkpoints,
         ),
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Checkpoint whose weights it starts from. [default: random weights]",
+            autocompletion=completion.checkpoints,
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Its checkpoint is NAME_expert.pt. [default: the kind's name]"),
@@ -82,7 +90,7 @@ def pretrain(
         "data.tokenizer": ("--tokenizer", tokenizer),
         "diffuser.transformer": ("--transformer", transformer),
     }
-    return start(kind, name, options, flags)
+    return start(kind, name, options, flags, init=init)
 
 
 def resume(
@@ -146,12 +154,14 @@ def start(
     options: NewRun,
     flags: Mapping[str, tuple[str, Any]],
     experts: Sequence[Path] = (),
+    init: Path | None = None,
 ) -> int:
     """Train a new model, or resume it with ``--resume``.
 
     Args:
         flags: settings by the command's own options, beside those of ``options``.
         experts: checkpoints that a NanoThink combines.
+        init: checkpoint whose weights an expert starts from.
     """
     from nanothink.errors import UsageError
     from nanothink.models import training_section
@@ -186,6 +196,7 @@ def start(
         overwrite=options.overwrite,
         device=options.device,
         experts=tuple(experts),
+        init=init,
     )
     return train(spec, configure, dry_run=options.dry_run, as_json=options.as_json)
 

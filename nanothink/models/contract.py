@@ -283,9 +283,16 @@ class Expert(LanguageModel):
     def adopt(self, base: LanguageModel, targets: Tensor) -> None:
         """Start from ``base``; called once, before the first step.
 
+        From the weights of a model of the same kind and shape, unless a kind has another ``base``. A table of
+        positions may be longer there.
+
         Args:
             targets: (B, T), a sample of the training targets.
         """
+        weights = base.state_dict()
+        with torch.no_grad():
+            for name, own in self.state_dict().items():
+                own.copy_(weights[name][: own.shape[0]])
 
     def training_loss(
         self, batch: Batch, scale: float, *, seed: int, base: LanguageModel | None = None

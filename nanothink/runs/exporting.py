@@ -187,7 +187,7 @@ def _card(loaded: TrainedModel, payload: CheckpointPayload, architecture: str | 
             (key, str(origin.get(entry)))
             for key, entry in (("imported from", "source"), ("licence", "licence"))
         ]
-        made = "Imported"
+        made = "Imported" if payload["step"] == 0 else "Trained further"
         if re.fullmatch(r"[\w.-]+", str(origin.get("licence"))):
             licence = f"license: {origin['licence']}\n"
     table = "\n".join(f"| {key} | {value} |" for key, value in facts)

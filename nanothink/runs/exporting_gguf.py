@@ -78,7 +78,7 @@ def export_gguf(
             {**settings, "vocab_size": model.vocab_size},
             model_state(model),
             loaded.tokenizer,
-            starts_with_eos=not origin,
+            starts_with_eos=not origin or payload["step"] > 0,
             licence=origin.get("licence"),
             chat_template=origin.get("chat_template"),
         ),

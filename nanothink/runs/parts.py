@@ -13,6 +13,7 @@ from nanothink.models import COMBINED, EXPERTS
 from nanothink.models.contract import FrozenBase
 from nanothink.reporter import Reporter
 from nanothink.runs.experts import check_same_experts, config_for_experts, find_experts
+from nanothink.runs.initial import INITIAL, find_initial
 from nanothink.runs.resuming import ResumePoint, RunSpec
 from nanothink.runs.saved_model import SavedModel
 
@@ -20,7 +21,7 @@ from nanothink.runs.saved_model import SavedModel
 def find_parts(
     spec: RunSpec, resolved: ResolvedConfig, resume_point: ResumePoint | None, reporter: Reporter
 ) -> dict[str, SavedModel]:
-    """The frozen models that a run starts from, by name: NanoThink's experts, or the base of an expert.
+    """The models that a run starts from, by name: NanoThink's experts, the base of an expert, or its weights.
 
     Empty for an expert that learns from text alone, and if the checkpoint that is resumed contains them.
 
@@ -36,6 +37,8 @@ def find_parts(
             named = find_experts(spec.experts, spec.checkpoint_dir, reporter)
             check_same_experts(named, resume_point.payload, resume_point.path)
         return {}
+    if spec.init is not None and resume_point is None:
+        return {INITIAL: find_initial(spec, resolved.config, reporter)}
     base = EXPERTS[spec.kind].model().base(resolved.config)
     if base is None or (resume_point is not None and not base.at_every_step):
         return {}

@@ -30,6 +30,7 @@ from nanothink.models.precision import Precision, choose_device
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.experts import as_entries, config_for_experts
 from nanothink.runs.inherited_split import InheritedSplit, spelled
+from nanothink.runs.initial import INITIAL, config_of_initial
 from nanothink.runs.parts import find_parts
 from nanothink.runs.rebuilding import rebuild
 from nanothink.runs.resuming import ResumePoint, RunSpec, find_start
@@ -119,6 +120,8 @@ def prepare(
     combines = spec.kind == COMBINED
     if combines and parts:
         config = config_for_experts(parts, resolved)
+    if INITIAL in parts:
+        config = config_of_initial(parts[INITIAL], resolved, reporter)
     if resume_point is not None and not Path(config.data.data_dir).is_dir():
         raise DataError(
             f"The folder this run was trained on, {config.data.data_dir}, is not there. "
@@ -143,6 +146,8 @@ def prepare(
         named = [f"{name} ({expert.path})" for name, expert in parts.items()]
         together = " and ".join(part for part in (", ".join(named[:-1]), *named[-1:]) if part)
         what = f"Combining {together}" if combines else f"Learning from {lender.path}"
+        if INITIAL in parts:
+            what = f"Starting from the weights of {lender.path}"
         reporter.note(f"{what}, with the tokenizer '{tokenizer.name}' of its training.")
     else:
         tokenizer = resolve_tokenizer(

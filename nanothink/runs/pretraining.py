@@ -19,6 +19,7 @@ from nanothink.models.precision import choose_device
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.building import build_run
 from nanothink.runs.callbacks import make_callbacks, weights_checksum
+from nanothink.runs.initial import INITIAL, config_of_initial
 from nanothink.runs.parts import find_parts
 from nanothink.runs.preparing import Configure, RunSetup, largest_share, prepare
 from nanothink.runs.resuming import RunSpec
@@ -155,7 +156,9 @@ def _check_new_run(spec: RunSpec, configure: Configure, store: CheckpointStore, 
     config = resolved.config
     choose_device(spec.device)
     require_tracker(training_of(spec.kind, config).tracker)
-    find_parts(spec, resolved, None, reporter)
+    parts = find_parts(spec, resolved, None, reporter)
+    if INITIAL in parts:
+        config_of_initial(parts[INITIAL], resolved)
     find_corpus(config.data.data_dir, config.data.domains)
     store.guard_new_run(overwrite=spec.overwrite)
 

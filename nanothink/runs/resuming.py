@@ -41,6 +41,8 @@ class RunSpec:
     device: str | None = None
     experts: tuple[Path, ...] = ()
     """Checkpoints that a combined model combines; none: the three experts in ``checkpoint_dir``."""
+    init: Path | None = None
+    """Checkpoint whose weights a new run starts from; None: random ones."""
 
     @property
     def stem(self) -> str:
@@ -161,6 +163,11 @@ def find_start(spec: RunSpec, reporter: Reporter) -> ResumePoint | None:
         path = Path(spec.resume)
     resume_point = ResumePoint.open(path, reporter)
     payload = resume_point.payload
+    if "imported" in payload["run"] and payload["step"] == 0 and "state" not in payload["run"]:
+        raise UsageError(
+            f"{path} is a published model, not a run of yours. Train it further by: nanothink pretrain "
+            f"{spec.kind} --init {path} --name OTHER"
+        )
     if payload["kind"] != spec.kind:
         raise CheckpointMismatchError(
             f"{path} holds a {payload['kind']}, not a {spec.kind}. Resume it with: nanothink resume {path}"

@@ -12,6 +12,7 @@ from nanothink import __version__
 from nanothink.checkpoints import FORMAT_VERSION, CheckpointPayload, model_state, pack_rng
 from nanothink.models import COMBINED
 from nanothink.runs.experts import as_entries
+from nanothink.runs.initial import INITIAL
 from nanothink.runs.preparing import RunSetup
 from nanothink.training.loop import Run
 
@@ -57,7 +58,10 @@ def built_on(setup: RunSetup) -> dict[str, Any]:
         return {name: value for name, value in earlier.items() if name not in _OF_THE_RUN}
     if setup.spec.kind == COMBINED:
         return {"experts": as_entries(setup.parts)}
-    return {name: part.digest for name, part in setup.parts.items()}
+    origin = {}
+    if INITIAL in setup.parts and (imported := setup.parts[INITIAL].payload["run"].get("imported")):
+        origin = {"imported": imported}  # its licence holds for what is made of it
+    return {**{name: part.digest for name, part in setup.parts.items()}, **origin}
 
 
 def description(setup: RunSetup, run: Run) -> dict[str, Any]:
