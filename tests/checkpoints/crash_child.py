@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch  # noqa: F401 (here, and not in each fork)
+
 from nanothink.checkpoints import CheckpointStore, read_checkpoint, write_checkpoint
 from nanothink.errors import NanoThinkError
 

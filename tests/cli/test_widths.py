@@ -215,7 +215,13 @@ def test_results_on_a_terminal(place: Place, line: str) -> None:
             assert letters(piped) - letters("\n".join(shown)) == set(), "left out"
 
 
-SLOW = tuple(f"nanothink {name}" for name in ("doctor", "store compact", "pretrain", "report", "train-mla"))
+SLOW = tuple(
+    f"nanothink {name}"
+    for name in (
+        *("doctor", "store compact", "pretrain", "resume", "report", "train-mla", "eval"),
+        *("checkpoints export", "checkpoints import"),
+    )
+)
 """Not run at 160 columns too: nothing in them is wider than that and yet fits 80."""
 
 SHORTER = ("nanothink checkpoints ls", "nanothink eval")

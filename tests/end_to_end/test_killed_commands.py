@@ -203,7 +203,7 @@ def test_training_with_a_memory_killed_while_that_is_built(
 # --- everything else ------------------------------------------------------------------------------------
 
 
-def test_tokens_are_whole_or_made_again(ground: Ground, tmp_path: Path) -> None:
+def test_tokens_are_whole_or_made_again(ground: Ground, tmp_path: Path, stride: int) -> None:
     plain, corpus = tmp_path / "plain", tmp_path / "corpus"
     shutil.copytree(ground.corpus, plain, ignore=shutil.ignore_patterns(".nanothink"))
     tokenizer = load_tokenizer(str(ground.tokenizer))
@@ -224,9 +224,9 @@ def test_tokens_are_whole_or_made_again(ground: Ground, tmp_path: Path) -> None:
         return f"{tokens.fingerprint} {hash(tuple(sorted(whole.items())))}"
 
     inspect = ["data", "inspect", str(corpus), "--tokenizer", str(ground.tokenizer)]
-    kills = Kills(ground, corpus, Case(inspect, plain, state))
+    kills = Kills(ground, corpus, Case(inspect, plain, state), stride)
     assert list((corpus / ".nanothink").rglob("*.tokens")), "it keeps tokens"
-    kills.at_every_change()
+    kills.at_every_change(costly=True)
     kills.in_the_middle_of_writes(300, 2000)
 
 
@@ -270,7 +270,7 @@ def _or_aside(parent: Path, found: str) -> str:
 
 
 @pytest.mark.parametrize("over", ["nothing", "an earlier one"])
-def test_a_tokenizer_is_whole_or_not_there(over: str, ground: Ground, tmp_path: Path) -> None:
+def test_a_tokenizer_is_whole_or_not_there(over: str, ground: Ground, tmp_path: Path, stride: int) -> None:
     folder = tmp_path / "tokenizer"
 
     def state() -> str:
@@ -282,8 +282,8 @@ def test_a_tokenizer_is_whole_or_not_there(over: str, ground: Ground, tmp_path: 
     arguments = ["tokenizer", "train", "--data-dir", str(ground.corpus), "--vocab-size", "300"]
     arguments += ["--out", str(folder)] + (["--overwrite"] if over == "an earlier one" else [])
     beginning = ground.tokenizer if over == "an earlier one" else None
-    kills = Kills(ground, folder, Case(arguments, beginning, state, (0, 2)))
-    kills.at_every_change()
+    kills = Kills(ground, folder, Case(arguments, beginning, state, (0, 2)), stride)
+    kills.at_every_change(costly=over == "nothing")
     kills.in_the_middle_of_writes(100, 1000)
 
 
