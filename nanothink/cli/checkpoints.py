@@ -35,18 +35,18 @@ def list_all(checkpoint_dir: CheckpointDir = Path("checkpoints"), as_json: Json 
         render.note(f"No checkpoints in {checkpoint_dir}.")
         return
     columns = ["file", "kind", ">epoch", ">step", ">best loss", ">size", ">parameters", "written"]
-    rows = []
+    rows: list[list[object]] = []
     for entry in entries:
         if isinstance(entry, CheckpointSummary):
-            loss = "-" if entry.best_loss is None else f"{entry.best_loss:.4f}"
-            where = [entry.kind, render.count(entry.epoch), render.count(entry.step), loss]
+            loss = None if entry.best_loss is None else f"{entry.best_loss:.4f}"
+            state = [entry.kind, entry.epoch, entry.step, loss]
             parameters = render.count(entry.n_parameters)
         else:
-            where, parameters = ["", "", "", "damaged"], ""
-        rows.append([entry.path.name, *where, render.size(entry.n_bytes), parameters, _when(entry.modified)])
-    if not render.fits(columns, rows):  # the rest stands in `checkpoints show`
+            state, parameters = ["", "", "", "damaged"], ""
+        rows.append([entry.path.name, *state, render.size(entry.n_bytes), parameters, _when(entry.modified)])
+    if not render.fits(columns, rows):  # `checkpoints show` has the rest
         kept = [columns.index(name) for name in ("file", ">epoch", ">step", ">best loss", ">size")]
-        columns, *rows = ([row[i] for i in kept] for row in [columns, *rows])
+        columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
     render.table(columns, rows)
     for entry in entries:
         if not isinstance(entry, CheckpointSummary):
@@ -89,10 +89,10 @@ def show(
     shown = {
         "kind": summary.kind,
         "run": summary.name or "-",
-        "step": render.count(summary.step),
+        "step": summary.step,
         "epoch": f"{render.count(summary.epoch)} completed, {counted(summary.position, 'block')} read in all",
         "best loss": "-" if summary.best_loss is None else f"{summary.best_loss:.4f} nats a token",
-        "parameters": render.count(summary.n_parameters),
+        "parameters": summary.n_parameters,
         "size": render.size(summary.n_bytes),
         "written": _when(summary.modified),
         "format": str(summary.format_version),

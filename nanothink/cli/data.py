@@ -116,15 +116,10 @@ def inspect(
         ["domain", ">files", ">records", ">duplicates", ">text", ">median", ">longest"],
         [
             [
-                part.name,
-                render.count(part.n_files),
-                render.count(part.n_records),
-                render.count(part.n_duplicates),
-                render.size(part.n_bytes),
-                render.count(part.median_tokens),
-                render.count(part.longest_tokens),
+                *(p.name, p.n_files, p.n_records, p.n_duplicates),
+                *(render.size(p.n_bytes), p.median_tokens, p.longest_tokens),
             ]
-            for part in parts
+            for p in parts
         ],
         title=f"{corpus.root}",
         total=several,
@@ -137,15 +132,11 @@ def inspect(
         ],
         [
             [
-                part.name,
-                render.count(part.n_tokens),
-                f"{part.n_bytes / max(1, part.n_tokens):.2f}",
-                render.count(part.n_train_tokens),
-                render.count(part.n_val_tokens),
-                *([render.count(part.n_test_tokens)] if split.test_split else []),
-                render.count(part.n_train_blocks),
+                *(p.name, p.n_tokens, f"{p.n_bytes / max(1, p.n_tokens):.2f}"),
+                *(p.n_train_tokens, p.n_val_tokens, *([p.n_test_tokens] if split.test_split else [])),
+                p.n_train_blocks,
             ]
-            for part in parts
+            for p in parts
         ],
         title=f"Tokens by {resolved.name}, {render.count(resolved.vocab_size)} entries; blocks of {block}",
         total=several,
@@ -246,7 +237,7 @@ def sample(
         return
     render.table(
         ["domain", ">records", ">text"],
-        [[d.name, render.count(d.n_records), render.size(d.n_bytes)] for d in domains],
+        [[d.name, d.n_records, render.size(d.n_bytes)] for d in domains],
         title=f"Starter corpus in {target}",
     )
     render.say(f"Next: nanothink pretrain transformer --data-dir {target} --preset tiny")

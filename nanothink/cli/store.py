@@ -294,12 +294,9 @@ def _show_plan(folder: Path, plan: BuildPlan, left_out: Problems, *, as_json: bo
         return
     shown = {
         **facts,
-        "n_new_keys": render.count(plan.n_keys),
-        "n_old_keys": render.count(plan.n_old),
-        "n_lists": render.count(plan.n_lists),
         "seconds": f"about {render.duration(plan.seconds)}",
         "memory_bytes": render.size(plan.memory_bytes),
         "disk_bytes": render.size(plan.disk_bytes),
     }
     names = {"seconds": "time", "memory_bytes": "memory", "disk_bytes": "disk"}
-    render.facts((names.get(k, k.removeprefix("n_").replace("_", " ")), str(v)) for k, v in shown.items())
+    render.facts((names.get(k, k.removeprefix("n_").replace("_", " ")), v) for k, v in shown.items())

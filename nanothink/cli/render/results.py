@@ -66,10 +66,10 @@ def _trust(evaluation: Evaluation, of: str = "") -> None:
     )
 
 
-def _score_rows(evaluation: Evaluation) -> list[list[str]]:
+def _score_rows(evaluation: Evaluation) -> list[list[object]]:
     scores = {**evaluation.domains, "all": evaluation.overall}
     return [
-        [name, f"{s.loss:.4f}", f"{s.perplexity:.2f}", f"{s.bits_per_byte:.4f}", count(s.tokens)]
+        [name, f"{s.loss:.4f}", f"{s.perplexity:.2f}", f"{s.bits_per_byte:.4f}", s.tokens]
         for name, s in scores.items()
     ]
 
@@ -80,9 +80,9 @@ def estimate(name: str, estimate: RunEstimate) -> None:
     table(
         ["parameters", ">count"],
         [
-            *([role, count(n)] for role, n in estimate.parameters.items()),
-            *([["frozen", count(estimate.frozen_parameters)]] if estimate.frozen_parameters else []),
-            ["all", count(total)],
+            *([role, n] for role, n in estimate.parameters.items()),
+            *([["frozen", estimate.frozen_parameters]] if estimate.frozen_parameters else []),
+            ["all", total],
         ],
         title=name,
         total=True,
@@ -90,10 +90,7 @@ def estimate(name: str, estimate: RunEstimate) -> None:
     table(
         ["domain", ">training tokens", ">validation tokens"],
         [
-            *(
-                [d, count(n), count(estimate.validation_tokens.get(d, 0))]
-                for d, n in estimate.train_tokens.items()
-            ),
+            *([d, n, estimate.validation_tokens.get(d, 0)] for d, n in estimate.train_tokens.items()),
             [
                 "all",
                 count(sum(estimate.train_tokens.values())),
@@ -102,12 +99,12 @@ def estimate(name: str, estimate: RunEstimate) -> None:
         ],
         total=True,
     )
-    rows = [
+    rows: list[list[object]] = [
         ["steps", f"{count(estimate.steps)}, {count(estimate.warmup_steps)} of them warm-up"],
-        ["tokens per step", count(estimate.tokens_per_step)],
+        ["tokens per step", estimate.tokens_per_step],
         ["epochs", f"{estimate.epochs:.2f} of {estimate.steps_per_epoch:.1f} steps"],
         ["precision", f"{estimate.precision}: {estimate.precision_reason}"],
-        *([["processes", count(estimate.n_processes)]] if estimate.n_processes > 1 else []),
+        *([["processes", estimate.n_processes]] if estimate.n_processes > 1 else []),
         [
             "peak memory, about" if estimate.n_processes == 1 else "peak memory of each, about",
             f"{size(estimate.peak_memory_bytes)} ("
@@ -133,7 +130,7 @@ def evaluations(results: Sequence[CheckpointEvaluation], split: str) -> None:
         table(
             ["domain", ">loss", ">perplexity", ">bits per byte", ">std. error", ">tokens", ">bytes"],
             [
-                [*row[:-1], "-" if error is None else f"{error:.4f}", row[-1], count(score.n_bytes)]
+                [*row[:-1], "-" if error is None else f"{error:.4f}", row[-1], score.n_bytes]
                 for row, error, score in zip(_score_rows(found), errors, scores, strict=True)
             ],
             title=f"{results[0].path} ({results[0].kind}), {split} split{_seen(results[0])}",
@@ -175,8 +172,8 @@ def _side_by_side(results: Sequence[CheckpointEvaluation], split: str) -> None:
         title += f"; what {', '.join(unknown)} {'was' if len(unknown) == 1 else 'were'} trained on is unknown"
     columns = ["checkpoint", "kind", *(f">{d}" for d in domains), ">all", ">above the best", ">perplexity"]
     columns += [">seen"] if n_seen else []
-    rows: list[list[str | Text]] = [
-        [str(r.path), r.kind, *row, difference, perplexity, *([count(r.n_seen)] if n_seen else [])]
+    rows: list[list[object]] = [
+        [r.path, r.kind, *row, difference, perplexity, *([r.n_seen] if n_seen else [])]
         for r, row, difference, perplexity in zip(results, cells, above, perplexities, strict=True)
     ]
     if fits(columns, rows):
@@ -188,7 +185,7 @@ def _side_by_side(results: Sequence[CheckpointEvaluation], split: str) -> None:
             *([name, *row] for name, row in zip([*domains, "all"], zip(*cells, strict=True), strict=True)),
             ["above the best", *above],
             ["perplexity", *perplexities],
-            *([["seen", *(count(r.n_seen) for r in results)]] if n_seen else []),
+            *([["seen", *(r.n_seen for r in results)]] if n_seen else []),
         ],
         title=title,
     )

@@ -22,18 +22,18 @@ def store_facts(found: StoreFacts) -> None:
         "sq8": f"{counted(found.n_lists, 'list')}, a byte a number",
         "pq": f"{counted(found.n_lists, 'list')}, a byte for four numbers",
     }[found.kind]
-    rows = [
+    rows: list[list[object]] = [
         ["keys", f"{count(found.n_keys)}, states of '{found.owner.expert}' ({found.owner.kind})"],
         ["index", kept],
         ["bytes a key", f"{found.n_bytes / max(1, found.n_keys):.1f}"],
         ["size", size(found.n_bytes)],
         ["kept for training", size(found.neighbours_bytes)],
-        ["documents", count(found.n_documents)],
-        ["merged keys", count(found.n_merged)],
-        ["texts never let in", count(found.n_held_out)],
+        ["documents", found.n_documents],
+        ["merged keys", found.n_merged],
+        ["texts never let in", found.n_held_out],
     ]
     facts(rows, title=str(found.folder))
-    table(["domain", ">tokens"], [[name, count(n)] for name, n in found.keys_by_domain.items()])
+    table(["domain", ">tokens"], [[name, n] for name, n in found.keys_by_domain.items()])
 
 
 def hits(found: Sequence[StoreHit]) -> None:
@@ -59,11 +59,11 @@ def hits(found: Sequence[StoreHit]) -> None:
 
 def compaction(done: Compaction) -> None:
     """Print size and scores before and after ``store compact``."""
-    rows = [
+    rows: list[list[object]] = [
         [
             "keys",
-            count(done.before.n_keys),
-            count(done.after.n_keys),
+            done.before.n_keys,
+            done.after.n_keys,
             _change(done.before.n_keys, done.after.n_keys),
         ],
         [

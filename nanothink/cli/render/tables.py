@@ -19,7 +19,7 @@ Row = Sequence[str | Text]
 
 
 def table(
-    columns: Sequence[str], rows: Sequence[Row], *, title: str | None = None, total: bool = False
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None, total: bool = False
 ) -> None:
     """Print a table on standard output. Columns whose name begins with '>' are right-aligned numbers.
 
@@ -30,23 +30,36 @@ def table(
     """
     if title:
         say(title, "bold")
+    texts = _texts(rows)
     if not out.is_terminal:
-        for line in _aligned(columns, rows):
+        for line in _aligned(columns, texts):
             say(line)
         return
-    measured = _measure(columns, rows)
+    measured = _measure(columns, texts)
     for band in _bands([one.least for one in measured], out.width):
         widths = _widths([measured[i] for i in band], out.width - _frame_width(len(band)))
-        cells = [[row[i] for i in band] for row in rows]
+        cells = [[row[i] for i in band] for row in texts]
         out.print(_framed([columns[i] for i in band], cells, widths, total=total))
 
 
-def facts(rows: Iterable[Sequence[str]], *, title: str = "") -> None:
+def _texts(rows: Iterable[Sequence[object]]) -> list[Row]:
+    """Cells as they are shown: a number as a count, None as "-", anything else as its text."""
+
+    def shown(cell: object) -> str | Text:
+        if isinstance(cell, (int, float)):
+            return count(cell)
+        return cell if isinstance(cell, Text) else "-" if cell is None else str(cell)
+
+    return [[shown(cell) for cell in row] for row in rows]
+
+
+def facts(rows: Iterable[Sequence[object]], *, title: str = "") -> None:
     """Print names and values, a line each."""
     if title:
         say(title, "bold")
+    texts = _texts(rows)
     if out.is_terminal:
-        named = [(name, Text(printable(value))) for name, value in rows]
+        named = [(str(name), Text(printable(str(value)))) for name, value in texts]
         room = out.width - 4 - max((cell_len(name) for name, _ in named), default=0)
         grid = Table.grid(padding=(0, 2, 0, 0))
         for name, value in named:
@@ -54,13 +67,13 @@ def facts(rows: Iterable[Sequence[str]], *, title: str = "") -> None:
         out.print(grid)
         out.print()
     else:
-        for line in _aligned(["", ""], list(rows), heading=False):
+        for line in _aligned(["", ""], texts, heading=False):
             say(line)
 
 
-def fits(columns: Sequence[str], rows: Sequence[Row]) -> bool:
+def fits(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bool:
     """True if a table keeps every cell on one line. Piped, every table does."""
-    wanted = sum(one.natural for one in _measure(columns, rows)) + _frame_width(len(columns))
+    wanted = sum(one.natural for one in _measure(columns, _texts(rows))) + _frame_width(len(columns))
     return not out.is_terminal or wanted <= out.width
 
 
