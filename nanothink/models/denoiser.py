@@ -55,7 +55,7 @@ class Denoiser(nn.Module):
         self, width: int, n_layers: int, inner: int, n_levels: int, *, guided: bool, dropout: Dropout
     ) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.width, self.inner, self.dropout = width, inner, dropout
         self.context_proj = linear(width, width)
         self.noisy_proj = linear(width, width)
         self.guess_proj = linear(width, width, zero=True) if guided else None
@@ -113,3 +113,13 @@ class Denoiser(nn.Module):
             x = torch.addcmul(x, self.dropout(mlp(inside).float()), (1 + gate).float())
         hidden = self.dropout(self.norm(x))
         return self.out_proj(hidden.to(dtype)).float(), hidden
+
+    def activation_bytes(self, value_bytes: int) -> int:
+        """Bytes a position that an evaluation keeps for the backward pass."""
+        return len(self.mlps) * value_bytes * (6 * self.width + 2 * self.inner) + 20 * self.width
+
+    def reading_bytes(self, value_bytes: int) -> tuple[int, int]:
+        """Bytes of an evaluation without gradients: for each position, and for all of them together."""
+        terms = 3 * len(self.mlps) * self.width
+        per_position = 4 * self.width + value_bytes * (2 * terms + 3 * self.width + 3 * self.inner)
+        return per_position, value_bytes * len(self.level_features) * terms

@@ -37,12 +37,13 @@ from nanothink.models.layers import linear
 from nanothink.models.loss import CHUNK_ROWS, linear_cross_entropy
 from nanothink.models.noise import (
     Draws,
-    block_generator,
     clean_from_velocity,
     cosine_alpha_bars,
     ddim_levels,
     ddim_step,
     diffuse,
+    sampling_noise,
+    squared_error,
 )
 from nanothink.models.precision import matmul_dtype
 from nanothink.models.transformer import Decoder, block_reading_bytes, inner_width, shape_inner_width
@@ -250,15 +251,8 @@ class Diffuser(Expert):
             condition = self.condition(encoded)
             if state.ddim is None:
                 return self.denoise(condition, None, self.shape.training_steps)[1]
-            noise = [
-                torch.randn(self.d_model, generator=generator, device=tokens.device)
-                for seed, length in zip(state.ddim.seeds, state.lengths, strict=True)
-                for n_read in range(length - encoded.shape[1] + 1, length + 1)
-                for generator in [block_generator(seed, "sampling noise", n_read, tokens.device)]
-            ]
-            return self.denoise_by_ddim(
-                condition, torch.stack(noise).view_as(encoded), self.shape.training_steps, state.ddim.n_steps
-            )[1]
+            noise = sampling_noise(state.ddim.seeds, state.lengths, encoded)
+            return self.denoise_by_ddim(condition, noise, self.shape.training_steps, state.ddim.n_steps)[1]
 
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """See ``LanguageModel.step``."""
@@ -342,7 +336,7 @@ class Diffuser(Expert):
         second, rounding_states = self.denoise(condition, noisy, draws.levels, earlier)
         parts = {
             "cross_entropy": self._cross_entropy(states, targets, scale),
-            "mse_pure": _squared_error(guess, clean, valid, scale),
+            "mse_pure": squared_error(guess, clean, valid, scale),
             "mse_noised": self._noised_error(second, clean, draws.levels, valid, scale),
         }
         if shape.rounding_every:
@@ -367,7 +361,7 @@ class Diffuser(Expert):
         there = torch.where(pure, IGNORE, targets)
         parts = {
             "cross_entropy": self._cross_entropy(states, here, 2 * scale),
-            "mse_pure": _squared_error(guess, clean, here != IGNORE, 2 * scale),
+            "mse_pure": squared_error(guess, clean, here != IGNORE, 2 * scale),
             "mse_noised": self._noised_error(guess, clean, draws.levels, there != IGNORE, 2 * scale),
         }
         if self.shape.rounding_every:
@@ -377,11 +371,11 @@ class Diffuser(Expert):
     def _noised_error(
         self, guess: Tensor, clean: Tensor, levels: Tensor, valid: Tensor, scale: float
     ) -> Tensor:
-        """``_squared_error`` of the prediction. A velocity's error is that of the guess divided by 1 − ᾱ."""
+        """``squared_error`` of the prediction. A velocity's error is that of the guess divided by 1 − ᾱ."""
         weight: Tensor | float = scale
         if self.shape.prediction == "velocity":
             weight = scale / (1 - self.alpha_bars[levels])  # (B, T)
-        return _squared_error(guess, clean, valid, weight)
+        return squared_error(guess, clean, valid, weight)
 
     def _cross_entropy(self, states: Tensor, targets: Tensor, scale: float) -> Tensor:
         if not self.shape.cross_entropy_weight:
@@ -394,23 +388,13 @@ class Diffuser(Expert):
         per_width, per_inner = (41, 8) if value_bytes == 4 else (24, 4)
         in_flight = value_bytes * (4 * width + 3 * inner)  # gradients of the block being worked on
         encoder = len(self.encoder.layers) * (per_width * width + per_inner * inner) + 12 * width
-        denoiser_inner = inner_width(width, self.shape.denoiser_mult)
-        a_block = value_bytes * (6 * width + 2 * denoiser_inner)
-        denoiser = self.shape.evaluations * (self.shape.denoiser_layers * a_block + 20 * width)
+        denoiser = self.shape.evaluations * self.denoiser.activation_bytes(value_bytes)
         denoiser += 40 * width  # targets, noise and what is shared by the evaluations
         head = self.vocab_size * (4 * width + CHUNK_ROWS * 8)  # the head's gradient and one chunk of logits
         return batch_size * length * (encoder + denoiser + in_flight) + head
 
     def reading_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
         """See ``LanguageModel.reading_bytes``; the factors were counted by torch's profiler."""
-        width, terms = self.d_model, 3 * self.shape.denoiser_layers * self.d_model
-        inner = inner_width(width, self.shape.denoiser_mult)
-        denoiser = 4 * width + value_bytes * (2 * terms + 3 * width + 3 * inner)
-        per_token = max(block_reading_bytes(width, self.inner, value_bytes), denoiser)
-        by_level = value_bytes * (self.shape.training_steps + 1) * terms
+        denoiser, by_level = self.denoiser.reading_bytes(value_bytes)
+        per_token = max(block_reading_bytes(self.d_model, self.inner, value_bytes), denoiser)
         return batch_size * length * per_token + by_level
-
-
-def _squared_error(guess: Tensor, clean: Tensor, valid: Tensor, weight: Tensor | float) -> Tensor:
-    """Mean over features, times ``weight``, summed over valid positions."""
-    return ((guess - clean).square().mean(-1) * valid * weight).sum()

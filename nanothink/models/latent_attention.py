@@ -111,3 +111,10 @@ def latent_widths(width: int, shape: MLAConfig) -> tuple[int, int, int]:
     head_dim = shape.head_dim or -(-width // shape.n_heads)
     rope_dim = shape.rope_dim or max(2, 2 * round(head_dim / 4))
     return head_dim, rope_dim, shape.kv_latent_dim or 8 * -(-width // 24)
+
+
+def latent_block_bytes(width: int, shape: MLAConfig, inner: int, value_bytes: int) -> int:
+    """Bytes a token that a block, attention and feed-forward, keeps for the backward pass."""
+    head_dim, rope_dim, latent_dim = latent_widths(width, shape)
+    of_heads = 4 * shape.n_heads * (head_dim + rope_dim) + 2 * latent_dim
+    return 16 * width + value_bytes * (2 * width + of_heads + 2 * inner)

@@ -38,7 +38,7 @@ from nanothink.models.contract import IGNORE, LanguageModel, State
 from nanothink.models.decoding_states import JointState
 from nanothink.models.feed_forward import SwiGLU
 from nanothink.models.key_value_cache import KeyValueCache
-from nanothink.models.latent_attention import LatentAttention, latent_widths
+from nanothink.models.latent_attention import LatentAttention, latent_block_bytes, latent_widths
 from nanothink.models.layers import Block, RMSNorm, Rotary, linear
 from nanothink.models.loss import (
     CHUNK_ROWS,
@@ -47,7 +47,7 @@ from nanothink.models.loss import (
     linear_log_likelihood,
 )
 from nanothink.models.precision import matmul_dtype
-from nanothink.models.router import Router
+from nanothink.models.router import Router, with_store
 from nanothink.models.store_gate import (
     VECTOR_STORE,
     Neighbours,
@@ -104,7 +104,9 @@ class NanoThink(LanguageModel):
             [model.max_seq_len, *(e.context_length for e in parts if e.context_length is not None)]
         )
         self.experts = nn.ModuleList(parts).requires_grad_(False).eval()
-        self.embed_tokens = nn.Embedding(vocab_size, width, _weight=_unit_rows(_first_transformer(parts)))
+        first = next((expert for expert in parts if isinstance(expert, Transformer)), parts[0])
+        table = F.rms_norm(first.embedding.weight.detach(), (width,))  # embed_norm makes the scale irrelevant
+        self.embed_tokens = nn.Embedding(vocab_size, width, _weight=table)
         self.embed_norm = RMSNorm(width)
         self.expert_projs = nn.ModuleList(linear(width, width) for _ in parts)  # P_e
         self.inner = inner_width(width, shape.ffn_mult)
@@ -160,11 +162,8 @@ class NanoThink(LanguageModel):
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the parts of each prediction: the experts, and the vector store if one is attached."""
-        return (
-            self.names
-            if self.vector_store is None or self.store_gate is None
-            else (*self.names, VECTOR_STORE)
-        )
+        searches = self.vector_store is not None and self.store_gate is not None
+        return (*self.names, VECTOR_STORE) if searches else self.names
 
     def routing(self, tokens: Tensor) -> Tensor:
         """Weight of each of ``components`` in the prediction after each token: rows of sum 1.
@@ -180,7 +179,7 @@ class NanoThink(LanguageModel):
         with torch.no_grad():
             logits = F.linear(self._scaled(states), self.head_weight)
             _, share = self.store_gate.mix_logits(logits, states[..., -self.d_model :], neighbours)
-        return _shared(weights, share)
+        return with_store(weights, share)
 
     def router_weights(self, trust: Tensor) -> Tensor:
         """The router's own weights (B, T, E) in what ``routing`` gives."""
@@ -226,10 +225,7 @@ class NanoThink(LanguageModel):
     def _neighbours_of(self, queries: Tensor) -> Neighbours:
         """(B, T, D) -> neighbours (B, T, K)."""
         assert self.vector_store is not None
-        shape = (*queries.shape[:2], -1)
-        found = self.vector_store.search(queries.flatten(0, 1))
-        counts = None if found.counts is None else found.counts.view(shape)
-        return Neighbours(found.similarities.view(shape), found.tokens.view(shape), counts)
+        return self.vector_store.search(queries.flatten(0, 1)).view(*queries.shape[:2])
 
     def loss_and_routing(
         self,
@@ -251,7 +247,7 @@ class NanoThink(LanguageModel):
             loss = linear_cross_entropy(read.flatten(0, 1), self.head_weight, targets.flatten(), scale=scale)
             return loss, weights
         mixed, share = self._mixed(read, targets, neighbours or self._neighbours_of(queries))
-        return -mixed.sum() * scale, _shared(weights, share)
+        return -mixed.sum() * scale, with_store(weights, share)
 
     def loss(self, inputs: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
         """See ``LanguageModel.loss``."""
@@ -269,17 +265,14 @@ class NanoThink(LanguageModel):
             own = linear_log_likelihood(read, self.head_weight, targets.flatten())
             return own.view(targets.shape), weights
         mixed, share = self._mixed(states, targets, self._neighbours_of(queries))
-        return mixed, _shared(weights, share)
+        return mixed, with_store(weights, share)
 
     def _mixed(self, states: Tensor, targets: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:
         """(B, T) log-likelihoods, 0 where there is no target, and the shares of the vector store."""
         assert self.store_gate is not None
-        own, peak = (
-            each.view(targets.shape)
-            for each in likelihood_and_peak(states.flatten(0, 1), self.head_weight, targets.flatten())
-        )
-        stream = states[..., -self.d_model :]
-        mixed, share = self.store_gate.mix(own, peak, stream, neighbours, targets)
+        found = likelihood_and_peak(states.flatten(0, 1), self.head_weight, targets.flatten())
+        own, peak = (each.view(targets.shape) for each in found)
+        mixed, share = self.store_gate.mix(own, peak, states[..., -self.d_model :], neighbours, targets)
         return mixed.masked_fill(targets == IGNORE, 0.0), share
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -289,9 +282,8 @@ class NanoThink(LanguageModel):
         if queries is None:
             return logits
         assert self.store_gate is not None
-        return self.store_gate.mix_logits(logits, states[..., -self.d_model :], self._neighbours_of(queries))[
-            0
-        ]
+        stream, neighbours = states[..., -self.d_model :], self._neighbours_of(queries)
+        return self.store_gate.mix_logits(logits, stream, neighbours)[0]
 
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """See ``LanguageModel.step``."""
@@ -301,16 +293,14 @@ class NanoThink(LanguageModel):
             logits = super().step(tokens, state)
         else:
             logits = self._run(step, tokens, state, step.predict) * self.logit_scale
-        if state.query is None:
+        if state.query is None or state.stream is None or state.weights is None:
             return logits
         assert self.store_gate is not None
         assert self.vector_store is not None
-        assert state.stream is not None
-        assert state.weights is not None
         with torch.no_grad():
             neighbours = self.vector_store.search(state.query)
             logits, share = self.store_gate.mix_logits(logits, state.stream, neighbours)
-        state.weights = _shared(state.weights, share)
+        state.weights = with_store(state.weights, share)
         return logits
 
     def start(self, batch_size: int) -> JointState:
@@ -327,18 +317,28 @@ class NanoThink(LanguageModel):
             hidden = self._run(step, tokens, state, step.read)
             return hidden[:, -1:] if last_only else hidden
         state.latents.check_room(tokens)  # before any expert's state has advanced
+        states = self._read_experts(tokens, state)
         with torch.no_grad():
-            states = [
-                cast(LanguageModel, expert).read(tokens, of_expert)
-                for expert, of_expert in zip(self.experts, state.experts, strict=True)
-            ]
             rotation = state.latents.begin(self.rotary, tokens)
             hidden, weights = self._combine(tokens, states, rotation, state.latents)
-        state.latents.advance(tokens.shape[1])
-        state.weights = weights[:, -1]
-        if (queries := self._query([of_expert[:, -1] for of_expert in states])) is not None:
-            state.query, state.stream = queries, hidden[:, -1, -self.d_model :]
+        self._keep_last(state, states, weights[:, -1], hidden[:, -1])
         return hidden[:, -1:] if last_only else hidden
+
+    def _read_experts(self, tokens: Tensor, state: JointState) -> list[Tensor]:
+        """States of the tokens, (B, T, D) for every expert, which advances."""
+        return [
+            cast(LanguageModel, expert).read(tokens, of_expert)
+            for expert, of_expert in zip(self.experts, state.experts, strict=True)
+        ]
+
+    def _keep_last(
+        self, state: JointState, states: Sequence[Tensor], weights: Tensor, hidden: Tensor
+    ) -> None:
+        """Advance the latents, and keep what the last token's prediction needs: (B, E), (B, (E + 1) D)."""
+        state.latents.advance(states[0].shape[1])
+        state.weights = weights
+        if (query := self._query([of_expert[:, -1] for of_expert in states])) is not None:
+            state.query, state.stream = query, hidden[:, -self.d_model :]
 
     def _step_for(self, tokens: Tensor, state: JointState, head: Tensor | None = None) -> JointStep | None:
         """The program for these tokens, with logits if there is a head; None where there is none."""
@@ -359,18 +359,12 @@ class NanoThink(LanguageModel):
         run: Callable[[Tensor, Sequence[int]], Tensor],
     ) -> Tensor:
         """Read (B, T) tokens by a compiled step, after the experts; returns what ``run`` does."""
-        states = [
-            cast(LanguageModel, expert).read(tokens, of_expert)
-            for expert, of_expert in zip(self.experts, state.experts, strict=True)
-        ]
+        states = self._read_experts(tokens, state)
         for place, of_expert in zip(step.experts, states, strict=True):
             place[: tokens.numel()].copy_(of_expert.flatten(0, 1))
         found = run(tokens, state.latents.lengths)
-        state.latents.advance(tokens.shape[1])
         last = torch.arange(tokens.shape[1] - 1, tokens.numel(), tokens.shape[1])  # row of each last token
-        state.weights = step.weights[last]
-        if (queries := self._query([of_expert[:, -1] for of_expert in states])) is not None:
-            state.query, state.stream = queries, step.states[last, -self.d_model :]
+        self._keep_last(state, states, step.weights[last], step.states[last])
         return found
 
     def _combine(
@@ -396,9 +390,7 @@ class NanoThink(LanguageModel):
     def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
         """See ``LanguageModel.activation_bytes``; the factors were counted with saved-tensor hooks."""
         width, n_experts = self.d_model, len(self.experts)
-        head_dim, rope_dim, latent_dim = latent_widths(width, self.shape)
-        of_heads = 4 * self.shape.n_heads * (head_dim + rope_dim) + 2 * latent_dim
-        a_block = 16 * width + value_bytes * (2 * width + of_heads + 2 * self.inner)
+        a_block = latent_block_bytes(width, self.shape, self.inner, value_bytes)
         narrow = n_experts * value_bytes if value_bytes < 4 else 0  # states in the type of the products
         joined = width * (4 * (2 * n_experts + 1) + narrow)  # states, and what the head reads
         in_flight = value_bytes * (4 * width + 3 * self.inner)
@@ -417,19 +409,3 @@ class NanoThink(LanguageModel):
             i * a_state + cast(LanguageModel, expert).reading_bytes(batch_size, length, value_bytes)
             for i, expert in enumerate(self.experts)
         )
-
-
-def _shared(weights: Tensor, share: Tensor) -> Tensor:
-    """The experts' weights (..., E) and the vector store's share (...) as one distribution, (..., E + 1)."""
-    share = share.unsqueeze(-1)
-    return torch.cat([weights * (1 - share), share], dim=-1)
-
-
-def _first_transformer(experts: Sequence[LanguageModel]) -> Tensor:
-    chosen = next((e for e in experts if isinstance(e, Transformer)), experts[0])
-    return chosen.embedding.weight.detach()
-
-
-def _unit_rows(table: Tensor) -> Tensor:
-    """A copy with rows of RMS 1. The norm that follows makes their scale irrelevant."""
-    return F.rms_norm(table, table.shape[-1:])

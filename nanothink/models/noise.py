@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -175,3 +175,24 @@ def block_generator(seed: int, purpose: str, number: int, device: torch.device) 
     named = f"{seed}\0{purpose}\0{number}".encode()
     key = int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "little")
     return torch.Generator(device).manual_seed(key % (1 << 63))
+
+
+def sampling_noise(seeds: Sequence[int], lengths: Sequence[int], states: Tensor) -> Tensor:
+    """(B, T, D) noise for the last T tokens of each sequence: a function of its seed and a token's place.
+
+    Args:
+        lengths: of the sequences, these tokens included.
+        states: (B, T, D), for shape and device.
+    """
+    noise = [
+        torch.randn(states.shape[-1], generator=generator, device=states.device)
+        for seed, length in zip(seeds, lengths, strict=True)
+        for place in range(length - states.shape[1] + 1, length + 1)
+        for generator in [block_generator(seed, "sampling noise", place, states.device)]
+    ]
+    return torch.stack(noise).view_as(states)
+
+
+def squared_error(guess: Tensor, clean: Tensor, valid: Tensor, weight: Tensor | float) -> Tensor:
+    """Mean over features, times ``weight``, summed over valid positions."""
+    return ((guess - clean).square().mean(-1) * valid * weight).sum()

@@ -35,3 +35,9 @@ def routing_entropy(weights: Tensor) -> Tensor:
     """(..., E) weights -> (...) nats: log E where all are equal, 0 where one of them is 1."""
     entropy: Tensor = torch.special.entr(weights).sum(-1)
     return entropy
+
+
+def with_store(weights: Tensor, share: Tensor) -> Tensor:
+    """The experts' weights (..., E) and the vector store's share (...) as one distribution, (..., E + 1)."""
+    share = share.unsqueeze(-1)
+    return torch.cat([weights * (1 - share), share], dim=-1)

@@ -59,6 +59,11 @@ class Neighbours:
     counts: Tensor | None = None
     """(..., K) float32: number of keys that each stands for; None if all are 1."""
 
+    def view(self, *shape: int) -> Neighbours:
+        """The same in rows of this shape, (*shape, K)."""
+        counts = None if self.counts is None else self.counts.view(*shape, -1)
+        return Neighbours(self.similarities.view(*shape, -1), self.tokens.view(*shape, -1), counts)
+
     def to(self, device: torch.device) -> Neighbours:
         counts = None if self.counts is None else self.counts.to(device)
         return Neighbours(self.similarities.to(device), self.tokens.to(device), counts)
