@@ -40,12 +40,7 @@ from nanothink.models.feed_forward import SwiGLU
 from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.latent_attention import LatentAttention, latent_block_bytes, latent_widths
 from nanothink.models.layers import Block, RMSNorm, Rotary, linear
-from nanothink.models.loss import (
-    CHUNK_ROWS,
-    likelihood_and_peak,
-    linear_cross_entropy,
-    linear_log_likelihood,
-)
+from nanothink.models.loss import CHUNK_ROWS, likelihood_and_peak, linear_cross_entropy, linear_log_likelihood
 from nanothink.models.precision import matmul_dtype
 from nanothink.models.router import Router, with_store
 from nanothink.models.store_gate import (
@@ -111,15 +106,10 @@ class NanoThink(LanguageModel):
         self.expert_projs = nn.ModuleList(linear(width, width) for _ in parts)  # P_e
         self.inner = inner_width(width, shape.ffn_mult)
         widths = latent_widths(width, shape)
-        self.layers = nn.ModuleList(
-            Block(
-                width,
-                LatentAttention(width, shape.n_heads, *widths),
-                SwiGLU(width, self.inner),
-                self.dropout,
-            )
-            for _ in range(shape.n_layers)
-        )
+        self.layers = nn.ModuleList()
+        for _ in range(shape.n_layers):
+            attention, mlp = LatentAttention(width, shape.n_heads, *widths), SwiGLU(width, self.inner)
+            self.layers.append(Block(width, attention, mlp, self.dropout))
         self.norm = RMSNorm(width)
         self.router = Router(width, len(parts), by_token=shape.router == "token")
         self.log_scale = nn.Parameter(torch.zeros(()))  # s
@@ -296,9 +286,8 @@ class NanoThink(LanguageModel):
         if state.query is None or state.stream is None or state.weights is None:
             return logits
         assert self.store_gate is not None
-        assert self.vector_store is not None
         with torch.no_grad():
-            neighbours = self.vector_store.search(state.query)
+            neighbours = cast(NeighbourSearch, self.vector_store).search(state.query)
             logits, share = self.store_gate.mix_logits(logits, state.stream, neighbours)
         state.weights = with_store(state.weights, share)
         return logits
@@ -331,10 +320,8 @@ class NanoThink(LanguageModel):
             for expert, of_expert in zip(self.experts, state.experts, strict=True)
         ]
 
-    def _keep_last(
-        self, state: JointState, states: Sequence[Tensor], weights: Tensor, hidden: Tensor
-    ) -> None:
-        """Advance the latents, and keep what the last token's prediction needs: (B, E), (B, (E + 1) D)."""
+    def _keep_last(self, state: JointState, states: list[Tensor], weights: Tensor, hidden: Tensor) -> None:
+        """Advance the latents; keep weights (B, E), query and stream of the last token."""
         state.latents.advance(states[0].shape[1])
         state.weights = weights
         if (query := self._query([of_expert[:, -1] for of_expert in states])) is not None:
@@ -399,8 +386,8 @@ class NanoThink(LanguageModel):
         if self.store_gate is not None:
             per_token += 32 * self.n_neighbours + 4 * columns
         head = self.vocab_size * (4 * columns + CHUNK_ROWS * 8)  # the head's gradient and a chunk of logits
-        training = batch_size * length * per_token + head
-        return max(training, self.reading_bytes(batch_size, length, value_bytes))
+        reading = self.reading_bytes(batch_size, length, value_bytes)
+        return max(batch_size * length * per_token + head, reading)
 
     def reading_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
         """See ``LanguageModel.reading_bytes``: the experts run one after another, before the rest."""
