@@ -110,6 +110,6 @@ def training_section(kind: str) -> str:
 
 
 def training_of(kind: str, config: Config) -> TrainConfig:
-    """How models of this kind are trained."""
+    """Training of models of this kind."""
     settings: TrainConfig = getattr(config, training_section(kind))
     return settings
