@@ -194,7 +194,7 @@ def prune(
 def import_(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="A model folder in transformers' format, or a GGUF file."),
+        typer.Argument(metavar="SOURCE", help="A model folder, a GGUF file, or a name on the Hub."),
     ],
     name: Annotated[
         str | None,

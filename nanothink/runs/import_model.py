@@ -25,6 +25,8 @@ from nanothink.checkpoints.published import PublishedModel, read_published, refu
 from nanothink.checkpoints.split_record import UNKNOWN_TEXT
 from nanothink.checkpoints.store import REPLACED_FOLDER
 from nanothink.config.run import resolve_config
+from nanothink.data.hub import model_folder
+from nanothink.data.tokenizer_files import looks_like_path
 from nanothink.errors import CheckpointDamagedError, ConfigError, UsageError
 from nanothink.models.contract import LanguageModel
 from nanothink.reporter import SILENT, Reporter
@@ -61,7 +63,7 @@ def import_model(
     """Make ``checkpoint_dir/NAME_expert.pt`` of a published model, in float32.
 
     Args:
-        source: a folder in ``transformers``' format, or a GGUF file.
+        source: a folder in ``transformers``' format, a GGUF file, or a name of the Hugging Face Hub.
         name: NAME; the last part of ``source`` when None.
         context: a shorter context than the model's own, in tokens.
         overwrite: replace a checkpoint of that name.
@@ -81,6 +83,9 @@ def import_model(
             f"place: --overwrite (what is there is moved to {checkpoint_dir / REPLACED_FOLDER})"
         )
     reporter.progress("reading", 0, 0)
+    if not folder.exists() and not looks_like_path(source):
+        reporter.progress("fetching", 0, 0)
+        folder = model_folder(source)
     found = read_gguf(folder) if folder.is_file() else read_published(folder)
     model, config = _ours(found, folder, context)
     n_rows = _n_rows(found)

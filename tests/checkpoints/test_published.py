@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stand_in_hub import serving
 from torch import nn
 
 import nanothink as package
@@ -279,6 +283,32 @@ def test_a_damaged_or_foreign_folder_is_one_line(
     with pytest.raises((CheckpointDamagedError, CheckpointMismatchError), match=reason):
         imported(folder)
     assert list((folder.parent / "checkpoints").glob("*.pt")) == []
+
+
+def test_a_name_on_the_hub_is_fetched_once(
+    published: Callable[..., tuple[Path, Any]], tmp_path: Path
+) -> None:
+    folder, theirs = published("Qwen3", **SHAPE)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files |= {"pytorch_model.bin": b"pickle", "modeling_mine.py": b"raise SystemExit"}
+
+    def fetch(name: str, endpoint: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "nanothink", "checkpoints", "import", "me/mine", "--name", name]
+        where = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        return subprocess.run(
+            line, cwd=tmp_path, env=environment | where, capture_output=True, text=True, check=False
+        )
+
+    with serving(files) as endpoint:
+        first = fetch("first", endpoint)
+    assert first.returncode == 0, first.stderr
+    assert fetch("second", endpoint).returncode == 0  # the server is gone
+    assert not [path for path in (tmp_path / "hf").rglob("*") if path.suffix in (".bin", ".py")]
+    ours = package.load(tmp_path / "checkpoints" / "second_expert.pt")
+    x = torch.randint(ours.tokenizer.vocab_size, (2, 30), generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.logits(x), theirs(x).logits, rtol=0, atol=1e-4)
 
 
 def test_code_beside_a_model_is_not_run(published: Callable[..., tuple[Path, Any]]) -> None:

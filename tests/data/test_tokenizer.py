@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import shutil
@@ -10,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reports import Told
+from stand_in_hub import serving
 
 from nanothink.data.corpus import find_corpus
 from nanothink.data.split import SplitRule
@@ -436,56 +435,9 @@ def test_offline_is_found_out_quickly(tmp_path: Path) -> None:
         assert reason in where
 
 
-class _Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as a download needs: one repository."""
-
-    files: dict[str, bytes]
-    sha = "0123456789" * 4
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def _answer(self, body: bool) -> None:
-        path = self.path.split("?")[0].lstrip("/")
-        name = path.rsplit("/", 1)[-1]
-        if path.startswith("api/models/me/mine/tree/"):
-            tree = [
-                {"type": "file", "path": file, "size": len(content), "oid": file}
-                for file, content in self.files.items()
-            ]
-            self._send(orjson.dumps(tree), {"Content-Type": "application/json"}, body)
-        elif path.startswith("api/models/me/mine"):
-            siblings = [{"rfilename": file} for file in self.files]
-            self._send(orjson.dumps({"id": "me/mine", "sha": self.sha, "siblings": siblings}), {}, body)
-        elif path.startswith("me/mine/resolve/") and name in self.files:
-            headers = {"ETag": f'"{len(self.files[name])}-{name}"', "X-Repo-Commit": self.sha}
-            self._send(self.files[name], headers, body)
-        else:
-            self.send_response(404)
-            known = path.startswith("me/mine")
-            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-    def _send(self, content: bytes, headers: dict[str, str], body: bool) -> None:
-        self.send_response(200)
-        for key, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 def test_downloaded_once_then_from_the_cache(trained: Tokenizer, tmp_path: Path) -> None:
     folder = save_tokenizer(trained, tmp_path / "tokenizer")
     files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"model.safetensors": b"x" * 1000}
-    handler = type("Handler", (_Hub,), {"files": files})
 
     def load(name: str, endpoint: str) -> tuple[str, str, str]:
         process = _load_in_a_process(name, tmp_path / "hf", HF_ENDPOINT=endpoint)
@@ -493,12 +445,9 @@ def test_downloaded_once_then_from_the_cache(trained: Tokenizer, tmp_path: Path)
         told, where = output.splitlines()
         return told, where, errors
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        endpoint = f"http://127.0.0.1:{server.server_port}"
+    with serving(files) as endpoint:
         first = load("me/mine", endpoint)
         unknown = load("me/other", endpoint)
-        server.shutdown()
     assert first == (trained.fingerprint, "in the Hugging Face cache", "")  # no bars of somebody else's
     assert unknown[0].startswith("TokenizerError There is no tokenizer 'me/other'")
     assert unknown[1] == "not cached yet; the Hugging Face Hub answers"

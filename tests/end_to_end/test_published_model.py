@@ -45,7 +45,7 @@ PROMPTS = [
     "日本の首都は",
 ]
 
-pytestmark = pytest.mark.bench
+pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,19 @@ def original() -> Path:
 def imported(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published")
     assert (
-        run(["checkpoints", "import", str(original), "--name", "smollm2", "--checkpoint-dir", str(folder)])
+        run(
+            [
+                "checkpoints",
+                "import",
+                str(original),
+                "--name",
+                "smollm2",
+                "--context",
+                "512",
+                "--checkpoint-dir",
+                str(folder),
+            ]
+        )
         == 0
     )
     return folder / "smollm2_expert.pt"
