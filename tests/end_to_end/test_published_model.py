@@ -62,22 +62,8 @@ def original() -> Path:
 @pytest.fixture(scope="module")
 def imported(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published")
-    assert (
-        run(
-            [
-                "checkpoints",
-                "import",
-                str(original),
-                "--name",
-                "smollm2",
-                "--context",
-                "512",
-                "--checkpoint-dir",
-                str(folder),
-            ]
-        )
-        == 0
-    )
+    where = ["--name", "smollm2", "--checkpoint-dir", str(folder)]
+    assert run(["checkpoints", "import", str(original), "--context", "512", *where]) == 0
     return folder / "smollm2_expert.pt"
 
 
@@ -131,19 +117,9 @@ def test_it_writes_and_is_scored(imported: Path, tmp_path: Path, capsys: pytest.
     (tmp_path / "docs").mkdir()
     pages = [page.read_text("utf-8")[:2000] for page in sorted((ROOT / "docs").glob("*.md"))]
     (tmp_path / "docs" / "a.jsonl").write_text("\n".join(json.dumps({"text": page}) for page in pages))
-    line = [
-        "eval",
-        str(imported),
-        "--data-dir",
-        str(tmp_path),
-        "--split",
-        "all",
-        "--max-tokens",
-        "4096",
-        "--json",
-    ]
+    where = ["--data-dir", str(tmp_path), "--split", "all", "--max-tokens", "1024"]
     capsys.readouterr()
-    assert run(line) == 0
+    assert run(["eval", str(imported), *where, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["checkpoints"]
     print(f"bits per byte of the documentation: {row['overall']['bits_per_byte']:.3f}")
     assert row["overall"]["bits_per_byte"] < 1.4
