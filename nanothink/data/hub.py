@@ -2,7 +2,8 @@
 
 Only ``DATA_FILES`` and ``MODEL_FILES`` are fetched or read; none of them can hold code. The Hub is asked with
 a short timeout before anything is downloaded, because being offline is normal. Whether to ask at all
-(HF_HUB_OFFLINE), which server (HF_ENDPOINT) and where the cache is (HF_HOME) are huggingface_hub's own settings.
+(HF_HUB_OFFLINE), which server (HF_ENDPOINT) and where the cache is (HF_HOME) are huggingface_hub's own
+settings.
 """
 
 from __future__ import annotations
