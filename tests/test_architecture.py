@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("disk", "config", "data", "models", "vector_store", "inference", "training", "checkpoints"),
         "report",
     },
-    "serve": {"errors", "data", "models", "inference", "runs"},
+    "serve": {"errors", "data", "models", "vector_store", "inference", "runs"},
     "cli": {
         *("disk", "config", "data", "models", "vector_store", "inference", "training", "checkpoints"),
         "runs",

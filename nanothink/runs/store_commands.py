@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nanothink.checkpoints import read_checkpoint
+from nanothink.data.tokenizer import Tokenizer
 from nanothink.data.tokens import TokenisedCorpus
 from nanothink.errors import (
     UsageError,
@@ -21,6 +22,7 @@ from nanothink.runs.store_source import StoreSource
 from nanothink.runs.trained_model import load
 from nanothink.vector_store.compact import merge_duplicates
 from nanothink.vector_store.contents import Owner, VectorStore
+from nanothink.vector_store.index import Float32
 from nanothink.vector_store.store import store_bytes, write_store
 
 
@@ -97,10 +99,23 @@ def search_store(
     if not ids:
         raise UsageError("There is no text to search by.")
     window = torch.tensor([ids[-found.expert.owner.block_length :]])
-    similarities, numbers = store.index.search(found.expert.states(window)[0, -1:], n_neighbours)
+    query = found.expert.states(window)[0, -1:]
+    return nearest_passages(store, found.tokenizer, query, _temperature(found), n_neighbours, n_before)
+
+
+def nearest_passages(
+    store: VectorStore,
+    tokenizer: Tokenizer,
+    query: Float32,
+    temperature: float,
+    n_neighbours: int,
+    n_before: int = 24,
+) -> list[StoreHit]:
+    """The keys nearest to a query (1, D) of length 1, nearest first, each with the text before it."""
+    similarities, numbers = store.index.search(query, n_neighbours)
     neighbours = store.neighbours(similarities, numbers)
     counts = neighbours.counts
-    scores = neighbours.similarities[0] / _temperature(found)
+    scores = neighbours.similarities[0] / temperature
     weights = (scores + (counts[0].log() if counts is not None else 0.0)).softmax(-1)
     hits = []
     for i, number in enumerate(numbers[0].tolist()):
@@ -112,8 +127,8 @@ def search_store(
             StoreHit(
                 similarity=float(similarities[0, i]),
                 weight=float(weights[i]),
-                before=found.tokenizer.decode(store.passage(number, n_before)),
-                token=found.tokenizer.decode([int(store.contents.tokens[number])]),
+                before=tokenizer.decode(store.passage(number, n_before)),
+                token=tokenizer.decode([int(store.contents.tokens[number])]),
                 domain=store.contents.domains[int(document["domain"])],
                 source=f"{path}:{int(document['line'])}",
                 stands_for=int(counts[0, i]) if counts is not None else 1,

@@ -18,12 +18,14 @@ from nanothink.runs.trained_model import TrainedModel
 from nanothink.serve.answers import Answer, Choice, ScoredToken, TokenTexts
 from nanothink.serve.chat import ChatTemplate
 from nanothink.serve.errors import RequestError, json_response
+from nanothink.serve.inspecting import inspect
 from nanothink.serve.model_thread import ModelThread, Ticket
 from nanothink.serve.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
+    InspectRequest,
     TokenizeRequest,
     parse,
 )
@@ -128,6 +130,19 @@ class Endpoints:
         model = self._model(asked.model)
         self._check_tokens(model, asked.tokens, "tokens")
         return json_response({"prompt": model.loaded.tokenizer.decode(asked.tokens)})
+
+    async def inspect(self, request: Request) -> Response:
+        asked = parse(InspectRequest, await self._body(request))
+        model = self._model(asked.model)
+        self._check_tokens(model, asked.tokens, "tokens")
+        tokens = [*self._encoded(model, asked.prompt, "prompt"), *asked.tokens]
+        return json_response(
+            await self._thread.call(
+                lambda: inspect(
+                    model.loaded, tokens, n_likeliest=asked.n_likeliest, n_passages=asked.n_passages
+                )
+            )
+        )
 
     async def completions(self, request: Request) -> Response:
         asked = parse(CompletionRequest, await self._body(request))

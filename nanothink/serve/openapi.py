@@ -12,12 +12,14 @@ from nanothink.serve.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    InspectRequest,
     TokenizeRequest,
 )
 
 _BODIES: dict[str, tuple[type[BaseModel], str]] = {
     "/v1/completions": (CompletionRequest, "Continue texts."),
     "/v1/chat/completions": (ChatRequest, "Answer a conversation."),
+    "/inspect": (InspectRequest, "The likeliest next tokens, and the training text that is recalled."),
     "/tokenize": (TokenizeRequest, "Token ids of a text."),
     "/detokenize": (DetokenizeRequest, "Text of token ids."),
 }

@@ -142,8 +142,8 @@ class Browser:
                 assert "error" not in answer, f"{method}: {answer['error']}"
                 return answer["result"]
 
-    def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Open a file and wait until it has loaded and drawn."""
+    def open(self, page: Path | str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """Open a file or an address, and wait until it has loaded and drawn."""
         self(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -154,7 +154,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
-        self("Page.navigate", url=path.absolute().as_uri())
+        self("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._receive()
         self.script(
@@ -212,7 +212,7 @@ def running_browser(command: str, profile: Path) -> Iterator[Browser]:
             "--disable-gpu",
             "--disable-dev-shm-usage",
             "--no-first-run",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             f"--user-data-dir={profile}",
         ],
         stdin=subprocess.DEVNULL,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from forking_shell import quick
 from openai import OpenAI
+from report.conftest import Browser, find_browser, running_browser
 
 import nanothink
 from nanothink.cli.app import run
@@ -102,6 +103,15 @@ def running(
 @pytest.fixture(scope="session")
 def server(models: list[TrainedModel]) -> Iterator[Running]:
     with running(models) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    command = find_browser()
+    if command is None:
+        pytest.skip("no Chromium here: the page is not looked at (Debian: apt-get install chromium)")
+    with running_browser(command, tmp_path_factory.mktemp("profile")) as found:
         yield found
 
 
