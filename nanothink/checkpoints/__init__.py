@@ -5,20 +5,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nanothink.checkpoints.file import (
+    CheckpointSummary,
+    read_checkpoint,
+    read_summary,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from nanothink.checkpoints.names import CheckpointName, Role, parse_name, validate_name
+from nanothink.checkpoints.payload import FORMAT_VERSION, CheckpointPayload, ModelPayload
+from nanothink.checkpoints.store import CheckpointStore, DamagedEntry, list_checkpoints, prune
+
 if TYPE_CHECKING:
     from nanothink.checkpoints.export import check_place, is_export, read_export, write_export
-    from nanothink.checkpoints.file import (
-        CheckpointSummary,
-        read_checkpoint,
-        read_summary,
-        verify_checkpoint,
-        write_checkpoint,
-    )
-    from nanothink.checkpoints.names import CheckpointName, Role, parse_name, validate_name
-    from nanothink.checkpoints.payload import FORMAT_VERSION, CheckpointPayload, ModelPayload
     from nanothink.checkpoints.restore import LoadReport, model_state, pack_rng, restore_model, unpack_rng
     from nanothink.checkpoints.split_record import SplitRecord
-    from nanothink.checkpoints.store import CheckpointStore, DamagedEntry, list_checkpoints, prune
 
 __all__ = [
     "FORMAT_VERSION",
@@ -49,28 +50,15 @@ __all__ = [
     "write_export",
 ]
 
-_MODULES = {
+_NEED_TORCH = {
     **dict.fromkeys(("check_place", "is_export", "read_export", "write_export"), "export"),
-    **dict.fromkeys(
-        (
-            "CheckpointSummary",
-            "read_checkpoint",
-            "read_summary",
-            "verify_checkpoint",
-            "write_checkpoint",
-        ),
-        "file",
-    ),
-    **dict.fromkeys(("CheckpointName", "Role", "parse_name", "validate_name"), "names"),
-    **dict.fromkeys(("FORMAT_VERSION", "CheckpointPayload", "ModelPayload"), "payload"),
     **dict.fromkeys(("LoadReport", "model_state", "pack_rng", "restore_model", "unpack_rng"), "restore"),
-    **dict.fromkeys(("SplitRecord",), "split_record"),
-    **dict.fromkeys(("CheckpointStore", "DamagedEntry", "list_checkpoints", "prune"), "store"),
+    "SplitRecord": "split_record",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: a listing needs no torch."""
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"nanothink.checkpoints.{_MODULES[name]}"), name)
+    """Import on first use what imports torch: a listing needs none."""
+    if name in _NEED_TORCH:
+        return getattr(importlib.import_module(f"nanothink.checkpoints.{_NEED_TORCH[name]}"), name)
     raise AttributeError(f"module 'nanothink.checkpoints' has no attribute '{name}'")

@@ -162,17 +162,13 @@ def plain(value: Any, where: str) -> Any:
 
     Tensors keep sharing their storage, so that tied parameters are stored once.
     """
-    if _is_tensor(value):
-        import torch
+    import torch
 
-        if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
-            raise TypeError(f"{where} is a tensor that can't be saved ({value.layout}, {value.device})")
-        tensor = value.detach()
-        if type(tensor) is not torch.Tensor:
-            raise TypeError(f"{where} is a {type(value).__name__}, not a plain tensor")
-        if tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
-            return tensor.clone(memory_format=torch.contiguous_format)  # a view: leave the rest behind
-        return tensor
+    if value is None or isinstance(value, bool):
+        return value
+    for scalar in (int, float, str):  # numpy.float64 is a float, and would be pickled as numpy's
+        if isinstance(value, scalar):
+            return scalar(value)
     if isinstance(value, dict):
         for key in value:
             if type(key) not in (str, int):
@@ -181,12 +177,17 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, (list, tuple)):
         items = [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
-    if value is None or isinstance(value, bool):
-        return value
-    for scalar in (int, float, str):  # numpy.float64 is a float, and would be pickled as numpy's
-        if isinstance(value, scalar):
-            return scalar(value)
-    raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
+    if not isinstance(value, torch.Tensor):
+        what = f"{where} is a {type(value).__name__}"
+        raise TypeError(f"{what}; a checkpoint holds tensors and plain values only")
+    if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
+        raise TypeError(f"{where} is a tensor that can't be saved ({value.layout}, {value.device})")
+    tensor = value.detach()
+    if type(tensor) is not torch.Tensor:
+        raise TypeError(f"{where} is a {type(value).__name__}, not a plain tensor")
+    if tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
+        return tensor.clone(memory_format=torch.contiguous_format)  # a view: leave the rest behind
+    return tensor
 
 
 def tensor_bytes(value: Any) -> int:
