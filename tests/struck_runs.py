@@ -79,6 +79,8 @@ def stem(kind: str) -> str:
 def typed(kind: str, corpus: Path, tokenizer: Path, experts: Path, folder: Path, **changed: Any) -> list[str]:
     """What to type after ``nanothink`` to train a ``kind`` into ``folder``."""
     shape = {} if kind == "nanothink_mla" else SHAPE
+    if kind == "nanothink_mla":
+        changed = {"fit": "full", "lr": 1e-4, **changed}  # low enough to gain on the ensemble
     if kind == "transformer":  # it alone would learn smoothly
         changed = {"lr_min_fraction": 0.9, **changed}
     settings = {**shape, **{f"{SECTIONS[kind]}.{k}": v for k, v in {**TRAINING, **changed}.items()}}

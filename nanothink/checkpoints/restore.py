@@ -16,6 +16,7 @@ from nanothink.checkpoints.payload import ModelPayload
 from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, counted, some_of
 from nanothink.models import COMBINED
 from nanothink.models.contract import LanguageModel
+from nanothink.models.joint_gate import GATE_PREFIX, JointGate
 
 _LISTED = 8
 """Names shown per line of a report."""
@@ -76,14 +77,17 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
         if key not in copies:
             copies[key] = tensor.detach().to("cpu").contiguous()
         state[_bare(name)] = copies[key]
+    if isinstance(model, LanguageModel) and model.joint_gate is not None:
+        gate = model.joint_gate.weights.items()
+        state |= {f"{GATE_PREFIX}{name}": weight.detach().cpu().contiguous() for name, weight in gate}
     return state
 
 
 def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, path: Path) -> LoadReport:
     """Load the tensors that fit, as ``strict=False`` does, also where shapes differ, and report the rest.
 
-    The scale of the logits comes along. Nothing is changed unless everything below holds. ``path`` is for the
-    messages.
+    The scale of the logits and the joint gate come along. Nothing is changed unless everything below holds.
+    ``path`` is for the messages.
 
     Raises CheckpointMismatchError when the file is of another kind, or when less than half of the model's
     numbers fit, since that is another model of the same kind.
@@ -102,6 +106,7 @@ def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, 
                 f"Save it again without them"
             )
         saved[_bare(name)] = tensor
+    gate = {name: saved.pop(name) for name in list(saved) if name.startswith(GATE_PREFIX)}
     own = {_bare(name): tensor for name, tensor in model.state_dict().items()}
 
     fitting: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
@@ -136,13 +141,23 @@ def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, 
             f"parameters. {'. '.join(report.lines()[:-1])}. Use the settings it was trained with "
             f"(`nanothink checkpoints show {path}`; `nanothink resume {path}` takes them from it)"
         )
-    scale = _logit_scale(payload, path)
+    scale, joint_gate = _logit_scale(payload, path), _joint_gate(model, gate, path)
     with torch.no_grad():
         for target, source in fitting.values():
             target.copy_(source)
     if isinstance(model, LanguageModel):
-        model.logit_scale = scale
+        model.logit_scale, model.joint_gate = scale, joint_gate
     return report
+
+
+def _joint_gate(model: nn.Module, weights: dict[str, Tensor], path: Path) -> JointGate | None:
+    if not weights or not isinstance(model, LanguageModel):
+        return None
+    named = {name.removeprefix(GATE_PREFIX): weight.float().clone() for name, weight in weights.items()}
+    try:
+        return JointGate.of_weights(named, len(model.expert_names), model.vocab_size)
+    except ValueError as error:
+        raise CheckpointDamagedError(f"{path}: {error}") from error
 
 
 def _logit_scale(payload: ModelPayload, path: Path) -> float:

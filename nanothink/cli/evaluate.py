@@ -12,6 +12,7 @@ from nanothink.cli import completion
 from nanothink.cli.options import (
     CheckpointDir,
     Device,
+    DocumentCache,
     Domains,
     ForgivingCommand,
     Json,
@@ -69,6 +70,7 @@ def evaluate(
     device: Device = None,
     skip_bad_records: SkipBadRecords = False,
     no_vector_store: NoVectorStore = False,
+    document_cache: DocumentCache = False,
     allow_seen: Annotated[
         bool, typer.Option("--allow-seen", help="Score text that a model was trained on too; it is marked.")
     ] = False,
@@ -98,6 +100,7 @@ def evaluate(
             device=device,
             skip_bad_records=skip_bad_records,
             vector_store=not no_vector_store,
+            document_cache=document_cache,
             allow_seen=allow_seen,
             reporter=reporter,
         )
@@ -117,6 +120,9 @@ def _rows(results: Sequence[CheckpointEvaluation]) -> list[dict[str, Any]]:
         scores["overall"]["bits_per_byte_stderr"] = found.standard_error()
         for name, score in scores["domains"].items():
             score["bits_per_byte_stderr"] = found.standard_error(name)
+        if (cached := result.with_cache) is not None:
+            scores["with_document_cache"] = cached.to_dict()
+            scores["with_document_cache"]["overall"]["bits_per_byte_stderr"] = cached.standard_error()
         rows.append(
             {
                 "path": result.path,

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nanothink.cli import completion
-from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json, NoVectorStore, examples
+from nanothink.cli.options import (
+    CheckpointDir,
+    Device,
+    DocumentCache,
+    ForgivingCommand,
+    Json,
+    NoVectorStore,
+    examples,
+)
 
 if TYPE_CHECKING:
     from nanothink.runs.trained_model import TrainedModel
@@ -104,6 +112,7 @@ def generate(
         ),
     ] = False,
     no_vector_store: NoVectorStore = False,
+    document_cache: DocumentCache = False,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     as_json: Json = False,
@@ -141,7 +150,13 @@ def generate(
     kind = "diffuser" if denoise or "ddim_steps" in sampling else COMBINED if show_routing else None
     with render.reporting() as reporter:
         path = checkpoint or newest_finished(checkpoint_dir, reporter, kind=kind)
-        loaded = load(path, device=device, vector_store=not no_vector_store, reporter=reporter)
+        loaded = load(
+            path,
+            device=device,
+            vector_store=not no_vector_store,
+            document_cache=document_cache,
+            reporter=reporter,
+        )
     for line in loaded.notes:
         render.note(line)
     if "ddim_steps" in sampling and loaded.kind != "diffuser":  # before the prompt is shown

@@ -189,6 +189,9 @@ SkipBadRecords = Annotated[
 NoVectorStore = Annotated[
     bool, typer.Option("--no-vector-store", help="Run a model without the vector store it was trained with.")
 ]
+DocumentCache = Annotated[
+    bool, typer.Option("--document-cache", help="Use a document cache: states of the text read so far.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Estimate time, memory and disk, and stop there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
 

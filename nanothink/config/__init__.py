@@ -3,6 +3,7 @@
 from nanothink.config.data import DataConfig
 from nanothink.config.model import (
     DiffuserConfig,
+    DocumentCacheConfig,
     MLAConfig,
     ModelConfig,
     StateSpaceConfig,
@@ -16,6 +17,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DiffuserConfig",
+    "DocumentCacheConfig",
     "MLAConfig",
     "ModelConfig",
     "StateSpaceConfig",

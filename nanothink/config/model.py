@@ -192,6 +192,16 @@ class MLAConfig(Settings):
     """Weights of the experts: for each token from its state, or one learned set for all tokens."""
 
 
+class DocumentCacheConfig(Settings):
+    """The document cache of every model: its states over the text read so far, searched at each token."""
+
+    window_tokens: int = Field(8192, ge=1, le=1 << 20)
+    """How far back it reaches, in tokens."""
+
+    n_neighbours: int = Field(32, ge=1, le=1024)
+    """Earlier positions that are recalled for each token."""
+
+
 class VectorStoreConfig(Settings):
     """The vector store of a NanoThink: one expert's states over the training text, searched by FAISS."""
 

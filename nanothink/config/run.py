@@ -25,6 +25,7 @@ from nanothink.config.base import Settings
 from nanothink.config.data import DataConfig
 from nanothink.config.model import (
     DiffuserConfig,
+    DocumentCacheConfig,
     MLAConfig,
     ModelConfig,
     StateSpaceConfig,
@@ -55,6 +56,7 @@ class Config(Settings):
     diffuser: DiffuserConfig = DiffuserConfig()
     mla: MLAConfig = MLAConfig()
     vector_store: VectorStoreConfig = VectorStoreConfig()
+    document_cache: DocumentCacheConfig = DocumentCacheConfig()
     data: DataConfig = DataConfig()
     train_expert: TrainExpertConfig = TrainExpertConfig()
     train_diffuser: TrainDiffuserConfig = TrainDiffuserConfig()

@@ -50,6 +50,10 @@ class TrainConfig(Settings):
     momentum: float = Field(0.95, ge=0, lt=1)
     """Muon's momentum."""
 
+    fit_to_text: bool = False
+    """Choose dropout, weight_decay_tables and max_epochs by the number of training tokens for each parameter,
+    where they are not set by hand."""
+
     schedule: Literal["cosine", "trapezoid"] = "cosine"
     """Shape of the learning rate after warm-up: cosine to lr_min_fraction, or flat and then linear."""
 
@@ -179,6 +183,11 @@ class TrainMLAConfig(TrainConfig):
 
     max_epochs: int = Field(30, ge=1)
     """Passes over the training blocks."""
+
+    fit: Literal["auto", "gate", "full"] = "auto"
+    """'full' trains embeddings, MLA, router and head on the training text. 'gate' fits a weight for each
+    expert and the joint gate on held-out text, in seconds. 'auto' takes 'gate' where the experts know their
+    training text better than other text and no max_steps are set."""
 
     entropy_reg: float = Field(0.01, ge=0)
     """Weight of log E - H(w) in the loss: what the routing weights lack to being equal."""

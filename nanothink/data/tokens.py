@@ -33,6 +33,9 @@ IGNORE = -100
 SAMPLE_SEED = 43
 """Seed of ``TokenStream.sample``: fixed like the split's, and another one."""
 
+FIT_SEED = 44
+"""That of ``TokenStream.part_to_fit``."""
+
 Int64 = NDArray[np.int64]
 
 
@@ -123,6 +126,27 @@ class TokenStream:
         fit = int(np.searchsorted(np.cumsum(documents.n_tokens[order]), max_tokens, side="right"))
         drawn = np.zeros(self.n_documents, np.bool_)
         drawn[order[: max(fit, 1)]] = True
+        return self._part(drawn)
+
+    def part_to_fit(self, max_tokens: int) -> TokenStream:
+        """Whole documents of at most ``max_tokens`` tokens and half of the text, perhaps none; in order.
+
+        They are drawn by another hash than those of ``sample``, which so are as likely to be in it as others.
+        """
+        documents = self.documents()
+        order = np.argsort(hashed(documents.keys, FIT_SEED), kind="stable")
+        most = min(max_tokens, self.n_tokens // 2)
+        fit = int(np.searchsorted(np.cumsum(documents.n_tokens[order]), most, side="right"))
+        drawn = np.zeros(self.n_documents, np.bool_)
+        drawn[order[:fit]] = True
+        return self._part(drawn)
+
+    def without(self, keys: NDArray[np.uint64]) -> TokenStream:
+        """The documents whose keys are not among these."""
+        return self._part(~np.isin(self.documents().keys, keys))
+
+    def _part(self, drawn: NDArray[np.bool_]) -> TokenStream:
+        """The documents for which ``drawn`` is True."""
         parts, first = [], 0
         for file, chosen in self._parts:
             count = int(chosen.sum())

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from nanothink.config import Config
 from nanothink.data.tokens import IGNORE
 from nanothink.models.dropout import Dropout
+from nanothink.models.joint_gate import JointGate, no_neighbours
 from nanothink.models.loss import linear_cross_entropy, linear_log_likelihood
 
 if TYPE_CHECKING:
     from nanothink.models.decoding.steps import Step
+    from nanothink.models.store_gate import Neighbours
 
 __all__ = [
     "IGNORE",
@@ -95,6 +97,10 @@ class LanguageModel(nn.Module, ABC):
     context_length: int | None
     """Most tokens that one forward pass or one decoding state can hold; None: no limit."""
 
+    joint_gate: JointGate | None = None
+    """Mixes predictions with those of memories (joint_gate.py), fitted after training. No part of the
+    parameters."""
+
     logit_scale: float = 1.0
     """Factor on the logits from calibration (inference/calibration.py). In every prediction; not in ``loss``,
     which is trained on."""
@@ -141,7 +147,7 @@ class LanguageModel(nn.Module, ABC):
         """
         last = self.read(tokens, state, last_only=True)[:, -1]  # (B, D)
         with torch.no_grad():
-            return F.linear(self._scaled(last), self.head_weight).float()
+            return self.predicted(last)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The same as ``logits``."""
@@ -149,8 +155,11 @@ class LanguageModel(nn.Module, ABC):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, V) float32. For short inputs: training never holds this tensor."""
-        states = self._scaled(self.hidden(tokens))
-        return F.linear(states, self.head_weight).float()
+        return self.predicted(self.hidden(tokens))
+
+    def predicted(self, states: Tensor) -> Tensor:
+        """(..., D) final states -> (..., V) float32 logits, calibrated."""
+        return F.linear(self._scaled(states), self.head_weight).float()
 
     def loss(self, inputs: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
         """Cross-entropy summed over the targets (B, T) that are not IGNORE, in nats, times ``scale``.
@@ -164,6 +173,31 @@ class LanguageModel(nn.Module, ABC):
         """(B, T) float32: log-likelihood of each target in nats, 0 where it is IGNORE. Differentiable."""
         states = self._scaled(self.hidden(inputs)).flatten(0, 1)  # (B*T, D)
         return linear_log_likelihood(states, self.head_weight, targets.flatten()).view(targets.shape)
+
+    def expert_logits(self, states: Tensor, weights: Tensor | None) -> list[Tensor]:
+        """(N, D) final states -> (N, V) logits of each expert that predicts by itself; here the model alone.
+
+        Args:
+            weights: (N, E) of the experts of a combined model.
+        """
+        return [F.linear(states, self.head_weight).float()]
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Of what ``expert_logits`` gives."""
+        return (self.kind,)
+
+    def weights_read(self, state: State) -> Tensor | None:
+        """(B, T, E) weights of the experts for the tokens of the last ``read``; None for a single model."""
+        return None
+
+    def stored_neighbours(self, keys: Tensor) -> Neighbours:
+        """Neighbours in the vector store of (N, D') ``key_states``; none without one."""
+        return no_neighbours(len(keys), keys.device)
+
+    def key_states(self, states: Tensor) -> Tensor:
+        """(N, D) final states -> (N, D') what memories are searched with; its length means nothing."""
+        return states
 
     def _scaled(self, states: Tensor) -> Tensor:
         """Input of the head, (..., D)."""

@@ -53,6 +53,7 @@ class JointState(State):
     experts: Sequence[State]
     latents: KeyValueCache
     weights: Tensor | None = None  # (B, E), or (B, E + 1) after a search
+    read_weights: Tensor | None = None  # (B, T, E), of the last reading; rows that join have none
     query: Tensor | None = None  # (B, D)
     stream: Tensor | None = None  # (B, D)
 

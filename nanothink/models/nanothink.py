@@ -38,10 +38,11 @@ from nanothink.models.contract import IGNORE, LanguageModel, State
 from nanothink.models.decoding_states import JointState
 from nanothink.models.feed_forward import SwiGLU
 from nanothink.models.key_value_cache import KeyValueCache
-from nanothink.models.latent_attention import LatentAttention, latent_block_bytes, latent_widths
+from nanothink.models.latent_attention import LatentAttention, latent_widths
 from nanothink.models.layers import Block, RMSNorm, Rotary, linear
-from nanothink.models.loss import CHUNK_ROWS, likelihood_and_peak, linear_cross_entropy, linear_log_likelihood
+from nanothink.models.loss import likelihood_and_peak, linear_cross_entropy, linear_log_likelihood
 from nanothink.models.precision import matmul_dtype
+from nanothink.models.product_of_experts import ProductOfExperts
 from nanothink.models.router import Router, with_store
 from nanothink.models.store_gate import (
     VECTOR_STORE,
@@ -56,11 +57,12 @@ if TYPE_CHECKING:
     from nanothink.models.decoding.steps import JointStep, Step
 
 
-class NanoThink(LanguageModel):
+class NanoThink(ProductOfExperts):
     """See the head of this file.
 
-    Token embeddings start as a copy of those of the first transformer among the experts (of the first expert
-    if there is none), scaled to RMS 1; the head as a copy of the experts' heads.
+    Experts may differ in width; one of them at least has that of the model. Token embeddings start as a copy
+    of those of the first transformer of this width (of the first such expert if there is none), scaled to RMS
+    1; the head as a copy of the experts' heads.
 
     Args:
         vocab_size: V.
@@ -72,8 +74,6 @@ class NanoThink(LanguageModel):
 
     kind: ClassVar[str] = "nanothink_mla"
     context_length: int
-    vector_store: NeighbourSearch | None = None
-    """Finds neighbours in the vector store; None to predict without. Attached, not part of the weights."""
 
     def __init__(
         self,
@@ -86,10 +86,10 @@ class NanoThink(LanguageModel):
         super().__init__()
         width, parts = model.d_model, list(experts.values())
         for name, expert in experts.items():
-            if (expert.vocab_size, expert.d_model) != (vocab_size, width):
+            if expert.vocab_size != vocab_size:
                 raise UsageError(
-                    f"expert '{name}' has a vocabulary of {expert.vocab_size} and width {expert.d_model}, "
-                    f"the combined model {vocab_size} and {width}; they must agree in both"
+                    f"expert '{name}' has a vocabulary of {expert.vocab_size}, the combined model of "
+                    f"{vocab_size}; they must agree"
                 )
         self.vocab_size = vocab_size
         self.d_model = width
@@ -99,11 +99,11 @@ class NanoThink(LanguageModel):
             [model.max_seq_len, *(e.context_length for e in parts if e.context_length is not None)]
         )
         self.experts = nn.ModuleList(parts).requires_grad_(False).eval()
-        first = next((expert for expert in parts if isinstance(expert, Transformer)), parts[0])
-        table = F.rms_norm(first.embedding.weight.detach(), (width,))  # embed_norm makes the scale irrelevant
+        table = F.rms_norm(_first_table(parts, width), (width,))  # embed_norm makes the scale irrelevant
         self.embed_tokens = nn.Embedding(vocab_size, width, _weight=table)
         self.embed_norm = RMSNorm(width)
-        self.expert_projs = nn.ModuleList(linear(width, width) for _ in parts)  # P_e
+        self.expert_widths = [expert.d_model for expert in parts]
+        self.expert_projs = nn.ModuleList(linear(own, width) for own in self.expert_widths)  # P_e
         self.inner = inner_width(width, shape.ffn_mult)
         widths = latent_widths(width, shape)
         self.layers = nn.ModuleList()
@@ -113,16 +113,17 @@ class NanoThink(LanguageModel):
         self.norm = RMSNorm(width)
         self.router = Router(width, len(parts), by_token=shape.router == "token")
         self.log_scale = nn.Parameter(torch.zeros(()))  # s
-        self.lm_head = nn.Linear((len(parts) + 1) * width, vocab_size, bias=False, device="meta")
+        self.lm_head = nn.Linear(sum(self.expert_widths) + width, vocab_size, bias=False, device="meta")
         heads = [expert.head_weight.detach() * expert.logit_scale for expert in parts]
         own = torch.zeros(vocab_size, width, dtype=heads[0].dtype)
         self.lm_head.weight = nn.Parameter(torch.cat([*heads, own], dim=1))  # O, (V, (E + 1) D)
         self.rotary = Rotary(widths[1], self.context_length, shape.rope_theta)
+        store = store or VectorStoreConfig()
+        kinds = {name: expert.kind for name, expert in experts.items()}
+        self.key_expert = self.names.index(choose_key_expert(kinds, store.expert if store.enabled else None))
         self.store_gate: StoreGate | None = None
-        if store is not None and store.enabled:
+        if store.enabled:
             self.store_gate = StoreGate(width)
-            kinds = {name: expert.kind for name, expert in experts.items()}
-            self.key_expert = self.names.index(choose_key_expert(kinds, store.expert))
             self.n_neighbours = store.n_neighbours
 
     @property
@@ -164,6 +165,9 @@ class NanoThink(LanguageModel):
         states, weights, queries = self._passed(tokens)
         if queries is None:
             return weights
+        if self.joint_gate is not None:
+            shares = [share for *_, share in self._gated(states, weights, tokens)]
+            return torch.cat(shares).view(*tokens.shape, -1)
         assert self.store_gate is not None
         neighbours = self._neighbours_of(queries)
         with torch.no_grad():
@@ -254,6 +258,14 @@ class NanoThink(LanguageModel):
             read = self._scaled(states).flatten(0, 1)
             own = linear_log_likelihood(read, self.head_weight, targets.flatten())
             return own.view(targets.shape), weights
+        if self.joint_gate is not None:
+            wanted = targets.clamp_min(0).view(-1, 1)
+            parts, shares = [], []
+            for rows, mixed, share in self._gated(states, weights, inputs):
+                parts.append(mixed.gather(-1, wanted[rows])[:, 0])
+                shares.append(share)
+            own = torch.cat(parts).view(targets.shape).masked_fill(targets == IGNORE, 0.0)
+            return own, torch.cat(shares).view(*targets.shape, -1)
         mixed, share = self._mixed(states, targets, self._neighbours_of(queries))
         return mixed, with_store(weights, share)
 
@@ -267,8 +279,11 @@ class NanoThink(LanguageModel):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """See ``LanguageModel.logits``. With a vector store these are logarithms of probabilities."""
-        states, _, queries = self._passed(tokens)
-        logits = F.linear(self._scaled(states), self.head_weight).float()
+        states, weights, queries = self._passed(tokens)
+        if queries is not None and self.joint_gate is not None:
+            parts = [mixed for _, mixed, _ in self._gated(states, weights, tokens)]
+            return torch.cat(parts).view(*tokens.shape, -1)
+        logits = self.predicted(states)
         if queries is None:
             return logits
         assert self.store_gate is not None
@@ -278,6 +293,12 @@ class NanoThink(LanguageModel):
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """See ``LanguageModel.step``."""
         assert isinstance(state, JointState)
+        if self.vector_store is not None and self.joint_gate is not None:
+            with torch.no_grad():
+                read = self.read(tokens, state, last_only=True)
+                assert state.weights is not None
+                ((_, logits, state.weights),) = self._gated(read, state.weights[:, None], tokens[:, -1:])
+            return logits
         step = self._step_for(tokens, state, self.head_weight)
         if step is None:
             logits = super().step(tokens, state)
@@ -310,7 +331,7 @@ class NanoThink(LanguageModel):
         with torch.no_grad():
             rotation = state.latents.begin(self.rotary, tokens)
             hidden, weights = self._combine(tokens, states, rotation, state.latents)
-        self._keep_last(state, states, weights[:, -1], hidden[:, -1])
+        self._keep_last(state, states, weights, hidden[:, -1])
         return hidden[:, -1:] if last_only else hidden
 
     def _read_experts(self, tokens: Tensor, state: JointState) -> list[Tensor]:
@@ -321,14 +342,16 @@ class NanoThink(LanguageModel):
         ]
 
     def _keep_last(self, state: JointState, states: list[Tensor], weights: Tensor, hidden: Tensor) -> None:
-        """Advance the latents; keep weights (B, E), query and stream of the last token."""
+        """Advance the latents; keep weights (B, T, E), and query and stream of the last token."""
         state.latents.advance(states[0].shape[1])
-        state.weights = weights
+        state.weights, state.read_weights = weights[:, -1], weights
         if (query := self._query([of_expert[:, -1] for of_expert in states])) is not None:
             state.query, state.stream = query, hidden[:, -self.d_model :]
 
     def _step_for(self, tokens: Tensor, state: JointState, head: Tensor | None = None) -> JointStep | None:
         """The program for these tokens, with logits if there is a head; None where there is none."""
+        if set(self.expert_widths) != {self.d_model}:
+            return None  # its buffers are of one width
 
         def build() -> Step | None:
             from nanothink.models.decoding.steps import joint_step
@@ -351,7 +374,8 @@ class NanoThink(LanguageModel):
             place[: tokens.numel()].copy_(of_expert.flatten(0, 1))
         found = run(tokens, state.latents.lengths)
         last = torch.arange(tokens.shape[1] - 1, tokens.numel(), tokens.shape[1])  # row of each last token
-        self._keep_last(state, states, step.weights[last], step.states[last])
+        read = step.weights[: tokens.numel()].view(*tokens.shape, -1).clone()
+        self._keep_last(state, states, read, step.states[last])
         return found
 
     def _combine(
@@ -374,25 +398,11 @@ class NanoThink(LanguageModel):
         weighted = [h * weights[..., e : e + 1] for e, h in enumerate(states)]
         return torch.cat([*weighted, u], dim=-1) * self.log_scale.exp(), weights
 
-    def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
-        """See ``LanguageModel.activation_bytes``; the factors were counted with saved-tensor hooks."""
-        width, n_experts = self.d_model, len(self.experts)
-        a_block = latent_block_bytes(width, self.shape, self.inner, value_bytes)
-        narrow = n_experts * value_bytes if value_bytes < 4 else 0  # states in the type of the products
-        joined = width * (4 * (2 * n_experts + 1) + narrow)  # states, and what the head reads
-        in_flight = value_bytes * (4 * width + 3 * self.inner)
-        columns = (n_experts + 1) * width
-        per_token = len(self.layers) * a_block + joined + 12 * width + in_flight + 4 * columns
-        if self.store_gate is not None:
-            per_token += 32 * self.n_neighbours + 4 * columns
-        head = self.vocab_size * (4 * columns + CHUNK_ROWS * 8)  # the head's gradient and a chunk of logits
-        reading = self.reading_bytes(batch_size, length, value_bytes)
-        return max(batch_size * length * per_token + head, reading)
 
-    def reading_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
-        """See ``LanguageModel.reading_bytes``: the experts run one after another, before the rest."""
-        a_state = 4 * self.d_model * batch_size * length
-        return max(
-            i * a_state + cast(LanguageModel, expert).reading_bytes(batch_size, length, value_bytes)
-            for i, expert in enumerate(self.experts)
-        )
+def _first_table(experts: Sequence[LanguageModel], width: int) -> Tensor:
+    """Embeddings of the first transformer of this width; else those of the first expert of it."""
+    fitting = [expert for expert in experts if expert.d_model == width]
+    if not fitting:
+        raise UsageError(f"no expert has the width {width} of the combined model, whose embeddings it lends")
+    chosen = next((e for e in fitting if isinstance(e, Transformer)), fitting[0])
+    return chosen.embedding.weight.detach()

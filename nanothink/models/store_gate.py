@@ -64,6 +64,10 @@ class Neighbours:
         counts = None if self.counts is None else self.counts.view(*shape, -1)
         return Neighbours(self.similarities.view(*shape, -1), self.tokens.view(*shape, -1), counts)
 
+    def rows(self, chosen: Tensor | slice) -> Neighbours:
+        counts = None if self.counts is None else self.counts[chosen]
+        return Neighbours(self.similarities[chosen], self.tokens[chosen], counts)
+
     def to(self, device: torch.device) -> Neighbours:
         counts = None if self.counts is None else self.counts.to(device)
         return Neighbours(self.similarities.to(device), self.tokens.to(device), counts)
@@ -75,6 +79,20 @@ class NeighbourSearch(Protocol):
     def search(self, queries: Tensor) -> Neighbours:
         """(N, D) states -> N rows of neighbours, on the device of the queries."""
         ...
+
+
+def neighbour_weights(neighbours: Neighbours, log_temperature: Tensor) -> Tensor:
+    """(..., K) softmax of similarities over a temperature: sum 1, or all 0 where there is no neighbour."""
+    with torch.autocast(neighbours.tokens.device.type, enabled=False):
+        there = neighbours.tokens != NO_TOKEN
+        # Zero first: an infinite similarity would make the temperature's gradient NaN, masked or not.
+        similarities = neighbours.similarities.float().masked_fill(~there, 0.0)
+        scores = similarities * torch.exp(-log_temperature)
+        if neighbours.counts is not None:
+            scores = scores + neighbours.counts.log()
+        none = ~there.any(-1, keepdim=True)
+        weights = scores.masked_fill(~there, -torch.inf).masked_fill(none, 0.0).softmax(-1)
+        return weights.masked_fill(none, 0.0)
 
 
 class StoreGate(nn.Module):
@@ -92,16 +110,7 @@ class StoreGate(nn.Module):
 
     def distribution(self, neighbours: Neighbours) -> Tensor:
         """(..., K) weights of the neighbours, with sum 1; all 0 where there is none."""
-        with torch.autocast(neighbours.tokens.device.type, enabled=False):
-            there = neighbours.tokens != NO_TOKEN
-            # Zero first: an infinite similarity would make the temperature's gradient NaN, masked or not.
-            similarities = neighbours.similarities.float().masked_fill(~there, 0.0)
-            scores = similarities * torch.exp(-self.log_temperature)
-            if neighbours.counts is not None:
-                scores = scores + neighbours.counts.log()
-            none = ~there.any(-1, keepdim=True)
-            weights = scores.masked_fill(~there, -torch.inf).masked_fill(none, 0.0).softmax(-1)
-            return weights.masked_fill(none, 0.0)
+        return neighbour_weights(neighbours, self.log_temperature)
 
     def log_odds(self, stream: Tensor, neighbours: Neighbours, weights: Tensor, peak: Tensor) -> Tensor:
         """Log-odds of the gate, (...) log g / (1 - g); undefined where there are no neighbours.

@@ -64,6 +64,7 @@ def build_run(
             model.adopt(_built(base, torch.device("cpu"), reporter), targets)
     model.to(device)
     neighbours = _update_store(setup, model, reporter, processes, stack)
+    model.joint_gate = None  # that of an earlier end of this run
     model.dropout.rate = train_config.dropout
     optimizer = GroupedOptimizer(model.parameter_groups(), train_config)
     if setup.resume_point is not None:
@@ -96,6 +97,7 @@ def build_run(
         plan=setup.plan,
         state=state,
         processes=processes,
+        evaluates_first=isinstance(model, NanoThink),
     )
 
 

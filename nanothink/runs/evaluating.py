@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from nanothink.checkpoints import (
     CheckpointSummary,
@@ -17,11 +20,19 @@ from nanothink.checkpoints import (
 )
 from nanothink.data.corpus import find_corpus
 from nanothink.data.problems import Problems
-from nanothink.errors import CheckpointError, CheckpointNotFoundError, DataError, UsageError
+from nanothink.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    DataError,
+    SeenTextError,
+    UsageError,
+    counted,
+)
 from nanothink.inference.evaluate import Difference, Evaluation
+from nanothink.inference.gated import Reading, evaluate_gated
 from nanothink.models import COMBINED
 from nanothink.reporter import SILENT, Reporter
-from nanothink.runs.held_out import Side, TextToScore
+from nanothink.runs.held_out import ScoredText, Side, TextToScore
 from nanothink.runs.inherited_split import binding_rules
 from nanothink.runs.scoring import score
 from nanothink.runs.trained_model import TrainedModel, load
@@ -37,6 +48,8 @@ class CheckpointEvaluation:
     """Documents of the text that it was trained on, or has in its vector store."""
     trained_text_known: bool = True
     """False: it is, or builds on, a published model, which may have read any of the text."""
+    with_cache: Evaluation | None = None
+    """The same text with a document cache, where that was asked for."""
     left_out: Problems = field(default_factory=Problems)
     """Bad lines of the text, which was scored without them."""
 
@@ -67,6 +80,7 @@ def evaluate_checkpoints(
     device: str | None = None,
     skip_bad_records: bool = False,
     vector_store: bool = True,
+    document_cache: bool = False,
     allow_seen: bool = False,
     reporter: Reporter = SILENT,
 ) -> list[CheckpointEvaluation]:
@@ -76,14 +90,16 @@ def evaluate_checkpoints(
     ``TextToScore`` decides which documents are held out: by the rule of the checkpoints' split, and without
     the documents that one of them was trained on, unless ``allow_seen``. Each checkpoint tokenises the text
     with its own tokenizer and reads it in blocks of its own ``max_seq_len``. A model that was trained with a
-    vector store is scored with it, unless ``vector_store`` is False.
+    vector store is scored with it, unless ``vector_store`` is False. With ``document_cache`` it is scored
+    again with that. Documents that a joint gate was fitted on are left out where one is used.
 
     Raises:
         SeenTextError: one of them was trained on some of the text.
         UsageError: the checkpoints come from different data, and none was given.
         DataError: there is no text to score.
     """
-    loaded = [load(path, device=device, vector_store=vector_store, reporter=reporter) for path in paths]
+    options: Any = {"device": device, "vector_store": vector_store, "document_cache": document_cache}
+    loaded = [load(path, **options, reporter=reporter) for path in paths]
     for model in loaded:
         for line in model.notes:
             reporter.note(f"{model.path}: {line}")
@@ -121,6 +137,8 @@ def evaluate_checkpoints(
     results = []
     for number, model in enumerate(loaded):
         scored = text.in_tokens_of(model.tokenizer)
+        if not allow_seen:
+            scored = _without_fitted(scored, loaded, reporter if not number else SILENT)
         if model.precision.reason != AS_TRAINED:
             reporter.note(
                 f"{model.path.name}: computing in {model.precision.name}: {model.precision.reason}."
@@ -134,12 +152,52 @@ def evaluate_checkpoints(
             reporter=reporter,
             stage=f"evaluating {model.path.name}",
         )
-        n_seen = scored.n_seen[number]
-        known = model.split.trained.complete
         results.append(
-            CheckpointEvaluation(model.path, model.kind, evaluation, n_seen, known, scored.left_out)
+            CheckpointEvaluation(
+                model.path,
+                model.kind,
+                evaluation,
+                scored.n_seen[number],
+                model.split.trained.complete,
+                _with_cache(model, scored, max_tokens, reporter) if document_cache else None,
+                scored.left_out,
+            )
         )
     return results
+
+
+def _with_cache(
+    model: TrainedModel, scored: ScoredText, max_tokens: int | None, reporter: Reporter
+) -> Evaluation:
+    cache = model.config.document_cache
+    length = model.config.model.max_seq_len
+    return evaluate_gated(
+        model.model,
+        scored.streams,
+        Reading(length, model.precision, cache.window_tokens, cache.n_neighbours),
+        max_tokens=max_tokens,
+        reporter=reporter,
+        stage=f"evaluating {model.path.name} with a document cache",
+    )
+
+
+def _without_fitted(scored: ScoredText, loaded: Sequence[TrainedModel], reporter: Reporter) -> ScoredText:
+    """The text without the documents that a gate in use was fitted on: a few hundred numbers know them."""
+    fitted = np.array(
+        [key for model in loaded if model.uses_gate for key in model.gate_documents], dtype=np.uint64
+    )
+    rest = {domain: stream.without(fitted) for domain, stream in scored.streams.items()}
+    n_left_out = sum(s.n_documents - rest[domain].n_documents for domain, s in scored.streams.items())
+    if not n_left_out:
+        return scored
+    rest = {domain: stream for domain, stream in rest.items() if stream.n_tokens}
+    if not rest:
+        raise SeenTextError(
+            "The joint gate was fitted on all of this text. Name other text: --data-dir DIR. Or score it all "
+            "the same: --allow-seen"
+        )
+    reporter.note(f"Left out: {counted(n_left_out, 'document')} that a joint gate was fitted on.")
+    return replace(scored, streams=rest)
 
 
 def _where(

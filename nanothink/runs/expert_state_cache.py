@@ -38,6 +38,8 @@ def _shape(setup: RunSetup) -> Shape | None:
     if setup.precision.device.type != "cpu":
         return None
     model = setup.config.model
+    if any(inside.config.model.d_model != model.d_model for inside in setup.inside):
+        return None  # states are kept in blocks of one width
     return setup.batches.n_blocks, len(setup.inside), model.max_seq_len, model.d_model
 
 

@@ -55,7 +55,7 @@ def find_experts(
 
 
 def config_for_experts(experts: Mapping[str, SavedModel], resolved: ResolvedConfig) -> Config:
-    """The settings of a NanoThink over these experts: width, context and number are theirs.
+    """The settings of a NanoThink over these experts: their context and number, the first one's width.
 
     Raises:
         CheckpointMismatchError: other ones were asked for by hand.
@@ -70,7 +70,7 @@ def config_for_experts(experts: Mapping[str, SavedModel], resolved: ResolvedConf
     if asked("model.d_model") and config.model.d_model != width:
         raise CheckpointMismatchError(
             f"{parts[0].path} has width {width}, and model.d_model={config.model.d_model} was asked for. "
-            "Leave it out: the width of NanoThink is its experts'."
+            "Leave it out: the width of NanoThink is its first expert's."
         )
     shortest = min(parts, key=lambda expert: expert.config.model.max_seq_len)
     length = shortest.config.model.max_seq_len
@@ -92,7 +92,8 @@ def config_for_experts(experts: Mapping[str, SavedModel], resolved: ResolvedConf
         "mla": config.mla.model_copy(update={"n_experts": len(experts)}),
     }
     for kind, entry in EXPERTS.items():  # they describe no part of this model, but must go with its width
-        example = next((e for e in parts if e.kind == kind), parts[0])
+        of_width = (e for e in parts if e.kind == kind and e.config.model.d_model == width)
+        example = next(of_width, parts[0])
         settled |= {section: getattr(example.config, section) for section in entry.sections[:1]}
     return config.model_copy(update=settled)
 
@@ -123,12 +124,6 @@ def _check_alike(expert: SavedModel, first: SavedModel) -> None:
             f"({expert.tokenizer.vocab_size} tokens), and {first.path} with '{first.tokenizer.name}' "
             f"({first.tokenizer.vocab_size}). Experts that are combined share one: train it again, with "
             f"--tokenizer {first.config.data.tokenizer}."
-        )
-    if expert.config.model.d_model != first.config.model.d_model:
-        raise CheckpointMismatchError(
-            f"{expert.path} has width {expert.config.model.d_model}, and {first.path} has "
-            f"{first.config.model.d_model}. Experts that are combined share one: train it again, with "
-            f"--set model.d_model={first.config.model.d_model}."
         )
 
 

@@ -72,6 +72,7 @@ def export_checkpoint(
             "--no-vector-store. To use the vector store, keep the checkpoint"
         )
     model.fold_logit_scale()
+    model.joint_gate = None  # other programs have no document cache
     foreign = foreign_config(model)
     architecture = foreign["architectures"][0] if foreign else None
     eos = loaded.tokenizer.eos_id

@@ -33,6 +33,7 @@ from nanothink.runs.inherited_split import InheritedSplit, spelled
 from nanothink.runs.initial import INITIAL, config_of_initial
 from nanothink.runs.parts import find_parts
 from nanothink.runs.rebuilding import rebuild
+from nanothink.runs.regularising import fit_to_text
 from nanothink.runs.resuming import ResumePoint, RunSpec, find_start
 from nanothink.runs.saved_model import SavedModel, expert_entries, experts_inside
 from nanothink.runs.vector_store import key_entry
@@ -170,6 +171,10 @@ def prepare(
             "The training data is not what this run began with. It resumes with the new data; its result "
             "will differ from that of a run that had either from the start."
         )
+    if resume_point is None:
+        config = fit_to_text(spec.kind, config, resolved.sources, tokens, tokenizer.vocab_size, reporter)
+        fitted = training_of(spec.kind, config)
+        training = fitted.model_copy(update=dict(types or {}))
     batches = TrainingBatches(tokens.train, config.model.max_seq_len, training.seed)
     if resume_point is not None:
         inside = experts_inside(resume_point.payload, device, resume_point.path)

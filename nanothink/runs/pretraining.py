@@ -20,6 +20,7 @@ from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.building import build_run
 from nanothink.runs.callbacks import make_callbacks, weights_checksum
 from nanothink.runs.initial import INITIAL, config_of_initial
+from nanothink.runs.joint_gate import finish_best, settle_fit
 from nanothink.runs.parts import find_parts
 from nanothink.runs.preparing import Configure, RunSetup, largest_share, prepare
 from nanothink.runs.resuming import RunSpec
@@ -74,6 +75,7 @@ def pretrain(spec: RunSpec, configure: Configure, reporter: Reporter = SILENT) -
         if ending is not None:
             reporter.note("This run is complete. To train on, raise --max-epochs or --max-steps.")
             return ending
+        setup = settle_fit(setup, reporter, processes)
         run = build_run(setup, reporter, processes, stack)
         processes.assert_same_on_all_ranks("their first weights", weights_checksum(run.model))
         # Before this point there is no state to save, and a signal ends the process.
@@ -106,6 +108,12 @@ def pretrain(spec: RunSpec, configure: Configure, reporter: Reporter = SILENT) -
             )
         )
         finished = train(run, make_callbacks(setup, run, store, reporter, stop))
+
+        def finish() -> tuple[None, str]:
+            finish_best(setup, run, store.best, store.write, reporter)
+            return None, ""
+
+        processes.rank0_first(finish, lambda _: None)
         if processes.is_rank0:
             ending_is_kept = recorder.keep_ending(
                 {

@@ -28,6 +28,7 @@ from nanothink.data.tokenizer import Tokenizer
 from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError
 from nanothink.models import COMBINED, EXPERTS, ExpertDescription, known_kind
 from nanothink.models.contract import LanguageModel
+from nanothink.models.joint_gate import GATE_PREFIX
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.rebuilding import rebuild
 
@@ -181,9 +182,11 @@ def _runnable(kind: str, config: Config, device: torch.device) -> Config:
 
 
 def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """Digest of weights that lie on the CPU, by which models are told apart."""
+    """Digest of weights on the CPU, by which models are told apart; a joint gate is none of them."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(weights.items()):
+        if name.startswith(GATE_PREFIX):
+            continue
         digest.update(name.encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

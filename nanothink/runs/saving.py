@@ -16,7 +16,7 @@ from nanothink.runs.initial import INITIAL
 from nanothink.runs.preparing import RunSetup
 from nanothink.training.loop import Run
 
-_OF_THE_RUN = {"name", "state", "logit_scale", "nanothink_version"}
+_OF_THE_RUN = {"name", "state", "logit_scale", "gate_documents", "nanothink_version"}
 
 
 def checkpoint_payload(setup: RunSetup, run: Run) -> CheckpointPayload:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from nanothink.models import training_of
 from nanothink.models.contract import LanguageModel, State
 from nanothink.models.decoding_states import Ddim, JointState
 from nanothink.models.diffuser import Diffuser
+from nanothink.models.document_cache import CachedModel, CachedState
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import Precision, choose_device
 from nanothink.reporter import SILENT, Reporter
@@ -60,6 +61,10 @@ class TrainedModel:
     """The rule of its split, and the documents that it was trained on; see ``trained_on``."""
     notes: tuple[str, ...]
     """Weights that did not fit, a line for each kind; empty if all fitted."""
+    document_cache: bool = False
+    """Whether predictions use a document cache (models/document_cache.py)."""
+    gate_documents: tuple[int, ...] = ()
+    """Keys of the held-out documents that its joint gate was fitted on."""
 
     @classmethod
     def of(
@@ -68,6 +73,7 @@ class TrainedModel:
         *,
         device: str | None = None,
         vector_store: bool = True,
+        document_cache: bool = False,
         reporter: Reporter = SILENT,
     ) -> TrainedModel:
         """The model of a checkpoint that has been read; arguments and errors as for ``load``."""
@@ -77,11 +83,37 @@ class TrainedModel:
         config = saved.runnable_config(chosen)
         if vector_store and isinstance(model, NanoThink) and model.store_gate is not None:
             model.vector_store = open_beside(saved, reporter)
-        return cls(saved.path, model, config, saved.tokenizer, chosen, saved.split, notes)
+        if model.joint_gate is not None:
+            model.joint_gate = model.joint_gate.to(chosen)
+        elif document_cache:
+            raise UsageError(
+                f"{saved.path} has no gate for a document cache: its run had too little held-out text to fit "
+                "one, or was not complete. Use it without --document-cache."
+            )
+        keys = tuple(saved.payload["run"].get("gate_documents", ()))
+        return cls(
+            saved.path, model, config, saved.tokenizer, chosen, saved.split, notes, document_cache, keys
+        )
 
     @property
     def kind(self) -> str:
         return self.model.kind
+
+    @cached_property
+    def decoder(self) -> LanguageModel:
+        """What continues texts: the model, or the model with a document cache."""
+        if not self.document_cache:
+            return self.model
+        cache = self.config.document_cache
+        window, eos = cache.window_tokens, self.tokenizer.eos_id
+        made = CachedModel(self.model, eos_id=eos, window=window, n_neighbours=cache.n_neighbours)
+        return cast(LanguageModel, made)
+
+    @property
+    def uses_gate(self) -> bool:
+        """Whether predictions go through the joint gate, and so are no fair ones of ``gate_documents``."""
+        stored = isinstance(self.model, NanoThink) and self.model.vector_store is not None
+        return self.model.joint_gate is not None and (stored or self.document_cache)
 
     @cached_property
     def precision(self) -> Precision:
@@ -120,10 +152,13 @@ class TrainedModel:
         return self.model.vector_store.trained_text
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Next-token logits: (B, T) int64 -> (B, T, V) float32, on the device of ``tokens``."""
+        """Next-token logits: (B, T) int64 -> (B, T, V) float32, on the device of ``tokens``.
+
+        With a document cache each row is the beginning of a text.
+        """
         self._check_tokens(tokens)
         with torch.inference_mode():
-            return self.model.logits(tokens.to(self.device)).to(tokens.device)
+            return self.decoder.logits(tokens.to(self.device)).to(tokens.device)
 
     def routing(self, tokens: torch.Tensor) -> torch.Tensor:
         """Weight of each expert of a combined model: (B, T) int64 -> (B, T, E) float32, in rows of sum 1.
@@ -194,7 +229,7 @@ class TrainedModel:
         if ddim_steps is not None:
             sampling = {"temperature": 0.0, **sampling}
         return generate(
-            self.model,
+            self.decoder if ddim_steps is None else self.model,
             prompts,
             sampling_config(**sampling),
             eos_id=self.tokenizer.eos_id,
@@ -215,32 +250,33 @@ class TrainedModel:
         Raises:
             UsageError: this model combines no experts.
         """
-        model = self._combined()
-        decoder = StreamDecoder(self.tokenizer)
-        states: list[JointState] = []
+        self._combined()
+        text = StreamDecoder(self.tokenizer)
+        states: list[JointState | CachedState] = []
+        decoder = cast(NanoThink | CachedModel, self.decoder)
         pieces: list[RoutedPiece] = []
 
         def start(seeds: Sequence[int]) -> State:
-            states[:] = [model.start(len(seeds))]
+            states[:] = [decoder.start(len(seeds))]
             return states[0]
 
-        def say(text: str, token: int) -> None:
+        def say(piece: str, token: int) -> None:
             weights = states[0].weights
             assert weights is not None
-            trust = dict(zip(model.components, weights[0].tolist(), strict=True))
-            pieces.append(RoutedPiece(text, token, trust))
+            trust = dict(zip(decoder.components, weights[0].tolist(), strict=True))
+            pieces.append(RoutedPiece(piece, token, trust))
             if on_piece is not None:
                 on_piece(pieces[-1])
 
         generate(
-            model,
+            self.decoder,
             [self.tokenizer.encode(prompt)],
             sampling_config(**sampling),
             eos_id=self.tokenizer.eos_id,
-            on_token=lambda _, token: say(decoder.push(token), token),
+            on_token=lambda _, token: say(text.push(token), token),
             start=start,
         )
-        if rest := decoder.flush():  # an unfinished character belongs to its last token
+        if rest := text.flush():  # an unfinished character belongs to its last token
             last = pieces.pop()
             pieces.append(replace(last, text=last.text + rest))
             if on_piece is not None:
@@ -307,6 +343,7 @@ def load(
     *,
     device: str | None = None,
     vector_store: bool = True,
+    document_cache: bool = False,
     reporter: Reporter = SILENT,
 ) -> TrainedModel:
     """Open a checkpoint, or a folder that ``checkpoints export`` wrote, for use.
@@ -314,7 +351,7 @@ def load(
     Args:
         device: "cpu", "cuda", "mps" ...; the best one there is when None.
         vector_store: open the vector store beside the checkpoint too, if it was trained with one.
-        progress: called with (what is being done, bytes done, bytes in all) while the file is verified.
+        document_cache: mix predictions with what followed similar states in the text read so far.
 
     Raises:
         CheckpointError: it is missing, damaged, or holds something else; an export's weights are not those of
@@ -323,4 +360,6 @@ def load(
     """
     path = Path(path)
     saved = SavedModel.read_export(path) if is_export(path) else SavedModel.read(path, reporter)
-    return TrainedModel.of(saved, device=device, vector_store=vector_store, reporter=reporter)
+    return TrainedModel.of(
+        saved, device=device, vector_store=vector_store, document_cache=document_cache, reporter=reporter
+    )

@@ -175,7 +175,7 @@ def owner_of(entry: Mapping[str, Any], config: Config, tokenizer: Tokenizer) -> 
         kind=entry["kind"],
         digest=entry.get("digest", ""),
         tokenizer=tokenizer.fingerprint,
-        width=config.model.d_model,
+        width=entry["config"]["model"]["d_model"],
         block_length=config.model.max_seq_len,
     )
 

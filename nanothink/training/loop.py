@@ -63,6 +63,8 @@ class Run:
     plan: Plan
     state: TrainState
     processes: Processes = ALONE
+    evaluates_first: bool = False
+    """Evaluate before the first step too, and so never end with a worse model than the one begun with."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,8 @@ def _evaluation_is_due(run: Run) -> bool:
     if state.evaluated_step == state.step:
         return False
     between = every is not None and state.step > 0 and state.step % every == 0
+    if run.evaluates_first and state.evaluated_step < 0:
+        return True
     return run.plan.epoch_is_over(state) or between or run.plan.is_over(state)
 
 

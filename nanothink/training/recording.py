@@ -64,7 +64,7 @@ class RunRecorder(Reporter):
         self._reporter = reporter
         self._refused = False
         with self._disk_said_no():
-            if state.step == 0 and folder.exists():
+            if not state.step and state.evaluated_step < 0 and folder.exists():
                 _set_aside(folder)
             make_folder(folder, within=folder.parent.parent)
             for name in _FILES:

@@ -123,7 +123,7 @@ def test_a_combined_model_holds_out_what_its_experts_held_out(
         for part in by_experts:
             assert part.trained.holds(record.held_out.val).sum() == 0
             assert np.isin(part.trained.keys, record.trained.keys).all()
-        (during,) = validated(folder, "nanothink_mla")
+        during = min(validated(folder, "nanothink_mla"), key=lambda line: line["loss"])
         (after,) = scored(capsys, folder / "nanothink_mla.pt")
         assert after["overall"]["loss"] == pytest.approx(during["loss"], abs=1e-12)
         assert after["seen_documents"] == 0

@@ -13,7 +13,7 @@ from nanothink.data.corpus import find_corpus
 from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, tokenise
-from nanothink.inference.calibration import SMALLEST, fit_logit_scale
+from nanothink.inference.calibration import SMALLEST, fit_logit_scale, fit_scales
 from nanothink.inference.evaluate import EvaluationStopped, evaluate_model
 from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
@@ -143,3 +143,33 @@ def test_the_ensemble_starts_from_calibrated_experts() -> None:
     with torch.no_grad():
         mean = sum(part.logits(inputs) for part in parts.values()) / 2
         torch.testing.assert_close(model.logits(inputs), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_scales_of_nearly_equal_experts_do_not_run_away() -> None:
+    """Their sum alone is well determined."""
+    generator = torch.Generator().manual_seed(0)
+    states, head = torch.randn(600, 8, generator=generator), torch.randn(30, 8, generator=generator)
+    other = states + 1e-3 * torch.randn(600, 8, generator=generator)
+    torch.manual_seed(0)
+    targets = torch.distributions.Categorical(logits=0.8 * states @ head.T).sample()
+    found = fit_scales([states, other], targets, [head, head], [0.5, 0.5])
+    assert sum(found) == pytest.approx(0.8, abs=0.1)
+    assert min(found) > 0
+
+    def likelihood(a: list[float]) -> float:
+        z = a[0] * states @ head.T + a[1] * other @ head.T
+        return float(z.log_softmax(-1).gather(-1, targets[:, None]).sum())
+
+    assert likelihood(found) >= likelihood([0.5, 0.5])
+    assert likelihood(found) >= likelihood([0.4, 0.4]) - 0.5
+
+
+def test_the_better_expert_gets_the_greater_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states, head = torch.randn(600, 8, generator=generator), torch.randn(30, 8, generator=generator)
+    noise = torch.randn(600, 8, generator=generator)
+    torch.manual_seed(0)
+    targets = torch.distributions.Categorical(logits=states @ head.T).sample()
+    good, bad = fit_scales([states, noise], targets, [head, head], [0.5, 0.5])
+    assert good == pytest.approx(1.0, abs=0.15)
+    assert bad < 0.15

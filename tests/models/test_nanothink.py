@@ -308,9 +308,37 @@ def test_it_is_built_anew_from_descriptions_alone() -> None:
     assert torch.equal(first.routing(x), again.routing(x))
 
 
+@pytest.mark.parametrize("layers", [0, 2])
+def test_experts_of_unequal_width_begin_as_their_ensemble_and_stay_causal(layers: int) -> None:
+    experts = {}
+    for seed, (kind, width) in enumerate((("transformer", 24), ("state_space", 40), ("transformer", 16))):
+        expert = build_model(kind, config(width=width), VOCAB)
+        randomise(expert, seed)
+        experts[f"{kind}-{width}"] = expert.eval()
+    model = NanoThink(VOCAB, config(layers=layers).model, config(layers=layers).mla, experts).eval()
+    assert model.head_weight.shape == (VOCAB, 24 + 40 + 16 + 24)
+    x = tokens(2, 20)
+    with torch.no_grad():
+        mean = torch.stack([expert.logits(x) for expert in experts.values()]).mean(0)
+        torch.testing.assert_close(model.logits(x), mean, rtol=1e-4, atol=1e-4)
+        randomise(model, 5, 0.1)
+        whole = model.logits(x)
+        changed = x.clone()
+        changed[:, 12:] = (changed[:, 12:] + 1) % VOCAB
+        torch.testing.assert_close(model.logits(changed)[:, :12], whole[:, :12], rtol=0, atol=0)
+        state = model.start(2)
+        for t in range(20):
+            torch.testing.assert_close(model.step(x[:, t : t + 1], state), whole[:, t], rtol=1e-3, atol=1e-3)
+    model.train()
+    model.loss(x, x).backward()
+    grad = model.expert_projs[1].weight.grad
+    assert grad is not None
+    assert grad.shape == (24, 40)
+
+
 def test_experts_that_do_not_fit_are_named() -> None:
     expert = build_model("transformer", config(width=16), VOCAB)
-    with pytest.raises(UsageError, match="expert 'odd' has a vocabulary of 61 and width 16"):
+    with pytest.raises(UsageError, match="no expert has the width"):
         NanoThink(VOCAB, config().model, config().mla, {"odd": expert})
 
 

@@ -136,12 +136,36 @@ def evaluations(results: Sequence[CheckpointEvaluation], split: str) -> None:
             title=f"{results[0].path} ({results[0].kind}), {split} split{_seen(results[0])}",
             total=True,
         )
+        _with_cache(results)
         _errors_by_level(found)
         _trust(found)
         return
     _side_by_side(results, split)
+    _with_cache(results)
     for r in results:
         _trust(r.evaluation, f" of {r.path}")
+
+
+def _with_cache(results: Sequence[CheckpointEvaluation]) -> None:
+    """Bits per byte without and with a document cache, side by side."""
+    scored = [(r, r.with_cache) for r in results if r.with_cache is not None]
+    if not scored:
+        return
+    rows = []
+    for r, cached in scored:
+        for name, plain, with_cache in (
+            *((d, r.evaluation.domains[d], cached.domains[d]) for d in cached.domains),
+            ("all", r.evaluation.overall, cached.overall),
+        ):
+            change = with_cache.bits_per_byte / plain.bits_per_byte - 1
+            figures = [
+                f"{plain.bits_per_byte:.4f}",
+                f"{with_cache.bits_per_byte:.4f}",
+                f"{100 * change:+.1f} %",
+            ]
+            rows.append([*([str(r.path)] if len(scored) > 1 else []), name, *figures])
+    columns = [*(["checkpoint"] if len(scored) > 1 else []), "domain", ">without", ">with", ">change"]
+    table(columns, rows, title="Bits per byte without and with a document cache", total=len(scored) == 1)
 
 
 def _side_by_side(results: Sequence[CheckpointEvaluation], split: str) -> None:

@@ -1,0 +1,242 @@
+"""The document cache: the model's own states over the document read so far, and the token after each.
+
+The continuous cache (Grave, Joulin and Usunier 2017, "Improving neural language models with a continuous
+cache", section 3): at position t the query is the state h_t, scaled to length 1; the keys are the states h_s
+of earlier positions s < t of the same document, the value of each is token s + 1, which has been read by
+then. It differs in what becomes of them: the nearest K make a distribution at a fitted temperature, and a
+gate (joint_gate.py) mixes it with the model's, where they take one weight and all of the window.
+
+Nothing is trained and nothing stays: another document starts with an empty cache. The window bounds it; a
+token costs one key whatever the length of the text.
+
+Shapes: B sequences, T tokens, N positions, D width of a key, K neighbours, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanothink.models.contract import LanguageModel, State
+from nanothink.models.joint_gate import DOCUMENT_CACHE, JointGate, gated_rows
+from nanothink.models.store_gate import NO_TOKEN, Neighbours
+
+_QUERIES = 256  # at a time: their similarities to a window stay small
+
+
+class DocumentCache:
+    """Keys and values of one stream of documents, read from its start to its end.
+
+    Args:
+        window: how many tokens back keys are kept.
+        n_neighbours: K.
+    """
+
+    def __init__(self, window: int, n_neighbours: int) -> None:
+        self.window = window
+        self.n_neighbours = n_neighbours
+        self._keys: Tensor | None = None  # (n, D)
+        self._tokens = torch.empty(0, dtype=torch.int64)
+        self._documents = torch.empty(0, dtype=torch.int64)
+
+    def read(self, states: Tensor, following: Tensor, documents: Tensor) -> Neighbours:
+        """Neighbours (N, K) of the next N positions, each among those before it in its document.
+
+        Args:
+            states: (N, D).
+            following: (N,) the token after each, which only later positions see; NO_TOKEN for the last where
+                it is not known yet, see ``tell``.
+            documents: (N,) numbers that never decrease: equal for positions of one document.
+        """
+        new = F.normalize(states.float(), dim=-1)
+        if self._keys is None:
+            self._keys = new[:0]
+            self._tokens, self._documents = following[:0], documents[:0]
+        before = len(self._keys)
+        keys = torch.cat([self._keys, new])
+        tokens = torch.cat([self._tokens, following])
+        groups = torch.cat([self._documents, documents])
+        found = [
+            self._search(keys, tokens, groups, start, min(start + _QUERIES, len(keys)))
+            for start in range(before, len(keys), _QUERIES)
+        ]
+        # Earlier documents are never looked at again.
+        first = max(len(keys) - self.window, int((groups == groups[-1]).nonzero()[0]))
+        self._keys, self._tokens, self._documents = keys[first:], tokens[first:], groups[first:]
+        similarities, values = (torch.cat(column) for column in zip(*found, strict=True))
+        return Neighbours(similarities, values)
+
+    def tell(self, token: Tensor) -> None:
+        """Set the token after the last state, which was unknown (NO_TOKEN) when that was read."""
+        self._tokens = torch.cat([self._tokens[:-1], token.view(1)])
+
+    def _search(
+        self, keys: Tensor, tokens: Tensor, documents: Tensor, start: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """Of positions start to stop - 1: similarities and tokens, (stop - start, K) each, nearest first."""
+        begin = int((documents[: start + 1] == documents[start]).nonzero()[0])  # of the first one's document
+        oldest = max(begin, start - self.window)
+        there = torch.arange(oldest, stop, device=keys.device)
+        own = torch.arange(start, stop, device=keys.device)[:, None]
+        allowed = (there < own) & (there >= own - self.window)
+        allowed &= documents[oldest:stop] == documents[start:stop, None]
+        scores = (keys[start:stop] @ keys[oldest:stop].T).masked_fill_(~allowed, -torch.inf)
+        n = min(self.n_neighbours, stop - oldest)
+        nearest, places = scores.topk(n, -1)
+        values = tokens[oldest:stop][places].masked_fill(nearest == -torch.inf, NO_TOKEN)
+        padding = (0, self.n_neighbours - n)
+        return F.pad(nearest, padding, value=-torch.inf), F.pad(values, padding, value=NO_TOKEN)
+
+
+@dataclass
+class CachedRow:
+    """One sequence: the model's state, the cache, and where the text is."""
+
+    state: State
+    cache: DocumentCache
+    tokens: list[int] = field(default_factory=list)
+    """The last tokens read, at most a context of them."""
+    n_read: int = 0
+    """Tokens that the state holds."""
+    document: int = 0
+    """Number of ends of documents read."""
+    shares: Tensor | None = None
+    """(components,) of the last prediction."""
+
+
+class CachedState(State):
+    """Decoding state of ``CachedModel``: one of batch 1 for each sequence, since their windows differ."""
+
+    def __init__(self, rows: list[CachedRow]) -> None:
+        self.rows = rows
+
+    @property
+    def weights(self) -> Tensor | None:
+        """(B, components): how far each was trusted in the last prediction."""
+        shares = [row.shares for row in self.rows]
+        return None if None in shares else torch.stack(cast(list[Tensor], shares))
+
+    def drop(self, row: int) -> None:
+        """See ``State.drop``."""
+        self.rows[row] = self.rows[-1]
+        self.rows.pop()
+
+    def join(self, other: State) -> None:
+        """See ``State.join``."""
+        assert isinstance(other, CachedState)
+        self.rows += other.rows
+
+
+class CachedModel(nn.Module):
+    """A model with a document cache, for decoding and for whole texts. Has no weights of its own.
+
+    It has no limit of context: where the model's is full, the model starts again with the last half of it,
+    and the cache stays.
+
+    Args:
+        model: one with a joint gate that knows the document cache.
+        eos_id: ends a document.
+        window: of the cache, in tokens.
+        n_neighbours: K.
+    """
+
+    def __init__(self, model: LanguageModel, *, eos_id: int, window: int, n_neighbours: int) -> None:
+        super().__init__()
+        assert model.joint_gate is not None
+        self.model = model
+        self.gate: JointGate = model.joint_gate
+        self.eos_id, self.window, self.n_neighbours = eos_id, window, n_neighbours
+
+    context_length = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """That of the model; decoding asks it for the device."""
+        return self.model.head_weight
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the parts of a prediction: the experts or the model itself, then the memories."""
+        return (*self.model.expert_names, *self.gate.names)
+
+    def start(self, batch_size: int) -> CachedState:
+        """Empty states and caches."""
+        caches = [DocumentCache(self.window, self.n_neighbours) for _ in range(batch_size)]
+        return CachedState([CachedRow(self.model.start(1), cache) for cache in caches])
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """Read (B, T) more tokens and predict the one after them: (B, V) log-probabilities."""
+        assert isinstance(state, CachedState)
+        return torch.cat([self._advance(own, row)[-1:] for own, row in zip(tokens, state.rows, strict=True)])
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, V) log-probabilities; each row is the beginning of a text."""
+        rows = self.start(len(tokens)).rows
+        return torch.stack(
+            [self._advance(own, row, last=False) for own, row in zip(tokens, rows, strict=True)]
+        )
+
+    def _advance(self, tokens: Tensor, row: CachedRow, *, last: bool = True) -> Tensor:
+        """(T,) more tokens of one row -> (T, V) log-probabilities; with ``last`` the last one's, (1, V)."""
+        context, found = self.model.context_length, []
+        while len(tokens):
+            if row.n_read == context:
+                # As in ``generate``: the next token is the last of half a context in a new state.
+                before = max(1, context // 2) - 1
+                kept = tokens.new_tensor([row.tokens[len(row.tokens) - before :]])
+                row.state, row.n_read = self.model.start(1), before
+                if before:
+                    self.model.read(kept, row.state)
+            room = len(tokens) if context is None else context - row.n_read
+            piece, tokens = tokens[:room], tokens[room:]
+            found.append(self._read(piece, row, last=last))
+        return found[-1] if last else torch.cat(found)
+
+    def _read(self, tokens: Tensor, row: CachedRow, *, last: bool) -> Tensor:
+        """The same for tokens that fit into the state of the model."""
+        states = self.model.read(tokens[None], row.state)[0]  # (T, D)
+        weights = self.model.weights_read(row.state)
+        ended = row.document + (tokens == self.eos_id).cumsum(0)  # (T,): a token after the end is another's
+        following = torch.cat([tokens[1:], tokens.new_tensor([NO_TOKEN])])
+        if row.tokens:
+            row.cache.tell(tokens[0])
+        keys = self.model.key_states(states)
+        cached = row.cache.read(keys, following, ended)
+        row.tokens = (row.tokens + tokens.tolist())[-(self.model.context_length or 1) :]
+        row.n_read += len(tokens)
+        row.document = int(ended[-1])
+        rows = slice(-1, None) if last else slice(None)
+        memories = self._memories(keys[rows], cached.rows(rows))
+        parts, shares = [], []
+        for _, product, evidence in gated_rows(
+            self.model,
+            self.gate.weights["unigram"],
+            states[rows],
+            None if weights is None else weights[0, rows],
+            tokens[rows],
+            memories,
+        ):
+            mixed, share = self.gate.mix_logits(product, evidence)
+            parts.append(mixed)
+            shares.append(share.exp())
+        own = torch.ones(1) if weights is None else weights[0, -1]
+        trusted = shares[-1][-1]
+        row.shares = torch.cat([own.to(trusted.device) * trusted[0], trusted[1:]])
+        return torch.cat(parts)
+
+    def _memories(self, keys: Tensor, cached: Neighbours) -> list[Neighbours]:
+        """Neighbours in each memory of the gate."""
+        return [
+            cached if name == DOCUMENT_CACHE else self.model.stored_neighbours(keys)
+            for name in self.gate.names
+        ]

@@ -1,0 +1,197 @@
+"""Phase 2 on held-out text, and the joint gate that every run ends with.
+
+A part of the validation text is set aside to fit on, and what is fitted is only kept if the rest says so. So
+phase 2 is never worse than the ensemble that it starts from, which the loop has evaluated and saved first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanothink.checkpoints import CheckpointPayload, model_state, read_checkpoint, restore_model
+from nanothink.config import TrainMLAConfig
+from nanothink.data.tokens import TokenStream
+from nanothink.errors import counted
+from nanothink.inference.calibration import expert_fit_text, fit_scales
+from nanothink.inference.evaluate import Evaluation, evaluate_model
+from nanothink.inference.gated import Reading, evaluate_gated
+from nanothink.inference.generate import evaluating
+from nanothink.models.contract import LanguageModel
+from nanothink.models.joint_gate import DOCUMENT_CACHE, MEMORIES
+from nanothink.models.nanothink import NanoThink
+from nanothink.reporter import Reporter
+from nanothink.runs.preparing import RunSetup
+from nanothink.training.distributed import Processes
+from nanothink.training.gate_fitting import FIT_TOKENS, fit_joint_gate, unigram_log_frequencies
+from nanothink.training.loop import Run
+
+_COMPARED_TOKENS = 16_384
+"""Of training text and of held-out text, to see whether the experts know one better than the other."""
+
+_KNOWN_BETTER = 0.03
+"""By which fraction the loss on training text must be lower: at one pass over ample text it is not."""
+
+
+def settle_fit(setup: RunSetup, reporter: Reporter, processes: Processes) -> RunSetup:
+    """The setup with ``train_mla.fit`` decided; in gate mode without steps, and without MLA layers."""
+    training = setup.training
+    if not isinstance(training, TrainMLAConfig):
+        return setup
+    fit = training.fit
+    if fit == "auto" and training.max_steps is not None:
+        fit = "full"  # steps were asked for
+    if fit == "auto":
+        own = _known_better(setup, reporter) if processes.is_rank0 else 0.0
+        gap = processes.all_reduce_sum([own])[0]
+        fit = "gate" if gap > _KNOWN_BETTER else "full"
+        why = "that is little text" if fit == "gate" else "so it can be trained on"
+        reporter.note(
+            f"Phase 2: train_mla.fit={fit}. The experts' loss is {100 * gap:.1f} % lower on their training "
+            f"text than on other text: {why}."
+        )
+    if fit == "full":
+        return _with_fit(setup, fit)
+    layers = {} if setup.resume_point is not None else {"n_layers": 0}
+    setup = _with_fit(setup, fit)
+    mla = setup.config.mla.model_copy(update=layers)
+    config = setup.config.model_copy(update={"mla": mla})
+    return replace(setup, config=config, plan=replace(setup.plan, total_steps=setup.state.step))
+
+
+def _with_fit(setup: RunSetup, fit: str) -> RunSetup:
+    settled = setup.config.train_mla.model_copy(update={"fit": fit})
+    return replace(setup, config=setup.config.model_copy(update={"train_mla": settled}))
+
+
+def _known_better(setup: RunSetup, reporter: Reporter) -> float:
+    """By which fraction the experts' mean loss on training text is below that on held-out text."""
+    sides = (setup.tokens.train, setup.tokens.val)
+    sums = [0.0, 0.0]
+    for expert in setup.parts.values():
+        model = expert.build(setup.precision.device)[0].to(setup.precision.device)
+        length = expert.config.model.max_seq_len
+        for side, streams in enumerate(sides):
+            sample = {d: s.sample(_COMPARED_TOKENS // len(streams)) for d, s in streams.items()}
+            sums[side] += _score(model, sample, setup, length).overall.loss
+    return 1 - sums[0] / sums[1] if sums[1] else 0.0
+
+
+def _score(
+    model: LanguageModel, streams: Mapping[str, TokenStream], setup: RunSetup, length: int
+) -> Evaluation:
+    batch = max(1, 8192 // length)
+    return evaluate_model(model, streams, length=length, batch_size=batch, precision=setup.precision)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The validation text: a part to fit on, and the rest, which decides."""
+
+    to_fit: Mapping[str, TokenStream]
+    rest: Mapping[str, TokenStream]
+
+    @classmethod
+    def of(cls, streams: Mapping[str, TokenStream]) -> _Text:
+        total = sum(stream.n_tokens for stream in streams.values())
+        to_fit = {
+            name: stream.part_to_fit(FIT_TOKENS * stream.n_tokens // max(1, total))
+            for name, stream in streams.items()
+        }
+        rest = {name: stream.without(to_fit[name].documents().keys) for name, stream in streams.items()}
+        return cls(to_fit, rest)
+
+    @property
+    def keys(self) -> list[int]:
+        found = [stream.documents().keys for stream in self.to_fit.values()]
+        return [int(key) for key in np.concatenate(found)]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(stream.n_tokens for stream in self.to_fit.values())
+
+
+def finish_best(
+    setup: RunSetup,
+    run: Run,
+    best: Path,
+    write: Callable[[Path, CheckpointPayload], None],
+    reporter: Reporter,
+) -> None:
+    """Fit what is fitted on held-out text to the best model, and write its checkpoint again.
+
+    The result is a function of the best checkpoint and the data: a run that is killed here does it again.
+
+    Args:
+        reporter: receives what was found.
+    """
+    payload = read_checkpoint(best)
+    model = run.model
+    restore_model(model, payload, expect_kind=model.kind, path=best)
+    text = _Text.of(setup.tokens.val)
+    training = setup.training
+    if isinstance(model, NanoThink) and isinstance(training, TrainMLAConfig) and training.fit == "gate":
+        _fit_weights(model, setup, text, reporter)
+    _fit_gate(model, setup, text, reporter)
+    state = {**payload["run"], "logit_scale": model.logit_scale, "gate_documents": text.keys}
+    write(best, {**payload, "model_state": model_state(model), "run": state})
+
+
+def _fit_weights(model: NanoThink, setup: RunSetup, text: _Text, reporter: Reporter) -> None:
+    """One weight for each expert, and the scale of the product."""
+    length = setup.config.model.max_seq_len
+    before = _score(model, text.rest, setup, length).overall
+    with evaluating(model), torch.inference_mode():
+        states, targets = expert_fit_text(model, text.to_fit, length=length, precision=setup.precision)
+        with setup.precision.autocast():
+            found = fit_scales(states, targets, model.expert_heads(), model.expert_scales())
+    earlier = (model.router.bias.detach().clone(), model.log_scale.detach().clone(), model.logit_scale)
+    model.set_expert_scales(found)
+    model.logit_scale = 1.0
+    after = _score(model, text.rest, setup, length).overall
+    if after.loss < before.loss:
+        weights = ", ".join(f"{n} {a / sum(found):.2f}" for n, a in zip(model.names, found, strict=True))
+        reporter.note(
+            f"Weights fitted on {counted(text.n_tokens, 'held-out token')}: {weights}; scale "
+            f"{sum(found):.2f}. "
+            f"Bits per byte on the rest {before.bits_per_byte:.4f} → {after.bits_per_byte:.4f}."
+        )
+        return
+    with torch.no_grad():
+        model.router.bias.copy_(earlier[0])
+        model.log_scale.copy_(earlier[1])
+    model.logit_scale = earlier[2]
+    reporter.note(
+        f"Equal weights are kept: fitted ones give {after.bits_per_byte:.4f} bits per byte, equal ones "
+        f"{before.bits_per_byte:.4f}."
+    )
+
+
+def _fit_gate(model: LanguageModel, setup: RunSetup, text: _Text, reporter: Reporter) -> None:
+    """The joint gate over the model, its vector store if it has one, and the document cache."""
+    cache, length = setup.config.document_cache, setup.config.model.max_seq_len
+    reading = Reading(length, setup.precision, cache.window_tokens, cache.n_neighbours)
+    stored = isinstance(model, NanoThink) and model.vector_store is not None
+    names = MEMORIES if stored else (DOCUMENT_CACHE,)
+    unigram = unigram_log_frequencies(setup.tokens.train, model.vocab_size).to(setup.precision.device)
+    before = _score(model, text.rest, setup, length).overall if stored else None
+    gate = fit_joint_gate(model, text.to_fit, names, unigram, reading, seed=setup.training.seed)
+    if gate is None:
+        return
+    model.joint_gate = gate.to(setup.precision.device)
+    if before is None:
+        return
+    after = evaluate_gated(model, text.rest, reading, with_cache=False).overall
+    cached = evaluate_gated(model, text.rest, reading).overall
+    reporter.note(
+        f"Joint gate fitted on {counted(text.n_tokens, 'held-out token')}. "
+        f"Bits per byte on the rest, with the vector store: {before.bits_per_byte:.4f} → "
+        f"{after.bits_per_byte:.4f}; with the document cache too {cached.bits_per_byte:.4f}."
+    )
+    if after.loss > before.loss:
+        model.joint_gate = None
+        reporter.note("The gate that was trained is kept.")

@@ -1,0 +1,57 @@
+"""Settings that follow from the size of the text: those of the preset auto, and advice to other runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nanothink.config import Config
+from nanothink.data.tokens import TokenisedCorpus
+from nanothink.models import COMBINED, build_model, training_of
+from nanothink.reporter import Reporter
+from nanothink.training.regularisation import AMPLE, Regularisation
+
+_FITTED = ("dropout", "weight_decay_tables", "max_epochs")
+
+
+def fit_to_text(
+    kind: str,
+    config: Config,
+    sources: Mapping[str, str],
+    tokens: TokenisedCorpus,
+    vocab_size: int,
+    reporter: Reporter,
+) -> Config:
+    """The settings of a new expert's run, fitted to the text where ``fit_to_text`` says so.
+
+    Values that were set by hand stay. Without ``fit_to_text`` nothing changes; a note says if the text is
+    too little for these settings.
+    """
+    if kind == COMBINED:
+        return config
+    training = training_of(kind, config)
+    n_tokens = sum(stream.n_tokens for stream in tokens.train.values())
+    if n_tokens > AMPLE * 2 * vocab_size * config.model.d_model and not training.fit_to_text:
+        return config  # tables alone tell that there is enough text
+    n_parameters = sum(parameter.numel() for parameter in build_model(kind, config, vocab_size).parameters())
+    rule = Regularisation.of(n_tokens, n_parameters)
+    size = (
+        f"{n_tokens:,} training tokens for {n_parameters / 1e6:.2f} M parameters "
+        f"({rule.tokens_per_parameter:.2f} a parameter)"
+    )
+    if not training.fit_to_text:
+        overfits = training.dropout < rule.dropout and training.max_epochs > 1.5 * rule.max_epochs
+        if overfits and training.max_steps is None:
+            reporter.note(
+                f"{size} are few for {training.max_epochs} epochs without dropout: the model will overfit. "
+                "--preset auto chooses dropout and epochs by the size of the text."
+            )
+        return config
+
+    def by_hand(name: str) -> bool:
+        source = sources[f"{training.section}.{name}"]
+        return source != "default" and not source.startswith("preset ")
+
+    chosen = {name: getattr(rule, name) for name in _FITTED if not by_hand(name)}
+    listed = ", ".join(f"{name}={value}" for name, value in chosen.items())
+    reporter.note(f"{size}: {listed or 'all set by hand'}.")
+    return config.model_copy(update={training.section: training.model_copy(update=chosen)})

@@ -1,0 +1,38 @@
+"""How much dropout and how many epochs a text bears: a rule, from measurements at 1 and 4 MB (docs/log.md).
+
+The fewer tokens there are for each parameter, the sooner a model overfits. Dropout puts that off, so that
+more epochs pay; with ample text it only slows learning down.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+AMPLE = 4.0
+"""Training tokens for each parameter above which nothing is to be gained."""
+
+_AT_ONE = 0.12  # dropout at one token for each parameter
+_A_DOUBLING = 0.07  # by which it falls where there are twice as many
+_MOST = 0.3
+_EPOCHS = ((0.3, 16), (0.2, 8), (0.1, 4), (0.0, 2))  # for this much dropout or more
+_TABLES = 0.1  # decay of embeddings and head, at the most dropout
+
+
+@dataclass(frozen=True)
+class Regularisation:
+    """Settings of a run for a text of some size."""
+
+    dropout: float
+    weight_decay_tables: float
+    max_epochs: int
+    tokens_per_parameter: float
+
+    @classmethod
+    def of(cls, n_tokens: int, n_parameters: int) -> Regularisation:
+        """That of so many training tokens and parameters."""
+        ratio = n_tokens / n_parameters
+        wanted = _AT_ONE - _A_DOUBLING * math.log2(ratio)
+        dropout = 0.0 if ratio > AMPLE else min(max(round(20 * wanted) / 20, 0.0), _MOST)  # steps of 0.05
+        epochs = next(n for least, n in _EPOCHS if dropout >= least)
+        return cls(dropout, _TABLES if dropout >= _MOST else 0.0, epochs, ratio)

@@ -1,0 +1,198 @@
+"""Phase 2 on held-out text, the joint gate and the document cache, as commands and from Python."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from struck_runs import assert_same
+
+import nanothink as package
+from nanothink.checkpoints import CheckpointPayload, SplitRecord
+from nanothink.checkpoints.file import read_checkpoint
+from nanothink.cli.app import run
+from nanothink.errors import UsageError
+from nanothink.models.joint_gate import DOCUMENT_CACHE
+
+SETTINGS = {
+    "model.d_model": 32,
+    "model.max_seq_len": 32,
+    "transformer.n_layers": 1,
+    "transformer.n_heads": 2,
+    "state_space.n_layers": 1,
+    "state_space.scan": "plain",
+    "data.val_split": 0.3,
+    "train_expert.batch_size": 4,
+    "train_expert.sample_tokens": 0,
+    "train_expert.amp_dtype": "float32",
+}
+OF_PHASE_2 = {"mla.n_heads": 2, "train_mla.sample_tokens": 0, "train_mla.amp_dtype": "float32"}
+
+
+def settings(values: dict[str, Any]) -> list[str]:
+    return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains of texts that each say the same four times, in words of their own."""
+    root, chance = tmp_path_factory.mktemp("corpus"), random.Random(0)
+    for domain in ("letters", "tales"):
+        (root / domain).mkdir()
+        texts = []
+        for _ in range(60):
+            words = ["".join(chance.choices("aeioubdgklmnrst", k=5)) for _ in range(8)]
+            texts.append(" ".join(words * 4))
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (root / domain / "texts.jsonl").write_text("".join(lines))
+    return root
+
+
+@pytest.fixture(scope="module")
+def experts(corpus: Path, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts")
+    for kind in ("transformer", "state_space"):
+        where = [
+            "--data-dir",
+            str(corpus),
+            "--checkpoint-dir",
+            str(folder),
+            "--tokenizer",
+            str(tiny_tokenizer),
+        ]
+        assert run(["pretrain", kind, *where, "--max-steps", "40", *settings(SETTINGS)]) == 0
+    return folder
+
+
+def combined(corpus: Path, experts: Path, folder: Path, *more: str, **changed: Any) -> list[str]:
+    named = [part for path in sorted(experts.glob("*_expert.pt")) for part in ("--expert", str(path))]
+    where = ["--data-dir", str(corpus), "--checkpoint-dir", str(folder)]
+    values = OF_PHASE_2 | {f"train_mla.{name}": value for name, value in changed.items()}
+    return ["train-mla", *where, *named, *settings(values), *more]
+
+
+@pytest.fixture(scope="module")
+def gated(corpus: Path, experts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A NanoThink of gate mode, with a vector store."""
+    folder = tmp_path_factory.mktemp("gated")
+    assert run(combined(corpus, experts, folder, "--use-vector-store", fit="gate")) == 0
+    return folder / "nanothink_mla.pt"
+
+
+def scores(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert run(["eval", *arguments, "--json"]) == 0
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["checkpoints"]
+    return found
+
+
+def gate_keys(payload: CheckpointPayload) -> set[int]:
+    return set(payload["run"]["gate_documents"])
+
+
+def test_every_run_ends_with_a_gate_fitted_on_held_out_documents(experts: Path, gated: Path) -> None:
+    for path in (*experts.glob("*_expert.pt"), gated):
+        payload = read_checkpoint(path)
+        held_out = SplitRecord.from_state(payload["split"], path)
+        keys = np.array(sorted(gate_keys(payload)), dtype=np.uint64)
+        assert len(keys)
+        assert np.isin(keys, held_out.held_out.val).all()
+        assert not held_out.trained.holds(keys).any()
+        assert "joint_gate.out" in payload["model_state"]
+    assert gate_keys(read_checkpoint(gated)) == gate_keys(read_checkpoint(experts / "transformer_expert.pt"))
+
+
+def test_gate_mode_trains_no_step_and_keeps_heads_and_experts(experts: Path, gated: Path) -> None:
+    payload = read_checkpoint(gated)
+    assert (payload["step"], payload["config"]["mla"]["n_layers"]) == (0, 0)
+    assert payload["config"]["train_mla"]["fit"] == "gate"
+    state = payload["model_state"]
+    heads = []
+    for i, name in enumerate(("state_space", "transformer")):
+        expert = read_checkpoint(experts / f"{name}_expert.pt")
+        for key, weight in expert["model_state"].items():
+            if not key.startswith("joint_gate."):
+                assert torch.equal(state[f"experts.{i}.{key}"], weight)
+        heads.append(expert["model_state"]["lm_head.weight"] * expert["run"]["logit_scale"])
+    assert torch.equal(state["lm_head.weight"][:, :64], torch.cat(heads, 1))
+    assert not state["lm_head.weight"][:, 64:].any()
+
+
+def test_the_ensemble_is_never_worse_for_phase_2(
+    corpus: Path, experts: Path, gated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both modes; full with a rate so high that every step makes it worse."""
+    assert run(combined(corpus, experts, tmp_path, fit="full", lr=1.0, max_steps=6, eval_every_steps=3)) == 0
+    recorded = (tmp_path / "runs" / "nanothink_mla" / "metrics.jsonl").read_text().splitlines()
+    losses = {e["step"]: e["loss"] for e in map(json.loads, recorded) if e["event"] == "validation"}
+    assert losses[3] > losses[0] < losses[6]
+    assert read_checkpoint(tmp_path / "nanothink_mla.pt")["step"] == 0
+    worse, better = scores(capsys, str(tmp_path / "nanothink_mla.pt"), str(gated))
+    assert better["overall"]["loss"] <= worse["overall"]["loss"] + 1e-6
+
+
+def test_the_same_command_gives_the_same_bits(
+    corpus: Path, experts: Path, gated: Path, tmp_path: Path
+) -> None:
+    assert run(combined(corpus, experts, tmp_path, "--use-vector-store", fit="gate")) == 0
+    assert_same(
+        read_checkpoint(tmp_path / "nanothink_mla.pt")["model_state"], read_checkpoint(gated)["model_state"]
+    )
+
+
+def test_auto_takes_the_gate_where_experts_know_their_text_and_says_so(
+    corpus: Path, experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(combined(corpus, experts, tmp_path)) == 0
+    said = capsys.readouterr().err
+    chosen = read_checkpoint(tmp_path / "nanothink_mla.pt")["config"]["train_mla"]["fit"]
+    assert f"Phase 2: train_mla.fit={chosen}." in said
+    assert chosen in ("gate", "full")
+
+
+@pytest.mark.parametrize("kind", ["transformer", "state_space", "nanothink_mla"])
+def test_the_cache_lowers_the_score_of_texts_that_repeat_themselves(
+    kind: str, experts: Path, gated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = gated if kind == "nanothink_mla" else experts / f"{kind}_expert.pt"
+    (found,) = scores(capsys, str(path), "--document-cache")
+    cached = found["with_document_cache"]
+    assert cached["overall"]["tokens"] == found["overall"]["tokens"]
+    assert cached["overall"]["bits_per_byte"] < 0.8 * found["overall"]["bits_per_byte"]
+    assert cached["domains"].keys() == found["domains"].keys()
+    loaded = package.load(path)
+    with_gate_documents = scores(capsys, str(path), "--document-cache", "--allow-seen")[0]
+    assert with_gate_documents["overall"]["tokens"] > found["overall"]["tokens"]
+    assert len(loaded.gate_documents) > 0
+
+
+def test_text_is_written_with_the_cache_and_the_routing_shows_it(
+    gated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, cached = package.load(gated), package.load(gated, document_cache=True)
+    tokens = torch.randint(1, 200, (1, 15), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+    assert not torch.allclose(plain.logits(tokens), cached.logits(tokens))
+    torch.testing.assert_close(cached.logits(tokens).exp().sum(-1), torch.ones(1, 30), rtol=1e-3, atol=1e-3)
+    words = ["generate", "some words of a letter", "--checkpoint", str(gated), "--document-cache"]
+    capsys.readouterr()
+    assert run([*words, "-n", "70", "--seed", "1", "--show-routing", "--ignore-eos", "--json"]) == 0
+    (sample,) = json.loads(capsys.readouterr().out)["samples"]
+    assert len(sample["tokens"]) == 70  # past the context of 32 tokens
+    for token in sample["tokens"]:
+        assert DOCUMENT_CACHE in token["weights"]
+        assert sum(token["weights"].values()) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_model_without_a_gate_says_that_it_has_none(
+    corpus: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    where = ["--data-dir", str(corpus), "--checkpoint-dir", str(tmp_path), "--tokenizer", str(tiny_tokenizer)]
+    little = settings({**SETTINGS, "data.val_split": 0.01})
+    assert run(["pretrain", "transformer", *where, "--max-steps", "2", *little]) == 0
+    with pytest.raises(UsageError, match="no gate for a document cache"):
+        package.load(tmp_path / "transformer_expert.pt", document_cache=True)

@@ -1,0 +1,32 @@
+"""The rule that fits dropout and epochs to the text."""
+
+from __future__ import annotations
+
+import pytest
+
+from nanothink.training.regularisation import Regularisation
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "n_parameters", "dropout", "epochs"),
+    [
+        (33_000, 900_000, 0.3, 16),
+        (329_000, 2_360_000, 0.3, 16),
+        (329_000, 900_000, 0.2, 8),
+        (1_300_000, 900_000, 0.1, 4),
+        (20_000_000, 900_000, 0.0, 2),
+    ],
+)
+def test_the_rule_gives_what_was_measured(
+    n_tokens: int, n_parameters: int, dropout: float, epochs: int
+) -> None:
+    rule = Regularisation.of(n_tokens, n_parameters)
+    assert (rule.dropout, rule.max_epochs) == (dropout, epochs)
+    assert rule.weight_decay_tables == (0.1 if dropout == 0.3 else 0.0)
+
+
+def test_more_text_never_means_more_dropout_or_more_epochs() -> None:
+    rules = [Regularisation.of(1000 * 2**n, 1_000_000) for n in range(20)]
+    assert [r.dropout for r in rules] == sorted((r.dropout for r in rules), reverse=True)
+    assert [r.max_epochs for r in rules] == sorted((r.max_epochs for r in rules), reverse=True)
+    assert all(round(100 * r.dropout) % 5 == 0 for r in rules)
