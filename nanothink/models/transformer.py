@@ -29,6 +29,7 @@ from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.layers import (
     Attention,
     Block,
+    LayerNorm,
     LearnedPositions,
     Rotary,
     embedding,
@@ -198,6 +199,13 @@ class Transformer(Expert):
     def hidden(self, tokens: Tensor) -> Tensor:
         """See ``LanguageModel.hidden``; T <= context_length."""
         return cast(Tensor, self.model(tokens))
+
+    @torch.no_grad()
+    def fold_logit_scale(self) -> None:
+        """See ``LanguageModel.fold_logit_scale``; the bias of a layer norm scales the logits too."""
+        if isinstance(self.model.norm, LayerNorm):
+            self.model.norm.bias.mul_(self.logit_scale)
+        super().fold_logit_scale()
 
     def _scaled_weight(self) -> Tensor:
         return self.model.norm.weight  # a tied head is the embedding table too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def build(
     context: int = 48,
     seed: int = 0,
     trained: bool = True,
-    **shape: float | bool,
+    **shape: Any,
 ) -> Transformer:
     """A small model; ``trained`` gives every weight a random value, so that nothing is hidden by a zero."""
     torch.manual_seed(seed)
@@ -220,6 +221,17 @@ def test_loss_and_log_likelihood_agree_with_the_logits() -> None:
 def test_the_state_dict_holds_weights_only() -> None:
     model = build()
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_folded_scale_gives_the_same_logits(norm: str, tied: bool) -> None:
+    model, x = build(norm=norm, tie_embeddings=tied), tokens(2, 9)
+    model.logit_scale = 0.7
+    expected = model.logits(x).detach()
+    model.fold_logit_scale()
+    assert model.logit_scale == 1.0
+    torch.testing.assert_close(model.logits(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
