@@ -39,7 +39,7 @@ def generate(
         typer.Argument(
             metavar="PROMPT",
             help="Text to continue; several are continued side by side; '-' reads standard input. "
-            "[default: the beginning of a document]",
+            "[default: what a pipe brings, or the beginning of a document]",
         ),
     ] = None,
     checkpoint: Annotated[
@@ -85,6 +85,10 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Continue past the end of a text.")
     ] = False,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="End before this text; repeatable. [default: none]"),
+    ] = None,
     ddim: Annotated[
         bool, typer.Option("--ddim", help="A diffuser: denoise every token from drawn noise, by DDIM.")
     ] = False,
@@ -134,7 +138,7 @@ def generate(
         "seed": seed,
         "stop_at_eos": False if ignore_eos else None,
     }
-    prompts = [_read(text) for text in prompt or [""]]
+    prompts = [_read(text) for text in prompt] if prompt else [_piped()]
     sampling = {name: value for name, value in asked.items() if value is not None}
     sampling_config(**sampling)  # raises for a bad value before anything is loaded or printed
     if denoise and (len(prompts) > 1 or not prompts[0]):
@@ -143,6 +147,10 @@ def generate(
         )
     if show_routing and (denoise or ddim or ddim_steps is not None):
         raise UsageError("--show-routing is for models that combine experts; --denoise and --ddim are not.")
+    if stop and (show_routing or denoise):
+        raise UsageError("--stop is for text that is written plainly, without --show-routing or --denoise.")
+    if stop and not all(stop):
+        raise UsageError("--stop needs some text.")
     if levels and not denoise:
         raise UsageError("--level is for --denoise.")
     if ddim or ddim_steps is not None:
@@ -179,7 +187,7 @@ def generate(
     elif show_routing:
         _generate_routed(loaded, path, prompts, sampling, as_json=as_json)
     elif as_json:
-        texts = loaded.generate(prompts, **sampling)
+        texts = loaded.generate(prompts, stop=stop or (), **sampling)
         render.print_json(
             {
                 "checkpoint": path,
@@ -189,10 +197,12 @@ def generate(
         )
     elif len(prompts) == 1:
         with render.streaming(prompts[0]) as write:
-            texts = loaded.generate(prompts, on_text=lambda _, piece: write(piece), **sampling)
+            texts = loaded.generate(
+                prompts, on_text=lambda _, piece: write(piece), stop=stop or (), **sampling
+            )
         _say_if_nothing(texts)
     else:
-        texts = loaded.generate(prompts, **sampling)
+        texts = loaded.generate(prompts, stop=stop or (), **sampling)
         render.samples(prompts, texts)
         _say_if_nothing(texts)
 
@@ -203,6 +213,25 @@ def _say_if_nothing(texts: list[str]) -> None:
 
     if not all(texts):
         render.note("The model ends the text right after the prompt; --ignore-eos continues past that.")
+
+
+def _piped() -> str:
+    """What a pipe or a file brings, without the line end that ``echo`` adds; else nothing.
+
+    Other standard inputs, such as a terminal, are not waited for.
+    """
+    import os
+    import stat
+    import sys
+
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # closed, or none
+        return ""
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
+        return ""
+    text = _read("-")
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _read(prompt: str) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
 
+from nanothink.inference.engine import Engine, Row
 from nanothink.inference.generate import Decoder, StreamDecoder
+from nanothink.inference.sampling import SamplingConfig
+from nanothink.models.contract import LanguageModel, State
 
 
 class StoppingDecoder:
@@ -52,3 +56,45 @@ def _overlap(text: str, word: str) -> int:
     """Characters at the end of ``text`` that begin ``word``."""
     longest = min(len(text), len(word) - 1)
     return next((n for n in range(longest, 0, -1) if word.startswith(text[-n:])), 0)
+
+
+def generate_until(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    stop: Sequence[str],
+    *,
+    tokenizer: Decoder,
+    eos_id: int,
+    on_text: Callable[[int, str], None] = lambda row, text: None,
+    start: Callable[[Sequence[int]], State] | None = None,
+) -> list[str]:
+    """``generate``, where each text also ends before the first stop string, which costs no more tokens.
+
+    Args:
+        on_text: called with (row, piece of text) as text becomes final.
+
+    Returns:
+        The text behind each prompt.
+    """
+    engine, seed = Engine(model, eos_id=eos_id, start=start), config.seed
+    seed = secrets.randbits(62) if seed is None else seed
+    numbers: dict[Row, int] = {}
+    decoders = [StoppingDecoder(tokenizer, stop) for _ in prompts]
+    texts = [""] * len(prompts)
+    for number, prompt in enumerate(prompts):
+        row = Row(prompt, config.model_copy(update={"seed": (seed + number) % (1 << 63)}))
+        numbers[row] = number
+        engine.add(row)
+    while engine.rows:
+        for drawn in engine.step():
+            number = numbers[drawn.row]
+            piece = "" if drawn.token is None else decoders[number].push(drawn.token)
+            if decoders[number].stopped:
+                engine.remove(drawn.row)
+            elif drawn.finished:
+                piece += decoders[number].flush()
+            if piece:
+                texts[number] += piece
+                on_text(number, piece)
+    return texts

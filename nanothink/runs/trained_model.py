@@ -19,6 +19,7 @@ from nanothink.errors import UsageError
 from nanothink.inference.denoising import Reconstruction, measured_levels, reconstruct
 from nanothink.inference.generate import StreamDecoder, generate
 from nanothink.inference.sampling import sampling_config
+from nanothink.inference.stopping import generate_until
 from nanothink.models import training_of
 from nanothink.models.contract import LanguageModel, State
 from nanothink.models.decoding_states import Ddim, JointState
@@ -181,6 +182,7 @@ class TrainedModel:
         *,
         on_text: Callable[[int, str], None] | None = None,
         ddim_steps: int | None = None,
+        stop: Sequence[str] = (),
         **sampling: Any,
     ) -> Any:
         """Continue a prompt, or each of several.
@@ -192,12 +194,27 @@ class TrainedModel:
                 0 for its ``diffuser.inference_steps``. Randomness then comes from the noise, and the
                 temperature is 0 unless it is given. None: tokens are drawn from the head's distribution at
                 the null noise, the one that loss and perplexity measure.
+            stop: strings; a text ends where the first of them begins.
             sampling: fields of ``SamplingConfig``: temperature, top_k, top_p, max_new_tokens, seed ...
 
         Returns:
             The continuation without the prompt: a string for a string, else a list of strings.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if stop:
+            if ddim_steps is not None:
+                sampling = {"temperature": 0.0, **sampling}
+            texts = generate_until(
+                self.model,
+                [self.tokenizer.encode(p) for p in prompts],
+                sampling_config(**sampling),
+                stop,
+                tokenizer=self.tokenizer,
+                eos_id=self.tokenizer.eos_id,
+                on_text=on_text or (lambda row, piece: None),
+                start=self._start_by_ddim(ddim_steps) if ddim_steps is not None else None,
+            )
+            return texts[0] if isinstance(prompt, str) else texts
         decoders = [StreamDecoder(self.tokenizer) for _ in prompts]
 
         def on_token(row: int, token: int) -> None:

@@ -116,6 +116,22 @@ def test_a_stop_string_ends_the_text_before_it(server: Running, stream: bool) ->
     assert parts[-1].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("model", KINDS)
+def test_generate_ends_at_a_stop_string_too(server: Running, model: str) -> None:
+    loaded, pieces = server.models[model], [""] * 2
+    settings: dict[str, Any] = {"max_new_tokens": 30, "seed": 5, "stop_at_eos": False}
+    whole = loaded.generate(["The river", "A"], **settings)
+    stop = [whole[0][9:11]]
+    ends = [text.partition(stop[0])[0] for text in whole]
+
+    def hear(row: int, piece: str) -> None:
+        pieces[row] += piece
+
+    assert loaded.generate(["The river", "A"], stop=stop, on_text=hear, **settings) == ends
+    assert pieces == ends
+    assert len(ends[0]) <= 9
+
+
 def test_logprobs_are_the_models(server: Running) -> None:
     """In the legacy shape, with echo: the first token has none."""
     loaded = server.models["nanothink_mla"]
