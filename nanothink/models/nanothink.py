@@ -303,7 +303,7 @@ class NanoThink(ProductOfExperts):
         if step is None:
             logits = super().step(tokens, state)
         else:
-            logits = self._run(step, tokens, state, step.predict) * self.logit_scale
+            logits = self._scaled(self._run(step, tokens, state, step.predict))
         if state.query is None or state.stream is None or state.weights is None:
             return logits
         assert self.store_gate is not None

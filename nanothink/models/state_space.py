@@ -184,7 +184,7 @@ class StateSpace(Expert):
         step = self.backbone.step_for(tokens, state, self.head_weight)
         if step is None:
             return super().step(tokens, state)
-        return step.predict(tokens, [0] * state.batch_size) * self.logit_scale
+        return self._scaled(step.predict(tokens, [0] * state.batch_size))
 
     def _scaled_weight(self) -> Tensor:
         return self.backbone.norm_f.weight  # a tied head is the embedding table too

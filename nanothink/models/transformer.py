@@ -243,7 +243,7 @@ class Transformer(Expert):
         step = self.model.step_for(tokens, state, self.head_weight)
         if step is None:
             return super().step(tokens, state)
-        logits = step.predict(tokens, state.lengths) * self.logit_scale
+        logits = self._scaled(step.predict(tokens, state.lengths))
         state.advance(tokens.shape[1])
         return logits
 

@@ -65,7 +65,7 @@ def _bind(library: Any, operations: Sequence[Operation]) -> Runner:
 
 @functools.cache
 def _load() -> tuple[Any, str]:
-    return native.load(native.Source("nanothink.models.decoding", "operations.cpp", _declare, _error))
+    return native.load(SOURCE)
 
 
 def _declare(library: Any) -> None:
@@ -92,3 +92,6 @@ def _results(bind: Callable[[Sequence[Operation]], Runner]) -> list[Tensor]:
     y = program.scan(opened, query, waves(rows, 2 * n_states), 0, rates, waves(width), state)
     program.run(torch.zeros(1, rows, dtype=torch.int64), [position])
     return [attended, y, state]
+
+
+SOURCE = native.Source("nanothink.models.decoding", "operations.cpp", _declare, _error)
