@@ -211,7 +211,7 @@ class Endpoints:
             rows = []
             for choice in answer.choices:
                 choice.end("length")
-        ticket = self._thread.submit(model.name, rows, asked.stop_strings)
+        ticket = self._thread.submit(model.name, rows, asked.stop_strings, streamed=bool(asked.stream))
         if asked.stream:
             return _EventStream(_events(answer, ticket, include_usage=asked.include_usage), ticket.cancel)
 

@@ -55,8 +55,10 @@ class _Text:
 class Ticket:
     """A request's texts on their way. Made by ``ModelThread.submit``; ``cancel`` it when nobody waits."""
 
-    def __init__(self, thread: ModelThread, model: str, n_texts: int) -> None:
+    def __init__(self, thread: ModelThread, model: str, n_texts: int, *, streamed: bool) -> None:
         self._thread, self.model, self._n_open = thread, model, n_texts
+        self.streamed = streamed
+        self.n_unfinished = n_texts  # of the thread
         self._pieces: asyncio.Queue[list[Piece] | RequestError] = asyncio.Queue()
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
@@ -138,8 +140,12 @@ class ModelThread:
         self._inbox.put(None)
         self._thread.join()
 
-    def submit(self, model: str, rows: Sequence[Row], stop: Sequence[str]) -> Ticket:
+    def submit(self, model: str, rows: Sequence[Row], stop: Sequence[str], *, streamed: bool) -> Ticket:
         """Have texts written, one for each row; they join the model's batch as soon as there is room.
+
+        Args:
+            streamed: their pieces are wanted as they come. Otherwise they come together at the end, and the
+                event loop does not take turns with the thread at every token.
 
         Raises:
             RequestError: too many texts wait already.
@@ -151,7 +157,7 @@ class ModelThread:
                 503,
                 code="server_overloaded",
             )
-        ticket = Ticket(self, model, len(rows))
+        ticket = Ticket(self, model, len(rows), streamed=streamed)
         self.n_texts += len(rows)
         batch = self._batches[model]
         texts = [
@@ -180,6 +186,7 @@ class ModelThread:
         batch = self._batches[ticket.model]
 
         def carry_out() -> None:
+            self._arrived.pop(ticket, None)
             batch.waiting = deque(text for text in batch.waiting if text.ticket is not ticket)
             for row in [row for row, text in batch.running.items() if text.ticket is ticket]:
                 batch.engine.remove(row)
@@ -230,6 +237,7 @@ class ModelThread:
             shown += text.decoder.flush()
         if finished:
             del batch.running[drawn.row]
+            text.ticket.n_unfinished -= 1
         piece = Piece(text.choice, shown, drawn.token, finished, drawn.score, drawn.weights)
         self._arrived.setdefault(text.ticket, []).append(piece)
 
@@ -250,10 +258,10 @@ class ModelThread:
         batch.engine = _engine(batch.loaded)
 
     def _send(self) -> None:
-        if self._arrived:
-            arrived, self._arrived = self._arrived, {}
+        ready = [ticket for ticket in self._arrived if ticket.streamed or not ticket.n_unfinished]
+        if ready:
             assert self._loop is not None
-            self._loop.call_soon_threadsafe(_deliver, arrived)
+            self._loop.call_soon_threadsafe(_deliver, {t: self._arrived.pop(t) for t in ready})
 
 
 def _deliver(arrived: Mapping[Ticket, list[Piece]]) -> None:
