@@ -24,6 +24,7 @@ from nanothink.training.objectives import next_token
 def harness(**settings: Any) -> Any:
     """The loop on a tiny model, as test_loop.py has it."""
     path = Path(__file__).with_name("test_loop.py")
+    sys.path.append(str(path.parents[1]))  # pytest has it there
     spec = importlib.util.spec_from_file_location("test_loop", path)
     assert spec is not None
     assert spec.loader is not None
