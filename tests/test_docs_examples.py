@@ -52,8 +52,8 @@ BENCH = [block for found in EXAMPLES.values() for block in found if block.mark =
 
 IN_PROSE = {f"nanothink {shlex.join(call)}" for page in PAGES for call in calls_in_prose(page)}
 IN_PROSE -= {f"nanothink {shlex.join(call)}" for _, call in CALLS}
-# Names of commands that need an argument: their help runs.
-NAMES = {"nanothink data import", "nanothink checkpoints export"}
+# Names of commands that need an argument, or a terminal: their help runs.
+NAMES = {"nanothink data import", "nanothink checkpoints export", "nanothink generate --interactive"}
 WORDS = {
     "PATH": "checkpoints/transformer_expert.pt",
     "FILE": "own.csv",

@@ -26,6 +26,7 @@ EXAMPLES = examples(
     'generate "Once upon a time" -n 200 --seed 1',
     'generate "The" -c checkpoints/nanothink_mla.pt --show-routing',
     "generate - --temperature 0 < prompt.txt",
+    "generate --interactive",
 )
 
 
@@ -115,6 +116,10 @@ def generate(
             help="A NanoThink: show the expert, or vector store, with the most weight at each token.",
         ),
     ] = False,
+    interactive: Annotated[
+        bool,
+        typer.Option("--interactive", "-i", help="Write in turns with the model, in the terminal."),
+    ] = False,
     no_vector_store: NoVectorStore = False,
     document_cache: DocumentCache = False,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
@@ -138,6 +143,12 @@ def generate(
         "seed": seed,
         "stop_at_eos": False if ignore_eos else None,
     }
+    if interactive:
+        from nanothink.cli.interactive import require_terminal, write_in_turns
+
+        require_terminal()
+        if denoise or as_json or (prompt and (len(prompt) > 1 or prompt == ["-"])):
+            raise UsageError("--interactive takes at most one prompt, and neither --denoise nor --json.")
     prompts = [_read(text) for text in prompt] if prompt else [_piped()]
     sampling = {name: value for name, value in asked.items() if value is not None}
     sampling_config(**sampling)  # raises for a bad value before anything is loaded or printed
@@ -169,6 +180,9 @@ def generate(
         render.note(line)
     if "ddim_steps" in sampling and loaded.kind != "diffuser":  # before the prompt is shown
         raise UsageError(f"{path} holds a {loaded.kind}; only a diffuser can denoise.")
+    if interactive:
+        write_in_turns(loaded, prompts[0], sampling, stop=stop or (), show_routing=show_routing)
+        return
     if not denoise:
         for text in prompts:
             if loss := loaded.tokenizer.loss(text):
