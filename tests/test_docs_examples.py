@@ -52,8 +52,14 @@ BENCH = [block for found in EXAMPLES.values() for block in found if block.mark =
 
 IN_PROSE = {f"nanothink {shlex.join(call)}" for page in PAGES for call in calls_in_prose(page)}
 IN_PROSE -= {f"nanothink {shlex.join(call)}" for _, call in CALLS}
-# Names of commands that need an argument, or a terminal: their help runs.
-NAMES = {"nanothink data import", "nanothink checkpoints export", "nanothink generate --interactive"}
+# Commands that need an argument or a terminal, or run until they are stopped: their help runs.
+NAMES = {
+    "nanothink data import",
+    "nanothink checkpoints export",
+    "nanothink checkpoints import",
+    "nanothink generate --interactive",
+    "nanothink serve",
+}
 WORDS = {
     "PATH": "checkpoints/transformer_expert.pt",
     "FILE": "own.csv",
