@@ -205,7 +205,7 @@ class TrainedModel:
             if ddim_steps is not None:
                 sampling = {"temperature": 0.0, **sampling}
             texts = generate_until(
-                self.model,
+                self.decoder if ddim_steps is None else self.model,
                 [self.tokenizer.encode(p) for p in prompts],
                 sampling_config(**sampling),
                 stop,

@@ -188,6 +188,16 @@ def test_text_is_written_with_the_cache_and_the_routing_shows_it(
         assert sum(token["weights"].values()) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_a_stop_text_leaves_the_document_cache_in_use(gated: Path) -> None:
+    plain, cached = package.load(gated), package.load(gated, document_cache=True)
+    prompt = "some words of a letter " * 4
+    sampling: dict[str, Any] = {"max_new_tokens": 40, "stop_at_eos": False}
+    never = ["no model writes this"]
+    texts = [cached.generate(prompt, stop=never, seed=seed, **sampling) for seed in range(4)]
+    assert texts == [cached.generate(prompt, seed=seed, **sampling) for seed in range(4)]
+    assert texts != [plain.generate(prompt, seed=seed, **sampling) for seed in range(4)]
+
+
 def test_a_model_without_a_gate_says_that_it_has_none(
     corpus: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
