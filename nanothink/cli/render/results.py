@@ -301,7 +301,7 @@ def routing(prompt: str) -> Iterator[Callable[[RoutedPiece], None]]:
             for i, (name, total) in enumerate(totals.items())
         ]
         number = "70".translate(_RAISED)
-        key = f"\n\nColour: the expert with the most weight for a token; {number}: with 70 % of the weight.\n"
+        key = f"\n\nColour: the expert with most weight for a token; {number}: with 70 % of the weight.\n"
         out.print(Text.assemble((key, "dim"), "Mean weight: ", *legend), soft_wrap=True)
 
 
