@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nanothink.checkpoints.families import FAMILIES, Family, Settings
 from nanothink.data.tokenizer import Tokenizer, load_tokenizer
-from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError
+from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, CheckpointNotFoundError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"torch.float32", "torch.float16", "torch.bfloat16", "torch.float64"}
@@ -111,6 +111,8 @@ def _json(folder: Path, name: str, *, needed: bool = True) -> dict[str, Any]:
     if not path.is_file():
         if not needed:
             return {}
+        if not folder.exists():
+            raise CheckpointNotFoundError(f"{folder}: there is no such file or folder")
         raise CheckpointDamagedError(
             f"{folder}: {name} is missing. A model to import is a folder in transformers' format: {CONFIG}, "
             f"{WEIGHTS} and a tokenizer, a Hub name, or a GGUF file"

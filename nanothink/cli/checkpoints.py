@@ -11,8 +11,7 @@ from nanothink.cli import completion
 from nanothink.cli.options import CheckpointDir, ForgivingCommand, Json
 
 if TYPE_CHECKING:
-    from nanothink.checkpoints.gguf_export import Quantization
-    from nanothink.reporter import Reporter
+    from nanothink.runs.exporting_gguf import GgufExport
 
 app = typer.Typer(
     help="List, show, verify, prune, import and export checkpoints.",
@@ -97,7 +96,7 @@ def show(
         "written": _when(summary.modified),
         "format": str(summary.format_version),
         "tokenizer": str(facts["tokenizer"]),
-        "data fingerprint": str(facts["data_fingerprint"])[:16],
+        "data fingerprint": str(facts["data_fingerprint"])[:16] or "-",
         "split": f"val_split {split['val_split']}, test_split {split['test_split']}, seed {split['seed']}; "
         f"trained on {counted(split['n_trained_documents'], 'document')} of {', '.join(split['domains'])}"
         if split["domains"]
@@ -289,15 +288,19 @@ def export(
     from nanothink.errors import UsageError
     from nanothink.runs.evaluating import newest_finished
     from nanothink.runs.exporting import export_checkpoint
+    from nanothink.runs.exporting_gguf import export_gguf
 
     if quantize != "f32" and format != "gguf":
         raise UsageError(f"--quantize {quantize} goes with --format gguf; a model folder is float32.")
     with render.reporting() as reporter:
         path = checkpoint or newest_finished(checkpoint_dir, reporter)
         if format == "gguf":
-            _write_gguf(path, to, quantize, overwrite, as_json, reporter)
-            return
-        done = export_checkpoint(path, to, overwrite=overwrite, reporter=reporter)
+            gguf = export_gguf(path, to, quantization=quantize, overwrite=overwrite, reporter=reporter)
+        else:
+            done = export_checkpoint(path, to, overwrite=overwrite, reporter=reporter)
+    if format == "gguf":
+        _print_gguf(gguf, as_json)
+        return
     for line in done.notes:
         render.warning(f"{path}: {line}")
     if as_json:
@@ -314,15 +317,11 @@ def export(
     render.facts(rows, title=str(done.folder))
 
 
-def _write_gguf(
-    path: Path, to: Path, quantize: Quantization, overwrite: bool, as_json: bool, reporter: Reporter
-) -> None:
+def _print_gguf(done: GgufExport, as_json: bool) -> None:
     from nanothink.cli import render
-    from nanothink.runs.exporting_gguf import export_gguf
 
-    done = export_gguf(path, to, quantization=quantize, overwrite=overwrite, reporter=reporter)
     for line in done.notes:
-        reporter.note(f"{path}: {line}")
+        render.warning(f"{done.checkpoint}: {line}")
     if as_json:
         render.print_json(done)
         return

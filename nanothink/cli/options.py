@@ -161,7 +161,7 @@ Preset = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="tiny, default, large: see 'nanothink config presets'. [default: default]",
+        help="tiny, auto, default, large: see 'nanothink config presets'. [default: default]",
         autocompletion=completion.presets,
     ),
 ]

@@ -65,10 +65,12 @@ def export_gguf(
     settings = foreign_config(model)
     if not settings:
         raise CheckpointMismatchError(
-            f"{checkpoint} holds a {model.kind} of a shape that GGUF files of ours cannot have. They hold "
-            "a transformer or a state-space model; export this one as a folder: --format transformers."
+            f"{checkpoint} holds a {model.kind}, and a GGUF file can only hold a transformer or a "
+            "state-space model, of a shape that llama.cpp runs. Export it as a folder: nanothink "
+            f"checkpoints export {checkpoint} --to {file.with_suffix('')}"
         )
     model.fold_logit_scale()
+    model.joint_gate = None  # other programs have no document cache
     imported = payload["run"].get("imported")
     origin = imported if isinstance(imported, dict) else {}
     reporter.progress(f"writing {file.name}", 0, 0)

@@ -158,7 +158,8 @@ def _fit_weights(model: NanoThink, setup: RunSetup, text: _Text, reporter: Repor
         reporter.note(
             f"Weights fitted on {counted(text.n_tokens, 'held-out token')}: {weights}; scale "
             f"{sum(found):.2f}. "
-            f"Bits per byte on the rest {before.bits_per_byte:.4f} → {after.bits_per_byte:.4f}."
+            f"Bits per byte on the rest {before.bits_per_byte:.4f} → {after.bits_per_byte:.4f}. "
+            "The model is saved with them."
         )
         return
     with torch.no_grad():
@@ -194,4 +195,6 @@ def _fit_gate(model: LanguageModel, setup: RunSetup, text: _Text, reporter: Repo
     )
     if after.loss > before.loss:
         model.joint_gate = None
-        reporter.note("The gate that was trained is kept.")
+        reporter.note("The model is saved without it: the gate that was trained with it does better.")
+    else:
+        reporter.note("The model is saved with it.")

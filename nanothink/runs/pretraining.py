@@ -214,7 +214,9 @@ def _remarks(setup: RunSetup) -> list[str]:
             "nothing is left to train."
         )
     warmup = effective_warmup(train_config, plan.total_steps)
-    if warmup == 0 < train_config.warmup_steps:
+    if not plan.total_steps:
+        pass  # nothing is trained: no warm-up to explain
+    elif warmup == 0 < train_config.warmup_steps:
         remarks.append(f"No warm-up: this run has {counted(plan.total_steps, 'step')}.")
     elif warmup != train_config.warmup_steps:
         remarks.append(

@@ -36,7 +36,7 @@ def fit_to_text(
     rule = Regularisation.of(n_tokens, n_parameters)
     size = (
         f"{n_tokens:,} training tokens for {n_parameters / 1e6:.2f} M parameters "
-        f"({rule.tokens_per_parameter:.2f} a parameter)"
+        f"({rule.tokens_per_parameter:.2g} a parameter)"
     )
     if not training.fit_to_text:
         overfits = training.dropout < rule.dropout and training.max_epochs > 1.5 * rule.max_epochs
@@ -53,5 +53,5 @@ def fit_to_text(
 
     chosen = {name: getattr(rule, name) for name in _FITTED if not by_hand(name)}
     listed = ", ".join(f"{name}={value}" for name, value in chosen.items())
-    reporter.note(f"{size}: {listed or 'all set by hand'}.")
+    reporter.note(f"{size}. Chosen for it: {listed or 'nothing, all is set by hand'}.")
     return config.model_copy(update={training.section: training.model_copy(update=chosen)})

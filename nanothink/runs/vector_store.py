@@ -19,7 +19,6 @@ from nanothink.errors import (
     VectorStoreDamagedError,
     VectorStoreError,
     VectorStoreMismatchError,
-    counted,
 )
 from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision
@@ -89,8 +88,8 @@ class ModelStore:
         """
         if not plan.n_keys:
             raise DataError(
-                f"There is nothing new to put in: {counted(plan.n_known, 'document')} known already, "
-                f"{plan.n_held_out:,} held out by earlier data."
+                "There is nothing new to put in: every document is held out or in the store already "
+                f"({plan.n_known:,})."
             )
         reporter.note(_cost(self.folder, plan))
         build(

@@ -21,7 +21,12 @@ from nanothink.checkpoints import SplitRecord, read_checkpoint, write_checkpoint
 from nanothink.cli.app import run
 from nanothink.data.split import HeldOutText, SplitRule, TrainedText
 from nanothink.data.tokenizer import load_tokenizer, save_tokenizer
-from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, UsageError
+from nanothink.errors import (
+    CheckpointDamagedError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    UsageError,
+)
 from nanothink.runs.exporting import export_checkpoint
 from nanothink.runs.import_model import ImportedModel, import_model
 
@@ -309,6 +314,12 @@ def test_a_name_on_the_hub_is_fetched_once(
     x = torch.randint(ours.tokenizer.vocab_size, (2, 30), generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
         torch.testing.assert_close(ours.logits(x), theirs(x).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["absent", "absent.gguf"])
+def test_a_source_that_is_not_there_is_said_to_be_missing(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=f"{name}: there is no such file or folder"):
+        imported(tmp_path / name)
 
 
 def test_code_beside_a_model_is_not_run(published: Callable[..., tuple[Path, Any]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nanothink.cli.app import command_tree
+from nanothink.config.run import preset_names
 
 
 def _commands(command: Any, path: str = "nanothink") -> Iterator[tuple[str, Any]]:
@@ -52,6 +53,13 @@ def test_the_examples_parse(path: str) -> None:
         length = len(path.split())
         assert words[:length] == path.split()
         COMMANDS[path].make_context(path, words[length:])
+
+
+def test_the_help_of_a_preset_names_them_all() -> None:
+    options = [o for command in COMMANDS.values() for o in command.params if "--preset" in o.opts]
+    assert options
+    for option in options:
+        assert sorted(option.help.partition(":")[0].split(", ")) == preset_names()
 
 
 def test_commands_come_in_the_order_of_the_story() -> None:

@@ -18,9 +18,11 @@ from llama_server import divergence, llama_cpp, texts
 from random_checkpoints import write_random_checkpoint
 
 import nanothink as package
+from nanothink.checkpoints.file import read_checkpoint, write_checkpoint
 from nanothink.cli.app import run
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError
+from nanothink.models.joint_gate import DOCUMENT_CACHE, GATE_PREFIX, JointGate, n_expert_features
 from nanothink.runs.exporting_gguf import export_gguf
 from nanothink.runs.import_model import import_model
 
@@ -197,6 +199,24 @@ def test_what_llama_cpp_lacks_is_refused(
     with pytest.raises(CheckpointMismatchError, match=re.escape(what)):
         export_gguf(path, tmp_path / "a.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("kind", ["transformer", "state_space"])
+def test_the_joint_gate_that_every_run_ends_with_stays_behind(
+    kind: str, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    path = write_random_checkpoint(tmp_path / "a.pt", load_tokenizer(str(tiny_tokenizer)), kind)
+    without = export_gguf(path, tmp_path / "a.gguf").file.read_bytes()
+    payload = read_checkpoint(path)
+    vocab_size = load_tokenizer(str(tiny_tokenizer)).vocab_size
+    features = torch.rand(9, n_expert_features(1) + 6)
+    gate = JointGate.start(
+        (DOCUMENT_CACHE,), features, torch.zeros(vocab_size), n_hidden=3, generator=torch.Generator()
+    )
+    weights = {f"{GATE_PREFIX}{name}": weight for name, weight in gate.weights.items()}
+    write_checkpoint(path, {**payload, "model_state": {**payload["model_state"], **weights}})
+    assert package.load(path, device="cpu").model.joint_gate is not None
+    assert export_gguf(path, tmp_path / "a.gguf", overwrite=True).file.read_bytes() == without
 
 
 def test_a_tokenizer_of_other_rules_is_refused(tiny_tokenizer: Path, tmp_path: Path) -> None:

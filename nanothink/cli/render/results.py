@@ -31,7 +31,7 @@ def training_summary(name: str, finished: RunFinished, best: Path, view: Trainin
         table(
             ["domain", ">loss", ">perplexity", ">bits per byte", ">tokens"],
             _score_rows(view.last_validation),
-            title="Validation at the end",
+            title="Validation at the end of training",
             total=True,
         )
         _errors_by_level(view.last_validation)

@@ -22,8 +22,11 @@ def store_facts(found: StoreFacts) -> None:
         "sq8": f"{counted(found.n_lists, 'list')}, a byte a number",
         "pq": f"{counted(found.n_lists, 'list')}, a byte for four numbers",
     }[found.kind]
+    owner = found.owner.expert
+    if owner != found.owner.kind:
+        owner = f"'{owner}' ({found.owner.kind})"
     rows: list[list[object]] = [
-        ["keys", f"{count(found.n_keys)}, states of '{found.owner.expert}' ({found.owner.kind})"],
+        ["keys", f"{count(found.n_keys)}, states of {owner}"],
         ["index", kept],
         ["bytes a key", f"{found.n_bytes / max(1, found.n_keys):.1f}"],
         ["size", size(found.n_bytes)],
@@ -40,7 +43,7 @@ def hits(found: Sequence[StoreHit]) -> None:
     """Print the hits of ``store search``: passage, the token that followed it, and its file and line."""
     rows = [
         (
-            f"{one.similarity:.3f}",
+            f"{min(1.0, one.similarity):.3f}",  # keys are kept rounded: a cosine can come out above 1
             f"{one.weight:.3f}",
             Text.assemble((_line(one.before), "dim"), (f"[{_line(one.token)}]", "bold green")),
             one.source + (f" and {one.stands_for - 1} more" if one.stands_for > 1 else ""),
