@@ -276,11 +276,14 @@ def retyped(text: str, read: Callable[[str], str]) -> str:
     with suppress(ImportError):
         import readline
 
+        n_lines = readline.get_current_history_length()
         readline.set_startup_hook(lambda: readline.insert_text(text))
         try:
             return read("edit> ")
         finally:
             readline.set_startup_hook(None)
+            if readline.get_current_history_length() > n_lines:  # the history is of lines, not of whole texts
+                readline.remove_history_item(n_lines)
     raise UsageError("This Python has no readline. Set EDITOR to an editor, such as: export EDITOR=nano")
 
 
@@ -306,7 +309,11 @@ def line_editing() -> Iterator[None]:
     n_before = readline.get_current_history_length()
     readline.set_completer_delims(" ")
     readline.set_completer(_complete)
-    readline.parse_and_bind("tab: complete")
+    if "libedit" in (readline.__doc__ or ""):  # on macOS for example; it has a language of its own
+        readline.parse_and_bind("bind ^I rl_complete")
+    else:
+        readline.parse_and_bind("tab: complete")
+        readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one; Python disables it
     try:
         yield
     finally:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
+import readline
 import select
 import shlex
 import signal
@@ -176,10 +178,15 @@ def test_without_a_terminal_it_is_refused(more: list[str], capsys: pytest.Captur
     assert '"Once upon a time" | nanothink generate' in capsys.readouterr().err
 
 
+BY_LIBEDIT = "libedit" in (readline.__doc__ or "")
+PROMPT = "\n> " if BY_LIBEDIT else "2004h> "  # behind the escape that asks for pasted lines in brackets
+
+
 class Terminal:
     """A session of the real command in a pseudo-terminal."""
 
     def __init__(self, *command: str, cache: Path) -> None:
+        self.seen = b""
         self._ours, theirs = pty.openpty()
         environment = {**os.environ, "TERM": "dumb", "XDG_CACHE_HOME": str(cache), "INPUTRC": os.devnull}
         self.process = subprocess.Popen(
@@ -202,8 +209,9 @@ class Terminal:
         """Read so many bytes, for which a minute is time enough."""
         seen, end = b"", time.monotonic() + 60
         while len(seen) < n_bytes:
-            assert select.select([self._ours], [], [], max(0, end - time.monotonic()))[0], seen
+            assert select.select([self._ours], [], [], max(0, end - time.monotonic()))[0], self.seen
             seen += os.read(self._ours, n_bytes - len(seen))
+        self.seen += seen
         return seen
 
     def type(self, keys: str) -> None:
@@ -219,20 +227,21 @@ class Terminal:
 
 
 def test_control_c_keeps_what_is_written_and_control_d_leaves(checkpoint: Path, tmp_path: Path) -> None:
-    """The second Ctrl-C would end any other command at once. The next session remembers the lines."""
+    """The second Ctrl-C would end any other command at once. The next session remembers the lines,
+    takes pasted ones for one, and does not remember the text that was edited."""
     plain = ("--ignore-eos", "--temperature", "0")
     command = ("generate", "--interactive", *plain, "--checkpoint", str(checkpoint))
     saved = tmp_path / "text"
     with Terminal(*command, cache=tmp_path) as terminal:
         terminal.until("> ")
         terminal.type("/set max_new_tokens 1000000\n")
-        terminal.until("\n> ")
+        terminal.until(PROMPT)
         for _ in range(3):
             terminal.type("stone\n")
             terminal.until("stone\r\n")
             terminal.read(200)  # more than the end of the text, which is shown before its continuation
             terminal.process.send_signal(signal.SIGINT)
-            terminal.until("\n> ")
+            terminal.until(PROMPT)
         terminal.type(f"/save {saved}\n")
         terminal.until("Saved")
         terminal.type("\x04")
@@ -244,9 +253,16 @@ def test_control_c_keeps_what_is_written_and_control_d_leaves(checkpoint: Path, 
 
     (history,) = (tmp_path / "nanothink" / "history").iterdir()
     assert history.parent.stat().st_mode & 0o077 == 0
-    with Terminal(*command, cache=tmp_path) as again:
+    with Terminal(*command, "-n", "3", cache=tmp_path) as again:
         again.until("> ")
         again.type("\x10")  # Ctrl-P: the line before
         again.until(f"/save {saved}"[:40])
-        again.type("\x15/quit\n")
+        again.type("\x15")
+        again.type('"""one\n\ntwo"""\n' if BY_LIBEDIT else "\x1b[200~one\n\ntwo\x1b[201~\n")
+        again.type(f"/undo\n/edit\n three\n/save {saved}.2\n/quit\n")
+        again.until("Saved")
         assert again.process.wait(60) == 0
+    assert Path(f"{saved}.2").read_text("utf-8") == "one\n\ntwo three"
+    lines = [json.loads(line) for line in history.read_text("utf-8").splitlines()]
+    assert "/edit" in lines
+    assert "one\n\ntwo three" not in lines
