@@ -233,7 +233,7 @@ def test_control_c_keeps_what_is_written_and_control_d_leaves(checkpoint: Path, 
     command = ("generate", "--interactive", *plain, "--checkpoint", str(checkpoint))
     saved = tmp_path / "text"
     with Terminal(*command, cache=tmp_path) as terminal:
-        terminal.until("> ")
+        terminal.until(PROMPT)
         terminal.type("/set max_new_tokens 1000000\n")
         terminal.until(PROMPT)
         for _ in range(3):
@@ -244,6 +244,7 @@ def test_control_c_keeps_what_is_written_and_control_d_leaves(checkpoint: Path, 
             terminal.until(PROMPT)
         terminal.type(f"/save {saved}\n")
         terminal.until("Saved")
+        terminal.until(PROMPT)
         terminal.type("\x04")
         assert terminal.process.wait(60) == 0
     text = saved.read_text("utf-8")
@@ -254,13 +255,22 @@ def test_control_c_keeps_what_is_written_and_control_d_leaves(checkpoint: Path, 
     (history,) = (tmp_path / "nanothink" / "history").iterdir()
     assert history.parent.stat().st_mode & 0o077 == 0
     with Terminal(*command, "-n", "3", cache=tmp_path) as again:
-        again.until("> ")
+        again.until(PROMPT)
         again.type("\x10")  # Ctrl-P: the line before
         again.until(f"/save {saved}"[:40])
         again.type("\x15")
         again.type('"""one\n\ntwo"""\n' if BY_LIBEDIT else "\x1b[200~one\n\ntwo\x1b[201~\n")
-        again.type(f"/undo\n/edit\n three\n/save {saved}.2\n/quit\n")
-        again.until("Saved")
+        for keys, then in (
+            ("", PROMPT),
+            ("/undo\n", PROMPT),
+            ("/edit\n", "two"),  # the end of the text in the line
+            (" three\n", PROMPT),
+            (f"/save {saved}.2\n", "Saved"),
+            ("", PROMPT),
+            ("/quit\n", ""),
+        ):
+            again.type(keys)
+            again.until(then)
         assert again.process.wait(60) == 0
     assert Path(f"{saved}.2").read_text("utf-8") == "one\n\ntwo three"
     lines = [json.loads(line) for line in history.read_text("utf-8").splitlines()]
