@@ -49,10 +49,15 @@ def settle_fit(setup: RunSetup, reporter: Reporter, processes: Processes) -> Run
         own = _known_better(setup, reporter) if processes.is_rank0 else 0.0
         gap = processes.all_reduce_sum([own])[0]
         fit = "gate" if gap > _KNOWN_BETTER else "full"
-        why = "that is little text" if fit == "gate" else "so it can be trained on"
+        why = (
+            "too little text to train more on. Their weights are fitted on held-out text instead; to train "
+            "all the same: --set train_mla.fit=full"
+            if fit == "gate"
+            else "enough text to train on"
+        )
         reporter.note(
-            f"Phase 2: train_mla.fit={fit}. The experts' loss is {100 * gap:.1f} % lower on their training "
-            f"text than on other text: {why}."
+            f"train_mla.fit=auto takes '{fit}': the experts' loss is {100 * gap:.1f} % lower on their "
+            f"training text than on held-out text, so that is {why}."
         )
     if fit == "full":
         return _with_fit(setup, fit)

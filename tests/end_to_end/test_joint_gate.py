@@ -137,9 +137,12 @@ def test_the_ensemble_is_never_worse_for_phase_2(
 
 
 def test_the_same_command_gives_the_same_bits(
-    corpus: Path, experts: Path, gated: Path, tmp_path: Path
+    corpus: Path, experts: Path, gated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(combined(corpus, experts, tmp_path, "--use-vector-store", fit="gate")) == 0
+    results, said = capsys.readouterr()
+    assert "fitted, not trained" in results + said
+    assert "No warm-up" not in said
     assert_same(
         read_checkpoint(tmp_path / "nanothink_mla.pt")["model_state"], read_checkpoint(gated)["model_state"]
     )
@@ -151,7 +154,7 @@ def test_auto_takes_the_gate_where_experts_know_their_text_and_says_so(
     assert run(combined(corpus, experts, tmp_path)) == 0
     said = capsys.readouterr().err
     chosen = read_checkpoint(tmp_path / "nanothink_mla.pt")["config"]["train_mla"]["fit"]
-    assert f"Phase 2: train_mla.fit={chosen}." in said
+    assert f"train_mla.fit=auto takes '{chosen}'" in said
     assert chosen in ("gate", "full")
 
 

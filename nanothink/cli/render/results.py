@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 
 
 def training_summary(name: str, finished: RunFinished, best: Path, view: TrainingView) -> None:
-    say(f"{name}: {finished.reason}, {counted(finished.epoch, 'whole epoch')}, {duration(finished.seconds)}.")
+    trained = finished.step > 0  # not where everything is fitted on held-out text
+    epochs = counted(finished.epoch, "whole epoch")
+    done = f"{finished.reason}, {epochs}" if trained else "fitted, not trained"
+    say(f"{name}: {done}, {duration(finished.seconds)}.")
     if view.last_validation is not None:
         table(
             ["domain", ">loss", ">perplexity", ">bits per byte", ">tokens"],
             _score_rows(view.last_validation),
-            title="Validation at the end of training",
+            title="Validation at the end of training" if trained else "Validation before the fit",
             total=True,
         )
         _errors_by_level(view.last_validation)
