@@ -78,9 +78,9 @@ def _find_base(
     own = found.config.model
     if own.d_model != width:
         raise CheckpointMismatchError(
-            f"{path} has width {own.d_model}, and this one would have {width}. Give it the same: nanothink "
-            f"pretrain {kind} --set model.d_model={own.d_model}. Or train another {base.kind}: nanothink "
-            f"pretrain {base.kind} --set model.d_model={width} --name OTHER"
+            f"{path} has width {own.d_model}, and this one would have {width}. Give it the same: add --set "
+            f"model.d_model={own.d_model} to this command. Or train another {base.kind}, and name it with "
+            f"{base.option}: nanothink pretrain {base.kind} --set model.d_model={width} --name OTHER"
         )
     if base.at_every_step and own.max_seq_len < length:
         raise CheckpointMismatchError(
