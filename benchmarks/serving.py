@@ -39,8 +39,8 @@ class Load:
 
     def row(self) -> str:
         p50, p99 = np.percentile(self.latencies, [50, 99])
-        counts = f"{self.n_clients:>7}  {len(self.latencies):>6}  {self.n_lost:>4}"
-        return f"{counts}  {self.tokens_per_second:>8.0f}  {p50:>7.3f}  {p99:>7.3f}"
+        counts = f"| {self.n_clients} | {len(self.latencies)} | {self.n_lost} "
+        return f"{counts}| {self.tokens_per_second:.0f} | {p50:.3f} | {p99:.3f} |"
 
 
 def clients(port: int, n_clients: int, seconds: float, n_tokens: int, found: Any) -> None:
@@ -110,7 +110,7 @@ def main() -> None:
         assert server.stdout is not None
         port = int(server.stdout.readline().partition("/v1;")[0].rpartition(":")[2])
         measure(port, 2, 2.0, options.tokens)  # the first steps build and warm up
-        print("clients   texts  lost  tokens/s  p50 (s)  p99 (s)")
+        print("| clients | texts | lost | tokens/s | p50 (s) | p99 (s) |\n|---:|---:|---:|---:|---:|---:|")
         for n_clients in options.clients:
             print(measure(port, n_clients, options.seconds, options.tokens).row(), flush=True)
         server.terminate()
