@@ -58,6 +58,8 @@ ABLATIONS = {
 class Ensemble(nn.Module):
     """The uniform ensemble of language models: of their logits' distributions, linear or log-linear."""
 
+    logit_scale = 1.0
+
     def __init__(self, members: Sequence[TrainedModel], *, linear: bool) -> None:
         super().__init__()
         self.members = list(members)
@@ -69,7 +71,7 @@ class Ensemble(nn.Module):
         self.linear = linear
 
     def log_likelihood(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """See ``LanguageModel.log_likelihood``, the one method that evaluation asks for."""
+        """See ``LanguageModel.log_likelihood``, which evaluation asks for."""
         if not self.linear:
             return self.joined.log_likelihood(inputs, targets)
         each = torch.stack([m.log_likelihood(inputs, targets) for m in self.experts.values()])  # (E, B, T)

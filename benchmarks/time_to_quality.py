@@ -101,7 +101,9 @@ class Side:
 
 
 class Scored(nn.Module):
-    """A model of transformers, with the one method that evaluation asks for."""
+    """A model of transformers, with what evaluation asks for."""
+
+    logit_scale = 1.0
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
