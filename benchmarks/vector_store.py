@@ -119,7 +119,7 @@ def quality(options: argparse.Namespace) -> None:
     last = found["trained and asked with it"]
     print(f"\nBits per byte, {last['overall']['tokens']:,} validation tokens\n")
     table(["model", *last["domains"], "all"], [[name, *by_domain(one)] for name, one in found.items()])
-    shares = [f"{routing['weights']['memory']:.3f}" for routing in last["routing"].values()]
+    shares = [f"{routing['weights']['vector_store']:.3f}" for routing in last["routing"].values()]
     table(["", *last["routing"]], [["share of the gate", *shares]])
     for name in list(found)[:2]:
         gain = 1 - last["overall"]["bits_per_byte"] / found[name]["overall"]["bits_per_byte"]
@@ -234,7 +234,7 @@ def add(options: argparse.Namespace) -> None:
             [
                 name,
                 *by_domain(one),
-                ", ".join(f"{r['weights'].get('memory', 0):.3f}" for r in one["routing"].values()),
+                ", ".join(f"{r['weights'].get('vector_store', 0):.3f}" for r in one["routing"].values()),
             ]
             for name, one in found.items()
         ],
