@@ -24,7 +24,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Load:
-    """What some clients have met."""
+    """Figures of one number of clients."""
 
     n_clients: int
     seconds: float

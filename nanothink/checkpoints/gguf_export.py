@@ -37,13 +37,13 @@ _IN_FLOAT32 = ("ssm_a", "ssm_d", "ssm_conv1d", "ssm_x", "ssm_dt", "norm")
 
 @dataclass(frozen=True)
 class GgufModel:
-    """What a GGUF file is made of."""
+    """The contents of a GGUF file: metadata and tensors."""
 
     name: str
     settings: Mapping[str, Any]
     """Its config.json for ``transformers``, as an export has it."""
     weights: Mapping[str, Tensor]
-    """By the names of that architecture, float32."""
+    """Float32 tensors, by their names in that architecture."""
     tokenizer: Tokenizer
     starts_with_eos: bool
     """A text begins after an EOS, as in training here."""
@@ -98,7 +98,7 @@ def write_gguf(model: GgufModel, path: Path, *, quantization: Quantization = "f3
 
 
 def modelfile_of(path: Path) -> Path:
-    """Where the Modelfile of a GGUF file lies."""
+    """Return the path of the Modelfile beside a GGUF file."""
     return path.with_name(f"{path.name}.Modelfile")
 
 

@@ -1,4 +1,4 @@
-"""What GGUF files call things: the names of weights, the layouts of some, and the rules for cutting text.
+"""The vocabulary of GGUF files: names of weights, layouts of some, and rules for cutting text.
 
 Export (gguf_export.py) and import (gguf_import.py) read the same tables. Names of weights stand without
 ``.weight`` and ``.bias``; N is the number of a layer.
@@ -50,7 +50,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     "qwen3": _TRANSFORMER,
     "mamba": _MAMBA,
 }
-"""By architecture: the name in a GGUF file, and ours, which is that of ``transformers``."""
+"""Names of weights in a GGUF file and in ``transformers``, by architecture."""
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _BYTES_ALONE = {**_BYTE_LEVEL, "use_regex": False}
@@ -75,7 +75,7 @@ PRE_TOKENIZERS: Mapping[str, dict[str, Any]] = {
     "qwen2": _split(r"\p{N}"),
     "llama-bpe": _split(r"\p{N}{1,3}"),
 }
-"""How a text is cut, by llama.cpp's name for it: the ``pre_tokenizer`` of a tokenizer.json."""
+"""The ``pre_tokenizer`` of a tokenizer.json, by llama.cpp's name for it."""
 
 
 def library() -> Any:

@@ -230,7 +230,7 @@ def _say_if_nothing(texts: list[str]) -> None:
 
 
 def _piped() -> str:
-    """What a pipe or a file brings, without the line end that ``echo`` adds; else nothing.
+    """Return the text of a pipe or a file, without the line end that ``echo`` adds; else nothing.
 
     Other standard inputs, such as a terminal, are not waited for.
     """
