@@ -5,7 +5,7 @@
     python benchmarks/vector_store.py recall --checkpoint checkpoints/nanothink_mla.pt
                                         recall and speed against exact search
     python benchmarks/vector_store.py scale   a million made-up keys: time, size, recall
-    python benchmarks/vector_store.py add --checkpoint nanothink_mla.pt --data-dir more --domains manual
+    add --checkpoint FILE --data-dir DIR --domains NAME
                                         text it was never trained on, before and after
     python benchmarks/vector_store.py compact --checkpoint checkpoints/nanothink_mla.pt
                                         size and bits per byte by similarity

@@ -82,8 +82,8 @@ SMALL = {
         "--rounds 1 --only 'width 64'", rows=3, named=("computed", "first epoch", "later epochs")
     ),
     "generation.py": Small(
-        "--preset tiny --tokens 4 --rounds 1 --batch 1",
-        rows=26,
+        "--preset tiny --tokens 4 --rounds 1 --batch 1 --cpu-time",
+        rows=24,
         named=(
             "nanothink, nanothink_mla",
             "nanothink, transformer, no compiler",

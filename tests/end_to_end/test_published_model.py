@@ -122,4 +122,4 @@ def test_it_writes_and_is_scored(imported: Path, tmp_path: Path, capsys: pytest.
     assert run(["eval", str(imported), *where, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["checkpoints"]
     print(f"bits per byte of the documentation: {row['overall']['bits_per_byte']:.3f}")
-    assert row["overall"]["bits_per_byte"] < 1.4
+    assert row["overall"]["bits_per_byte"] < 2.5  # untrained weights give more than 6
