@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -19,19 +21,26 @@ _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 _Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 
 
-def _nothing(value: Any) -> Any:
-    if value:
-        raise ValueError("is not supported here; leave it out")
-    return value
+def _only(*neutral: Any) -> Callable[[Any], Any]:
+    """Validator of a field that would change the answer: it may be empty, or have a value that does not."""
+
+    def checked(value: Any) -> Any:
+        if value and value not in neutral:
+            raise ValueError("is not supported here; leave it out")
+        return value
+
+    return checked
 
 
-_Unsupported = Annotated[Any, AfterValidator(_nothing)]
+_Unsupported = Annotated[Any, AfterValidator(_only())]
+_Ignored = Any
+"""A field of OpenAI's API that cannot change the text: accepted, whatever it holds."""
 
 
 class _Request(BaseModel):
-    """A body. Fields that it does not know are ignored, as clients send ever new ones."""
+    """A body. A field that it does not know is an error: a misspelt one would change the answer unseen."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class _OfModel(_Request):
@@ -42,6 +51,7 @@ class _OfModel(_Request):
 class StreamOptions(_Request):
     include_usage: bool | None = None
     """End the stream with the numbers of tokens."""
+    include_obfuscation: _Ignored = None
 
 
 class GenerationRequest(_OfModel):
@@ -71,7 +81,10 @@ class GenerationRequest(_OfModel):
     """Write on past the end of a document."""
     return_weights: bool | None = None
     """Give the tokens, and how far each of a combined model's components was trusted for each of them."""
-    user: Any = None
+    user: _Ignored = None
+    metadata: _Ignored = None
+    service_tier: _Ignored = None
+    store: _Ignored = None
     logit_bias: _Unsupported = None
     presence_penalty: _Unsupported = None
     frequency_penalty: _Unsupported = None
@@ -132,12 +145,12 @@ class CompletionRequest(GenerationRequest):
         return list(self.prompt)
 
 
-class TextPart(_Request):
+class TextPart(_Request, extra="ignore"):
     type: Literal["text"]
     text: str
 
 
-class Message(_Request):
+class Message(_Request, extra="ignore"):
     role: str = Field(max_length=100)
     content: str | list[TextPart] | None = None
 
@@ -158,8 +171,23 @@ class ChatRequest(GenerationRequest):
     """Log-probability of each token."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LIKELIEST)
     """And so many of the likeliest."""
-    tools: _Unsupported = None
+    parallel_tool_calls: _Ignored = None
+    prediction: _Ignored = None
+    prompt_cache_key: _Ignored = None
+    prompt_cache_options: _Ignored = None
+    prompt_cache_retention: _Ignored = None
+    safety_identifier: _Ignored = None
+    audio: _Unsupported = None
+    function_call: Annotated[Any, AfterValidator(_only("none", "auto"))] = None
     functions: _Unsupported = None
+    modalities: Annotated[Any, AfterValidator(_only(["text"]))] = None
+    moderation: _Unsupported = None
+    reasoning_effort: Annotated[Any, AfterValidator(_only("none"))] = None
+    response_format: Annotated[Any, AfterValidator(_only({"type": "text"}))] = None
+    tool_choice: Annotated[Any, AfterValidator(_only("none", "auto"))] = None
+    tools: _Unsupported = None
+    verbosity: Annotated[Any, AfterValidator(_only("medium"))] = None
+    web_search_options: _Unsupported = None
 
     @property
     def tokens_wanted(self) -> int:
@@ -171,6 +199,8 @@ class ChatRequest(GenerationRequest):
 class TokenizeRequest(_OfModel):
     prompt: str
     """A text; the text of the end-of-document token alone is that token."""
+    add_special_tokens: _Ignored = None
+    """The tokenizer adds none."""
 
 
 class DetokenizeRequest(_OfModel):
@@ -194,13 +224,18 @@ def parse(kind: type[_R], body: Any) -> _R:
     """A body as a request.
 
     Raises:
-        RequestError: which names the first field that is wrong.
+        RequestError: which names the first field that is wrong, an unknown one before others.
     """
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else None
-        where = ".".join(str(part) for part in first["loc"]) or "the body"
-        message = first["msg"].removeprefix("Value error, ")
-        raise RequestError(f"{where}: {message}", param=field) from None
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    names = [f"{part:.100}" if isinstance(part, str) else str(part) for part in first["loc"]]
+    where, field = ".".join(names) or "the body", names[0] if names else None
+    if first["type"] == "extra_forbidden":
+        known = StreamOptions if len(names) > 1 else kind
+        near = difflib.get_close_matches(names[-1], known.model_fields, 1)
+        hint = f"did you mean {near[0]}?" if near else "/openapi.json lists those that there are."
+        raise RequestError(f"{where}: unknown field; {hint}", param=field, code="unknown_parameter")
+    raise RequestError(f"{where}: {first['msg'].removeprefix('Value error, ')}", param=field)

@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 import torch
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_params
+
+from nanothink.serve.errors import RequestError
+from nanothink.serve.requests import ChatRequest, CompletionRequest, parse
 
 if TYPE_CHECKING:
     from serve.conftest import Running
@@ -239,6 +244,8 @@ def test_mistakes_are_said_as_openai_says_them(server: Running) -> None:
         ({"best_of": 3}, "best_of"),
         ({"suffix": "x"}, "suffix"),
         ({"presence_penalty": 1.0}, "presence_penalty"),
+        ({"extra_body": {"temprature": 1}}, "temprature"),
+        ({"stream": True, "stream_options": {"include_usge": True}}, "stream_options"),
         ({"prompt": [400]}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": "word " * 40, "echo": True, "logprobs": 1}, "prompt"),
@@ -248,3 +255,54 @@ def test_mistakes_are_said_as_openai_says_them(server: Running) -> None:
             client.completions.create(**asked)
         assert caught.value.param == field, wrong
         assert caught.value.type == "invalid_request_error"
+
+
+def test_an_unknown_field_is_named_with_the_nearest_known_one() -> None:
+    for wrong, said in (
+        ({"temprature": 1}, "temprature: unknown field; did you mean temperature?"),
+        ({"max_token": 3, "prompt": 7}, "max_token: unknown field; did you mean max_tokens?"),
+        (
+            {"stream_options": {"include_use": True}},
+            "stream_options.include_use: unknown field; did you mean include_usage?",
+        ),
+        ({"x" * 200: 1}, f"{'x' * 100}: unknown field; /openapi.json lists those that there are."),
+    ):
+        with pytest.raises(RequestError) as caught:
+            parse(CompletionRequest, {"prompt": "a", **wrong})
+        assert (caught.value.message, caught.value.code) == (said, "unknown_parameter")
+
+
+def test_fields_that_clients_send_are_taken_unless_they_would_change_the_answer(server: Running) -> None:
+    """Every field of OpenAI's own client is known; the harmless ones leave the text as it is."""
+    sent: dict[str, Any] = {"user": "me", "metadata": {"a": "b"}, "service_tier": "auto", "store": True}
+    sent |= {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "suffix": None}
+    found = server.client.completions.create(
+        model=KINDS[0],
+        prompt="The river",
+        max_tokens=12,
+        **SAMPLING | {"extra_body": {"top_k": 50, "ignore_eos": True, **sent}},
+    )
+    assert found.choices[0].text == as_generate(server, KINDS[0], "The river")
+    for kind, of_client in (
+        (CompletionRequest, completion_create_params.CompletionCreateParamsBase),
+        (ChatRequest, chat_params.CompletionCreateParamsBase),
+    ):
+        assert set(of_client.__annotations__) <= set(kind.model_fields)
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    harmless: dict[str, Any] = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}}
+    harmless |= {
+        "parallel_tool_calls": True,
+        "modalities": ["text"],
+        "prediction": {},
+        "safety_identifier": "x",
+    }
+    parse(ChatRequest, chat | harmless)
+    for name, value in (
+        ("tools", [{"type": "function"}]),
+        ("response_format", {"type": "json_object"}),
+        ("modalities", ["text", "audio"]),
+        ("logit_bias", {"5": 1}),
+        ("reasoning_effort", "high"),
+    ):
+        with pytest.raises(RequestError, match=f"{name}: is not supported here; leave it out"):
+            parse(ChatRequest, chat | {name: value})
