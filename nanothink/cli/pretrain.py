@@ -211,13 +211,17 @@ def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) 
         if not is_first_process():
             return 0
         from nanothink.runs.estimate import estimate_run
+        from nanothink.runs.joint_gate import settle_fit
+        from nanothink.runs.long_runs import advise_smaller
 
         launched = launch()
         with render.reporting() as reporter:
-            setup = prepare(spec, configure, reporter)
-            estimate = estimate_run(setup, launched.size if launched else 1)
+            setup = settle_fit(prepare(spec, configure, reporter), reporter)
+            estimate = estimate_run(setup, launched.size if launched else 1, reporter)
+            advise_smaller(setup, estimate.time, configure, reporter)
         if as_json:
-            render.print_json({**render.plain(estimate), "peak_memory_bytes": estimate.peak_memory_bytes})
+            totals = {"peak_memory_bytes": estimate.peak_memory_bytes, "seconds": estimate.time.seconds}
+            render.print_json({**render.plain(estimate), **totals})
         else:
             render.estimate(spec.stem, estimate)
         return 0

@@ -207,6 +207,25 @@ def resolve_config(
         raise ConfigError(_explain(error, sources)) from None
 
 
+def with_preset(resolved: ResolvedConfig, preset: str) -> ResolvedConfig:
+    """The same settings with another preset; values that were set by hand stay.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
+    by_hand = {
+        name: (resolved.sources[name], value)
+        for name, value in flatten(resolved.config).items()
+        if set_by_hand(resolved.sources[name])
+    }
+    return resolve_config(preset=preset, flags=by_hand)
+
+
+def set_by_hand(source: str) -> bool:
+    """True for the source of a value that neither a default nor a preset gives."""
+    return source != "default" and not source.startswith("preset ")
+
+
 def _sections() -> dict[str, type[Settings]]:
     return {
         name: field.annotation

@@ -124,27 +124,11 @@ def _update_store(
     """Attach the run's vector store, if it has one; return a function from positions to their neighbours."""
     if not isinstance(model, NanoThink) or model.store_gate is None:
         return None
-    config, batches, plan = setup.config, setup.batches, setup.plan
-    entry = key_entry(built_on(setup)["experts"], config.vector_store.expert)
-    inside = cast(LanguageModel, model.experts[model.names.index(entry["name"])])
-    expert = KeyExpert(owner_of(entry, config, setup.tokenizer), inside, setup.precision)
-    folder = store_folder(setup.spec.checkpoint_dir, setup.spec.stem)
-    own = ModelStore(folder, config.vector_store, expert, setup.tokenizer)
-
-    def blocks_ahead() -> Iterator[tuple[str, int]]:
-        """The blocks that the run will read, each once."""
-        seen: set[tuple[str, int]] = set()
-        remaining = max(0, plan.total_steps - setup.state.step) * plan.blocks_per_step
-        for position in range(setup.state.position, setup.state.position + remaining):
-            if (place := batches.place(position)) not in seen:
-                seen.add(place)
-                yield place
-            if len(seen) == batches.n_blocks:
-                return
+    own, batches = store_of_run(setup, model), setup.batches
 
     def stored() -> TrainingNeighbours:
         store = own.open_or_build(setup.tokens, replace=setup.spec.overwrite, reporter=reporter)
-        known = own.neighbours(store, setup.tokens, blocks_ahead(), reporter)
+        known = own.neighbours(store, setup.tokens, blocks_ahead(setup), reporter)
         model.vector_store = RepeatedSearch(store)
         return known
 
@@ -152,6 +136,28 @@ def _update_store(
     known = processes.rank0_first(lambda: (stored(), ""), lambda _: stored())
     stack.callback(known.close)
     return lambda positions: known.read([batches.place(position) for position in positions])
+
+
+def store_of_run(setup: RunSetup, model: NanoThink) -> ModelStore:
+    """The vector store that a run uses, whether it is built yet or not."""
+    config = setup.config
+    entry = key_entry(built_on(setup)["experts"], config.vector_store.expert)
+    inside = cast(LanguageModel, model.experts[model.names.index(entry["name"])])
+    expert = KeyExpert(owner_of(entry, config, setup.tokenizer), inside, setup.precision)
+    folder = store_folder(setup.spec.checkpoint_dir, setup.spec.stem)
+    return ModelStore(folder, config.vector_store, expert, setup.tokenizer)
+
+
+def blocks_ahead(setup: RunSetup) -> Iterator[tuple[str, int]]:
+    """The blocks that a run will read, each once."""
+    batches, plan, seen = setup.batches, setup.plan, set[tuple[str, int]]()
+    remaining = max(0, plan.total_steps - setup.state.step) * plan.blocks_per_step
+    for position in range(setup.state.position, setup.state.position + remaining):
+        if (place := batches.place(position)) not in seen:
+            seen.add(place)
+            yield place
+        if len(seen) == batches.n_blocks:
+            return
 
 
 def _objective(

@@ -1,4 +1,4 @@
-"""Estimate of a run, without a step of it: parameters, tokens, steps, memory, disk. For ``--dry-run``."""
+"""Estimate of a run: parameters, tokens, steps, time, memory, disk. For ``--dry-run``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import shutil
 from dataclasses import dataclass
 
 from nanothink.models import COMBINED
+from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.expert_state_cache import kept_bytes
 from nanothink.runs.preparing import RunSetup, largest_share
+from nanothink.runs.timing import RunTime, time_run
 from nanothink.training.optimizer import effective_warmup
 from nanothink.vector_store.index import bytes_per_key, choose_kind
 from nanothink.vector_store.neighbours import bytes_per_neighbour
@@ -43,14 +45,18 @@ class RunEstimate:
     precision_reason: str
     n_bad_lines: int
     """Lines of the text that are skipped."""
+    time: RunTime
 
     @property
     def peak_memory_bytes(self) -> int:
         return sum(self.memory.values())
 
 
-def estimate_run(setup: RunSetup, n_processes: int = 1) -> RunEstimate:
-    """Count what can be counted, and estimate the rest.
+def estimate_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SILENT) -> RunEstimate:
+    """Count what can be counted, time a few steps, and estimate the rest.
+
+    Args:
+        setup: of NanoThink, with ``train_mla.fit`` settled.
 
     Raises:
         UsageError: there are more processes than blocks in a batch.
@@ -104,6 +110,7 @@ def estimate_run(setup: RunSetup, n_processes: int = 1) -> RunEstimate:
         precision=setup.precision.name,
         precision_reason=setup.precision.reason,
         n_bad_lines=setup.tokens.skipped_records,
+        time=time_run(setup, n_processes, reporter),
     )
 
 

@@ -26,7 +26,7 @@ from nanothink.models.joint_gate import DOCUMENT_CACHE, MEMORIES
 from nanothink.models.nanothink import NanoThink
 from nanothink.reporter import Reporter
 from nanothink.runs.preparing import RunSetup
-from nanothink.training.distributed import Processes
+from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.gate_fitting import FIT_TOKENS, fit_joint_gate, unigram_log_frequencies
 from nanothink.training.loop import Run
 
@@ -37,7 +37,7 @@ _KNOWN_BETTER = 0.03
 """By which fraction the loss on training text must be lower: at one pass over ample text it is not."""
 
 
-def settle_fit(setup: RunSetup, reporter: Reporter, processes: Processes) -> RunSetup:
+def settle_fit(setup: RunSetup, reporter: Reporter, processes: Processes = ALONE) -> RunSetup:
     """The setup with ``train_mla.fit`` decided; in gate mode without steps, and without MLA layers."""
     training = setup.training
     if not isinstance(training, TrainMLAConfig):

@@ -21,6 +21,7 @@ from nanothink.runs.building import build_run
 from nanothink.runs.callbacks import make_callbacks, weights_checksum
 from nanothink.runs.initial import INITIAL, config_of_initial
 from nanothink.runs.joint_gate import finish_best, settle_fit
+from nanothink.runs.long_runs import warn_of_long_run
 from nanothink.runs.parts import find_parts
 from nanothink.runs.preparing import Configure, RunSetup, largest_share, prepare
 from nanothink.runs.resuming import RunSpec
@@ -76,6 +77,8 @@ def pretrain(spec: RunSpec, configure: Configure, reporter: Reporter = SILENT) -
             reporter.note("This run is complete. To train on, raise --max-epochs or --max-steps.")
             return ending
         setup = settle_fit(setup, reporter, processes)
+        if processes.size == 1:
+            warn_of_long_run(setup, configure, reporter)
         run = build_run(setup, reporter, processes, stack)
         processes.assert_same_on_all_ranks("their first weights", weights_checksum(run.model))
         # Before this point there is no state to save, and a signal ends the process.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nanothink.config import Config
+from nanothink.config.run import set_by_hand
 from nanothink.data.tokens import TokenisedCorpus
 from nanothink.models import COMBINED, build_model, training_of
 from nanothink.reporter import Reporter
@@ -39,19 +40,18 @@ def fit_to_text(
         f"({rule.tokens_per_parameter:.2g} a parameter)"
     )
     if not training.fit_to_text:
-        overfits = training.dropout < rule.dropout and training.max_epochs > 1.5 * rule.max_epochs
-        if overfits and training.max_steps is None:
+        # without a preset even as many epochs as the rule gives are those of a model that is too large
+        many = training.max_epochs > 1.5 * rule.max_epochs or sources["model.d_model"] == "default"
+        if training.dropout < rule.dropout and many and training.max_steps is None:
             reporter.note(
                 f"{size} are few for {training.max_epochs} epochs without dropout: the model will overfit. "
-                "--preset auto chooses dropout and epochs by the size of the text."
+                "To choose dropout and epochs by the size of the text: "
+                f"`nanothink pretrain {kind} --preset auto`."
             )
         return config
 
-    def by_hand(name: str) -> bool:
-        source = sources[f"{training.section}.{name}"]
-        return source != "default" and not source.startswith("preset ")
-
-    chosen = {name: getattr(rule, name) for name in _FITTED if not by_hand(name)}
+    by_hand = {name for name in _FITTED if set_by_hand(sources[f"{training.section}.{name}"])}
+    chosen = {name: getattr(rule, name) for name in _FITTED if name not in by_hand}
     listed = ", ".join(f"{name}={value}" for name, value in chosen.items())
     reporter.note(f"{size}. Chosen for it: {listed or 'nothing, all is set by hand'}.")
     return config.model_copy(update={training.section: training.model_copy(update=chosen)})

@@ -13,7 +13,7 @@ from nanothink.models.diffuser import Diffuser
 from nanothink.models.precision import Precision
 from nanothink.reporter import SILENT, Reporter
 
-_BATCH_TOKENS = 8192
+BATCH_TOKENS = 8192
 """Enough to fill two cores, little enough to answer a signal at once."""
 
 
@@ -40,7 +40,7 @@ def score(
         model,
         streams,
         length=length,
-        batch_size=max(1, _BATCH_TOKENS // length),
+        batch_size=max(1, BATCH_TOKENS // length),
         precision=precision,
         max_tokens=max_tokens,
         reporter=reporter,

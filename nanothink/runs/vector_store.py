@@ -19,6 +19,7 @@ from nanothink.errors import (
     VectorStoreDamagedError,
     VectorStoreError,
     VectorStoreMismatchError,
+    rounded_duration,
 )
 from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision
@@ -134,6 +135,13 @@ class ModelStore:
             )
         return store
 
+    def seconds(self, tokens: TokenisedCorpus, n_looked_up: int) -> float:
+        """Estimated duration of building the store and of looking up ``n_looked_up`` tokens."""
+        plan, width = self.plan(tokens), self.expert.owner.width
+        return plan.seconds + search_seconds(
+            n_looked_up, plan.n_keys, plan.kind, self.settings.n_probe, width
+        )
+
     def neighbours(
         self,
         store: VectorStore,
@@ -150,7 +158,7 @@ class ModelStore:
             seconds = search_seconds(n_queries, index.n_keys, index.kind, self.settings.n_probe, index.width)
             reporter.note(
                 f"Looking up the neighbours of {n_queries:,} training tokens, once: about "
-                f"{_duration(seconds)} and {_size(known.n_bytes(missing))} on the disk."
+                f"{rounded_duration(seconds)} and {_size(known.n_bytes(missing))} on the disk."
             )
             known.find(missing, reporter)
         return known
@@ -213,16 +221,10 @@ def _cost(folder: Path, plan: BuildPlan) -> str:
     shorter = f" Fewer keys take less: --set vector_store.max_keys={_FEWER_KEYS}."
     return (
         f"{doing} the vector store {folder}: {plan.n_keys:,} keys, kept {kept}. That takes about "
-        f"{_duration(plan.seconds)}, {_size(plan.memory_bytes)} of memory and {_size(plan.disk_bytes)} on "
-        "the disk." + (shorter if plan.seconds > _LONG_SECONDS and plan.n_keys > _FEWER_KEYS else "")
+        f"{rounded_duration(plan.seconds)}, {_size(plan.memory_bytes)} of memory and "
+        f"{_size(plan.disk_bytes)} on the disk."
+        + (shorter if plan.seconds > _LONG_SECONDS and plan.n_keys > _FEWER_KEYS else "")
     )
-
-
-def _duration(seconds: float) -> str:
-    whole = max(1, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min" if whole < 3600 else f"{whole / 3600:.1f} h"
 
 
 def _size(n_bytes: float) -> str:

@@ -117,36 +117,27 @@ def train(run: Run, callbacks: Callbacks) -> RunFinished:
         step_started = time.monotonic()
         fraction = learning_rate_fraction(state.step, plan.total_steps, config)
         run.optimizer.set_fraction(fraction)
-        loss, parts, n_targets = _accumulate(run)
-        if run.scaler is not None:
-            run.optimizer.unscale(run.scaler)
-        norm = float(torch.nn.utils.clip_grad_norm_(run.optimizer.parameters, config.grad_clip, foreach=True))
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            run.optimizer.step(run.scaler)
-        if run.scaler is not None:
-            run.scaler.update()  # it learns from what unscale found, step or no step
-        run.optimizer.zero_grad()
+        taken = take_step(run)
 
         state.step += 1
         state.position += plan.blocks_per_step
-        state.skipped_steps += not finite
-        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
-        if finite:
-            state.count(parts, n_targets)
+        state.skipped_steps += not taken.finite
+        state.skipped_in_a_row = 0 if taken.finite else state.skipped_in_a_row + 1
+        if taken.finite:
+            state.count(taken.parts, taken.n_targets)
         callbacks.reporter.event(
             StepDone(
                 step=state.step,
                 total_steps=plan.total_steps,
                 epoch=state.epoch,
-                loss=loss,
+                loss=taken.loss,
                 learning_rate=config.lr * fraction,
-                gradient_norm=norm,
-                tokens=n_targets,
+                gradient_norm=taken.gradient_norm,
+                tokens=taken.n_targets,
                 seconds=time.monotonic() - step_started,
-                skipped=not finite,
+                skipped=not taken.finite,
                 logged=state.step % config.log_every_steps == 0 or state.step in {1, plan.total_steps},
-                parts=parts,
+                parts=taken.parts,
             )
         )
         if state.skipped_in_a_row >= config.max_skipped_steps:
@@ -169,6 +160,34 @@ def train(run: Run, callbacks: Callbacks) -> RunFinished:
     finished = RunFinished(state.step, state.epoch, reason, state.best_loss, time.monotonic() - started)
     callbacks.reporter.event(finished)
     return finished
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """Outcome of an optimizer step: means over its targets, and their number over all processes."""
+
+    loss: float
+    parts: Mapping[str, float]
+    n_targets: int
+    gradient_norm: float
+    finite: bool
+    """False if loss or gradient were not finite, and the weights are as before."""
+
+
+def take_step(run: Run) -> StepTaken:
+    """Train on one accumulation window. The state does not change."""
+    loss, parts, n_targets = _accumulate(run)
+    if run.scaler is not None:
+        run.optimizer.unscale(run.scaler)
+    clip = run.config.grad_clip
+    norm = float(torch.nn.utils.clip_grad_norm_(run.optimizer.parameters, clip, foreach=True))
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        run.optimizer.step(run.scaler)
+    if run.scaler is not None:
+        run.scaler.update()  # it learns from what unscale found, step or no step
+    run.optimizer.zero_grad()
+    return StepTaken(loss, parts, n_targets, norm, finite)
 
 
 def _accumulate(run: Run) -> tuple[float, dict[str, float], int]:

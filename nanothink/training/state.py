@@ -124,5 +124,13 @@ class Plan:
     def epoch_is_over(self, state: TrainState) -> bool:
         return self.epochs_over(state) > state.epoch
 
+    def n_evaluations(self, every: int | None, state: TrainState) -> int:
+        """Evaluations that are left, at most: at ends of epochs, after ``every`` steps, and at the end."""
+        blocks = self.total_steps * self.blocks_per_step - self.epoch_shift
+        by_epoch = blocks // self.n_blocks - state.epoch
+        at_the_end = blocks // self.n_blocks == (blocks - self.blocks_per_step) // self.n_blocks
+        by_steps = self.total_steps // every - state.step // every if every else 0
+        return max(0, min(self.total_steps - state.step, by_epoch + by_steps + at_the_end))
+
     def is_over(self, state: TrainState) -> bool:
         return state.step >= self.total_steps

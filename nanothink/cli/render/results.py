@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nanothink.inference.evaluate import Difference, Evaluation
     from nanothink.runs.estimate import RunEstimate
     from nanothink.runs.evaluating import CheckpointEvaluation
+    from nanothink.runs.timing import RunTime
     from nanothink.runs.trained_model import RoutedPiece
     from nanothink.training.events import RunFinished
 
@@ -106,6 +107,8 @@ def estimate(name: str, estimate: RunEstimate) -> None:
         ["steps", f"{count(estimate.steps)}, {count(estimate.warmup_steps)} of them warm-up"],
         ["tokens per step", estimate.tokens_per_step],
         ["epochs", f"{estimate.epochs:.2f} of {estimate.steps_per_epoch:.1f} steps"],
+        ["time, about", _time(estimate.time)],
+        ["not in it", ", ".join(estimate.time.left_out)],
         ["precision", f"{estimate.precision}: {estimate.precision_reason}"],
         *([["processes", estimate.n_processes]] if estimate.n_processes > 1 else []),
         [
@@ -122,6 +125,14 @@ def estimate(name: str, estimate: RunEstimate) -> None:
     facts(rows, title="run")
     if estimate.disk_bytes > estimate.disk_free_bytes:
         warning("The disk may not hold all checkpoints of this run.")
+
+
+def _time(time: RunTime) -> str:
+    parts = [f"{counted(time.n_steps, 'step')} of {time.step_seconds:.3g} s"] if time.n_steps else []
+    parts += [f"{counted(time.n_evaluations, 'evaluation')} of {time.evaluation_seconds:.3g} s"]
+    if time.store_seconds:
+        parts.append(f"vector store {duration(time.store_seconds)}")
+    return f"{duration(time.seconds)} ({', '.join(parts)}; measured here just now)"
 
 
 def evaluations(results: Sequence[CheckpointEvaluation], split: str) -> None:

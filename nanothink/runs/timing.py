@@ -1,0 +1,158 @@
+"""Duration of a run, from a few of its own steps on this machine.
+
+The steps are real ones, of the run's model, types and blocks, on weights that are thrown away. Where a whole
+step would take too long it is extrapolated from two smaller ones: a step costs a part that does not depend on
+the batch (Muon's products), and a part for each block.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from nanothink.inference.calibration import FIT_TOKENS
+from nanothink.inference.evaluate import evaluate_model
+from nanothink.models import COMBINED
+from nanothink.models.nanothink import NanoThink
+from nanothink.reporter import SILENT, Reporter
+from nanothink.runs.building import blocks_ahead, build_run, store_of_run
+from nanothink.runs.callbacks import make_callbacks
+from nanothink.runs.preparing import RunSetup, largest_share
+from nanothink.runs.scoring import BATCH_TOKENS
+from nanothink.training.interruption import StopRequest
+from nanothink.training.loop import Run, take_step
+
+_STEP_SECONDS = 3.0
+"""Longest step that is measured whole."""
+_ROUNDS = 3
+_EVALUATION_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """Measured on this machine, at its present load."""
+
+    step_seconds: float
+    evaluation_seconds: float
+    """One evaluation of the validation text, with calibration and samples."""
+    n_steps: int
+    """Steps that are left to take."""
+    n_evaluations: int
+    store_seconds: float
+    """Building the vector store and looking up the neighbours of the training text."""
+    left_out: tuple[str, ...] = ("saving", "what is fitted on held-out text at the end")
+    """Parts of the run that the estimate does not include."""
+
+    @property
+    def seconds(self) -> float:
+        """Estimate of the whole run."""
+        evaluating = self.n_evaluations * self.evaluation_seconds
+        return self.n_steps * self.step_seconds + evaluating + self.store_seconds
+
+
+def time_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SILENT) -> RunTime:
+    """Take a few steps of the run and evaluate a sample; writes nothing but caches.
+
+    A vector store is not built for it, and the experts' states are not kept: later epochs may be faster.
+    """
+    stage, n_stages = "timing a few steps", 3
+    reporter.progress(stage, 0, n_stages)
+    run = build_run(_without_disk(setup))
+    length = setup.config.model.max_seq_len
+    n_steps = max(0, setup.plan.total_steps - setup.state.step)
+    share = largest_share(setup, n_processes)
+    step_seconds = time_step(run, share) if n_steps else 0.0
+    reporter.progress(stage, 1, n_stages)
+    per_token = step_seconds / (share * run.config.grad_accum_steps * length)
+    evaluation_seconds = _time_evaluation(setup, run, per_token)
+    reporter.progress(stage, 2, n_stages)
+    store_seconds = 0.0
+    if isinstance(run.model, NanoThink) and setup.config.vector_store.enabled:
+        looked_up = length * sum(1 for _ in blocks_ahead(setup))
+        store_seconds = store_of_run(setup, run.model).seconds(setup.tokens, looked_up)
+    reporter.progress(stage, n_stages, n_stages)
+    n_evaluations = setup.plan.n_evaluations(run.config.eval_every_steps, setup.state)
+    n_evaluations += run.evaluates_first and setup.state.evaluated_step < 0
+    return RunTime(step_seconds, evaluation_seconds, n_steps, n_evaluations, store_seconds)
+
+
+def time_step(run: Run, share: int) -> float:
+    """Median seconds of an optimizer step of ``share`` blocks in each of its forward passes.
+
+    The first step of every size is not counted: it builds and allocates. Weights of ``run`` change.
+    """
+    accumulated = run.config.grad_accum_steps
+
+    def seconds(n_blocks: int, passes: int = 1, rounds: int = _ROUNDS) -> float:
+        config = run.config.model_copy(update={"batch_size": n_blocks, "grad_accum_steps": passes})
+        part = replace(run, config=config)
+        taken = [_seconds(lambda: take_step(part), run.precision.device) for _ in range(1 + rounds)]
+        return statistics.median(taken[1:])
+
+    one = seconds(1)
+    if one * share * accumulated <= _STEP_SECONDS:
+        return seconds(share, accumulated)
+    larger = min(share, max(2, int(_STEP_SECONDS / one)))
+    if larger == 1:
+        return one * accumulated
+    several = seconds(larger, rounds=1)
+    of_block = max(0.0, several - one) / (larger - 1)
+    return several + of_block * (share * accumulated - larger)
+
+
+def _time_evaluation(setup: RunSetup, run: Run, step_seconds_per_token: float) -> float:
+    """Seconds of one evaluation, from a sample of the validation text.
+
+    Calibration and a diffuser's errors by noise level have a sample of fixed size in every evaluation.
+    """
+    whole = {name: s.sample(run.config.eval_max_tokens) for name, s in setup.tokens.val.items()}
+    n_whole = sum(stream.n_tokens for stream in whole.values())
+    wanted = int(_EVALUATION_SECONDS / step_seconds_per_token) if step_seconds_per_token else FIT_TOKENS
+    share = min(FIT_TOKENS, max(512, wanted)) / max(1, n_whole)
+    sample = {name: s.sample(int(share * s.n_tokens)) for name, s in whole.items()} if share < 1 else whole
+    n_sample = sum(stream.n_tokens for stream in sample.values())
+    smaller = replace(setup, tokens=replace(setup.tokens, val=sample))
+    callbacks = make_callbacks(smaller, run, setup.spec.store, SILENT, StopRequest())
+    device = run.precision.device
+
+    def scored() -> object:
+        length = setup.config.model.max_seq_len
+        return evaluate_model(
+            run.model,
+            sample,
+            length=length,
+            batch_size=max(1, BATCH_TOKENS // length),
+            precision=run.precision,
+        )
+
+    scored()  # the first one builds and allocates
+    scoring = _seconds(scored, device)
+    calibrating = max(0.0, _seconds(callbacks.evaluate, device) - scoring)
+    sampling = _seconds(callbacks.sample, device) if run.config.sample_tokens else 0.0
+    calibrated = min(n_whole, FIT_TOKENS) / n_sample
+    return scoring * n_whole / n_sample + calibrating * max(1.0, calibrated) + sampling
+
+
+def _without_disk(setup: RunSetup) -> RunSetup:
+    """The same run without what is kept on the disk for it: vector store and experts' states."""
+    config = setup.config
+    if setup.spec.kind == COMBINED:
+        memoryless: dict[str, Any] = {
+            "vector_store": config.vector_store.model_copy(update={"enabled": False}),
+            "train_mla": config.train_mla.model_copy(update={"states_disk_gb": 0.0}),
+        }
+        config = config.model_copy(update=memoryless)
+    return replace(setup, config=config)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,113 @@
+"""The time that a dry run says, beside the time that the run takes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanothink.cli.app import run
+from nanothink.config import TrainExpertConfig
+from nanothink.training.state import Plan, TrainState
+
+
+@pytest.mark.parametrize(
+    ("settings", "state", "expected"),
+    [
+        ({"max_epochs": 3}, TrainState(), 3),  # steps 4, 8 and 12
+        ({"max_epochs": 3}, TrainState(step=8, epoch=2, position=16), 1),
+        ({"max_steps": 5}, TrainState(), 2),  # steps 4 and 5
+        ({"max_steps": 8}, TrainState(), 2),
+        (
+            {"max_epochs": 3, "eval_every_steps": 3},
+            TrainState(),
+            7,
+        ),  # 3, 4, 6, 8, 9 and 12, which is counted twice
+        ({"max_steps": 3, "batch_size": 64}, TrainState(), 3),  # several epochs in a step
+    ],
+)
+def test_evaluations_are_counted_before_the_run(
+    settings: dict[str, int], state: TrainState, expected: int
+) -> None:
+    config = TrainExpertConfig(**({"batch_size": 2} | settings))
+    plan = Plan.make(config, 8, state)
+    assert plan.n_evaluations(config.eval_every_steps, state) == expected
+
+
+def test_a_dry_run_says_how_long(
+    tiny_corpus: Path,
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["pretrain", "state_space", "--data-dir", tiny_corpus, "--tokenizer", tiny_tokenizer]
+    words += ["--checkpoint-dir", tmp_path / "none", "--preset", "tiny", "--max-steps", "40", "--dry-run"]
+    assert run([*map(str, words), "--json"]) == 0
+    estimate: dict[str, Any] = json.loads(capsys.readouterr().out)
+    taken = estimate["time"]
+    assert taken["n_steps"] == 40
+    assert taken["step_seconds"] > 0 < taken["evaluation_seconds"]
+    parts = 40 * taken["step_seconds"] + taken["n_evaluations"] * taken["evaluation_seconds"]
+    assert estimate["seconds"] == pytest.approx(parts)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("preset", "advice"),
+    [("default", "`nanothink pretrain transformer --preset tiny`"), ("tiny", "Fewer epochs take less")],
+)
+def test_a_plan_above_an_hour_comes_with_advice(
+    tiny_corpus: Path, tiny_tokenizer: Path, capsys: pytest.CaptureFixture[str], preset: str, advice: str
+) -> None:
+    words = ["pretrain", "transformer", "--data-dir", tiny_corpus, "--tokenizer", tiny_tokenizer, "--dry-run"]
+    words += [
+        "--preset",
+        preset,
+        "--max-steps",
+        10_000_000,
+        "--device",
+        "cpu",
+        "--set",
+        "model.max_seq_len=16",
+    ]
+    words += ["--set", "train_expert.batch_size=1", "--set", "train_expert.sample_tokens=0"]
+    words += ["--set", "transformer.n_layers=1"]
+    assert run([*map(str, words)]) == 0
+    said = capsys.readouterr().err
+    assert "This run takes about" in said
+    assert advice in said
+
+
+def test_a_run_without_a_preset_says_that_the_text_is_too_little_for_it(
+    tiny_corpus: Path, tiny_tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["pretrain", "transformer", "--data-dir", tiny_corpus, "--tokenizer", tiny_tokenizer, "--dry-run"]
+    words += ["--set", "train_expert.batch_size=1", "--set", "train_expert.max_epochs=4"]
+    words += ["--set", "transformer.n_layers=1", "--set", "model.max_seq_len=16"]
+    assert run([*map(str, words)]) == 0
+    assert "`nanothink pretrain transformer --preset auto`" in capsys.readouterr().err
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("kind", ["transformer", "state_space"])
+def test_the_estimate_is_within_a_quarter(
+    tiny_corpus: Path,
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In seconds of the processor, which the load of the machine changes least; set OMP_NUM_THREADS=1."""
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
+    words = ["pretrain", kind, "--data-dir", tiny_corpus, "--tokenizer", tiny_tokenizer]
+    words += ["--checkpoint-dir", tmp_path, "--preset", "tiny", "--max-steps", "60", "--json"]
+    assert run([*map(str, words), "--dry-run"]) == 0
+    estimated = json.loads(capsys.readouterr().out)["seconds"]
+    started = time.process_time()
+    assert run([*map(str, words)]) == 0
+    taken = time.process_time() - started
+    assert estimated == pytest.approx(taken, rel=0.25)
