@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from nanothink.checkpoints.payload import ModelPayload
+from nanothink.config import TrainExpertConfig
 from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, counted, some_of
 from nanothink.models import COMBINED
 from nanothink.models.contract import LanguageModel
 from nanothink.models.joint_gate import GATE_PREFIX, JointGate
+from nanothink.models.low_rank import FACTORS, merged
 
 _LISTED = 8
 """Names shown per line of a report."""
@@ -86,8 +88,9 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, path: Path) -> LoadReport:
     """Load the tensors that fit, as ``strict=False`` does, also where shapes differ, and report the rest.
 
-    The scale of the logits and the joint gate come along. Nothing is changed unless everything below holds.
-    ``path`` is for the messages.
+    The scale of the logits and the joint gate come along. Low-rank adapters become a part of the weights
+    unless the model has them too, which then is to be trained further. Nothing is changed unless everything
+    below holds. ``path`` is for the messages.
 
     Raises CheckpointMismatchError when the file is of another kind, or when less than half of the model's
     numbers fit, since that is another model of the same kind.
@@ -108,6 +111,7 @@ def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, 
         saved[_bare(name)] = tensor
     gate = {name: saved.pop(name) for name in list(saved) if name.startswith(GATE_PREFIX)}
     own = {_bare(name): tensor for name, tensor in model.state_dict().items()}
+    factors = {name: saved.pop(name) for name in list(saved) if name.endswith(FACTORS) and name not in own}
 
     fitting: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
     missing, reshaped, converted = [], [], []
@@ -142,12 +146,42 @@ def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, 
             f"(`nanothink checkpoints show {path}`; `nanothink resume {path}` takes them from it)"
         )
     scale, joint_gate = _logit_scale(payload, path), _joint_gate(model, gate, path)
+    adapters = _adapters(factors, own, payload, path)
     with torch.no_grad():
         for target, source in fitting.values():
             target.copy_(source)
+        for weight, factor_a, factor_b, adapter_scale in adapters:
+            weight.copy_(merged(weight, factor_a, factor_b, adapter_scale))
     if isinstance(model, LanguageModel):
         model.logit_scale, model.joint_gate = scale, joint_gate
     return report
+
+
+def _adapters(
+    factors: dict[str, Tensor], own: dict[str, Tensor], payload: ModelPayload, path: Path
+) -> list[tuple[Tensor, Tensor, Tensor, float]]:
+    """Weight, A, B and scale of each adapter in a file."""
+    if not factors:
+        return []
+    settings = payload["config"].get(TrainExpertConfig.section, {})
+    shape = {name: settings.get(name) for name in ("lora_rank", "lora_alpha")}
+    found = []
+    try:
+        scale = TrainExpertConfig.model_validate(shape).lora_scale
+        for layer in dict.fromkeys(name.rpartition(".")[0] for name in factors):
+            weight, (factor_a, factor_b) = (
+                own[f"{layer}.weight"],
+                (factors[f"{layer}{end}"] for end in FACTORS),
+            )
+            if (factor_b.shape[0], factor_a.shape[1]) != weight.shape or shape["lora_rank"] != len(factor_a):
+                raise ValueError(f"that of {layer} has another shape")
+            found.append((weight, factor_a, factor_b, scale))
+    except (LookupError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointDamagedError(
+            f"{path}: its low-rank adapters do not fit it ({reason}). Use another checkpoint"
+        ) from None
+    return found
 
 
 def _joint_gate(model: nn.Module, weights: dict[str, Tensor], path: Path) -> JointGate | None:

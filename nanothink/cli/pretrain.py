@@ -35,6 +35,7 @@ PRETRAIN_EXAMPLES = examples(
     "pretrain transformer --preset tiny --dry-run",
     "pretrain state_space --domains code,manual --name code",
     "pretrain diffuser --set train_diffuser.lr=5e-5",
+    "pretrain transformer --init checkpoints/smollm2_expert.pt --lora 8 --name notes",
     "pretrain transformer --resume",
 )
 RESUME_EXAMPLES = examples("resume", "resume checkpoints/code_expert_interrupted.pt --max-epochs 40")
@@ -72,6 +73,13 @@ def pretrain(
             autocompletion=completion.checkpoints,
         ),
     ] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R",
+            help="Train adapters of this rank on the frozen weights of --init. [default: all weights]",
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Its checkpoint is NAME_expert.pt. [default: the kind's name]"),
@@ -86,8 +94,11 @@ def pretrain(
     kind = known_kind(kind)
     if transformer is not None and kind != "diffuser":
         raise UsageError(f"--transformer names what a diffuser learns from; a {kind} learns from text.")
+    if lora is not None and kind == "diffuser":
+        raise UsageError("--lora is for a transformer or a state_space; a diffuser is trained whole.")
     flags = {
         "data.tokenizer": ("--tokenizer", tokenizer),
+        "train_expert.lora_rank": ("--lora", lora),
         "diffuser.transformer": ("--transformer", transformer),
     }
     return start(kind, name, options, flags, init=init)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nanothink.config.base import Settings
 
@@ -129,6 +129,31 @@ class TrainExpertConfig(TrainConfig):
     """Phase 1, transformer and state-space expert."""
 
     section: ClassVar[str] = "train_expert"
+
+    lora_rank: int | None = Field(None, ge=1)
+    """Train low-rank adapters of this rank on the frozen model that the run starts from (--init); the whole
+    model when empty."""
+
+    lora_alpha: float | None = Field(None, gt=0)
+    """An adapter's addition is scaled by lora_alpha / lora_rank; twice the rank when empty."""
+
+    lr_adapters: float = Field(1.0, ge=0)
+    """Multiplier of lr for low-rank adapters (AdamW)."""
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor on an adapter's addition."""
+        if self.lora_rank is None or self.lora_alpha is None:
+            return 2.0
+        return self.lora_alpha / self.lora_rank
+
+    @model_validator(mode="after")
+    def _alpha_needs_a_rank(self) -> TrainExpertConfig:
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError(
+                "train_expert.lora_alpha scales low-rank adapters; give their rank too: --lora R"
+            )
+        return self
 
 
 class TrainDiffuserConfig(TrainConfig):

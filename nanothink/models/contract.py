@@ -22,6 +22,7 @@ from nanothink.data.tokens import IGNORE
 from nanothink.models.dropout import Dropout
 from nanothink.models.joint_gate import JointGate, no_neighbours
 from nanothink.models.loss import linear_cross_entropy, linear_log_likelihood
+from nanothink.models.low_rank import AdaptedLinear
 
 if TYPE_CHECKING:
     from nanothink.models.decoding.steps import Step
@@ -229,13 +230,16 @@ class LanguageModel(nn.Module, ABC):
         """Trainable parameters with their names, by their role for the optimizer, each exactly once.
 
         "embeddings": tables looked up by token. "head": the LM head; where it is the embedding table
-        itself, the table counts as embeddings. "matrices": weights of linear layers. "other": the rest.
+        itself, the table counts as embeddings. "matrices": weights of linear layers. "adapters": low-rank
+        adapters. "other": the rest.
         """
         embeddings = {id(module.weight) for module in self.modules() if isinstance(module, nn.Embedding)}
         matrices = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
+        adapted = [module for module in self.modules() if isinstance(module, AdaptedLinear)]
+        adapters = {id(factor) for layer in adapted for factor in (layer.lora_A, layer.lora_B)}
         head = id(self.head_weight)
         groups: dict[str, list[tuple[str, nn.Parameter]]]
-        groups = {"matrices": [], "embeddings": [], "head": [], "other": []}
+        groups = {"matrices": [], "embeddings": [], "head": [], "adapters": [], "other": []}
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -244,6 +248,8 @@ class LanguageModel(nn.Module, ABC):
                 role = "embeddings"
             elif key == head:
                 role = "head"
+            elif key in adapters:
+                role = "adapters"
             else:
                 role = "matrices" if key in matrices else "other"
             groups[role].append((name, parameter))
@@ -323,10 +329,10 @@ class Expert(LanguageModel):
         Args:
             targets: (B, T), a sample of the training targets.
         """
-        weights = base.state_dict()
+        mine = self.state_dict()
         with torch.no_grad():
-            for name, own in self.state_dict().items():
-                own.copy_(weights[name][: own.shape[0]])
+            for name, weight in base.state_dict().items():
+                mine[name].copy_(weight[: mine[name].shape[0]])
 
     def training_loss(
         self, batch: Batch, scale: float, *, seed: int, base: LanguageModel | None = None

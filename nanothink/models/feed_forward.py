@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from nanothink.config import TransformerConfig
 from nanothink.models.layers import linear
+from nanothink.models.low_rank import AdaptedLinear
 
 
 class SwiGLU(nn.Module):
@@ -29,7 +30,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        return gated_product(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
+        return gated_product(self.gate_proj(x), self.up_proj(x), self.down_proj)
 
 
 class GeluMLP(nn.Module):
@@ -60,7 +61,15 @@ def feed_forward(width: int, inner: int, shape: TransformerConfig) -> SwiGLU | G
     return GeluMLP(width, inner, tanh=shape.feed_forward == "gelu_tanh")
 
 
-def gated_product(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+def gated_product(gate: Tensor, up: Tensor, layer: nn.Linear) -> Tensor:
+    """``layer(silu(gate) * up)``: (..., F), (..., F) -> (..., D), in the type of ``gate``. No bias."""
+    output = _gated_product(gate, up, layer.weight)
+    if isinstance(layer, AdaptedLinear):
+        output = layer.adapted(output, _gated_product(gate, up, layer.lora_A))
+    return output
+
+
+def _gated_product(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     """``(silu(gate) * up) @ weight.T``: (..., F), (..., F), (D, F) -> (..., D), in the type of ``gate``."""
     if not torch.is_grad_enabled():
         return F.linear(F.silu(gate).mul_(up), weight)

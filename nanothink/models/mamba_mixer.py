@@ -21,6 +21,7 @@ from nanothink.errors import UsageError
 from nanothink.models.contract import State, without_row
 from nanothink.models.feed_forward import gated_product
 from nanothink.models.layers import linear
+from nanothink.models.low_rank import weight_of
 from nanothink.models.selective_scan import selective_scan
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class Mixer(nn.Module):
             padded = F.pad(whole, (0, 0, max(0, kept - whole.shape[1]), 0))
             weights = None if before is None else before.weights
             recurrence.layers[layer] = LayerState(padded[:, -kept:].clone(), last, weights)
-        return gated_product(gate, y, self.out_proj.weight)
+        return gated_product(gate, y, self.out_proj)
 
     def _selected(self, u: Tensor) -> tuple[Tensor, ...]:
         """Δ (of low rank), B and C of each token; normalised if that is set (FalconMamba, 2024)."""
@@ -175,7 +176,7 @@ class Mixer(nn.Module):
     def _step(self, x: Tensor, state: LayerState) -> Tensor:
         """(B, 1, D) -> (B, 1, D): one step of the recurrence, a fixed number of small operations."""
         if state.weights is None:
-            in_proj = self.in_proj.weight.t().to(x.dtype).contiguous()
+            in_proj = weight_of(self.in_proj).t().to(x.dtype).contiguous()
             rates = (self.rates() / math.log(2)).t().contiguous()
             state.weights = StepWeights(in_proj, self.conv1d.taps(), rates)
         weights = state.weights
@@ -188,7 +189,7 @@ class Mixer(nn.Module):
         decay = (delta * weights.rates).exp2_()  # (B, N, E)
         state.ssm_state = decay.mul_(state.ssm_state).addcmul_(B.float().mT, delta * u)
         y = (C.float() @ state.ssm_state).addcmul_(self.D, u).to(gate.dtype)
-        return gated_product(gate, y, self.out_proj.weight)
+        return gated_product(gate, y, self.out_proj)
 
 
 class _Convolution(torch.autograd.Function):

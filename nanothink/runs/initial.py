@@ -6,10 +6,15 @@ builds on (inherited_split.py).
 
 from __future__ import annotations
 
-from nanothink.config import Config
+from collections.abc import Mapping
+from typing import Any
+
+from nanothink.config import Config, TrainConfig, TrainExpertConfig
 from nanothink.config.run import ResolvedConfig, flatten
 from nanothink.errors import CheckpointMismatchError, UsageError
-from nanothink.models import EXPERTS, shape_sections
+from nanothink.models import EXPERTS, shape_sections, training_of
+from nanothink.models.contract import LanguageModel
+from nanothink.models.low_rank import add_adapters, largest_rank
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.resuming import RunSpec
 from nanothink.runs.saved_model import SavedModel
@@ -20,6 +25,37 @@ INITIAL = "init"
 _BLOCK = "model.max_seq_len"
 _FREE = {_BLOCK, "state_space.scan"}
 """Settings of a shape that no weight depends on."""
+
+
+_ADAPTERS = ("lora_rank", "lora_alpha")
+
+
+def with_adapters(model: LanguageModel, training: TrainConfig) -> LanguageModel:
+    """``model``, frozen under low-rank adapters if the settings ask for them."""
+    if isinstance(training, TrainExpertConfig) and training.lora_rank is not None:
+        add_adapters(model, training.lora_rank, training.lora_scale)
+    return model
+
+
+def check_no_adapters(kind: str, resolved: ResolvedConfig) -> None:
+    """Raise UsageError if adapters are asked for where there is no model to adapt."""
+    training = training_of(kind, resolved.config)
+    if isinstance(training, TrainExpertConfig) and training.lora_rank is not None:
+        raise UsageError(
+            f"{resolved.sources['train_expert.lora_rank']}: low-rank adapters belong to a trained model, "
+            "which stays as it is. Name it: --init PATH."
+        )
+
+
+def check_same_adapters(before: Mapping[str, Any], training: TrainConfig) -> None:
+    """Raise UsageError if a resumed run would have other adapters than its checkpoint."""
+    own = before.get(training.section, {})
+    for name in _ADAPTERS if isinstance(training, TrainExpertConfig) else ():
+        if (was := own.get(name)) != (now := getattr(training, name)):
+            raise UsageError(
+                f"train_expert.{name} was {was} when this run began, and cannot become {now}. Leave it out, "
+                "or start a new run from its checkpoint: --init PATH --name OTHER"
+            )
 
 
 def find_initial(spec: RunSpec, config: Config, reporter: Reporter = SILENT) -> SavedModel:
@@ -40,6 +76,19 @@ def find_initial(spec: RunSpec, config: Config, reporter: Reporter = SILENT) -> 
     return found
 
 
+def _check_rank(initial: SavedModel, resolved: ResolvedConfig) -> None:
+    training = training_of(initial.kind, resolved.config)
+    if not isinstance(training, TrainExpertConfig) or training.lora_rank is None:
+        return
+    most = largest_rank((name, tensor.shape) for name, tensor in initial.payload["model_state"].items())
+    if training.lora_rank > most:
+        raise UsageError(
+            f"{resolved.sources['train_expert.lora_rank']}: adapters of rank {training.lora_rank} are not "
+            f"low-rank in {initial.path}, whose smallest matrix has {most} rows or columns. Use at most "
+            f"{most}; 8 is usual."
+        )
+
+
 def config_of_initial(initial: SavedModel, resolved: ResolvedConfig, reporter: Reporter = SILENT) -> Config:
     """The settings of a run that starts from ``initial``: its shape is that model's.
 
@@ -58,6 +107,7 @@ def config_of_initial(initial: SavedModel, resolved: ResolvedConfig, reporter: R
                 f"{name} is {own[name]} in {initial.path}, whose weights this run starts from, and "
                 f"{asked[name]} from {source}. Leave it out."
             )
+    _check_rank(initial, resolved)
     length, longest = asked[_BLOCK], own[_BLOCK]
     if length > longest and resolved.sources[_BLOCK] != "default":
         raise UsageError(

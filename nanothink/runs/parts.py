@@ -13,7 +13,7 @@ from nanothink.models import COMBINED, EXPERTS
 from nanothink.models.contract import FrozenBase
 from nanothink.reporter import Reporter
 from nanothink.runs.experts import check_same_experts, config_for_experts, find_experts
-from nanothink.runs.initial import INITIAL, find_initial
+from nanothink.runs.initial import INITIAL, check_no_adapters, find_initial
 from nanothink.runs.resuming import ResumePoint, RunSpec
 from nanothink.runs.saved_model import SavedModel
 
@@ -39,6 +39,8 @@ def find_parts(
         return {}
     if spec.init is not None and resume_point is None:
         return {INITIAL: find_initial(spec, resolved.config, reporter)}
+    if resume_point is None:
+        check_no_adapters(spec.kind, resolved)
     base = EXPERTS[spec.kind].model().base(resolved.config)
     if base is None or (resume_point is not None and not base.at_every_step):
         return {}

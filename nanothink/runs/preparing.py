@@ -30,7 +30,7 @@ from nanothink.models.precision import Precision, choose_device
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.experts import as_entries, config_for_experts
 from nanothink.runs.inherited_split import InheritedSplit, spelled
-from nanothink.runs.initial import INITIAL, config_of_initial
+from nanothink.runs.initial import INITIAL, check_same_adapters, config_of_initial, with_adapters
 from nanothink.runs.parts import find_parts
 from nanothink.runs.rebuilding import rebuild
 from nanothink.runs.regularising import fit_to_text
@@ -80,9 +80,11 @@ class RunSetup:
         """A freshly initialised model. The weights of ``resume_point`` are not restored yet."""
         kind, config, vocab_size = self.spec.kind, self.config, self.tokenizer.vocab_size
         if self.resume_point is None:
-            return build_model(kind, config, vocab_size, self.inside)
-        payload, path = self.resume_point.payload, self.resume_point.path
-        return rebuild(kind, config, vocab_size, self.inside, payload=payload, path=path)
+            model = build_model(kind, config, vocab_size, self.inside)
+        else:
+            payload, path = self.resume_point.payload, self.resume_point.path
+            model = rebuild(kind, config, vocab_size, self.inside, payload=payload, path=path)
+        return with_adapters(model, self.training)
 
 
 def largest_share(setup: RunSetup, n_processes: int) -> int:
@@ -112,6 +114,7 @@ def prepare(
     payload = resume_point.payload if resume_point is not None else None
     resolved = configure(payload["config"] if payload is not None else None)
     if payload is not None:
+        check_same_adapters(payload["config"], training_of(spec.kind, resolved.config))
         for line in _changes(payload["config"], resolved.config):
             reporter.note(line)
     config = resolved.config

@@ -9,6 +9,7 @@ from nanothink.config.run import set_by_hand
 from nanothink.data.tokens import TokenisedCorpus
 from nanothink.models import COMBINED, build_model, training_of
 from nanothink.reporter import Reporter
+from nanothink.runs.initial import with_adapters
 from nanothink.training.regularisation import AMPLE, Regularisation
 
 _FITTED = ("dropout", "weight_decay_tables", "max_epochs")
@@ -33,7 +34,8 @@ def fit_to_text(
     n_tokens = sum(stream.n_tokens for stream in tokens.train.values())
     if n_tokens > AMPLE * 2 * vocab_size * config.model.d_model and not training.fit_to_text:
         return config  # tables alone tell that there is enough text
-    n_parameters = sum(parameter.numel() for parameter in build_model(kind, config, vocab_size).parameters())
+    model = with_adapters(build_model(kind, config, vocab_size), training)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rule = Regularisation.of(n_tokens, n_parameters)
     size = (
         f"{n_tokens:,} training tokens for {n_parameters / 1e6:.2f} M parameters "

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from nanothink.config import TrainConfig
+from nanothink.config import TrainConfig, TrainExpertConfig
 from nanothink.errors import CheckpointDamagedError
 from nanothink.models.precision import DTYPES
 
@@ -28,7 +28,7 @@ class GroupedOptimizer:
     """Several torch optimizers that step as one.
 
     Args:
-        groups: named parameters by role: "matrices", "embeddings", "head", "other".
+        groups: named parameters by role: "matrices", "embeddings", "head", "adapters", "other".
         config: rates, multipliers, decay.
     """
 
@@ -39,6 +39,8 @@ class GroupedOptimizer:
             "head": config.lr_head,
             "other": config.lr_other,
         }
+        if isinstance(config, TrainExpertConfig):
+            multipliers["adapters"] = config.lr_adapters
         unknown = set(groups) - set(multipliers)
         if unknown:
             raise ValueError(f"unknown parameter groups: {sorted(unknown)}")
@@ -152,7 +154,7 @@ class GroupedOptimizer:
 
 def _decay(role: str, config: TrainConfig) -> float:
     """Weight decay of a group per unit of its own rate; the tables' is set per unit of the matrices' rate."""
-    if role == "matrices":
+    if role in ("matrices", "adapters"):
         return config.weight_decay
     own_rate = {"embeddings": config.lr_embeddings, "head": config.lr_head}.get(role, 0.0)
     return config.weight_decay_tables * config.lr_matrices / own_rate if own_rate else 0.0

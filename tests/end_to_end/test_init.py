@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from random_checkpoints import write_random_checkpoint
+from torch import nn
 
 import nanothink as package
 from nanothink.checkpoints import read_checkpoint
 from nanothink.checkpoints.split_record import UNKNOWN_TEXT
 from nanothink.cli.app import run
 from nanothink.data.tokenizer import load_tokenizer
+from nanothink.models.joint_gate import GATE_PREFIX
+from nanothink.models.low_rank import AdaptedLinear, add_adapters
+from nanothink.training.optimizer import GroupedOptimizer
 
 SMALL = [
     *("--set", "train_expert.batch_size=2", "--set", "train_expert.amp_dtype=float32"),
@@ -116,6 +120,109 @@ def test_text_that_it_was_trained_on_is_not_validated_on(
     )
 
 
+ADAPTED = ("--lora", "2", "--set", "train_expert.dropout=0.1", "--set", "train_expert.weight_decay=0.1")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adapters_leave_the_base_as_it_is_and_every_command_opens_them(
+    shape: str, base: Callable[..., Path], started: Callable[..., int], tmp_path: Path
+) -> None:
+    """Interrupted or not, the run is the same to the bit; loaded are the base and the adapters in one."""
+    kind, settings = SHAPES[shape]
+    path, name = base(kind, **settings), f"{kind}_expert"
+    assert started(kind, path, *ADAPTED, "--set", "train_expert.lr=0.05", "--max-steps", "4") == 0
+    payload, before = read_checkpoint(tmp_path / "runs" / f"{name}.pt"), read_checkpoint(path)["model_state"]
+    weights = {n: w for n, w in payload["model_state"].items() if not n.startswith(GATE_PREFIX)}
+    factors = {name: weight for name, weight in weights.items() if ".lora_" in name}
+    assert len(factors) > 6
+    assert all(factor.abs().sum() > 0 for factor in factors.values())
+    for own, weight in weights.items():
+        assert own in factors or torch.equal(weight, before[own][: len(weight)]), own
+    groups = payload["optimizer_state"]["adamw"]["param_groups"]
+    assert sorted(n for group in groups for n in group["names"]) == sorted(factors)
+    assert "muon" not in payload["optimizer_state"]
+
+    loaded = package.load(tmp_path / "runs" / f"{name}.pt")
+    assert loaded.notes == ()
+    for own, weight in loaded.model.state_dict().items():
+        layer = own.removesuffix(".weight")
+        if f"{layer}.lora_A" in factors:
+            change = 2 * factors[f"{layer}.lora_B"] @ factors[f"{layer}.lora_A"]  # alpha is twice the rank
+            torch.testing.assert_close(weight, weights[own] + change, rtol=0, atol=1e-6)
+        else:
+            assert torch.equal(weight, weights[own])
+
+    (tmp_path / "runs").rename(tmp_path / "whole")
+    few = [*ADAPTED, "--set", "train_expert.lr=0.05", "--set", "train_expert.save_every_seconds=1e-9"]
+    with pytest.MonkeyPatch.context() as patch:
+        steps: list[object] = []
+
+        def stop_after_two(self: GroupedOptimizer, scaler: object = None) -> None:
+            steps.append(self)
+            if len(steps) == 3:
+                raise KeyboardInterrupt
+            step(self, scaler)  # type: ignore[arg-type]
+
+        step = GroupedOptimizer.step
+        patch.setattr(GroupedOptimizer, "step", stop_after_two)
+        assert started(kind, path, *few, "--max-steps", "4") != 0
+    assert len(steps) == 3
+    assert read_checkpoint(tmp_path / "runs" / f"{name}_interrupted.pt")["step"] == 2
+    assert run(["resume", "--checkpoint-dir", str(tmp_path / "runs")]) == 0
+    again = read_checkpoint(tmp_path / "runs" / f"{name}.pt")
+    assert all(torch.equal(again["model_state"][own], weights[own]) for own in weights)
+
+
+def test_adapters_start_as_the_base_and_give_the_outputs_and_gradients_of_merged_weights(
+    base: Callable[..., Path],
+) -> None:
+    x = torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(5))
+    for kind, settings in SHAPES.values():
+        model = package.load(base(kind, **settings)).model.float().train()
+        with torch.no_grad():
+            first = model.logits(x)
+        add_adapters(model, 3, 0.5)
+        assert torch.equal(model.logits(x), first)
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+        for layer in layers.values():
+            nn.init.normal_(layer.lora_B, std=0.3)
+        model.loss(x[:, :-1], x[:, 1:], scale=0.1).backward()
+        with torch.no_grad():
+            stepped, state = [], model.start(2)
+            for token in x.T:
+                stepped.append(model.step(token[:, None], state))
+        torch.testing.assert_close(torch.stack(stepped, 1), model.logits(x), rtol=0, atol=1e-4)
+
+        plain = package.load(base(kind, **settings)).model.float().train()
+        own = dict(plain.named_parameters())
+        for name, layer in layers.items():
+            own[f"{name}.weight"].data.copy_(layer.merged())
+            own[f"{name}.weight"].requires_grad_(True)
+        torch.testing.assert_close(plain.logits(x), model.logits(x), rtol=0, atol=1e-4)
+        plain.loss(x[:, :-1], x[:, 1:], scale=0.1).backward()
+        for name, layer in layers.items():
+            whole = own[f"{name}.weight"].grad
+            assert whole is not None
+            torch.testing.assert_close(layer.lora_A.grad, 0.5 * layer.lora_B.T @ whole, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(layer.lora_B.grad, 0.5 * whole @ layer.lora_A.T, rtol=1e-3, atol=1e-5)
+        trained = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert trained == {f"{name}.lora_{part}" for name in layers for part in "AB"}
+
+
+def test_only_adapters_are_counted_as_trained(
+    base: Callable[..., Path], started: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for options in ([], ["--lora", "2"]):
+        assert started("transformer", base("transformer"), *options, "--dry-run", "--json") == 0
+        found.append(json.loads(capsys.readouterr().out))
+    whole, adapted = found
+    assert set(adapted["parameters"]) == {"adapters"}
+    assert adapted["frozen_parameters"] == sum(whole["parameters"].values())
+    assert adapted["memory"]["gradients"] == 4 * adapted["parameters"]["adapters"]
+    assert adapted["memory"]["optimizer"] < whole["memory"]["optimizer"]
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "what"),
     [
@@ -123,6 +230,10 @@ def test_text_that_it_was_trained_on_is_not_validated_on(
         ("diffuser", [], "--transformer names"),
         ("transformer", ["--set", "transformer.n_layers=3"], "transformer.n_layers is 2"),
         ("transformer", ["--set", "model.max_seq_len=4096"], "beyond the context"),
+        ("transformer", ["--lora", "33"], "Use at most 32"),
+        ("transformer", ["--lora", "0"], "greater than or equal to 1"),
+        ("transformer", ["--set", "train_expert.lora_alpha=4"], "give their rank too"),
+        ("diffuser", ["--lora", "2"], "--lora is for a transformer"),
     ],
 )
 def test_what_does_not_fit_is_refused(

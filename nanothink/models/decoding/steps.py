@@ -16,6 +16,7 @@ from nanothink.models.feed_forward import SwiGLU
 from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.latent_attention import LatentAttention
 from nanothink.models.layers import Attention, Block, RMSNorm
+from nanothink.models.low_rank import AdaptedLinear
 
 if TYPE_CHECKING:
     from nanothink.models.diffuser import Diffuser
@@ -204,4 +205,5 @@ def _known(block: Block) -> bool:
 
 
 def _plain_floats(module: nn.Module) -> bool:
-    return all(p.dtype is torch.float32 and p.is_contiguous() for p in module.parameters())
+    adapted = any(isinstance(part, AdaptedLinear) for part in module.modules())
+    return not adapted and all(p.dtype is torch.float32 and p.is_contiguous() for p in module.parameters())
