@@ -131,10 +131,9 @@ def measure(way: str, model: Path, data: Path, held_out: Path, work: Path, asked
     quick = ("--set", f"model.max_seq_len={asked.length}")
     scored = model
     if way == "store":
-        settings = ("--use-vector-store", "--set", "train_mla.fit=gate", "--set", "train_mla.batch_size=4")
-        cost.call(
-            "train-mla", "--expert", model, *where, *quick, *settings, "--set", "train_mla.sample_tokens=0"
-        )
+        fit = ("--use-vector-store", "--set", "train_mla.fit=gate", "--set", "train_mla.batch_size=4")
+        quiet = ("--set", "train_mla.sample_tokens=0")
+        cost.call("train-mla", "--expert", model, *where, *quick, *fit, *quiet)
         scored = work / f"{name}_nanothink_mla.pt"
     elif way in ("lora", "full"):
         settings = {
@@ -153,8 +152,7 @@ def measure(way: str, model: Path, data: Path, held_out: Path, work: Path, asked
     for label, option in ((way, ()), (f"{way}, document cache", ("--document-cache",))):
         if label == "frozen, document cache" and not asked.frozen_cache:
             continue
-        given = ("eval", scored, "--data-dir", held_out, "--split", "all", *option)
-        (row,) = cost.call(*given)["checkpoints"]
+        (row,) = cost.call("eval", scored, "--data-dir", held_out, "--split", "all", *option)["checkpoints"]
         cost.bits[label] = row["overall"]["bits_per_byte"]
     cost.seconds, cost.cpu_seconds, cost.peak_bytes = (
         trained if way != "frozen" else (0.0, 0.0, cost.peak_bytes)
@@ -178,7 +176,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps at most")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lr-lora", type=float, default=3e-4)
-    parser.add_argument("--lr-full", type=float, default=3e-5)
+    parser.add_argument("--lr-full", type=float, default=1e-4)
     parser.add_argument("--set", dest="settings", action="append", default=[])
     parser.add_argument("--frozen-cache", action="store_true")
     parser.add_argument("--work", type=Path, help="folder that is kept; a temporary one otherwise")
