@@ -61,7 +61,6 @@ class Row:
         """Prompt and what was drawn since."""
         self.n_prompt = len(self.tokens)
         self.seed = secrets.randbits(62) if config.seed is None else config.seed
-        self.generator = torch.Generator().manual_seed(self.seed)
         # Rows whose next token is drawn alike are drawn together.
         self.law = config.model_copy(update={"seed": None, "max_new_tokens": 1, "stop_at_eos": True})
 
@@ -203,9 +202,7 @@ class Engine:
             laws.setdefault(row.law, []).append(at)
         for law, places in laws.items():
             own = [rows[at] for at in places]
-            tokens = next_tokens(
-                logits[places], [row.tokens for row in own], law, [row.generator for row in own]
-            )
+            tokens = next_tokens(logits[places], [row.tokens for row in own], law, [row.seed for row in own])
             for at, token in zip(places, tokens.tolist(), strict=True):
                 chosen[at] = token
         scores = self._scores(logits, chosen)

@@ -47,7 +47,7 @@ def generate(
     Args:
         model: any model; in evaluation mode during the call, left as it was. The caller sets autocast.
         prompts: token ids; an empty prompt stands for the beginning of a document, ``[eos_id]``.
-        config: see its fields. Row i draws from a generator seeded with seed + i.
+        config: see its fields. Row i draws with seed + i.
         eos_id: ends a document.
         on_token: called with (row, token) for each new token as soon as it is drawn.
         start: makes a decoding state from the seed of each of its rows, for models with several ways to
@@ -66,7 +66,6 @@ def generate(
     prompt_lengths = [len(text) for text in texts]
     seed = secrets.randbits(62) if config.seed is None else config.seed
     seeds = [(seed + row) % (1 << 63) for row in range(len(texts))]
-    generators = [torch.Generator().manual_seed(row_seed) for row_seed in seeds]
     begin = start or (lambda of_rows: model.start(len(of_rows)))
     device = model.head_weight.device
     with evaluating(model), torch.inference_mode():
@@ -83,7 +82,7 @@ def generate(
                     logits if len(drawing) == len(rows) else logits[drawing],
                     [texts[rows[i]] for i in drawing],
                     config,
-                    [generators[rows[i]] for i in drawing],
+                    [seeds[rows[i]] for i in drawing],
                 )
                 for i, token in zip(drawing, chosen.tolist(), strict=True):
                     row = rows[i]

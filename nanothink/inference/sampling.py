@@ -1,10 +1,14 @@
 """Sampling of the next token from logits.
 
 In this order: repetition penalty, temperature, top-k, top-p, draw. All but finding the k likeliest (which no
-conversion changes, nor a temperature) happens on the CPU in float64,
-and each row draws one number from a generator of its own, looked up in the cumulative distribution in
-order of token id. So a row's choice depends on its own logits and seed alone, whatever device the
-model runs on and whoever else is in the batch, and rounding noise in the logits hardly ever changes it.
+conversion changes, nor a temperature) happens on the CPU in float64.
+
+A draw is a race (the Gumbel-max trick: Maddison et al. 2014, "A* sampling", section 2, in its exponential
+form): every token that can be drawn arrives after an exponential time over its probability, and the first one
+is taken. The times are a hash of (seed, position, token). So a row's choice depends on its own logits, seed
+and position alone, whatever device the model runs on and whoever else is in the batch, and rounding of the
+logits changes it only where the first two arrive within that rounding of each other: about one draw in ten
+million. One number looked up in a cumulative distribution has as many borders as tokens to be rounded over.
 
 Shapes: B rows, V vocabulary.
 """
@@ -15,7 +19,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor
 
@@ -71,15 +77,16 @@ def next_tokens(
     logits: Tensor,
     previous: Sequence[Sequence[int]],
     config: SamplingConfig,
-    generators: Sequence[torch.Generator],
+    seeds: Sequence[int],
 ) -> Tensor:
-    """Choose one token for each row. Pure but for the state of the generators.
+    """Choose one token for each row. A pure function.
 
     Args:
         logits: (B, V), any floating type and device; left as they are.
-        previous: the tokens before, row by row; only the last ``repetition_window`` matter.
-        config: see its fields.
-        generators: one CPU generator per row; each gives one number, or none at temperature 0.
+        previous: the tokens before, row by row: their number is the position, which the draw depends on. Of
+            the tokens only the last ``repetition_window`` matter.
+        config: see its fields; its seed is not used.
+        seeds: one a row.
 
     Returns:
         (B,) int64 on the CPU.
@@ -108,9 +115,10 @@ def next_tokens(
         scores = best.values.cpu().gather(1, order)
     scores = scores.to("cpu", torch.float64)
     _require_finite(scores.amax(1))
-    probabilities = filter_probabilities(scores, config)
-    draws = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
-    chosen = pick(probabilities, draws[0].unsqueeze(0) if len(draws) == 1 else torch.stack(draws))
+    probabilities = filter_probabilities(scores, config).numpy()
+    tokens = np.arange(scores.shape[1])[None] if candidates is None else candidates.numpy()
+    times = arrival_times(seeds, [len(before) for before in previous], tokens)
+    chosen = torch.from_numpy(np.divide(probabilities, times, out=times).argmax(1))
     return chosen if candidates is None else candidates.gather(1, chosen.unsqueeze(1)).squeeze(1)
 
 
@@ -124,12 +132,39 @@ def _require_finite(greatest: Tensor) -> None:
         )
 
 
-def pick(probabilities: Tensor, draws: Tensor) -> Tensor:
-    """Invert the cumulative distribution: (B, V) probabilities and (B, 1) draws in [0, 1] to (B,) tokens."""
-    cumulative = probabilities.cumsum(1)
-    total = cumulative[:, -1:]
-    aim = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))  # below the total
-    return torch.searchsorted(cumulative, aim, right=True).squeeze(1)
+def arrival_times(
+    seeds: Sequence[int], positions: Sequence[int], tokens: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Standard exponential variables as a pure function of seed, position and token.
+
+    Args:
+        seeds: (B,), below 2**64.
+        positions: (B,).
+        tokens: (B, K), or (1, K) for the same of every row.
+
+    Returns:
+        (B, K), all above 0 and finite.
+    """
+    rows = _mixed(_mixed(np.array(seeds, np.uint64)) + np.array(positions, np.uint64) * _GOLDEN)
+    bits = _mixed(rows[:, None] + tokens.astype(np.uint64) * _GOLDEN)
+    bits >>= np.uint64(12)
+    times = bits.astype(np.float64)
+    times += 0.5  # 52 bits and a half are exact, so never log(1)
+    times *= 2.0**-52
+    np.log(times, out=times)
+    return np.negative(times, out=times)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of SplitMix64 (Steele et al. 2014), in place: each bit then depends on all bits."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits ^= bits >> np.uint64(shift)
+        bits *= np.uint64(factor)
+    bits ^= bits >> np.uint64(31)
+    return bits
 
 
 def filter_probabilities(scores: Tensor, config: SamplingConfig) -> Tensor:

@@ -164,3 +164,11 @@ def test_a_token_of_another_vocabulary_is_refused() -> None:
         engine.add(Row([1, 37], SamplingConfig()))
     assert engine.rows == []
     assert engine.step() == []
+
+
+def test_a_text_goes_on_from_its_own_beginning_as_it_went() -> None:
+    """With the same seed: a draw depends on the position, and not on how many were drawn before it."""
+    model, text = build("transformer"), prompt(5, 1)
+    config = SamplingConfig(max_new_tokens=20, seed=3, top_k=0, stop_at_eos=False)
+    whole = text + alone(model, Row(text, config), text)
+    assert whole[:12] + alone(model, Row(text, config), whole[:12])[:13] == whole

@@ -99,7 +99,7 @@ def test_each_step_past_the_context_equals_the_uncached_window(context: int, n_p
         start = window_start(read, context)
         assert max(1, context // 2) <= read - start <= context or start == 0
         uncached = model.logits(torch.tensor([text[start:read]]))[:, -1]
-        torch.testing.assert_close(logits, uncached.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits, uncached.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_window_starts_anew_only_when_full_and_keeps_half() -> None:
