@@ -116,8 +116,8 @@ def next_tokens(
     scores = scores.to("cpu", torch.float64)
     _require_finite(scores.amax(1))
     probabilities = filter_probabilities(scores, config).numpy()
-    tokens = np.arange(scores.shape[1])[None] if candidates is None else candidates.numpy()
-    times = arrival_times(seeds, [len(before) for before in previous], tokens)
+    ids = np.arange(scores.shape[1])[None] if candidates is None else candidates.numpy()
+    times = arrival_times(seeds, [len(before) for before in previous], ids)
     chosen = torch.from_numpy(np.divide(probabilities, times, out=times).argmax(1))
     return chosen if candidates is None else candidates.gather(1, chosen.unsqueeze(1)).squeeze(1)
 

@@ -144,7 +144,9 @@ def test_impossible_tokens_are_never_drawn() -> None:
 def test_arrival_times_are_exponential_and_independent_in_seed_position_and_token() -> None:
     """Neighbouring numbers too: quantiles, and correlations within five standard errors."""
     seeds, positions = np.meshgrid(np.arange(40), np.arange(1000, 1040), indexing="ij")
-    found = arrival_times(seeds.ravel(), positions.ravel(), np.arange(50)[None]).reshape(40, 40, 50)
+    found = arrival_times(seeds.ravel().tolist(), positions.ravel().tolist(), np.arange(50)[None]).reshape(
+        40, 40, 50
+    )
     n = found.size
     for q in (0.001, 0.1, 0.5, 0.9, 0.999):
         share = (found < -np.log1p(-q)).mean()
