@@ -4,6 +4,7 @@
     model.safetensors        the weights, under the names that config.json's architecture gives them
     training_documents.st    hashes of the documents it was trained on, in the format of safetensors
     tokenizer.json, tokenizer_config.json, generation_config.json, README.md
+    chat_template.jinja      of a model that answers
 
 The weights are the model's state dict as it is: a transformer's is that of ``Qwen3ForCausalLM``, a
 state-space model's that of ``MambaForCausalLM``; no other program has the other kinds.
@@ -29,6 +30,7 @@ from nanothink.checkpoints.archive import damaged
 from nanothink.checkpoints.payload import ModelPayload
 from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.data.tokenizer import load_tokenizer
+from nanothink.data.tokenizer_files import CHAT_TEMPLATE
 from nanothink.disk import storage_error, whole_folder
 from nanothink.errors import CheckpointMismatchError, NanoThinkError, StorageError, TokenizerError, UsageError
 
@@ -38,9 +40,9 @@ DOCUMENTS = "training_documents.st"
 
 FILES = (
     *(CONFIG, WEIGHTS, DOCUMENTS, "generation_config.json"),
-    *(TOKENIZER, "tokenizer_config.json", "README.md"),
+    *(TOKENIZER, "tokenizer_config.json", CHAT_TEMPLATE, "README.md"),
 )
-"""Every file of an export."""
+"""Every file that an export may have."""
 
 EXPORT_VERSION = 3
 """Version of the names of the weights, of our section in config.json and of the split."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nanothink.checkpoints.gguf_layout import NAMES, PRE_TOKENIZERS, library, renamed, to_gguf
+from nanothink.data.chat import ChatEncoder
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.disk import storage_error, whole_file, write_whole
 from nanothink.errors import CheckpointMismatchError
@@ -48,7 +49,6 @@ class GgufModel:
     starts_with_eos: bool
     """A text begins after an EOS, as in training here."""
     licence: str | None = None
-    chat_template: str | None = None
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> str:
@@ -199,12 +199,16 @@ def _add_tokenizer(writer: Any, gguf: Any, model: GgufModel, pre: str) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    writer.add_bos_token_id(tokenizer.eos_id)
+    chat = tokenizer.chat
+    bos = dict(chat.special_tokens).get("bos_token") if chat else None
+    writer.add_bos_token_id(tokenizer.special_ids.get(bos or "", tokenizer.eos_id))
     writer.add_eos_token_id(tokenizer.eos_id)
+    for end in ChatEncoder(tokenizer).end_ids - {tokenizer.eos_id} if chat else ():
+        writer.add_eot_token_id(end)
     writer.add_pad_token_id(tokenizer.eos_id)
     writer.add_add_bos_token(model.starts_with_eos)
     writer.add_add_eos_token(False)
-    writer.add_chat_template(model.chat_template or _PASSED_THROUGH)
+    writer.add_chat_template(chat.template if chat else _PASSED_THROUGH)
 
 
 def _without_offsets(cutter: Any) -> Any:
@@ -216,7 +220,7 @@ def _without_offsets(cutter: Any) -> Any:
 
 def _modelfile(model: GgufModel, path: Path) -> str:
     lines = [f"FROM ./{path.name}"]
-    if model.chat_template is None:  # else Ollama takes the one in the file
+    if model.tokenizer.chat is None:  # else Ollama takes the one in the file
         lines.append('TEMPLATE "{{ .Prompt }}"')
     if context := model.settings.get("max_position_embeddings"):
         lines.append(f"PARAMETER num_ctx {context}")

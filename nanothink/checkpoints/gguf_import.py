@@ -18,6 +18,7 @@ from torch import Tensor
 from nanothink.checkpoints.families import FAMILIES
 from nanothink.checkpoints.gguf_layout import NAMES, PRE_TOKENIZERS, from_gguf, library, renamed
 from nanothink.checkpoints.published import PublishedModel, refused, settings_of
+from nanothink.data.chat import ChatFormat
 from nanothink.data.encoding import parse_tokenizer
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, NanoThinkError, counted
@@ -121,7 +122,6 @@ def _read(gguf: Any, fields: _Fields, tensors: Any, path: Path) -> PublishedMode
         sum(int(tensor.n_elements) for tensor in tensors),
         _tokenizer(fields, path),
         fields.get("general.license"),
-        fields.get("tokenizer.chat_template"),
         max(set(types), key=types.count).lower(),
     )
 
@@ -189,7 +189,16 @@ def _tokenizer(fields: _Fields, path: Path) -> Tokenizer:
         },
     }
     backend = parse_tokenizer(json.dumps(_with_offsets(state)), str(path))
-    return Tokenizer(backend, path.name, tokens[fields["tokenizer.ggml.eos_token_id"]])
+    named = {
+        f"{name}_token": fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown")
+    }
+    named["unk_token"], named["pad_token"] = (
+        named.pop("unknown_token"),
+        fields.get("tokenizer.ggml.padding_token_id"),
+    )
+    special = {name: tokens[number] for name, number in named.items() if number is not None}
+    chat = ChatFormat.of(fields.get("tokenizer.chat_template"), special)
+    return Tokenizer(backend, path.name, special["eos_token"], chat)
 
 
 def _with_offsets(rules: Any) -> Any:

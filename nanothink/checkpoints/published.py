@@ -24,7 +24,6 @@ from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, Ch
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"torch.float32", "torch.float16", "torch.bfloat16", "torch.float64"}
 _MAX_JSON_BYTES = 64 * 2**20
-_MAX_TEMPLATE_CHARS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,6 @@ class PublishedModel:
     tokenizer: Tokenizer
     licence: str | None
     """Name of the licence in the model card or metadata."""
-    chat_template: str | None
-    """Jinja, as the tokenizer has it."""
     stored_as: str
     """The type that most of its weights are stored in."""
 
@@ -65,7 +62,6 @@ def read_published(folder: Path) -> PublishedModel:
     types = [str(tensor.dtype) for tensor in weights.values()]
     if odd := set(types) - _FLOATS:
         raise refused(folder, f"weights of type {min(odd).removeprefix('torch.')}")
-    tokenizer_settings = _json(folder, "tokenizer_config.json", needed=False)
     return PublishedModel(
         model_type,
         family,
@@ -74,7 +70,6 @@ def read_published(folder: Path) -> PublishedModel:
         sum(tensor.numel() for tensor in weights.values()),
         load_tokenizer(str(folder)),
         _licence(folder),
-        _template(folder, tokenizer_settings),
         max(set(types), key=types.count).removeprefix("torch."),
     )
 
@@ -106,11 +101,9 @@ def _family_of(folder: Path, model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def _json(folder: Path, name: str, *, needed: bool = True) -> dict[str, Any]:
+def _json(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
-        if not needed:
-            return {}
         if not folder.exists():
             raise CheckpointNotFoundError(f"{folder}: there is no such file or folder")
         raise CheckpointDamagedError(
@@ -167,15 +160,3 @@ def _licence(folder: Path) -> str | None:
                 if found := re.search(pattern, file.read(4096)):
                     return found[1].strip()[:100]
     return None
-
-
-def _template(folder: Path, tokenizer_settings: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    template: Any = tokenizer_settings.get("chat_template")
-    if path.is_file():
-        template = path.read_text("utf-8", errors="replace")
-    if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    usable = isinstance(template, str) and len(template) <= _MAX_TEMPLATE_CHARS
-    return template if usable else None

@@ -68,15 +68,18 @@ def show(
     """
     from nanothink.checkpoints import SplitRecord, read_checkpoint, read_summary
     from nanothink.cli import render
+    from nanothink.data.chat import PLAIN, ChatFormat
     from nanothink.errors import counted
 
     summary = read_summary(checkpoint)
     payload = read_checkpoint(checkpoint, mmap=True)
+    chat = ChatFormat.from_state(payload["tokenizer"])
     split = SplitRecord.from_state(payload["split"], checkpoint).described()
     shapes = {name: list(tensor.shape) for name, tensor in payload["model_state"].items()}
     facts: dict[str, Any] = {
         **render.plain(summary),
         "tokenizer": payload["tokenizer"].get("name"),
+        "chat_template": None if chat is None else chat.template,
         "data_fingerprint": payload["data_fingerprint"],
         "split": split,
         "run": payload["run"],
@@ -96,6 +99,7 @@ def show(
         "written": _when(summary.modified),
         "format": str(summary.format_version),
         "tokenizer": str(facts["tokenizer"]),
+        "chat template": {None: "none", PLAIN: "plain"}.get(chat, "the model's own"),
         "data fingerprint": str(facts["data_fingerprint"])[:16] or "-",
         "split": f"val_split {split['val_split']}, test_split {split['test_split']}, seed {split['seed']}; "
         f"trained on {counted(split['n_trained_documents'], 'document')} of {', '.join(split['domains'])}"
@@ -339,13 +343,12 @@ def _print_gguf(done: GgufExport, as_json: bool) -> None:
 
 
 def _origin(imported: Any) -> dict[str, str]:
-    """Source, licence and chat template of an imported model."""
+    """Source and licence of an imported model."""
     if not isinstance(imported, dict):
         return {}
     return {
         "imported from": f"{imported.get('source')} ({imported.get('family')})",
         "licence": str(imported.get("licence") or "not stated by its files"),
-        "chat template": "yes" if imported.get("chat_template") else "no",
     }
 
 

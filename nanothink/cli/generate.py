@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from nanothink.runs.trained_model import TrainedModel
 
 
+CHAT_TOKENS = 512
+"""Most tokens of an answer by default; a model ends most of them by itself."""
+
 EXAMPLES = examples(
     'generate "Once upon a time" -n 200 --seed 1',
     'generate "The" -c checkpoints/nanothink_mla.pt --show-routing',
     "generate - --temperature 0 < prompt.txt",
     "generate --interactive",
+    'generate --chat "What is the capital of France?"',
 )
 
 
@@ -39,7 +43,7 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar="PROMPT",
-            help="Text to continue; several are continued side by side; '-' reads standard input. "
+            help="Text to continue, or to answer; several are side by side; '-' reads standard input. "
             "[default: what a pipe brings, or the beginning of a document]",
         ),
     ] = None,
@@ -55,7 +59,9 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", "-n", metavar="N", help="Tokens to write. [default: 128]"),
+        typer.Option(
+            "--max-new-tokens", "-n", metavar="N", help="Tokens to write. [default: 128; 512 with --chat]"
+        ),
     ] = None,
     temperature: Annotated[
         float | None,
@@ -120,13 +126,21 @@ def generate(
         bool,
         typer.Option("--interactive", "-i", help="Write in turns with the model, in the terminal."),
     ] = False,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Answer the prompt, by the model's chat template; see --interactive."),
+    ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", metavar="TEXT", help="With --chat: what the model is told first."),
+    ] = None,
     no_vector_store: NoVectorStore = False,
     document_cache: DocumentCache = False,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt with any checkpoint."""
+    """Continue a prompt, or answer it, with any checkpoint."""
     from nanothink.cli import render
     from nanothink.errors import UsageError
     from nanothink.inference.sampling import sampling_config
@@ -135,7 +149,7 @@ def generate(
     from nanothink.runs.trained_model import load
 
     asked: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": CHAT_TOKENS if chat and max_new_tokens is None else max_new_tokens,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -143,13 +157,22 @@ def generate(
         "seed": seed,
         "stop_at_eos": False if ignore_eos else None,
     }
+    if chat and (denoise or show_routing or ddim or ddim_steps is not None):
+        raise UsageError(
+            "--chat is for answers that are written plainly, without --denoise, --ddim, --show-routing."
+        )
+    if system is not None and not chat:
+        raise UsageError("--system is for --chat.")
     if interactive:
+        from nanothink.cli.conversation import talk
         from nanothink.cli.interactive import require_terminal, write_in_turns
 
         require_terminal()
         if denoise or as_json or (prompt and (len(prompt) > 1 or prompt == ["-"])):
             raise UsageError("--interactive takes at most one prompt, and neither --denoise nor --json.")
     prompts = [_read(text) for text in prompt] if prompt else [_piped()]
+    if chat and not interactive and not all(text.strip() for text in prompts):
+        raise UsageError('--chat needs a message: nanothink generate --chat "Hello"')
     sampling = {name: value for name, value in asked.items() if value is not None}
     sampling_config(**sampling)  # raises for a bad value before anything is loaded or printed
     if denoise and (len(prompts) > 1 or not prompts[0]):
@@ -180,6 +203,9 @@ def generate(
         render.note(line)
     if "ddim_steps" in sampling and loaded.kind != "diffuser":  # before the prompt is shown
         raise UsageError(f"{path} holds a {loaded.kind}; only a diffuser can denoise.")
+    if interactive and chat:
+        talk(loaded, prompts[0], sampling, stop=stop or (), system=system)
+        return
     if interactive:
         write_in_turns(loaded, prompts[0], sampling, stop=stop or (), show_routing=show_routing)
         return
@@ -198,6 +224,8 @@ def generate(
             render.print_json({"checkpoint": path, "passage": prompts[0], "levels": shown})
         else:
             render.reconstructions(found, loaded.tokenizer.decode)
+    elif chat:
+        _answer(loaded, path, prompts, system, sampling, stop or (), as_json=as_json)
     elif show_routing:
         _generate_routed(loaded, path, prompts, sampling, as_json=as_json)
     elif as_json:
@@ -219,6 +247,34 @@ def generate(
         texts = loaded.generate(prompts, stop=stop or (), **sampling)
         render.samples(prompts, texts)
         _say_if_nothing(texts)
+
+
+def _answer(
+    loaded: TrainedModel,
+    path: Path,
+    prompts: list[str],
+    system: str | None,
+    sampling: dict[str, Any],
+    stop: list[str] | tuple[str, ...],
+    *,
+    as_json: bool,
+) -> None:
+    from nanothink.cli import render
+
+    first = [] if system is None else [{"role": "system", "content": system}]
+    conversations = [[*first, {"role": "user", "content": prompt}] for prompt in prompts]
+    if as_json or len(prompts) > 1:
+        texts = loaded.answer(conversations, stop=stop, **sampling)
+        if as_json:
+            answers = [{"messages": m, "text": t} for m, t in zip(conversations, texts, strict=True)]
+            render.print_json({"checkpoint": path, "kind": loaded.kind, "samples": answers})
+        else:
+            render.samples([f"{prompt}\n" for prompt in prompts], texts)
+    else:
+        with render.streaming("") as write:
+            texts = loaded.answer(conversations, on_text=lambda _, piece: write(piece), stop=stop, **sampling)
+    if not as_json and not all(texts):
+        render.note("The model ends its answer at once.")
 
 
 def _say_if_nothing(texts: list[str]) -> None:

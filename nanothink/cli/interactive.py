@@ -21,7 +21,8 @@ from nanothink.inference.sampling import SamplingConfig, sampling_config
 from nanothink.models import COMBINED
 
 if TYPE_CHECKING:
-    from nanothink.runs.trained_model import RoutedPiece, TrainedModel
+    from nanothink.inference.routed import RoutedPiece
+    from nanothink.runs.trained_model import TrainedModel
 
 COMMANDS = {
     "continue": "let the model continue the text, as an empty line does",
@@ -82,6 +83,8 @@ class Session:
         text: the beginning, which is continued at once unless it is empty.
     """
 
+    commands, help = COMMANDS, HELP
+
     def __init__(
         self,
         loaded: TrainedModel,
@@ -97,10 +100,11 @@ class Session:
         self._sampling = {name: value for name, value in sampling.items() if name != "ddim_steps"}
         self._ddim_steps: int | None = sampling.get("ddim_steps")
         self._earlier: list[tuple[str, bool]] = []  # the text before each change; True: of the model
+        self._opening: Callable[[], None] | None = self._continue if text else None
 
     def run(self) -> None:
         """Read and obey until the end of input or ``/quit``. An error is shown, and the session goes on."""
-        turn = self._continue if self.text else self._turn
+        turn = self._opening or self._turn
         while True:
             try:
                 turn()
@@ -120,11 +124,16 @@ class Session:
         line = self._read("> ")
         if line.startswith("/") and not line.startswith("//"):
             name, _, rest = line[1:].partition(" ")
-            getattr(self, f"_{_matching(name, COMMANDS, 'command', 'Text begins with //.')}")(rest.strip())
+            found = _matching(name, self.commands, "command", "Text begins with //.")
+            getattr(self, f"_{found}")(rest.strip())
             return
         if line.startswith('"""'):
             line = self._block(line[3:])
-        self._change(self.text + line.removeprefix("/"))
+        self._take(line.removeprefix("/"))
+
+    def _take(self, typed: str) -> None:
+        """Let the model go on after what a person has typed."""
+        self._change(self.text + typed)
         self._continue()
 
     def _block(self, first: str) -> str:
@@ -187,8 +196,7 @@ class Session:
         self._show_end()
 
     def _edit(self, _: str) -> None:
-        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
-        self._change(edited(editor, self.text) if editor else retyped(self.text, self._read))
+        self._change(changed(self.text, self._read))
         self._show_end()
 
     def _show(self, _: str) -> None:
@@ -229,12 +237,15 @@ class Session:
         path = Path(rest).expanduser()
         if os.path.lexists(path):
             raise UsageError(f"{path} exists already. Choose another name.")
-        disk.write_whole(path, self.text.encode())
+        disk.write_whole(path, self._saved().encode())
         render.note(f"Saved in {path}.")
 
+    def _saved(self) -> str:
+        return self.text
+
     def _help(self, _: str) -> None:
-        render.facts((f"/{name}", meaning) for name, meaning in COMMANDS.items())
-        render.say(HELP)
+        render.facts((f"/{name}", meaning) for name, meaning in self.commands.items())
+        render.say(self.help)
 
     def _quit(self, _: str) -> None:
         raise EOFError
@@ -247,6 +258,12 @@ class Session:
         """The end of the text's last line."""
         line = self.text.rpartition("\n")[2]
         return line if len(line) <= _TAIL_CHARACTERS else "…" + line[-_TAIL_CHARACTERS:]
+
+
+def changed(text: str, read: Callable[[str], str]) -> str:
+    """Let a person change a text, in the editor of their choice, or else in the line."""
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
+    return edited(editor, text) if editor else retyped(text, read)
 
 
 def edited(editor: str, text: str) -> str:

@@ -60,7 +60,7 @@ def serve(
         typer.Option(
             "--chat-template",
             metavar="FILE",
-            help="Jinja template for chats. [default: messages are passed through as plain text]",
+            help="Jinja template for chats. [default: each model's own; without one, plain text]",
         ),
     ] = None,
     max_batch: Annotated[

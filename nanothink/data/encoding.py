@@ -9,8 +9,10 @@ prompt, on which nothing is measured, may lose something.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from nanothink.data.byte_level import ByteLevelEncoder, is_byte_level, rounds
+from nanothink.data.chat import ChatFormat
 from nanothink.data.round_trip import difference, is_lossless
 from nanothink.data.tokenizer_json import check_tokenizer_json, failures_told
 from nanothink.errors import TokenizerError
@@ -53,6 +56,7 @@ class Tokenizer:
     backend: copied; everything but text to ids is removed from the copy.
     name: the user's name for it; not part of its identity.
     eos_token: ends every document; ``<|endoftext|>`` if None; added to the vocabulary if missing.
+    chat: its chat template, if it has one; not part of its identity.
 
     Raises TokenizerError for a tokenizer that does not decode "Hello world" to itself, or that encodes text
     spelling its EOS as the end of a document.
@@ -62,19 +66,29 @@ class Tokenizer:
     vocab_size: int
     """One more than the largest id: rows of an embedding that fits."""
     eos_id: int
+    eos_token: str
+    """Its text."""
     fingerprint: str
     """SHA-256, in hex, of the vocabulary, rules and EOS."""
+    chat: ChatFormat | None
+    """How conversations are written, if it says so."""
     lossless: bool
     """Proven to decode every text to itself, so that no text is checked."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, name: str, eos_token: str | None = None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        name: str,
+        eos_token: str | None = None,
+        chat: ChatFormat | None = None,
+    ) -> None:
         where = f"tokenizer '{name:.100}'"
         eos = eos_token or EOS
         if len(eos) > _MAX_EOS_CHARS or not eos.isprintable():
             raise TokenizerError(
                 f"The EOS token of {where} is too long or holds odd characters: {eos!r:.60}."
             )
-        self.name, self._eos = name, eos
+        self.name, self.eos_token, self.chat = name, eos, chat
         with failures_told(where):
             self._backend, canonical = _purified(backend, eos)
             self._json = canonical.decode()
@@ -94,6 +108,27 @@ class Tokenizer:
         """
         with _encodable(text):
             return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_template(self, text: str) -> list[int]:
+        """Encode text that a chat template wrote: in it, what spells a special token is that token."""
+        with _encodable(text):
+            return list(self._templated.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def special_ids(self) -> Mapping[str, int]:
+        """Id of each special token, by its text."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
+    @cached_property
+    def _templated(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self._json)
+
+    def with_chat(self, chat: ChatFormat | None) -> Tokenizer:
+        """The same tokenizer with another chat template."""
+        other = copy.copy(self)
+        other.chat = chat
+        return other
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """Encode texts: the same ids as ``encode``, several times faster.
@@ -137,7 +172,8 @@ class Tokenizer:
 
     def to_state(self) -> dict[str, str]:
         """The whole tokenizer as strings, for a checkpoint."""
-        return {"name": self.name, "eos_token": self._eos, "tokenizer_json": self._json}
+        own = {"name": self.name, "eos_token": self.eos_token, "tokenizer_json": self._json}
+        return {**own, **(self.chat.to_state() if self.chat else {})}
 
     @classmethod
     def from_state(cls, state: dict[str, str]) -> Tokenizer:
@@ -146,7 +182,8 @@ class Tokenizer:
             name, eos, text = (state[key] for key in ("name", "eos_token", "tokenizer_json"))
         except (KeyError, TypeError) as error:
             raise TokenizerError(f"A saved tokenizer lacks {error}.") from error
-        return cls(parse_tokenizer(text, f"saved tokenizer '{name}'"), name, eos)
+        chat = ChatFormat.from_state(state)
+        return cls(parse_tokenizer(text, f"saved tokenizer '{name}'"), name, eos, chat)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size}, fingerprint={self.fingerprint[:16]})"
@@ -164,7 +201,7 @@ class Tokenizer:
         if back != text:
             return difference(text, back)
         if self.eos_id in ids:
-            return f"text that spells {self._eos!r} becomes the end of a document"
+            return f"text that spells {self.eos_token!r} becomes the end of a document"
         return None
 
     def _check(self) -> None:
@@ -174,10 +211,10 @@ class Tokenizer:
                 f"Tokenizer '{self.name}' gives {back!r} back for {_PROBE!r}: it loses text, or its files "
                 "are incomplete. Nothing could be measured with it; use another."
             )
-        if self.eos_id in self.encode(f"a{self._eos}b") + self.encode(self._eos):
+        if self.eos_id in self.encode(f"a{self.eos_token}b") + self.encode(self.eos_token):
             raise TokenizerError(
-                f"Tokenizer '{self.name}' cannot tell a text that spells '{self._eos}' from the end of a "
-                "document; use another."
+                f"Tokenizer '{self.name}' cannot tell a text that spells '{self.eos_token}' from the end of "
+                "a document; use another."
             )
 
 

@@ -22,6 +22,7 @@ DATA_FILES = (
         "tokenizer_config.json",
         "special_tokens_map.json",
         "added_tokens.json",
+        "chat_template.jinja",
         "config.json",
     ),
     *("vocab.json", "merges.txt", "vocab.txt"),
@@ -30,7 +31,7 @@ DATA_FILES = (
 """Names of the files that tokenizers consist of: JSON, text and SentencePiece's tables."""
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-MODEL_FILES = (*DATA_FILES, *_WEIGHTS, "model-*.safetensors", "chat_template.jinja", "README.md", "LICENSE")
+MODEL_FILES = (*DATA_FILES, *_WEIGHTS, "model-*.safetensors", "README.md", "LICENSE")
 """Names and patterns of the files that a model is imported from."""
 
 

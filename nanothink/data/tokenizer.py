@@ -28,7 +28,12 @@ from nanothink.data.problems import Problems
 from nanothink.data.records import ProblemSink, Record, ignored, iter_records
 from nanothink.data.sides import CUT, TRAIN, assign_sides
 from nanothink.data.split import SplitRule, cut_text, group_key, text_key
-from nanothink.data.tokenizer_files import load_tokenizer, looks_like_path, tokenizer_settings
+from nanothink.data.tokenizer_files import (
+    CHAT_TEMPLATE,
+    load_tokenizer,
+    looks_like_path,
+    tokenizer_settings,
+)
 from nanothink.disk import locked, make_folder, storage_error, write_whole
 from nanothink.errors import DataError, TokenizerError
 from nanothink.reporter import SILENT, Reporter
@@ -141,7 +146,8 @@ def save_tokenizer(
     split: SplitRule | None = None,
     context: int | None = None,
 ) -> Path:
-    """Write tokenizer.json and tokenizer_config.json, which ``load_tokenizer`` and transformers read.
+    """Write tokenizer.json, tokenizer_config.json and, if it has one, chat_template.jinja, which
+    ``load_tokenizer`` and transformers read.
 
     Both give the same ids. A text begins after EOS, as in GPT-2, so that is the BOS of those that ask for
     one; nothing puts it there unasked. ``split`` is the rule whose training side it was trained on;
@@ -150,13 +156,15 @@ def save_tokenizer(
     Whole or not at all: while the configuration changes there is no tokenizer.json, so an old one is
     never read with a new EOS.
     """
-    state = tokenizer.to_state()
+    state, chat = tokenizer.to_state(), tokenizer.chat
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": state["eos_token"],
         "eos_token": state["eos_token"],
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # text that spells EOS is text
+        # Text that spells EOS is text; but transformers has no other way to encode what a template writes.
+        "split_special_tokens": chat is None,
+        **({} if chat is None else dict(chat.special_tokens)),
     }
     if context is not None:
         settings["model_max_length"] = context
@@ -171,6 +179,11 @@ def save_tokenizer(
         if not config.is_file() or config.read_bytes() != content:
             whole.unlink(missing_ok=True)
             write_whole(config, content, explain=storage_error)
+        template = folder / CHAT_TEMPLATE
+        if chat is not None:
+            write_whole(template, chat.template.encode(), explain=storage_error)
+        else:
+            template.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(folder, error) from error
     write_whole(whole, state["tokenizer_json"].encode(), explain=storage_error)

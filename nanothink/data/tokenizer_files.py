@@ -12,10 +12,13 @@ import orjson
 import tokenizers
 
 from nanothink.data.bpe import make_byte_level
+from nanothink.data.chat import MAX_TEMPLATE_CHARS, SPECIAL_TOKENS, ChatFormat
 from nanothink.data.encoding import EOS, Tokenizer, parse_tokenizer
 from nanothink.data.hub import DATA_FILES, hub_folder
 from nanothink.data.tokenizer_json import MAX_JSON_BYTES, check_tokenizer_json
 from nanothink.errors import TokenizerError
+
+CONFIG, CHAT_TEMPLATE, _TOKENS_MAP = "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"
 
 _KNOWN_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<｜end▁of▁sentence｜>")
 
@@ -32,8 +35,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         if name and path.is_dir():
             return _from_folder(path, name)
         if path.is_file():
-            eos = _eos_beside(path)
-            return _with_eos(parse_tokenizer(_read(path), str(path)), name, eos)
+            return _with_settings(parse_tokenizer(_read(path), str(path)), name, path)
     except OSError as error:
         raise TokenizerError(f"Cannot read tokenizer {path}: {error.strerror}.") from error
     if looks_like_path(name):
@@ -60,9 +62,9 @@ def looks_like_path(name: str) -> bool:
 def _from_folder(folder: Path, name: str) -> Tokenizer:
     whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
     if whole.is_file():
-        return _with_eos(parse_tokenizer(_read(whole), str(whole)), name, _eos_beside(whole))
+        return _with_settings(parse_tokenizer(_read(whole), str(whole)), name, whole)
     if vocab.is_file() and merges.is_file():
-        return _with_eos(_gpt2(vocab, merges), name, _eos_beside(vocab))
+        return _with_settings(_gpt2(vocab, merges), name, vocab)
     return _through_transformers(folder, name)
 
 
@@ -114,20 +116,32 @@ def _through_transformers(folder: Path, name: str) -> Tokenizer:
             f"The tokenizer in {folder} is a {type(loaded).__name__}, which works in Python alone, so no "
             "checkpoint could keep it. Use one that has a tokenizer.json."
         )
-    return Tokenizer(backend, name, loaded.eos_token)
+    return Tokenizer(backend, name, loaded.eos_token, _chat_beside(folder / CONFIG))
 
 
-def _with_eos(backend: tokenizers.Tokenizer, name: str, eos: str | None) -> Tokenizer:
+def _with_settings(backend: tokenizers.Tokenizer, name: str, path: Path) -> Tokenizer:
+    """The tokenizer with EOS and chat template of the files beside ``path``."""
+    eos = _eos_beside(path)
     if eos is None:
         special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
         known = special | ({EOS} if backend.token_to_id(EOS) is not None else set())
         eos = next((token for token in _KNOWN_EOS if token in known), None)
-    return Tokenizer(backend, name, eos)
+    return Tokenizer(backend, name, eos, _chat_beside(path))
+
+
+def _chat_beside(path: Path) -> ChatFormat | None:
+    """Chat template in the files beside a tokenizer; a file of its own counts before the settings."""
+    files = [tokenizer_settings(path.with_name(name)) for name in (_TOKENS_MAP, CONFIG)]
+    settings = {key: value for found in files for key, value in found.items()}
+    template, own = settings.get("chat_template"), path.with_name(CHAT_TEMPLATE)
+    if own.is_file() and own.stat().st_size <= 4 * MAX_TEMPLATE_CHARS:
+        template = own.read_text("utf-8", errors="replace")
+    return ChatFormat.of(template, {name: settings.get(name) for name in SPECIAL_TOKENS})
 
 
 def _eos_beside(path: Path) -> str | None:
     """EOS token named by the configuration files beside a tokenizer."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    for name in (CONFIG, _TOKENS_MAP):
         token = tokenizer_settings(path.with_name(name)).get("eos_token")
         if isinstance(token, dict):
             token = token.get("content")

@@ -51,12 +51,18 @@ class Row:
         prompt: token ids; an empty prompt stands for the beginning of a document.
         config: its settings; with the same seed it gives the same tokens in any company.
         n_likeliest: score every token, beside so many of the likeliest; None to score nothing.
+        end_ids: tokens that end the text as the end of a document does.
     """
 
     def __init__(
-        self, prompt: Sequence[int], config: SamplingConfig, *, n_likeliest: int | None = None
+        self,
+        prompt: Sequence[int],
+        config: SamplingConfig,
+        *,
+        n_likeliest: int | None = None,
+        end_ids: frozenset[int] = frozenset(),
     ) -> None:
-        self.config, self.n_likeliest = config, n_likeliest
+        self.config, self.n_likeliest, self.end_ids = config, n_likeliest, end_ids
         self.tokens = list(prompt)
         """Prompt and what was drawn since."""
         self.n_prompt = len(self.tokens)
@@ -210,7 +216,7 @@ class Engine:
         trusted = weights.tolist() if weights is not None else [()] * len(rows)
         drawn = []
         for row, token, score, trust in zip(rows, chosen, scores, trusted, strict=True):
-            ended = row.config.stop_at_eos and token == self._eos_id
+            ended = row.config.stop_at_eos and (token == self._eos_id or token in row.end_ids)
             if not ended:
                 row.tokens.append(token)
             full = len(row.tokens) - row.n_prompt >= row.config.max_new_tokens

@@ -68,10 +68,12 @@ def generate_until(
     eos_id: int,
     on_text: Callable[[int, str], None] = lambda row, text: None,
     start: Callable[[Sequence[int]], State] | None = None,
+    end_ids: frozenset[int] = frozenset(),
 ) -> list[str]:
     """``generate``, where each text also ends before the first stop string, which costs no more tokens.
 
     Args:
+        end_ids: tokens that end a text as ``eos_id`` does.
         on_text: called with (row, piece of text) as text becomes final.
 
     Returns:
@@ -83,7 +85,8 @@ def generate_until(
     decoders = [StoppingDecoder(tokenizer, stop) for _ in prompts]
     texts = [""] * len(prompts)
     for number, prompt in enumerate(prompts):
-        row = Row(prompt, config.model_copy(update={"seed": (seed + number) % (1 << 63)}))
+        own = config.model_copy(update={"seed": (seed + number) % (1 << 63)})
+        row = Row(prompt, own, end_ids=end_ids)
         numbers[row] = number
         engine.add(row)
     while engine.rows:

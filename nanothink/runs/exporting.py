@@ -14,6 +14,7 @@ from nanothink.checkpoints import check_place, model_state, read_checkpoint, wri
 from nanothink.checkpoints.export import CONFIG, EXPORT_VERSION, FILES, OWN_SECTION
 from nanothink.checkpoints.payload import CheckpointPayload
 from nanothink.config import Config
+from nanothink.data.chat import ChatEncoder
 from nanothink.data.tokenizer import save_tokenizer
 from nanothink.disk import try_to_write
 from nanothink.errors import counted
@@ -75,7 +76,9 @@ def export_checkpoint(
     model.joint_gate = None  # other programs have no document cache
     foreign = foreign_config(model)
     architecture = foreign["architectures"][0] if foreign else None
-    eos = loaded.tokenizer.eos_id
+    tokenizer = loaded.tokenizer
+    eos = tokenizer.eos_id
+    ends = sorted(ChatEncoder(tokenizer).end_ids - {eos}) if tokenizer.chat else []
     config = {
         **foreign,
         "vocab_size": model.vocab_size,
@@ -86,7 +89,7 @@ def export_checkpoint(
     sampling = SamplingConfig()
     generation = {
         "bos_token_id": eos,
-        "eos_token_id": eos,
+        "eos_token_id": [eos, *ends] if ends else eos,
         "pad_token_id": eos,
         "do_sample": True,
         "temperature": sampling.temperature,
@@ -101,21 +104,22 @@ def export_checkpoint(
     def fill(into: Path) -> None:
         _write_json(into / CONFIG, config)
         _write_json(into / "generation_config.json", generation)
-        save_tokenizer(loaded.tokenizer, into, context=model.context_length)
+        save_tokenizer(tokenizer, into, context=model.context_length)
         (into / "README.md").write_text(_card(loaded, payload, architecture, folder.resolve().name), "utf-8")
 
     reporter.progress(f"writing {folder.name}", 0, 0)
     split = loaded.split
     documents = {**split.trained.to_state(), **split.held_out.to_state()}
     write_export(folder, model_state(model), documents, fill, overwrite=overwrite)
+    files = tuple(name for name in FILES if (folder / name).exists())
     return Export(
         checkpoint,
         folder,
         model.kind,
         architecture,
         sum(p.numel() for p in model.parameters()),
-        FILES,
-        sum((folder / name).stat().st_size for name in FILES),
+        files,
+        sum((folder / name).stat().st_size for name in files),
         how,
         tuple(notes),
     )

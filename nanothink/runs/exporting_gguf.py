@@ -13,6 +13,7 @@ from nanothink.checkpoints.gguf_export import (
     modelfile_of,
     write_gguf,
 )
+from nanothink.data.chat import PLAIN
 from nanothink.disk import try_to_write
 from nanothink.errors import CheckpointMismatchError, UsageError
 from nanothink.reporter import SILENT, Reporter
@@ -80,9 +81,8 @@ def export_gguf(
             {**settings, "vocab_size": model.vocab_size},
             model_state(model),
             loaded.tokenizer,
-            starts_with_eos=not origin or payload["step"] > 0,
+            starts_with_eos=(not origin or payload["step"] > 0) and loaded.tokenizer.chat in (None, PLAIN),
             licence=origin.get("licence"),
-            chat_template=origin.get("chat_template"),
         ),
         file,
         quantization=quantization,

@@ -95,7 +95,6 @@ def import_model(
         "family": found.model_type,
         "licence": found.licence,
         "stored_as": found.stored_as,
-        "chat_template": found.chat_template,
     }
     own = OWN_SECTION in found.settings.to_dict()  # an export of ours says what its model was trained on
     split = read_export(folder)["split"] if own else UNKNOWN_TEXT.to_state()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -13,40 +13,26 @@ import torch
 
 from nanothink.checkpoints import SplitRecord, is_export
 from nanothink.config import Config
+from nanothink.data.chat import ChatEncoder
 from nanothink.data.split import TrainedText, text_key
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.errors import UsageError
 from nanothink.inference.denoising import Reconstruction, measured_levels, reconstruct
 from nanothink.inference.generate import StreamDecoder, generate
+from nanothink.inference.routed import RoutedPiece, generate_routed
 from nanothink.inference.sampling import sampling_config
 from nanothink.inference.stopping import generate_until
 from nanothink.models import training_of
 from nanothink.models.contract import LanguageModel, State
-from nanothink.models.decoding_states import Ddim, JointState
+from nanothink.models.decoding_states import Ddim
 from nanothink.models.diffuser import Diffuser
-from nanothink.models.document_cache import CachedModel, CachedState
+from nanothink.models.document_cache import CachedModel
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import Precision, choose_device
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.saved_model import SavedModel
 from nanothink.runs.vector_store import open_beside
 from nanothink.vector_store.contents import VectorStore
-
-
-@dataclass(frozen=True)
-class RoutedPiece:
-    """A token that a combined model has drawn."""
-
-    text: str
-    """Text that became final with it; empty while a character is unfinished."""
-    token: int
-    weights: Mapping[str, float]
-    """Weight of each expert, and of "vector_store", in the prediction of this token."""
-
-    @property
-    def trusted(self) -> str:
-        """Name of the component with the largest weight."""
-        return max(self.weights, key=self.weights.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -254,6 +240,51 @@ class TrainedModel:
             start=self._start_by_ddim(ddim_steps) if ddim_steps is not None else None,
         )
 
+    @cached_property
+    def chat(self) -> ChatEncoder:
+        """Conversations as tokens, by the model's chat template.
+
+        Raises:
+            UsageError: it has none.
+        """
+        if self.tokenizer.chat is None:
+            raise UsageError(
+                f"{self.path} has no chat template: it continues texts, and was not trained to answer. "
+                "Import an instruct model (nanothink checkpoints import), or train on conversations: records "
+                "with `messages` (docs/data.md)."
+            )
+        return ChatEncoder(self.tokenizer)
+
+    def answer(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> list[str]:
+        """Write the next message of each of several conversations.
+
+        Args:
+            conversations: messages with ``role`` ("system", "user" or "assistant") and ``content``.
+            on_text: called with (row, piece of text) as text becomes final.
+            stop, sampling: as of ``generate``.
+
+        Raises:
+            UsageError: the model has no chat template.
+            ChatTemplateError: it does not take these messages.
+        """
+        return generate_until(
+            self.decoder,
+            [self.chat.prompt(messages) for messages in conversations],
+            sampling_config(**sampling),
+            stop,
+            tokenizer=self.tokenizer,
+            eos_id=self.tokenizer.eos_id,
+            on_text=on_text or (lambda row, piece: None),
+            end_ids=self.chat.end_ids,
+        )
+
     def generate_routed(
         self, prompt: str, *, on_piece: Callable[[RoutedPiece], None] | None = None, **sampling: Any
     ) -> list[RoutedPiece]:
@@ -268,37 +299,14 @@ class TrainedModel:
             UsageError: this model combines no experts.
         """
         self._combined()
-        text = StreamDecoder(self.tokenizer)
-        states: list[JointState | CachedState] = []
-        decoder = cast(NanoThink | CachedModel, self.decoder)
-        pieces: list[RoutedPiece] = []
-
-        def start(seeds: Sequence[int]) -> State:
-            states[:] = [decoder.start(len(seeds))]
-            return states[0]
-
-        def say(piece: str, token: int) -> None:
-            weights = states[0].weights
-            assert weights is not None
-            trust = dict(zip(decoder.components, weights[0].tolist(), strict=True))
-            pieces.append(RoutedPiece(piece, token, trust))
-            if on_piece is not None:
-                on_piece(pieces[-1])
-
-        generate(
-            self.decoder,
-            [self.tokenizer.encode(prompt)],
+        return generate_routed(
+            cast(NanoThink | CachedModel, self.decoder),
+            self.tokenizer.encode(prompt),
             sampling_config(**sampling),
+            tokenizer=self.tokenizer,
             eos_id=self.tokenizer.eos_id,
-            on_token=lambda _, token: say(text.push(token), token),
-            start=start,
+            on_piece=on_piece,
         )
-        if rest := text.flush():  # an unfinished character belongs to its last token
-            last = pieces.pop()
-            pieces.append(replace(last, text=last.text + rest))
-            if on_piece is not None:
-                on_piece(replace(last, text=rest))
-        return pieces
 
     def denoise(
         self,

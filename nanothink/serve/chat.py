@@ -1,58 +1,54 @@
-"""A conversation as the text that a model continues."""
+"""A conversation as the tokens that a model continues."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from nanothink.errors import UsageError
+from nanothink.data.chat import ChatEncoder
+from nanothink.data.chat_process import ChatTemplateError
+from nanothink.data.encoding import Tokenizer
 from nanothink.serve.errors import RequestError
+from nanothink.serve.requests import Message
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Roles that a message may have, and what a template calls them."""
 
 
-class ChatTemplate:
-    """A Jinja template of the kind that tokenizers carry; it can reach neither files nor Python.
+class Chats:
+    """Conversations with one model: by its chat template, or, without one, as plain text.
 
-    Args:
-        source: the template; None passes the text of the messages through, one after the other, which suits a
-            model that was trained on plain text.
-        eos_token: text of the end of a document, a variable of templates.
-
-    Raises:
-        UsageError: it is no template.
+    Plain text suits a model that was trained on nothing else: its messages are passed through.
     """
 
-    def __init__(self, source: str | None, eos_token: str) -> None:
-        self.source, self._eos_token = source, eos_token
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            self._template = None if source is None else environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise UsageError(f"The chat template is not valid Jinja: {error}.") from None
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._encoder = ChatEncoder(tokenizer) if tokenizer.chat else None
+        self.end_ids: frozenset[int] = self._encoder.end_ids if self._encoder else frozenset()
+        """Tokens that end an answer."""
 
-    def render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The text of a conversation, up to where the model is to answer.
+    @property
+    def template(self) -> str | None:
+        """Its Jinja."""
+        return self._tokenizer.chat.template if self._tokenizer.chat else None
+
+    def tokens(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation, up to where the model is to answer.
 
         Raises:
-            RequestError: the template does not take these messages.
+            RequestError: a role is none, or the template does not take these messages.
         """
-        if self._template is None:
-            return "".join(message["content"] for message in messages)
+        for number, message in enumerate(messages):
+            if message.role not in _ROLES:
+                raise RequestError(
+                    f"messages.{number}.role: {message.role!r:.60} is none of {', '.join(_ROLES)}",
+                    param="messages",
+                )
+        if self._encoder is None:
+            return self._tokenizer.encode("".join(message.text for message in messages))
+        given = [{"role": _ROLES[message.role], "content": message.text} for message in messages]
         try:
-            return self._template.render(
-                messages=list(messages),
-                add_generation_prompt=True,
-                eos_token=self._eos_token,
-                bos_token=self._eos_token,
-            )
-        except Exception as error:  # a template is a program of its own
+            return self._encoder.prompt(given)
+        except ChatTemplateError as error:
             raise RequestError(
-                f"The model's chat template does not take these messages: {error}", param="messages"
+                f"The model's chat template does not take these messages: {error.reason}", param="messages"
             ) from None
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)

@@ -16,7 +16,7 @@ from nanothink.inference.engine import Row
 from nanothink.inference.scores import text_scores
 from nanothink.runs.trained_model import TrainedModel
 from nanothink.serve.answers import Answer, Choice, ScoredToken, TokenTexts
-from nanothink.serve.chat import ChatTemplate
+from nanothink.serve.chat import Chats
 from nanothink.serve.errors import RequestError, json_response
 from nanothink.serve.inspecting import inspect
 from nanothink.serve.model_thread import ModelThread, Ticket
@@ -59,7 +59,7 @@ class Gone(Exception):
 class ServedModel:
     name: str
     loaded: TrainedModel
-    template: ChatTemplate
+    chats: Chats
     created: int
     """Unix time at which its checkpoint was written."""
 
@@ -112,7 +112,7 @@ class Endpoints:
                 "bos_token": eos,
                 "pad_token": None,
                 "vocab_size": model.loaded.tokenizer.vocab_size,
-                "chat_template": model.template.source,
+                "chat_template": model.chats.template,
             }
         )
 
@@ -175,8 +175,7 @@ class Endpoints:
     async def chat(self, request: Request) -> Response:
         asked = parse(ChatRequest, await self._body(request))
         model = self._model(asked.model)
-        messages = [{"role": message.role, "content": message.text} for message in asked.messages]
-        prompts = [self._encoded(model, model.template.render(messages), "messages")]
+        prompts = [await asyncio.to_thread(model.chats.tokens, asked.messages)]
         self._check_size(asked, prompts)
         choices = [
             Choice(
@@ -190,7 +189,7 @@ class Endpoints:
         ]
         answer = Answer(model.name, choices, len(prompts[0]), chat=True)
         likeliest = (asked.top_logprobs or 0) if asked.logprobs else None
-        return await self._write(request, asked, model, prompts, answer, likeliest)
+        return await self._write(request, asked, model, prompts, answer, likeliest, model.chats.end_ids)
 
     async def _write(
         self,
@@ -200,10 +199,11 @@ class Endpoints:
         prompts: Sequence[Sequence[int]],
         answer: Answer,
         n_likeliest: int | None,
+        end_ids: frozenset[int] = frozenset(),
     ) -> Response:
         """Have the texts of a request written, and answer at the end, or piece by piece."""
         rows = [
-            Row(prompt, asked.sampling(choice), n_likeliest=n_likeliest)
+            Row(prompt, asked.sampling(choice), n_likeliest=n_likeliest, end_ids=end_ids)
             for prompt in prompts
             for choice in range(asked.n_choices)
         ]

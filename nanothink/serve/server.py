@@ -14,10 +14,12 @@ from pathlib import Path
 
 import uvicorn
 
+from nanothink.data.chat import ChatEncoder, ChatFormat
+from nanothink.data.chat_process import ChatTemplateError
 from nanothink.errors import UsageError
 from nanothink.runs.trained_model import TrainedModel
 from nanothink.serve.app import Access, build_app
-from nanothink.serve.chat import ChatTemplate
+from nanothink.serve.chat import Chats
 from nanothink.serve.endpoints import Limits, ServedModel
 
 _DRAIN_SECONDS = 60
@@ -40,9 +42,18 @@ def served_models(loaded: Sequence[TrainedModel], chat_template: str | None) -> 
         name = one.path.stem if one.path.is_file() else one.path.name
         if name in served:
             raise UsageError(f"{served[name].loaded.path} and {one.path} would both be called {name}.")
-        eos = one.tokenizer.decode([one.tokenizer.eos_id])
-        created = int(one.path.stat().st_mtime)
-        served[name] = ServedModel(name, one, ChatTemplate(chat_template, eos), created)
+        tokenizer = one.tokenizer
+        if chat_template is not None:
+            special = dict(tokenizer.chat.special_tokens) if tokenizer.chat else {}
+            chat = ChatFormat.of(chat_template, special)
+            if chat is None:
+                raise UsageError("The chat template is empty or too long.")
+            tokenizer = tokenizer.with_chat(chat)
+            try:
+                ChatEncoder(tokenizer).check()
+            except ChatTemplateError as error:
+                raise UsageError(f"The chat template cannot be used: {error.reason}.") from None
+        served[name] = ServedModel(name, one, Chats(tokenizer), int(one.path.stat().st_mtime))
     return list(served.values())
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from nanothink.cli.render import results
-from nanothink.runs.trained_model import RoutedPiece
+from nanothink.inference.routed import RoutedPiece
 
 PIECES = [
     RoutedPiece("The", 5, {"code": 0.7, "tales": 0.3}),

@@ -21,6 +21,7 @@ import nanothink as package
 from nanothink.checkpoints.export import FILES
 from nanothink.cli.app import run
 from nanothink.data.tokenizer import Tokenizer, load_tokenizer
+from nanothink.data.tokenizer_files import CHAT_TEMPLATE
 from nanothink.models import COMBINED
 from nanothink.runs.exporting import export_checkpoint
 
@@ -159,7 +160,7 @@ def test_settings_that_generation_needs(checkpoint: Callable[..., Path], tmp_pat
 
 def test_nothing_of_the_machine_is_in_it(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     export_checkpoint(checkpoint(COMBINED), tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(FILES)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted({*FILES} - {CHAT_TEMPLATE})
     for path in (tmp_path / "out").iterdir():
         content = path.read_bytes()
         assert b"somebody" not in content, path

@@ -20,9 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanothink.errors import UsageError
-from nanothink.serve.chat import ChatTemplate
 from nanothink.serve.endpoints import Limits
-from nanothink.serve.server import access, is_loopback, listen
+from nanothink.serve.server import access, is_loopback, listen, served_models
 
 if TYPE_CHECKING:
     from serve.conftest import Running, Serve
@@ -168,8 +167,9 @@ def test_a_chat_template_is_the_models(serve: Serve, server: Running) -> None:
         assert ask(templated.url, "/tokenizer_info")[1]["chat_template"] == source
         body = {"messages": [{"role": "user", "content": "The"}], "max_tokens": 8, "temperature": 0}
         answer = ask(templated.url, "/v1/chat/completions", body)[1]
-        expected = loaded.generate("<user>The<|endoftext|>", temperature=0, max_new_tokens=8)
-        assert answer["choices"][0]["message"]["content"] == expected
+        tokens = [*loaded.tokenizer.encode("<user>The"), loaded.tokenizer.eos_id]  # a template writes tokens
+        (expected,) = loaded.continue_tokens([tokens], temperature=0, max_new_tokens=8)
+        assert answer["choices"][0]["message"]["content"] == loaded.tokenizer.decode(expected)
 
 
 @pytest.mark.parametrize(
@@ -184,9 +184,17 @@ def test_a_template_reaches_nothing(serve: Serve, server: Running, source: str) 
         assert message.startswith("The model's chat template does not take these messages")
 
 
-def test_what_is_no_template_is_said() -> None:
+def test_what_is_no_template_is_said(server: Running) -> None:
     with pytest.raises(UsageError, match="not valid Jinja"):
-        ChatTemplate("{% if %}", "")
+        served_models([server.models["transformer_expert"]], "{% if %}")
+
+
+@pytest.mark.parametrize("role", ["tool", "teacher", ""])
+def test_an_odd_role_is_refused(server: Running, role: str) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}, {"role": role, "content": "Hi"}]}
+    status, message = refused(server.url, "/v1/chat/completions", body)
+    assert status == 400
+    assert message.startswith(f"messages.1.role: {role!r} is none of system")
 
 
 SCHEMAS = st.recursive(

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from nanothink.cli.render.training import TrainingView
     from nanothink.inference.denoising import Reconstruction
     from nanothink.inference.evaluate import Difference, Evaluation
+    from nanothink.inference.routed import RoutedPiece
     from nanothink.runs.estimate import RunEstimate
     from nanothink.runs.evaluating import CheckpointEvaluation
     from nanothink.runs.timing import RunTime
-    from nanothink.runs.trained_model import RoutedPiece
     from nanothink.training.events import RunFinished
 
 
