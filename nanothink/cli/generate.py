@@ -132,7 +132,9 @@ def generate(
     ] = False,
     system: Annotated[
         str | None,
-        typer.Option("--system", metavar="TEXT", help="With --chat: what the model is told first."),
+        typer.Option(
+            "--system", metavar="TEXT", help="With --chat: what the model is told first. [default: none]"
+        ),
     ] = None,
     no_vector_store: NoVectorStore = False,
     document_cache: DocumentCache = False,
