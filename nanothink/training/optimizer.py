@@ -41,7 +41,7 @@ class GroupedOptimizer:
         }
         if isinstance(config, TrainExpertConfig):
             multipliers["adapters"] = config.lr_adapters
-        unknown = set(groups) - set(multipliers)
+        unknown = {role for role, named in groups.items() if named} - set(multipliers)
         if unknown:
             raise ValueError(f"unknown parameter groups: {sorted(unknown)}")
         adamw_groups: list[dict[str, Any]] = []
