@@ -24,6 +24,7 @@ from nanothink.errors import counted
 
 if TYPE_CHECKING:
     from nanothink.data.corpus import ValidationReport
+    from nanothink.data.importing import ImportReport
 
 app = typer.Typer(
     help="Inspect, validate, sample and import text.", no_args_is_help=True, rich_markup_mode=None
@@ -247,83 +248,116 @@ def sample(
     "import",
     cls=ForgivingCommand,
     epilog=examples(
-        "data import notes.txt --domain notes", "data import table.csv --domain faq --text-field answer"
+        "data import notes.txt letters/ --domain notes",
+        "data import table.csv --domain faq --template '{question}\\n\\n{answer}'",
     ),
 )
 def import_text(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A file, a folder, or hf:NAME for a Hugging Face dataset.")
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="Files, folders, quoted patterns, or hf:NAME for the Hub."),
     ],
     domain: Annotated[str, typer.Option(metavar="NAME", help="Domain to put it in.")],
     data_dir: DataDir = None,
     text_field: Annotated[
-        str, typer.Option(metavar="NAME", help="Field or column that holds the text.")
-    ] = "text",
+        str | None,
+        typer.Option(metavar="NAME", help="Field or column that holds the text. [default: text]"),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Text of several fields, as in '{subject}\\n\\n{body}'."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the file to write. [default: the source's]")
+    ] = None,
+    delimiter: Annotated[
+        str | None,
+        typer.Option(metavar="CHAR", help="What separates the columns of a table. [default: what fits]"),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Columns of a table that has no header, as in date,text."),
     ] = None,
     quotes: Annotated[
         bool | None,
         typer.Option(
             "--quotes/--no-quotes",
-            help="Fields of a csv or tsv may be quoted. [default: in csv, not in tsv]",
+            help="Fields of a table may be quoted. [default: yes, but not in tsv]",
             show_default=False,
         ),
     ] = None,
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Encoding of the text; auto takes the likely one. [default: utf-8]"
+        ),
+    ] = None,
+    config_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Configuration of a Hub data set.")
+    ] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="Split of a Hub data set.")] = "train",
+    skip_bad_files: Annotated[
+        bool, typer.Option("--skip-bad-files", help="Leave out files that cannot be read, and name them.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier import of the same name.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the first records, and write nothing.")
     ] = False,
     as_json: Json = False,
 ) -> int:
     """Import text of other formats.
 
-    txt, md, csv, tsv, json, jsonl, parquet, a folder of texts (txt, md), or a Hugging Face dataset (hf:NAME).
+    txt, md, csv, tsv, json, jsonl, parquet, folders of texts (txt, md), or Hugging Face datasets (hf:NAME).
     """
     from nanothink.cli import render
     from nanothink.data.importing import import_source
 
     with render.reporting() as reporter:
         report = import_source(
-            source,
+            sources,
             domain=domain,
             data_dir=Path(data_dir or "data"),
             name=name,
             text_field=text_field,
+            template=template,
+            delimiter=delimiter,
             quotes=quotes,
+            columns=columns,
+            encoding=encoding,
+            config_name=config_name,
+            split=split,
+            skip_bad_files=skip_bad_files,
             overwrite=overwrite,
+            dry_run=dry_run,
             reporter=reporter,
         )
     if as_json:
-        render.print_json(
-            {
-                "path": report.path,
-                "domain": report.domain,
-                "n_records": report.records,
-                "n_bytes": report.n_bytes,
-                "n_empty": report.empty,
-                "n_multiline_fields": report.n_spanning,
-                "first_multiline_field": report.first_spanning,
-                "n_bad_rows": len(report.found_bad_rows),
-                "n_warnings": len(report.found_warnings),
-                "bad_rows": report.bad_rows,
-                "bad_row_groups": report.found_bad_rows.groups,
-                "warnings": report.warnings,
-                "seconds": report.seconds,
-            }
-        )
-        return 1 if report.bad_rows else 0
-    render.problems(report.found_warnings, render.warning)
-    render.problems(report.found_bad_rows, render.error)
-    if report.found_bad_rows:
-        render.warning(f"{counted(len(report.found_bad_rows), 'row')} left out, as said above.")
-    if report.empty:
-        render.warning(f"{counted(report.empty, 'row')} left out: no text.")
-    render.say(f"{report.path}: {counted(report.records, 'record')}, {render.size(report.n_bytes)}.")
-    if report.n_spanning:
-        fields = "1 field spans" if report.n_spanning == 1 else f"{report.n_spanning:,} fields span"
-        first = "it begins" if report.n_spanning == 1 else "the first begins"
-        render.say(
-            f"{fields} several lines; {first} in line {report.first_spanning:,}. A quote that is missing "
-            "would merge rows: is the number of records right?"
-        )
-    return 1 if report.bad_rows else 0
+        preview = [record.model_dump(exclude_none=True) for record in report.preview]
+        render.print_json(_import_as_json(report) | ({"preview": preview} if dry_run else {}))
+    else:
+        render.imported(report)
+    return 1 if report.bad_rows or report.bad_files else 0
+
+
+def _import_as_json(report: ImportReport) -> dict[str, Any]:
+    findings = report.findings
+    return {
+        "path": report.path,
+        "domain": report.domain,
+        "n_sources": report.n_sources,
+        "n_records": report.records,
+        "n_bytes": report.n_bytes,
+        "n_empty": report.empty,
+        "n_multiline_fields": report.n_spanning,
+        "first_multiline_field": report.first_spanning,
+        "n_bad_rows": len(findings.bad_rows),
+        "n_bad_files": len(findings.bad_files),
+        "n_warnings": len(findings.warnings),
+        "bad_rows": report.bad_rows,
+        "bad_row_groups": findings.bad_rows.groups,
+        "bad_files": report.bad_files,
+        "warnings": report.warnings,
+        "seconds": report.seconds,
+    }

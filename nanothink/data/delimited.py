@@ -1,5 +1,7 @@
 """Rows of CSV files, with quotes (RFC 4180), and of TSV files, without (IANA text/tab-separated-values).
 
+The delimiter is the one that fits the first rows, whatever the file's name says, unless it is named.
+
 A missing quote merges many rows into one field. Fields that span lines are therefore counted, one that seems
 to hold rows is named in a warning, and one that never ends is an error at the line where it begins.
 """
@@ -7,53 +9,109 @@ to hold rows is named in a warning, and one that never ends is an error at the l
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import re
-import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
+from nanothink.data.decoding import encoding_of, open_text, reading
 from nanothink.data.lines import MAX_LINE_BYTES, Problem, shown
-from nanothink.data.text_files import Findings, Row, file_size, no_such_field, open_text, reading
-from nanothink.errors import DataError, counted
+from nanothink.data.row_text import RowFault, RowText
+from nanothink.data.tables import row_of
+from nanothink.data.text_files import Findings, Row
+from nanothink.errors import DataError, UsageError, counted
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 
 _DELIMITER_NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+_ASKED = {r"\t": "\t", "tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _MANY_LINES = 100
 """Lines in a quoted field above which a missing quote is more likely than a long text."""
 _NAMED = 3
+_NONE = "\x1f"
+"""Delimiter of a table of one column: lines may hold any other."""
+_SNIFFED_CHARS = 2**16
+_SNIFFED_ROWS = 200
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How tables are read. What is None follows from each file.
+
+    Attributes:
+        delimiter: one character between two columns.
+        quotes: whether a field in double quotes may hold delimiters, line ends, and doubled quotes; otherwise
+            a quote is an ordinary character.
+        columns: names of the columns of a table that has no header.
+    """
+
+    delimiter: str | None = None
+    quotes: bool | None = None
+    columns: tuple[str, ...] | None = None
+
+
+def known_delimiter(asked: str) -> str:
+    """Return the character that ``--delimiter`` names. Raises UsageError."""
+    delimiter = _ASKED.get(asked.lower(), asked)
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise UsageError(
+            f"{asked!r} cannot separate columns: one character can, or {', '.join(_ASKED)}. For example: "
+            "--delimiter ';'"
+        )
+    return delimiter
 
 
 def table_rows(
-    path: Path, delimiter: str, text_field: str, findings: Findings, *, quotes: bool
+    path: Path, origin: str, text: RowText, dialect: Dialect, encoding: str | None, findings: Findings
 ) -> Iterator[Row]:
-    """Yield the rows below the header, each with the line where it begins.
+    """Yield the rows below the header, each with the line where it begins."""
+    encoding = encoding_of(path, encoding)
+    with reading(path):
+        delimiter, n_skipped = _delimiter(path, text, dialect, encoding)
+        quotes = _quotes(path, delimiter, dialect)
+        if (
+            (usual := DELIMITERS.get(_suffix(path)))
+            and delimiter not in (usual, _NONE)
+            and not dialect.delimiter
+        ):
+            named = _DELIMITER_NAMES.get(delimiter, repr(delimiter))
+            findings.reporter.note(f"{shown(path)} separates its columns with {named}.")
+        yield from _rows(
+            path, origin, text, delimiter, quotes, dialect.columns, encoding, n_skipped, findings
+        )
 
-    With ``quotes`` a field in double quotes may hold delimiters, line ends, and doubled quotes; without, a
-    quote is an ordinary character.
-    """
-    total = file_size(path)
+
+def _rows(
+    path: Path,
+    origin: str,
+    text: RowText,
+    delimiter: str,
+    quotes: bool,
+    header: Sequence[str] | None,
+    encoding: str,
+    n_skipped: int,
+    findings: Findings,
+) -> Iterator[Row]:
     limit = csv.field_size_limit(MAX_LINE_BYTES)  # belongs to the whole process: put back below
     spans = _Spans(path, delimiter, findings)
     end_of_last = n_quoted = first_quoted = 0
     try:
-        with reading(path), open_text(path, newline="") as file:
-            reader = csv.reader(
-                file,
-                delimiter=delimiter,
-                strict=True,
-                quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
-            )
-            header = next(reader, [])
-            column, source, group = _columns(path, header, text_field, delimiter, quotes=quotes)
+        with open_text(path, encoding, newline="", on_bytes=findings.read) as file:
+            for _ in range(n_skipped):
+                file.readline()
+            reader = _reader(_lines(file, path), delimiter, quotes)
+            if header is None:
+                header = next(reader, [])
+            needed = _columns(path, header, text, quotes=quotes)
             end_of_last = reader.line_num
-            for count, row in enumerate(reader, 1):
-                line, end_of_last, n_lines = end_of_last + 1, reader.line_num, reader.line_num - end_of_last
-                if count % 1000 == 0:
-                    findings.advance(file.buffer.raw.tell(), total)  # type: ignore[attr-defined]
+            for row in reader:
+                line, n_lines = end_of_last + 1 + n_skipped, reader.line_num - end_of_last
+                end_of_last = reader.line_num
                 if n_lines > 1:
                     spans.look(line, row, len(header))
                 if not row:
@@ -62,71 +120,136 @@ def table_rows(
                     reason = f"the row has {counted(len(row), 'field')}, the header has {len(header)}"
                     findings.bad_rows.add(Problem(shown(path), line, 1, reason))
                 else:
-                    text = row[column]
-                    if not quotes and text[:1] == text[-1:] == '"' and len(text) > 1:
+                    try:
+                        found = row_of(line, f"{origin}:{line}", {name: row[i] for name, i in needed}, text)
+                    except RowFault as fault:
+                        findings.bad_rows.add(Problem(shown(path), line, 1, str(fault)))
+                        continue
+                    value = found.text
+                    if (
+                        not quotes
+                        and isinstance(value, str)
+                        and value[:1] == value[-1:] == '"'
+                        and len(value) > 1
+                    ):
                         n_quoted += 1
                         first_quoted = first_quoted or line
-                    origin = row[source] if source is not None else ""
-                    own_group = row[group] if group is not None else None
-                    yield Row(line, origin or shown(f"{path.name}:{line}"), text, own_group)
+                    yield found._replace(group=found.group or None)
     except csv.Error as error:
-        raise _unreadable(path, delimiter, end_of_last + 1, reader.line_num, str(error), quotes) from None
+        raise _unreadable(
+            path,
+            delimiter,
+            end_of_last + 1 + n_skipped,
+            reader.line_num + n_skipped,
+            str(error),
+            quotes,
+            encoding,
+        ) from None
     finally:
         csv.field_size_limit(limit)
     spans.tell()
     if n_quoted:
         findings.warnings.add(_kept_quotes(path, n_quoted, first_quoted))
-    findings.advance(total, total)
 
 
-def _columns(
-    path: Path, header: list[str], text_field: str, delimiter: str, *, quotes: bool
-) -> tuple[int, int | None, int | None]:
-    """Indices of the columns of text, source and group."""
-    if text_field not in header:
-        if other := _other_delimiter(header, delimiter):
-            raise DataError(_wrong_delimiter(path, delimiter, other, named=header[0].startswith("sep=")))
-        if not quotes and f'"{text_field}"' in header:
-            raise DataError(
-                f"{shown(path)} has no '{text_field}', but a '\"{text_field}\"': its fields are in quotes. "
-                "Import it with --quotes."
-            )
-        raise no_such_field(shown(path), text_field, header)
-    if header.count(text_field) > 1:
-        raise DataError(
-            f"{shown(path)} has {header.count(text_field)} columns '{text_field}'. Rename all but one."
-        )
-    source, group = (
-        header.index(name) if name in header and name != text_field else None for name in ("source", "group")
+def _reader(lines: Iterable[str], delimiter: str, quotes: bool) -> Any:
+    return csv.reader(
+        lines,
+        delimiter=delimiter,
+        strict=True,
+        quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
     )
-    return header.index(text_field), source, group
 
 
-def _other_delimiter(header: list[str], delimiter: str) -> str:
-    """The likely delimiter of a header that ``delimiter`` does not split; empty if there is none."""
-    if header == ["sep=", ""]:
-        return delimiter
-    if len(header) != 1:
-        return ""
-    if header[0].startswith("sep=") and len(header[0]) == 5:  # Excel's way to name it
-        return header[0][4]
-    others = [other for other in _DELIMITER_NAMES if other != delimiter]
-    most = max(others, key=header[0].count)
-    return most if most in header[0] else ""
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    for number in itertools.count(1):
+        line = file.readline(MAX_LINE_BYTES + 1)
+        if len(line) > MAX_LINE_BYTES:
+            size = f"{MAX_LINE_BYTES // 2**20} MiB"
+            raise DataError(
+                f"{shown(path)}, line {number}: longer than {size}, and no record is. Cut its text."
+            )
+        if not line:
+            return
+        yield line
 
 
-def _wrong_delimiter(path: Path, delimiter: str, other: str, *, named: bool) -> str:
-    """Message with the command that converts the file. ``named``: its first line is Excel's ``sep=``."""
-    means = f"{path.suffix.lower()} means {_DELIMITER_NAMES[delimiter]}"
-    what = f"{shown(path)} separates its columns with {_DELIMITER_NAMES.get(other, repr(other))}, and {means}"
-    for suffix, own in DELIMITERS.items():
-        if own == other and not named:
-            return f"{what}. Rename it to {path.stem}{suffix}."
-    skip = "sys.stdin.readline(); " if named else ""
-    rows = f"csv.reader(sys.stdin, delimiter={other!r}, strict=True)"
-    program = f"import csv, sys; {skip}csv.writer(sys.stdout).writerows({rows})"
-    command = f"PYTHONUTF8=1 python3 -c {shlex.quote(program)} < {shlex.quote(str(path))}"
-    return f"{what}. Convert it: {command} > {shlex.quote(f'{path.stem}-commas.csv')}"
+def _columns(path: Path, header: Sequence[str], text: RowText, *, quotes: bool) -> list[tuple[str, int]]:
+    """Names and indices of the columns that are needed."""
+    missing = [name for name in text.names or ("text",) if name not in header]
+    if not quotes and missing and f'"{missing[0]}"' in header:
+        raise DataError(
+            f"{shown(path)} has no '{missing[0]}', but a '\"{missing[0]}\"': its fields are in quotes. "
+            "Import it with --quotes."
+        )
+    try:
+        needed = text.columns(shown(path), header)
+    except DataError as error:
+        raise DataError(
+            f"{error}. If its first row is no header, name the columns: {_name_them(header)}"
+        ) from None
+    needed += [name for name in ("source", "group") if name in header and name not in needed]
+    for name in needed:
+        if header.count(name) > 1:
+            raise DataError(f"{shown(path)} has {header.count(name)} columns '{name}'. Rename all but one.")
+    return [(name, header.index(name)) for name in needed]
+
+
+def _name_them(header: Sequence[str]) -> str:
+    """Option that names the columns of a table without a header: the text is likely the longest."""
+    longest = max(range(len(header)), key=lambda i: len(header[i]), default=0)
+    return "--columns " + ",".join("text" if i == longest else f"c{i + 1}" for i in range(len(header)))
+
+
+def _delimiter(path: Path, text: RowText, dialect: Dialect, encoding: str) -> tuple[str, int]:
+    """Return the delimiter of a table, and the number of lines above its header."""
+    with open_text(path, encoding, newline="") as file:
+        start = file.read(_SNIFFED_CHARS)
+    named = re.match(r"sep=(.)\r?\n", start)  # Excel's way to name it
+    if named:
+        return dialect.delimiter or named.group(1), 1
+    if dialect.delimiter:
+        return dialect.delimiter, 0
+    usual = DELIMITERS.get(_suffix(path), ",")
+    whole = start if len(start) < _SNIFFED_CHARS else start[: start.rfind("\n") + 1] or start
+    fits = {
+        delimiter: _fit(whole, delimiter, _quotes(path, delimiter, dialect), text, dialect.columns)
+        for delimiter in (usual, *(other for other in _DELIMITER_NAMES if other != usual))
+    }
+    best = max(fits, key=lambda delimiter: fits[delimiter])
+    has_one_column = not dialect.columns and all(n_columns < 2 for _, _, n_columns in fits.values())
+    return (_NONE if has_one_column else best), 0
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
+
+
+def _quotes(path: Path, delimiter: str, dialect: Dialect) -> bool:
+    if dialect.quotes is not None:
+        return dialect.quotes
+    return _suffix(path) == ".csv" or delimiter not in ("\t", _NONE)
+
+
+def _fit(
+    start: str, delimiter: str, quotes: bool, text: RowText, columns: Sequence[str] | None
+) -> tuple[bool, float, int]:
+    """Measure how well a delimiter fits the start of a table: whether the header then has the needed columns,
+    the share of rows that are as long as it, if that is more than one column, and its length.
+    """
+    rows = []
+    try:
+        for row in itertools.islice(
+            _reader(io.StringIO(start, newline=""), delimiter, quotes), _SNIFFED_ROWS
+        ):
+            rows.append(row)
+    except csv.Error:  # the sample may end in a quoted field
+        pass
+    header = columns or (rows[0] if rows else [])
+    below = [row for row in rows[0 if columns else 1 :] if row]
+    share = sum(len(row) == len(header) for row in below) / len(below) if below else 1.0
+    has_names = columns is None and text.has_columns(header)
+    return has_names, share if len(header) > 1 else 0.0, len(header)
 
 
 class _Spans:
@@ -173,7 +296,9 @@ def _kept_quotes(path: Path, n_texts: int, first: int) -> Problem:
     return Problem(shown(path), first, 1, reason)
 
 
-def _unreadable(path: Path, delimiter: str, first: int, last: int, why: str, quotes: bool) -> DataError:
+def _unreadable(
+    path: Path, delimiter: str, first: int, last: int, why: str, quotes: bool, encoding: str
+) -> DataError:
     """Make the error for a row that begins in line ``first`` and could not be read beyond line ``last``."""
     place = f"{shown(path)}, line {last}"
     if not quotes:
@@ -183,7 +308,7 @@ def _unreadable(path: Path, delimiter: str, first: int, last: int, why: str, quo
                 f"{place}: a field takes more than {size}, and no record is that long. Cut its text."
             )
         return DataError(f"{place}: {why}.")
-    began = _open_quote(path, delimiter, first, last)
+    began = _open_quote(path, encoding, delimiter, first, last)
     field = f"the quoted field that begins in line {began}"
     remedy = (
         "Close its quote, or write a quote that belongs to the text twice. If quotes are text like any "
@@ -199,10 +324,10 @@ def _unreadable(path: Path, delimiter: str, first: int, last: int, why: str, quo
     return DataError(f"{place}: {why}. Check the quotes there.")
 
 
-def _open_quote(path: Path, delimiter: str, first: int, last: int) -> int:
+def _open_quote(path: Path, encoding: str, delimiter: str, first: int, last: int) -> int:
     """Find the line where the last quoted field of these lines begins, by RFC 4180's rules."""
     began, at_start, inside = first, True, False
-    with open_text(path, newline="") as file:
+    with open_text(path, encoding, newline="") as file:
         for number, line in enumerate(itertools.islice(file, first - 1, last), first):
             place = 0
             while place < len(line):

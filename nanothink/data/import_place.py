@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from nanothink.errors import StorageError, UsageError
 class ImportCommand:
     """An import as typed on the command line, for messages that suggest another one."""
 
-    source: str
+    sources: tuple[str, ...]
     domain: str
     data_dir: Path
     name: str | None
@@ -25,8 +25,8 @@ class ImportCommand:
     overwrite: bool = False
 
     def __str__(self) -> str:
-        source = f"./{self.source}" if self.source.startswith("-") else self.source
-        words = ["nanothink", "data", "import", source, "--domain", self.domain]
+        sources = [f"./{source}" if source.startswith("-") else source for source in self.sources]
+        words = ["nanothink", "data", "import", *sources, "--domain", self.domain]
         if str(self.data_dir) != "data":
             words += ["--data-dir", str(self.data_dir)]
         if self.name is not None:
@@ -35,17 +35,17 @@ class ImportCommand:
         return shlex.join(words)
 
 
-def check_place(command: ImportCommand, path: Path) -> None:
-    """Refuse a ``path`` that is part of the source, or a file that exists (unless ``overwrite``).
+def check_place(command: ImportCommand, path: Path, files: Sequence[Path]) -> None:
+    """Refuse a ``path`` that is one of the ``files`` read, or a file that exists (unless ``overwrite``).
 
     Files are compared by device and inode, so links and the case of names do not matter. Raises UsageError or
     StorageError with commands that work.
     """
-    source = Path(command.source).expanduser()
-    if source.is_dir():
-        _check_folder(command, source, path.parent)
-    else:
-        _check_file(command, source, path)
+    for source in command.sources:
+        if Path(source).expanduser().is_dir():
+            _check_folder(command, Path(source).expanduser(), path.parent)
+    for file in files:
+        _check_file(command, file, path)
     if command.overwrite or not os.path.lexists(path):
         return
     free = next(number for number in range(2, 10**9) if not os.path.lexists(_numbered(path, number)))
@@ -81,7 +81,13 @@ def _check_file(command: ImportCommand, source: Path, path: Path) -> None:
     # A link is moved out of the way; what it leads to stays where it is.
     found = source.resolve() if moved.is_symlink() else aside / moved.name
     moving = [["mkdir", "-p", str(aside)], ["mv", str(moved), f"{aside}/"]]
-    steps = [*map(shlex.join, moving), str(replace(command, source=str(found)))]
+    named = [Path(name).expanduser() for name in command.sources]
+    sources = [
+        str(found) if name == source else typed for typed, name in zip(command.sources, named, strict=True)
+    ]
+    if source not in named:  # reached by a pattern, which does not reach it any more
+        sources.append(str(found))
+    steps = [*map(shlex.join, moving), str(replace(command, sources=tuple(sources)))]
     what = (
         "is the file that the import writes to: its other fields and refused rows would be lost"
         if is_target

@@ -1,16 +1,16 @@
-"""Import of other formats into a domain of records.
+r"""Import of other formats into a domain of records.
 
     .txt .md             a file becomes one record, a long one several, cut at blank lines
-    a folder             every such file below it, sorted by name
-    .csv                 one record a row, text from the column ``text_field``; fields may be quoted
-    .tsv                 the same; quotes are text unless ``quotes`` is set
+    .csv .tsv            one record a row; the delimiter is found, fields may be quoted (delimited.py)
     .json (.gz, .zst)    an array of objects, or of strings; packed also one object a line
-    .jsonl (.gz, .zst)   one record a line, text from the key ``text_field``
+    .jsonl (.gz, .zst)   one record a line
     .parquet             one record a row, read batch by batch        pip install 'nanothink[parquet]'
     hf:NAME              a data set of the Hugging Face Hub, streamed   pip install 'nanothink[datasets]'
 
-One file is written, whole or not at all, and never over its source. Rows without text are counted, and rows
-that cannot be used are named in the report; only a fault of the whole source is an error.
+Several sources become one file, written whole or not at all, and never over a source (sources.py finds them).
+The text of a row is one field, a template of several, or a conversation (row_text.py). Rows without text are
+counted, and rows that cannot be used are named in the report; a fault of a whole file is an error, or that
+file is left out and named if ``skip_bad_files`` asks for it.
 
 Pieces of one file share a ``group``, so that the split keeps them together. The rows' own ``group`` and
 ``source`` are kept.
@@ -18,29 +18,26 @@ Pieces of one file share a ``group``, so that the split keeps them together. The
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import orjson
 
-from nanothink.data.delimited import DELIMITERS, table_rows
+from nanothink.data.decoding import known_encoding
+from nanothink.data.delimited import Dialect, known_delimiter, table_rows
 from nanothink.data.import_place import ImportCommand, check_place
-from nanothink.data.lines import MAX_LINE_BYTES, SUFFIXES, Problem, shown
-from nanothink.data.problems import Problems
-from nanothink.data.records import Record, write_records
-from nanothink.data.tables import (
-    HUB_NAME,
-    holds_json_array,
-    hub_rows,
-    json_array_rows,
-    json_lines_rows,
-    parquet_rows,
-)
-from nanothink.data.text_files import TEXT_SUFFIXES, Findings, Row, folder_rows, text_file_rows
+from nanothink.data.lines import MAX_LINE_BYTES, Problem, shown
+from nanothink.data.records import Record, record_file
+from nanothink.data.row_text import RowText
+from nanothink.data.sources import DOCUMENTS, TABLE_SUFFIXES, Source, find_sources
+from nanothink.data.tables import hub_rows, json_array_rows, json_lines_rows, parquet_rows
+from nanothink.data.text_files import Findings, Row, text_file_rows
 from nanothink.errors import DataError, UsageError
 from nanothink.reporter import SILENT, Reporter
 
@@ -48,9 +45,30 @@ SPLIT_CHARS = 10_000
 """Longest record made from a text file, in characters. A book as one record would leave the split nothing to
 choose from."""
 
+PREVIEWED = 5
+"""Records of a preview at most: the first of each source, or the first of the only one."""
 
-PACKED_JSON = (".json.gz", ".json.zst")
-_KNOWN_SUFFIXES = (*TEXT_SUFFIXES, *DELIMITERS, ".json", *SUFFIXES, ".parquet")
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """How sources are read.
+
+    Attributes:
+        text: makes the text of a row.
+        dialect: how tables are read.
+        encoding: of text that is not UTF-8, or ``auto``: the one that each file seems to have.
+        split_chars: bound of records made of text files; None leaves each file whole. Rows are never cut.
+        config_name, split: part of a Hub data set.
+        skip_bad_files: leave out files that cannot be read, and name them.
+    """
+
+    text: RowText = field(default_factory=RowText)
+    dialect: Dialect = field(default_factory=Dialect)
+    encoding: str | None = None
+    split_chars: int | None = SPLIT_CHARS
+    config_name: str | None = None
+    split: str = "train"
+    skip_bad_files: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,50 +79,73 @@ class ImportReport:
     domain: str
     records: int
     n_bytes: int
-    empty: int
-    """Rows or files without text, left out."""
-    found_bad_rows: Problems
-    """Rows that could not be used, left out."""
-    found_warnings: Problems
+    n_sources: int
+    """Files that were read, those that were left out included."""
+    findings: Findings
     seconds: float
-    n_spanning: int = 0
-    """Quoted fields of a table that span several lines."""
-    first_spanning: int | None = None
-    """The line where the first of them begins."""
+    preview: tuple[Record, ...] = ()
+    """First records of a preview, which writes nothing."""
+
+    @property
+    def empty(self) -> int:
+        """Rows or files without text, left out."""
+        return self.findings.empty
 
     @property
     def bad_rows(self) -> tuple[Problem, ...]:
-        """The first of each kind, in the order found."""
-        return tuple(self.found_bad_rows.named())
+        """Rows that could not be used, left out: the first of each kind, in the order found."""
+        return tuple(self.findings.bad_rows.named())
+
+    @property
+    def bad_files(self) -> tuple[Problem, ...]:
+        """Files that could not be used, left out."""
+        return tuple(self.findings.bad_files.named())
 
     @property
     def warnings(self) -> tuple[Problem, ...]:
-        return tuple(self.found_warnings.named())
+        return tuple(self.findings.warnings.named())
+
+    @property
+    def n_spanning(self) -> int:
+        """Quoted fields of a table that span several lines."""
+        return self.findings.n_spanning
+
+    @property
+    def first_spanning(self) -> int | None:
+        """The line where the first of them begins."""
+        return self.findings.first_spanning
 
 
 def import_source(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     *,
     domain: str,
     data_dir: str | Path,
     name: str | None = None,
-    text_field: str = "text",
+    text_field: str | None = None,
+    template: str | None = None,
+    delimiter: str | None = None,
     quotes: bool | None = None,
+    columns: str | None = None,
+    encoding: str | None = None,
     split_chars: int | None = SPLIT_CHARS,
-    overwrite: bool = False,
     config_name: str | None = None,
     split: str = "train",
+    skip_bad_files: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
     reporter: Reporter = SILENT,
 ) -> ImportReport:
-    """Write ``<data_dir>/<domain>/<name>.jsonl`` from ``source``; see the module for kinds of sources.
+    """Write ``<data_dir>/<domain>/<name>.jsonl`` from one source or several; see the module for their kinds.
 
-    ``name`` is that of the source when left out. ``quotes`` says whether fields of a CSV or TSV may be
-    quoted; None: in CSV. ``split_chars`` bounds records made of text files, None leaves each file whole; rows
-    of tables are never cut. ``config_name`` and ``split`` choose a part of a Hub data set.
+    ``name`` is that of a single source when left out, else that of the domain. ``text_field`` or ``template``
+    say what the text of a row is; ``delimiter``, ``quotes`` and ``columns`` (names, between commas) how
+    tables are read; see ``ImportOptions`` for the others. ``dry_run`` writes nothing and gives the first
+    records.
 
-    Raises DataError when the source cannot be found, read or understood, or holds no text; UsageError for
-    names that cannot be, and for a source that is the file or folder that would be written to; StorageError
-    when the file exists (without ``overwrite``) or cannot be written.
+    Raises DataError when a source cannot be found, read or understood, or there is no text; UsageError for
+    names and options that cannot be, and for a source that is the file or folder that would be written to;
+    StorageError when the file exists (without ``overwrite``) or cannot be written.
     """
     began = time.perf_counter()
     check_domain_name(domain)
@@ -112,28 +153,134 @@ def import_source(
         raise UsageError(f"{name!r} cannot be the name of a file: {reason}. For example: --name letters")
     if split_chars is not None and split_chars < 1:
         raise UsageError(f"A record cannot hold {split_chars} characters; split_chars must be at least 1.")
+    names = tuple(map(str, [source] if isinstance(source, (str, Path)) else source))
+    dialect = Dialect(
+        None if delimiter is None else known_delimiter(delimiter), quotes, _column_names(columns)
+    )
+    options = ImportOptions(
+        RowText(text_field, template),
+        dialect,
+        None if encoding is None else known_encoding(encoding),
+        split_chars,
+        config_name,
+        split,
+        skip_bad_files,
+    )
     findings = Findings(reporter)
     data_dir = Path(data_dir)
-    own_name, rows = _open(
-        str(source), text_field, quotes, split_chars, config_name, split, findings, data_dir
-    )
-    path = data_dir / domain / f"{name or own_name}.jsonl"
-    options: tuple[str, ...] = ("--text-field", text_field) if text_field != "text" else ()
-    options += () if quotes is None else ("--quotes",) if quotes else ("--no-quotes",)
-    check_place(ImportCommand(str(source), domain, data_dir, name, options, overwrite), path)
-    n_records = write_records(path, _records(rows, str(source), findings), overwrite=overwrite)
+    own_name, sources = find_sources(names, findings, data_dir, as_tables=delimiter is not None)
+    _check_options(options, sources)
+    findings.total = sum(found.size for found in sources)
+    path = data_dir / domain / f"{name or own_name or domain}.jsonl"
+    typed = {
+        "--text-field": text_field,
+        "--template": template,
+        "--delimiter": delimiter,
+        "--columns": columns,
+        "--encoding": encoding,
+        "--config-name": config_name,
+        "--split": split if split != "train" else None,
+    }
+    words = [word for option, value in typed.items() if value is not None for word in (option, value)]
+    words += [] if quotes is None else ["--quotes"] if quotes else ["--no-quotes"]
+    words += ["--skip-bad-files"] if skip_bad_files else []
+    command = ImportCommand(names, domain, data_dir, name, tuple(words), overwrite)
+    check_place(command, path, [found.path for found in sources if found.kind != "hub"])
+    n_records, preview = 0, tuple[Record, ...]()
+    if dry_run:
+        preview = tuple(_previewed(sources, options, findings))
+    else:
+        n_records = _write(path, overwrite, sources, options, findings)
     return ImportReport(
-        path,
-        domain,
-        n_records,
-        path.stat().st_size,
-        findings.empty,
-        findings.bad_rows,
-        findings.warnings,
-        time.perf_counter() - began,
-        findings.n_spanning,
-        findings.first_spanning,
+        path=path,
+        domain=domain,
+        records=n_records,
+        n_bytes=0 if dry_run else path.stat().st_size,
+        n_sources=len(sources),
+        findings=findings,
+        seconds=time.perf_counter() - began,
+        preview=preview,
     )
+
+
+def _write(
+    path: Path, overwrite: bool, sources: list[Source], options: ImportOptions, findings: Findings
+) -> int:
+    with record_file(path, overwrite=overwrite) as writer:
+        for source in sources:
+            mark = writer.mark()
+            try:
+                for record in _records(source, options, findings, first_id=writer.n_records):
+                    writer.write(record)
+            except DataError as error:
+                writer.take_back(mark)
+                _leave_out(source, error, options, findings)
+        if not writer.n_records:
+            raise _no_text(sources, findings)
+    return writer.n_records
+
+
+def _previewed(sources: list[Source], options: ImportOptions, findings: Findings) -> Iterator[Record]:
+    n_each, n_records = PREVIEWED if len(sources) == 1 else 1, 0
+    for source in sources:
+        try:
+            records = _records(source, options, findings, first_id=n_records)
+            with contextlib.closing(records):
+                for record in itertools.islice(records, min(n_each, PREVIEWED - n_records)):
+                    yield record
+                    n_records += 1
+        except DataError as error:
+            _leave_out(source, error, options, findings)
+        if n_records == PREVIEWED:
+            return
+    if not n_records:
+        raise _no_text(sources, findings)
+
+
+def _leave_out(source: Source, error: DataError, options: ImportOptions, findings: Findings) -> None:
+    """Name a file that cannot be used. Raises the error, unless such files are to be left out."""
+    if not options.skip_bad_files:
+        raise error
+    place = source.origin if source.kind == "hub" else shown(source.path)
+    reason = str(error).removeprefix(place).removeprefix(":").strip()
+    findings.bad_files.add(Problem(place, 0, 0, reason))
+
+
+def _no_text(sources: list[Source], findings: Findings) -> DataError:
+    first = next(iter([*findings.bad_rows.named(), *findings.bad_files.named()]), None)
+    why = f" First problem: {first}." if first else ""
+    if first and first.reason.startswith("there is no '"):
+        why += " Name the field that holds the text: --text-field NAME"
+    where = shown(sources[0].path) if len(sources) == 1 else f"these {len(sources):,} sources"
+    return DataError(f"There is no text in {where}; nothing was written.{why}")
+
+
+def _check_options(options: ImportOptions, sources: list[Source]) -> None:
+    kinds = {source.kind for source in sources}
+    dialect = options.dialect
+    if "table" not in kinds and (dialect.quotes is not None or dialect.columns or dialect.delimiter):
+        raise UsageError(
+            "--delimiter, --columns, --quotes and --no-quotes say how tables are read, and there is none "
+            f"({', '.join(TABLE_SUFFIXES[::3])}). Leave them out."
+        )
+    if "hub" not in kinds and (options.config_name is not None or options.split != "train"):
+        raise UsageError("--config-name and --split choose a part of a Hub data set. Leave them out.")
+    if options.text.names and kinds <= DOCUMENTS:
+        raise UsageError(
+            "--text-field and --template choose fields of tables, and there is none. Leave them out."
+        )
+
+
+def _column_names(columns: str | None) -> tuple[str, ...] | None:
+    if columns is None:
+        return None
+    names = tuple(name.strip() for name in columns.split(","))
+    if "" in names or len(set(names)) < len(names):
+        raise UsageError(
+            f"--columns {columns!r} must name each column of the table once, between commas. For example: "
+            "--columns date,title,text"
+        )
+    return names
 
 
 def check_domain_name(domain: str) -> None:
@@ -156,24 +303,41 @@ def _why_no_name(name: str) -> str:
 # From any kind of row to records
 
 
-def _records(rows: Iterable[Row], source: str, findings: Findings) -> Iterator[Record]:
-    n_records = 0
-    for number, origin, value, group in rows:
+def _rows(source: Source, options: ImportOptions, findings: Findings) -> Iterator[Row]:
+    path, origin, text, encoding = source.path, source.origin, options.text, options.encoding
+    if source.kind == "hub":
+        return hub_rows(origin, text, options.config_name, options.split, findings, source.note)
+    if source.kind == "text":
+        return text_file_rows(path, origin, options.split_chars, encoding, findings)
+    if source.kind == "table":
+        return table_rows(path, origin, text, options.dialect, encoding, findings)
+    if source.kind == "JSON array":
+        return json_array_rows(path, origin, text, encoding, findings)
+    if source.kind == "JSON Lines":
+        return json_lines_rows(path, origin, text, encoding, findings)
+    return parquet_rows(path, origin, text, findings)
+
+
+def _records(
+    source: Source, options: ImportOptions, findings: Findings, *, first_id: int
+) -> Generator[Record, None, None]:
+    is_document = source.kind in DOCUMENTS
+    done_before, n_rows, id_ = findings.done, 0, first_id
+    for row in _rows(source, options, findings):
+        n_rows += 1
+        value = row.text
         if value is None or (isinstance(value, str) and (not value or value.isspace())):
             findings.empty += 1
             continue
         reason = _why_unfit(value)
         if reason:
-            findings.bad_rows.add(Problem(shown(source), number, 1, reason))
+            findings.bad_rows.add(Problem(shown(source.path), row.number, 1, reason))
             continue
-        yield Record(text=str(value), source=origin, id=n_records, group=_group_name(group))
-        n_records += 1
-    if not n_records:
-        first = findings.bad_rows.named()[:1]
-        why = "".join(f" First problem: {problem}." for problem in first)
-        if any(problem.reason.startswith("there is no '") for problem in first):
-            why += " Name the field that holds the text: --text-field NAME"
-        raise DataError(f"There is no text in {shown(source)}; nothing was written.{why}")
+        yield Record(text=str(value), source=row.source, id=id_, group=_group_name(row.group))
+        id_ += 1
+    if is_document and not n_rows:
+        findings.empty += 1
+    findings.read(source.size - (findings.done - done_before))
 
 
 def _group_name(value: object) -> str | None:
@@ -196,75 +360,3 @@ def _why_unfit(value: object) -> str:
     except UnicodeEncodeError:
         return "the text holds half of a surrogate pair, which cannot be written as UTF-8"
     return ""
-
-
-def _open(
-    source: str,
-    text_field: str,
-    quotes: bool | None,
-    split_chars: int | None,
-    config_name: str | None,
-    split: str,
-    findings: Findings,
-    data_dir: Path,
-) -> tuple[str, Iterator[Row]]:
-    """Return a name for the file to write, and the rows of the source."""
-    if source.startswith("hf:"):
-        return _hub(source[3:], text_field, config_name, split, findings, note="")
-    path = Path(source).expanduser()
-    try:
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, ValueError) as error:
-        raise DataError(f"Cannot look at {source!r}: {error}.") from None
-    if is_folder:
-        return _stem(path.resolve().name), folder_rows(path, split_chars, findings, data_dir)
-    suffix = _suffix(path)
-    if not is_file:
-        if not suffix and not path.exists() and source != "-" and HUB_NAME.fullmatch(source):
-            note = f"There is no file or folder {source!r} here, so it was taken for a Hub data set. "
-            return _hub(source, text_field, config_name, split, findings, note=note)
-        if path.exists() or source == "-":
-            raise DataError(
-                f"{source!r} is not a regular file, and an import reads its source more than once. Write the "
-                "text to a file and import it."
-            )
-        raise DataError(f"There is no file or folder {shown(path)}. Check the path.")
-    if quotes is not None and suffix not in DELIMITERS:
-        raise UsageError(
-            f"--quotes and --no-quotes say how {' and '.join(DELIMITERS)} are read. Leave them out."
-        )
-    stem = _stem(path.name[: len(path.name) - len(suffix)])
-    if suffix in TEXT_SUFFIXES:
-        return stem, text_file_rows([(path, path.name)], split_chars, findings)
-    if suffix in DELIMITERS:
-        quoted = suffix == ".csv" if quotes is None else quotes
-        return stem, table_rows(path, DELIMITERS[suffix], text_field, findings, quotes=quoted)
-    if suffix == ".json" or (suffix in PACKED_JSON and holds_json_array(path)):
-        return stem, json_array_rows(path, text_field, findings)
-    if suffix in SUFFIXES:
-        return stem, json_lines_rows(path, text_field, findings)
-    if suffix == ".parquet":
-        return stem, parquet_rows(path, text_field, findings)
-    known = ", ".join(_KNOWN_SUFFIXES)
-    raise UsageError(f"The format of {shown(path)} is unknown. Formats are recognised by extension: {known}.")
-
-
-def _suffix(path: Path) -> str:
-    """The known extension of a file, in lower case; empty if it has none."""
-    lower = path.name.lower()
-    return next((suffix for suffix in _KNOWN_SUFFIXES if lower.endswith(suffix)), "")
-
-
-def _stem(name: str) -> str:
-    """Turn a string into a name that ``_why_no_name`` allows, with room for a number."""
-    name = name.replace("/", "--")
-    kept = "".join(char if char.isprintable() and char not in "\\," else "-" for char in name)
-    return os.fsencode(kept)[:180].decode(errors="ignore").strip(". ") or "imported"
-
-
-def _hub(
-    name: str, text_field: str, config_name: str | None, split: str, findings: Findings, *, note: str
-) -> tuple[str, Iterator[Row]]:
-    if not HUB_NAME.fullmatch(name):
-        raise UsageError(f"'{name}' is not the name of a Hub data set. For example: hf:owner/name")
-    return _stem(name), hub_rows(name, text_field, config_name, split, findings, note)

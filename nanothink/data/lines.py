@@ -72,18 +72,19 @@ def iter_lines(
     on_warning: ProblemSink,
     on_bytes: Callable[[int], None] | None = None,
     digest: Digest | None = None,
+    encoding: str = "",
 ) -> Iterator[tuple[int, list[bytes]]]:
     """Yield batches: the number of the first line, and the lines without their LF.
 
     Lines over MAX_LINE_BYTES, damaged compression and text that is not UTF-8 go to ``on_problem``. ``digest``
-    is updated with every byte of the file on the disk, used or not.
+    is updated with every byte of the file on the disk, used or not. Another ``encoding`` is converted.
 
     Raises:
         UnreadableError: the machine could not read the file to its end.
     """
     reached = 1
     try:
-        with SourceFile(path, on_bytes=on_bytes, digest=digest) as file:
+        with SourceFile(path, on_bytes=on_bytes, digest=digest, encoding=encoding) as file:
             for first, lines in _lines(file, shown(path), on_problem, on_warning):
                 reached = first
                 yield first, lines

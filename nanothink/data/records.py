@@ -21,11 +21,13 @@ Odd input, each case with a test:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
+from io import BufferedWriter
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +39,7 @@ from nanothink.data.lines import MAX_LINE_BYTES, Problem, ProblemSink, column_at
 from nanothink.data.source_file import Digest
 from nanothink.data.strict_json import JsonFault
 from nanothink.disk import whole_file
+from nanothink.disk.write import RawFile
 from nanothink.errors import StorageError, did_you_mean
 
 __all__ = ["MAX_LINE_BYTES", "Problem", "ProblemSink", "Record", "iter_records", "shown", "write_records"]
@@ -270,21 +273,45 @@ def _warn_of_repeated_keys(line: bytes, file: str, number: int, warn: ProblemSin
 # Writing
 
 
-def write_records(path: Path, records: Iterable[Record], *, overwrite: bool = False) -> int:
-    """Write a JSON Lines file whole or not at all; return the number of records.
+class RecordWriter:
+    """Writes records into an open file, and can take back the last ones."""
 
-    Any error, also one raised by ``records``, leaves the folder as it was.
+    def __init__(self, file: BufferedWriter[RawFile]) -> None:
+        self._file = file
+        self.n_records = 0
+
+    def write(self, record: Record) -> None:
+        self._file.write(_record_line(record))
+        self.n_records += 1
+
+    def mark(self) -> tuple[int, int]:
+        return self._file.tell(), self.n_records
+
+    def take_back(self, mark: tuple[int, int]) -> None:
+        """Remove what was written since ``mark``."""
+        place, self.n_records = mark
+        self._file.seek(place)
+        self._file.truncate()
+
+
+@contextlib.contextmanager
+def record_file(path: Path, *, overwrite: bool = False) -> Iterator[RecordWriter]:
+    """Write a JSON Lines file whole or not at all. Any error of the block leaves the folder as it was.
 
     Raises:
         StorageError: ``path`` exists and ``overwrite`` is not set, or the disk refuses.
     """
     _refuse_existing(path, overwrite)
-    n_records = 0
     with whole_file(path, before_replace=lambda: _refuse_existing(path, overwrite)) as file:
+        yield RecordWriter(file)
+
+
+def write_records(path: Path, records: Iterable[Record], *, overwrite: bool = False) -> int:
+    """Write records with ``record_file``; return their number."""
+    with record_file(path, overwrite=overwrite) as writer:
         for record in records:
-            file.write(_record_line(record))
-            n_records += 1
-    return n_records
+            writer.write(record)
+    return writer.n_records
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:

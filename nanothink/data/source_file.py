@@ -1,4 +1,4 @@
-"""The bytes of a file, decompressed by its extension (gzip or zstd), in bounded memory.
+"""The bytes of a file, decompressed by its extension (gzip or zstd) and as UTF-8, in bounded memory.
 
 Two things can go wrong, and they are never mixed up. What the bytes say (damaged or cut-off compression) is
 ``DamagedDataError``: the file is what it is, and everything before the damage has been given out. What the
@@ -8,6 +8,7 @@ of the content, so nothing may be concluded from it.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import stat
@@ -31,6 +32,10 @@ _ZLIB_NO_MEMORY = "Error -4 "  # Z_MEM_ERROR, which the module gives no name of 
 
 class DamagedDataError(Exception):
     """The rest of the file cannot be decompressed; the message says why."""
+
+
+class WrongEncodingError(DamagedDataError):
+    """The rest of the file is not text of the encoding that it is read in."""
 
 
 class Digest(Protocol):
@@ -71,15 +76,21 @@ class SourceFile:
         path: a regular file.
         on_bytes: called with the number of bytes read since the last call, once they have been used.
         digest: updated with every byte read; ``drain`` reads the rest of the file.
+        encoding: of the text, for Python's codecs; ``chunks`` converts it to UTF-8. Empty: as it is.
 
     Raises:
         UnreadableError: on opening and on reading; also if the file ends before its size.
     """
 
     def __init__(
-        self, path: Path, *, on_bytes: Callable[[int], None] | None = None, digest: Digest | None = None
+        self,
+        path: Path,
+        *,
+        on_bytes: Callable[[int], None] | None = None,
+        digest: Digest | None = None,
+        encoding: str = "",
     ) -> None:
-        self._path, self._on_bytes, self._digest = path, on_bytes, digest
+        self._path, self._on_bytes, self._digest, self._encoding = path, on_bytes, digest, encoding
         self._n_bytes = self._n_told = 0
         try:
             mode = os.stat(path).st_mode
@@ -136,16 +147,38 @@ class SourceFile:
         """Yield the content, decompressed if the name ends in .gz or .zst, about CHUNK_BYTES at a time.
 
         Raises:
-            DamagedDataError: the rest cannot be decompressed.
+            DamagedDataError: the rest cannot be decompressed, or is not of the encoding.
         """
         name = self._path.name.lower()
         if name.endswith(".gz"):
-            yield from _gathered(_gunzip(self))
+            chunks = _gathered(_gunzip(self))
         elif name.endswith(".zst"):
-            yield from _gathered(_unzstd(self))
+            chunks = _gathered(_unzstd(self))
         else:
-            while chunk := self.read(CHUNK_BYTES):
-                yield chunk
+            chunks = iter(lambda: self.read(CHUNK_BYTES), b"")
+        return _as_utf8(chunks, self._encoding) if self._encoding else chunks
+
+
+def _as_utf8(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    n_before, ended = 0, False
+    while not ended:
+        chunk = next(chunks, b"")
+        ended = not chunk
+        n_held = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(chunk, ended)
+        except UnicodeDecodeError as error:
+            good = error.object[: error.start].decode(encoding, "ignore")
+            yield good.encode("utf-8", "replace")
+            what = "the text ends in the middle of a character"
+            if error.start < len(error.object) and not (ended and error.end == len(error.object)):
+                what = f"byte 0x{error.object[error.start]:02x} at offset {n_before - n_held + error.start:,}"
+                what += f" does not fit the encoding {encoding}"
+            raise WrongEncodingError(what) from None
+        n_before += len(chunk)
+        if text:
+            yield text.encode("utf-8", "replace")
 
 
 def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:

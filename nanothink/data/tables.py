@@ -5,27 +5,20 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from nanothink.data import strict_json
+from nanothink.data.decoding import encoding_of, reading, where_not_utf8
 from nanothink.data.lines import Problem, iter_lines, shown
 from nanothink.data.records import decode_line
+from nanothink.data.row_text import Fields, RowFault, RowText
 from nanothink.data.source_file import DamagedDataError, SourceFile
 from nanothink.data.strict_json import JsonFault
-from nanothink.data.text_files import (
-    Findings,
-    Row,
-    file_size,
-    no_such_field,
-    open_text,
-    reading,
-    where_not_utf8,
-)
-from nanothink.errors import DataError, did_you_mean
+from nanothink.data.text_files import Findings, Row, file_size
+from nanothink.errors import DataError
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -40,17 +33,14 @@ def holds_json_array(path: Path) -> bool:
             return False
 
 
-def json_array_rows(path: Path, text_field: str, findings: Findings) -> Iterator[Row]:
-    if path.name.lower().endswith(".json"):
-        with reading(path), open_text(path):
-            data = path.read_bytes()
-    else:
-        try:
-            with SourceFile(path) as file:
-                data = b"".join(file.chunks())
-        except DamagedDataError as error:
-            raise DataError(f"{shown(path)}: {error}.") from None
-    data = data.removeprefix(b"\xef\xbb\xbf")
+def json_array_rows(
+    path: Path, origin: str, text: RowText, encoding: str | None, findings: Findings
+) -> Iterator[Row]:
+    with (
+        reading(path),
+        SourceFile(path, on_bytes=findings.read, encoding=encoding_of(path, encoding)) as file,
+    ):
+        data = b"".join(file.chunks()).removeprefix(b"\xef\xbb\xbf")
     try:
         items = _parse(data)
     except JsonFault as fault:
@@ -66,23 +56,22 @@ def json_array_rows(path: Path, text_field: str, findings: Findings) -> Iterator
     if not isinstance(items, list):
         found = "an object" if isinstance(items, dict) else "a single value"
         raise DataError(f"{shown(path)} must hold a JSON array of objects or strings, not {found}.")
-    total = len(data)
     for number, item in enumerate(items, 1):
         if isinstance(item, str):
-            yield Row(number, shown(f"{path.name}:{number}"), item)
+            yield Row(number, f"{origin}:{number}", item)
         else:
-            yield from _from_object(number, item, path, text_field, findings)
-        if number % 1000 == 0:
-            findings.advance(total * number // len(items), total)
-    findings.advance(total, total)
+            yield from _from_object(number, item, path, origin, text, findings)
 
 
-def json_lines_rows(path: Path, text_field: str, findings: Findings) -> Iterator[Row]:
+def json_lines_rows(
+    path: Path, origin: str, text: RowText, encoding: str | None, findings: Findings
+) -> Iterator[Row]:
     batches = iter_lines(
         path,
         on_problem=findings.bad_rows.add,
         on_warning=findings.warnings.add,
-        on_bytes=findings.reporter.counter("importing", file_size(path)),
+        on_bytes=findings.read,
+        encoding=encoding_of(path, encoding) if encoding else "",
     )
     for first, lines in batches:
         for number, line in enumerate(lines, first):
@@ -94,7 +83,7 @@ def json_lines_rows(path: Path, text_field: str, findings: Findings) -> Iterator
                 problem = Problem(shown(path), number, fault.position + 1, fault.reason)
                 findings.bad_rows.add(problem)
             else:
-                yield from _from_object(number, item, path, text_field, findings)
+                yield from _from_object(number, item, path, origin, text, findings)
 
 
 def _parse(data: bytes) -> Any:
@@ -105,59 +94,56 @@ def _parse(data: bytes) -> Any:
         return strict_json.parse(decode_line(data))
 
 
-def _from_object(number: int, item: object, path: Path, text_field: str, findings: Findings) -> Iterator[Row]:
-    if isinstance(item, dict) and text_field in item:
-        origin = item.get("source")
-        if not isinstance(origin, str) or not origin:
-            origin = shown(f"{path.name}:{number}")
-        group = item.get("group") if text_field != "group" else None
-        yield Row(number, origin, item[text_field], group)
-        return
+def _from_object(
+    number: int, item: object, path: Path, origin: str, text: RowText, findings: Findings
+) -> Iterator[Row]:
     if isinstance(item, dict):
-        reason = _no_field(text_field, tuple(str(key) for key in item))
+        try:
+            yield row_of(number, f"{origin}:{number}", item, text)
+            return
+        except RowFault as fault:
+            reason = str(fault)
     else:
-        reason = f"an object with a '{text_field}' is due, not {type(item).__name__}"
+        reason = f"an object with a '{text.text_field or 'text'}' is due, not {type(item).__name__}"
     findings.bad_rows.add(Problem(shown(path), number, 1, reason))
 
 
-@lru_cache(maxsize=64)  # the rows of a file have the same keys, and the search for a likeness is slow
-def _no_field(text_field: str, keys: tuple[str, ...]) -> str:
-    likely = did_you_mean(text_field, keys[:20])
-    return f"there is no '{text_field}'.{likely} There is: {', '.join(keys[:20])}"
+def row_of(number: int, place: str, fields: Fields, text: RowText) -> Row:
+    """Make a row of its fields: the text, and the row's own ``source`` and ``group``. Raises RowFault."""
+    own, group = (None if name in text.names else fields.get(name) for name in ("source", "group"))
+    return Row(number, own if isinstance(own, str) and own else place, text.of(fields), group)
 
 
-def parquet_rows(path: Path, text_field: str, findings: Findings) -> Iterator[Row]:
+def parquet_rows(path: Path, origin: str, text: RowText, findings: Findings) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise DataError("Reading Parquet needs pyarrow: pip install 'nanothink[parquet]'") from None
-    total = file_size(path)
+    size = file_size(path)
     with reading(path):
         try:
             table = pyarrow.parquet.ParquetFile(path)
             names = table.schema_arrow.names
-            if text_field not in names:
-                raise no_such_field(shown(path), text_field, names)
-            others = [name for name in ("source", "group") if name in names and name != text_field]
-            number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field, *others]):
-                texts = batch.column(text_field).to_pylist()
-                sources, groups = (
-                    batch.column(name).to_pylist() if name in others else itertools.repeat(None)
-                    for name in ("source", "group")
-                )
-                for text, source, group in zip(texts, sources, groups, strict=False):
+            needed = text.columns(shown(path), names)
+            needed += [name for name in ("source", "group") if name in names and name not in needed]
+            number = n_told = 0
+            for batch in table.iter_batches(batch_size=1024, columns=needed):
+                for fields in batch.to_pylist():
                     number += 1
-                    named = source if isinstance(source, str) and source else f"{path.name}:{number}"
-                    yield Row(number, shown(named), text, group)
-                findings.advance(total * number // max(table.metadata.num_rows, 1), total)
+                    try:
+                        yield row_of(number, f"{origin}:{number}", fields, text)
+                    except RowFault as fault:
+                        findings.bad_rows.add(Problem(shown(path), number, 1, str(fault)))
+                n_read = size * number // max(table.metadata.num_rows, 1)
+                findings.read(n_read - n_told)
+                n_told = n_read
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{shown(path)} is not sound Parquet: {error}") from None
 
 
 def hub_rows(
-    name: str, text_field: str, config_name: str | None, split: str, findings: Findings, note: str
+    name: str, text: RowText, config_name: str | None, split: str, findings: Findings, note: str
 ) -> Iterator[Row]:
     try:
         import datasets  # type: ignore[import-not-found,unused-ignore]
@@ -173,16 +159,15 @@ def hub_rows(
         raise DataError(f"{note}Cannot load the data set '{name}', split '{split}': {reason}") from error
     if first is None:
         return
-    if text_field not in first:
-        raise no_such_field(f"The data set '{name}'", text_field, first)
+    text.columns(f"The data set '{name}'", first)
     number = 0
     try:
-        for number, row in enumerate(itertools.chain([first], rows), 1):
-            origin = row.get("source")
-            named = origin if isinstance(origin, str) and origin else f"{name}:{number}"
-            group = row.get("group") if text_field != "group" else None
-            yield Row(number, named, row.get(text_field), group)
+        for number, fields in enumerate(itertools.chain([first], rows), 1):
+            try:
+                yield row_of(number, f"{name}:{number}", fields, text)
+            except RowFault as fault:
+                findings.bad_rows.add(Problem(name, number, 1, str(fault)))
             if number % 1000 == 0:
-                findings.advance(number, 0)
+                findings.reporter.progress("importing", number, 0)
     except Exception as error:
         raise DataError(f"The data set '{name}' broke off after row {number:,}: {error}") from error

@@ -18,6 +18,7 @@ from nanothink.cli.render.console import (
     warning,
 )
 from nanothink.cli.render.corpus import near_duplicates
+from nanothink.cli.render.imported import imported
 from nanothink.cli.render.problems import ErrorStream, bad_lines, hints, problems
 from nanothink.cli.render.progress import BarReporter, reporting
 from nanothink.cli.render.results import (
@@ -49,6 +50,7 @@ __all__ = [
     "hints",
     "histogram",
     "hits",
+    "imported",
     "near_duplicates",
     "note",
     "plain",
