@@ -255,7 +255,7 @@ def sample(
 def import_text(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="Files, folders, quoted patterns, or hf:NAME for the Hub."),
+        typer.Argument(metavar="SOURCE", help="Files, folders, quoted patterns, or hf:NAME for the Hub."),
     ],
     domain: Annotated[str, typer.Option(metavar="NAME", help="Domain to put it in.")],
     data_dir: DataDir = None,

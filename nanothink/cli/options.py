@@ -45,7 +45,7 @@ class ForgivingCommand(TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Show ``KIND`` where Typer shows ``{KIND}``."""
-        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """List arguments and options as Typer does, without the Python types beside the arguments."""

@@ -184,8 +184,9 @@ def import_source(
     words = [word for option, value in typed.items() if value is not None for word in (option, value)]
     words += [] if quotes is None else ["--quotes"] if quotes else ["--no-quotes"]
     words += ["--skip-bad-files"] if skip_bad_files else []
-    command = ImportCommand(names, domain, data_dir, name, tuple(words), overwrite)
-    check_place(command, path, [found.path for found in sources if found.kind != "hub"])
+    if not dry_run:
+        command = ImportCommand(names, domain, data_dir, name, tuple(words), overwrite)
+        check_place(command, path, [found.path for found in sources if found.kind != "hub"])
     n_records, preview = 0, tuple[Record, ...]()
     if dry_run:
         preview = tuple(_previewed(sources, options, findings))
