@@ -249,7 +249,7 @@ def sample(
     cls=ForgivingCommand,
     epilog=examples(
         "data import notes.txt letters/ --domain notes",
-        "data import table.csv --domain faq --template '{question}\\n\\n{answer}'",
+        "data import faq.csv --domain faq --template '{title}\\n{body}'",
     ),
 )
 def import_text(
