@@ -18,7 +18,14 @@ from nanothink.checkpoints.store import CheckpointStore, DamagedEntry, list_chec
 
 if TYPE_CHECKING:
     from nanothink.checkpoints.export import check_place, is_export, read_export, write_export
-    from nanothink.checkpoints.restore import LoadReport, model_state, pack_rng, restore_model, unpack_rng
+    from nanothink.checkpoints.restore import (
+        LoadReport,
+        gathered,
+        model_state,
+        pack_rng,
+        restore_model,
+        unpack_rng,
+    )
     from nanothink.checkpoints.split_record import SplitRecord
 
 __all__ = [
@@ -33,6 +40,7 @@ __all__ = [
     "Role",
     "SplitRecord",
     "check_place",
+    "gathered",
     "is_export",
     "list_checkpoints",
     "model_state",
@@ -52,7 +60,8 @@ __all__ = [
 
 _NEED_TORCH = {
     **dict.fromkeys(("check_place", "is_export", "read_export", "write_export"), "export"),
-    **dict.fromkeys(("LoadReport", "model_state", "pack_rng", "restore_model", "unpack_rng"), "restore"),
+    **dict.fromkeys(("LoadReport", "gathered", "model_state", "pack_rng"), "restore"),
+    **dict.fromkeys(("restore_model", "unpack_rng"), "restore"),
     "SplitRecord": "split_record",
 }
 

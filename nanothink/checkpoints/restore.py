@@ -77,12 +77,18 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         key = _identity(tensor)
         if key not in copies:
-            copies[key] = tensor.detach().to("cpu").contiguous()
+            copies[key] = gathered(tensor).detach().to("cpu").contiguous()
         state[_bare(name)] = copies[key]
     if isinstance(model, LanguageModel) and model.joint_gate is not None:
         gate = model.joint_gate.weights.items()
         state |= {f"{GATE_PREFIX}{name}": weight.detach().cpu().contiguous() for name, weight in gate}
     return state
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that several processes hold; every one of them must call it."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
 
 
 def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, path: Path) -> LoadReport:
@@ -256,6 +262,8 @@ def _bare(name: str) -> str:
 def _identity(tensor: Tensor) -> tuple[object, ...]:
     """Equal for two names of one tied parameter, different for any two other tensors with elements."""
     if tensor.numel() == 0:
+        return (id(tensor),)
+    if hasattr(tensor, "to_local"):  # the rows of this process have a place, the whole has none
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 

@@ -23,6 +23,7 @@ from pydantic import ValidationError, model_validator
 
 from nanothink.config.base import Settings
 from nanothink.config.data import DataConfig
+from nanothink.config.distributed import DistributedConfig
 from nanothink.config.model import (
     DiffuserConfig,
     DocumentCacheConfig,
@@ -58,6 +59,7 @@ class Config(Settings):
     vector_store: VectorStoreConfig = VectorStoreConfig()
     document_cache: DocumentCacheConfig = DocumentCacheConfig()
     data: DataConfig = DataConfig()
+    distributed: DistributedConfig = DistributedConfig()
     train_expert: TrainExpertConfig = TrainExpertConfig()
     train_diffuser: TrainDiffuserConfig = TrainDiffuserConfig()
     train_mla: TrainMLAConfig = TrainMLAConfig()

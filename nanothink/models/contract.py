@@ -124,6 +124,14 @@ class LanguageModel(nn.Module, ABC):
     def head_weight(self) -> nn.Parameter:
         """(V, D): the LM head. Its D is that of ``hidden``."""
 
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers that hold most of its own parameters, in forward order; all are used by calls alone.
+
+        They are compiled, recomputed in the backward pass, and shared out over processes one by one.
+        """
+
     @abstractmethod
     def start(self, batch_size: int) -> State:
         """An empty decoding state for ``batch_size`` sequences."""

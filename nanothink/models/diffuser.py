@@ -19,7 +19,7 @@ Shapes: B batch, T time, D model width, V vocabulary, N noise levels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -137,6 +137,11 @@ class Diffuser(Expert):
     def head_weight(self) -> nn.Parameter:
         """(V, D): the LM head, which reads the denoiser's last state."""
         return cast(nn.Parameter, self.lm_head.weight)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See ``LanguageModel.blocks``."""
+        return [*self.encoder.layers, *self.denoiser.mlps]
 
     @torch.no_grad()
     def adopt(self, base: LanguageModel, targets: Tensor) -> None:

@@ -136,6 +136,11 @@ class NanoThink(ProductOfExperts):
         """(V, (E + 1) D)."""
         return cast(nn.Parameter, self.lm_head.weight)
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See ``LanguageModel.blocks``."""
+        return list(self.layers)
+
     def train(self, mode: bool = True) -> NanoThink:
         """Training mode for everything but the experts, which stay in evaluation mode."""
         super().train(mode)

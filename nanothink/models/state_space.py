@@ -19,6 +19,7 @@ of the convolution.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -162,6 +163,11 @@ class StateSpace(Expert):
         """(V, D): the LM head, or the embedding table when tied."""
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         return cast(nn.Parameter, weight)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See ``LanguageModel.blocks``."""
+        return list(self.backbone.layers)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, D) float32, for any T."""

@@ -14,6 +14,7 @@ Shapes: B batch, T time, D model width, V vocabulary, F inner width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -195,6 +196,11 @@ class Transformer(Expert):
         """(V, D): the LM head, or the embedding table when tied."""
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         return cast(nn.Parameter, weight)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See ``LanguageModel.blocks``."""
+        return list(self.model.layers)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """See ``LanguageModel.hidden``; T <= context_length."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import cast
@@ -62,11 +62,16 @@ def build_run(
         for base in setup.parts.values():
             _, targets = setup.batches.read(0, TARGET_SAMPLE_BLOCKS)
             model.adopt(_built(base, torch.device("cpu"), reporter), targets)
-    model.to(device)
+    if processes.size > 1:
+        processes.assert_same_on_all_ranks("their first weights", weights_checksum(model.state_dict()))
+    if processes.size == 1 or isinstance(model, NanoThink):  # else each process puts its own rows there
+        model.to(device)
     neighbours = _update_store(setup, model, reporter, processes, stack)
     model.joint_gate = None  # that of an earlier end of this run
     model.dropout.rate = train_config.dropout
-    optimizer = GroupedOptimizer(model.parameter_groups(), train_config)
+    objective = _objective(setup, model, reporter, neighbours, stack)
+    placement = processes.place(model, setup.config.distributed.shard, _kept_whole(model, objective))
+    optimizer = GroupedOptimizer(placement.groups(), train_config, placement)
     if setup.resume_point is not None:
         fresh = optimizer.load_state_dict(payload["optimizer_state"])
         # A run saved before its first step has no moments yet; afterwards their absence is worth a line.
@@ -85,20 +90,36 @@ def build_run(
     # written before the next step must not differ in them.
     last_step = max(0, state.step - 1)
     optimizer.set_fraction(learning_rate_fraction(last_step, setup.plan.total_steps, train_config))
-    processes.watch([parameter for parameter in model.parameters() if parameter.requires_grad])
     return Run(
         model=model,
         optimizer=optimizer,
         scaler=scaler,
-        objective=_objective(setup, model, reporter, neighbours, stack),
+        objective=objective,
         batches=setup.batches,
         precision=setup.precision,
         config=train_config,
         plan=setup.plan,
         state=state,
         processes=processes,
+        placed=placement,
         evaluates_first=isinstance(model, NanoThink),
     )
+
+
+def _kept_whole(model: LanguageModel, objective: Objective) -> list[torch.nn.Module]:
+    """Frozen experts that processes do not read in step, since each computes what its cache lacks."""
+    reads_alone = isinstance(objective, Routed) and objective.states is not None
+    return list(cast(NanoThink, model).experts) if reads_alone else []
+
+
+def weights_checksum(weights: Mapping[str, torch.Tensor]) -> str:
+    """Checksum of weights, in one pass. Ranks compare it: a difference of one bit changes it."""
+    sums = [
+        tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64).cpu()
+        for _, tensor in sorted(weights.items())
+        if tensor.dtype is torch.float32 and tensor.numel()
+    ]
+    return str([int(each) for each in sums])
 
 
 def _build_model(setup: RunSetup, reporter: Reporter) -> LanguageModel:

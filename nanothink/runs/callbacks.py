@@ -9,17 +9,15 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from nanothink.checkpoints import CheckpointStore
 from nanothink.errors import DataError
 from nanothink.inference.calibration import fit_logit_scale
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped
 from nanothink.inference.generate import generate
 from nanothink.inference.sampling import SamplingConfig
-from nanothink.models.contract import LanguageModel
 from nanothink.models.nanothink import NanoThink
 from nanothink.reporter import Reporter
+from nanothink.runs.building import weights_checksum
 from nanothink.runs.preparing import RunSetup
 from nanothink.runs.saving import checkpoint_payload
 from nanothink.runs.scoring import score
@@ -71,11 +69,12 @@ def make_callbacks(
     def evaluate() -> Evaluation:
         if processes.size > 1:
             processes.assert_same_on_all_ranks(
-                f"weights after step {run.state.step}", weights_checksum(run.model)
+                f"weights after step {run.state.step}", weights_checksum(run.placement.shared())
             )
-        own_scale = _unless_stopped(processes, calibrate)
-        run.model.logit_scale = processes.all_reduce_sum([own_scale if processes.is_rank0 else 0.0])[0]
-        return _unless_stopped(processes, evaluate_share).added(processes.all_reduce_sum)
+        with run.placement.whole():
+            own_scale = _unless_stopped(processes, calibrate)
+            run.model.logit_scale = processes.all_reduce_sum([own_scale if processes.is_rank0 else 0.0])[0]
+            return _unless_stopped(processes, evaluate_share).added(processes.all_reduce_sum)
 
     def sample_here() -> Mapping[str, str]:
         if not processes.is_rank0:
@@ -97,14 +96,16 @@ def make_callbacks(
         return {prompt: tokenizer.decode(new) for prompt, new in zip(prompts, continued, strict=True)}
 
     def sample() -> Mapping[str, str]:
-        return _unless_stopped(processes, sample_here)
+        with run.placement.whole():
+            return _unless_stopped(processes, sample_here)
 
     def save(role: str) -> Path:
         path = {"best": store.best, "interrupted": store.interrupted}.get(role) or store.epoch(
             run.state.epoch
         )
+        payload = checkpoint_payload(setup, run)
         if processes.is_rank0:
-            store.write(path, checkpoint_payload(setup, run))
+            store.write(path, payload)
         return path
 
     def resume_command(path: Path) -> str:
@@ -136,13 +137,3 @@ def _unless_stopped(processes: Processes, work: Callable[[], T]) -> T:
     if processes.any(done is None) or done is None:
         raise EvaluationStopped
     return done
-
-
-def weights_checksum(model: LanguageModel) -> str:
-    """Checksum of the weights, in one pass. Ranks compare it: a difference of one bit changes it."""
-    sums = [
-        tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64).cpu()
-        for _, tensor in sorted(model.state_dict().items())
-        if tensor.dtype is torch.float32 and tensor.numel()
-    ]
-    return str(torch.stack(sums).tolist())

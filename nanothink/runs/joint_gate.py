@@ -6,14 +6,13 @@ phase 2 is never worse than the ensemble that it starts from, which the loop has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from nanothink.checkpoints import CheckpointPayload, model_state, read_checkpoint, restore_model
+from nanothink.checkpoints import CheckpointStore, model_state, read_checkpoint, restore_model
 from nanothink.config import TrainMLAConfig
 from nanothink.data.tokens import TokenStream
 from nanothink.errors import counted
@@ -26,6 +25,7 @@ from nanothink.models.joint_gate import DOCUMENT_CACHE, MEMORIES
 from nanothink.models.nanothink import NanoThink
 from nanothink.reporter import Reporter
 from nanothink.runs.preparing import RunSetup
+from nanothink.runs.saved_model import SavedModel
 from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.gate_fitting import FIT_TOKENS, fit_joint_gate, unigram_log_frequencies
 from nanothink.training.loop import Run
@@ -120,13 +120,7 @@ class _Text:
         return sum(stream.n_tokens for stream in self.to_fit.values())
 
 
-def finish_best(
-    setup: RunSetup,
-    run: Run,
-    best: Path,
-    write: Callable[[Path, CheckpointPayload], None],
-    reporter: Reporter,
-) -> None:
+def finish_best(setup: RunSetup, run: Run, store: CheckpointStore, reporter: Reporter) -> None:
     """Fit what is fitted on held-out text to the best model, and write its checkpoint again.
 
     The result is a function of the best checkpoint and the data: a run that is killed here does it again.
@@ -134,16 +128,22 @@ def finish_best(
     Args:
         reporter: receives what was found.
     """
+    best = store.best
     payload = read_checkpoint(best)
     model = run.model
-    restore_model(model, payload, expect_kind=model.kind, path=best)
+    if run.processes.size == 1:
+        restore_model(model, payload, expect_kind=model.kind, path=best)
+    else:  # this process has a part of it
+        model = SavedModel.of(best, payload).build(setup.precision.device)[0].to(setup.precision.device)
+        if isinstance(model, NanoThink) and isinstance(run.model, NanoThink):
+            model.vector_store = run.model.vector_store
     text = _Text.of(setup.tokens.val)
     training = setup.training
     if isinstance(model, NanoThink) and isinstance(training, TrainMLAConfig) and training.fit == "gate":
         _fit_weights(model, setup, text, reporter)
     _fit_gate(model, setup, text, reporter)
     state = {**payload["run"], "logit_scale": model.logit_scale, "gate_documents": text.keys}
-    write(best, {**payload, "model_state": model_state(model), "run": state})
+    store.write(best, {**payload, "model_state": model_state(model), "run": state})
 
 
 def _fit_weights(model: NanoThink, setup: RunSetup, text: _Text, reporter: Reporter) -> None:

@@ -18,7 +18,7 @@ from nanothink.models import training_of
 from nanothink.models.precision import choose_device
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.building import build_run
-from nanothink.runs.callbacks import make_callbacks, weights_checksum
+from nanothink.runs.callbacks import make_callbacks
 from nanothink.runs.initial import INITIAL, config_of_initial
 from nanothink.runs.joint_gate import finish_best, settle_fit
 from nanothink.runs.long_runs import warn_of_long_run
@@ -80,13 +80,14 @@ def pretrain(spec: RunSpec, configure: Configure, reporter: Reporter = SILENT) -
         if processes.size == 1:
             warn_of_long_run(setup, configure, reporter)
         run = build_run(setup, reporter, processes, stack)
-        processes.assert_same_on_all_ranks("their first weights", weights_checksum(run.model))
         # Before this point there is no state to save, and a signal ends the process.
         stop = stack.enter_context(StopRequest(reporter, forwarded=processes.size > 1))
-        if setup.resume_point is None and processes.is_rank0:
+        if setup.resume_point is None:
             # Before the first step, so that a full disk is found now, and so that everything --overwrite
             # replaces is set aside at once: the files here, the records below.
-            store.write(store.interrupted, checkpoint_payload(setup, run))
+            first_state = checkpoint_payload(setup, run)
+            if processes.is_rank0:
+                store.write(store.interrupted, first_state)
         leaves_best = setup.best_is_reset or _knows_no_better(setup, store)
         if leaves_best and processes.is_rank0 and (kept := store.keep_best()):
             reporter.note(f"The best checkpoint so far is kept as {kept}.")
@@ -113,7 +114,7 @@ def pretrain(spec: RunSpec, configure: Configure, reporter: Reporter = SILENT) -
         finished = train(run, make_callbacks(setup, run, store, reporter, stop))
 
         def finish() -> tuple[None, str]:
-            finish_best(setup, run, store.best, store.write, reporter)
+            finish_best(setup, run, store, reporter)
             return None, ""
 
         processes.rank0_first(finish, lambda _: None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nanothink import __version__
-from nanothink.checkpoints import FORMAT_VERSION, CheckpointPayload, model_state, pack_rng
+from nanothink.checkpoints import FORMAT_VERSION, CheckpointPayload, gathered, model_state, pack_rng
 from nanothink.models import COMBINED
 from nanothink.runs.experts import as_entries
 from nanothink.runs.initial import INITIAL
@@ -20,13 +20,16 @@ _OF_THE_RUN = {"name", "state", "logit_scale", "gate_documents", "nanothink_vers
 
 
 def checkpoint_payload(setup: RunSetup, run: Run) -> CheckpointPayload:
-    """Everything that changes the next step, as plain containers and tensors."""
+    """Everything that changes the next step, as plain containers and tensors.
+
+    Every process must call it: what several hold is brought together.
+    """
     state = run.state
     return {
         "format_version": FORMAT_VERSION,
         "kind": run.model.kind,
         "model_state": model_state(run.model),
-        "optimizer_state": run.optimizer.state_dict(),
+        "optimizer_state": _whole(run.optimizer.state_dict()),
         "step": state.step,
         "epoch": state.epoch,
         "position": state.position,
@@ -49,6 +52,13 @@ def checkpoint_payload(setup: RunSetup, run: Run) -> CheckpointPayload:
             **built_on(setup),
         },
     }
+
+
+def _whole(state: Any) -> Any:
+    """The same nested containers, tensors that several processes hold brought together."""
+    if isinstance(state, dict):
+        return {name: _whole(value) for name, value in state.items()}
+    return gathered(state).cpu() if isinstance(state, torch.Tensor) else state
 
 
 def built_on(setup: RunSetup) -> dict[str, Any]:

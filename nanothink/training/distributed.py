@@ -1,26 +1,25 @@
-"""Data-parallel training: shares of blocks, the sum of gradients, agreement between processes.
+"""Data-parallel training: shares of blocks, agreement between processes.
 
     torchrun --nproc-per-node=N -m nanothink pretrain ...
 
-Every process holds the whole model and takes its share of each micro-batch; gradients are added once an
-optimizer step, after which all take the same step. Rank 0 alone writes, prints and holds the lock. A decision
-that depends on a clock, a signal or a disk is made by one process and told to the others, so that no
-process waits for a call that another does not make.
+Every process takes its share of each micro-batch; the parameters are shared out too (sharding.py). Rank 0
+alone prints and holds the lock. A decision that depends on a clock, a signal or a disk is made by one process
+and told to the others, so that no process waits for a call that another does not make.
 
 A single process is a ``Processes`` too: its methods then do nothing, and torch.distributed is never imported.
-docs/decisions/0017-distributed.md says why this is not DistributedDataParallel.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,15 +45,13 @@ from nanothink.training.launch import (
 if TYPE_CHECKING:
     import torch
 
+    from nanothink.models.contract import LanguageModel
+    from nanothink.training.sharding import Placement, Shard
+
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """Wait for a process that is alive and silent. It must outlast the writing of a checkpoint."""
-
-BUCKET_BYTES = 25 << 20
-"""Size of the pieces in which gradients are added, each sent off while the backward pass continues."""
-
-_ALIGNMENT = 16  # floats: every gradient begins at a multiple of 64 bytes, as a tensor of its own would
 
 
 class Processes:
@@ -100,16 +97,13 @@ class Processes:
             DistributedError: they differ in ``what``.
         """
 
-    def watch(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Name the parameters whose gradients are added, in forward order. Once, before training."""
+    def place(
+        self, model: LanguageModel, shard: Shard, leave_whole: Sequence[torch.nn.Module] = ()
+    ) -> Placement:
+        """Share the parameters of ``model`` out; see ``ShardedPlacement``. Every process must call it."""
+        from nanothink.training.sharding import Placement
 
-    def adding_gradients(self) -> AbstractContextManager[None]:
-        """Context for a step's last backward pass; when it ends, gradients are summed over all processes.
-
-        Gradients accumulated by earlier passes are included. A parameter that has no gradient in any
-        process keeps none.
-        """
-        return nullcontext()
+        return Placement(model)
 
 
 ALONE = Processes()
@@ -153,7 +147,8 @@ def join(device: str | None = None, reporter: Reporter = SILENT) -> Iterator[Pro
             backend, store=store, rank=launch.rank, world_size=launch.size, timeout=TIMEOUT
         )
     try:
-        yield _Several(launch, str(own), store)
+        with _peers(only_theirs=True):
+            yield _Several(launch, str(own), store)
     except BaseException as error:
         # torchrun ends all processes once one of them has; this one is to say first why it does.
         if threading.current_thread() is threading.main_thread():
@@ -173,7 +168,6 @@ class _Several(Processes):
         self.rank, self.size, self.launcher = launch.rank, launch.size, launch.command
         self._store = store
         self._turn = 0
-        self._gradients: _GradientSum | None = None
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         import torch
@@ -224,119 +218,14 @@ class _Several(Processes):
                 "is untouched."
             )
 
-    def watch(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        self._gradients = _GradientSum(parameters)
-
-    def adding_gradients(self) -> AbstractContextManager[None]:
-        assert self._gradients is not None, "watch() comes first"
-        return self._gradients.adding()
-
-
-class _GradientSum:
-    """Adds gradients over all processes, bucket by bucket, while the backward pass continues.
-
-    The parameters alone decide the buckets and their order. So every process makes the same calls whichever
-    gradients it has, and the order of summation does not depend on earlier steps: a resumed run forms the
-    same sums as one that was never interrupted.
-    """
-
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
-        self._buckets: list[_Bucket] = []
-        self._of: dict[torch.nn.Parameter, _Bucket] = {}
-        self._begun = 0
-        self._adding = False
-        waiting: list[torch.nn.Parameter] = []
-        for parameter in reversed(parameters):  # gradients come from the last layer to the first
-            if waiting and (
-                sum(p.nbytes for p in waiting) + parameter.nbytes > bucket_bytes
-                or (parameter.dtype, parameter.device) != (waiting[0].dtype, waiting[0].device)
-            ):
-                self._add_bucket(waiting)
-                waiting = []
-            waiting.append(parameter)
-        if waiting:
-            self._add_bucket(waiting)
-
-    def _add_bucket(self, parameters: list[torch.nn.Parameter]) -> None:
-        bucket = _Bucket(parameters)
-        self._buckets.append(bucket)
-        for parameter in parameters:
-            self._of[parameter] = bucket
-            parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
-
-    @contextmanager
-    def adding(self) -> Iterator[None]:
-        self._begun, self._adding = 0, True
-        for bucket in self._buckets:
-            bucket.missing = len(bucket.parameters)
-        try:
-            yield
-        finally:
-            self._adding = False
-        self._begin(len(self._buckets))
-        for bucket in self._buckets:
-            bucket.finish()
-
-    def _arrived(self, parameter: torch.nn.Parameter) -> None:
-        if not self._adding:
-            return
-        self._of[parameter].missing -= 1
-        n_ready = self._begun
-        while n_ready < len(self._buckets) and not self._buckets[n_ready].missing:
-            n_ready += 1
-        self._begin(n_ready)
-
-    def _begin(self, until: int) -> None:
-        for bucket in self._buckets[self._begun : until]:
-            bucket.begin()
-        self._begun = max(self._begun, until)
-
-
-class _Bucket:
-    """Some parameters, with one buffer for their gradients, followed by a flag for each that has one."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+    def place(
+        self, model: LanguageModel, shard: Shard, leave_whole: Sequence[torch.nn.Module] = ()
+    ) -> Placement:
         import torch
 
-        self.parameters = parameters
-        self.missing = 0
-        offsets, end = [], 0
-        for parameter in parameters:
-            offsets.append(end)
-            end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
-        like = parameters[0]
-        self._flat = torch.zeros(end + len(parameters), dtype=like.dtype, device=like.device)
-        self._views = [
-            self._flat[offset : offset + p.numel()].view(p.shape)
-            for offset, p in zip(offsets, parameters, strict=True)
-        ]
-        self._present = self._flat[end:]
-        self._work: Any = None
+        from nanothink.training.sharding import ShardedPlacement
 
-    def begin(self) -> None:
-        import torch
-        import torch.distributed as dist
-
-        present = [p.grad is not None for p in self.parameters]
-        with torch.no_grad():
-            if all(present):
-                self._present.fill_(1.0)  # as always, and without a copy from the processor
-            else:
-                self._present.copy_(torch.tensor(present))
-            for parameter, view in zip(self.parameters, self._views, strict=True):
-                if parameter.grad is None:
-                    view.zero_()
-                else:
-                    view.copy_(parameter.grad)
-        with _peers():
-            self._work = dist.all_reduce(self._flat, async_op=True)
-
-    def finish(self) -> None:
-        with _peers():
-            self._work.wait()
-        for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
-            if parameter.grad is not None or float(self._present[i]):
-                parameter.grad = view  # until the next step, which writes there only after it was dropped
+        return ShardedPlacement(model, torch.device(self.device or "cpu"), shard, leave_whole)
 
 
 def _own_device(asked: str | None, launch: Launch) -> torch.device:
@@ -364,14 +253,22 @@ def _own_device(asked: str | None, launch: Launch) -> torch.device:
     return device
 
 
+_OF_THE_NETWORK = re.compile(r"gloo|nccl|connection (closed|reset)", re.IGNORECASE)
+
+
 @contextmanager
 def _peers(
-    what: str = "Another process of this run has ended, or does not answer",
+    what: str = "Another process of this run has ended, or does not answer", *, only_theirs: bool = False
 ) -> Iterator[None]:
-    """Raise the errors that torch.distributed raises when a process is gone as DistributedError."""
+    """Raise the errors that torch.distributed raises when a process is gone as DistributedError.
+
+    ``only_theirs``: other RuntimeErrors pass, as from a block in which not every call is one to the others.
+    """
     try:
         yield
     except RuntimeError as error:
+        if only_theirs and not _OF_THE_NETWORK.search(str(error)):
+            raise
         raise DistributedError(
             f"{what} ({first_sentence(error)}). The last checkpoint is untouched: start all processes again, "
             "with --resume."

@@ -12,7 +12,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +38,7 @@ from nanothink.training.interruption import StopRequest
 from nanothink.training.objectives import Objective
 from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fraction
 from nanothink.training.routing import unbalanced_experts
+from nanothink.training.sharding import Placement
 from nanothink.training.state import Plan, TrainState
 
 
@@ -63,8 +64,14 @@ class Run:
     plan: Plan
     state: TrainState
     processes: Processes = ALONE
+    placed: Placement | None = None
+    """Where the parameters are; None: ``model`` is whole in this process."""
     evaluates_first: bool = False
     """Evaluate before the first step too, and so never end with a worse model than the one begun with."""
+
+    @property
+    def placement(self) -> Placement:
+        return self.placed or Placement(self.model)
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,9 @@ def train(run: Run, callbacks: Callbacks) -> RunFinished:
                 f"{state.step}. The last good checkpoint is untouched. {_remedy(config)}"
             )
         # Not while steps are being skipped: what is on disk is from when numbers were still good.
-        if not state.skipped_in_a_row and time.monotonic() - last_saved >= config.save_every_seconds:
+        if not state.skipped_in_a_row and run.processes.any(
+            run.processes.is_rank0 and time.monotonic() - last_saved >= config.save_every_seconds
+        ):
             _save("interrupted", run, callbacks)
             last_saved = time.monotonic()
 
@@ -176,11 +185,12 @@ class StepTaken:
 
 def take_step(run: Run) -> StepTaken:
     """Train on one accumulation window. The state does not change."""
-    loss, parts, n_targets = _accumulate(run)
+    placement = run.placement
+    loss, parts, n_targets = _accumulate(run, placement)
     if run.scaler is not None:
+        placement.agree_on_overflow(run.optimizer.parameters)
         run.optimizer.unscale(run.scaler)
-    clip = run.config.grad_clip
-    norm = float(torch.nn.utils.clip_grad_norm_(run.optimizer.parameters, clip, foreach=True))
+    norm = placement.clip(run.optimizer.parameters, run.config.grad_clip)
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         run.optimizer.step(run.scaler)
@@ -190,7 +200,7 @@ def take_step(run: Run) -> StepTaken:
     return StepTaken(loss, parts, n_targets, norm, finite)
 
 
-def _accumulate(run: Run) -> tuple[float, dict[str, float], int]:
+def _accumulate(run: Run, placement: Placement) -> tuple[float, dict[str, float], int]:
     """Gradients of one accumulation window, added over all processes.
 
     Returns the mean loss over all its targets, the same of its parts, and the number of targets.
@@ -212,12 +222,13 @@ def _accumulate(run: Run) -> tuple[float, dict[str, float], int]:
     for i, batch in enumerate(window):
         here = Batch(batch.inputs.to(device), batch.targets.to(device), batch.positions)
         masks = run.model.dropout.masks(config.seed, here.positions, device)
+        placement.add_next(i == len(window) - 1)
         with run.precision.autocast(), masks:
-            loss = run.objective(run.model, here, 1.0 / n_targets)
+            loss = placement.compute(run.objective, here, 1.0 / n_targets)
         total = loss.total if run.scaler is None else run.scaler.scale(loss.total)
-        with processes.adding_gradients() if i == len(window) - 1 else nullcontext():
-            total.backward()  # type: ignore[no-untyped-call]
+        total.backward()  # type: ignore[no-untyped-call]
         losses.append({"": loss.total.detach(), **loss.parts})
+    placement.collect()
     own = [float(torch.stack([part[name] for part in losses]).sum()) for name in losses[0]]
     sums = dict(zip(losses[0], processes.all_reduce_sum(own), strict=True))
     return sums.pop(""), sums, n_targets
@@ -291,7 +302,7 @@ def _evaluate(run: Run, callbacks: Callbacks) -> None:
 
 def _save(role: str, run: Run, callbacks: Callbacks) -> Path:
     started = time.monotonic()
-    if not run.optimizer.is_finite():
+    if run.processes.any(not run.optimizer.is_finite()):
         raise TrainingDivergedError(
             f"After step {run.state.step} the weights are not finite any more. The last good checkpoint is "
             f"untouched. {_remedy(run.config)}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,10 @@ from torch.optim import AdamW, Muon, Optimizer
 from nanothink.config import TrainConfig, TrainExpertConfig
 from nanothink.errors import CheckpointDamagedError
 from nanothink.models.precision import DTYPES
+
+if TYPE_CHECKING:
+    from nanothink.training.muon_rows import MatrixOwners
+    from nanothink.training.sharding import Placement
 
 GroupedParameters = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
 
@@ -30,9 +34,13 @@ class GroupedOptimizer:
     Args:
         groups: named parameters by role: "matrices", "embeddings", "head", "adapters", "other".
         config: rates, multipliers, decay.
+        placement: whose ``groups`` these are, where several processes share them out.
     """
 
-    def __init__(self, groups: GroupedParameters, config: TrainConfig) -> None:
+    def __init__(
+        self, groups: GroupedParameters, config: TrainConfig, placement: Placement | None = None
+    ) -> None:
+        self._placement = placement
         multipliers = {
             "matrices": config.lr_matrices,
             "embeddings": config.lr_embeddings,
@@ -69,7 +77,11 @@ class GroupedOptimizer:
             # a run has settled the type (matmul_types.py); float32 is the exact one
             dtype = DTYPES.get(config.muon_dtype, torch.float32)
             self.optimizers["muon"] = FastMuon(
-                muon_groups, momentum=config.momentum, adjust_lr_fn="match_rms_adamw", dtype=dtype
+                muon_groups,
+                momentum=config.momentum,
+                adjust_lr_fn="match_rms_adamw",
+                dtype=dtype,
+                owners=placement.owners if placement is not None else None,
             )
 
     @property
@@ -98,7 +110,7 @@ class GroupedOptimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def is_finite(self) -> bool:
-        """True if every parameter and every moment is finite."""
+        """True if every parameter and every moment is finite, of those in this process."""
         tensors = [
             value
             for optimizer in self.optimizers.values()
@@ -110,7 +122,16 @@ class GroupedOptimizer:
         return bool(torch.stack(found).all())
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        """The state of each optimizer; a moment that several processes hold is one tensor of all of them."""
+        states = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        if self._placement is not None:
+            for state in states.values():
+                for index, name in _names_by_index(state).items():
+                    state["state"][index] = {
+                        key: value if key == "step" else self._placement.distributed(name, value)
+                        for key, value in state["state"].get(index, {}).items()
+                    }
+        return states
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Load the moments of ``state``; rates stay as this run's config has them.
@@ -143,13 +164,21 @@ class GroupedOptimizer:
                     group["names"], group["params"], live["params"], strict=True
                 ):
                     moments = by_name.get(parameter_name, {})
-                    if _fits(moments, parameter, _MOMENTS[name]):
+                    if _fits(moments, self._shape(parameter_name, parameter), _MOMENTS[name]):
                         # Copies: these may lie in a mapped file.
-                        own["state"][index] = {key: value.clone() for key, value in moments.items()}
+                        own["state"][index] = {
+                            key: self._rows(parameter_name, value).clone() for key, value in moments.items()
+                        }
                     else:
                         fresh.append(parameter_name)
             optimizer.load_state_dict(own)
         return fresh
+
+    def _shape(self, name: str, parameter: nn.Parameter) -> torch.Size:
+        return parameter.shape if self._placement is None else self._placement.shape(name)
+
+    def _rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        return value if self._placement is None or not value.ndim else self._placement.rows(name, value)
 
 
 def _decay(role: str, config: TrainConfig) -> float:
@@ -185,27 +214,47 @@ class FastMuon(_Eager, Muon):
     (docs/log.md). Options, state and arithmetic are torch's; only the type differs.
     """
 
-    def __init__(self, *args: Any, dtype: torch.dtype, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, dtype: torch.dtype, owners: MatrixOwners | None = None, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
-        self.dtype = dtype
+        self.dtype, self.owners = dtype, owners
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-                average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                ahead = parameter.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+
+            def orthogonalise(matrix: torch.Tensor, group: dict[str, Any] = group) -> torch.Tensor:
                 settings = group["ns_coefficients"], group["ns_steps"], group["eps"]
-                update = orthogonalised(ahead, *settings, self.dtype)
-                # the root mean square of AdamW's update (Liu et al. 2025, section 2.2)
-                rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+                return orthogonalised(matrix, *settings, self.dtype)
+
+            if self.owners is None:
+                for parameter in moving:
+                    update = orthogonalise(self._look_ahead(parameter, group["momentum"]))
+                    self._move(parameter, update, parameter.shape, group)
+                continue
+            ahead = [(parameter, self._look_ahead(parameter, group["momentum"])) for parameter in moving]
+            for parameter, update in self.owners.orthogonalised(ahead, orthogonalise, self.dtype):
+                self._move(parameter, update, self.owners.shapes[parameter], group)
+
+    def _look_ahead(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
+        """The gradient mixed with its moving average, which advances (Nesterov)."""
+        gradient = parameter.grad
+        assert gradient is not None
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(average, momentum)
+
+    def _move(
+        self, parameter: torch.Tensor, update: torch.Tensor, shape: torch.Size, group: dict[str, Any]
+    ) -> None:
+        # the root mean square of AdamW's update (Liu et al. 2025, section 2.2)
+        rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
 
 NS_COEFFICIENTS, NS_STEPS = (3.4445, -4.7750, 2.0315), 5  # torch's, which are those of Jordan et al.
@@ -264,14 +313,23 @@ _MOMENTS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffe
 """State that each optimizer keeps for a parameter: a count, else tensors of its shape."""
 
 
-def _fits(moments: Any, parameter: nn.Parameter, names: set[str]) -> bool:
+def _names_by_index(state: Mapping[str, Any]) -> dict[int, str]:
+    """Names of the parameters by their number in a torch optimizer's state."""
+    return {
+        index: name
+        for group in state["param_groups"]
+        for name, index in zip(group["names"], group["params"], strict=True)
+    }
+
+
+def _fits(moments: Any, shape: torch.Size, names: set[str]) -> bool:
     return (
         isinstance(moments, Mapping)
         and set(moments) == names
         and all(
             isinstance(value, torch.Tensor)
             and value.is_floating_point()
-            and value.shape == (() if name == "step" else parameter.shape)
+            and value.shape == (() if name == "step" else shape)
             for name, value in moments.items()
         )
     )

@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 
+from nanothink.checkpoints.restore import gathered
 from nanothink.errors import DistributedError, InterruptedRun, TrainingDivergedError
 from nanothink.models.contract import Batch, Loss
-from nanothink.training.distributed import Processes, _GradientSum, join
+from nanothink.training.distributed import Processes, join
 from nanothink.training.events import StepDone
 from nanothink.training.objectives import next_token
+from nanothink.training.optimizer import GroupedOptimizer
+from nanothink.training.sharding import Shard
 
 
 def harness(**settings: Any) -> Any:
@@ -34,11 +37,30 @@ def harness(**settings: Any) -> Any:
     return module.Harness(**settings)
 
 
-def among(processes: Processes, **settings: Any) -> Any:
+def among(processes: Processes, shard: Shard = "full", **settings: Any) -> Any:
     made = harness(**settings)
-    made.run = replace(made.run, processes=processes)
-    processes.watch(list(made.run.model.parameters()))
+    placed = processes.place(made.run.model, shard)
+    optimizer = GroupedOptimizer(placed.groups(), made.config, placed)
+    made.run = replace(made.run, processes=processes, placed=placed, optimizer=optimizer)
     return made
+
+
+def weights(made: Any) -> list[float]:
+    """All weights of the model, in every process."""
+    whole: list[float] = torch.cat(
+        [gathered(p).detach().flatten() for p in made.run.model.parameters()]
+    ).tolist()
+    return whole
+
+
+def saw(made: Any) -> dict[str, Any]:
+    return {
+        "losses": [step.loss for step in made.steps],
+        "norms": [step.gradient_norm for step in made.steps],
+        "tokens": [step.tokens for step in made.steps],
+        "weights": weights(made),
+        "held": sum(p.numel() for p in made.run.optimizer.parameters),
+    }
 
 
 def sums(processes: Processes) -> dict[str, Any]:
@@ -47,26 +69,6 @@ def sums(processes: Processes) -> dict[str, Any]:
         "total": processes.all_reduce_sum([1.0, rank]),
         "any": [processes.any(False), processes.any(rank == 1), processes.any(True)],
     }
-
-
-def gradients(processes: Processes) -> dict[str, Any]:
-    """Of four parameters: all have one, one process has one, none has one, and one from an earlier pass."""
-    rank, seen = processes.rank, {}
-    for bucket_bytes in (1, 100, 1 << 20):
-        everybody, some, nobody, earlier = (torch.nn.Parameter(torch.ones(3)) for _ in range(4))
-        adding = _GradientSum([everybody, some, nobody, earlier], bucket_bytes)
-        (earlier.sum() * 10).backward()
-        for _ in range(2):  # the second step writes where the first one's sums were
-            for parameter in (everybody, some):
-                parameter.grad = None
-            everybody.sum().backward()
-            with adding.adding():
-                loss = (everybody * (rank + 1)).sum() + (some.sum() * 5 if rank == 1 else 0)
-                loss.backward()
-        seen[str(bucket_bytes)] = [
-            None if p.grad is None else p.grad.tolist() for p in (everybody, some, nobody, earlier)
-        ]
-    return seen
 
 
 def same(processes: Processes) -> str:
@@ -89,22 +91,15 @@ def in_turn(processes: Processes) -> list[Any]:
 
 
 def training(processes: Processes) -> dict[str, Any]:
-    made = among(processes, batch_size=5, grad_accum_steps=2, max_steps=4, n_blocks=1000)
-    made.go()
-    alone = harness(batch_size=5, grad_accum_steps=2, max_steps=4, n_blocks=1000)
-    alone.go()
-    return {
-        "losses": [step.loss for step in made.steps],
-        "norms": [step.gradient_norm for step in made.steps],
-        "tokens": [step.tokens for step in made.steps],
-        "weights": made.weights.tolist(),
-        "alone": {
-            "losses": [step.loss for step in alone.steps],
-            "norms": [step.gradient_norm for step in alone.steps],
-            "tokens": [step.tokens for step in alone.steps],
-            "weights": alone.weights.tolist(),
-        },
-    }
+    settings: dict[str, Any] = {"batch_size": 5, "grad_accum_steps": 2, "max_steps": 4, "n_blocks": 1000}
+    full, none, alone = (
+        among(processes, **settings),
+        among(processes, "none", **settings),
+        harness(**settings),
+    )
+    for made in (full, none, alone):
+        made.go()
+    return {"full": saw(full), "none": saw(none), "alone": saw(alone)}
 
 
 def poisoned(processes: Processes) -> dict[str, Any]:
@@ -127,7 +122,7 @@ def poisoned(processes: Processes) -> dict[str, Any]:
         ended = str(error)
     return {
         "skipped": [step.skipped for step in made.steps],
-        "weights": made.weights.tolist(),
+        "weights": weights(made),
         "ended": ended,
         "saved": made.saved,
     }
@@ -157,7 +152,7 @@ def stopped(processes: Processes) -> dict[str, Any]:
 def main() -> None:
     seen: dict[str, Any] = {}
     with join("cpu") as processes:
-        for part in (sums, gradients, same, in_turn, training, poisoned, stopped):
+        for part in (sums, same, in_turn, training, poisoned, stopped):
             seen[part.__name__] = part(processes)
         seen["who"] = [processes.rank, processes.size, processes.is_rank0, processes.device]
     with join("cpu") as again:  # a second run of the same processes

@@ -1,0 +1,15 @@
+"""Settings of a run of several processes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nanothink.config.base import Settings
+
+
+class DistributedConfig(Settings):
+    """Where parameters, gradients and moments are. One process alone has all of them."""
+
+    shard: Literal["full", "none"] = "full"
+    """'full': each process keeps its share of parameters, gradients and moments. 'none': each keeps all; less
+    is sent, and nothing is saved in memory."""

@@ -1,0 +1,116 @@
+"""Muon over several processes: the rows of each matrix are brought together in one of them.
+
+Orthogonalising needs the whole matrix. Each matrix has one owner: it receives the rows, orthogonalises, and
+sends them back, in one exchange there and one back for all matrices of a shape. So a matrix is worked on
+once, as in one process, and by the same code; matrices are dealt out by cost, the dearest first, each to the
+process that has least to do (Graham 1969). While one shape is worked on, the rows of the next are under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Orthogonalise = Callable[[Tensor], Tensor]
+
+
+class MatrixOwners:
+    """Who orthogonalises which matrix.
+
+    Args:
+        matrices: this process's rows of each, and the shape of the whole. The same order in every process.
+    """
+
+    def __init__(self, matrices: Sequence[tuple[nn.Parameter, torch.Size]]) -> None:
+        self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.shapes = dict(matrices)
+        load = [0.0] * self.size
+        self.owner: dict[nn.Parameter, int] = {}
+        for own, shape in sorted(
+            matrices, key=lambda entry: -_cost(entry[1])
+        ):  # stable, so the same everywhere
+            chosen = load.index(min(load))
+            self.owner[own] = chosen
+            load[chosen] += _cost(shape)
+        self.load = load
+
+    def orthogonalised(
+        self, ahead: Sequence[tuple[nn.Parameter, Tensor]], orthogonalise: Orthogonalise, dtype: torch.dtype
+    ) -> list[tuple[nn.Parameter, Tensor]]:
+        """Own rows of each matrix, orthogonalised.
+
+        Args:
+            ahead: parameter, and own rows of the matrix to orthogonalise.
+            dtype: of the result.
+        """
+        by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
+        for own, rows in ahead:
+            by_shape.setdefault(self.shapes[own], []).append((own, rows))
+        done: list[tuple[nn.Parameter, Tensor]] = []
+        pending = [_Exchange(self, shape, entries) for shape, entries in by_shape.items()]
+        if pending:
+            pending[0].gather()
+        for i, exchange in enumerate(pending):
+            if i + 1 < len(pending):
+                pending[i + 1].gather()
+            exchange.work_and_return(orthogonalise, dtype)
+            if i:
+                done += pending[i - 1].received()
+        return done + (pending[-1].received() if pending else [])
+
+
+class _Exchange:
+    """The matrices of one shape, on their way to their owners and back."""
+
+    def __init__(
+        self, owners: MatrixOwners, shape: torch.Size, entries: Sequence[tuple[nn.Parameter, Tensor]]
+    ) -> None:
+        self.shape, self.rank, self.size = shape, owners.rank, owners.size
+        self.by_owner = [[e for e in entries if owners.owner[e[0]] == r] for r in range(self.size)]
+        self.n_own = len(self.by_owner[self.rank])
+        step = -(-shape[0] // self.size)
+        self.rows = [max(0, min(step, shape[0] - r * step)) for r in range(self.size)]  # as torch.chunk
+        width = shape[1]
+        # numbers: to each owner this process's rows of its matrices, and from each process the rows of ours
+        self.outgoing = [len(group) * self.rows[self.rank] * width for group in self.by_owner]
+        self.incoming = [self.n_own * n * width for n in self.rows]
+
+    def gather(self) -> None:
+        """Send rows to the owners."""
+        parts = [rows.reshape(-1) for group in self.by_owner for _, rows in group]
+        self.arriving, self.work = self._exchange(torch.cat(parts), self.outgoing, self.incoming)
+
+    def work_and_return(self, orthogonalise: Orthogonalise, dtype: torch.dtype) -> None:
+        """Orthogonalise the matrices of this process, and send their rows back."""
+        self.work.wait()
+        pieces = torch.split(self.arriving, self.incoming)
+        whole = [piece.view(self.n_own, n, self.shape[1]) for piece, n in zip(pieces, self.rows, strict=True)]
+        made = [orthogonalise(matrix) for matrix in torch.cat(whole, 1)]
+        returned = [
+            rows.reshape(-1)
+            for of_process in zip(*(torch.split(matrix, self.rows) for matrix in made), strict=True)
+            for rows in of_process
+        ]
+        flat = torch.cat(returned) if returned else self.arriving.new_empty(0, dtype=dtype)
+        self.arriving, self.work = self._exchange(flat, self.incoming, self.outgoing)
+
+    def received(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Own rows of all matrices."""
+        self.work.wait()
+        entries = [entry for group in self.by_owner for entry in group]
+        pieces = self.arriving.view(len(entries), self.rows[self.rank], self.shape[1])
+        return [(own, piece) for (own, _), piece in zip(entries, pieces, strict=True)]
+
+    def _exchange(self, flat: Tensor, outgoing: list[int], incoming: list[int]) -> tuple[Tensor, Any]:
+        arriving = flat.new_empty(sum(incoming))
+        work = torch.distributed.all_to_all_single(arriving, flat, incoming, outgoing, async_op=True)
+        return arriving, work
+
+
+def _cost(shape: torch.Size) -> float:
+    """Products of a Newton-Schulz step: two of the smaller side squared by the larger, one of it cubed."""
+    least, most = sorted(shape)
+    return 2.0 * least * least * most + least**3

@@ -1,0 +1,259 @@
+"""Parameters over several processes by PyTorch's FSDP2, and the same methods for a model in one process.
+
+Each block, each frozen expert and the rest of a model are *groups* (Zhao et al. 2023, "PyTorch FSDP", section
+3.2): a process keeps its rows of their parameters, and gathers a group's when it is read. The rest, with
+embeddings and head, stays gathered from the forward to the end of the backward pass, since the chunked loss
+reads the whole head. Gradients are added, not averaged, at the end of an accumulation window alone, and each
+process keeps its rows of the sum. The optimizer sees these rows as parameters of their own: plain tensors,
+which share their memory with the model's.
+
+FSDP2 refuses parameters without a dimension: every process holds those, and their gradients are added apart.
+
+With ``shard="none"`` every process keeps all rows (a mesh of N replicas by one shard): no parameter is
+gathered, gradients are added all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nanothink.models.contract import Batch, LanguageModel, Loss
+from nanothink.training.optimizer import GroupedParameters
+
+if TYPE_CHECKING:
+    from nanothink.training.muon_rows import MatrixOwners
+    from nanothink.training.objectives import Objective
+
+Shard = Literal["full", "none"]
+
+
+class Placement:
+    """A model that this process holds whole; the base of one that several hold together."""
+
+    owners: MatrixOwners | None = None
+    """Who orthogonalises which matrix; None where each process has all rows of all."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+
+    def groups(self) -> GroupedParameters:
+        """The trained parameters by role, as this process's optimizer moves them."""
+        return self.model.parameter_groups()
+
+    def compute(self, objective: Objective, batch: Batch, scale: float) -> Loss:
+        """The objective's loss of a batch."""
+        return objective(self.model, batch, scale)
+
+    def add_next(self, last: bool) -> None:
+        """Say whether the next backward pass ends the window, and so adds gradients over all processes."""
+
+    def collect(self) -> None:
+        """Hand the window's gradients to the parameters of ``groups``."""
+
+    def agree_on_overflow(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Before unscaling: put an infinity into this process's gradients if one is in another's."""
+
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+        """Scale the gradients to a norm of at most ``max_norm``; return their norm before that."""
+        return float(nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True))
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Context in which every process has the whole model, for evaluation and text: without gradients."""
+        yield
+
+    def distributed(self, parameter: str, own: Tensor) -> Tensor:
+        """A moment of a parameter as one tensor of all processes, from the rows in this one."""
+        return own
+
+    def rows(self, parameter: str, whole: Tensor) -> Tensor:
+        """The rows of this process, of something shaped as a parameter."""
+        return whole
+
+    def shared(self) -> dict[str, Tensor]:
+        """Weights and buffers that must be the same bits in every process, as far as they are here."""
+        return self.model.state_dict()
+
+    def shape(self, parameter: str) -> torch.Size:
+        """The shape of the whole parameter."""
+        return self.model.get_parameter(parameter).shape
+
+
+class ShardedPlacement(Placement):
+    """A model over all processes of the group.
+
+    Args:
+        model: the same in every process. It is changed in place, and is then used through this object.
+        device: of this process.
+        shard: "full": each process keeps its rows; "none": all keep all.
+        leave_whole: modules of which every process keeps everything.
+    """
+
+    def __init__(
+        self, model: LanguageModel, device: torch.device, shard: Shard, leave_whole: Sequence[nn.Module] = ()
+    ) -> None:
+        super().__init__(model)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+        from nanothink.training.muon_rows import MatrixOwners
+
+        size = torch.distributed.get_world_size()
+        self.shard = shard
+        shape, names = ((size,), ("shard",)) if shard == "full" else ((size, 1), ("replicate", "shard"))
+        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        kept = {p for module in leave_whole for p in module.parameters()}
+        kept |= {p for p in model.parameters() if p.ndim == 0}
+        left = {id(module) for part in leave_whole for module in part.modules()}
+        for part in reversed([m for m in model.modules() if isinstance(m, LanguageModel)]):  # experts first
+            if id(part) in left:
+                continue
+            for block in part.blocks:
+                fully_shard(block, mesh=self.mesh, ignored_params=kept)
+            root = part is model
+            fully_shard(part, mesh=self.mesh, reshard_after_forward=not root, ignored_params=kept)
+            if not root:
+                register_fsdp_forward_method(part, "hidden")
+        self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for unit in self._units:
+            unit.set_gradient_divide_factor(1.0)  # sums
+            unit.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
+        model.__dict__["sharded_loss"] = MethodType(_loss, model)
+        register_fsdp_forward_method(model, "sharded_loss")
+        model.to(device)  # what is in no group
+        self._replicated = [p for p in model.parameters() if p.requires_grad and p in kept]
+        self._own: dict[nn.Parameter, nn.Parameter] = {}  # by the model's
+        self._parameters = dict(model.named_parameters())
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                own = parameter if parameter in kept else nn.Parameter(_local(parameter.data))
+                self._own[parameter] = own
+        if shard == "full":
+            matrices = [p for _, p in model.parameter_groups()["matrices"]]
+            self.owners = MatrixOwners([(self._own[p], p.shape) for p in matrices])
+
+    def groups(self) -> GroupedParameters:
+        """See ``Placement.groups``."""
+        return {
+            role: [(name, self._own[parameter]) for name, parameter in named]
+            for role, named in self.model.parameter_groups().items()
+        }
+
+    def compute(self, objective: Objective, batch: Batch, scale: float) -> Loss:
+        """See ``Placement.compute``."""
+        return Loss(*self.model.__dict__["sharded_loss"](objective, batch, scale))
+
+    def add_next(self, last: bool) -> None:
+        """See ``Placement.add_next``."""
+        self._units[0].set_requires_gradient_sync(last)  # the root's holds for all
+
+    def collect(self) -> None:
+        """See ``Placement.collect``."""
+        for parameter in self._replicated:
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)
+        for parameter, own in self._own.items():
+            if own is not parameter:
+                own.grad = None if parameter.grad is None else _local(parameter.grad)
+                parameter.grad = None
+
+    def agree_on_overflow(self, parameters: Sequence[nn.Parameter]) -> None:
+        """See ``Placement.agree_on_overflow``."""
+        if not math.isfinite(self._norm(parameters)):
+            next(p.grad for p in parameters if p.grad is not None and p.numel()).view(-1)[0] = math.inf
+
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+        """See ``Placement.clip``."""
+        norm = self._norm(parameters)
+        found = torch.tensor(norm, dtype=torch.float32, device=parameters[0].device)
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, found, foreach=True)
+        return norm
+
+    def _norm(self, parameters: Sequence[nn.Parameter]) -> float:
+        """Norm of all gradients; what every process holds counts once."""
+        shared = {id(p) for p in self._replicated} if self.shard == "full" else set()
+        counted = [
+            p.grad
+            for p in parameters
+            if p.grad is not None and p.numel() and not (id(p) in shared and torch.distributed.get_rank())
+        ]
+        own = nn.utils.get_total_norm(counted, foreach=True).cpu() if counted else torch.zeros(())
+        square = own.double().square()
+        if self.shard == "full":
+            torch.distributed.all_reduce(square)
+        return math.sqrt(square) if square >= 0 else math.nan
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """See ``Placement.whole``."""
+        root = self._units[0]
+        root._get_fsdp_state()._lazy_init()  # else the first block that runs would take itself for the root
+        root.set_reshard_after_forward(False)
+        for unit in self._units:
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in self._units:
+                unit.reshard()
+            root.set_reshard_after_forward(True)
+            root.set_reshard_after_forward(False, recurse=False)
+
+    def distributed(self, parameter: str, own: Tensor) -> Tensor:
+        """See ``Placement.distributed``."""
+        from torch.distributed.tensor import DTensor
+
+        like = self._parameters[parameter]
+        if not isinstance(like, DTensor):
+            return own
+        return DTensor.from_local(
+            own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+
+    def shared(self) -> dict[str, Tensor]:
+        """See ``Placement.shared``."""
+        from torch.distributed.tensor import DTensor
+
+        state = self.model.state_dict()
+        alike = (
+            state if self.shard == "none" else {n: t for n, t in state.items() if not isinstance(t, DTensor)}
+        )
+        return {name: _local(t) if isinstance(t, DTensor) else t for name, t in alike.items()}
+
+    def shape(self, parameter: str) -> torch.Size:
+        """See ``Placement.shape``."""
+        return self._parameters[parameter].shape
+
+    def rows(self, parameter: str, whole: Tensor) -> Tensor:
+        """See ``Placement.rows``."""
+        return own_rows(whole, self._parameters[parameter])
+
+
+def _loss(
+    model: LanguageModel, objective: Objective, batch: Batch, scale: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective as a method, which FSDP2 takes for the forward pass of the whole model."""
+    loss = objective(model, batch, scale)
+    return loss.total, dict(loss.parts)
+
+
+def _local(tensor: Any) -> Tensor:
+    own: Tensor = tensor.to_local()
+    return own
+
+
+def own_rows(whole: Tensor, like: Tensor) -> Tensor:
+    """The part of ``whole`` that lies where the rows of ``like`` in this process do; no communication."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return whole
+    own: Tensor = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return own
