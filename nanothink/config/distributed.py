@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import field_validator
 
 from nanothink.config.base import Settings
 
@@ -13,3 +15,8 @@ class DistributedConfig(Settings):
     shard: Literal["full", "none"] = "full"
     """'full': each process keeps its share of parameters, gradients and moments. 'none': each keeps all; less
     is sent, and nothing is saved in memory."""
+
+    @field_validator("shard", mode="before")
+    @classmethod
+    def _none_is_a_name_here(cls, value: Any) -> Any:
+        return "none" if value is None else value  # --set reads none as no value

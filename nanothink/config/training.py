@@ -85,6 +85,14 @@ class TrainConfig(Settings):
     amp_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """The type under use_amp; 'auto' picks the faster one, on a CPU by a measurement. A name is obeyed."""
 
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the model's blocks by torch.compile for training: 'auto' on CUDA, where the first steps take
+    longer for it. Checkpoints are the same."""
+
+    recompute_activations: bool = False
+    """Keep the input of each block alone and compute the block again in the backward pass (activation
+    checkpointing): a fraction of the memory for about a third more time. The result is the same."""
+
     muon_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """The type of Muon's Newton-Schulz steps; 'auto': that of the other products, but float32 on a CPU where
     that is faster."""

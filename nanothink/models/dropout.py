@@ -32,19 +32,41 @@ class Dropout:
         self.rate = 0.0
         """Fraction of the features that is zeroed in training, to the nearest 256th."""
         self._generators: Sequence[torch.Generator] = ()
+        self._device = torch.device("cpu")
 
     @contextmanager
     def masks(self, seed: int, positions: Sequence[int], device: torch.device) -> Iterator[None]:
         """Drop in the context, whose forward passes are on the blocks at these positions of the run."""
         if self.rate:
+            self._device = device
             self._generators = [block_generator(seed, "dropout", position, device) for position in positions]
         try:
             yield
         finally:
             self._generators = ()
 
+    def states(self) -> list[Tensor]:
+        """States of the blocks' generators, from which ``masks_again`` draws the masks that follow."""
+        return [generator.get_state() for generator in self._generators]
+
+    @contextmanager
+    def masks_again(self, states: Sequence[Tensor]) -> Iterator[None]:
+        """Drop in the context as after ``states()``, for what is computed a second time."""
+        before = self._generators
+        self._generators = [torch.Generator(self._device) for _ in states]
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
+        try:
+            yield
+        finally:
+            self._generators = before
+
     def __call__(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D): features zeroed, the others scaled up; unchanged outside ``masks``."""
+        return self.mask(x) if self.rate else x
+
+    def mask(self, x: Tensor) -> Tensor:
+        """``__call__`` at any rate."""
         if not self._generators:
             return x
         assert len(self._generators) == len(x), "masks() was told of other blocks"

@@ -282,7 +282,8 @@ def _softmax_gradient_(logits: Tensor, targets: Tensor, factor: Tensor | None) -
 
 
 def _can_drop_rows(targets: Tensor) -> bool:
-    return targets.device.type == "cpu"
+    # a compiled graph has no look at values, so there the rows stay in
+    return targets.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _needs_gradients(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:

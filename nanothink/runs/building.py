@@ -24,6 +24,7 @@ from nanothink.runs.preparing import RunSetup
 from nanothink.runs.saved_model import SavedModel
 from nanothink.runs.saving import built_on
 from nanothink.runs.vector_store import KeyExpert, ModelStore, key_entry, owner_of
+from nanothink.training.blocks import set_up_blocks
 from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.loop import Run
 from nanothink.training.objectives import ExpertObjective, Objective, Routed
@@ -69,6 +70,7 @@ def build_run(
     neighbours = _update_store(setup, model, reporter, processes, stack)
     model.joint_gate = None  # that of an earlier end of this run
     model.dropout.rate = train_config.dropout
+    set_up_blocks(model, train_config, device)
     objective = _objective(setup, model, reporter, neighbours, stack)
     placement = processes.place(model, setup.config.distributed.shard, _kept_whole(model, objective))
     optimizer = GroupedOptimizer(placement.groups(), train_config, placement)
