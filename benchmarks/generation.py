@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the nanothink command has it
 
 import torch
 from llama_cpp import LlamaCpp

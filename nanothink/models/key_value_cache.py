@@ -13,7 +13,7 @@ from torch import Tensor
 from nanothink.errors import UsageError
 from nanothink.models.contract import State
 
-_FIRST_CAPACITY = 64  # tokens a new cache has room for; it doubles when full
+_FIRST_CAPACITY = 256  # tokens a new cache has room for; it doubles when full
 
 P = TypeVar("P", covariant=True)
 
