@@ -9,6 +9,7 @@ Past the context a row begins a new state from its last tokens, as in ``generate
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -67,8 +68,17 @@ class Row:
         """Prompt and what was drawn since."""
         self.n_prompt = len(self.tokens)
         self.seed = secrets.randbits(62) if config.seed is None else config.seed
-        # Rows whose next token is drawn alike are drawn together.
-        self.law = config.model_copy(update={"seed": None, "max_new_tokens": 1, "stop_at_eos": True})
+        self.law = _law(config)
+
+
+def _law(config: SamplingConfig) -> SamplingConfig:
+    """The settings that a draw depends on: rows for which this is the same object are drawn together."""
+    return _same_law(config.model_copy(update={"seed": None, "max_new_tokens": 1, "stop_at_eos": True}))
+
+
+@functools.lru_cache(1024)
+def _same_law(law: SamplingConfig) -> SamplingConfig:
+    return law
 
 
 @dataclass
@@ -98,6 +108,7 @@ class Engine:
         start: Callable[[Sequence[int]], State] | None = None,
     ) -> None:
         self._model, self._eos_id = model, eos_id
+        self._modules = list(model.modules())
         self._start = start or (lambda seeds: model.start(len(seeds)))
         self._waiting: deque[Row] = deque()
         self._readings: deque[_Reading] = deque()
@@ -144,7 +155,7 @@ class Engine:
 
     def step(self) -> list[Drawn]:
         """Draw one token for every row in the batch, and read part of the waiting prompts."""
-        with evaluating(self._model), torch.inference_mode():
+        with evaluating(self._model, self._modules), torch.inference_mode():
             self._renew_windows()
             logits = []
             if self._rows:
@@ -152,7 +163,9 @@ class Engine:
                 last = [[row.tokens[-1]] for row in self._rows]
                 logits.append(self._model.step(self._tensor(last), self._state))
             logits += self._read_waiting()
-            return self._draw(torch.cat(logits)) if logits else []
+            if not logits:
+                return []
+            return self._draw(logits[0] if len(logits) == 1 else torch.cat(logits))
 
     def _renew_windows(self) -> None:
         """Rows whose context is full wait to be read anew from their last tokens."""

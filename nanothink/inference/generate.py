@@ -122,10 +122,15 @@ def window_start(n_read: int, context_length: int | None) -> int:
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Set evaluation mode in the block; afterwards every module is as it was, frozen parts included."""
-    were_training = [module for module in model.modules() if module.training]
-    model.eval()
+def evaluating(model: torch.nn.Module, modules: Sequence[torch.nn.Module] | None = None) -> Iterator[None]:
+    """Set evaluation mode in the block; afterwards every module is as it was, frozen parts included.
+
+    Args:
+        modules: all of the model's, for callers in a hurry: finding them takes as long as a small step.
+    """
+    were_training = [m for m in (model.modules() if modules is None else modules) if m.training]
+    for module in were_training:
+        module.training = False
     try:
         yield
     finally:

@@ -120,7 +120,7 @@ class Choice:
         self._finished = piece.finished
         self._by_string = piece.finished == "stop" and piece.token is not None
         self._pieces.append(piece)
-        self.n_tokens += piece.token is not None
+        self.n_tokens += piece.n_tokens
         if piece.score is not None:
             # The end of the document is no part of the text, but was predicted like a token.
             token = self._tokenizer.eos_id if piece.token is None else piece.token

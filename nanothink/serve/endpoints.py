@@ -211,7 +211,13 @@ class Endpoints:
             rows = []
             for choice in answer.choices:
                 choice.end("length")
-        ticket = self._thread.submit(model.name, rows, asked.stop_strings, streamed=bool(asked.stream))
+        ticket = self._thread.submit(
+            model.name,
+            rows,
+            asked.stop_strings,
+            streamed=bool(asked.stream),
+            weighed=bool(asked.return_weights),
+        )
         if asked.stream:
             return _EventStream(_events(answer, ticket, include_usage=asked.include_usage), ticket.cancel)
 

@@ -7,6 +7,7 @@ sends back, once a turn, everything that was drawn.
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 from collections import deque
@@ -15,6 +16,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
+
+import torch
 
 from nanothink.errors import NanoThinkError
 from nanothink.inference.engine import Drawn, Engine, Row
@@ -28,16 +31,18 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token added to a text."""
+    """A part of a text: what one token added, or all of it."""
 
     choice: int
     """Which text of the request."""
     text: str
     """What became final with it."""
     token: int | None
-    """None: the model ended the document."""
+    """The last one; None: the model ended the document."""
     finished: str | None
     """"stop" or "length" with the last piece of a text."""
+    n_tokens: int
+    """How many it is of: one, none at the end of the document, or all of a text that comes whole."""
     score: TokenScore | None = None
     weights: tuple[float, ...] = ()
 
@@ -49,7 +54,8 @@ class _Text:
     ticket: Ticket
     choice: int
     row: Row
-    decoder: StoppingDecoder
+    decoder: StoppingDecoder | None
+    """None: nobody asks for its tokens one by one, so it is decoded at the end."""
 
 
 class Ticket:
@@ -140,12 +146,15 @@ class ModelThread:
         self._inbox.put(None)
         self._thread.join()
 
-    def submit(self, model: str, rows: Sequence[Row], stop: Sequence[str], *, streamed: bool) -> Ticket:
+    def submit(
+        self, model: str, rows: Sequence[Row], stop: Sequence[str], *, streamed: bool, weighed: bool = False
+    ) -> Ticket:
         """Have texts written, one for each row; they join the model's batch as soon as there is room.
 
         Args:
             streamed: their pieces are wanted as they come. Otherwise they come together at the end, and the
                 event loop does not take turns with the thread at every token.
+            weighed: the weights of each token are wanted.
 
         Raises:
             RequestError: too many texts wait already.
@@ -160,8 +169,15 @@ class ModelThread:
         ticket = Ticket(self, model, len(rows), streamed=streamed)
         self.n_texts += len(rows)
         batch = self._batches[model]
+        by_token = streamed or weighed or bool(stop)
+        tokenizer = batch.loaded.tokenizer
         texts = [
-            _Text(ticket, choice, row, StoppingDecoder(batch.loaded.tokenizer, stop))
+            _Text(
+                ticket,
+                choice,
+                row,
+                StoppingDecoder(tokenizer, stop) if by_token or row.n_likeliest is not None else None,
+            )
             for choice, row in enumerate(rows)
         ]
         self._inbox.put(lambda: batch.waiting.extend(texts))
@@ -198,6 +214,7 @@ class ModelThread:
     # In the thread
 
     def _run(self) -> None:
+        torch.set_num_threads(_n_threads())
         while True:
             busy = self._calls or any(batch.waiting or batch.running for batch in self._batches.values())
             with suppress(queue.Empty):
@@ -227,18 +244,24 @@ class ModelThread:
                 self._take(batch, drawn)
 
     def _take(self, batch: _Batch, drawn: Drawn) -> None:
-        text = batch.running[drawn.row]
-        shown = "" if drawn.token is None else text.decoder.push(drawn.token)
-        finished = drawn.finished
-        if text.decoder.stopped:
-            batch.engine.remove(drawn.row)
-            finished = "stop"
-        elif finished:
-            shown += text.decoder.flush()
+        text, row, finished = batch.running[drawn.row], drawn.row, drawn.finished
+        if text.decoder is None:
+            if not finished:
+                return
+            written = row.tokens[row.n_prompt :]
+            shown, n_tokens = batch.loaded.tokenizer.decode(written), len(written)
+        else:
+            shown = "" if drawn.token is None else text.decoder.push(drawn.token)
+            n_tokens = int(drawn.token is not None)
+            if text.decoder.stopped:
+                batch.engine.remove(row)
+                finished = "stop"
+            elif finished:
+                shown += text.decoder.flush()
         if finished:
-            del batch.running[drawn.row]
+            del batch.running[row]
             text.ticket.n_unfinished -= 1
-        piece = Piece(text.choice, shown, drawn.token, finished, drawn.score, drawn.weights)
+        piece = Piece(text.choice, shown, drawn.token, finished, n_tokens, drawn.score, drawn.weights)
         self._arrived.setdefault(text.ticket, []).append(piece)
 
     def _fail(self, batch: _Batch, error: Exception) -> None:
@@ -267,6 +290,16 @@ class ModelThread:
 def _deliver(arrived: Mapping[Ticket, list[Piece]]) -> None:
     for ticket, pieces in arrived.items():
         ticket.deliver(pieces)
+
+
+def _n_threads() -> int:
+    """PyTorch's threads: all cores but the one of the event loop.
+
+    With one for each core, all of them wait at the end of every operation for the one that was interrupted.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux
+    n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return min(torch.get_num_threads(), max(1, n_cores - 1))
 
 
 def _engine(loaded: TrainedModel) -> Engine:
