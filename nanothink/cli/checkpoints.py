@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -106,6 +107,7 @@ def show(
         if split["domains"]
         else "published model; what it was trained on is unknown",
         **_origin(payload["run"].get("imported")),
+        **_fitted(payload["run"], payload["model_state"]),
         **{
             name.replace("_", " "): render.count(value)
             for name, value in (stood if isinstance(stood, dict) else {}).items()
@@ -356,3 +358,20 @@ def _when(timestamp: float) -> str:
     import time
 
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(timestamp))
+
+
+def _fitted(run: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, str]:
+    """The teacher of a student, the factor from calibration, and the joint gate."""
+    from nanothink.models.joint_gate import GATE_PREFIX, MEMORIES
+
+    found = {}
+    if isinstance(teacher := run.get("teacher"), dict):
+        found["teacher"] = f"{teacher.get('path')} ({teacher.get('kind')})"
+    if isinstance(scale := run.get("logit_scale"), float):
+        found["calibration"] = f"logits times {scale:.4f}"
+    temperatures = weights.get(f"{GATE_PREFIX}log_temperature")
+    if temperatures is not None:
+        over = " and ".join(name.replace("_", " ") for name in MEMORIES[-len(temperatures) :])
+        n = sum(t.numel() for key, t in weights.items() if key.startswith(GATE_PREFIX))
+        found["joint gate"] = f"over the model and its {over}, {n:,} numbers"
+    return found

@@ -36,6 +36,7 @@ PRETRAIN_EXAMPLES = examples(
     "pretrain state_space --domains code,manual --name code",
     "pretrain diffuser --set train_diffuser.lr=5e-5",
     "pretrain transformer --init smollm2_expert.pt --lora 8",
+    "pretrain transformer --teacher nanothink_mla.pt --name student",
     "pretrain transformer --resume",
 )
 RESUME_EXAMPLES = examples("resume", "resume checkpoints/code_expert_interrupted.pt --max-epochs 40")
@@ -80,6 +81,14 @@ def pretrain(
             help="Train adapters of this rank on the frozen weights of --init. [default: all weights]",
         ),
     ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Checkpoint whose predictions it learns, such as a NanoThink. [default: none]",
+            autocompletion=completion.checkpoints,
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Its checkpoint is NAME_expert.pt. [default: the kind's name]"),
@@ -101,7 +110,7 @@ def pretrain(
         "train_expert.lora_rank": ("--lora", lora),
         "diffuser.transformer": ("--transformer", transformer),
     }
-    return start(kind, name, options, flags, init=init)
+    return start(kind, name, options, flags, init=init, teacher=teacher)
 
 
 def resume(
@@ -166,6 +175,7 @@ def start(
     flags: Mapping[str, tuple[str, Any]],
     experts: Sequence[Path] = (),
     init: Path | None = None,
+    teacher: Path | None = None,
 ) -> int:
     """Train a new model, or resume it with ``--resume``.
 
@@ -173,6 +183,7 @@ def start(
         flags: settings by the command's own options, beside those of ``options``.
         experts: checkpoints that a NanoThink combines.
         init: checkpoint whose weights an expert starts from.
+        teacher: checkpoint whose predictions an expert learns.
     """
     from nanothink.errors import UsageError
     from nanothink.models import training_section
@@ -208,6 +219,7 @@ def start(
         device=options.device,
         experts=tuple(experts),
         init=init,
+        teacher=teacher,
     )
     return train(spec, configure, dry_run=options.dry_run, as_json=options.as_json)
 

@@ -11,12 +11,19 @@ from nanothink.config.model import (
     VectorStoreConfig,
 )
 from nanothink.config.run import Config
-from nanothink.config.training import TrainConfig, TrainDiffuserConfig, TrainExpertConfig, TrainMLAConfig
+from nanothink.config.training import (
+    DistillationConfig,
+    TrainConfig,
+    TrainDiffuserConfig,
+    TrainExpertConfig,
+    TrainMLAConfig,
+)
 
 __all__ = [
     "Config",
     "DataConfig",
     "DiffuserConfig",
+    "DistillationConfig",
     "DocumentCacheConfig",
     "MLAConfig",
     "ModelConfig",

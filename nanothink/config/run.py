@@ -34,7 +34,12 @@ from nanothink.config.model import (
     VectorStoreConfig,
 )
 from nanothink.config.text_encoding import conversion, wide_encoding
-from nanothink.config.training import TrainDiffuserConfig, TrainExpertConfig, TrainMLAConfig
+from nanothink.config.training import (
+    DistillationConfig,
+    TrainDiffuserConfig,
+    TrainExpertConfig,
+    TrainMLAConfig,
+)
 from nanothink.errors import ConfigError, did_you_mean
 
 if sys.version_info >= (3, 11):
@@ -63,6 +68,7 @@ class Config(Settings):
     train_expert: TrainExpertConfig = TrainExpertConfig()
     train_diffuser: TrainDiffuserConfig = TrainDiffuserConfig()
     train_mla: TrainMLAConfig = TrainMLAConfig()
+    distillation: DistillationConfig = DistillationConfig()
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Config:

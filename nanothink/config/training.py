@@ -229,3 +229,17 @@ class TrainMLAConfig(TrainConfig):
     """GB on the disk, beside the tokens, for the experts' states over the training blocks, which then are
     computed once and not in every epoch (on a CPU, if all of them fit). The result is the same. 0 keeps
     none."""
+
+
+class DistillationConfig(Settings):
+    """Learning from a teacher, ``pretrain --teacher``, beside the settings of ``train_expert``."""
+
+    top_k: int = Field(32, ge=1, le=1024)
+    """Likeliest tokens of the teacher at each position that are kept; all others count as one."""
+
+    weight: float = Field(1.0, ge=0, le=1)
+    """Share of the divergence from the teacher in the loss; the rest is cross-entropy of the text."""
+
+    written_fraction: float = Field(0.5, ge=0, le=0.95)
+    """Share of the training blocks that the teacher writes, once for all epochs; 0: text of the corpus
+    alone."""

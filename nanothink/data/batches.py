@@ -12,6 +12,7 @@ Processes and micro-batches divide the positions among themselves and do not cha
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
@@ -38,6 +39,7 @@ class TrainingBatches:
         self.n_blocks = sum(self._sizes.values())
         """Blocks of all domains together; one epoch is as many positions."""
         self._firsts = dict(zip(self._domains, accumulate(self._sizes.values(), initial=0), strict=False))
+        self._starts = list(self._firsts.values())
         self._passes: dict[str, tuple[int, NDArray[np.int64]]] = {}
         self._group: tuple[int, NDArray[np.int64]] | None = None
 
@@ -47,6 +49,11 @@ class TrainingBatches:
         domain = self._domains[self._order(group)[slot]]
         number, place = divmod(group, self._sizes[domain])
         return domain, int(self._shuffled(domain, number)[place])
+
+    def numbered(self, number: int) -> tuple[str, int]:
+        """Domain and block index of the block with this number, of ``n_blocks``."""
+        place = bisect.bisect_right(self._starts, number) - 1
+        return self._domains[place], number - self._starts[place]
 
     def number(self, position: int) -> int:
         """Number of the block at ``position``, of ``n_blocks``, counted domain by domain."""
@@ -77,6 +84,30 @@ class TrainingBatches:
             self._streams[domain].block(index, self._length)
             for domain, index in map(self.place, range(start, start + count))
         )
+
+
+class Mixture:
+    """Order of a run whose blocks are some of a corpus and some that a model wrote, evenly spread among them.
+
+    TrainingBatches says which block of the corpus comes when; the written ones are shuffled for each pass.
+    """
+
+    def __init__(self, n_corpus: int, n_written: int, seed: int) -> None:
+        self._n_written, self._seed = n_written, seed
+        self._pass: tuple[int, NDArray[np.int64]] | None = None
+        self.n_blocks = n_corpus + n_written
+        """Blocks of an epoch."""
+
+    def source(self, position: int) -> tuple[bool, int]:
+        """True and the number of a written block, or False and the position among those of the corpus."""
+        before = position * self._n_written // self.n_blocks
+        if (position + 1) * self._n_written // self.n_blocks == before:
+            return False, position - before
+        number, place = divmod(before, self._n_written)
+        if self._pass is None or self._pass[0] != number:
+            order = _permutation(self._n_written, _key(self._seed, "written blocks", number))
+            self._pass = (number, order)
+        return True, int(self._pass[1][place])
 
 
 def validation_batches(

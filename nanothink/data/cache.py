@@ -6,6 +6,7 @@
         tokenizer/                     trained when the one asked for could not be reached (tokenizer.py)
         tokens/                        tokenised files (token_files.py)
         states/                        states of frozen experts (training/expert_states.py)
+        targets/                       a teacher's predictions (training/distillation.py)
 
 Everything here can be deleted at any time; the next run makes it again.
 """

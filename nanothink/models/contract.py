@@ -9,7 +9,7 @@ Shapes: B batch, T time, D model width, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,7 +21,7 @@ from nanothink.config import Config
 from nanothink.data.tokens import IGNORE
 from nanothink.models.dropout import Dropout
 from nanothink.models.joint_gate import JointGate, no_neighbours
-from nanothink.models.loss import linear_cross_entropy, linear_log_likelihood
+from nanothink.models.loss import CHUNK_ROWS, linear_cross_entropy, linear_log_likelihood
 from nanothink.models.low_rank import AdaptedLinear
 
 if TYPE_CHECKING:
@@ -165,6 +165,12 @@ class LanguageModel(nn.Module, ABC):
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, V) float32. For short inputs: training never holds this tensor."""
         return self.predicted(self.hidden(tokens))
+
+    def predictions(self, tokens: Tensor) -> Iterator[Tensor]:
+        """``logits`` of (B, T) tokens, (R, V) of some hundred positions at a time, for longer inputs."""
+        states = self.hidden(tokens).flatten(0, 1)
+        for start in range(0, len(states), CHUNK_ROWS):
+            yield self.predicted(states[start : start + CHUNK_ROWS])
 
     def predicted(self, states: Tensor) -> Tensor:
         """(..., D) final states -> (..., V) float32 logits, calibrated."""

@@ -18,7 +18,7 @@ Shapes: N rows (batch x time), D model width, V vocabulary, R rows of one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,8 +52,8 @@ def linear_cross_entropy(
         float64 hidden states). Gradients are already computed when this returns, and are given
         out once: a second backward through the same result is an error.
     """
-    need_hidden, need_weight = _needs_gradients(hidden, weight)
-    _check_shapes(hidden, weight, targets, chunk_rows)
+    need_hidden, need_weight = needs_gradients(hidden, weight)
+    check_shapes(hidden, weight, targets, chunk_rows)
     result: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, targets, scale, chunk_rows, matmul_dtype(hidden), need_hidden, need_weight
     )
@@ -86,8 +86,8 @@ def likelihood_and_peak(
     The second is (N,) like the first, without gradients, and costs nothing: the sum that normalises a row
     is taken relative to its greatest logit.
     """
-    need_hidden, need_weight = _needs_gradients(hidden, weight)
-    _check_shapes(hidden, weight, targets, chunk_rows)
+    need_hidden, need_weight = needs_gradients(hidden, weight)
+    check_shapes(hidden, weight, targets, chunk_rows)
     result: tuple[Tensor, Tensor] = _LogLikelihood.apply(  # type: ignore[no-untyped-call]
         hidden, weight, targets, chunk_rows, matmul_dtype(hidden), need_hidden, need_weight
     )
@@ -108,7 +108,7 @@ class _CrossEntropy(torch.autograd.Function):
         need_weight: bool,
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _ChunkedHead(hidden, weight, targets, chunk_rows, dtype)
+            head = ChunkedHead(hidden, weight, targets, chunk_rows, dtype)
             ctx.gradients = None
             if need_hidden or need_weight:
                 nats, *ctx.gradients = head.gradients(head.valid, need_hidden, need_weight)
@@ -147,7 +147,7 @@ class _LogLikelihood(torch.autograd.Function):
         need_weight: bool,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _ChunkedHead(hidden, weight, targets, chunk_rows, dtype)
+            head = ChunkedHead(hidden, weight, targets, chunk_rows, dtype)
             ctx.save_for_backward(hidden, weight, targets)
             ctx.options = chunk_rows, dtype, need_hidden, need_weight
             nats, peaks = head.nats_and_peaks()
@@ -161,7 +161,7 @@ class _LogLikelihood(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         chunk_rows, dtype, need_hidden, need_weight = ctx.options
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _ChunkedHead(hidden, weight, targets, chunk_rows, dtype)
+            head = ChunkedHead(hidden, weight, targets, chunk_rows, dtype)
             # Incoming gradients are brought to at most 1, so that neither tiny ones (a mean over many
             # tokens) nor huge ones (a gradient scaler) leave the range of a 16-bit product.
             incoming = head.select(grad.to(head.wide))
@@ -177,8 +177,8 @@ class _LogLikelihood(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
-class _ChunkedHead:
-    """The loop over chunks that both functions share. Call it with autocast off.
+class ChunkedHead:
+    """The loop over chunks that all these functions share. Call it with autocast off.
 
     On a CPU the ignored rows are left out up front. On a device that would cost a synchronisation, so
     they stay in, with hidden state, factor and gradient set to zero.
@@ -222,7 +222,7 @@ class _ChunkedHead:
     def nats_and_peaks(self) -> tuple[Tensor, Tensor]:
         """``nats()``, and (n,) logarithms of each row's greatest probability, 0 for ignored rows."""
         nats, peaks = self.valid.new_empty(2, len(self.hidden))
-        for chunk, _, logits in self._chunks():
+        for chunk, _, logits in self.chunks():
             nats[chunk], peaks[chunk] = _softmax_gradient_(logits, self.targets[chunk], None)
         return nats.mul_(self.valid), peaks.mul_(self.valid)
 
@@ -230,13 +230,28 @@ class _ChunkedHead:
         self, factor: Tensor, need_hidden: bool, need_weight: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``nats()``, and the gradients of ``sum(factor * nats)``: (N, D) and (V, D), None if not needed."""
+        nats = self.valid.new_empty(len(self.hidden))
+
+        def softmax_gradient(chunk: slice, logits: Tensor) -> None:
+            nats[chunk], _ = _softmax_gradient_(logits, self.targets[chunk], factor[chunk, None])
+
+        gradients = self.backward(softmax_gradient, need_hidden, need_weight)
+        return nats.mul_(self.valid), *gradients
+
+    def backward(
+        self, into_gradient: Callable[[slice, Tensor], None], need_hidden: bool, need_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of hidden states (N, D) and weight (V, D), None if not needed.
+
+        Args:
+            into_gradient: turns the (R, V) logits of a chunk of rows into their gradient, in place.
+        """
         n, width = self.hidden.shape
-        nats = self.valid.new_empty(n)
         grad_hidden = self.valid.new_empty(n, width) if need_hidden else None
         grad_weight = self.valid.new_zeros(self.weight.shape) if need_weight else None
         narrow = self.hidden.dtype != self.wide
-        for chunk, buffer, logits in self._chunks():
-            nats[chunk], _ = _softmax_gradient_(logits, self.targets[chunk], factor[chunk, None])
+        for chunk, buffer, logits in self.chunks():
+            into_gradient(chunk, logits)
             grad_logits = buffer.copy_(logits) if narrow else logits  # (R, V) in the type of the products
             if grad_hidden is not None:
                 grad_hidden[chunk] = grad_logits @ self.weight
@@ -244,9 +259,9 @@ class _ChunkedHead:
                 grad_weight += grad_logits.t() @ self.hidden[chunk]
             elif grad_weight is not None:
                 grad_weight.addmm_(grad_logits.t(), self.hidden[chunk])
-        return nats.mul_(self.valid), None if grad_hidden is None else self.expand(grad_hidden), grad_weight
+        return None if grad_hidden is None else self.expand(grad_hidden), grad_weight
 
-    def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows, product buffer and (R, V) logits in the wide type; both buffers are used again each time."""
         vocab = len(self.weight)
         buffer = self.hidden.new_empty(self.rows, vocab)
@@ -264,21 +279,27 @@ def _softmax_gradient_(logits: Tensor, targets: Tensor, factor: Tensor | None) -
     ``logits`` (R, V) becomes ``factor * (softmax - one_hot)`` in place.
     Without a factor (R, 1) the logits are left as scratch.
     """
-    rows, vocab = logits.shape
-    nats, peaks = logits.new_empty(2, rows)
-    step = max(1, _CACHE_BYTES // (vocab * logits.element_size())) if logits.device.type == "cpu" else rows
-    for start in range(0, rows, step):
-        part, own = logits[start : start + step], targets[start : start + step]
+    nats, peaks = logits.new_empty(2, len(logits))
+    for some in rows_at_a_time(logits):
+        part, own = logits[some], targets[some]
         top = part.amax(1, keepdim=True)
         target_logit = part.gather(1, own)
         total = part.sub_(top).exp_().sum(1, keepdim=True)
         log_total = total.log()
-        nats[start : start + step] = (log_total + (top - target_logit)).squeeze(1)
-        peaks[start : start + step] = -log_total.squeeze(1)
+        nats[some] = (log_total + (top - target_logit)).squeeze(1)
+        peaks[some] = -log_total.squeeze(1)
         if factor is not None:
-            weight = factor[start : start + step]
+            weight = factor[some]
             part.mul_(weight / total).scatter_add_(1, own, -weight)
     return nats, peaks
+
+
+def rows_at_a_time(logits: Tensor) -> Iterator[slice]:
+    """Rows of (R, V) logits that an epilogue works on at a time: on a CPU as many as stay in L2."""
+    rows, vocab = logits.shape
+    step = max(1, _CACHE_BYTES // (vocab * logits.element_size())) if logits.device.type == "cpu" else rows
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
 
 
 def _can_drop_rows(targets: Tensor) -> bool:
@@ -286,13 +307,13 @@ def _can_drop_rows(targets: Tensor) -> bool:
     return targets.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _needs_gradients(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
+def needs_gradients(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
     # Inside a Function grad mode is always off, and needs_input_grad ignores no_grad(): ask here.
     enabled = torch.is_grad_enabled()
     return enabled and hidden.requires_grad, enabled and weight.requires_grad
 
 
-def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> None:
+def check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden (N, D) and weight (V, D) do not fit: got {tuple(hidden.shape)} and {tuple(weight.shape)}"

@@ -24,7 +24,7 @@ Shapes: B batch, T time, D model width, V vocabulary, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
@@ -221,11 +221,6 @@ class NanoThink(ProductOfExperts):
             return None
         return F.normalize(states[self.key_expert].detach().float(), dim=-1)
 
-    def _neighbours_of(self, queries: Tensor) -> Neighbours:
-        """(B, T, D) -> neighbours (B, T, K)."""
-        assert self.vector_store is not None
-        return self.vector_store.search(queries.flatten(0, 1)).view(*queries.shape[:2])
-
     def loss_and_routing(
         self,
         inputs: Tensor,
@@ -284,16 +279,12 @@ class NanoThink(ProductOfExperts):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """See ``LanguageModel.logits``. With a vector store these are logarithms of probabilities."""
+        return torch.cat(list(self.predictions(tokens))).view(*tokens.shape, -1)
+
+    def predictions(self, tokens: Tensor) -> Iterator[Tensor]:
+        """See ``LanguageModel.predictions``; logarithms of probabilities as those of ``logits``."""
         states, weights, queries = self._passed(tokens)
-        if queries is not None and self.joint_gate is not None:
-            parts = [mixed for _, mixed, _ in self._gated(states, weights, tokens)]
-            return torch.cat(parts).view(*tokens.shape, -1)
-        logits = self.predicted(states)
-        if queries is None:
-            return logits
-        assert self.store_gate is not None
-        stream, neighbours = states[..., -self.d_model :], self._neighbours_of(queries)
-        return self.store_gate.mix_logits(logits, stream, neighbours)[0]
+        yield from self._predicted_rows(states, weights, tokens, queries)
 
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """See ``LanguageModel.step``."""

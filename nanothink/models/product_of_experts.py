@@ -112,6 +112,29 @@ class ProductOfExperts(LanguageModel):
             share = log_shares[:, 1 + gate.names.index(VECTOR_STORE)].exp()
             yield rows, mixed, with_store(weights[rows], share)
 
+    def _neighbours_of(self, queries: Tensor) -> Neighbours:
+        """(B, T, D) -> neighbours (B, T, K)."""
+        assert self.vector_store is not None
+        return self.vector_store.search(queries.flatten(0, 1)).view(*queries.shape[:2])
+
+    def _predicted_rows(
+        self, states: Tensor, weights: Tensor, tokens: Tensor, queries: Tensor | None
+    ) -> Iterator[Tensor]:
+        """``predictions`` from the states (B, T, D), the experts' weights, and the queries if a store is
+        attached."""
+        if queries is not None and self.joint_gate is not None:
+            yield from (mixed for _, mixed, _ in self._gated(states, weights, tokens))
+            return
+        neighbours = None if queries is None else self._neighbours_of(queries).view(tokens.numel())
+        for start in range(0, tokens.numel(), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            chunk = states.flatten(0, 1)[rows]
+            logits = self.predicted(chunk)
+            if neighbours is not None and self.store_gate is not None:
+                stream = chunk[:, -self.d_model :]
+                logits, _ = self.store_gate.mix_logits(logits, stream, neighbours.rows(rows))
+            yield logits
+
     def activation_bytes(self, batch_size: int, length: int, value_bytes: int) -> int:
         """See ``LanguageModel.activation_bytes``; the factors were counted with saved-tensor hooks."""
         width, n_experts = self.d_model, len(self.experts)

@@ -23,8 +23,11 @@ from nanothink.runs.expert_state_cache import keep_states
 from nanothink.runs.preparing import RunSetup
 from nanothink.runs.saved_model import SavedModel
 from nanothink.runs.saving import built_on
+from nanothink.runs.teacher import TEACHER
+from nanothink.runs.teaching import make_targets
 from nanothink.runs.vector_store import KeyExpert, ModelStore, key_entry, owner_of
 from nanothink.training.blocks import set_up_blocks
+from nanothink.training.distillation import Taught
 from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.loop import Run
 from nanothink.training.objectives import ExpertObjective, Objective, Routed
@@ -47,6 +50,12 @@ def build_run(
     stack = stack or ExitStack()
     train_config = setup.training
     device = setup.precision.device
+    taught = None
+    if TEACHER in setup.parts:  # before the seeds are set: what is on the disk already is not computed again
+        taught = processes.rank0_first(
+            lambda: (make_targets(setup, reporter), ""), lambda _: make_targets(setup)
+        )
+        stack.callback(taught.close)
     # Nothing here draws from Python or numpy, but an objective may, and then it must repeat.
     random.seed(train_config.seed)
     np.random.seed(train_config.seed % 2**32)
@@ -60,7 +69,9 @@ def build_run(
         for line in report.lines():
             reporter.note(line)
     elif isinstance(model, Expert):
-        for base in setup.parts.values():
+        for name, base in setup.parts.items():
+            if name == TEACHER:
+                continue
             _, targets = setup.batches.read(0, TARGET_SAMPLE_BLOCKS)
             model.adopt(_built(base, torch.device("cpu"), reporter), targets)
     if processes.size > 1:
@@ -71,7 +82,10 @@ def build_run(
     model.joint_gate = None  # that of an earlier end of this run
     model.dropout.rate = train_config.dropout
     set_up_blocks(model, train_config, device)
-    objective = _objective(setup, model, reporter, neighbours, stack)
+    if taught is not None:
+        objective: Objective = Taught(taught, setup.config.distillation.weight)
+    else:
+        objective = _objective(setup, model, reporter, neighbours, stack)
     placement = processes.place(model, setup.config.distributed.shard, _kept_whole(model, objective))
     optimizer = GroupedOptimizer(placement.groups(), train_config, placement)
     if setup.resume_point is not None:
@@ -97,7 +111,7 @@ def build_run(
         optimizer=optimizer,
         scaler=scaler,
         objective=objective,
-        batches=setup.batches,
+        batches=taught if taught is not None else setup.batches,
         precision=setup.precision,
         config=train_config,
         plan=setup.plan,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanothink.models import COMBINED
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.expert_state_cache import kept_bytes
 from nanothink.runs.preparing import RunSetup, largest_share
+from nanothink.runs.teacher import TEACHER
+from nanothink.runs.teaching import estimate_targets
 from nanothink.runs.timing import RunTime, time_run
 from nanothink.training.optimizer import effective_warmup
 from nanothink.vector_store.index import bytes_per_key, choose_kind
@@ -41,6 +43,8 @@ class RunEstimate:
     disk_free_bytes: int
     states_bytes: int
     """The experts' states on the disk; 0 if they are not kept."""
+    targets_bytes: int
+    """The teacher's targets on the disk; 0 without a teacher."""
     precision: str
     precision_reason: str
     n_bad_lines: int
@@ -87,6 +91,7 @@ def estimate_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SIL
     store_disk = 0
     if setup.spec.kind == COMBINED and config.vector_store.enabled:
         memory["vector store"], store_disk = _vector_store(setup)
+    targets_bytes, targets_seconds = estimate_targets(setup, reporter) if TEACHER in setup.parts else (0, 0.0)
     checkpoint = _FLOAT32 * (n_parameters + n_fixed + moments)
     epochs = plan.total_steps * plan.blocks_per_step / plan.n_blocks
     snapshots = int(epochs) // train_config.snapshot_every_epochs
@@ -107,10 +112,11 @@ def estimate_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SIL
         disk_bytes=checkpoint * (3 + snapshots) + store_disk,
         disk_free_bytes=_free_bytes(setup),
         states_bytes=kept_bytes(setup),
+        targets_bytes=targets_bytes,
         precision=setup.precision.name,
         precision_reason=setup.precision.reason,
         n_bad_lines=setup.tokens.skipped_records,
-        time=time_run(setup, n_processes, reporter),
+        time=replace(time_run(setup, n_processes, reporter), targets_seconds=targets_seconds),
     )
 
 

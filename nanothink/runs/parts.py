@@ -16,12 +16,13 @@ from nanothink.runs.experts import check_same_experts, config_for_experts, find_
 from nanothink.runs.initial import INITIAL, check_no_adapters, find_initial
 from nanothink.runs.resuming import ResumePoint, RunSpec
 from nanothink.runs.saved_model import SavedModel
+from nanothink.runs.teacher import TEACHER, find_teacher
 
 
 def find_parts(
     spec: RunSpec, resolved: ResolvedConfig, resume_point: ResumePoint | None, reporter: Reporter
 ) -> dict[str, SavedModel]:
-    """The models that a run starts from, by name: NanoThink's experts, the base of an expert, or its weights.
+    """The models that a run builds on, by name: NanoThink's experts; an expert's base, weights or teacher.
 
     Empty for an expert that learns from text alone, and if the checkpoint that is resumed contains them.
 
@@ -37,6 +38,8 @@ def find_parts(
             named = find_experts(spec.experts, spec.checkpoint_dir, reporter)
             check_same_experts(named, resume_point.payload, resume_point.path)
         return {}
+    if (teacher := find_teacher(spec, resume_point, reporter)) is not None:
+        return {TEACHER: teacher}
     if spec.init is not None and resume_point is None:
         return {INITIAL: find_initial(spec, resolved.config, reporter)}
     if resume_point is None:

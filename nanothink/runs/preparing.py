@@ -36,6 +36,7 @@ from nanothink.runs.rebuilding import rebuild
 from nanothink.runs.regularising import fit_to_text
 from nanothink.runs.resuming import ResumePoint, RunSpec, find_start
 from nanothink.runs.saved_model import SavedModel, expert_entries, experts_inside
+from nanothink.runs.teacher import TEACHER, config_of_student, text_in_store
 from nanothink.runs.vector_store import key_entry
 from nanothink.training.matmul_types import choose_precision
 from nanothink.training.state import Plan, TrainState
@@ -68,6 +69,8 @@ class RunSetup:
     """The frozen models that this run starts from, by name: see ``find_parts``."""
     inside: tuple[ExpertDescription, ...] = ()
     """The experts inside a combined model."""
+    n_written: int = 0
+    """Blocks that the teacher writes, beside those of ``batches``."""
     best_is_reset: bool = False
     """Best loss reset: the validation text or the length of the blocks changed."""
 
@@ -126,6 +129,8 @@ def prepare(
         config = config_for_experts(parts, resolved)
     if INITIAL in parts:
         config = config_of_initial(parts[INITIAL], resolved, reporter)
+    if TEACHER in parts and resume_point is None:
+        config = config_of_student(parts[TEACHER], resolved, reporter)
     if resume_point is not None and not Path(config.data.data_dir).is_dir():
         raise DataError(
             f"The folder this run was trained on, {config.data.data_dir}, is not there. "
@@ -163,6 +168,8 @@ def prepare(
         )
     if combines and config.vector_store.enabled:
         split = replace(split, store=_text_in_store(spec, config, resume_point, parts))
+    if TEACHER in parts:
+        split = replace(split, store=text_in_store(parts[TEACHER]))
     tokens = split.tokenise(
         corpus,
         tokenizer,
@@ -179,12 +186,16 @@ def prepare(
         fitted = training_of(spec.kind, config)
         training = fitted.model_copy(update=dict(types or {}))
     batches = TrainingBatches(tokens.train, config.model.max_seq_len, training.seed)
+    n_written = 0
+    if TEACHER in parts:
+        fraction = config.distillation.written_fraction
+        n_written = round(batches.n_blocks * fraction / (1 - fraction))
     if resume_point is not None:
         inside = experts_inside(resume_point.payload, device, resume_point.path)
     else:
         inside = tuple(part.described(name, device) for name, part in parts.items() if combines)
     state = TrainState.from_dict(payload["run"].get("state")) if payload is not None else TrainState()
-    state.fit(batches.n_blocks)
+    state.fit(batches.n_blocks + n_written)
     had_best = payload is not None and state.best_loss is not None
     best_is_reset = had_best and _validation_changed(payload, tokens, config, training)
     if best_is_reset:
@@ -208,9 +219,10 @@ def prepare(
         batches=batches,
         precision=precision,
         state=state,
-        plan=Plan.make(training, batches.n_blocks, state),
+        plan=Plan.make(training, batches.n_blocks + n_written, state),
         parts=parts,
         inside=inside,
+        n_written=n_written,
         best_is_reset=best_is_reset,
     )
 
@@ -290,12 +302,16 @@ def _tokenizer_lent(lender: SavedModel, resolved: ResolvedConfig, corpus: Corpus
     if asked_for and data.tokenizer != lender.config.data.tokenizer:
         asked = resolve_tokenizer(data.tokenizer, corpus, split=SplitRule.of(data))
         if asked.fingerprint != lender.tokenizer.fingerprint:
-            kind = lender.kind
+            kind, other = lender.kind, ""
+            if kind != COMBINED:
+                other = (
+                    f" Or train a {kind} with this one: nanothink pretrain {kind} --tokenizer "
+                    f"{data.tokenizer} --name OTHER"
+                )
             raise CheckpointMismatchError(
                 f"{lender.path} was trained with the tokenizer '{lender.tokenizer.name}' "
                 f"({lender.tokenizer.vocab_size} tokens), not with '{asked.name}' ({asked.vocab_size}). "
-                f"Leave --tokenizer out: the {kind}'s own is used. Or train a {kind} with this one: "
-                f"nanothink pretrain {kind} --tokenizer {data.tokenizer} --name OTHER"
+                f"Leave --tokenizer out: the {kind}'s own is used.{other}"
             )
     return lender.tokenizer
 

@@ -43,6 +43,8 @@ class RunSpec:
     """Checkpoints that a combined model combines; none: the three experts in ``checkpoint_dir``."""
     init: Path | None = None
     """Checkpoint whose weights a new run starts from; None: random ones."""
+    teacher: Path | None = None
+    """Checkpoint whose predictions an expert learns; None: it learns from text, or resumes with its own."""
 
     @property
     def stem(self) -> str:

@@ -14,6 +14,7 @@ from nanothink.models import COMBINED
 from nanothink.runs.experts import as_entries
 from nanothink.runs.initial import INITIAL
 from nanothink.runs.preparing import RunSetup
+from nanothink.runs.teacher import TEACHER, teacher_entry
 from nanothink.training.loop import Run
 
 _OF_THE_RUN = {"name", "state", "logit_scale", "gate_documents", "nanothink_version"}
@@ -62,16 +63,23 @@ def _whole(state: Any) -> Any:
 
 
 def built_on(setup: RunSetup) -> dict[str, Any]:
-    """Entries about the models that a run builds on: experts, or the digest of an expert's base."""
+    """Entries about the models that a run builds on: experts, a teacher, the digest of an expert's base."""
     if setup.resume_point is not None:
         earlier = setup.resume_point.payload["run"]
-        return {name: value for name, value in earlier.items() if name not in _OF_THE_RUN}
+        kept = {name: value for name, value in earlier.items() if name not in _OF_THE_RUN}
+        return {**kept, **_teacher(setup)}
     if setup.spec.kind == COMBINED:
         return {"experts": as_entries(setup.parts)}
+    if TEACHER in setup.parts:
+        return _teacher(setup)
     origin = {}
     if INITIAL in setup.parts and (imported := setup.parts[INITIAL].payload["run"].get("imported")):
         origin = {"imported": imported}  # its licence holds for what is made of it
     return {**{name: part.digest for name, part in setup.parts.items()}, **origin}
+
+
+def _teacher(setup: RunSetup) -> dict[str, Any]:
+    return {TEACHER: teacher_entry(setup.parts[TEACHER])} if TEACHER in setup.parts else {}
 
 
 def description(setup: RunSetup, run: Run) -> dict[str, Any]:

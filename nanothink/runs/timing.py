@@ -24,6 +24,7 @@ from nanothink.runs.building import blocks_ahead, build_run, store_of_run
 from nanothink.runs.callbacks import make_callbacks
 from nanothink.runs.preparing import RunSetup, largest_share
 from nanothink.runs.scoring import BATCH_TOKENS
+from nanothink.runs.teacher import TEACHER
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Run, take_step
 
@@ -45,6 +46,8 @@ class RunTime:
     n_evaluations: int
     store_seconds: float
     """Building the vector store and looking up the neighbours of the training text."""
+    targets_seconds: float = 0.0
+    """Making what is missing of a teacher's predictions, by its speed on a few blocks."""
     left_out: tuple[str, ...] = ("saving", "what is fitted on held-out text at the end")
     """Parts of the run that the estimate does not include."""
 
@@ -52,7 +55,7 @@ class RunTime:
     def seconds(self) -> float:
         """Estimate of the whole run."""
         evaluating = self.n_evaluations * self.evaluation_seconds
-        return self.n_steps * self.step_seconds + evaluating + self.store_seconds
+        return self.n_steps * self.step_seconds + evaluating + self.store_seconds + self.targets_seconds
 
 
 def time_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SILENT) -> RunTime:
@@ -139,7 +142,8 @@ def _time_evaluation(setup: RunSetup, run: Run, step_seconds_per_token: float) -
 
 
 def _without_disk(setup: RunSetup) -> RunSetup:
-    """The same run without what is kept on the disk for it: vector store and experts' states."""
+    """The same run without what is kept on the disk for it: vector store, experts' states, a teacher's
+    predictions."""
     config = setup.config
     if setup.spec.kind == COMBINED:
         memoryless: dict[str, Any] = {
@@ -147,7 +151,8 @@ def _without_disk(setup: RunSetup) -> RunSetup:
             "train_mla": config.train_mla.model_copy(update={"states_disk_gb": 0.0}),
         }
         config = config.model_copy(update=memoryless)
-    return replace(setup, config=config)
+    parts = {name: part for name, part in setup.parts.items() if name != TEACHER}
+    return replace(setup, config=config, parts=parts)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -193,8 +193,16 @@ def folder_of(checkpoint: Path) -> Path:
     return store_folder(checkpoint.parent, name.stem if name is not None else checkpoint.stem)
 
 
-def open_beside(saved: SavedModel, reporter: Reporter = SILENT) -> VectorStore:
+def open_beside(
+    saved: SavedModel,
+    reporter: Reporter = SILENT,
+    *,
+    otherwise: str = "To run without it: --no-vector-store (in Python: vector_store=False).",
+) -> VectorStore:
     """Open the vector store that lies beside a combined model's checkpoint.
+
+    Args:
+        otherwise: advice in the error.
 
     Raises:
         VectorStoreError: it is missing, damaged, or another model's.
@@ -206,8 +214,7 @@ def open_beside(saved: SavedModel, reporter: Reporter = SILENT) -> VectorStore:
         return open_store(folder_of(saved.path), settings, owner=owner, reporter=reporter)
     except VectorStoreError as error:
         raise type(error)(
-            f"{saved.path} was trained with a vector store. {error} To run without it: --no-vector-store "
-            "(in Python: vector_store=False)."
+            f"{saved.path} was trained with a vector store. {error} {otherwise}".strip()
         ) from None
 
 

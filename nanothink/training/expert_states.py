@@ -18,32 +18,23 @@ Shapes: B blocks of a batch, T time, D model width, E experts.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import torch
 from torch import Tensor
 
-from nanothink.data.cache import cache_folder
-from nanothink.disk import is_in_use, locked, make_folder, sweep_folder, whole_folder
 from nanothink.disk.block_file import BlockFile
 from nanothink.errors import StorageError, counted
 from nanothink.models.nanothink import NanoThink
 from nanothink.reporter import SILENT, Reporter
-
-SPARE_BYTES = 10**9
-"""Disk space left free, above all for checkpoints."""
+from nanothink.training.block_folder import MARKS, NoFolderError, in_words, open_folder
 
 _FORMAT = 1
-_FOLDER = "states"
 _IN_VAIN = "so they are computed in every epoch"
 
 Shape = tuple[int, int, int, int]
@@ -68,9 +59,9 @@ class ExpertStates:
         self.folder = folder
         self._shape, self._number, self._reporter = shape, number, reporter
         self._tried = self._told = False
-        self._file: BlockFile | None = BlockFile(folder / "states.f32", folder / "marks.u64")
+        self._file: BlockFile | None = BlockFile(folder / "states.f32", folder / MARKS)
         try:
-            self._file.hold()  # so that _make_room leaves it alone
+            self._file.hold()  # so that others do not make room here
         except OSError:
             self.close()
             raise
@@ -169,93 +160,35 @@ def open_states(
     needed = states_bytes(shape)
     if needed > budget_bytes:
         reporter.note(
-            f"The experts' states take {_size(needed)}, and train_mla.states_disk_gb allows "
-            f"{_size(budget_bytes)}, {_IN_VAIN}. To keep them: --set train_mla.states_disk_gb="
+            f"The experts' states take {in_words(needed)}, and train_mla.states_disk_gb allows "
+            f"{in_words(budget_bytes)}, {_IN_VAIN}. To keep them: --set train_mla.states_disk_gb="
             f"{math.ceil(needed / 1e8) / 10:g}"
         )
         return None
-    described = orjson.dumps(
-        {"format": _FORMAT, "order": sys.byteorder, "shape": shape, **identity}, option=orjson.OPT_SORT_KEYS
-    )
-    key = hashlib.blake2b(described, digest_size=16).hexdigest()
+    described = {"format": _FORMAT, "shape": shape, **identity}
+    sizes = {"states.f32": needed - 8 * shape[0], MARKS: 8 * shape[0]}
     try:
-        cache = cache_folder(root)
-        folder = cache / _FOLDER / key
-        if not (begin or folder.exists()):
+        states = open_folder(
+            root,
+            "states",
+            described,
+            sizes,
+            lambda folder: ExpertStates(folder, shape, number, reporter),
+            budget_bytes=budget_bytes,
+            begin=begin,
+            reporter=reporter,
+        )
+        if states is None:
             return None
-        with locked(cache, reporter):
-            make_folder(folder.parent, within=cache)
-            sweep_folder(folder.parent)
-            whole = _is_whole(folder, described, shape)
-            if folder.exists() and not whole:
-                reporter.note(f"The states kept in {folder} are damaged; they are made again.")
-                shutil.rmtree(folder)
-            if not _make_room(folder, budget_bytes - needed):
-                reporter.note(
-                    f"The experts' states take {_size(needed)}, and other runs just now use what "
-                    f"train_mla.states_disk_gb allows beside that, {_IN_VAIN}."
-                )
-                return None
-            missing = needed - (_taken(folder) if whole else 0)
-            free = shutil.disk_usage(cache).free
-            if free < missing + SPARE_BYTES:
-                reporter.note(
-                    f"The experts' states take {_size(needed)}, and {cache} has {_size(free)} free, of which "
-                    f"{_size(SPARE_BYTES)} are left for checkpoints, {_IN_VAIN}."
-                )
-                return None
-            if not whole:
-                _make(folder, described, shape)
-            os.utime(folder)
-            states = ExpertStates(folder, shape, number, reporter)
-            n_filled = states.n_filled()
+        n_filled = states.n_filled()
+    except NoFolderError as error:
+        reporter.note(f"The experts' states take {in_words(needed)}, and {error}, {_IN_VAIN}.")
+        return None
     except (OSError, StorageError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or error
         reporter.note(f"The experts' states cannot be kept beside {root} ({why}), {_IN_VAIN}.")
         return None
     blocks = counted(shape[0], "block")
     there = f"{n_filled:,} of {blocks} are there already" if n_filled else blocks
-    reporter.note(f"The experts' states are kept in {folder}: {there}, {_size(needed)} for all.")
+    reporter.note(f"The experts' states are kept in {states.folder}: {there}, {in_words(needed)} for all.")
     return states
-
-
-def _make(folder: Path, described: bytes, shape: Shape) -> None:
-    with whole_folder(folder, in_use=True) as work:
-        for name, size in _sizes(shape).items():
-            with open(work / name, "wb") as file:
-                file.truncate(size)
-        (work / "identity.json").write_bytes(described)
-
-
-def _is_whole(folder: Path, described: bytes, shape: Shape) -> bool:
-    try:
-        same = (folder / "identity.json").read_bytes() == described
-        return same and all((folder / n).stat().st_size == size for n, size in _sizes(shape).items())
-    except OSError:
-        return False
-
-
-def _sizes(shape: Shape) -> dict[str, int]:
-    return {"states.f32": states_bytes(shape) - 8 * shape[0], "marks.u64": 8 * shape[0]}
-
-
-def _make_room(own: Path, allowed_bytes: int) -> bool:
-    """Delete other caches, least recently used first, down to the limit; False if that is not enough."""
-    others = [path for path in own.parent.iterdir() if path != own and path.is_dir()]
-    used = {path for path in others if is_in_use(path / "marks.u64")}
-    allowed_bytes -= sum(map(_taken, used))
-    for path in sorted(set(others) - used, key=lambda path: path.stat().st_mtime, reverse=True):
-        allowed_bytes -= (taken := _taken(path))
-        if allowed_bytes < 0:
-            allowed_bytes += taken
-            shutil.rmtree(path, ignore_errors=True)
-    return allowed_bytes >= 0
-
-
-def _taken(folder: Path) -> int:
-    """Bytes on the disk, without holes."""
-    return sum(512 * path.stat().st_blocks for path in folder.iterdir())
-
-
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e7 else f"{n_bytes / 1e6:.2f} MB"

@@ -121,8 +121,7 @@ class TrainingNeighbours:
         ends, keys = self._documents(domain)
         read = [stream.block(int(index), self._length) for index in blocks]
         inputs, targets = (np.stack(part) for part in zip(*read, strict=True))  # (B, T)
-        places = blocks[:, None] * self._length + np.arange(self._length)
-        own = keys[np.searchsorted(ends, places, side="right").clip(max=len(ends) - 1)]
+        own = documents_at(ends, keys, blocks, self._length)
         near, which = self._store.search_elsewhere(
             self._states(torch.from_numpy(inputs)).reshape(-1, self._store.owner.width),
             own.reshape(-1),
@@ -196,6 +195,36 @@ class TrainingNeighbours:
 def _coded(similarities: Float32) -> NDArray[np.int16]:
     finite = np.where(np.isfinite(similarities), similarities, 0.0)
     return np.rint(finite.clip(-1.0, 1.0) * _SCALE).astype(np.int16)
+
+
+def documents_at(ends: Int64, keys: NDArray[np.uint64], blocks: Int64, length: int) -> NDArray[np.uint64]:
+    """(B, length): hash of the document of each target in blocks of a stream.
+
+    Args:
+        ends: of its documents, in tokens.
+        keys: hashes of their texts.
+    """
+    places = blocks[:, None] * length + np.arange(length)
+    found: NDArray[np.uint64] = keys[np.searchsorted(ends, places, side="right").clip(max=len(ends) - 1)]
+    return found
+
+
+class SearchElsewhere:
+    """A ``NeighbourSearch`` that leaves the document of each query, and copies of it, out.
+
+    Args:
+        own: (N,) hash of the document of each row. A search may have several queries for each, in order.
+    """
+
+    def __init__(self, store: VectorStore, own: NDArray[np.uint64]) -> None:
+        self._store, self._own = store, own
+
+    def search(self, queries: torch.Tensor) -> Neighbours:
+        """See ``VectorStore.search``."""
+        own = np.repeat(self._own, len(queries) // len(self._own))
+        asked = queries.detach().float().cpu().numpy()
+        found = self._store.search_elsewhere(asked, own, self._store.n_neighbours)
+        return self._store.neighbours(*found).to(queries.device)
 
 
 class RepeatedSearch:

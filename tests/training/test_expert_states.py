@@ -23,7 +23,7 @@ from nanothink.data import cache
 from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model
 from nanothink.models.contract import Batch
 from nanothink.models.nanothink import NanoThink
-from nanothink.training import expert_states
+from nanothink.training import block_folder
 from nanothink.training.expert_states import ExpertStates, Shape, open_states, states_bytes
 from nanothink.training.objectives import Routed
 
@@ -310,7 +310,7 @@ def test_what_does_not_fit_is_left_alone_with_one_line(place: Place) -> None:
 
 
 def test_the_disk_keeps_room_for_checkpoints(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_states, "SPARE_BYTES", 10**18)
+    monkeypatch.setattr(block_folder, "SPARE_BYTES", 10**18)
     assert place.open() is None
     (line,) = place.notes
     assert "are left for checkpoints, so they are computed in every epoch" in line
@@ -389,7 +389,7 @@ def test_older_states_give_way_unless_they_are_in_use(model: Counted, place: Pla
 
     old, new = folder("old"), folder("new")
     os.utime(old, (1, 1))
-    size = expert_states._taken(new)
+    size = block_folder.taken(new)
     assert size >= states_bytes(SHAPE)
     third = place.opened(identity={"experts": "third"}, budget_bytes=2 * size)
     assert not old.exists()

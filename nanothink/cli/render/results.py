@@ -122,6 +122,8 @@ def estimate(name: str, estimate: RunEstimate) -> None:
     ]
     if estimate.states_bytes:
         rows.append(["experts' states beside the tokens, at most", size(estimate.states_bytes)])
+    if estimate.targets_bytes:
+        rows.append(["teacher's targets beside the tokens", size(estimate.targets_bytes)])
     facts(rows, title="run")
     if estimate.disk_bytes > estimate.disk_free_bytes:
         warning("The disk may not hold all checkpoints of this run.")
@@ -132,6 +134,8 @@ def _time(time: RunTime) -> str:
     parts += [f"{counted(time.n_evaluations, 'evaluation')} of {time.evaluation_seconds:.3g} s"]
     if time.store_seconds:
         parts.append(f"vector store {duration(time.store_seconds)}")
+    if time.targets_seconds:
+        parts.append(f"teacher's targets {duration(time.targets_seconds)}")
     return f"{duration(time.seconds)} ({', '.join(parts)}; measured here just now)"
 
 
