@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanothink.config import Config, TrainConfig, TrainExpertConfig
-from nanothink.config.run import ResolvedConfig, flatten
+from nanothink.config.run import ResolvedConfig, flatten, set_by_hand
 from nanothink.errors import CheckpointMismatchError, UsageError
 from nanothink.models import EXPERTS, shape_sections, training_of
 from nanothink.models.contract import LanguageModel
@@ -26,6 +26,19 @@ _BLOCK = "model.max_seq_len"
 _FREE = {_BLOCK, "state_space.scan"}
 """Settings of a shape that no weight depends on."""
 
+
+FINE_TUNING = {
+    "optimizer": "adamw",
+    "lr": 1e-4,
+    "lr_matrices": 1.0,
+    "lr_embeddings": 1.0,
+    "lr_head": 1.0,
+    "lr_other": 1.0,
+    "max_epochs": 3,
+    "fit_to_text": False,
+}
+"""Training of a published model where nothing else is asked for. The rates of a model that starts from random
+weights, whose tables are of another scale, undo in two steps what it knows (docs/log.md)."""
 
 _ADAPTERS = ("lora_rank", "lora_alpha")
 
@@ -92,7 +105,8 @@ def _check_rank(initial: SavedModel, resolved: ResolvedConfig) -> None:
 def config_of_initial(initial: SavedModel, resolved: ResolvedConfig, reporter: Reporter = SILENT) -> Config:
     """The settings of a run that starts from ``initial``: its shape is that model's.
 
-    Blocks may be shorter than its context, which then is theirs.
+    Blocks may be shorter than its context, which then is theirs. A published model gets the rates of
+    ``FINE_TUNING``, whatever a preset says.
 
     Raises:
         UsageError: another shape is asked for, or blocks beyond its context.
@@ -101,26 +115,39 @@ def config_of_initial(initial: SavedModel, resolved: ResolvedConfig, reporter: R
     sections = dict.fromkeys(("model", "transformer", *shape_sections(initial.kind)))
     own, asked = flatten(initial.config), flatten(resolved.config)
     for name, source in resolved.sources.items():
-        by_hand = source != "default" and not source.startswith("preset ")
-        if name.partition(".")[0] in sections and name not in _FREE and by_hand and asked[name] != own[name]:
+        named = name.partition(".")[0] in sections and name not in _FREE
+        if named and set_by_hand(source) and asked[name] != own[name]:
             raise UsageError(
                 f"{name} is {own[name]} in {initial.path}, whose weights this run starts from, and "
                 f"{asked[name]} from {source}. Leave it out."
             )
     _check_rank(initial, resolved)
     length, longest = asked[_BLOCK], own[_BLOCK]
-    if length > longest and resolved.sources[_BLOCK] != "default":
+    if length > longest and set_by_hand(resolved.sources[_BLOCK]):
         raise UsageError(
             f"{_BLOCK}={length} is beyond the context of {initial.path}. Use at most {longest}: --set "
             f"{_BLOCK}={longest}"
         )
-    if length < longest:
+    if length > longest:
+        reporter.note(f"Blocks of {longest:,} tokens, not of {length}: {initial.path} has no longer context.")
+    elif length < longest:
         reporter.note(
             f"Blocks of {length} tokens: the new model's context. {initial.path} has one of {longest:,}; for "
             f"longer blocks: --set {_BLOCK}=N"
         )
     free = {_BLOCK: min(length, longest), **{name: asked[name] for name in _FREE - {_BLOCK}}}
-    update = {}
+    update: dict[str, Any] = {}
+    training = training_of(initial.kind, resolved.config)
+    if "imported" in initial.payload["run"]:
+        rates = {
+            name: value
+            for name, value in FINE_TUNING.items()
+            if not set_by_hand(resolved.sources[f"{training.section}.{name}"])
+        }
+        if rates:
+            listed = ", ".join(f"{name}={value}" for name, value in rates.items())
+            reporter.note(f"Chosen for the weights of a published model: {listed}.")
+        update[training.section] = training.model_copy(update=rates)
     for section in sections:
         values = {
             name.partition(".")[2]: value for name, value in free.items() if name.startswith(f"{section}.")

@@ -121,7 +121,6 @@ def prepare(
         for line in _changes(payload["config"], resolved.config):
             reporter.note(line)
     config = resolved.config
-    training = training_of(spec.kind, config).model_copy(update=dict(types or {}))
     device = choose_device(spec.device)
     parts = find_parts(spec, resolved, resume_point, reporter)
     combines = spec.kind == COMBINED
@@ -131,6 +130,7 @@ def prepare(
         config = config_of_initial(parts[INITIAL], resolved, reporter)
     if TEACHER in parts and resume_point is None:
         config = config_of_student(parts[TEACHER], resolved, reporter)
+    training = training_of(spec.kind, config).model_copy(update=dict(types or {}))
     if resume_point is not None and not Path(config.data.data_dir).is_dir():
         raise DataError(
             f"The folder this run was trained on, {config.data.data_dir}, is not there. "

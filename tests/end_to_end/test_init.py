@@ -84,8 +84,17 @@ def test_a_published_model_stays_one_of_unknown_text(
     payload["run"] = {"name": "base_expert", "imported": {"source": "x", "licence": "mit"}}
     payload["step"] = 0
     write_checkpoint(path, payload)
-    assert started("transformer", path) == 0
+    assert started("transformer", path, "--preset", "tiny", "--set", "train_expert.lr=2e-5") == 0
+    notes = " ".join(capsys.readouterr().err.split())
+    assert "Chosen for the weights of a published model: optimizer=adamw, lr_matrices=1.0" in notes
     trained = package.load(tmp_path / "runs" / "transformer_expert.pt")
+    training = trained.config.train_expert
+    assert (training.optimizer, training.lr, training.lr_embeddings, training.batch_size) == (
+        "adamw",
+        2e-5,
+        1.0,
+        2,
+    )
     assert not trained.trained_text.complete
     assert len(trained.trained_text.keys) > 50
     assert trained.split.domains == ("letters", "manuals", "tales")
@@ -221,6 +230,31 @@ def test_only_adapters_are_counted_as_trained(
     assert adapted["frozen_parameters"] == sum(whole["parameters"].values())
     assert adapted["memory"]["gradients"] == 4 * adapted["parameters"]["adapters"]
     assert adapted["memory"]["optimizer"] < whole["memory"]["optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("context", "preset", "note"),
+    [
+        ("48", "tiny", "Blocks of 48 tokens, not of 256"),
+        ("300", "tiny", "Blocks of 256 tokens: the new model's context"),
+        ("48", "default", "Blocks of 48 tokens, not of 512"),
+    ],
+)
+def test_a_context_that_is_not_asked_for_gives_way(
+    context: str,
+    preset: str,
+    note: str,
+    base: Callable[..., Path],
+    tiny_corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = base("transformer", model__max_seq_len=int(context))
+    line = ["pretrain", "transformer", "--init", str(path), "--preset", preset, "--dry-run", "--json"]
+    assert run([*line, "--data-dir", str(tiny_corpus), "--checkpoint-dir", str(tmp_path / "runs")]) == 0
+    shown = capsys.readouterr()
+    assert note in shown.err
+    assert json.loads(shown.out)["tokens_per_step"] % int(note.split()[2]) == 0
 
 
 @pytest.mark.parametrize(
