@@ -120,8 +120,11 @@ class _Text:
         return sum(stream.n_tokens for stream in self.to_fit.values())
 
 
-def finish_best(setup: RunSetup, run: Run, store: CheckpointStore, reporter: Reporter) -> None:
+def finish_best(setup: RunSetup, run: Run, store: CheckpointStore, reporter: Reporter) -> Evaluation | None:
     """Fit what is fitted on held-out text to the best model, and write its checkpoint again.
+
+    In gate mode returns the score of the result on the held-out text that nothing was fitted on, and the
+    checkpoint's best loss is that one: no loss of training describes it.
 
     The result is a function of the best checkpoint and the data: a run that is killed here does it again.
 
@@ -139,11 +142,17 @@ def finish_best(setup: RunSetup, run: Run, store: CheckpointStore, reporter: Rep
             model.vector_store = run.model.vector_store
     text = _Text.of(setup.tokens.val)
     training = setup.training
-    if isinstance(model, NanoThink) and isinstance(training, TrainMLAConfig) and training.fit == "gate":
+    in_gate_mode = isinstance(training, TrainMLAConfig) and training.fit == "gate"
+    if in_gate_mode and isinstance(model, NanoThink):
         _fit_weights(model, setup, text, reporter)
     _fit_gate(model, setup, text, reporter)
+    fitted = None
+    if in_gate_mode:
+        fitted = _score(model, text.rest, setup, setup.config.model.max_seq_len)
+        payload["best_loss"] = fitted.overall.loss
     state = {**payload["run"], "logit_scale": model.logit_scale, "gate_documents": text.keys}
     store.write(best, {**payload, "model_state": model_state(model), "run": state})
+    return fitted
 
 
 def _fit_weights(model: NanoThink, setup: RunSetup, text: _Text, reporter: Reporter) -> None:
@@ -187,9 +196,17 @@ def _fit_gate(model: LanguageModel, setup: RunSetup, text: _Text, reporter: Repo
     before = _score(model, text.rest, setup, length).overall if stored else None
     gate = fit_joint_gate(model, text.to_fit, names, unigram, reading, seed=setup.training.seed)
     if gate is None:
+        reporter.note(
+            f"No joint gate: {counted(text.n_tokens, 'held-out token')} are too few to fit one on. The model "
+            "has no document cache."
+        )
         return
     model.joint_gate = gate.to(setup.precision.device)
     if before is None:
+        reporter.note(
+            f"Gate of the document cache fitted on {counted(text.n_tokens, 'held-out token')}; it is used "
+            "with eval --document-cache and generate --document-cache."
+        )
         return
     after = evaluate_gated(model, text.rest, reading, with_cache=False).overall
     cached = evaluate_gated(model, text.rest, reading).overall

@@ -27,7 +27,7 @@ from nanothink.runs.preparing import Configure, RunSetup, largest_share, prepare
 from nanothink.runs.resuming import RunSpec
 from nanothink.runs.saving import checkpoint_payload, description
 from nanothink.training.distributed import join
-from nanothink.training.events import RunFinished, RunStarted
+from nanothink.training.events import Evaluated, RunFinished, RunStarted
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import train
 from nanothink.training.optimizer import effective_warmup
@@ -113,11 +113,10 @@ def pretrain(spec: RunSpec, configure: Configure, reporter: Reporter = SILENT) -
         )
         finished = train(run, make_callbacks(setup, run, store, reporter, stop))
 
-        def finish() -> tuple[None, str]:
-            finish_best(setup, run, store, reporter)
-            return None, ""
-
-        processes.rank0_first(finish, lambda _: None)
+        fitted = processes.rank0_first(lambda: (finish_best(setup, run, store, reporter), ""), lambda _: None)
+        if fitted is not None:
+            finished = replace(finished, best_loss=fitted.overall.loss)
+            reporter.event(Evaluated(finished.step, finished.epoch, fitted, True, 0, fitted=True))
         if processes.is_rank0:
             ending_is_kept = recorder.keep_ending(
                 {

@@ -49,6 +49,8 @@ class Evaluated:
     evals_without_improvement: int
     epoch_parts: Mapping[str, float] = field(default_factory=dict)
     """Mean of each part of the loss over the epoch that ends, including steps before a resume; else empty."""
+    fitted: bool = False
+    """True: of what was fitted on held-out text after training, on the rest of that text."""
 
 
 @dataclass(frozen=True)

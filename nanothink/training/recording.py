@@ -147,6 +147,7 @@ class RunRecorder(Reporter):
                     **scores.pop("overall"),
                     "logit_scale": event.evaluation.logit_scale,
                     "best": event.best,
+                    **({"fitted": True} if event.fitted else {}),
                     **scores,
                 },
             )
@@ -248,6 +249,8 @@ def _drop_lines_beyond(path: Path, state: TrainState) -> None:
             continue  # the last line of a killed process may be cut off; its step is done again
         if not isinstance(entry, dict) or not isinstance(step := entry.get("step", 0), (int, float)):
             continue
+        if entry.get("fitted"):
+            continue  # fitted again at the end
         if step <= (state.step if entry.get("event") == "train" else state.evaluated_step):
             kept.append(line)
     write_whole(path, b"".join(line + b"\n" for line in kept), explain=_in_folder)

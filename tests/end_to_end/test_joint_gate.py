@@ -13,7 +13,7 @@ import torch
 from struck_runs import assert_same
 
 import nanothink as package
-from nanothink.checkpoints import CheckpointPayload, SplitRecord
+from nanothink.checkpoints import CheckpointPayload, SplitRecord, read_summary
 from nanothink.checkpoints.file import read_checkpoint
 from nanothink.cli.app import run
 from nanothink.errors import UsageError
@@ -134,6 +134,40 @@ def test_the_ensemble_is_never_worse_for_phase_2(
     assert read_checkpoint(tmp_path / "nanothink_mla.pt")["step"] == 0
     worse, better = scores(capsys, str(tmp_path / "nanothink_mla.pt"), str(gated))
     assert better["overall"]["loss"] <= worse["overall"]["loss"] + 1e-6
+
+
+def test_the_score_that_a_fitted_run_leaves_is_that_of_what_it_fitted(
+    corpus: Path, experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its result, its records, the listing and the report; not that of the equal weights before."""
+    assert run(combined(corpus, experts, tmp_path, "--use-vector-store", "--json", fit="gate")) == 0
+    result = json.loads(capsys.readouterr().out)
+    best = tmp_path / "nanothink_mla.pt"
+    (scored,) = scores(capsys, str(best))
+    assert result["best_loss"] == pytest.approx(scored["overall"]["loss"], rel=1e-6)
+    assert result["validation"]["overall"]["loss"] == result["best_loss"]
+    weights = result["validation"]["routing"]["tales"]["weights"]
+    assert weights["vector_store"] != pytest.approx(0.1824, abs=1e-3)  # where the gate begins
+    assert read_summary(best).best_loss == result["best_loss"]
+    recorded = (tmp_path / "runs" / "nanothink_mla" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, recorded) if row["event"] == "validation"]
+    assert [row.get("fitted", False) for row in rows] == [False, True]
+    assert rows[-1]["loss"] == result["best_loss"] < rows[0]["loss"]
+    assert (
+        json.loads((tmp_path / "runs" / "nanothink_mla" / "finished.json").read_text())["best_loss"]
+        == (result["best_loss"])
+    )
+    assert run(["checkpoints", "show", str(best)]) == 0
+    shown = capsys.readouterr().out
+    assert "over the model and its vector store and document cache" in shown
+    assert "logits times" in shown
+
+
+def test_the_end_of_a_run_says_what_became_of_its_gate(
+    corpus: Path, experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(combined(corpus, experts, tmp_path, fit="gate")) == 0
+    assert "Gate of the document cache fitted on" in capsys.readouterr().err
 
 
 def test_the_same_command_gives_the_same_bits(

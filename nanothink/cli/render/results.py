@@ -35,7 +35,9 @@ def training_summary(name: str, finished: RunFinished, best: Path, view: Trainin
         table(
             ["domain", ">loss", ">perplexity", ">bits per byte", ">tokens"],
             _score_rows(view.last_validation),
-            title="Validation at the end of training" if trained else "Validation before the fit",
+            title="Validation at the end of training"
+            if trained
+            else "Held-out text that nothing was fitted on",
             total=True,
         )
         _errors_by_level(view.last_validation)

@@ -95,6 +95,8 @@ class PlainTrainingView(TrainingView):
         elif isinstance(event, events.Evaluated):
             overall = event.evaluation.overall
             best = "  best so far" if event.best else f"  no better for {event.evals_without_improvement}"
+            if event.fitted:
+                best = "  as fitted, on the rest of the held-out text"
             note(
                 f"validation at step {event.step}  epoch {event.epoch}  loss {overall.loss:.4f}  "
                 f"bits per byte {overall.bits_per_byte:.4f} ({_bits_by_domain(event.evaluation)}){best}"
