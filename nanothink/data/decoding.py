@@ -115,6 +115,31 @@ def encoding_of(path: Path, asked: str | None) -> str:
     return ""
 
 
+def decoded(path: Path, asked: str | None, declared: Callable[[bytes], str]) -> str:
+    """Return the text of a whole file that may declare its encoding itself.
+
+    Raises:
+        DataError: it is not of the encoding that was asked for or declared, nor UTF-8.
+    """
+    data = path.read_bytes()
+    names = [asked] if asked and asked != AUTO else [encoding_of(path, None), declared(data), "utf-8-sig"]
+    for name in names:
+        if not name:
+            continue
+        try:
+            # What calls itself Latin-1 or ASCII is cp1252, as browsers know.
+            codec = "cp1252" if name in ("iso8859-1", "ascii") and not asked else name
+            return data.decode(codec).lstrip("\ufeff")
+        except UnicodeDecodeError as error:
+            if asked and asked != AUTO:
+                raise WrongEncodingError(
+                    f"byte 0x{data[error.start]:02x} at offset {error.start:,} does not fit {name}"
+                ) from None
+    if asked == AUTO and (guessed := encoding_of(path, AUTO)):
+        return data.decode(guessed)
+    raise DataError(where_not_utf8(path))
+
+
 class _Chunks(io.RawIOBase):
     """A SourceFile's chunks as a file of Python's."""
 

@@ -19,25 +19,29 @@ Pieces of one file share a ``group``, so that the split keeps them together. The
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import math
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import orjson
 
 from nanothink.data.decoding import known_encoding
 from nanothink.data.delimited import Dialect, known_delimiter, table_rows
+from nanothink.data.document_process import DocumentReader
+from nanothink.data.documents import DOCUMENT_SUFFIXES
 from nanothink.data.import_place import ImportCommand, check_place
 from nanothink.data.lines import MAX_LINE_BYTES, Problem, shown
 from nanothink.data.records import Record, record_file
 from nanothink.data.row_text import RowText
 from nanothink.data.sources import DOCUMENTS, TABLE_SUFFIXES, Source, find_sources
 from nanothink.data.tables import hub_rows, json_array_rows, json_lines_rows, parquet_rows
-from nanothink.data.text_files import Findings, Row, text_file_rows
+from nanothink.data.text_files import Findings, Row, text_digest, text_file_rows, text_rows
 from nanothink.errors import DataError, UsageError
 from nanothink.reporter import SILENT, Reporter
 
@@ -60,6 +64,7 @@ class ImportOptions:
         split_chars: bound of records made of text files; None leaves each file whole. Rows are never cut.
         config_name, split: part of a Hub data set.
         skip_bad_files: leave out files that cannot be read, and name them.
+        documents: reads HTML, Word, EPUB and PDF.
     """
 
     text: RowText = field(default_factory=RowText)
@@ -69,6 +74,7 @@ class ImportOptions:
     config_name: str | None = None
     split: str = "train"
     skip_bad_files: bool = False
+    documents: DocumentReader = field(default_factory=DocumentReader)
 
 
 @dataclass(frozen=True)
@@ -188,10 +194,11 @@ def import_source(
         command = ImportCommand(names, domain, data_dir, name, tuple(words), overwrite)
         check_place(command, path, [found.path for found in sources if found.kind != "hub"])
     n_records, preview = 0, tuple[Record, ...]()
-    if dry_run:
-        preview = tuple(_previewed(sources, options, findings))
-    else:
-        n_records = _write(path, overwrite, sources, options, findings)
+    with options.documents:
+        if dry_run:
+            preview = tuple(_previewed(sources, options, findings))
+        else:
+            n_records = _write(path, overwrite, sources, options, findings)
     return ImportReport(
         path=path,
         domain=domain,
@@ -308,6 +315,10 @@ def _rows(source: Source, options: ImportOptions, findings: Findings) -> Iterato
     path, origin, text, encoding = source.path, source.origin, options.text, options.encoding
     if source.kind == "hub":
         return hub_rows(origin, text, options.config_name, options.split, findings, source.note)
+    if source.kind in DOCUMENT_SUFFIXES:
+        document = options.documents.text(source.kind, path, encoding, findings.read)
+        digest = partial(text_digest, io.StringIO(document))
+        return text_rows(io.StringIO(document), origin, options.split_chars, digest)
     if source.kind == "text":
         return text_file_rows(path, origin, options.split_chars, encoding, findings)
     if source.kind == "table":

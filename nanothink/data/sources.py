@@ -21,6 +21,7 @@ from pathlib import Path
 
 from nanothink.data.decoding import reading
 from nanothink.data.delimited import DELIMITERS
+from nanothink.data.documents import DOCUMENT_SUFFIXES
 from nanothink.data.lines import SUFFIXES, Problem, shown
 from nanothink.data.source_file import unreadable
 from nanothink.data.tables import HUB_NAME, holds_json_array
@@ -37,8 +38,9 @@ _KINDS = {
     "JSON array": (".json",),
     "JSON Lines": SUFFIXES,
     "Parquet": (".parquet",),
+    **DOCUMENT_SUFFIXES,
 }
-DOCUMENTS = frozenset(("text",))
+DOCUMENTS = frozenset(("text", *DOCUMENT_SUFFIXES))
 """Kinds of which a file is one text."""
 _PACKED_JSON = (".json.gz", ".json.zst")
 

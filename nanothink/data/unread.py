@@ -15,7 +15,10 @@ from nanothink.data.records import likely_text_field
 from nanothink.disk import shown
 from nanothink.errors import some_of
 
-_IMPORTED = (".txt", ".text", ".md", ".markdown", ".csv", ".tsv", ".parquet")
+_IMPORTED = (
+    *(".txt", ".text", ".md", ".markdown", ".csv", ".tsv", ".tab", ".parquet"),
+    *(".html", ".htm", ".xhtml", ".docx", ".epub", ".pdf"),
+)
 _UNPACKED_BY = {
     ".xz": "xz -d",
     ".bz2": "bzip2 -d",

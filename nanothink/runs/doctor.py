@@ -51,6 +51,7 @@ def examine(device_name: str | None, checkpoint_dir: Path, reporter: Reporter = 
     }
     for package, purpose, extra in (
         ("pyarrow", "data import of parquet files", "parquet"),
+        ("pypdfium2", "data import of HTML, Word, EPUB and PDF", "documents"),
         ("datasets", "data import of Hugging Face datasets", "datasets"),
         ("datasketch", "data inspect --near-duplicates", "near_duplicates"),
         ("tensorboardX", "tracker=tensorboard", "tensorboard"),
