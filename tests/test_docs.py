@@ -184,7 +184,7 @@ def test_the_table_of_presets_is_the_presets() -> None:
 def test_every_dependency_has_its_reason() -> None:
     table = (ROOT / "docs" / "decisions" / "0001-dependencies.md").read_text("utf-8")
     listed = re.findall(r"^\|(?: `\w+` \|)? `([\w-]+)` \|", table, re.M)
-    extras = "parquet|datasets|near_duplicates|serve|gguf|tensorboard|trackio|wandb|bench|dev"
+    extras = "parquet|datasets|documents|near_duplicates|serve|gguf|tensorboard|trackio|wandb|bench|dev"
     section = re.compile(rf"^(?:dependencies|{extras}) = \[(.*?)\]$", re.M | re.S)
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     asked = [name for part in section.findall(project) for name in re.findall(r'"([\w-]+)', part)]

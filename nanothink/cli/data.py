@@ -265,7 +265,9 @@ def import_text(
     ] = None,
     template: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="Text of several fields, as in '{subject}\\n\\n{body}'."),
+        typer.Option(
+            metavar="TEXT", help="Several fields, as in '{subject}\\n\\n{body}'. [default: one field]"
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the file to write. [default: the source's]")
