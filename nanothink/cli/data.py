@@ -278,7 +278,7 @@ def import_text(
     ] = None,
     columns: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="Columns of a table that has no header, as in date,text."),
+        typer.Option(metavar="NAMES", help="Columns of a table without a header. [default: its first row]"),
     ] = None,
     quotes: Annotated[
         bool | None,
@@ -295,7 +295,7 @@ def import_text(
         ),
     ] = None,
     config_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Configuration of a Hub data set.")
+        str | None, typer.Option(metavar="NAME", help="Configuration of a Hub data set. [default: its own]")
     ] = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="Split of a Hub data set.")] = "train",
     skip_bad_files: Annotated[
