@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from nanothink.checkpoints.archive import DigestingWriter, check_archive, damaged, read_sealed_summary
+from nanothink.checkpoints.manifest import is_shards, read_manifest
 from nanothink.checkpoints.payload import (
     FORMAT_VERSION,
     CheckpointPayload,
@@ -127,7 +128,7 @@ def write_checkpoint(
     needed = tensor_bytes(values)
 
     def explain(path: Path, error: OSError) -> StorageError:
-        return _cannot_write(path, error, needed)
+        return cannot_write(path, error, needed)
 
     with whole_file(path, before_replace=before_replace, explain=explain) as file:
         writer = DigestingWriter(file.raw)
@@ -143,7 +144,13 @@ def write_checkpoint(
 
 
 def read_checkpoint(
-    path: Path, *, map_location: str = "cpu", mmap: bool = False, reporter: Reporter = SILENT
+    path: Path,
+    *,
+    map_location: str = "cpu",
+    mmap: bool = False,
+    shapes_only: bool = False,
+    verified: bool = False,
+    reporter: Reporter = SILENT,
 ) -> CheckpointPayload:
     """Verify every byte of ``path``, then load it. Never runs code from the file.
 
@@ -152,9 +159,14 @@ def read_checkpoint(
     With ``mmap`` the tensors stay on the disk until they are touched; the file can still be replaced
     meanwhile, since a replaced file lives on while it is mapped.
 
+    With ``shapes_only`` the tensors of a folder (shards.py) have shape and type alone, to be read by
+    ``shards.fill``. ``verified``: its files are known to be sound, and are not read for that.
+
     Raises CheckpointNotFoundError, CheckpointDamagedError (cut short, changed, not a checkpoint),
     CheckpointMismatchError (no NanoThink checkpoint, or of another version), StorageError (not readable).
     """
+    if is_shards(path):
+        return _load_folder(path, tensors=not shapes_only, verified=verified, reporter=reporter)
     return _load(path, map_location=map_location, mmap=mmap, reporter=reporter)
 
 
@@ -164,8 +176,14 @@ def verify_checkpoint(path: Path, *, reporter: Reporter = SILENT) -> CheckpointS
     Raises the same errors, and CheckpointDamagedError for weights that are not finite: NanoThink writes
     none, and no model works with them.
     """
-    payload = _load(path, map_location="cpu", mmap=True, again=True, reporter=reporter)
-    wrong = [name for name, tensor in payload["model_state"].items() if not _is_finite(tensor)]
+    if is_shards(path):
+        from nanothink.checkpoints.shards import weights
+
+        payload = _load_folder(path, tensors=False, reporter=reporter)
+        wrong = [name for name, tensor in weights(path) if not _is_finite(tensor)]
+    else:
+        payload = _load(path, map_location="cpu", mmap=True, again=True, reporter=reporter)
+        wrong = [name for name, tensor in payload["model_state"].items() if not _is_finite(tensor)]
     if wrong:
         more = ", ..." if len(wrong) > 3 else ""
         raise damaged(
@@ -182,16 +200,20 @@ def read_summary(path: Path) -> CheckpointSummary:
     Damage elsewhere in the file goes unnoticed. A file without a summary, because another program saved it,
     is read as by ``read_checkpoint``. Raises as that does.
     """
-    summary = _read(path, lambda file: read_sealed_summary(file, path))
+    if is_shards(path):
+        manifest = _from_folder(path, lambda: read_manifest(path))
+        summary, n_bytes = manifest["summary"], sum(n for n, _ in manifest["files"].values())
+    else:
+        summary, n_bytes = _read(path, lambda file: read_sealed_summary(file, path)), None
     if summary is None:
         return _summary(path, summary_of(_load(path, map_location="cpu", mmap=True)))
     _check_version(path, summary)
     if wrong := wrong_in_summary(summary):
         raise damaged(path, f"its summary is damaged: {wrong}")
-    return _summary(path, summary)
+    return _summary(path, summary, n_bytes)
 
 
-def _cannot_write(path: Path, error: OSError, needed: int) -> StorageError:
+def cannot_write(path: Path, error: OSError, needed: int) -> StorageError:
     there = os.path.isfile(path)
     kept = "The checkpoint that was there is intact" if there else "No file was left behind"
     reason = error.strerror or str(error)
@@ -264,6 +286,26 @@ def _load(
     return _checked(path, _read(path, load))
 
 
+def _load_folder(
+    path: Path, *, tensors: bool, verified: bool = False, reporter: Reporter = SILENT
+) -> CheckpointPayload:
+    from nanothink.checkpoints.shards import read_shards
+
+    return _checked(
+        path,
+        _from_folder(path, lambda: read_shards(path, tensors=tensors, verified=verified, reporter=reporter)),
+    )
+
+
+def _from_folder(path: Path, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be read: {error.strerror or error}. Check its permissions and the disk"
+        ) from error
+
+
 def _read(path: Path, read: Callable[[BinaryIO], T]) -> T:
     """Call ``read`` with the open file; raise a disk's errors as ``read_checkpoint`` documents them."""
     try:
@@ -314,12 +356,13 @@ def _check_version(path: Path, values: dict[Any, Any]) -> None:
         )
 
 
-def _summary(path: Path, values: dict[str, Any]) -> CheckpointSummary:
+def _summary(path: Path, values: dict[str, Any], n_bytes: int | None = None) -> CheckpointSummary:
     try:
         stat = path.stat()
     except OSError:
         raise CheckpointNotFoundError(f"{path}: was removed while it was being read") from None
-    return CheckpointSummary(path=path, n_bytes=stat.st_size, modified=stat.st_mtime, **values)
+    size = stat.st_size if n_bytes is None else n_bytes
+    return CheckpointSummary(path=path, n_bytes=size, modified=stat.st_mtime, **values)
 
 
 def _not_found(path: Path) -> str:

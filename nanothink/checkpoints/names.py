@@ -3,6 +3,8 @@
     <stem>.pt                           best         lowest validation loss so far
     <stem>_epoch<N>.pt                  epoch        snapshot; N = epochs completed, without leading zeros
     <stem>_interrupted.pt               interrupted  rolling; the latest state of a run that has not ended
+    <stem>_epoch<N>.dcp/                epoch        the same as a folder, written by several processes
+    <stem>_interrupted<G>.dcp/          interrupted  the same; G counts them, so that each is a new folder
     .<file name>.<...>.tmp              a write under way, or left by a killed one
     .<stem>.lock, .<stem>.holder        lock of the run that writes this stem
     replaced/<stem>-<time>/             checkpoints displaced by ``--overwrite`` or by changed data
@@ -24,6 +26,9 @@ MAX_NAME_BYTES = 120
 """A file name may have 255 bytes on most file systems; suffix, host and pid need room too."""
 
 _SUFFIX = re.compile(r"(?P<stem>.+?)(?:_epoch(?P<epoch>0|[1-9][0-9]*)|(?P<interrupted>_interrupted))?\.pt")
+_FOLDER = re.compile(
+    r"(?P<stem>.+?)(?:_epoch(?P<epoch>0|[1-9][0-9]*)|_interrupted(?P<generation>[1-9][0-9]*))\.dcp"
+)
 _RESERVED_END = re.compile(r"_epoch[0-9]+$|_interrupted$")
 
 
@@ -33,16 +38,28 @@ class CheckpointName:
     role: Role
     epoch: int | None = None
     """Epochs completed, of a snapshot."""
+    generation: int | None = None
+    """Of a rolling folder: counts those of the run."""
 
     @property
     def sort_key(self) -> tuple[str, int, int]:
         """Order by stem, then best, snapshots by number, interrupted."""
-        return self.stem, ("best", "epoch", "interrupted").index(self.role), self.epoch or 0
+        return (
+            self.stem,
+            ("best", "epoch", "interrupted").index(self.role),
+            self.epoch or self.generation or 0,
+        )
 
 
 def parse_name(file_name: str) -> CheckpointName | None:
-    """Stem and role of a file, or None when it isn't called like a checkpoint."""
-    match = None if file_name.startswith(".") else _SUFFIX.fullmatch(file_name)
+    """Stem and role of a file or folder, or None when it isn't called like a checkpoint."""
+    if file_name.startswith("."):
+        return None
+    if folder := _FOLDER.fullmatch(file_name):
+        if folder["generation"]:
+            return CheckpointName(folder["stem"], "interrupted", generation=int(folder["generation"]))
+        return CheckpointName(folder["stem"], "epoch", int(folder["epoch"]))
+    match = _SUFFIX.fullmatch(file_name)
     if match is None:
         return None
     if match["interrupted"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,19 @@ def gathered(tensor: Tensor) -> Tensor:
     return whole
 
 
-def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, path: Path) -> LoadReport:
+Read = Callable[[Mapping[str, Tensor]], None]
+"""Fills tensors by name, of distributed ones the rows of this process."""
+
+
+def restore_model(
+    model: nn.Module, payload: ModelPayload, *, expect_kind: str, path: Path, read: Read | None = None
+) -> LoadReport:
     """Load the tensors that fit, as ``strict=False`` does, also where shapes differ, and report the rest.
 
     The scale of the logits and the joint gate come along. Low-rank adapters become a part of the weights
     unless the model has them too, which then is to be trained further. Nothing is changed unless everything
-    below holds. ``path`` is for the messages.
+    below holds. ``path`` is for the messages. ``read`` fills the model's tensors where those of the payload
+    have shape and type alone.
 
     Raises CheckpointMismatchError when the file is of another kind, or when less than half of the model's
     numbers fit, since that is another model of the same kind.
@@ -115,6 +123,11 @@ def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, 
                 f"Save it again without them"
             )
         saved[_bare(name)] = tensor
+    if read is not None:  # what is no parameter of the model is small, and may be needed in full
+        read(
+            here := {name: torch.empty_like(t, device="cpu") for name, t in saved.items() if _is_beside(name)}
+        )
+        saved |= here
     gate = {name: saved.pop(name) for name in list(saved) if name.startswith(GATE_PREFIX)}
     own = {_bare(name): tensor for name, tensor in model.state_dict().items()}
     factors = {name: saved.pop(name) for name in list(saved) if name.endswith(FACTORS) and name not in own}
@@ -128,7 +141,7 @@ def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, 
         elif difference := _difference(source, target):
             reshaped.append(f"{name} ({difference})")
         elif key in fitting:
-            if not torch.equal(fitting[key][1], source):
+            if read is None and not torch.equal(fitting[key][1], source):
                 reshaped.append(f"{name} (tied here, of its own in the checkpoint)")
         else:
             fitting[key] = (target, source)
@@ -154,13 +167,26 @@ def restore_model(model: nn.Module, payload: ModelPayload, *, expect_kind: str, 
     scale, joint_gate = _logit_scale(payload, path), _joint_gate(model, gate, path)
     adapters = _adapters(factors, own, payload, path)
     with torch.no_grad():
-        for target, source in fitting.values():
-            target.copy_(source)
+        if read is not None:
+            read(
+                {
+                    name: target
+                    for name, target in own.items()
+                    if name in saved and _difference(saved[name], target) is None
+                }
+            )
+        else:
+            for target, source in fitting.values():
+                target.copy_(source)
         for weight, factor_a, factor_b, adapter_scale in adapters:
             weight.copy_(merged(weight, factor_a, factor_b, adapter_scale))
     if isinstance(model, LanguageModel):
         model.logit_scale, model.joint_gate = scale, joint_gate
     return report
+
+
+def _is_beside(name: str) -> bool:
+    return name.startswith(GATE_PREFIX) or name.endswith(FACTORS)
 
 
 def _adapters(

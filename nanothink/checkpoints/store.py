@@ -1,6 +1,8 @@
 """The files of one run in a checkpoint folder: paths, search for the latest, lock, listing, pruning.
 
-A run is named by its stem (``transformer_expert``, ``nanothink_mla``); names.py defines the file names.
+A run is named by its stem (``transformer_expert``, ``nanothink_mla``); names.py defines the file names. A
+file may also be a folder that several processes wrote (shards.py).
+
 Search and pruning verify a file before they count it.
 """
 
@@ -9,19 +11,22 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanothink.checkpoints.file import (
     CheckpointSummary,
+    cannot_write,
     read_summary,
     verify_checkpoint,
     write_checkpoint,
 )
+from nanothink.checkpoints.manifest import SUFFIX
 from nanothink.checkpoints.names import (
     CheckpointName,
+    Role,
     parse_name,
     validate_name,
 )
@@ -32,7 +37,9 @@ from nanothink.disk import (
     leftovers,
     make_folder,
     new_folder,
+    remove,
     sync_folder,
+    temporary_path,
     whole_file,
 )
 from nanothink.errors import (
@@ -86,6 +93,15 @@ class CheckpointStore:
         """The snapshot taken when ``n`` epochs were completed."""
         return self.folder / f"{self.stem}_epoch{n}.pt"
 
+    def rolling(self) -> list[Path]:
+        """Rolling states, the latest last: several if a kill kept the earlier from being removed."""
+        found = [
+            path
+            for name, path in _checkpoint_files(self.folder)
+            if name.stem == self.stem and name.role == "interrupted"
+        ]
+        return sorted(found, key=lambda path: (_steps_done(path), _modified(path)))
+
     def existing(self) -> list[Path]:
         """Files of this stem, damaged ones included: best, snapshots by number, interrupted."""
         return [path for name, path in _checkpoint_files(self.folder) if name.stem == self.stem]
@@ -100,13 +116,14 @@ class CheckpointStore:
         Raises StorageError, CheckpointMismatchError: a candidate cannot be read, or belongs to another
         version or program. It may be sound, and continuing without it would overwrite it.
         """
-        files = self.existing()  # best, snapshots by number, interrupted
+        rolling = self.rolling()
+        files = [path for path in self.existing() if path not in rolling]  # best, snapshots by number
         best_steps = _steps_done(self.best)
-        snapshots = [path for path in files if path not in (self.best, self.interrupted)]
+        snapshots = [path for path in files if path != self.best]
         if behind := [path for path in snapshots if 0 <= _steps_done(path) < best_steps]:
             files.remove(self.best)
             files.insert(files.index(behind[-1]) + 1, self.best)
-        for path in reversed(files):
+        for path in reversed([*files, *rolling]):
             try:
                 verify_checkpoint(path, reporter=reporter)
             except CheckpointDamagedError as error:
@@ -119,12 +136,38 @@ class CheckpointStore:
 
     def write(self, path: Path, payload: CheckpointPayload) -> None:
         """``write_checkpoint``, and with the first one of an overwriting run, set the old files aside."""
+        with self._setting_aside() as set_aside:
+            write_checkpoint(path, payload, before_replace=set_aside)
+        if path == self.interrupted:
+            self._remove_rolling(but=path)
+
+    def write_shards(self, role: Role, epoch: int, payload: CheckpointPayload) -> Path:
+        """``write`` to a folder, by all processes together; returns its path. Rank 0 holds the lock."""
+        from nanothink.checkpoints.shards import write_shards
+
+        def choose() -> Path:
+            if role == "epoch":
+                return self.folder / f"{self.stem}_epoch{epoch}{SUFFIX}"
+            for left, name in leftovers(self.folder) if self.folder.is_dir() else ():  # of any generation
+                if (of := parse_name(name)) is not None and of.stem == self.stem:
+                    remove(left)
+            numbers = [parse_name(path.name) for path in self.rolling()]
+            last = max((number.generation or 0 for number in numbers if number is not None), default=0)
+            return self.folder / f"{self.stem}_interrupted{last + 1}{SUFFIX}"
+
+        with self._setting_aside() as set_aside:
+            after = (lambda path: self._remove_rolling(but=path)) if role == "interrupted" else None
+            return write_shards(choose, payload, explain=cannot_write, before_replace=set_aside, after=after)
+
+    @contextmanager
+    def _setting_aside(self) -> Iterator[Callable[[], None] | None]:
+        """Give what sets the files of an earlier run aside, if that is due; put them back on an error."""
         moved: list[tuple[Path, Path]] = []
         set_aside = (lambda: self._set_aside(moved)) if self._to_set_aside else None
         try:
-            write_checkpoint(path, payload, before_replace=set_aside)
+            yield set_aside
         except StorageError as error:
-            if not moved or path.exists():  # all files of the stem were moved, so this is the new one
+            if not moved or self.existing():  # all files of the stem were moved, so one is the new one
                 raise
             raise StorageError(
                 f"{error}. The earlier run's files are in {_put_back(moved, moved[0][1].parent)}"
@@ -133,11 +176,16 @@ class CheckpointStore:
 
     def remove_interrupted(self) -> None:
         """Remove the rolling checkpoint. Only once the run has completed and its best file is written."""
+        self._remove_rolling(but=None)
+
+    def _remove_rolling(self, *, but: Path | None) -> None:
+        for path in self.rolling():
+            if path != but:
+                _remove(path)
         try:
-            self.interrupted.unlink(missing_ok=True)
             sync_folder(self.folder)
         except OSError as error:
-            raise _storage_error(self.interrupted, "cannot be removed", error) from error
+            raise _storage_error(self.folder, "cannot be written", error) from error
 
     def keep_best(self) -> Path | None:
         """Keep the best checkpoint below ``replaced/`` too, before it is overwritten.
@@ -167,9 +215,10 @@ class CheckpointStore:
         self._to_set_aside = bool(old) and overwrite
         if not old or overwrite:
             return
-        state = "an interrupted run" if self.interrupted in old else "a run"
+        rolling = self.rolling()
+        state = "an interrupted run" if rolling else "a run"
         with suppress(CheckpointError, StorageError):
-            summary = read_summary(self.interrupted if self.interrupted in old else old[0])
+            summary = read_summary(rolling[-1] if rolling else old[0])
             state += f" (step {summary.step:,}, {counted(summary.epoch, 'epoch')} completed)"
         names = ", ".join(path.name for path in old)
         raise UsageError(
@@ -236,6 +285,12 @@ def _put_back(moved: list[tuple[Path, Path]], aside: Path) -> Path:
     return aside
 
 
+def _modified(path: Path) -> float:
+    with suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
 def _steps_done(path: Path) -> int:
     """Steps of a readable checkpoint; -1 of anything else."""
     with suppress(CheckpointError, StorageError):
@@ -280,15 +335,12 @@ def prune(folder: Path, *, keep: int = 1, dry_run: bool = False) -> list[Path]:
     surplus = [path for paths in snapshots.values() for path in _older_than_kept(paths, keep)]
     try:
         left = leftovers(folder) if os.path.isdir(folder) else []
-        surplus += [path for path, name in left if name.endswith(".pt") and not path.is_dir()]
+        surplus += [p for p, name in left if name.endswith(SUFFIX if p.is_dir() else ".pt")]
     except OSError as error:
         raise _storage_error(folder, "cannot be read", error) from error
     if not dry_run:
         for path in surplus:
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise _storage_error(path, "cannot be removed", error) from error
+            _remove(path)
         if surplus:
             sync_folder(folder)
     return surplus
@@ -310,13 +362,27 @@ def _older_than_kept(paths: list[Path], keep: int) -> list[Path]:
 
 def _checkpoint_files(folder: Path) -> list[tuple[CheckpointName, Path]]:
     try:
-        names = [entry.name for entry in os.scandir(folder) if not entry.is_dir()]
+        names = [e.name for e in os.scandir(folder) if e.is_dir() == e.name.endswith(SUFFIX)]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise _storage_error(folder, "cannot be read", error) from error
     found = [(name, folder / file_name) for file_name in names if (name := parse_name(file_name)) is not None]
     return sorted(found, key=lambda item: item[0].sort_key)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint. A folder is renamed first, so that a kill leaves no part of it under its name."""
+    try:
+        if path.is_dir():
+            path = path.rename(temporary_path(path))
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _storage_error(path, "cannot be removed", error) from error
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -73,7 +73,7 @@ def show(
     from nanothink.errors import counted
 
     summary = read_summary(checkpoint)
-    payload = read_checkpoint(checkpoint, mmap=True)
+    payload = read_checkpoint(checkpoint, mmap=True, shapes_only=True)
     chat = ChatFormat.from_state(payload["tokenizer"])
     split = SplitRecord.from_state(payload["split"], checkpoint).described()
     shapes = {name: list(tensor.shape) for name, tensor in payload["model_state"].items()}

@@ -46,7 +46,7 @@ def checkpoints(ctx: typer.Context, incomplete: str) -> list[str]:
         str(entry)
         for folder in folders
         for entry in _entries(folder)
-        if entry.suffix == ".pt" and not entry.name.startswith(".")
+        if entry.suffix in {".pt", ".dcp"} and not entry.name.startswith(".")
     )
     return _starting(dict.fromkeys(found), incomplete)
 

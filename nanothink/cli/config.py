@@ -47,7 +47,7 @@ def show(
     if checkpoint is not None:
         from nanothink.checkpoints import read_checkpoint
 
-        base = read_checkpoint(checkpoint, mmap=True)["config"]
+        base = read_checkpoint(checkpoint, mmap=True, shapes_only=True)["config"]
     configure = configure_from(preset=preset, config_file=config_file, assignments=assignments, flags={})
     resolved = configure(base)
     meanings = known_settings()

@@ -84,7 +84,13 @@ def _is_value(following: list[str], others: list[str], takes_kind: bool) -> bool
     if not following or following[0].startswith("-"):
         return False
     value = following[0]
-    if value == NEWEST or value.endswith(".pt") or "/" in value or os.path.isfile(value) or not takes_kind:
+    if (
+        value == NEWEST
+        or value.endswith((".pt", ".dcp"))
+        or "/" in value
+        or os.path.isfile(value)
+        or not takes_kind
+    ):
         return True
     if _is_kind(value):
         return False
@@ -102,7 +108,9 @@ def _refuse_folder(args: list[str], command: str, *, takes_kind: bool) -> None:
     values = [args[i + 1] for i, argument in enumerate(args[:-1]) if argument == "--resume"]
     values += [argument.partition("=")[2] for argument in args if argument.startswith("--resume=")]
     for value in values:
-        if value not in ("", NEWEST) and os.path.isdir(value):  # pathlib's raises where one may not look
+        written_together = value.rstrip("/").endswith(".dcp")  # by several processes: a checkpoint
+        # pathlib's raises where one may not look
+        if value not in ("", NEWEST) and os.path.isdir(value) and not written_together:
             kind = f" {next(filter(_is_kind, args), 'KIND')}" if takes_kind else ""
             raise UsageError(
                 f"--resume takes a checkpoint, and {value} is a folder. To resume the latest run in it: "

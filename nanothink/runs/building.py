@@ -65,7 +65,13 @@ def build_run(
     state = replace(setup.state)
     if setup.resume_point is not None:
         payload = setup.resume_point.payload
-        report = restore_model(model, payload, expect_kind=setup.spec.kind, path=setup.resume_point.path)
+        report = restore_model(
+            model,
+            payload,
+            expect_kind=setup.spec.kind,
+            path=setup.resume_point.path,
+            read=setup.resume_point.read_weights,
+        )
         for line in report.lines():
             reporter.note(line)
     elif isinstance(model, Expert):
@@ -89,7 +95,7 @@ def build_run(
     placement = processes.place(model, setup.config.distributed.shard, _kept_whole(model, objective))
     optimizer = GroupedOptimizer(placement.groups(), train_config, placement)
     if setup.resume_point is not None:
-        fresh = optimizer.load_state_dict(payload["optimizer_state"])
+        fresh = optimizer.load_state_dict(payload["optimizer_state"], setup.resume_point.read_moments)
         # A run saved before its first step has no moments yet; afterwards their absence is worth a line.
         if fresh and payload["step"] > 0:
             reporter.note(

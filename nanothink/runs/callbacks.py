@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
 
-from nanothink.checkpoints import CheckpointStore
+from nanothink.checkpoints import CheckpointStore, Role
 from nanothink.errors import DataError
 from nanothink.inference.calibration import fit_logit_scale
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped
@@ -19,7 +19,7 @@ from nanothink.models.nanothink import NanoThink
 from nanothink.reporter import Reporter
 from nanothink.runs.building import weights_checksum
 from nanothink.runs.preparing import RunSetup
-from nanothink.runs.saving import checkpoint_payload
+from nanothink.runs.saving import save_state
 from nanothink.runs.scoring import score
 from nanothink.training.distributed import Processes
 from nanothink.training.interruption import StopRequest
@@ -99,14 +99,8 @@ def make_callbacks(
         with run.placement.whole():
             return _unless_stopped(processes, sample_here)
 
-    def save(role: str) -> Path:
-        path = {"best": store.best, "interrupted": store.interrupted}.get(role) or store.epoch(
-            run.state.epoch
-        )
-        payload = checkpoint_payload(setup, run)
-        if processes.is_rank0:
-            store.write(path, payload)
-        return path
+    def save(role: Role) -> Path:
+        return save_state(setup, run, store, role)
 
     def resume_command(path: Path) -> str:
         asked = setup.spec.device if processes.size == 1 else None  # else each process has its own

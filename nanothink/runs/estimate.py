@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from nanothink.models import COMBINED
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.expert_state_cache import kept_bytes
+from nanothink.runs.memory import Choice, ModelSizes, choices, device_bytes
 from nanothink.runs.preparing import RunSetup, largest_share
 from nanothink.runs.teacher import TEACHER
 from nanothink.runs.teaching import estimate_targets
@@ -17,7 +18,6 @@ from nanothink.vector_store.index import bytes_per_key, choose_kind
 from nanothink.vector_store.neighbours import bytes_per_neighbour
 
 _FLOAT32 = 4
-_PROCESS_BYTES = 450 * 2**20  # the interpreter with torch loaded, before any tensor
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class RunEstimate:
     n_processes: int
     memory: dict[str, int]
     """Bytes in each process, by use."""
+    available_bytes: int
+    """Memory that each process may take; 0 if it is unknown."""
+    choices: list[Choice]
+    """Ways to run with so many processes, and whether they fit."""
     checkpoint_bytes: int
     disk_bytes: int
     disk_free_bytes: int
@@ -69,35 +73,27 @@ def estimate_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SIL
     model = setup.build_model()
     groups = model.parameter_groups()
     parameters = {role: sum(p.numel() for _, p in named) for role, named in groups.items() if named}
-    n_parameters = sum(parameters.values())
-    # Muon keeps one moment a weight, AdamW two
-    moments = sum(
-        count * (1 if role == "matrices" and train_config.optimizer == "muon" else 2)
-        for role, count in parameters.items()
-    )
-    # not trained: a diffuser's table of targets, NanoThink's experts
-    trained = {name for named in groups.values() for name, _ in named}
-    n_fixed = sum(t.numel() for name, t in model.state_dict().items() if name not in trained)
+    sizes = ModelSizes.of(model, train_config)  # frozen: a diffuser's table of targets, NanoThink's experts
     value_bytes = 2 if setup.precision.dtype.itemsize == 2 else 4
     length = config.model.max_seq_len
-    memory = {
-        "weights": _FLOAT32 * (n_parameters + n_fixed),
-        # several processes keep their own until the sum is there
-        "gradients": _FLOAT32 * n_parameters * (1 if n_processes == 1 else 2),
-        "optimizer": _FLOAT32 * moments,
-        "activations": model.activation_bytes(largest_share(setup, n_processes), length, value_bytes),
-        "process": _PROCESS_BYTES,
-    }
+
+    def activation_bytes(n_blocks: int) -> int:
+        return model.activation_bytes(n_blocks, length, value_bytes)
+
+    activations = activation_bytes(largest_share(setup, n_processes))
+    shard, windows = config.distributed.shard, train_config.grad_accum_steps
+    memory = sizes.memory(n_processes, shard, windows, activations)
+    available = device_bytes(setup.precision.device, n_processes)
     store_disk = 0
     if setup.spec.kind == COMBINED and config.vector_store.enabled:
         memory["vector store"], store_disk = _vector_store(setup)
     targets_bytes, targets_seconds = estimate_targets(setup, reporter) if TEACHER in setup.parts else (0, 0.0)
-    checkpoint = _FLOAT32 * (n_parameters + n_fixed + moments)
+    checkpoint = _FLOAT32 * (sizes.trained + sizes.frozen + sizes.moments)
     epochs = plan.total_steps * plan.blocks_per_step / plan.n_blocks
     snapshots = int(epochs) // train_config.snapshot_every_epochs
     return RunEstimate(
         parameters=parameters,
-        frozen_parameters=n_fixed,
+        frozen_parameters=sizes.frozen,
         train_tokens={name: stream.n_tokens for name, stream in setup.tokens.train.items()},
         validation_tokens={name: stream.n_tokens for name, stream in setup.tokens.val.items()},
         tokens_per_step=plan.blocks_per_step * length,
@@ -107,6 +103,8 @@ def estimate_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SIL
         epochs=epochs,
         n_processes=n_processes,
         memory=memory,
+        available_bytes=available,
+        choices=choices(sizes, train_config, n_processes, available, activation_bytes),
         checkpoint_bytes=checkpoint,
         # best, rolling, snapshots, and the temporary file of the one being written
         disk_bytes=checkpoint * (3 + snapshots) + store_disk,

@@ -25,7 +25,7 @@ from nanothink.runs.long_runs import warn_of_long_run
 from nanothink.runs.parts import find_parts
 from nanothink.runs.preparing import Configure, RunSetup, largest_share, prepare
 from nanothink.runs.resuming import RunSpec
-from nanothink.runs.saving import checkpoint_payload, description
+from nanothink.runs.saving import description, save_state
 from nanothink.training.distributed import join
 from nanothink.training.events import Evaluated, RunFinished, RunStarted
 from nanothink.training.interruption import StopRequest
@@ -68,7 +68,7 @@ def pretrain(spec: RunSpec, configure: Configure, reporter: Reporter = SILENT) -
             """Prepare from the same checkpoint. Tokens and tokenizer are on the disk by now."""
             first_did = json.loads(message)
             ending = RunFinished(**first_did["ending"]) if first_did["ending"] else None
-            same = replace(spec, resume=first_did["resume"])
+            same = replace(spec, resume=first_did["resume"], verified=True)
             return prepare(same, configure, reporter, first_did["types"]), ending
 
         setup, ending = processes.rank0_first(first, others)
@@ -85,9 +85,7 @@ def pretrain(spec: RunSpec, configure: Configure, reporter: Reporter = SILENT) -
         if setup.resume_point is None:
             # Before the first step, so that a full disk is found now, and so that everything --overwrite
             # replaces is set aside at once: the files here, the records below.
-            first_state = checkpoint_payload(setup, run)
-            if processes.is_rank0:
-                store.write(store.interrupted, first_state)
+            save_state(setup, run, store, "interrupted")
         leaves_best = setup.best_is_reset or _knows_no_better(setup, store)
         if leaves_best and processes.is_rank0 and (kept := store.keep_best()):
             reporter.note(f"The best checkpoint so far is kept as {kept}.")
@@ -140,7 +138,7 @@ def _earlier_ending(setup: RunSetup) -> RunFinished | None:
     """
     spec = setup.spec
     marker = spec.checkpoint_dir / "runs" / spec.stem / ENDING
-    if setup.resume_point is None or spec.store.interrupted.exists() or not marker.exists():
+    if setup.resume_point is None or spec.store.rolling() or not marker.exists():
         return None
     try:
         ending: dict[str, Any] = json.loads(marker.read_text("utf-8"))
@@ -180,7 +178,9 @@ def _knows_no_better(setup: RunSetup, store: CheckpointStore) -> bool:
     That is so when a run resumes from a file that is older than its best. The rolling file can be older too,
     by a kill between the two: then the next evaluation writes the same best again.
     """
-    if setup.resume_point is None or setup.resume_point.path.resolve() == store.interrupted.resolve():
+    if setup.resume_point is None or setup.resume_point.path.resolve() in [
+        path.resolve() for path in store.rolling()
+    ]:
         return False
     with suppress(CheckpointError, StorageError):
         best, known = read_summary(store.best).best_loss, setup.state.best_loss

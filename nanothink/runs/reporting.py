@@ -154,7 +154,7 @@ def _folder_of(name: str, known: dict[str, Path], home: Path) -> Path:
         return path
     if name in known:
         return known[name]
-    if name.endswith(".pt") and (parsed := parse_name(path.name)) is not None:
+    if (parsed := parse_name(path.name)) is not None:
         own = path.parent / "runs" / parsed.stem
         if (own / "config.json").is_file():
             return own

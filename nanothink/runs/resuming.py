@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanothink.checkpoints import (
     CheckpointPayload,
     CheckpointStore,
     list_checkpoints,
+    parse_name,
     read_checkpoint,
     verify_checkpoint,
 )
+from nanothink.checkpoints.manifest import is_shards
 from nanothink.errors import (
     CheckpointDamagedError,
     CheckpointMismatchError,
@@ -23,6 +26,9 @@ from nanothink.errors import (
 )
 from nanothink.models import COMBINED
 from nanothink.reporter import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NEWEST = "newest"
 """Stands for ``--resume`` without a path."""
@@ -41,6 +47,8 @@ class RunSpec:
     device: str | None = None
     experts: tuple[Path, ...] = ()
     """Checkpoints that a combined model combines; none: the three experts in ``checkpoint_dir``."""
+    verified: bool = False
+    """The checkpoint to resume from was verified by another process."""
     init: Path | None = None
     """Checkpoint whose weights a new run starts from; None: random ones."""
     teacher: Path | None = None
@@ -64,19 +72,36 @@ _RESTORED = ("model_state", "optimizer_state")
 class ResumePoint:
     """The checkpoint that a run resumes from.
 
-    Weights and moments stay in the mapped file until they are restored; everything else is in memory.
+    Weights and moments stay in the mapped file, or the folder, until they are restored; everything else is in
+    memory.
     """
 
     path: Path
     payload: CheckpointPayload
 
     @classmethod
-    def open(cls, path: Path, reporter: Reporter = SILENT) -> ResumePoint:
+    def open(cls, path: Path, reporter: Reporter = SILENT, *, verified: bool = False) -> ResumePoint:
         """Read and verify the checkpoint. Raises as ``read_checkpoint`` does."""
-        payload = read_checkpoint(path, mmap=True, reporter=reporter)
+        payload = read_checkpoint(path, mmap=True, shapes_only=True, verified=verified, reporter=reporter)
         rest = {name: entry for name, entry in payload.items() if name not in _RESTORED}
         payload.update(deepcopy(rest))  # type: ignore[typeddict-item]
         return cls(path, payload)
+
+    @property
+    def read_weights(self) -> Callable[[Mapping[str, Tensor]], None] | None:
+        """Fills weights by name from the folder; None where the payload has them."""
+        return self._read if is_shards(self.path) else None
+
+    def _read(self, wanted: Mapping[str, Tensor]) -> None:
+        from nanothink.checkpoints.shards import fill, weight_key
+
+        fill(self.path, {weight_key(name): tensor for name, tensor in wanted.items()})
+
+    def read_moments(self, wanted: Mapping[tuple[str, str, str], Tensor]) -> None:
+        """Fill moments by optimizer, parameter and name from the folder."""
+        from nanothink.checkpoints.shards import fill, moment_key
+
+        fill(self.path, {moment_key(*name): tensor for name, tensor in wanted.items()})
 
     def release(self) -> None:
         """Drop weights and moments: a mapped file takes disk space even after it is replaced."""
@@ -95,7 +120,7 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, reporter: Reporter = SI
     """
     if checkpoint is None:
         entries = list_checkpoints(checkpoint_dir)
-        paths = [e.path for e in entries if e.path.name.endswith("_interrupted.pt")]
+        paths = [e.path for e in entries if _stem_of_rolling(e.path) is not None]
         if not paths:
             if not entries:
                 raise CheckpointNotFoundError(
@@ -115,7 +140,7 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, reporter: Reporter = SI
             )
         checkpoint = str(newest)
     path = Path(checkpoint)
-    payload = read_checkpoint(path, mmap=True, reporter=reporter)
+    payload = read_checkpoint(path, mmap=True, shapes_only=True, reporter=reporter)
     stem = payload["run"].get("name")
     if not isinstance(stem, str):
         raise CheckpointDamagedError(f"{path}: the name of its run is missing. Use another checkpoint")
@@ -131,12 +156,16 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, reporter: Reporter = SI
 def _newest_of(interrupted: Sequence[Path], reporter: Reporter) -> Path | None:
     """The latest state that verifies of the first run that has one."""
     for path in interrupted:
-        stem = path.name.removesuffix("_interrupted.pt")
-        store = CheckpointStore(path.parent, stem)
+        store = CheckpointStore(path.parent, _stem_of_rolling(path) or "")
         newest = store.newest(reporter)
         if newest is not None:
             return newest
     return None
+
+
+def _stem_of_rolling(path: Path) -> str | None:
+    name = parse_name(path.name)
+    return name.stem if name is not None and name.role == "interrupted" else None
 
 
 def _modified_ns(path: Path) -> int:
@@ -163,7 +192,7 @@ def find_start(spec: RunSpec, reporter: Reporter) -> ResumePoint | None:
             return None
     else:
         path = Path(spec.resume)
-    resume_point = ResumePoint.open(path, reporter)
+    resume_point = ResumePoint.open(path, reporter, verified=spec.verified)
     payload = resume_point.payload
     if "imported" in payload["run"] and payload["step"] == 0 and "state" not in payload["run"]:
         raise UsageError(
@@ -174,15 +203,16 @@ def find_start(spec: RunSpec, reporter: Reporter) -> ResumePoint | None:
         raise CheckpointMismatchError(
             f"{path} holds a {payload['kind']}, not a {spec.kind}. Resume it with: nanothink resume {path}"
         )
+    latest = None if spec.verified else next(reversed(store.rolling()), None)
     if (
-        store.interrupted.exists()
-        and store.interrupted.resolve() != path.resolve()
+        latest is not None
+        and latest.resolve() != path.resolve()
         and not spec.overwrite
-        and (later := _steps_of(store.interrupted, reporter)) is not None
+        and (later := _steps_of(latest, reporter)) is not None
         and later > payload["step"]
     ):
         raise UsageError(
-            f"{store.interrupted} is further on (step {later}) than {path} (step {payload['step']}) and "
+            f"{latest} is further on (step {later}) than {path} (step {payload['step']}) and "
             "would be lost. Resume the later one (--resume without a path), or discard it: --overwrite"
         )
     reporter.note(f"Resuming from {path}: epoch {payload['epoch']}, step {payload['step']}.")

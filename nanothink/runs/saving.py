@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import platform
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanothink import __version__
-from nanothink.checkpoints import FORMAT_VERSION, CheckpointPayload, gathered, model_state, pack_rng
+from nanothink.checkpoints import (
+    FORMAT_VERSION,
+    CheckpointPayload,
+    CheckpointStore,
+    Role,
+    gathered,
+    model_state,
+    pack_rng,
+)
 from nanothink.models import COMBINED
 from nanothink.runs.experts import as_entries
 from nanothink.runs.initial import INITIAL
@@ -20,17 +29,35 @@ from nanothink.training.loop import Run
 _OF_THE_RUN = {"name", "state", "logit_scale", "gate_documents", "nanothink_version"}
 
 
-def checkpoint_payload(setup: RunSetup, run: Run) -> CheckpointPayload:
+def save_state(setup: RunSetup, run: Run, store: CheckpointStore, role: Role) -> Path:
+    """Write a checkpoint of the run, and return its path. Every process must call it.
+
+    Processes that share the parameters out write a folder together, each its rows. The best state, which
+    other commands read, is one file all the same: rank 0 brings it together.
+    """
+    together = run.processes.size > 1 and setup.config.distributed.shard == "full"
+    if together and role != "best":
+        payload = checkpoint_payload(setup, run, whole=False)
+        return store.write_shards(role, run.state.epoch, payload)
+    payload = checkpoint_payload(setup, run)
+    path = {"best": store.best, "interrupted": store.interrupted}.get(role) or store.epoch(run.state.epoch)
+    if run.processes.is_rank0:
+        store.write(path, payload)
+    return path
+
+
+def checkpoint_payload(setup: RunSetup, run: Run, *, whole: bool = True) -> CheckpointPayload:
     """Everything that changes the next step, as plain containers and tensors.
 
-    Every process must call it: what several hold is brought together.
+    Args:
+        whole: bring tensors that several processes hold together, for which every process must call it.
     """
     state = run.state
     return {
         "format_version": FORMAT_VERSION,
         "kind": run.model.kind,
-        "model_state": model_state(run.model),
-        "optimizer_state": _whole(run.optimizer.state_dict()),
+        "model_state": model_state(run.model) if whole else run.model.state_dict(),
+        "optimizer_state": _whole(run.optimizer.state_dict()) if whole else run.optimizer.state_dict(),
         "step": state.step,
         "epoch": state.epoch,
         "position": state.position,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -40,6 +40,9 @@ from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fractio
 from nanothink.training.routing import unbalanced_experts
 from nanothink.training.sharding import Placement
 from nanothink.training.state import Plan, TrainState
+
+Role = Literal["best", "epoch", "interrupted"]
+"""Purpose of a checkpoint."""
 
 
 class BlockSource(Protocol):
@@ -87,7 +90,7 @@ class Callbacks:
 
     evaluate: Callable[[], Evaluation]
     sample: Callable[[], Mapping[str, str]]
-    save: Callable[[str], Path]
+    save: Callable[[Role], Path]
     reporter: Reporter
     stop: StopRequest
     resume_command: Callable[[Path], str] = lambda path: f"nanothink resume {shlex.quote(str(path))}"
@@ -300,7 +303,7 @@ def _evaluate(run: Run, callbacks: Callbacks) -> None:
     _save("interrupted", run, callbacks)
 
 
-def _save(role: str, run: Run, callbacks: Callbacks) -> Path:
+def _save(role: Role, run: Run, callbacks: Callbacks) -> Path:
     started = time.monotonic()
     if run.processes.any(not run.optimizer.is_finite()):
         raise TrainingDivergedError(

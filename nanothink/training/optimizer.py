@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from nanothink.training.sharding import Placement
 
 GroupedParameters = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
+
+ReadMoments = Callable[[Mapping[tuple[str, str, str], torch.Tensor]], None]
+"""Fills moments by optimizer, parameter and name of the moment."""
 
 
 class GroupedOptimizer:
@@ -128,28 +131,31 @@ class GroupedOptimizer:
             for state in states.values():
                 for index, name in _names_by_index(state).items():
                     state["state"][index] = {
-                        key: value if key == "step" else self._placement.distributed(name, value)
+                        key: value if key == "step" else self._together(name, value)
                         for key, value in state["state"].get(index, {}).items()
                     }
         return states
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+    def load_state_dict(self, state: Mapping[str, Any], read: ReadMoments | None = None) -> list[str]:
         """Load the moments of ``state``; rates stay as this run's config has them.
 
         Parameters are matched by name, so a state survives added and removed parameters. Returns the
-        names whose moments were not found or had another shape, and so start at zero.
+        names whose moments were not found or had another shape, and so start at zero. ``read`` fills
+        moments of which ``state`` has shape and type alone.
 
         Raises CheckpointDamagedError when ``state`` isn't what ``state_dict`` gives.
         """
         try:
-            return self._load(state)
+            return self._load(state, read)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointDamagedError(
                 f"the optimizer's state in this checkpoint is damaged ({error}). Use another checkpoint"
             ) from error
 
-    def _load(self, state: Mapping[str, Any]) -> list[str]:
+    def _load(self, state: Mapping[str, Any], read: ReadMoments | None) -> list[str]:
         fresh: list[str] = []
+        wanted: dict[tuple[str, str, str], torch.Tensor] = {}
+        loaded = []
         for name, optimizer in self.optimizers.items():
             saved = state.get(name, {"state": {}, "param_groups": []})
             by_name: dict[str, Any] = {}
@@ -167,12 +173,29 @@ class GroupedOptimizer:
                     if _fits(moments, self._shape(parameter_name, parameter), _MOMENTS[name]):
                         # Copies: these may lie in a mapped file.
                         own["state"][index] = {
-                            key: self._rows(parameter_name, value).clone() for key, value in moments.items()
+                            key: torch.zeros_like(parameter, dtype=value.dtype)
+                            if value.is_meta
+                            else self._rows(parameter_name, value).clone()
+                            for key, value in moments.items()
+                        }
+                        wanted |= {
+                            (name, parameter_name, key): self._together(
+                                parameter_name, own["state"][index][key]
+                            )
+                            for key, value in moments.items()
+                            if value.is_meta
                         }
                     else:
                         fresh.append(parameter_name)
+            loaded.append((optimizer, own))
+        if wanted and read is not None:
+            read(wanted)
+        for optimizer, own in loaded:
             optimizer.load_state_dict(own)
         return fresh
+
+    def _together(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self._placement is None else self._placement.distributed(name, rows)
 
     def _shape(self, name: str, parameter: nn.Parameter) -> torch.Size:
         return parameter.shape if self._placement is None else self._placement.shape(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
@@ -9,14 +10,16 @@ import os
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanothink.checkpoints.restore import gathered
-from nanothink.errors import DistributedError, InterruptedRun, TrainingDivergedError
+from nanothink.checkpoints import CheckpointStore, gathered, read_checkpoint, restore_model
+from nanothink.errors import DistributedError, InterruptedRun, StorageError, TrainingDivergedError
 from nanothink.models.contract import Batch, Loss
+from nanothink.runs.resuming import ResumePoint
 from nanothink.training.distributed import Processes, join
 from nanothink.training.events import StepDone
 from nanothink.training.objectives import next_token
@@ -26,15 +29,21 @@ from nanothink.training.sharding import Shard
 
 def harness(**settings: Any) -> Any:
     """The loop on a tiny model, as test_loop.py has it."""
-    path = Path(__file__).with_name("test_loop.py")
-    sys.path.append(str(path.parents[1]))  # pytest has it there
-    spec = importlib.util.spec_from_file_location("test_loop", path)
+    return module("training/test_loop.py").Harness(**settings)
+
+
+@cache
+def module(path: str) -> Any:
+    """A module of the tests, which are no package."""
+    tests = Path(__file__).parents[1]
+    sys.path.append(str(tests))  # pytest has it there
+    name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, tests / path)
     assert spec is not None
     assert spec.loader is not None
-    module = sys.modules.setdefault("test_loop", importlib.util.module_from_spec(spec))
-    if not hasattr(module, "Harness"):
-        spec.loader.exec_module(module)
-    return module.Harness(**settings)
+    sys.modules[name] = loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def among(processes: Processes, shard: Shard = "full", **settings: Any) -> Any:
@@ -149,10 +158,59 @@ def stopped(processes: Processes) -> dict[str, Any]:
     return {}
 
 
+def folders(processes: Processes) -> dict[str, Any]:
+    """Checkpoints that all write together: read whole, in parts, and after one cannot write."""
+    made, other = (among(processes, batch_size=3, max_steps=steps, n_blocks=1000) for steps in (3, 1))
+    made.go()
+    other.go()
+    store = CheckpointStore(Path(sys.argv[1]) / "checkpoints", "tiny_expert")
+    parts = {"model_state": made.run.model.state_dict(), "optimizer_state": made.run.optimizer.state_dict()}
+    payload = module("checkpoints/conftest.py").build_payload(**parts)
+    seen: dict[str, Any] = {}
+    seen["written"] = [store.write_shards(*of, payload).name for of in (("interrupted", 0), ("epoch", 2))]
+    latest = store.write_shards("interrupted", 0, payload)
+    seen["written"].append(latest.name)
+    seen["kept"] = [path.name for path in store.existing()]
+    whole = read_checkpoint(latest)
+    seen["weights"] = all(
+        torch.equal(gathered(t), whole["model_state"][n]) for n, t in parts["model_state"].items()
+    )
+    point = ResumePoint.open(latest)
+    restore_model(
+        other.run.model, point.payload, expect_kind="transformer", path=latest, read=point.read_weights
+    )
+    fresh = other.run.optimizer.load_state_dict(point.payload["optimizer_state"], point.read_moments)
+    pairs = zip(made.run.optimizer.parameters, other.run.optimizer.parameters, strict=True)
+    seen["rows"] = not fresh and all(torch.equal(a, b) for a, b in pairs)
+    seen["moments"] = same_state(made.run.optimizer.state_dict(), other.run.optimizer.state_dict())
+
+    def full(descriptor: int, data: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write, os.write = os.write, full if processes.rank == 1 else os.write
+    try:
+        store.write_shards("interrupted", 0, payload)
+    except StorageError as error:
+        seen["full"] = str(error)
+    finally:
+        os.write = write
+    processes.any(True)  # the first has removed what was begun
+    seen["left"] = sorted(entry.name for entry in store.folder.iterdir())
+    return seen
+
+
+def same_state(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_state(one[key], other[key]) for key in one)
+    if isinstance(one, torch.Tensor):
+        return torch.equal(gathered(one), gathered(other))
+    return True
+
+
 def main() -> None:
     seen: dict[str, Any] = {}
     with join("cpu") as processes:
-        for part in (sums, same, in_turn, training, poisoned, stopped):
+        for part in (sums, same, in_turn, training, poisoned, stopped, folders):
             seen[part.__name__] = part(processes)
         seen["who"] = [processes.rank, processes.size, processes.is_rank0, processes.device]
     with join("cpu") as again:  # a second run of the same processes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,8 +16,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reports import Told
 
-from nanothink.errors import NanoThinkError, RankError, UsageError
+from nanothink.checkpoints import (
+    CheckpointStore,
+    CheckpointSummary,
+    list_checkpoints,
+    prune,
+    read_checkpoint,
+    verify_checkpoint,
+)
+from nanothink.checkpoints.shards import weights
+from nanothink.errors import CheckpointDamagedError, NanoThinkError, RankError, UsageError
 from nanothink.training.distributed import ALONE, Processes, join
 from nanothink.training.launch import Launch
 
@@ -154,6 +166,53 @@ def test_a_signal_to_one_stops_all_after_the_same_step(by_rank: list[dict[str, A
         assert saw["stopped"]["step"] == 2
         by = "SIGTERM" if rank == 2 else "a signal to another process"
         assert saw["stopped"]["ended"].startswith(f"Stopped by {by} after step 2 of 99")
+
+
+def test_processes_write_a_checkpoint_together_and_each_reads_its_rows(by_rank: list[dict[str, Any]]) -> None:
+    kept = ["tiny_expert_epoch2.dcp", "tiny_expert_interrupted2.dcp"]
+    for saw in by_rank:
+        found = saw["folders"]
+        assert found["written"] == ["tiny_expert_interrupted1.dcp", *kept]
+        assert found["kept"] == kept, "the earlier rolling state is removed once the later one is there"
+        assert found["weights"], "read whole by one process"
+        assert found["rows"]
+        assert found["moments"]
+
+
+def test_a_disk_full_for_one_process_leaves_the_last_checkpoint(
+    by_rank: list[dict[str, Any]],
+) -> None:
+    for saw in by_rank:
+        assert "the disk is full" in saw["folders"]["full"]
+        assert saw["folders"]["left"] == ["tiny_expert_epoch2.dcp", "tiny_expert_interrupted2.dcp"]
+
+
+def test_a_folder_is_verified_listed_and_pruned_like_a_file(seen: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(seen / "checkpoints", tmp_path / "checkpoints"))
+    store = CheckpointStore(folder, "tiny_expert")
+    snapshot, rolling = store.existing()
+    listed = list_checkpoints(folder)
+    assert [entry.path for entry in listed] == [snapshot, rolling]
+    assert [type(entry) for entry in listed] == [CheckpointSummary] * 2
+    assert verify_checkpoint(rolling) == listed[1]
+    assert store.newest() == rolling
+    notes: list[str] = []
+    shutil.copytree(snapshot, later := store.folder / "tiny_expert_epoch3.dcp")
+    for name, reason in [("__1_0.distcp", "digest differs"), ("manifest.json", "manifest.json is damaged")]:
+        shutil.rmtree(rolling)
+        shutil.copytree(snapshot, rolling)
+        content = bytearray((rolling / name).read_bytes())
+        content[len(content) // 2] ^= 255
+        (rolling / name).write_bytes(content)
+        assert store.newest(Told(notes.append)) == later
+        assert reason in notes[-1] or name == "manifest.json"
+    assert prune(folder) == [snapshot]
+    assert sorted(path.name for path in folder.iterdir()) == [later.name, rolling.name]
+    (later / ".metadata").write_bytes(pickle.dumps(print))
+    with pytest.raises(CheckpointDamagedError):
+        read_checkpoint(later)
+    with pytest.raises(pickle.UnpicklingError, match="would run code"):
+        list(weights(later))
 
 
 def test_a_first_that_cannot_begin_ends_the_others(seen: Path) -> None:

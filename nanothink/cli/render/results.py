@@ -119,6 +119,7 @@ def estimate(name: str, estimate: RunEstimate) -> None:
             + ", ".join(f"{part} {size(n)}" for part, n in estimate.memory.items())
             + ")",
         ],
+        *_choices(estimate),
         ["one checkpoint", size(estimate.checkpoint_bytes)],
         ["disk, at most about", f"{size(estimate.disk_bytes)} of {size(estimate.disk_free_bytes)} free"],
     ]
@@ -129,6 +130,21 @@ def estimate(name: str, estimate: RunEstimate) -> None:
     facts(rows, title="run")
     if estimate.disk_bytes > estimate.disk_free_bytes:
         warning("The disk may not hold all checkpoints of this run.")
+
+
+def _choices(estimate: RunEstimate) -> list[list[object]]:
+    """Ways to run, where there are several or the run as it is does not fit."""
+    if not estimate.available_bytes or (estimate.n_processes == 1 and estimate.choices[0].fits):
+        return []
+    return [
+        [
+            choice.name,
+            f"{size(choice.n_bytes)} of {size(estimate.available_bytes)} for each: "
+            + ("fits" if choice.fits else "does not fit")
+            + (f" (--set {choice.settings.replace(' ', ' --set ')})" if choice.settings else ""),
+        ]
+        for choice in estimate.choices
+    ]
 
 
 def _time(time: RunTime) -> str:
