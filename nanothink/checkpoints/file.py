@@ -191,7 +191,7 @@ def verify_checkpoint(path: Path, *, reporter: Reporter = SILENT) -> CheckpointS
             f"{counted(len(wrong), 'tensor')} of {len(payload['model_state']):,} hold numbers that are not "
             f"finite ({', '.join(wrong[:3])}{more})",
         )
-    return _summary(path, summary_of(payload))
+    return read_summary(path) if is_shards(path) else _summary(path, summary_of(payload))
 
 
 def read_summary(path: Path) -> CheckpointSummary:

@@ -74,7 +74,8 @@ class ModelSizes:
             memory["gathered"] = _FLOAT32 * at_a_time
             whole = _FLOAT32 * (self.trained + self.frozen)
             beside = memory["gathered"] + activations + memory["gradients"] - _FLOAT32 * -(-self.trained // n)
-            memory["evaluation"] = max(0, whole - beside)  # which gathers all weights, and has no gradients
+            if whole > beside:  # an evaluation gathers all weights, and has no gradients
+                memory["evaluation"] = whole - beside
         return memory
 
 

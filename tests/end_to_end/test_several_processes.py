@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanothink.checkpoints.file import read_checkpoint
+from nanothink.checkpoints import CheckpointStore, read_checkpoint
 from nanothink.cli.app import run
 
 STEM = "transformer_expert"
@@ -120,7 +120,7 @@ def assert_as_one(one: Path, other: Path, stem: str = STEM) -> None:
         if name.startswith("joint_gate."):
             continue  # 250 steps of AdamW after training make much of a rounding
         torch.testing.assert_close(payloads[1]["model_state"][name], tensor, rtol=1e-3, atol=5e-5, msg=name)
-    assert not (other / f"{stem}_interrupted.pt").exists()
+    assert not CheckpointStore(other, stem).rolling()
 
 
 def assert_bit_equal(whole: Path, resumed: Path, stem: str = STEM) -> None:
@@ -187,6 +187,7 @@ def test_one_of_two_processes_speaks_and_writes(by_two: Path) -> None:
     assert not list(by_two.rglob("*.holder"))
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_two_processes_stop_together_and_two_or_one_go_on(
     sent: signal.Signals, by_one: Path, by_two: Path, settings: list[str], tmp_path: Path
@@ -203,7 +204,9 @@ def test_two_processes_stop_together_and_two_or_one_go_on(
     assert process.returncode != 0
     (stopped,) = re.findall(r"Stopped by (.+) after step (\d+) of 14", said)
     assert stopped[0] == ("SIGINT" if sent is signal.SIGINT else "a signal to another process")
-    payload = read_checkpoint(tmp_path / f"{STEM}_interrupted.pt")
+    (rolling,) = CheckpointStore(tmp_path, STEM).rolling()
+    assert rolling.suffix == ".dcp"
+    payload = read_checkpoint(rolling)
     assert payload["step"] == int(stopped[1])
     assert payload["step"] < N_STEPS
     if sent is signal.SIGTERM:  # else torchrun tells of the signal, and of no exit code
@@ -218,6 +221,7 @@ def test_two_processes_stop_together_and_two_or_one_go_on(
     assert_bit_equal(by_two, tmp_path)  # as many processes
 
 
+@pytest.mark.bench
 def test_one_process_stops_and_two_go_on(by_one: Path, settings: list[str], tmp_path: Path) -> None:
     command = phases(settings, tmp_path, experts=by_one)[0]
     with subprocess.Popen(
@@ -235,9 +239,9 @@ def test_one_process_stops_and_two_go_on(by_one: Path, settings: list[str], tmp_
 @pytest.mark.parametrize(
     ("stem", "rank"),
     [
-        (STEM, 0),
         (STEM, 1),
-        ("nanothink_mla", 1),
+        pytest.param(STEM, 0, marks=pytest.mark.bench),
+        pytest.param("nanothink_mla", 1, marks=pytest.mark.bench),
         pytest.param("state_space_expert", 1, marks=pytest.mark.bench),
         pytest.param("diffuser_expert", 1, marks=pytest.mark.bench),
     ],
@@ -278,6 +282,7 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
+@pytest.mark.bench
 def test_what_cannot_be_shared_is_refused_once(settings: list[str], tmp_path: Path) -> None:
     """A batch of one block, and a run of the same name: the first process says it, no traceback."""
     command = ["pretrain", "transformer", *settings, "--checkpoint-dir", str(tmp_path), "--max-steps", "2"]

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from nanothink.models.contract import Batch, Loss
 from nanothink.runs.resuming import ResumePoint
 from nanothink.training.distributed import Processes, join
 from nanothink.training.events import StepDone
+from nanothink.training.interruption import StopRequest
 from nanothink.training.objectives import next_token
 from nanothink.training.optimizer import GroupedOptimizer
 from nanothink.training.sharding import Shard
@@ -137,18 +139,24 @@ def poisoned(processes: Processes) -> dict[str, Any]:
     }
 
 
+class StopAfter(list[Any]):
+    """Events of a run that is stopped by a signal after a step."""
+
+    def __init__(self, step: int, stop: StopRequest) -> None:
+        super().__init__()
+        self.step, self.stop = step, stop
+
+    def append(self, event: Any) -> None:
+        super().append(event)
+        if isinstance(event, StepDone) and event.step == self.step:
+            self.stop._on_signal(15, None)
+
+
 def stopped(processes: Processes) -> dict[str, Any]:
     """A signal reaches one process alone; and, in the rolling checkpoint's time, their clocks disagree."""
     made = among(processes, batch_size=3, max_steps=99, n_blocks=1000, save_every_seconds=1e-9)
     if processes.rank == 2:
-
-        class Stopper(list[Any]):
-            def append(self, event: Any) -> None:
-                super().append(event)
-                if isinstance(event, StepDone) and event.step == 2:
-                    made.stop._on_signal(15, None)
-
-        made.events = Stopper()
+        made.events = StopAfter(2, made.stop)
     else:
         made.run = replace(made.run, config=made.run.config.model_copy(update={"save_every_seconds": 1e9}))
     try:
@@ -160,9 +168,11 @@ def stopped(processes: Processes) -> dict[str, Any]:
 
 def folders(processes: Processes) -> dict[str, Any]:
     """Checkpoints that all write together: read whole, in parts, and after one cannot write."""
-    made, other = (among(processes, batch_size=3, max_steps=steps, n_blocks=1000) for steps in (3, 1))
-    made.go()
-    other.go()
+    whole_run, made, other = (among(processes, batch_size=3, max_steps=5, n_blocks=1000) for _ in range(3))
+    whole_run.go()
+    made.events = StopAfter(3, made.stop)
+    with suppress(InterruptedRun):
+        made.go()
     store = CheckpointStore(Path(sys.argv[1]) / "checkpoints", "tiny_expert")
     parts = {"model_state": made.run.model.state_dict(), "optimizer_state": made.run.optimizer.state_dict()}
     payload = module("checkpoints/conftest.py").build_payload(**parts)
@@ -183,6 +193,10 @@ def folders(processes: Processes) -> dict[str, Any]:
     pairs = zip(made.run.optimizer.parameters, other.run.optimizer.parameters, strict=True)
     seen["rows"] = not fresh and all(torch.equal(a, b) for a, b in pairs)
     seen["moments"] = same_state(made.run.optimizer.state_dict(), other.run.optimizer.state_dict())
+
+    other.run = replace(other.run, state=made.run.state)
+    other.go()
+    seen["resumed"] = weights(other) == weights(whole_run) and len(other.steps) == 2
 
     def full(descriptor: int, data: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -177,6 +177,7 @@ def test_processes_write_a_checkpoint_together_and_each_reads_its_rows(by_rank: 
         assert found["weights"], "read whole by one process"
         assert found["rows"]
         assert found["moments"]
+        assert found["resumed"], "stopped after 3 steps of 5, resumed: bit-equal to a run that was not"
 
 
 def test_a_disk_full_for_one_process_leaves_the_last_checkpoint(
