@@ -25,7 +25,6 @@ from nanothink.models.joint_gate import DOCUMENT_CACHE, MEMORIES
 from nanothink.models.nanothink import NanoThink
 from nanothink.reporter import Reporter
 from nanothink.runs.preparing import RunSetup
-from nanothink.runs.saved_model import SavedModel
 from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.gate_fitting import FIT_TOKENS, fit_joint_gate, unigram_log_frequencies
 from nanothink.training.loop import Run
@@ -134,12 +133,11 @@ def finish_best(setup: RunSetup, run: Run, store: CheckpointStore, reporter: Rep
     best = store.best
     payload = read_checkpoint(best)
     model = run.model
-    if run.processes.size == 1:
-        restore_model(model, payload, expect_kind=model.kind, path=best)
-    else:  # this process has a part of it
-        model = SavedModel.of(best, payload).build(setup.precision.device)[0].to(setup.precision.device)
+    if run.processes.size > 1:  # this process has a part of it
+        model = setup.new_model().to(setup.precision.device)
         if isinstance(model, NanoThink) and isinstance(run.model, NanoThink):
             model.vector_store = run.model.vector_store
+    restore_model(model, payload, expect_kind=model.kind, path=best)
     text = _Text.of(setup.tokens.val)
     training = setup.training
     in_gate_mode = isinstance(training, TrainMLAConfig) and training.fit == "gate"

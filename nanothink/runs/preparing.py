@@ -83,10 +83,14 @@ class RunSetup:
         """A freshly initialised model. The weights of ``resume_point`` are not restored yet."""
         kind, config, vocab_size = self.spec.kind, self.config, self.tokenizer.vocab_size
         if self.resume_point is None:
-            model = build_model(kind, config, vocab_size, self.inside)
-        else:
-            payload, path = self.resume_point.payload, self.resume_point.path
-            model = rebuild(kind, config, vocab_size, self.inside, payload=payload, path=path)
+            return self.new_model()
+        payload, path = self.resume_point.payload, self.resume_point.path
+        model = rebuild(kind, config, vocab_size, self.inside, payload=payload, path=path)
+        return with_adapters(model, self.training)
+
+    def new_model(self) -> LanguageModel:
+        """A freshly initialised model, whatever the run resumes from."""
+        model = build_model(self.spec.kind, self.config, self.tokenizer.vocab_size, self.inside)
         return with_adapters(model, self.training)
 
 
