@@ -1,4 +1,4 @@
-"""``nanothink checkpoints``: list, show, verify, prune, import and export checkpoints."""
+"""``nanothink checkpoints``: list, show, verify, prune, import, export and push checkpoints."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from nanothink.cli import completion
+from nanothink.cli import completion, push
 from nanothink.cli.options import CheckpointDir, ForgivingCommand, Json
 
 if TYPE_CHECKING:
     from nanothink.runs.exporting_gguf import GgufExport
 
 app = typer.Typer(
-    help="List, show, verify, prune, import and export checkpoints.",
+    help="List, show, verify, prune, import, export and push checkpoints.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -315,12 +315,16 @@ def export(
     rows = [
         ["checkpoint", str(done.checkpoint)],
         ["kind", done.kind],
-        ["opens as", done.architecture or "nothing but NanoThink"],
+        ["opens as", done.architecture or "a model of NanoThink's own"],
         ["parameters", f"{render.count(done.n_parameters)}, float32"],
         ["files", f"{', '.join(done.files)} ({render.size(done.n_bytes)})"],
         ["from Python", done.how_to_load],
+        ["for other programs", f"nanothink serve {done.folder}"],
     ]
     render.facts(rows, title=str(done.folder))
+
+
+app.command(cls=ForgivingCommand)(push.push)
 
 
 def _print_gguf(done: GgufExport, as_json: bool) -> None:

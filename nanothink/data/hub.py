@@ -68,7 +68,7 @@ def model_folder(name: str) -> Path:
 def _downloaded(name: str, patterns: Sequence[str], what: str) -> Path:
     import huggingface_hub
 
-    with _hub_errors_explained(name, what), _no_progress_bars():
+    with _hub_errors_explained(name, what), no_progress_bars():
         huggingface_hub.model_info(name, timeout=_ANSWER_SECONDS)  # the download itself has no timeout
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*patterns]))
 
@@ -124,7 +124,7 @@ def _hub_errors_explained(name: str, what: str = "tokenizer") -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,

@@ -46,12 +46,20 @@ class Export:
 
 
 def export_checkpoint(
-    checkpoint: Path, folder: Path, *, overwrite: bool = False, reporter: Reporter = SILENT
+    checkpoint: Path,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    licence: str | None = None,
+    about: str = "",
+    reporter: Reporter = SILENT,
 ) -> Export:
     """Write the model of a checkpoint to ``folder``, in float32, whole or not at all.
 
     Args:
         overwrite: replace an earlier export.
+        licence: for the model card, as the Hub calls it; that of the model it was made of when None.
+        about: further sections of the model card, in Markdown.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or something else.
@@ -105,7 +113,8 @@ def export_checkpoint(
         _write_json(into / CONFIG, config)
         _write_json(into / "generation_config.json", generation)
         save_tokenizer(tokenizer, into, context=model.context_length)
-        (into / "README.md").write_text(_card(loaded, payload, architecture, folder.resolve().name), "utf-8")
+        card = _card(loaded, payload, architecture, folder.resolve().name, licence, about)
+        (into / "README.md").write_text(card, "utf-8")
 
     reporter.progress(f"writing {folder.name}", 0, 0)
     split = loaded.split
@@ -168,7 +177,14 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _card(loaded: TrainedModel, payload: CheckpointPayload, architecture: str | None, name: str) -> str:
+def _card(
+    loaded: TrainedModel,
+    payload: CheckpointPayload,
+    architecture: str | None,
+    name: str,
+    licence: str | None,
+    about: str,
+) -> str:
     """README.md: a model card, as the Hugging Face Hub reads them."""
     model, config = loaded.model, loaded.config
     context = "any length" if model.context_length is None else f"{model.context_length:,} tokens"
@@ -186,18 +202,17 @@ def _card(loaded: TrainedModel, payload: CheckpointPayload, architecture: str | 
         facts.append(("experts", ", ".join(f"{e['name']} ({e['kind']})" for e in payload["run"]["experts"])))
     if loss is not None and math.isfinite(loss):
         facts.append(("lowest validation loss", f"{loss:.4f} nats a token"))
-    library, licence, made = "transformers" if architecture else "nanothink", "", "Trained"
+    library, made = "transformers" if architecture else "nanothink", "Trained"
     if isinstance(origin := payload["run"].get("imported"), dict):
-        facts += [
-            (key, str(origin.get(entry)))
-            for key, entry in (("imported from", "source"), ("licence", "licence"))
-        ]
+        stated = str(origin.get("licence"))
+        facts += [("imported from", str(origin.get("source"))), ("licence of that", stated)]
         made = "Imported" if payload["step"] == 0 else "Trained further"
-        if re.fullmatch(r"[\w.-]+", str(origin.get("licence"))):
-            licence = f"license: {origin['licence']}\n"
+        if licence is None and origin.get("licence") and re.fullmatch(r"[\w.-]+", stated):
+            licence = stated
+    stated = f"license: {licence}\n" if licence else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in facts)
     parts = [
-        f"---\nlibrary_name: {library}\n{licence}pipeline_tag: text-generation\ntags: [nanothink]\n---\n",
+        f"---\nlibrary_name: {library}\n{stated}pipeline_tag: text-generation\ntags: [nanothink]\n---\n",
         f"# {name}\n\n{made} with NanoThink {nanothink.__version__}.\n\n| | |\n|---|---|\n{table}\n",
         "## Use\n",
     ]
@@ -208,5 +223,10 @@ def _card(loaded: TrainedModel, payload: CheckpointPayload, architecture: str | 
             'model = AutoModelForCausalLM.from_pretrained(".")  # the path of this folder\n'
             'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n'
         )
-    parts.append('With NanoThink:\n\n```python\nimport nanothink\n\nmodel = nanothink.load(".")\n```\n')
+    parts.append(
+        "With NanoThink:\n\n```python\nimport nanothink\n\n"
+        'model = nanothink.load(".")\n```\n\nAs a server of OpenAI\'s API: `nanothink serve .`\n'
+    )
+    if about:
+        parts.append(about)
     return "\n".join(parts)

@@ -39,7 +39,7 @@ def served_models(loaded: Sequence[TrainedModel], chat_template: str | None) -> 
     """
     served: dict[str, ServedModel] = {}
     for one in loaded:
-        name = one.path.stem if one.path.is_file() else one.path.name
+        name = one.path.stem if one.path.is_file() else one.path.resolve().name
         if name in served:
             raise UsageError(f"{served[name].loaded.path} and {one.path} would both be called {name}.")
         tokenizer = one.tokenizer

@@ -1,0 +1,113 @@
+"""``nanothink checkpoints push``: a model on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nanothink.cli import completion
+from nanothink.cli.options import CheckpointDir, Device, Json
+
+
+def push(
+    repository: Annotated[
+        str, typer.Argument(metavar="REPO", help="OWNER/NAME, or NAME for the owner of the token.")
+    ],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A checkpoint file. [default: the newest best one in --checkpoint-dir]",
+            autocompletion=completion.checkpoints,
+        ),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            "--license",
+            metavar="NAME",
+            help="Licence, as the Hub calls it: mit, other, ... [default: asked for]",
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Everyone sees a repository that is created. [default: private]")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Add a commit to a repository that is there already.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the files and the model card, and upload nothing.")
+    ] = False,
+    data_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Text to score for the card. [default: the data it was trained on]"),
+    ] = None,
+    checkpoint_dir: CheckpointDir = Path("checkpoints"),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Upload a model to the Hugging Face Hub, with a model card made from its run.
+
+    The card has the data by domain and size, bits per byte, settings, licence. No text is uploaded.
+    """
+    from nanothink.cli import render
+    from nanothink.errors import counted
+    from nanothink.runs import publishing
+    from nanothink.runs.evaluating import newest_finished
+
+    with render.reporting() as reporter:
+        path = checkpoint or newest_finished(checkpoint_dir, reporter)
+    licence = licence or _asked(publishing.imported_licence(path))
+    with render.reporting() as reporter:
+        done = publishing.push(
+            path,
+            repository,
+            licence=licence,
+            private=not public,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            data_dir=data_dir,
+            device=device,
+            reporter=reporter,
+        )
+    for line in done.notes:
+        render.warning(f"{path}: {line}")
+    if as_json:
+        render.print_json(done)
+        return
+    rows = [
+        ["checkpoint", str(done.checkpoint)],
+        ["kind", done.kind],
+        ["licence", done.licence],
+        ["seen by", "its owner alone" if done.private else "everyone"],
+        [
+            "files",
+            f"{counted(len(done.files), 'file')}: {', '.join(done.files)} ({render.size(done.n_bytes)})",
+        ],
+        ["address", done.url or "nothing was uploaded (--dry-run)"],
+    ]
+    if dry_run:
+        render.say(done.card)
+    render.facts(rows, title=done.repository)
+
+
+def _asked(imported: str | None) -> str:
+    """The licence, from whoever sits at the terminal. It is theirs to say, so nothing is guessed.
+
+    Args:
+        imported: licence of the published model that this one was made of.
+    """
+    from nanothink.errors import UsageError
+
+    about = f" It was made of a model under {imported}, which may bind you." if imported else ""
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise UsageError(
+            f"Which licence does this model have?{about} Say so by --license NAME, as the Hub calls it: mit, "
+            "apache-2.0, cc-by-4.0, other, ..."
+        )
+    return str(
+        typer.prompt(f"Licence of this model (mit, apache-2.0, cc-by-4.0, other, ...).{about}", err=True)
+    ).strip()
