@@ -57,6 +57,7 @@ NAMES = {
     "nanothink data import",
     "nanothink checkpoints export",
     "nanothink checkpoints import",
+    "nanothink checkpoints push",
     "nanothink generate --interactive",
     "nanothink serve",
 }

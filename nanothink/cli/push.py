@@ -29,7 +29,7 @@ def push(
         typer.Option(
             "--license",
             metavar="NAME",
-            help="Licence, as the Hub calls it: mit, other, ... [default: asked for]",
+            help="Licence, as the Hub calls it, such as mit. [default: asked for]",
         ),
     ] = None,
     public: Annotated[
@@ -49,7 +49,7 @@ def push(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Upload a model to the Hugging Face Hub, with a model card made from its run.
+    """Upload a model with a model card to the Hugging Face Hub.
 
     The card has the data by domain and size, bits per byte, settings, licence. No text is uploaded.
     """

@@ -76,6 +76,7 @@ CASES = {
     "checkpoints verify": [""],
     "checkpoints prune": ["--dry-run"],
     "checkpoints export": [f"checkpoints/{RUN}_expert.pt --to exported --overwrite"],
+    "checkpoints push": [f"me/mine checkpoints/{RUN}_expert.pt --license mit --dry-run"],
     "checkpoints import": ["exported --name again --overwrite"],
     "config show": ["train_expert", "transformer"],
     "config presets": ["", "tiny"],
