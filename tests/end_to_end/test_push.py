@@ -66,7 +66,7 @@ def test_the_hub_gets_a_model_with_a_card_of_its_run(
     assert "\nlicense: cc-by-4.0\n" in card
     scored = [line for line in card.splitlines() if line.startswith("| all |")]
     assert len(scored) == 1
-    domains: list[str] = nanothink.load(path, device="cpu", vector_store=False).config.data.domains or []
+    domains = nanothink.load(path, device="cpu", vector_store=False).config.data.domains or ()
     assert all(f"| {domain} | " in card for domain in domains)
     assert "d_model = 16" in card
     assert str(trained) not in card
