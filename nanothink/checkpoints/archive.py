@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 
 from nanothink.errors import CheckpointDamagedError
 from nanothink.reporter import SILENT, Reporter
+from nanothink.suggestions import suggest
 
 _COMMENT = re.compile(rb"nanothink-sha256:([0-9a-f]{64})( \{.*\})?")
 _END_RECORD = struct.Struct("<4s4H2LH")
@@ -81,7 +82,7 @@ class DigestingWriter:
 def damaged(path: Path, reason: str) -> CheckpointDamagedError:
     return CheckpointDamagedError(
         f"{path}: {reason}. Nothing was loaded from it. Use another checkpoint "
-        f"(`nanothink checkpoints ls` lists them) and delete this one"
+        f"({suggest('checkpoints ls')} lists them) and delete this one"
     )
 
 

@@ -42,6 +42,7 @@ from nanothink.errors import (
     some_of,
 )
 from nanothink.reporter import SILENT, Reporter
+from nanothink.suggestions import suggest
 
 if TYPE_CHECKING:  # a listing does without torch, whose import takes longer than all the rest
     from torch import Tensor
@@ -227,8 +228,9 @@ def cannot_write(path: Path, error: OSError, needed: int) -> StorageError:
             errno.EFBIG: "the file-size limit is reached",
         }.get(error.errno, "the disk is full")
         remedy = (
-            f"about {needed:,} bytes are needed, {free}. Make room (`nanothink checkpoints prune` removes "
-            f"old snapshots) or choose another --checkpoint-dir, then go on with --resume"
+            f"about {needed:,} bytes are needed, {free}. Make room "
+            f"({suggest('checkpoints prune')} removes old snapshots) or choose another "
+            "--checkpoint-dir, then resume with --resume"
         )
     elif error.errno == errno.EROFS:
         what, remedy = "the disk is read-only", "Choose another --checkpoint-dir"
@@ -369,7 +371,7 @@ def _not_found(path: Path) -> str:
     if not os.path.isdir(path.parent):
         return (
             f"{path}: there is no such checkpoint, nor its folder. "
-            f"Train one with `nanothink pretrain transformer`"
+            f"Train one with {suggest('pretrain transformer')}"
         )
     suggestion = did_you_mean(path.name, _checkpoint_names(path.parent))
     return f"{path}: there is no such checkpoint.{suggestion} {_whats_in(path.parent)}"
@@ -380,7 +382,7 @@ def _whats_in(folder: Path) -> str:
     if not names:
         return (
             f"The folder {folder.resolve()} holds no checkpoint; "
-            f"train one with `nanothink pretrain transformer`"
+            f"train one with {suggest('pretrain transformer')}"
         )
     return f"{folder.resolve() if folder == Path() else folder} holds {some_of(names, 12)}"
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanothink.errors import UsageError
+from nanothink.suggestions import install
 
 _TRANSFORMER = {
     "token_embd": "model.embed_tokens",
@@ -83,7 +84,7 @@ def library() -> Any:
     try:
         import gguf
     except ImportError:
-        raise UsageError("GGUF files need an extra: pip install 'nanothink[gguf]'") from None
+        raise UsageError(f"GGUF files need an extra: {install('nanothink[gguf]')}") from None
     return gguf
 
 

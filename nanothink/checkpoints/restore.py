@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from nanothink.checkpoints.payload import ModelPayload
 from nanothink.config import TrainExpertConfig
 from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, counted, some_of
-from nanothink.models import COMBINED
 from nanothink.models.contract import LanguageModel
 from nanothink.models.joint_gate import GATE_PREFIX, JointGate
 from nanothink.models.low_rank import FACTORS, merged
+from nanothink.suggestions import suggest
 
 _LISTED = 8
 """Names shown per line of a report."""
@@ -112,8 +112,8 @@ def restore_model(
     kind = payload["kind"]
     if kind != expect_kind:
         raise CheckpointMismatchError(
-            f"{path}: is a checkpoint of kind '{kind}', not '{expect_kind}'. Use it with "
-            f"`{_command_for(kind)} --resume {path}`, or `nanothink resume {path}`, which looks for itself"
+            f"{path}: is a checkpoint of kind '{kind}', not '{expect_kind}'. Resume it with "
+            f"{suggest('resume', path)}"
         )
     saved: dict[str, Tensor] = {}
     for name, tensor in payload["model_state"].items():
@@ -162,7 +162,7 @@ def restore_model(
         raise CheckpointMismatchError(
             f"{path}: hardly anything in it fits this model: {report.n_fitting:,} of {report.n_total:,} "
             f"parameters. {'. '.join(report.lines()[:-1])}. Use the settings it was trained with "
-            f"(`nanothink checkpoints show {path}`; `nanothink resume {path}` takes them from it)"
+            f"({suggest('checkpoints show', path)}; {suggest('resume', path)} takes them from it)"
         )
     scale, joint_gate = _logit_scale(payload, path), _joint_gate(model, gate, path)
     adapters = _adapters(factors, own, payload, path)
@@ -309,7 +309,3 @@ def _shape(tensor: Tensor) -> str:
 
 def _type(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _command_for(kind: str) -> str:
-    return "nanothink train-mla" if kind == COMBINED else f"nanothink pretrain {kind}"

@@ -10,6 +10,7 @@ import typer
 
 from nanothink.cli import completion, push
 from nanothink.cli.options import CheckpointDir, ForgivingCommand, Json
+from nanothink.suggestions import command
 
 if TYPE_CHECKING:
     from nanothink.runs.exporting_gguf import GgufExport
@@ -247,7 +248,7 @@ def import_(
             f"{render.count(done.vocab_size)} tokens"
             + (f"; {render.count(done.n_cut_rows)} unused rows left out" if done.n_cut_rows else ""),
         ],
-        ["try it", f"nanothink generate 'Once upon a time' -c {done.path}"],
+        ["try it", command("generate", "Once upon a time", "-c", done.path)],
     ]
     render.facts(rows, title=str(done.path))
 

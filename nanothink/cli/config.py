@@ -9,6 +9,7 @@ import typer
 
 from nanothink.cli import completion
 from nanothink.cli.options import ConfigFile, ForgivingCommand, Json, Preset, Set, configure_from
+from nanothink.suggestions import suggest
 
 app = typer.Typer(
     help="Settings: what they are and where they come from.", no_args_is_help=True, rich_markup_mode=None
@@ -114,4 +115,4 @@ def presets(
         ],
     )
     render.say("Layers are those of transformer / state_space / diffuser.")
-    render.say("Use one with --preset NAME; read one with: nanothink config presets NAME")
+    render.say(f"Use one with --preset NAME; read one with: {suggest('config presets NAME')}")

@@ -21,6 +21,7 @@ from nanothink.cli.options import (
     examples,
 )
 from nanothink.errors import counted
+from nanothink.suggestions import command
 
 if TYPE_CHECKING:
     from nanothink.data.corpus import ValidationReport
@@ -241,7 +242,7 @@ def sample(
         [[d.name, d.n_records, render.size(d.n_bytes)] for d in domains],
         title=f"Starter corpus in {target}",
     )
-    render.say(f"Next: nanothink pretrain transformer --data-dir {target} --preset tiny")
+    render.say(f"Next: {command('pretrain transformer --data-dir', target, '--preset', 'tiny')}")
 
 
 @app.command(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from nanothink.cli.options import ForgivingCommand
+from nanothink.suggestions import command
 
 _SHAPE = ("transformer.n_layers=2", "state_space.n_layers=3", "diffuser.n_layers=2")
 """Half of the ``tiny`` preset's layers: four models have to be ready within minutes."""
@@ -45,9 +46,9 @@ def demo(
     run: Callable[[list[str]], int] = context.obj  # as app.py gives it to every command
     start = time.monotonic()
     steps = list(_steps(out, overwrite=overwrite))
-    for number, (title, command) in enumerate(steps, start=1):
-        render.chapter(f"{number}/{len(steps)}  {title}", f"$ nanothink {shlex.join(command)}")
-        code = run(command)
+    for number, (title, words) in enumerate(steps, start=1):
+        render.chapter(f"{number}/{len(steps)}  {title}", f"$ nanothink {shlex.join(words)}")
+        code = run(words)
         if code:
             return code
     render.chapter(f"Done in {render.duration(time.monotonic() - start)}. What to type next", "")
@@ -87,11 +88,14 @@ def _steps(out: Path, *, overwrite: bool) -> Iterator[tuple[str, list[str]]]:
 
 
 def _next_commands(out: Path) -> Iterator[str]:
-    combined = shlex.quote(str(out / "checkpoints" / "nanothink_mla.pt"))
-    checkpoints = shlex.quote(str(out / "checkpoints"))
-    yield f'nanothink generate "The module" -c {combined}   # let it write'
-    yield f"nanothink report --checkpoint-dir {checkpoints}   # curves, domains, routing as one HTML page"
-    yield f'nanothink store search "return the" -c {combined}   # what it recalls'
-    yield f"nanothink checkpoints ls --checkpoint-dir {checkpoints}   # what there is"
-    yield "nanothink data import notes.csv --domain notes   # your own text, one folder a domain"
-    yield "nanothink pretrain transformer --dry-run   # what training on it would take"
+    checkpoints = out / "checkpoints"
+    combined = checkpoints / "nanothink_mla.pt"
+    for call, why in (
+        (command("generate", "The module", "-c", combined), "let it write"),
+        (command("report --checkpoint-dir", checkpoints), "curves, domains, routing as one HTML page"),
+        (command("store search", "return the", "-c", combined), "what it recalls"),
+        (command("checkpoints ls --checkpoint-dir", checkpoints), "what there is"),
+        (command("data import notes.csv --domain notes"), "your own text, one folder a domain"),
+        (command("pretrain transformer --dry-run --data-dir", out / "data"), "what training would take"),
+    ):
+        yield f"{call}   # {why}"

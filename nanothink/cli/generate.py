@@ -17,6 +17,7 @@ from nanothink.cli.options import (
     NoVectorStore,
     examples,
 )
+from nanothink.suggestions import suggest
 
 if TYPE_CHECKING:
     from nanothink.runs.trained_model import TrainedModel
@@ -179,7 +180,7 @@ def generate(
     sampling_config(**sampling)  # raises for a bad value before anything is loaded or printed
     if denoise and (len(prompts) > 1 or not prompts[0]):
         raise UsageError(
-            '--denoise needs one passage to rebuild: nanothink generate --denoise "Some text ..."'
+            f"--denoise needs one passage to rebuild: {suggest('generate', 'Some text', '--denoise')}"
         )
     if show_routing and (denoise or ddim or ddim_steps is not None):
         raise UsageError("--show-routing is for models that combine experts; --denoise and --ddim are not.")

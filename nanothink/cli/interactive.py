@@ -19,6 +19,7 @@ from nanothink.cli import render
 from nanothink.errors import NanoThinkError, OutputError, UsageError, did_you_mean
 from nanothink.inference.sampling import SamplingConfig, sampling_config
 from nanothink.models import COMBINED
+from nanothink.suggestions import command
 
 if TYPE_CHECKING:
     from nanothink.inference.routed import RoutedPiece
@@ -309,7 +310,7 @@ def require_terminal() -> None:
     if not (sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError(
             "--interactive needs a terminal for input and output. Without one, leave it out: "
-            'echo "Once upon a time" | nanothink generate'
+            f"echo 'Once upon a time' | {command('generate')}"
         )
 
 

@@ -9,6 +9,7 @@ import typer
 
 from nanothink.cli import completion
 from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, NoVectorStore, examples
+from nanothink.suggestions import install
 
 EXAMPLES = examples(
     "serve",
@@ -88,7 +89,7 @@ def serve(
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn"):
             raise
-        raise UsageError("The server needs two more packages: pip install -e '.[serve]'") from None
+        raise UsageError(f"The server needs two more packages: {install('nanothink[serve]')}") from None
     from nanothink.runs.evaluating import finished_checkpoints
     from nanothink.runs.trained_model import load
     from nanothink.serve.endpoints import Limits

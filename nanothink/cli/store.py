@@ -24,6 +24,7 @@ from nanothink.cli.options import (
     examples,
     takes,
 )
+from nanothink.suggestions import suggest
 
 if TYPE_CHECKING:
     from nanothink.data.problems import Problems
@@ -109,8 +110,8 @@ def build(
         found = source.find(reporter, expert or (), assignments=assignments or (), data_dir=data_dir)
     if exists(found.folder) and not overwrite and not dry_run:
         raise UsageError(
-            f"{found.folder} is there already. Look at it: nanothink store info. Put more text in: "
-            "nanothink store add DATA_DIR. Build it anew: --overwrite"
+            f"{found.folder} is there already. Look at it: {suggest('store info')}. Build it anew: "
+            f"{suggest('store build --overwrite')}. Put more text in: {suggest('store add DATA_DIR')}"
         )
     if not dry_run:
         try_to_write(found.folder.parent)
@@ -118,11 +119,6 @@ def build(
         tokens = found.tokens(
             data_dir, domain_names(domains), skip_bad_records=skip_bad_records, reporter=reporter
         )
-        if found.checkpoint is not None and not found.settings.enabled:
-            reporter.note(
-                f"{found.checkpoint} was trained without a vector store and cannot use one. To train it with "
-                f"one: nanothink resume {found.checkpoint} --set vector_store.enabled=true --max-steps N"
-            )
         plan = found.plan(tokens)
         if not dry_run:
             store = found.build(plan, tokens, reporter=reporter)

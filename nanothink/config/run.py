@@ -41,6 +41,7 @@ from nanothink.config.training import (
     TrainMLAConfig,
 )
 from nanothink.errors import ConfigError, did_you_mean
+from nanothink.suggestions import suggest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -261,7 +262,7 @@ def _check_known(name: str, source: str) -> None:
             hint = hint.replace(f"'{short}'", f"'{full}'")
         suggestion = hint
     raise ConfigError(
-        f"{source}: there is no setting '{name}'.{suggestion} 'nanothink config show' lists them all."
+        f"{source}: there is no setting '{name}'.{suggestion} {suggest('config show')} lists them all."
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from nanothink.errors import (
     some_of,
 )
 from nanothink.reporter import SILENT, Reporter
+from nanothink.suggestions import suggest
 
 _SILENT_IN_ROOT = (".nanothink", "README.md")
 _NAMED_AT_MOST = 5
@@ -132,7 +132,8 @@ def find_corpus(data_dir: str | Path, domains: Sequence[str] | None = None) -> C
             reason = f" ({notes[-1].reason})" if notes else ""
             raise DataError(
                 f"The domain '{name}' has no data: {shown(entry.path)} holds no .jsonl file{reason}. "
-                f"Put JSON Lines there, or import text: nanothink data import SOURCE --domain {name}"
+                "Put JSON Lines there, or import text: "
+                + suggest("data import SOURCE --domain", name, "--data-dir", shown(root))
                 + _listed(not_read)
             )
     if not found:
@@ -155,7 +156,7 @@ def bad_records_error(root: Path, problems: Problems) -> BadRecordsError:
         lines.append(f"  and {len(problems) - len(named):,} more")
     lines += [group.hint for group in problems.groups if group.hint]
     lines.append(
-        f"`nanothink data validate {shlex.quote(shown(root))}` shows them by kind, with --all one by one; "
+        f"{suggest('data validate', shown(root))} shows them by kind, with --all one by one; "
         "--skip-bad-records leaves them out."
     )
     return BadRecordsError("\n".join(lines))
@@ -165,7 +166,7 @@ def left_out(problems: Problems, root: Path) -> str:
     """Describe bad lines that are skipped: how many, why, where, and the command that lists them."""
     return (
         f"{counted(len(problems), 'bad line')} of {shown(root)}: {problems.sentence()}. "
-        f"All of them: nanothink data validate {shlex.quote(shown(root))}"
+        f"All of them: {suggest('data validate', shown(root))}"
     )
 
 
@@ -230,7 +231,8 @@ def validate_corpus(
 
 
 def _list_root(root: Path) -> list[os.DirEntry[str]]:
-    make_one = f"To try things out, make a starter corpus: nanothink data sample --data-dir {shown(root)}"
+    starter = suggest("data sample --data-dir", shown(root))
+    make_one = f"To try things out, make a starter corpus: {starter}"
     try:
         with os.scandir(root) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -238,9 +240,8 @@ def _list_root(root: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"There is no data folder {shown(root)}. {make_one}") from None
     except NotADirectoryError:
         message = f"{shown(root)} is a file, not a folder of domains. Give the folder above its domain"
-        raise DataError(
-            f"{message}, or import it: nanothink data import {shown(root)} --domain NAME"
-        ) from None
+        way_in = suggest("data import", shown(root), "--domain", root.stem, "--data-dir", "data")
+        raise DataError(f"{message}, or import it: {way_in}") from None
     except OSError as error:
         raise unreadable(root, error) from error
 
@@ -297,8 +298,9 @@ def _nothing_here(root: Path, stray: list[str]) -> str:
         )
     return (
         f"There is no domain in {shown(root)}: no folder in it holds a .jsonl file. "
-        "Import text with `nanothink data import SOURCE --domain NAME`, or make a starter corpus with "
-        f"`nanothink data sample --data-dir {shown(root)}`."
+        f"Import text with {suggest('data import SOURCE --domain NAME --data-dir', shown(root))}, "
+        "or make a starter corpus with "
+        f"{suggest('data sample --data-dir', shown(root))}."
     )
 
 

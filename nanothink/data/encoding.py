@@ -25,6 +25,7 @@ from nanothink.data.chat import ChatFormat
 from nanothink.data.round_trip import difference, is_lossless
 from nanothink.data.tokenizer_json import check_tokenizer_json, failures_told
 from nanothink.errors import TokenizerError
+from nanothink.suggestions import suggest
 
 EOS = "<|endoftext|>"
 _MAX_EOS_CHARS = 1000
@@ -39,7 +40,7 @@ class TextLostError(TokenizerError):
         super().__init__(
             f"{where}tokenizer '{tokenizer}' loses text: {loss}. A model cannot learn lost text, and cannot "
             "be measured on it. Use a tokenizer that can encode every text, such as the default or your own "
-            "(nanothink tokenizer train), or leave that text out."
+            f"({suggest('tokenizer train')}), or leave that text out."
         )
         self.tokenizer, self.loss, self.index = tokenizer, loss, index
 

@@ -28,6 +28,7 @@ from nanothink.data.split import normalised_parts, text_key
 from nanothink.data.tokens import TokenisedCorpus
 from nanothink.errors import DataError
 from nanothink.reporter import SILENT, Reporter
+from nanothink.suggestions import install
 
 THRESHOLD = 0.8
 """Least similarity of near-duplicates."""
@@ -90,7 +91,7 @@ def import_minhash() -> Any:
     try:
         from datasketch import MinHash
     except ImportError:
-        raise DataError("Near-duplicates need datasketch: pip install 'nanothink[near_duplicates]'") from None
+        raise DataError(f"Near-duplicates need datasketch: {install('nanothink[near_duplicates]')}") from None
     return MinHash
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from nanothink.data.lines import Problem
 from nanothink.errors import counted
+from nanothink.suggestions import command
 
 PLACES = 20
 """Problems kept of one kind, and spans of lines."""
@@ -210,10 +211,9 @@ def _how_to_import(problem: Problem, n_files: int) -> str:
         root = root.resolve()
     aside = root.parent / f"{root.name}-originals" / domain
     quoted = {name: shlex.quote(str(part)) for name, part in {"aside": aside, "path": path}.items()}
-    command = (
-        f"mkdir -p {quoted['aside']} && mv -n {quoted['path']} {quoted['aside']}/ && "
-        f"nanothink data import {shlex.quote(str(aside / path.name))} --domain {shlex.quote(domain)} "
-        f"--text-field {shlex.quote(problem.text_field)} --data-dir {shlex.quote(str(root))}"
+    moved_in = f"mkdir -p {quoted['aside']} && mv -n {quoted['path']} {quoted['aside']}/ && " + command(
+        *("data", "import", aside / path.name, "--domain", domain),
+        *("--text-field", problem.text_field, "--data-dir", root),
     )
     each = f" (and so each of {counted(n_files, 'file')})" if n_files > 1 else ""
-    return f"If `{problem.text_field}` is all of the text, move the file away and import it{each}: {command}"
+    return f"If `{problem.text_field}` is all of the text, move the file away and import it{each}: {moved_in}"

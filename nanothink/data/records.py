@@ -41,13 +41,14 @@ from nanothink.data.strict_json import JsonFault
 from nanothink.disk import whole_file
 from nanothink.disk.write import RawFile
 from nanothink.errors import StorageError, did_you_mean
+from nanothink.suggestions import suggest
 
 __all__ = ["MAX_LINE_BYTES", "Problem", "ProblemSink", "Record", "iter_records", "shown", "write_records"]
 
 _KEYS = ("text", "source", "id", "group")
 _SPREAD = (
     "the file holds JSON that is spread over several lines, not one record a line; "
-    "`nanothink data import` reads JSON arrays"
+    f"{suggest('data import')} reads JSON arrays"
 )
 _TEXT_FIELDS = ("content", "body", "article", "document", "passage", "story", "raw_content", "markdown")
 
@@ -206,7 +207,7 @@ def _look_closely(line: bytes, obj: object) -> Record:
     text = decode_line(line)
     outer = strict_json.parse(text)
     if not isinstance(outer, dict):
-        hint = "; `nanothink data import` reads JSON arrays" if isinstance(outer, list) else ""
+        hint = f"; {suggest('data import')} reads JSON arrays" if isinstance(outer, list) else ""
         raise JsonFault(0, f"a record must be a JSON object, not {_kind(outer)}{hint}")
     if "text" not in outer:
         raise _NoText(outer)
@@ -254,7 +255,7 @@ def _closest_key(keys: tuple[str, ...]) -> str:
     if not names:
         return ""
     there_is = ", ".join(f"`{name}`" for name in names[:5])
-    return f"; there is {there_is} (to use another key: nanothink data import)"
+    return f"; there is {there_is} (to use another key: {suggest('data import')})"
 
 
 def _warn_of_repeated_keys(line: bytes, file: str, number: int, warn: ProblemSink) -> None:

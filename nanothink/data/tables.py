@@ -19,6 +19,7 @@ from nanothink.data.source_file import DamagedDataError, SourceFile
 from nanothink.data.strict_json import JsonFault
 from nanothink.data.text_files import Findings, Row, file_size
 from nanothink.errors import DataError
+from nanothink.suggestions import install
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -119,7 +120,7 @@ def parquet_rows(path: Path, origin: str, text: RowText, findings: Findings) -> 
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError("Reading Parquet needs pyarrow: pip install 'nanothink[parquet]'") from None
+        raise DataError(f"Reading Parquet needs pyarrow: {install('nanothink[parquet]')}") from None
     size = file_size(path)
     with reading(path):
         try:
@@ -148,7 +149,7 @@ def hub_rows(
     try:
         import datasets  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
-        raise DataError(f"{note}Hub data sets need an extra: pip install 'nanothink[datasets]'") from None
+        raise DataError(f"{note}Hub data sets need an extra: {install('nanothink[datasets]')}") from None
     try:
         rows = iter(
             datasets.load_dataset(name, config_name, split=split, streaming=True, trust_remote_code=False)

@@ -14,6 +14,7 @@ import orjson
 from nanothink.data.records import likely_text_field
 from nanothink.disk import shown
 from nanothink.errors import some_of
+from nanothink.suggestions import command
 
 _IMPORTED = (
     *(".txt", ".text", ".md", ".markdown", ".csv", ".tsv", ".tab", ".parquet"),
@@ -36,18 +37,18 @@ def why_not_read(folder: Path, names: Sequence[str]) -> Iterator[str]:
     kinds: dict[tuple[str, str], list[str]] = {}
     for name in names:
         kinds.setdefault(_kind(folder, name), []).append(name)
-    for (why, command), own in kinds.items():
+    for (why, remedy), own in kinds.items():
         listed = some_of([shown(name) for name in own], _NAMED_AT_MOST)
         way_in = ""
-        if command:
+        if remedy:
             path = shlex.quote(shown(folder / own[0]))
             domain, root = (shlex.quote(shown(part)) for part in (folder.name, folder.parent))
             others = "it" if len(own) == 1 else "it (and so the others)"
-            way_in = f". {command.format(it=others, path=path, domain=domain, root=root)}"
+            way_in = f". {remedy.format(it=others, path=path, domain=domain, root=root)}"
         yield f"not read, because {why}: {listed}{way_in}"
 
 
-_IMPORT = "Import {it}: nanothink data import {path} --domain {domain} --data-dir {root}"
+_IMPORT = f"Import {{it}}: {command('data import')} {{path}} --domain {{domain}} --data-dir {{root}}"
 
 
 def _kind(folder: Path, name: str) -> tuple[str, str]:

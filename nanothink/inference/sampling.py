@@ -27,6 +27,7 @@ from torch import Tensor
 
 from nanothink.config.base import Settings
 from nanothink.errors import NanoThinkError, UsageError
+from nanothink.suggestions import suggest
 
 
 class SamplingConfig(Settings):
@@ -127,8 +128,8 @@ def _require_finite(greatest: Tensor) -> None:
     if not all(map(math.isfinite, greatest.tolist())):
         raise NanoThinkError(
             "The model's logits are not finite, so there is nothing to draw from: its training diverged, or "
-            "its weights were changed. 'nanothink checkpoints verify' says which of your checkpoints can be "
-            "used; if none can, train again with a lower learning rate."
+            f"its weights were changed. {suggest('checkpoints verify')} says which of your checkpoints can "
+            "be used; if none can, train again with a lower learning rate."
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nanothink.errors import UsageError, did_you_mean
+from nanothink.suggestions import suggest
 
 if TYPE_CHECKING:
     from nanothink.config import Config, TrainConfig
@@ -90,7 +91,7 @@ def known_kind(kind: str) -> str:
     """
     name = kind.replace("-", "_")
     if name == COMBINED:
-        raise UsageError("NanoThink itself is trained over finished experts: nanothink train-mla")
+        raise UsageError(f"NanoThink itself is trained over finished experts: {suggest('train-mla')}")
     if name not in EXPERTS:
         raise UsageError(
             f"There is no model called '{kind}'. The kinds are {', '.join(EXPERTS)}."

@@ -21,6 +21,7 @@ from nanothink.runs.building import weights_checksum
 from nanothink.runs.preparing import RunSetup
 from nanothink.runs.saving import save_state
 from nanothink.runs.scoring import score
+from nanothink.suggestions import command
 from nanothink.training.distributed import Processes
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Callbacks, Run
@@ -102,10 +103,12 @@ def make_callbacks(
     def save(role: Role) -> Path:
         return save_state(setup, run, store, role)
 
-    def resume_command(path: Path) -> str:
+    def resume_command(*words: str) -> str:
+        origin = setup.resume_point
+        path = origin.path if origin is not None and not store.interrupted.exists() else store.interrupted
         asked = setup.spec.device if processes.size == 1 else None  # else each process has its own
         device = ["--device", asked] if asked else []
-        return shlex.join([*processes.launcher, "nanothink", "resume", str(path), *device])
+        return " ".join([*map(shlex.quote, processes.launcher), command("resume", path, *device, *words)])
 
     return Callbacks(evaluate, sample, save, reporter=reporter, stop=stop, resume_command=resume_command)
 

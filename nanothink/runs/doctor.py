@@ -17,6 +17,7 @@ from nanothink.models.native import find_compiler
 from nanothink.models.precision import choose_device
 from nanothink.models.selective_scan import RULE, choose_scan
 from nanothink.reporter import SILENT, Reporter
+from nanothink.suggestions import install
 from nanothink.training.matmul_speed import MatmulSpeed
 from nanothink.training.matmul_types import choose_precision
 
@@ -60,7 +61,7 @@ def examine(device_name: str | None, checkpoint_dir: Path, reporter: Reporter = 
     ):
         found = importlib.util.find_spec(package) is not None
         findings[package] = (
-            f"installed: {purpose}" if found else f"missing: {purpose} needs pip install 'nanothink[{extra}]'"
+            f"installed: {purpose}" if found else f"missing: {purpose} needs {install(f'nanothink[{extra}]')}"
         )
     return findings
 

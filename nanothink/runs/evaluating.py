@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from nanothink.runs.held_out import ScoredText, Side, TextToScore
 from nanothink.runs.inherited_split import binding_rules
 from nanothink.runs.scoring import score
 from nanothink.runs.trained_model import TrainedModel, load
+from nanothink.suggestions import suggest
 from nanothink.training.matmul_types import AS_TRAINED
 
 
@@ -103,7 +103,6 @@ def evaluate_checkpoints(
     for model in loaded:
         for line in model.notes:
             reporter.note(f"{model.path}: {line}")
-    retry = _retry(paths, data_dir, domains, vector_store)
     corpus = find_corpus(*_where(loaded, data_dir, domains, reporter))
     for warning in corpus.warnings:
         reporter.note(str(warning))
@@ -131,7 +130,6 @@ def evaluate_checkpoints(
         max_tokens=max_tokens,
         allow_seen=allow_seen,
         skip_bad_records=skip_bad_records,
-        retry=retry,
         reporter=reporter,
     )
     results = []
@@ -226,17 +224,6 @@ def _where(
     return str(folder), domains
 
 
-def _retry(
-    paths: Sequence[Path], data_dir: str | None, domains: Sequence[str] | None, vector_store: bool
-) -> str:
-    """The command that scores the same again."""
-    words = ["nanothink", "eval", *map(str, paths)]
-    words += ["--data-dir", data_dir] if data_dir is not None else []
-    words += ["--domains", ",".join(domains)] if domains else []
-    words += [] if vector_store else ["--no-vector-store"]
-    return shlex.join(words)
-
-
 def finished_checkpoints(checkpoint_dir: Path, reporter: Reporter = SILENT) -> list[Path]:
     """The best checkpoint of every model in a folder, without damaged ones, which are noted.
 
@@ -289,8 +276,7 @@ def _sound(
 
 
 def _nothing_trained(checkpoint_dir: Path, kind: str | None = None) -> CheckpointNotFoundError:
-    how = "train-mla" if kind == COMBINED else f"pretrain {kind or 'transformer'}"
+    how = suggest("train-mla") if kind == COMBINED else suggest("pretrain", kind or "transformer")
     return CheckpointNotFoundError(
-        f"No trained {kind or 'model'} in {checkpoint_dir}. Train one (nanothink {how}), or name a "
-        "checkpoint."
+        f"No trained {kind or 'model'} in {checkpoint_dir}. Train one ({how}), or name a checkpoint."
     )

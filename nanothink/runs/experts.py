@@ -14,6 +14,7 @@ from nanothink.models import EXPERTS
 from nanothink.models.store_gate import VECTOR_STORE
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.saved_model import MAX_EXPERTS, SavedModel, expert_entries
+from nanothink.suggestions import suggest
 
 _ENDING = "_expert"
 
@@ -38,7 +39,7 @@ def find_experts(
         others = "" if paths else " Or name the experts you have: --expert PATH, repeated."
         raise CheckpointNotFoundError(
             f"NanoThink combines trained experts, and {_listed(missing)} not there. Train first: "
-            f"{'; '.join(_command_for(path) for path in missing)}.{others}"
+            f"{'; '.join(_command_for(path, named=bool(paths)) for path in missing)}.{others}"
         )
     experts: dict[str, SavedModel] = {}
     for path in chosen:
@@ -138,13 +139,12 @@ def _name_of(path: Path, taken: Container[str]) -> str:
     return unique
 
 
-def _command_for(path: Path) -> str:
+def _command_for(path: Path, *, named: bool) -> str:
     if not path.name.endswith(f"{_ENDING}.pt"):
-        return f"nanothink pretrain KIND, which makes KIND{_ENDING}.pt"
+        return f"{suggest('pretrain transformer')}, which makes transformer{_ENDING}.pt"
     name = path.name.removesuffix(f"{_ENDING}.pt")
-    what = name if name in EXPERTS else f"KIND --name {name}"
-    folder = "./" if path.parent == Path() else str(path.parent)  # a full stop may follow
-    return f"nanothink pretrain {what} --checkpoint-dir {folder}"
+    what = [name] if name in EXPERTS else ["transformer", "--name", name]
+    return suggest("pretrain", *what, *(["--checkpoint-dir", path.parent] if named else []))
 
 
 def _listed(paths: Sequence[Path]) -> str:

@@ -20,6 +20,7 @@ from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.exporting import foreign_config
 from nanothink.runs.saved_model import SavedModel
 from nanothink.runs.trained_model import TrainedModel
+from nanothink.suggestions import command
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def export_gguf(
     if not settings:
         raise CheckpointMismatchError(
             f"{checkpoint} holds a {model.kind}, and a GGUF file can only hold a transformer or a "
-            "state-space model, of a shape that llama.cpp runs. Export it as a folder: nanothink "
-            f"checkpoints export {checkpoint} --to {file.with_suffix('')}"
+            "state-space model, of a shape that llama.cpp runs. Export it as a folder: "
+            + command("checkpoints export", checkpoint, "--to", file.with_suffix(""))
         )
     model.fold_logit_scale()
     model.joint_gate = None  # other programs have no document cache

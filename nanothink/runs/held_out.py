@@ -26,6 +26,7 @@ from nanothink.runs.inherited_split import (
     spelled,
 )
 from nanothink.runs.trained_model import TrainedModel
+from nanothink.suggestions import suggest
 
 Side = Literal["train", "val", "test", "all"]
 
@@ -50,7 +51,6 @@ class TextToScore:
     Args:
         max_tokens: upper bound on the tokens scored in each domain.
         allow_seen: neither leave out nor refuse documents that were trained on.
-        retry: the command that scores the models, without --split, for messages.
     """
 
     def __init__(
@@ -62,13 +62,12 @@ class TextToScore:
         max_tokens: int | None = None,
         allow_seen: bool = False,
         skip_bad_records: bool = False,
-        retry: str = "nanothink eval",
         reporter: Reporter = SILENT,
     ) -> None:
         self._corpus, self._models, self._side, self._allow_seen = corpus, models, side, allow_seen
         self._max_tokens = max_tokens
         self._skip_bad_records = skip_bad_records or any(m.config.data.skip_bad_records for m in models)
-        self._retry, self._reporter = retry, reporter
+        self._reporter = reporter
         self._found: dict[str, ScoredText] = {}
 
     def in_tokens_of(self, tokenizer: Tokenizer) -> ScoredText:
@@ -97,7 +96,7 @@ class TextToScore:
             )
             raise UsageError(
                 f"{without} was trained without a test side (data.test_split=0). Score what it held out for "
-                f"validation: {self._retry} --split val"
+                f"validation: {suggest('eval --split val')}"
             )
         tokens = self._tokenise(tokenizer, rule if side != "all" else None, trained)
         of_side = {"val": tokens.val, "test": tokens.test}.get(side, tokens.train)
@@ -147,7 +146,7 @@ class TextToScore:
         )
         ways = []
         if any(stream.n_tokens for stream in honest.val.values()):
-            ways.append(f"Score what is held out: {self._retry} --split val.")
+            ways.append(f"Score what is held out: {suggest('eval --split val')}.")
         if not any(seen_documents(streams, model.split.trained) for model in self._models):
             ways.append("Leave the vector store out: --no-vector-store.")
         ways.append("Score it all the same, and have it marked: --allow-seen")

@@ -18,6 +18,7 @@ from nanothink.models.low_rank import add_adapters, largest_rank
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.resuming import RunSpec
 from nanothink.runs.saved_model import SavedModel
+from nanothink.suggestions import suggest
 
 INITIAL = "init"
 """Name of this checkpoint among the parts of a run."""
@@ -83,8 +84,8 @@ def find_initial(spec: RunSpec, config: Config, reporter: Reporter = SILENT) -> 
     found = SavedModel.read(spec.init, reporter)
     if found.kind != spec.kind:
         raise CheckpointMismatchError(
-            f"{spec.init} holds a {found.kind}, not a {spec.kind}. Train it further by: nanothink pretrain "
-            f"{found.kind} --init {spec.init}"
+            f"{spec.init} holds a {found.kind}, not a {spec.kind}. Train it further by: "
+            + suggest("pretrain", found.kind, "--init", spec.init, "--name", f"{found.kind}_further")
         )
     return found
 

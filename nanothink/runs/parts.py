@@ -17,6 +17,7 @@ from nanothink.runs.initial import INITIAL, check_no_adapters, find_initial
 from nanothink.runs.resuming import ResumePoint, RunSpec
 from nanothink.runs.saved_model import SavedModel
 from nanothink.runs.teacher import TEACHER, find_teacher
+from nanothink.suggestions import suggest
 
 
 def find_parts(
@@ -71,27 +72,27 @@ def _find_base(
     if not path.exists():
         raise CheckpointNotFoundError(
             f"A {kind} learns from a trained {base.kind}, and {path} is not there. Train one first: "
-            f"nanothink pretrain {base.kind} --set model.d_model={width} --checkpoint-dir {checkpoint_dir}. "
-            f"Or name one: {base.option} PATH."
+            f"{suggest('pretrain', base.kind)}. Or name one: {base.option} PATH."
         )
     found = SavedModel.read(path, reporter)
     if found.kind != base.kind:
         raise CheckpointMismatchError(
             f"{path} holds a {found.kind}, and a {kind} learns from a {base.kind}. Name one: "
-            f"{base.option} PATH. Or train one: nanothink pretrain {base.kind}"
+            f"{base.option} PATH. Or train one: "
+            + suggest("pretrain", base.kind, "--name", f"{base.kind}_{width}")
         )
     own = found.config.model
     if own.d_model != width:
         raise CheckpointMismatchError(
             f"{path} has width {own.d_model}, and this one would have {width}. Give it the same: add --set "
             f"model.d_model={own.d_model} to this command. Or train another {base.kind}, and name it with "
-            f"{base.option}: nanothink pretrain {base.kind} --set model.d_model={width} --name OTHER"
+            f"{base.option}: {suggest('pretrain', base.kind, '--name', f'{base.kind}_{width}')}"
         )
     if base.at_every_step and own.max_seq_len < length:
         raise CheckpointMismatchError(
             f"{path} has a context of {own.max_seq_len} tokens, and this {kind}'s targets would be its "
-            f"states over {length}. Use a shorter one: nanothink pretrain {kind} --set "
-            f"model.max_seq_len={own.max_seq_len}"
+            f"states over {length}. Use a shorter one: "
+            + suggest("pretrain", kind, "--set", f"model.max_seq_len={own.max_seq_len}")
         )
     return found
 

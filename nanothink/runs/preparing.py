@@ -38,6 +38,7 @@ from nanothink.runs.resuming import ResumePoint, RunSpec, find_start
 from nanothink.runs.saved_model import SavedModel, expert_entries, experts_inside
 from nanothink.runs.teacher import TEACHER, config_of_student, text_in_store
 from nanothink.runs.vector_store import key_entry
+from nanothink.suggestions import suggest
 from nanothink.training.matmul_types import choose_precision
 from nanothink.training.state import Plan, TrainState
 from nanothink.vector_store.manifest import store_folder
@@ -308,10 +309,8 @@ def _tokenizer_lent(lender: SavedModel, resolved: ResolvedConfig, corpus: Corpus
         if asked.fingerprint != lender.tokenizer.fingerprint:
             kind, other = lender.kind, ""
             if kind != COMBINED:
-                other = (
-                    f" Or train a {kind} with this one: nanothink pretrain {kind} --tokenizer "
-                    f"{data.tokenizer} --name OTHER"
-                )
+                words = ("--tokenizer", data.tokenizer, "--name", f"{kind}_anew")
+                other = f" Or train a {kind} with this one: {suggest('pretrain', kind, *words)}"
             raise CheckpointMismatchError(
                 f"{lender.path} was trained with the tokenizer '{lender.tokenizer.name}' "
                 f"({lender.tokenizer.vocab_size} tokens), not with '{asked.name}' ({asked.vocab_size}). "

@@ -40,6 +40,7 @@ from nanothink.report import (
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.held_out import held_out
 from nanothink.runs.trained_model import TrainedModel, load
+from nanothink.suggestions import suggest
 from nanothink.training.records import RunRecords, read_description, read_run
 
 PASSAGE_TOKENS = 120
@@ -118,7 +119,8 @@ def find_runs(names: Sequence[str], checkpoint_dir: Path) -> list[Path]:
         return list(dict.fromkeys(_folder_of(name, known, home) for name in names))
     if not known:
         raise CheckpointNotFoundError(
-            f"No run in {home}. Train a model (nanothink pretrain transformer), or name the folder of a run."
+            f"No run in {home}. Train a model ({suggest('pretrain transformer')}), or name "
+            "the folder of a run."
         )
     return sorted(known.values(), key=_started)
 

@@ -26,6 +26,7 @@ from nanothink.errors import (
 )
 from nanothink.models import COMBINED
 from nanothink.reporter import SILENT, Reporter
+from nanothink.suggestions import suggest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +126,7 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, reporter: Reporter = SI
             if not entries:
                 raise CheckpointNotFoundError(
                     f"There is no checkpoint in {checkpoint_dir}. Name the folder by --checkpoint-dir, or "
-                    "train a model: nanothink pretrain transformer"
+                    f"train a model: {suggest('pretrain transformer')}"
                 )
             there = some_of([e.path.name for e in entries], 12)
             raise CheckpointNotFoundError(
@@ -136,7 +137,7 @@ def locate(checkpoint: str | None, checkpoint_dir: Path, reporter: Reporter = SI
         if newest is None:
             raise CheckpointNotFoundError(
                 f"Runs in {checkpoint_dir} were interrupted, but all their files are damaged. List them: "
-                f"nanothink checkpoints ls --checkpoint-dir {checkpoint_dir}"
+                + suggest("checkpoints ls --checkpoint-dir", checkpoint_dir)
             )
         checkpoint = str(newest)
     path = Path(checkpoint)
@@ -196,12 +197,12 @@ def find_start(spec: RunSpec, reporter: Reporter) -> ResumePoint | None:
     payload = resume_point.payload
     if "imported" in payload["run"] and payload["step"] == 0 and "state" not in payload["run"]:
         raise UsageError(
-            f"{path} is a published model, not a run of yours. Train it further by: nanothink pretrain "
-            f"{spec.kind} --init {path} --name OTHER"
+            f"{path} is a published model, not a run of yours. Train it further by: "
+            + suggest("pretrain", spec.kind, "--init", path, "--name", f"{spec.name or spec.kind}_further")
         )
     if payload["kind"] != spec.kind:
         raise CheckpointMismatchError(
-            f"{path} holds a {payload['kind']}, not a {spec.kind}. Resume it with: nanothink resume {path}"
+            f"{path} holds a {payload['kind']}, not a {spec.kind}. Resume it with: {suggest('resume', path)}"
         )
     latest = None if spec.verified else next(reversed(store.rolling()), None)
     if (

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from nanothink.checkpoints import read_summary
 from nanothink.config import DataConfig
 from nanothink.config.run import resolve_config
 from nanothink.data.corpus import find_corpus
@@ -28,6 +29,7 @@ from nanothink.runs.experts import as_entries, config_for_experts, find_experts
 from nanothink.runs.inherited_split import InheritedSplit, spelled
 from nanothink.runs.saved_model import SavedModel, expert_entries
 from nanothink.runs.vector_store import KeyExpert, ModelStore, folder_of, key_entry, owner_of
+from nanothink.suggestions import suggest
 from nanothink.vector_store.manifest import store_folder
 from nanothink.vector_store.store import read_texts
 
@@ -126,11 +128,18 @@ def find_store_source(
         if saved.kind != COMBINED:
             raise CheckpointMismatchError(
                 f"{checkpoint} holds a {saved.kind}; a vector store belongs to a model that combines "
-                f"experts. Build one for experts that are yet to be combined: nanothink store build --expert "
-                f"{checkpoint}"
+                f"experts. Build one for experts that are yet to be combined: "
+                + suggest("store build --expert", checkpoint)
             )
         resolved = resolve_config(base=saved.payload["config"], assignments=assignments)
         config, parts = resolved.config, {str(checkpoint): saved.split}
+        if not saved.config.vector_store.enabled:
+            step = read_summary(checkpoint).step
+            use = ("--set", "vector_store.enabled=true", "--max-steps", step + max(1, step // 2))
+            raise CheckpointMismatchError(
+                f"{checkpoint} was trained without a vector store and cannot use one. Train it further with "
+                f"one: {suggest('resume', checkpoint, *use)}"
+            )
         entry = key_entry(expert_entries(saved.payload, checkpoint), config.vector_store.expert)
         one, data, folder = saved.expert(entry["name"]), config.data, folder_of(checkpoint)
     else:

@@ -32,6 +32,7 @@ from nanothink.models.precision import Precision, choose_device
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.saved_model import SavedModel
 from nanothink.runs.vector_store import open_beside
+from nanothink.suggestions import suggest
 from nanothink.vector_store.contents import VectorStore
 
 
@@ -353,7 +354,7 @@ class TrainedModel:
         if not isinstance(self.model, NanoThink):
             raise UsageError(
                 f"{self.path} holds a {self.kind}, and only a model that combines experts routes between "
-                "them: nanothink train-mla makes one."
+                f"them: {suggest('train-mla')} makes one."
             )
         return self.model
 

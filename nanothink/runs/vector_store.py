@@ -29,7 +29,7 @@ from nanothink.runs.inherited_split import seen_documents
 from nanothink.runs.saved_model import SavedModel, expert_entries
 from nanothink.vector_store.building import BuildPlan, build, plan_build, search_seconds
 from nanothink.vector_store.contents import Owner, VectorStore
-from nanothink.vector_store.index import Float32, import_faiss
+from nanothink.vector_store.index import Float32, import_faiss, rebuild
 from nanothink.vector_store.manifest import exists, store_folder
 from nanothink.vector_store.neighbours import TrainingNeighbours
 from nanothink.vector_store.store import open_store
@@ -130,7 +130,7 @@ class ModelStore:
         if held := sum(seen_documents(side, store.trained_text) for side in (tokens.val, tokens.test)):
             raise VectorStoreMismatchError(
                 f"{self.folder} holds {held} of the documents that this run holds out, so its figures would "
-                "say nothing. Build it again from this data: nanothink store build --overwrite, or start "
+                f"say nothing. Build it again from this data: {rebuild(self.folder)}, or start "
                 "with --overwrite."
             )
         return store

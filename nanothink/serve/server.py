@@ -21,6 +21,7 @@ from nanothink.runs.trained_model import TrainedModel
 from nanothink.serve.app import Access, build_app
 from nanothink.serve.chat import Chats
 from nanothink.serve.endpoints import Limits, ServedModel
+from nanothink.suggestions import suggest
 
 _DRAIN_SECONDS = 60
 """For the texts that are being written when the server is told to stop."""
@@ -88,7 +89,7 @@ def listen(host: str, port: int) -> socket.socket:
             bound.close()
         raise UsageError(
             f"Cannot listen at {host}, port {port}: {error.strerror or error}. Choose another: "
-            f"nanothink serve --port {port + 1 if 0 < port < 65_535 else 8001}"
+            + suggest("serve --port", port + 1 if 0 < port < 65_535 else 8001)
         ) from None
     return bound
 

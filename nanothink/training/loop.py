@@ -9,7 +9,6 @@ of an epoch and its evaluation resumes with just that evaluation.
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,6 +25,7 @@ from nanothink.inference.evaluate import Evaluation, EvaluationStopped
 from nanothink.models.contract import Batch, LanguageModel
 from nanothink.models.precision import Precision
 from nanothink.reporter import Reporter
+from nanothink.suggestions import command
 from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.events import (
     CheckpointSaved,
@@ -85,7 +85,7 @@ class Callbacks:
     sample: text by prompt, leaving every random state as it was; may raise EvaluationStopped likewise.
     save: write a checkpoint of ``state`` in a role ("best", "epoch", "interrupted"), return its path.
     stop: true once this process was asked to stop; then all processes stop.
-    resume_command: the command that continues from a checkpoint.
+    resume_command: the command that resumes from the latest saved state, with further words of it.
     """
 
     evaluate: Callable[[], Evaluation]
@@ -93,7 +93,7 @@ class Callbacks:
     save: Callable[[Role], Path]
     reporter: Reporter
     stop: StopRequest
-    resume_command: Callable[[Path], str] = lambda path: f"nanothink resume {shlex.quote(str(path))}"
+    resume_command: Callable[..., str] = lambda *words: command("resume", *words)
 
 
 def train(run: Run, callbacks: Callbacks) -> RunFinished:
@@ -116,10 +116,10 @@ def train(run: Run, callbacks: Callbacks) -> RunFinished:
                 _evaluate(run, callbacks)
                 last_saved = time.monotonic()
         if run.processes.any(callbacks.stop()):
-            path = _save("interrupted", run, callbacks)
+            _save("interrupted", run, callbacks)
             raise InterruptedRun(
                 f"Stopped by {callbacks.stop.name} after step {state.step} of {plan.total_steps}. Paused and "
-                f"saved. Resume with: {callbacks.resume_command(path)}"
+                f"saved. Resume with: {callbacks.resume_command()}"
             )
         if reason := _reason_to_end(run):
             break
@@ -153,7 +153,7 @@ def train(run: Run, callbacks: Callbacks) -> RunFinished:
         if state.skipped_in_a_row >= config.max_skipped_steps:
             raise TrainingDivergedError(
                 f"Loss or gradient was not finite for {state.skipped_in_a_row} steps in a row, up to step "
-                f"{state.step}. The last good checkpoint is untouched. {_remedy(config)}"
+                f"{state.step}. The last good checkpoint is untouched. {_remedy(config, callbacks)}"
             )
         # Not while steps are being skipped: what is on disk is from when numbers were still good.
         if not state.skipped_in_a_row and run.processes.any(
@@ -165,7 +165,7 @@ def train(run: Run, callbacks: Callbacks) -> RunFinished:
     if state.best_loss is None and state.evals_without_improvement:
         raise TrainingDivergedError(
             f"No validation loss was finite ({counted(state.evals_without_improvement, 'evaluation')}), so "
-            f"there is no best checkpoint. The last good one is untouched. {_remedy(config)}"
+            f"there is no best checkpoint. The last good one is untouched. " + _remedy(config, callbacks)
         )
     if advice := _advice(run):
         callbacks.reporter.note(advice)
@@ -308,14 +308,13 @@ def _save(role: Role, run: Run, callbacks: Callbacks) -> Path:
     if run.processes.any(not run.optimizer.is_finite()):
         raise TrainingDivergedError(
             f"After step {run.state.step} the weights are not finite any more. The last good checkpoint is "
-            f"untouched. {_remedy(run.config)}"
+            f"untouched. {_remedy(run.config, callbacks)}"
         )
     path = callbacks.save(role)
     callbacks.reporter.event(CheckpointSaved(run.state.step, role, path, time.monotonic() - started))
     return path
 
 
-def _remedy(config: TrainConfig) -> str:
-    return (
-        f"Lower the learning rate and resume from it: --set {config.section}.lr={config.lr / 3:.1e} --resume."
-    )
+def _remedy(config: TrainConfig, callbacks: Callbacks) -> str:
+    resume = callbacks.resume_command("--set", f"{config.section}.lr={config.lr / 3:.1e}")
+    return f"Lower the learning rate and resume from it: {resume}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nanothink.errors import UsageError
+from nanothink.suggestions import install
 
 _PACKAGES = {"tensorboard": "tensorboardX", "trackio": "trackio", "wandb": "wandb"}
 
@@ -35,7 +36,7 @@ def require_tracker(name: str) -> None:
     package = _PACKAGES.get(name)
     if package is not None and importlib.util.find_spec(package) is None:
         raise UsageError(
-            f"tracker={name} needs {package}: pip install 'nanothink[{name}]'. Train without it: tracker=none"
+            f"tracker={name} needs {package}: {install(f'nanothink[{name}]')}. Train without it: tracker=none"
         )
 
 

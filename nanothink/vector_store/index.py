@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from nanothink.config import VectorStoreConfig
 from nanothink.errors import UsageError, VectorStoreDamagedError, VectorStoreError
 from nanothink.reporter import SILENT, Reporter
+from nanothink.suggestions import install, suggest
 
 Kind = Literal["exact", "sq8", "pq"]
 Float32 = NDArray[np.float32]
@@ -58,7 +59,7 @@ def import_faiss() -> Any:
             import faiss
     except ImportError:
         raise UsageError(
-            "The vector store needs FAISS, which is not installed: pip install faiss-cpu. Everything else "
+            f"The vector store needs FAISS, which is not installed: {install('faiss-cpu')}. Everything else "
             "works without it."
         ) from None
     faiss.omp_set_num_threads(1 if sys.platform == "darwin" else torch.get_num_threads())
@@ -96,8 +97,14 @@ def bytes_per_key(kind: Kind, width: int) -> int:
 def damaged(path: Path, reason: str) -> VectorStoreDamagedError:
     """The error for a file of a store that is not what was written."""
     return VectorStoreDamagedError(
-        f"{path} is damaged: {reason}. Build the vector store again: nanothink store build --overwrite"
+        f"{path} is damaged: {reason}. Build the vector store again: {rebuild(path.parent)}"
     )
+
+
+def rebuild(folder: Path) -> str:
+    """The command that builds the store in this folder again."""
+    model = folder.with_suffix(".pt")
+    return suggest("store build", *(["-c", model] if model.exists() else []), "--overwrite")
 
 
 @contextmanager
@@ -114,7 +121,7 @@ def _told(doing: str) -> Iterator[None]:
             ) from None
         raise VectorStoreError(
             f"FAISS failed at {doing} ({lines[-1][-200:]}). If the vector store may be at fault, build it "
-            "again: nanothink store build --overwrite"
+            f"again: {suggest('store build --overwrite')}"
         ) from error
 
 

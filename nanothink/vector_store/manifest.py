@@ -13,7 +13,7 @@ from typing_extensions import TypedDict  # pydantic asks for it before Python 3.
 
 from nanothink.disk import storage_error, write_whole
 from nanothink.errors import StorageError, VectorStoreMismatchError, VectorStoreNotFoundError
-from nanothink.vector_store.index import Kind, damaged
+from nanothink.vector_store.index import Kind, damaged, rebuild
 
 FORMAT = 2
 SUFFIX = ".store"
@@ -86,11 +86,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = orjson.loads(path.read_bytes())
     except FileNotFoundError:
-        model = folder.with_suffix(".pt")
-        which = f" -c {model}" if model.exists() else ""
         raise VectorStoreNotFoundError(
             f"There is no vector store in {folder}. If the model was copied, copy that folder too; or build "
-            f"it: nanothink store build{which}"
+            f"it: {rebuild(folder)}"
         ) from None
     except OSError as error:
         raise StorageError(
@@ -103,7 +101,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise VectorStoreMismatchError(
             f"{folder} has format {manifest.get('format')}, and this NanoThink reads {FORMAT}. Build it "
-            "again: nanothink store build --overwrite"
+            f"again: {rebuild(folder)}"
         )
     try:
         return dict(_MANIFESTS.validate_python(manifest))

@@ -48,7 +48,7 @@ from nanothink.errors import (
 )
 from nanothink.reporter import SILENT, Reporter
 from nanothink.vector_store.contents import DOCUMENT, Contents, Owner, VectorStore, trained_text
-from nanothink.vector_store.index import NeighbourIndex, damaged
+from nanothink.vector_store.index import NeighbourIndex, damaged, rebuild
 from nanothink.vector_store.manifest import FORMAT, MANIFEST, ROLES, read_manifest, write_manifest
 
 
@@ -134,7 +134,7 @@ def check_owner(folder: Path, found: Owner, wanted: Owner) -> None:
             raise VectorStoreMismatchError(
                 f"{folder} belongs to another model: its {what} is not this one's (its keys are states of "
                 f"'{found.expert}', a {found.kind}; this model asks by '{wanted.expert}', a {wanted.kind}). "
-                "Build this model's own: nanothink store build --overwrite"
+                f"Build this model's own: {rebuild(folder)}"
             )
 
 

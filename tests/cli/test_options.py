@@ -41,7 +41,7 @@ def test_a_word_that_may_not_be_looked_at_is_no_folder(word: str, monkeypatch: p
     monkeypatch.setattr(os, "stat", refuse)
     parsed = fill_bare_resume(["transformer", "--resume", word])
     assert parsed == ["transformer", "--resume", word]
-    _refuse_folder(parsed, "nanothink pretrain", takes_kind=True)
+    _refuse_folder(parsed, "nanothink pretrain")
 
 
 def test_a_file_without_an_ending_is_a_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,8 +60,8 @@ def test_a_word_beside_the_kind_is_the_checkpoint() -> None:
     ("typed", "advice"),
     [
         ("pretrain transformer --resume kept", "pretrain transformer --resume --checkpoint-dir kept"),
-        ("pretrain --resume kept/", "pretrain KIND --resume --checkpoint-dir kept/"),
-        ("pretrain --resume=kept diffuser", "pretrain diffuser --resume --checkpoint-dir kept"),
+        ("pretrain --resume kept/", "resume --checkpoint-dir kept/"),
+        ("pretrain --resume=kept diffuser", "pretrain --resume diffuser --checkpoint-dir kept"),
         ("train-mla --resume kept", "train-mla --resume --checkpoint-dir kept"),
     ],
 )
@@ -78,4 +78,4 @@ def test_a_folder_to_resume_from_is_one_clear_error(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: --resume takes a checkpoint, and kept")
-    assert err.endswith(f": nanothink {advice}\n")
+    assert err.endswith(f": `nanothink {advice}`\n")

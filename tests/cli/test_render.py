@@ -166,11 +166,11 @@ def test_messages_are_broken_between_words_and_commands_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=30)
-    text = "Nothing is there yet. Train a model: nanothink pretrain transformer --preset tiny"
+    text = "Nothing is there yet. Train a model: `nanothink pretrain transformer --preset tiny`"
     assert render.console.flowing(text, console).split("\n") == [
         "Nothing is there yet. Train a",
         "model:",
-        "nanothink pretrain transformer --preset tiny",
+        "`nanothink pretrain transformer --preset tiny`",
     ]
     shares = "weight of the experts transformer 24 %, diffuser 30 % (1.5 MB)"
     assert render.console.flowing(shares, console).split("\n") == [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -395,9 +396,12 @@ def test_a_model_without_one_is_trained_on_with_one(
     path = str(tmp_path / f"{STEM}.pt")
     before = set(read_checkpoint(Path(path))["model_state"])
     capsys.readouterr()
-    assert run(["store", "build", "-c", path]) == 0
-    assert f"resume {path} --set vector_store.enabled=true" in capsys.readouterr().err
-    assert run(["resume", path, "--set", "vector_store.enabled=true", "--max-steps", "40"]) == 0
+    assert run(["store", "build", "-c", path]) == 1
+    suggested = re.search(
+        r"`nanothink (resume \S+ --set vector_store.enabled=true .+?)`", capsys.readouterr().err
+    )
+    assert suggested
+    assert run(suggested[1].split()) == 0
     after = set(read_checkpoint(Path(path))["model_state"])
     assert {name.partition(".")[0] for name in after - before} == {"store_gate"}
     model = package.load(path).model

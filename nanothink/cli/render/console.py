@@ -17,6 +17,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from nanothink.cli.suggestions import completed
+
 _PIPED_WIDTH = 200  # a pipe has no width, and a table cut to 80 columns is of no use to grep
 
 
@@ -55,9 +57,7 @@ _TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 _WHOLE = re.compile(
-    r"\s+|`[^`]+`\S*"
-    r"|nanothink (?:data|tokenizer|pretrain|train-mla|resume|eval|generate|store|report|checkpoints|config)"
-    r" .*?(?=\. [A-Z]|[.)]*$|, )"
+    r"\s+|\(?`[^`]+`\S*"
     r"|\S*\d\S* (?:%|[KMGT]?B|s|min|h)(?!\w)\S*|\S+"
 )
 """Blanks, and pieces that are never broken: a word, a number with its unit, a command to be copied."""
@@ -85,12 +85,16 @@ def flowing(text: str, console: Console, used: int = 0) -> str:
     return "\n".join(lines)
 
 
+def _shown(message: str) -> str:
+    return printable(completed(message))
+
+
 def note(message: str) -> None:
     print_note(err, message)
 
 
 def print_note(console: Console, message: str) -> None:
-    console.print(Text(flowing(printable(message), console), style="dim"), soft_wrap=True)
+    console.print(Text(flowing(_shown(message), console), style="dim"), soft_wrap=True)
 
 
 def warning(message: str) -> None:
@@ -102,13 +106,13 @@ def error(message: str) -> None:
 
 
 def _headed(head: str, style: str, message: str) -> None:
-    body = flowing(printable(message), err, used=len(head))
+    body = flowing(_shown(message), err, used=len(head))
     err.print(Text.assemble((head, style), body), soft_wrap=True)
 
 
 def say(message: str = "", style: str = "") -> None:
     """Print a line of a result on standard output."""
-    out.print(Text(flowing(printable(message), out), style=style), soft_wrap=True)
+    out.print(Text(flowing(_shown(message), out), style=style), soft_wrap=True)
 
 
 def chapter(title: str, command: str) -> None:

@@ -14,6 +14,7 @@ from rich.text import Text
 from nanothink.cli.render.console import count, duration, out, printable, say, size, warning
 from nanothink.cli.render.tables import facts, fits, table
 from nanothink.errors import counted
+from nanothink.suggestions import command
 
 if TYPE_CHECKING:
     from nanothink.cli.render.training import TrainingView
@@ -44,7 +45,7 @@ def training_summary(name: str, finished: RunFinished, best: Path, view: Trainin
         _trust(view.last_validation)
     if best.exists():
         say(f"Best model: {best}")
-        say(f'Try it: nanothink generate "The beginning of a text of yours" --checkpoint {best}')
+        say(f"Try it: {command('generate', 'The beginning of a text of yours', '--checkpoint', best)}")
 
 
 def _errors_by_level(evaluation: Evaluation) -> None:

@@ -1,0 +1,29 @@
+"""Commands that messages suggest: formatted here alone, in backticks, so that they copy as one piece.
+
+A message names the command and what the fault asks for. The command line adds the options of the command
+that failed (cli/suggestions.py): the core knows none of them.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+
+def command(call: str, *words: object) -> str:
+    """Format a command for a shell: ``call``, such as ``"store build"``, and words to be quoted."""
+    return shlex.join(["nanothink", *call.split(), *map(str, words)])
+
+
+def suggest(call: str, *words: object) -> str:
+    """Format a command as part of a message, in backticks."""
+    return f"`{command(call, *words)}`"
+
+
+def install(requirement: str) -> str:
+    """Format the command that installs a package, or an extra of NanoThink, for the Python that runs."""
+    beside = Path(sys.executable).with_name("pip")
+    pip = "pip" if shutil.which("pip") == str(beside) else f"{shlex.quote(sys.executable)} -m pip"
+    return f"`{pip} install {shlex.quote(requirement)}`"

@@ -1,0 +1,239 @@
+"""Every command that a message suggests works as it stands, in the situation that prints it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import made_up_texts, write_domain
+from forking_shell import quick
+
+from nanothink.cli.app import command_tree, run
+
+ROOT = Path(__file__).parents[2]
+
+TRAIN = (
+    "--data-dir texts --checkpoint-dir models --config small.toml --tokenizer tok --set train_mla.lr=0.001"
+)
+PLACE = "--checkpoint-dir models"
+MODEL = "models/transformer_expert.pt"
+
+
+@pytest.fixture(autouse=True)
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in quick(steps=2, max_keys=500).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """A folder with text, a tokenizer and trained models, all where no command looks by default."""
+    here = tmp_path_factory.mktemp("world")
+    for seed, domain in enumerate(("letters", "tales")):
+        write_domain(here / "texts" / domain, made_up_texts(seed, 30))
+    shutil.copytree(tiny_tokenizer, here / "tok")
+    (here / "small.toml").write_text("[train_expert]\nlr = 0.001\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        for name, value in quick(steps=2, max_keys=500).items():
+            patch.setenv(name, value)
+        for kind in ("transformer", "state_space", "diffuser"):
+            assert run(shlex.split(f"pretrain {kind} {TRAIN}")) == 0
+        assert run(shlex.split(f"train-mla --use-vector-store {TRAIN}")) == 0
+    return here
+
+
+SITUATIONS = {
+    "a diffuser without its transformer": (
+        "rm models/*.pt",
+        f"pretrain diffuser {TRAIN}",
+        "pretrain transformer",
+    ),
+    "NanoThink without experts": ("rm models/*.pt", f"train-mla {TRAIN}", "pretrain state_space"),
+    "no model to score": ("rm models/*.pt", f"eval {PLACE}", "pretrain transformer"),
+    "no model to combine": ("rm -r models/nano*", f"generate x --show-routing {PLACE}", "train-mla"),
+    "no such checkpoint": ("rm models/*.pt", f"generate x -c models/a.pt {PLACE}", "pretrain transformer"),
+    "no run to report": ("rm -r models", f"report {PLACE}", "pretrain transformer"),
+    "nothing to resume": ("rm models/*.pt", f"resume {PLACE}", "pretrain transformer"),
+    "another kind to resume": ("", f"pretrain state_space --resume {MODEL} {TRAIN}", f"resume {MODEL}"),
+    "another width": (
+        "",
+        f"pretrain diffuser --name d {TRAIN} --set model.d_model=32",
+        "pretrain transformer --name transformer_32",
+    ),
+    "a longer context": (
+        "",
+        f"pretrain diffuser --name d {TRAIN} --set model.max_seq_len=64 --set diffuser.target=hidden_state",
+        "pretrain diffuser --set model.max_seq_len=32",
+    ),
+    "another kind to start from": (
+        "",
+        f"pretrain state_space --init {MODEL} --name s {TRAIN}",
+        f"pretrain transformer --init {MODEL}",
+    ),
+    "no test side": ("", f"eval {MODEL} --split test {PLACE}", f"eval {MODEL} --split val"),
+    "text that was seen": ("", f"eval {MODEL} --split train {PLACE}", f"eval {MODEL} --split val"),
+    "a model without a store": (
+        "rm -r models/nano*",
+        f"store build -c {MODEL} {PLACE}",
+        f"store build --expert {MODEL}",
+    ),
+    "a store that is gone": (
+        "rm -r models/*.store",
+        f"generate x {PLACE}",
+        "store build -c models/nanothink_mla.pt",
+    ),
+    "a store that is there": ("", f"store build {PLACE}", "store info"),
+    "text for a store": ("", f"store build {PLACE}", "store add"),
+    "a damaged store": (
+        "for file in models/*.store/tokens-*; do echo >> $file; done",
+        f"store info {PLACE}",
+        "store build -c models/nanothink_mla.pt --overwrite",
+    ),
+    "a damaged checkpoint": (f"echo >> {MODEL}", f"generate x -c {MODEL} {PLACE}", "checkpoints ls"),
+    "NanoThink as an expert": ("rm -r models/nano*", f"pretrain nanothink_mla {TRAIN}", "train-mla"),
+    "no data folder": ("", "data validate other", "data sample --data-dir other"),
+    "an empty data folder": ("mkdir empty", "data validate empty", "data sample --data-dir empty"),
+    "a file for a folder": (
+        "echo text > book.txt",
+        "data validate book.txt",
+        "data import book.txt --domain book",
+    ),
+    "a bad record": (
+        "echo no >> texts/tales/texts.jsonl",
+        f"pretrain transformer --name t {TRAIN}",
+        "data validate",
+    ),
+    "a wrong setting": ("", f"pretrain transformer {TRAIN} --set train_expert.lrr=1", "config show"),
+    "a folder to resume": ("", f"pretrain transformer --resume models {TRAIN}", "pretrain transformer"),
+    "GGUF of NanoThink": (
+        "",
+        f"checkpoints export models/nanothink_mla.pt --to m.gguf --format gguf {PLACE}",
+        "checkpoints export",
+    ),
+    "a passage to rebuild": (
+        "",
+        f"generate --denoise -c models/diffuser_expert.pt {PLACE}",
+        "generate 'Some text' --denoise",
+    ),
+    "presets": ("", "config presets", "config presets NAME"),
+}
+"""What is broken, what is typed, and one of the commands that are suggested."""
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_suggestions_work_as_they_stand(
+    name: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    breaking, typed, expected = SITUATIONS[name]
+    here = tmp_path / "here"
+    shutil.copytree(world, here)
+    monkeypatch.chdir(here)
+    subprocess.run(breaking, shell=True, check=True)
+    if "--data-dir" not in typed and "data " not in typed:
+        monkeypatch.setenv("NANOTHINK_DATA__DATA_DIR", "texts")
+    capsys.readouterr()
+    run(shlex.split(typed))
+    printed = capsys.readouterr()
+    suggested = re.findall(r"`nanothink ([^`]+)`|: nanothink (.+)$", printed.out + printed.err, re.M)
+    calls = [quoted or bare for quoted, bare in suggested]
+    assert any(call.startswith(expected) for call in calls), printed.err
+    # Where a command that reads another folder stands, the data is found as the environment says.
+    monkeypatch.setenv("NANOTHINK_DATA__TOKENIZER", "tok")
+    for call in calls:
+        words = shlex.split(re.sub(r"\bNAME\b", "tiny", call))
+        if not {"SOURCE", "DATA_DIR"} & set(words):
+            trains = words[0] == "pretrain" and "transformer" not in name  # one training will do
+            code = run([*words, "--dry-run"] if trains else words)
+            assert code == (call.startswith("data validate")), (call, capsys.readouterr().err)
+
+
+def test_a_suggestion_keeps_what_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_domain(tmp_path / "my texts" / "letters", ["One."])
+    (tmp_path / "a.toml").write_text("")
+    shared = (
+        "--tokenizer tok --data-dir 'my texts' --domains letters --preset tiny --checkpoint-dir m "
+        "--device cpu --config a.toml --set train_expert.lr=0.01 --set train_mla.lr=0.01"
+    )
+    run(shlex.split(f"pretrain diffuser --skip-bad-records --name mine --max-steps 3 --overwrite {shared}"))
+    suggested = re.search("`nanothink pretrain transformer (.+?)`", capsys.readouterr().err)
+    assert suggested
+    given, kept = shlex.split(shared), shlex.split(suggested[1])
+    assert sorted(kept) == sorted([*given, "--skip-bad-records"])
+
+
+def test_where_there_is_no_text_it_is_made_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["eval"]) == 1
+    first_then = "`nanothink data sample --data-dir data && nanothink pretrain transformer`"
+    assert first_then in capsys.readouterr().err
+
+
+ELSEWHERE = {
+    "checkpoints show": "of weights that hardly fit, which a run refuses earlier",
+    "serve --port": "it would serve until it is stopped; of a port that is taken",
+    "checkpoints prune": "of a disk that is full",
+    "checkpoints verify": "of weights that are not finite",
+    "tokenizer train": "of a tokenizer that loses text",
+    "data import": "tests/data/test_importing.py types these",
+    "report": "the demo's last words",
+    "store search": "the demo's last words",
+}
+
+
+def test_every_suggestion_has_its_situation() -> None:
+    """The rest are commands that another test types, or that need no option."""
+    calls = set()
+    for path in sorted((ROOT / "nanothink").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+                first = node.args[0]
+                if node.func.id in ("suggest", "command") and isinstance(first, ast.Constant):
+                    calls.add(str(first.value).partition(" --")[0])
+    tried = [expected for _, _, expected in SITUATIONS.values()] + list(ELSEWHERE)
+    assert {
+        call for call in calls if not any(t.startswith(call) or call.startswith(t) for t in tried)
+    } == set()
+
+
+def test_commands_in_messages_come_from_one_place() -> None:
+    """Commands typed into a string would miss the options of the command that failed."""
+    names = "|".join(sorted(command_tree().commands))
+    typed = re.compile(rf"\bnanothink (?:{names})\b|\bpip install\b")
+    found = []
+    for path in sorted((ROOT / "nanothink").rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        skipped = {id(n) for node in ast.walk(tree) for n in _no_messages(node)}
+        found += [
+            f"{path.relative_to(ROOT)}:{node.lineno}: {node.value[:60]}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in skipped
+            and typed.search(node.value)
+            and path.name != "page.py"  # it says what made the page
+        ]
+    assert found == []
+
+
+def _no_messages(node: ast.AST) -> list[ast.AST]:
+    """Docstrings and help texts, which no situation prints."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return [node.value]
+    if isinstance(node, ast.keyword) and node.arg == "help":
+        return list(ast.walk(node.value))
+    return []
