@@ -175,7 +175,7 @@ def generate(
             raise UsageError("--interactive takes at most one prompt, and neither --denoise nor --json.")
     prompts = [_read(text) for text in prompt] if prompt else [_piped()]
     if chat and not interactive and not all(text.strip() for text in prompts):
-        raise UsageError('--chat needs a message: nanothink generate --chat "Hello"')
+        raise UsageError(f"--chat needs a message: {suggest('generate Hello --chat')}")
     sampling = {name: value for name, value in asked.items() if value is not None}
     sampling_config(**sampling)  # raises for a bad value before anything is loaded or printed
     if denoise and (len(prompts) > 1 or not prompts[0]):

@@ -27,6 +27,7 @@ from nanothink.data.source_file import unreadable
 from nanothink.data.tables import HUB_NAME, holds_json_array
 from nanothink.data.text_files import Findings, file_size, same_file
 from nanothink.errors import DataError, UsageError
+from nanothink.suggestions import suggest
 
 TEXT_SUFFIXES = tuple(
     f".{name}{packed}" for name in ("txt", "text", "md", "markdown") for packed in ("", ".gz", ".zst")
@@ -72,7 +73,9 @@ def find_sources(
         UsageError: the extension of a file is unknown.
     """
     if not names:
-        raise UsageError("There is nothing to import. Name a file or a folder: nanothink data import SOURCE")
+        raise UsageError(
+            f"There is nothing to import. Name a file or a folder: {suggest('data import SOURCE')}"
+        )
     found = [source for name in names for source in _found(name, findings, leave_out)]
     if as_tables:
         found = [replace(s, kind="table") if s.kind == "text" else s for s in found]

@@ -14,6 +14,7 @@ from nanothink.models import EXPERTS
 from nanothink.reporter import Reporter
 from nanothink.runs.preparing import Configure, RunSetup, prepare
 from nanothink.runs.timing import RunTime, time_run
+from nanothink.suggestions import suggest
 
 LONG_SECONDS = 3600
 
@@ -45,7 +46,7 @@ def advise_smaller(setup: RunSetup, needed: RunTime, configure: Configure, repor
         preset, seconds = found
         said += (
             f" With a smaller model it takes about {rounded_duration(seconds)}: "
-            f"`nanothink pretrain {setup.spec.kind} --preset {preset}`."
+            f"{suggest('pretrain', setup.spec.kind, '--preset', preset, '--overwrite')}."
         )
     else:
         section = setup.training.section

@@ -10,6 +10,7 @@ from nanothink.data.tokens import TokenisedCorpus
 from nanothink.models import COMBINED, build_model, training_of
 from nanothink.reporter import Reporter
 from nanothink.runs.initial import with_adapters
+from nanothink.suggestions import suggest
 from nanothink.training.regularisation import AMPLE, Regularisation
 
 _FITTED = ("dropout", "weight_decay_tables", "max_epochs")
@@ -48,7 +49,7 @@ def fit_to_text(
             reporter.note(
                 f"{size} are few for {training.max_epochs} epochs without dropout: the model will overfit. "
                 "To choose dropout and epochs by the size of the text: "
-                f"`nanothink pretrain {kind} --preset auto`."
+                f"{suggest('pretrain', kind, '--preset', 'auto', '--overwrite')}."
             )
         return config
 

@@ -251,8 +251,8 @@ class TrainedModel:
         if self.tokenizer.chat is None:
             raise UsageError(
                 f"{self.path} has no chat template: it continues texts, and was not trained to answer. "
-                "Import an instruct model (nanothink checkpoints import), or train on conversations: records "
-                "with `messages` (docs/data.md)."
+                f"Import an instruct model ({suggest('checkpoints import SOURCE')}), or train on "
+                "conversations: records with `messages` (docs/data.md)."
             )
         return ChatEncoder(self.tokenizer)
 

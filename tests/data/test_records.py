@@ -219,7 +219,7 @@ def test_what_only_looks_like_a_repeated_key_is_no_warning(tmp_path, line):
         (b"{}", 1, "`text` is missing"),
         (b'{"txet": "a"}', 1, "there is `txet`. Did you mean 'text'?"),
         (b'{"Text": "a"}', 1, "there is `Text`. Did you mean 'text'?"),
-        (b'{"body": "a", "n": 1}', 1, "there is `body`, `n` (to use another key: nanothink data import)"),
+        (b'{"body": "a", "n": 1}', 1, "there is `body`, `n` (to use another key: `nanothink data import`)"),
         (b'{"id": 1, "text": 5}', 19, "`text` must be a string, not an integer"),
         (b'{"text": null}', 10, "`text` is null"),
         (b'{"text": ["a"]}', 10, "`text` must be a string, not an array"),

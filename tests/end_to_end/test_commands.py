@@ -154,9 +154,9 @@ def test_the_newest_sound_checkpoint_is_taken(copied: Path, said: Said) -> None:
 @pytest.mark.parametrize(
     ("asked", "wanted"),
     [
-        (["--denoise"], "diffuser in {}. Train one (nanothink pretrain diffuser)"),
-        (["--ddim-steps", "2"], "diffuser in {}. Train one (nanothink pretrain diffuser)"),
-        (["--show-routing"], "nanothink_mla in {}. Train one (nanothink train-mla)"),
+        (["--denoise"], "diffuser in {}. Train one (`nanothink "),
+        (["--ddim-steps", "2"], "diffuser in {}. Train one (`nanothink "),
+        (["--show-routing"], "nanothink_mla in {}. Train one (`nanothink train-mla"),
     ],
 )
 def test_what_only_one_kind_can_do_looks_for_that_kind(

@@ -122,7 +122,8 @@ def test_a_missing_transformer_is_refused_with_the_command_to_run(
     where = ["--data-dir", str(tiny_corpus), "--checkpoint-dir", str(tmp_path)]
     said = refused(capsys, ["pretrain", "diffuser", *where, *settings()])
     assert f"{tmp_path / 'transformer_expert.pt'} is not there" in said
-    assert "nanothink pretrain transformer --set model.d_model=32" in said
+    assert f"`nanothink pretrain transformer --data-dir {tiny_corpus} --checkpoint-dir {tmp_path}" in said
+    assert "--set model.d_model=32" in said
     assert not list(tmp_path.glob("*.pt"))
 
 

@@ -299,12 +299,12 @@ def test_missing_experts_are_refused_with_the_commands_to_run(
     spec = ["--data-dir", str(tiny_corpus), "--checkpoint-dir", str(tmp_path)]
     said = refused(capsys, ["train-mla", *spec])
     assert f"{tmp_path / 'transformer_expert.pt'} and {tmp_path / 'diffuser_expert.pt'} are not there" in said
-    assert f"nanothink pretrain transformer --checkpoint-dir {tmp_path}" in said
-    assert f"nanothink pretrain diffuser --checkpoint-dir {tmp_path}" in said
+    assert f"`nanothink pretrain transformer --data-dir {tiny_corpus} --checkpoint-dir {tmp_path}`" in said
+    assert f"`nanothink pretrain diffuser --data-dir {tiny_corpus} --checkpoint-dir {tmp_path}`" in said
     assert "pretrain state_space" not in said
     said = refused(capsys, ["train-mla", *spec, "--expert", str(tmp_path / "code_expert.pt")])
     assert "code_expert.pt is not there" in said
-    assert "nanothink pretrain KIND --name code" in said
+    assert "nanothink pretrain transformer --name code" in said
     twice = expert_options(tmp_path, "state_space", "state_space")
     assert "twice" in refused(capsys, ["train-mla", *spec, *twice], code=2)
     assert not (tmp_path / f"{STEM}_interrupted.pt").exists()

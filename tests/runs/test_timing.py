@@ -57,7 +57,10 @@ def test_a_dry_run_says_how_long(
 
 @pytest.mark.parametrize(
     ("preset", "advice"),
-    [("default", "`nanothink pretrain transformer --preset tiny`"), ("tiny", "Fewer epochs take less")],
+    [
+        ("default", "`nanothink pretrain transformer --preset tiny --overwrite"),
+        ("tiny", "Fewer epochs take less"),
+    ],
 )
 def test_a_plan_above_an_hour_comes_with_advice(
     tiny_corpus: Path, tiny_tokenizer: Path, capsys: pytest.CaptureFixture[str], preset: str, advice: str
@@ -88,7 +91,7 @@ def test_a_run_without_a_preset_says_that_the_text_is_too_little_for_it(
     words += ["--set", "train_expert.batch_size=1", "--set", "train_expert.max_epochs=4"]
     words += ["--set", "transformer.n_layers=1", "--set", "model.max_seq_len=16"]
     assert run([*map(str, words)]) == 0
-    assert "`nanothink pretrain transformer --preset auto`" in capsys.readouterr().err
+    assert "`nanothink pretrain transformer --preset auto --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.bench
