@@ -24,6 +24,7 @@ import orjson
 from nanothink.data.lines import shown
 from nanothink.data.text_files import file_size
 from nanothink.errors import DataError
+from nanothink.suggestions import install
 
 MAX_MEMORY_BYTES = 3 * 2**30
 SECONDS = 60.0
@@ -56,7 +57,7 @@ class DocumentReader:
         """
         missing = [name for name in _LIBRARIES if not _is_installed(name)]
         if missing:
-            raise DataError(f"Reading {shown(path)} needs {missing[0]}: pip install 'nanothink[documents]'")
+            raise DataError(f"Reading {shown(path)} needs {missing[0]}: {install('nanothink[documents]')}")
         size, n_told = file_size(path), 0
         try:
             self._send({"kind": kind, "path": str(path), "encoding": encoding, "memory": MAX_MEMORY_BYTES})

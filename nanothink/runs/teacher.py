@@ -24,6 +24,7 @@ from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.resuming import ResumePoint, RunSpec
 from nanothink.runs.saved_model import SavedModel, expert_entries
 from nanothink.runs.vector_store import folder_of, key_entry
+from nanothink.suggestions import command, suggest
 from nanothink.vector_store.manifest import exists
 from nanothink.vector_store.store import read_texts
 
@@ -61,14 +62,13 @@ def find_teacher(
             f"{resume_point.path} was begun without a teacher. Leave --teacher out to resume it, or start a "
             "new run: leave --resume out."
         )
-    again = (
-        f"nanothink pretrain {spec.kind} --name {spec.stem.removesuffix('_expert')} --teacher PATH --resume"
-    )
+    name = spec.stem.removesuffix("_expert")
+    again = command("pretrain", spec.kind, "--name", name, "--teacher", "PATH", "--resume")
     if not path.exists():
         ways = (
             f"Put it back, or name it where it is now: {again}"
             if entry is not None
-            else "Train one first: nanothink train-mla"
+            else f"Train one first: {suggest('train-mla')}"
         )
         raise CheckpointNotFoundError(f"The teacher {path} is not there. {ways}")
     found = SavedModel.read(path, reporter)
@@ -80,7 +80,7 @@ def find_teacher(
     if found.config.vector_store.enabled and not exists(folder := folder_of(path)):
         raise VectorStoreNotFoundError(
             f"The teacher {path} was trained with a vector store, and {folder} is not there. Copy that "
-            f"folder too, or build it: nanothink store build -c {path}"
+            f"folder too, or build it: {suggest('store build -c', path)}"
         )
     return found
 

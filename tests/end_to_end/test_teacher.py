@@ -202,7 +202,7 @@ def wrong(teacher: Path, tmp_path: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("which", "kind", "options", "expected"),
     [
-        ("missing", "transformer", (), "is not there. Train one first: nanothink train-mla"),
+        ("missing", "transformer", (), "is not there. Train one first: `nanothink train-mla"),
         ("no store", "transformer", (), "bare.store is not there"),
         ("right", "diffuser", (), "has targets of its own"),
         ("right", "transformer", ("--init", "x.pt"), "--teacher and --init"),
