@@ -106,7 +106,9 @@ def _rows(
                 file.readline()
             reader = _reader(_lines(file, path), delimiter, quotes)
             if header is None:
-                header = next(reader, [])
+                header = [name.strip() for name in next(reader, [])]
+                if not header:
+                    return
             needed = _columns(path, header, text, quotes=quotes)
             end_of_last = reader.line_num
             for row in reader:
@@ -245,7 +247,7 @@ def _fit(
             rows.append(row)
     except csv.Error:  # the sample may end in a quoted field
         pass
-    header = columns or (rows[0] if rows else [])
+    header = columns or [name.strip() for name in (rows[0] if rows else [])]
     below = [row for row in rows[0 if columns else 1 :] if row]
     share = sum(len(row) == len(header) for row in below) / len(below) if below else 1.0
     has_names = columns is None and text.has_columns(header)

@@ -24,7 +24,7 @@ from nanothink.data.delimited import DELIMITERS
 from nanothink.data.documents import DOCUMENT_SUFFIXES
 from nanothink.data.lines import SUFFIXES, Problem, shown
 from nanothink.data.source_file import unreadable
-from nanothink.data.tables import HUB_NAME, holds_json_array
+from nanothink.data.tables import HUB_NAME, holds_json_array, holds_json_lines
 from nanothink.data.text_files import Findings, file_size, same_file
 from nanothink.errors import DataError, UsageError
 from nanothink.suggestions import suggest
@@ -43,6 +43,17 @@ _KINDS = {
 }
 DOCUMENTS = frozenset(("text", *DOCUMENT_SUFFIXES))
 """Kinds of which a file is one text."""
+_REMEDIES = {
+    **dict.fromkeys((".doc", ".odt", ".rtf", ".pages"), "soffice --headless --convert-to docx {0}"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "soffice --headless --convert-to csv {0}"),
+    **dict.fromkeys((".mobi", ".azw", ".azw3", ".fb2", ".djvu"), "ebook-convert {0} {1}.epub"),
+    **dict.fromkeys((".tex", ".rst", ".org", ".adoc"), "pandoc -t plain -o {1}.txt {0}"),
+    ".zip": "unzip -d {1} {0}",
+    ".tar": "mkdir {1} && tar -C {1} -xf {0}",
+    ".xz": "xz -dk {0}",
+    ".bz2": "bzip2 -dk {0}",
+}
+"""Commands that make a format readable."""
 _PACKED_JSON = (".json.gz", ".json.zst")
 
 
@@ -164,10 +175,13 @@ def _file(path: Path, name: str) -> Source:
         raise DataError(f"Cannot look at {name!r}: {error}.") from None
     suffix = _suffix(path)
     if not is_file:
-        if not suffix and not exists and name != "-" and HUB_NAME.fullmatch(name):
+        is_gone = not os.path.lexists(path) and not path.parent.is_dir()
+        if not suffix and name != "-" and is_gone and HUB_NAME.fullmatch(name):
             return _hub(
                 name, f"There is no file or folder {name!r} here, so it was taken for a Hub data set. "
             )
+        if path.is_symlink() and not exists:
+            raise DataError(f"{shown(path)} is a link that leads nowhere. Fix or remove it.")
         if exists or name == "-":
             raise DataError(
                 f"{name!r} is not a regular file, and an import reads its source more than once. Write the "
@@ -179,6 +193,9 @@ def _file(path: Path, name: str) -> Source:
         known = ", ".join(
             s for suffixes in _KINDS.values() for s in suffixes if not s.endswith((".gz", ".zst"))
         )
+        if remedy := _REMEDIES.get(path.suffix.lower()):
+            command = remedy.format(shlex.quote(name), shlex.quote(path.stem))
+            raise UsageError(f"{path.suffix.lower()} is not read. Convert {shown(path)}: {command}")
         raise UsageError(
             f"The format of {shown(path)} is unknown. Formats are recognised by extension: {known}; those of "
             "text also with .gz or .zst."
@@ -196,6 +213,8 @@ def _suffix(path: Path) -> str:
 def _kind(path: Path, suffix: str) -> str:
     if suffix in _PACKED_JSON and holds_json_array(path):
         return "JSON array"
+    if suffix == ".json" and holds_json_lines(path):
+        return "JSON Lines"
     return next((kind for kind, suffixes in _KINDS.items() if suffix in suffixes), "")
 
 

@@ -6,14 +6,12 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import orjson
 
-from nanothink.data import strict_json
-from nanothink.data.decoding import encoding_of, reading, where_not_utf8
+from nanothink.data.decoding import encoding_of, reading
+from nanothink.data.json_array import array_items, parse_json
 from nanothink.data.lines import Problem, iter_lines, shown
-from nanothink.data.records import decode_line
 from nanothink.data.row_text import Fields, RowFault, RowText
 from nanothink.data.source_file import DamagedDataError, SourceFile
 from nanothink.data.strict_json import JsonFault
@@ -34,30 +32,20 @@ def holds_json_array(path: Path) -> bool:
             return False
 
 
+def holds_json_lines(path: Path) -> bool:
+    """Return whether the first line of several is a JSON object. Raises UnreadableError."""
+    with SourceFile(path) as file:
+        first, _, rest = next(file.chunks(), b"").removeprefix(b"\xef\xbb\xbf").partition(b"\n")
+    try:
+        return bool(rest.strip()) and isinstance(orjson.loads(first), dict)
+    except ValueError:
+        return False
+
+
 def json_array_rows(
     path: Path, origin: str, text: RowText, encoding: str | None, findings: Findings
 ) -> Iterator[Row]:
-    with (
-        reading(path),
-        SourceFile(path, on_bytes=findings.read, encoding=encoding_of(path, encoding)) as file,
-    ):
-        data = b"".join(file.chunks()).removeprefix(b"\xef\xbb\xbf")
-    try:
-        items = _parse(data)
-    except JsonFault as fault:
-        try:
-            before = data.decode("utf-8")[: fault.position]
-        except UnicodeDecodeError:
-            raise DataError(where_not_utf8(path)) from None
-        line = before.count("\n") + 1
-        column = len(before) - (before.rfind("\n") + 1) + 1
-        place = f"{shown(path)}:{line}:{column}"
-        hint = " If it holds one object a line, name it .jsonl." if "second value" in fault.reason else ""
-        raise DataError(f"{place}: not valid JSON, {fault.reason}.{hint}") from None
-    if not isinstance(items, list):
-        found = "an object" if isinstance(items, dict) else "a single value"
-        raise DataError(f"{shown(path)} must hold a JSON array of objects or strings, not {found}.")
-    for number, item in enumerate(items, 1):
+    for number, item in enumerate(array_items(path, encoding, findings.read), 1):
         if isinstance(item, str):
             yield Row(number, f"{origin}:{number}", item)
         else:
@@ -79,20 +67,12 @@ def json_lines_rows(
             if not line or line.isspace():
                 continue
             try:
-                item = _parse(line)
+                item = parse_json(line)
             except JsonFault as fault:
                 problem = Problem(shown(path), number, fault.position + 1, fault.reason)
                 findings.bad_rows.add(problem)
             else:
                 yield from _from_object(number, item, path, origin, text, findings)
-
-
-def _parse(data: bytes) -> Any:
-    """Parse any JSON value. Raises JsonFault."""
-    try:
-        return orjson.loads(data)
-    except ValueError:  # not JSON, or a number beyond what the fast parser takes
-        return strict_json.parse(decode_line(data))
 
 
 def _from_object(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,8 +140,12 @@ def no_such_field(where: str, name: str, fields: Iterable[object], *, in_templat
     message = f"{where} has no '{name}'.{did_you_mean(name, names)} It has: {listed}."
     if in_template:
         return DataError(f"{message} Correct the name in --template")
-    several = ", or several: --template '{NAME}: {NAME}'" if len(names) > 1 else ""
-    return DataError(f"{message} Name the one that holds the text: --text-field NAME{several}")
+    if len(names) == 1:
+        return DataError(f"{message} If that is the text, add --text-field {shlex.quote(names[0])}")
+    return DataError(
+        f"{message} Name the one that holds the text: --text-field NAME, or several: --template "
+        "'{NAME}: {NAME}'"
+    )
 
 
 def same_file(a: Path, b: Path) -> bool:

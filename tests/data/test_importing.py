@@ -221,7 +221,7 @@ def test_a_source_column_is_kept_and_odd_rows_are_named(tmp_path):
 def test_a_table_without_the_column_says_which_there_are(tmp_path):
     path = put(tmp_path, "a.csv", "id,txt\n1,a\n")
     refused(tmp_path, path, DataError, r"no 'text'\. Did you mean 'txt'\? It has: id, txt\..*--text-field")
-    refused(tmp_path, put(tmp_path, "b.csv", ""), DataError, "It has: none")
+    refused(tmp_path, put(tmp_path, "b.csv", ""), DataError, "There is no text")
 
 
 TABLES: list[tuple[str, str | bytes, dict[str, Any], list[str]]] = [
@@ -254,6 +254,8 @@ TABLES: list[tuple[str, str | bytes, dict[str, Any], list[str]]] = [
     ("a.csv", "First name,n\nAda,1\n", {"template": r"{{{First name}}}\t\\n{n}"}, ["{Ada}\t\\n1"]),
     ("a.json", '[{"m":{"t":"T"},"tags":["a","b"],"ps":["x","y"],"n":1.5,"z":null}]',
         {"template": r"{m.t} {n}{z}\n{tags} and\n{ps}"}, ["T 1.5\na, b and\nx\n\ny"]),
+    ("a.json", '{"text":"one"}\n{"text":"two"}\n', {}, ["one", "two"]),  # JSON Lines
+    ("a.csv", "id, text \n1,x\n", {}, ["x"]),
     ("a.json", '[{"m":{"t":["one","two"]}}]', {"text_field": "m.t"}, ["one\n\ntwo"]),
     # Conversations
     ("a.json",
@@ -489,7 +491,13 @@ def test_json_that_is_none_is_refused_with_the_place(tmp_path):
         r"a\.json:2:6: not valid JSON, a comma",
     )
     refused(tmp_path, put(tmp_path, "b.json", '{"text": "a"}'), DataError, "JSON array.*not an object")
-    refused(tmp_path, put(tmp_path, "c.json", '{"text": "a"}\n{"text": "b"}'), DataError, "name it .jsonl")
+    refused(
+        tmp_path,
+        put(tmp_path, "c.json", '{"x": [1], "y": 2}'),
+        DataError,
+        "jq '.\\[\"x\"\\]' .* > array.json",
+    )
+    refused(tmp_path, put(tmp_path, "c.json", " \n"), DataError, "There is no text")
     refused(tmp_path, put(tmp_path, "d.json", b'["\xff"]'), DataError, "byte 0xff at offset 2")
     huge = Import(tmp_path, put(tmp_path, "e.json", '[{"text": "a", "x": 1e999}]'))
     assert huge.texts == ["a"]
@@ -554,6 +562,25 @@ def test_numbers_that_are_no_integers_are_groups_all_the_same(tmp_path):
         ),
     )
     assert [record["group"] for record in done.records] == ["3", "3", "1.5", "1000"]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 10**6])
+def test_a_large_array_is_read_item_by_item(tmp_path, monkeypatch, chunk_bytes):
+    monkeypatch.setattr("nanothink.data.json_array.WHOLE_BYTES", 0)
+    monkeypatch.setattr("nanothink.data.source_file.CHUNK_BYTES", chunk_bytes)
+    items = ["one", {"text": 'two "}],[{" \\'}, {"text": "三", "x": [1, {"y": []}]}, {"x": "é"}, 5]
+    path = put(tmp_path, "a.json", " " + json.dumps(items, indent=1, ensure_ascii=chunk_bytes == 7) + "\n")
+    done = Import(tmp_path, path)
+    assert done.texts == ["one", 'two "}],[{" \\', "三"]
+    assert [bad.line for bad in done.report.bad_rows] == [4, 5]
+    refused(
+        tmp_path / "q",
+        put(tmp_path, "b.json", '["a",\n{"text" 1}]'),
+        DataError,
+        r"b.json:2:9: not valid JSON",
+    )
+    refused(tmp_path / "q", put(tmp_path, "c.json", '["a", "b'), DataError, "the array has no end")
+    refused(tmp_path / "q", put(tmp_path, "d.json", '["a"] x'), DataError, "text follows the end")
 
 
 # Parquet and the Hub
@@ -635,7 +662,9 @@ def test_names_that_cannot_be_domains(tmp_path, domain):
 def test_a_source_that_is_not_there_or_of_no_known_kind(tmp_path):
     refused(tmp_path, tmp_path / "gone.txt", DataError, "no file or folder.*gone.txt")
     refused(tmp_path, tmp_path / "gone", DataError, "no file or folder")
-    refused(tmp_path, put(tmp_path, "a.odt", "x"), UsageError, r"format of .*\.txt.*\.parquet")
+    refused(tmp_path, put(tmp_path, "a.odt", "x"), UsageError, "soffice --headless --convert-to docx ")
+    refused(tmp_path, put(tmp_path, "a.zip", "x"), UsageError, "unzip -d a .*a.zip")
+    refused(tmp_path, put(tmp_path, "a.xyz", "x"), UsageError, r"format of .*\.txt.*\.parquet")
     refused(tmp_path, "hf:a/b/c", UsageError, "not the name of a Hub data set")
     refused(tmp_path, put(tmp_path, "a.txt", "a"), UsageError, "at least 1", split_chars=0)
 
