@@ -17,6 +17,7 @@ from nanothink.cli.options import (
     ForgivingCommand,
     Json,
     NoVectorStore,
+    Quantize,
     SkipBadRecords,
     domain_names,
     examples,
@@ -71,6 +72,7 @@ def evaluate(
     skip_bad_records: SkipBadRecords = False,
     no_vector_store: NoVectorStore = False,
     document_cache: DocumentCache = False,
+    quantize: Quantize = None,
     allow_seen: Annotated[
         bool, typer.Option("--allow-seen", help="Score text that a model was trained on too; it is marked.")
     ] = False,
@@ -101,6 +103,7 @@ def evaluate(
             skip_bad_records=skip_bad_records,
             vector_store=not no_vector_store,
             document_cache=document_cache,
+            quantize=quantize,
             allow_seen=allow_seen,
             reporter=reporter,
         )

@@ -15,6 +15,7 @@ from nanothink.cli.options import (
     ForgivingCommand,
     Json,
     NoVectorStore,
+    Quantize,
     examples,
 )
 from nanothink.suggestions import suggest
@@ -139,6 +140,7 @@ def generate(
     ] = None,
     no_vector_store: NoVectorStore = False,
     document_cache: DocumentCache = False,
+    quantize: Quantize = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     as_json: Json = False,
@@ -200,6 +202,7 @@ def generate(
             device=device,
             vector_store=not no_vector_store,
             document_cache=document_cache,
+            quantize=quantize,
             reporter=reporter,
         )
     for line in loaded.notes:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -81,6 +81,7 @@ def evaluate_checkpoints(
     skip_bad_records: bool = False,
     vector_store: bool = True,
     document_cache: bool = False,
+    quantize: Literal["int8"] | None = None,
     allow_seen: bool = False,
     reporter: Reporter = SILENT,
 ) -> list[CheckpointEvaluation]:
@@ -91,14 +92,20 @@ def evaluate_checkpoints(
     the documents that one of them was trained on, unless ``allow_seen``. Each checkpoint tokenises the text
     with its own tokenizer and reads it in blocks of its own ``max_seq_len``. A model that was trained with a
     vector store is scored with it, unless ``vector_store`` is False. With ``document_cache`` it is scored
-    again with that. Documents that a joint gate was fitted on are left out where one is used.
+    again with that. ``quantize`` is that of ``load``. Documents that a joint gate was fitted on are left out
+    where one is used.
 
     Raises:
         SeenTextError: one of them was trained on some of the text.
         UsageError: the checkpoints come from different data, and none was given.
         DataError: there is no text to score.
     """
-    options: Any = {"device": device, "vector_store": vector_store, "document_cache": document_cache}
+    options: Any = {
+        "device": device,
+        "vector_store": vector_store,
+        "document_cache": document_cache,
+        "quantize": quantize,
+    }
     loaded = [load(path, **options, reporter=reporter) for path in paths]
     for model in loaded:
         for line in model.notes:

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -61,51 +62,88 @@ inline vec softplus(vec x) {
   return (x > vec{} ? x : vec{}) + log1p(exp2(absolute(x) * splat(-LOG2_E)));
 }
 
-// Four outputs of ROWS inputs, of four rows of the matrix that are `apart`: y[r][i apart] (+)= w[i apart] . x[r].
+constexpr int64_t BLOCK = 4 * W;  // codes of eight bits in a vector
+
+// What ROWS inputs and four rows of a matrix give, which are `apart`: y[r][i apart] (+)= sums[r][i] scales[i apart].
 template <int ROWS>
-inline void four_outputs(const float* w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t in,
-                         int64_t apart, bool add) {
-  vec sums[ROWS][4] = {};
-  const auto at = [&](int64_t c, int lanes) {
+inline void put(const vec (&sums)[ROWS][4], const float* scales, float* y, int64_t y_stride, int64_t apart, bool add) {
+  for (int r = 0; r < ROWS; ++r) {
+    const quad four = sum4(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+    for (int i = 0; i < 4; ++i) {
+      float* to = y + r * y_stride + i * apart;
+      const float total = scales ? four[i] * scales[i * apart] : four[i];
+      *to = add ? *to + total : total;
+    }
+  }
+}
+
+// sums[r][i] = w[i apart] . x[r].
+template <int ROWS>
+inline void dots(const float* w, const float* x, int64_t x_stride, int64_t in, int64_t apart, vec (&sums)[ROWS][4]) {
+  for_vectors(in, [&](int64_t c, int lanes) {
     vec weights[4];
     for (int i = 0; i < 4; ++i) weights[i] = load(w + i * apart * in + c, lanes);
     for (int r = 0; r < ROWS; ++r) {
       const vec v = load(x + r * x_stride + c, lanes);
       for (int i = 0; i < 4; ++i) sums[r][i] += weights[i] * v;
     }
-  };
-  for_vectors(in, at);
-  for (int r = 0; r < ROWS; ++r) {
-    const quad four = sum4(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
-    for (int i = 0; i < 4; ++i) {
-      float* to = y + r * y_stride + i * apart;
-      *to = add ? *to + four[i] : four[i];
-    }
+  });
+}
+
+// The same of codes, four to each lane of a vector: lane l of the k-th part holds column 4 l + k of the block,
+// and x has its blocks in that order (`by_part`).
+template <int ROWS>
+inline void dots(const int8_t* w, const float* x, int64_t x_stride, int64_t in, int64_t apart, vec (&sums)[ROWS][4]) {
+  for (int64_t c = 0; c < in; c += BLOCK) {
+    ivec codes[4] = {};
+    for (int i = 0; i < 4; ++i)
+      if (c + BLOCK <= in) std::memcpy(codes + i, w + i * apart * in + c, BLOCK);
+      else std::memcpy(codes + i, w + i * apart * in + c, in - c);
+    for (int k = 0; k < 4; ++k)
+      for (int i = 0; i < 4; ++i) {
+        const vec weights = __builtin_convertvector((codes[i] << (24 - 8 * k)) >> 24, vec);
+        for (int r = 0; r < ROWS; ++r) sums[r][i] += weights * load(x + r * x_stride + c + k * W);
+      }
   }
 }
 
-// y (rows, out) = or += x (rows, in) times the transpose of w (out, in).
-void product(const float* w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows,
-             int64_t in, int64_t out, bool add) {
-  const int64_t quarter = out / 4;
+// Rows (rows, in) with the columns of each block in the order of `dots`, filled up with zeros.
+const float* by_part(const float* x, int64_t x_stride, int64_t rows, int64_t in, int64_t padded) {
+  static thread_local std::vector<float> mixed;
+  mixed.assign(rows * padded, 0.f);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < in; ++c)
+      mixed[r * padded + c / BLOCK * BLOCK + c % 4 * W + c % BLOCK / 4] = x[r * x_stride + c];
+  return mixed.data();
+}
+
+// y (rows, out) = or += x (rows, in) times the transpose of w (out, in). Codes have a scale for each row of w.
+template <class Number>
+void product(const Number* w, const float* scales, const float* x, int64_t x_stride, float* y, int64_t y_stride,
+             int64_t rows, int64_t in, int64_t out, bool add) {
+  const int64_t quarter = out / 4, padded = (in + BLOCK - 1) / BLOCK * BLOCK;
+  const bool coded = sizeof(Number) == 1;
+  const float* inputs = coded ? by_part(x, x_stride, rows, in, padded) : x;
+  const int64_t stride = coded ? padded : x_stride;
   for (int64_t o = 0; o < quarter; ++o) {
-    const float* four = w + o * in;
+    const float* of_four = scales ? scales + o : nullptr;
+    const auto some = [&](auto count, int64_t r) {
+      constexpr int ROWS = decltype(count)::value;
+      vec sums[ROWS][4] = {};
+      dots<ROWS>(w + o * in, inputs + r * stride, stride, in, quarter, sums);
+      put<ROWS>(sums, of_four, y + r * y_stride + o, y_stride, quarter, add);
+    };
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4)
-      four_outputs<4>(four, x + r * x_stride, x_stride, y + r * y_stride + o, y_stride, in, quarter, add);
-    for (; r + 2 <= rows; r += 2)
-      four_outputs<2>(four, x + r * x_stride, x_stride, y + r * y_stride + o, y_stride, in, quarter, add);
-    for (; r < rows; ++r)
-      four_outputs<1>(four, x + r * x_stride, x_stride, y + r * y_stride + o, y_stride, in, quarter, add);
+    for (; r + 4 <= rows; r += 4) some(std::integral_constant<int, 4>(), r);
+    for (; r + 2 <= rows; r += 2) some(std::integral_constant<int, 2>(), r);
+    for (; r < rows; ++r) some(std::integral_constant<int, 1>(), r);
   }
-  for (int64_t o = 4 * quarter; o < out; ++o)
+  for (int64_t o = 4 * quarter; o < out; ++o)  // at most three
     for (int64_t r = 0; r < rows; ++r) {
-      vec total{};
-      for_vectors(in, [&](int64_t c, int lanes) {
-        total += load(w + o * in + c, lanes) * load(x + r * x_stride + c, lanes);
-      });
+      float total = 0;
+      for (int64_t c = 0; c < in; ++c) total += w[o * in + c] * x[r * x_stride + c];
       float* to = y + r * y_stride + o;
-      *to = (add ? *to : 0.f) + fast_sum(total);
+      *to = (add ? *to : 0.f) + total * (scales ? scales[o] : 1.f);
     }
 }
 
@@ -136,14 +174,16 @@ void norm(const Operation& op, const Run& run) {
   }
 }
 
-// y = or += x W^T. n: in, out, 1 to add, 1 for the last new token of each sequence alone; p: W, x (R, in),
-// y (R, out) or (B, out).
+// y = or += x W^T, where W[o][i] = codes[o][i] scales[o] if there are codes. n: in, out, 1 to add, 1 for the last new
+// token of each sequence alone; p: W, codes or null, scales or null, x (R, in), y (R, out) or (B, out).
 void linear(const Operation& op, const Run& run) {
-  const int64_t in = op.n[0], out = op.n[1];
-  if (op.n[3])
-    product(op.p[0], op.p[1] + (run.n_new - 1) * in, run.n_new * in, op.p[2], out, run.batch, in, out, op.n[2]);
+  const int64_t in = op.n[0], out = op.n[1], rows = op.n[3] ? run.batch : run.rows();
+  const int64_t stride = op.n[3] ? run.n_new * in : in;
+  const float* x = op.n[3] ? op.p[3] + (run.n_new - 1) * in : op.p[3];
+  if (op.p[1])
+    product(reinterpret_cast<const int8_t*>(op.p[1]), op.p[2], x, stride, op.p[4], out, rows, in, out, op.n[2]);
   else
-    product(op.p[0], op.p[1], in, op.p[2], out, run.rows(), in, out, op.n[2]);
+    product(op.p[0], nullptr, x, stride, op.p[4], out, rows, in, out, op.n[2]);
 }
 
 // y = bias + x W with few inputs. n: in, out, stride of x; p: W (in, out), x, bias, y (R, out).
@@ -256,7 +296,7 @@ void attend(const Operation& op, const Run& run) {
     const int64_t n_keys = run.position(r) + 1;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t cache = (r / run.n_new * groups + g) * room * width, at = (r * heads + g * shared) * width;
-      product(op.p[1] + cache, op.p[0] + at, width, scores.data(), stride, shared, width, n_keys, false);
+      product(op.p[1] + cache, nullptr, op.p[0] + at, width, scores.data(), stride, shared, width, n_keys, false);
       for (int64_t h = 0; h < shared; ++h) {
         softmax(scores.data() + h * stride, n_keys, static_cast<float>(op.number));
         weighted_sum(scores.data() + h * stride, op.p[2] + cache, n_keys, width, op.p[3] + at + h * width);
@@ -283,13 +323,13 @@ void attend_latents(const Operation& op, const Run& run) {
           total += splat(query[h * (width + rotary) + k]) * load(op.p[3] + (h * 2 * width + k) * latent + i, lanes);
         store(absorbed.data() + h * latent + i, total, lanes);
       });
-    product(latents, absorbed.data(), latent, scores.data(), stride, heads, latent, n_keys, false);
-    product(op.p[2] + first * rotary, query + width, width + rotary, scores.data(), stride, heads, rotary, n_keys,
+    product(latents, nullptr, absorbed.data(), latent, scores.data(), stride, heads, latent, n_keys, false);
+    product(op.p[2] + first * rotary, nullptr, query + width, width + rotary, scores.data(), stride, heads, rotary, n_keys,
             true);
     for (int64_t h = 0; h < heads; ++h) {
       softmax(scores.data() + h * stride, n_keys, static_cast<float>(op.number));
       weighted_sum(scores.data() + h * stride, latents, n_keys, latent, seen.data());
-      product(op.p[3] + (h * 2 + 1) * width * latent, seen.data(), latent, op.p[4] + (r * heads + h) * width, width,
+      product(op.p[3] + (h * 2 + 1) * width * latent, nullptr, seen.data(), latent, op.p[4] + (r * heads + h) * width, width,
               1, latent, width, false);
     }
   }
@@ -329,7 +369,7 @@ void route(const Operation& op, const Run& run) {
     const float* u = op.p[0] + r * width;
     float *weights = op.p[5] + r * experts, *y = op.p[6] + r * (experts + 1) * width;
     std::memcpy(weights, op.p[2], 4 * experts);
-    if (op.p[1]) product(op.p[1], u, width, weights, experts, 1, width, experts, true);
+    if (op.p[1]) product(op.p[1], nullptr, u, width, weights, experts, 1, width, experts, true);
     const float most = *std::max_element(weights, weights + experts);
     float total = 0;
     for (int64_t e = 0; e < experts; ++e) total += weights[e] = std::exp(weights[e] - most);

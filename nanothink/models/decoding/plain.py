@@ -74,7 +74,7 @@ def _parts(rows: Tensor, width: int) -> Tensor:
 
 def linear(op: Operation, batch: int, n_new: int) -> _Bound:
     """W X^T for a few rows: MKL's product of a matrix and one vector takes twice to three times as long."""
-    weight, x, y = op.tensors
+    weight, _, _, x, y = op.tensors  # a rounded weight holds what its codes mean
     _, n_out, adds, last = op.sizes
     x = x[: batch * n_new]
     if last:

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from nanothink.models.decoding.int8 import codes_of
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -82,11 +84,16 @@ class Program:
     def linear(
         self, x: Tensor, weight: Tensor, *, add_to: Tensor | None = None, last: bool = False
     ) -> Tensor:
-        """``x @ weight.T``, added to a buffer if one is given; of the last new tokens alone if ``last``."""
+        """``x @ weight.T``, added to a buffer if one is given; of the last new tokens alone if ``last``.
+
+        Of a weight that was rounded (``int8.py``) the codes are read.
+        """
         n_out, n_in = weight.shape
         assert x.is_contiguous()
         y = self.buffer(n_out) if add_to is None else add_to
-        return self._add("linear", [n_in, n_out, int(add_to is not None), int(last)], [weight, x], y)
+        codes, scales = codes_of(weight) or (torch.empty(0), torch.empty(0))
+        sizes = [n_in, n_out, int(add_to is not None), int(last)]
+        return self._add("linear", sizes, [weight, codes, scales, x], y)
 
     def spread(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """``x @ weight + bias`` for the first few columns of x, as many as ``weight`` (n, E) has rows."""

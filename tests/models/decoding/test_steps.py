@@ -16,7 +16,7 @@ from nanothink.config import Config
 from nanothink.errors import UsageError
 from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model, decoding
 from nanothink.models.contract import LanguageModel
-from nanothink.models.decoding import MAX_ROWS, compiled
+from nanothink.models.decoding import MAX_ROWS, compiled, int8
 
 VOCABULARY = 67
 needs_compiler = pytest.mark.skipif(bool(compiled.unavailable()), reason=compiled.unavailable() or "-")
@@ -201,3 +201,65 @@ def test_without_a_compiler_programs_run_in_pytorch(tmp_path: Path) -> None:
         "no C++ compiler found (g++, c++ or clang++)",
         "torch.Size([1, 9]) plain",
     ]
+
+
+# --- weights of eight bits: steps read codes, everything else what they mean ---------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_read_the_codes_and_agree_with_the_parallel_pass(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = model_of(kind, width=64)
+    x = torch.randint(0, VOCABULARY, (2, 40))
+    before = exact.logits(x)
+    rounded = model_of(kind, width=64)
+    assert int8.round_weights(rounded) > 5
+    parallel = rounded.logits(x).detach()
+    with torch.inference_mode():
+        state = rounded.start(2)
+        found = torch.stack([rounded.step(x[:, t : t + 1], state) for t in range(40)], dim=1)
+    torch.testing.assert_close(found, parallel, rtol=1e-4, atol=1e-4)
+    assert 1e-4 < (parallel - before).abs().max() < 0.3 * before.abs().max()
+    # Had the steps not read the codes, codes of zero would change nothing.
+    for codes in list(int8._known.values()):
+        codes.numbers.zero_()
+    with torch.inference_mode():
+        state = rounded.start(2)
+        for t in range(2):
+            other = rounded.step(x[:, t : t + 1], state)
+    assert (other - parallel[:, 1]).abs().max() > 1e-3
+
+
+def test_codes_are_of_the_nearest_steps_and_go_with_the_rows() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(48, 20, bias=False)
+    weight = layer.weight.detach().clone()
+    assert int8.round_weights(layer) == 1
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((layer.weight - weight).abs() <= step / 2 * 1.001).all()
+    found = int8.codes_of(layer.weight[5:9])
+    assert found is not None
+    numbers, scales = found[0].view(torch.int8), found[1]
+    torch.testing.assert_close(numbers * scales.unsqueeze(1), layer.weight[5:9].detach(), rtol=1e-6, atol=0)
+    assert int8.codes_of(torch.randn(4, 48)) is None
+    layer.weight.data = layer.weight.data.clone()  # as a move to another device does
+    assert int8.codes_of(layer.weight) is None
+
+
+def test_narrow_and_16_bit_matrices_stay() -> None:
+    narrow, half = torch.nn.Linear(8, 64), torch.nn.Linear(64, 64).bfloat16()
+    assert int8.round_weights(torch.nn.ModuleList([narrow, half])) == 0
+
+
+def test_without_a_compiler_a_step_computes_the_same() -> None:
+    model = model_of("transformer", width=64)
+    int8.round_weights(model)
+    x = torch.randint(0, VOCABULARY, (1, 5))
+    with decoding.steps_by("plain"), torch.inference_mode():
+        plain = model.step(x, model.start(1))
+    torch.testing.assert_close(plain, model.logits(x)[:, -1].detach(), rtol=1e-4, atol=1e-4)
+    if not compiled.unavailable():
+        with torch.inference_mode():
+            torch.testing.assert_close(model.step(x, model.start(1)), plain, rtol=1e-4, atol=1e-4)
