@@ -196,7 +196,11 @@ def wrong(teacher: Path, tmp_path: Path) -> dict[str, Path]:
     """Teachers that cannot be used."""
     bare = tmp_path / "bare.pt"
     shutil.copy(teacher, bare)
-    return {"missing": tmp_path / "none.pt", "no store": bare}
+    return {
+        "missing": tmp_path / "none.pt",
+        "no store": bare,
+        "itself": tmp_path / "runs" / "student_expert.pt",
+    }
 
 
 @pytest.mark.parametrize(
@@ -205,6 +209,7 @@ def wrong(teacher: Path, tmp_path: Path) -> dict[str, Path]:
         ("missing", "transformer", (), "is not there. Train one first: `nanothink train-mla"),
         ("no store", "transformer", (), "bare.store is not there"),
         ("right", "diffuser", (), "has targets of its own"),
+        ("itself", "transformer", (), "would be replaced by its own student"),
         ("right", "transformer", ("--init", "x.pt"), "--teacher and --init"),
         ("right", "transformer", ("--set", "model.max_seq_len=64"), "--set model.max_seq_len=32"),
         ("right", "transformer", ("--tokenizer", "OTHER"), "Leave --tokenizer out"),
