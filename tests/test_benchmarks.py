@@ -76,6 +76,14 @@ SMALL = {
         rows=4,
         named=("the text itself", "head, null noise", "DDIM, 2 steps", "the transformer itself"),
     ),
+    "distillation.py leak": Small(
+        "", rows=0, said=(rf"own document left out +{NUMBER} nats", rf"32: {NUMBER}")
+    ),
+    "distillation.py students": Small(
+        "--set train_expert.max_steps=2 --set distillation.top_k=4",
+        rows=5,
+        named=("one model", "its teacher", "text", "written", "written, half"),
+    ),
     "diverging_rates.py": Small("", rows=20, named=(*KINDS, "lr 10, all multipliers 1e6", "finite")),
     "expert_states.py --loss": Small("", rows=3, named=("torch.float32", "torch.float16")),
     "expert_states.py": Small(
