@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -90,6 +90,22 @@ def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor that several processes hold; every one of them must call it."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that are in this process."""
+    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return own
+
+
+def rows_like(whole: Tensor, target: Tensor) -> Tensor:
+    """The part of ``whole`` that lies where this process's rows of ``target`` do; nothing is sent."""
+    if not hasattr(target, "to_local"):
+        return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    like = cast(DTensor, target)
+    return rows_of(distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None))
 
 
 Read = Callable[[Mapping[str, Tensor]], None]
@@ -177,7 +193,7 @@ def restore_model(
             )
         else:
             for target, source in fitting.values():
-                target.copy_(source)
+                rows_of(target).copy_(rows_like(source, target))
         for weight, factor_a, factor_b, adapter_scale in adapters:
             weight.copy_(merged(weight, factor_a, factor_b, adapter_scale))
     if isinstance(model, LanguageModel):

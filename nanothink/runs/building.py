@@ -21,6 +21,7 @@ from nanothink.models.store_gate import Neighbours
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.expert_state_cache import keep_states
 from nanothink.runs.preparing import RunSetup
+from nanothink.runs.resuming import ResumePoint
 from nanothink.runs.saved_model import SavedModel
 from nanothink.runs.saving import built_on
 from nanothink.runs.teacher import TEACHER
@@ -32,6 +33,7 @@ from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.loop import Run
 from nanothink.training.objectives import ExpertObjective, Objective, Routed
 from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fraction
+from nanothink.training.sharding import without_memory
 from nanothink.vector_store.manifest import store_folder
 from nanothink.vector_store.neighbours import RepeatedSearch, TrainingNeighbours
 
@@ -60,27 +62,26 @@ def build_run(
     random.seed(train_config.seed)
     np.random.seed(train_config.seed % 2**32)
     torch.manual_seed(train_config.seed)
-    model = _build_model(setup, reporter)
+    # Of what several resume each reads its own rows; but NanoThink's experts may have to read text first.
+    model, in_rows = None, False
+    if processes.size > 1 and setup.resume_point is not None and setup.spec.kind != COMBINED:
+        with without_memory():
+            model = setup.build_model()
+        in_rows = has_all(model, setup.resume_point.payload["model_state"])
+    if model is None or not in_rows:
+        torch.manual_seed(train_config.seed)
+        model = _build_model(setup, reporter)
     scaler = torch.amp.GradScaler(device.type) if setup.precision.needs_scaler else None
     state = replace(setup.state)
-    if setup.resume_point is not None:
-        payload = setup.resume_point.payload
-        report = restore_model(
-            model,
-            payload,
-            expect_kind=setup.spec.kind,
-            path=setup.resume_point.path,
-            read=setup.resume_point.read_weights,
-        )
-        for line in report.lines():
-            reporter.note(line)
-    elif isinstance(model, Expert):
+    if setup.resume_point is not None and not in_rows:
+        _restore(model, setup.resume_point, reporter)
+    elif setup.resume_point is None and isinstance(model, Expert):
         for name, base in setup.parts.items():
             if name == TEACHER:
                 continue
             _, targets = setup.batches.read(0, TARGET_SAMPLE_BLOCKS)
             model.adopt(_built(base, torch.device("cpu"), reporter), targets)
-    if processes.size > 1:
+    if processes.size > 1 and not in_rows:
         processes.assert_same_on_all_ranks("their first weights", weights_checksum(model.state_dict()))
     if processes.size == 1 or isinstance(model, NanoThink):  # else each process puts its own rows there
         model.to(device)
@@ -95,6 +96,10 @@ def build_run(
     placement = processes.place(model, setup.config.distributed.shard, _kept_whole(model, objective))
     optimizer = GroupedOptimizer(placement.groups(), train_config, placement)
     if setup.resume_point is not None:
+        payload = setup.resume_point.payload
+        if in_rows:
+            _restore(model, setup.resume_point, reporter)
+            model.joint_gate = None
         fresh = optimizer.load_state_dict(payload["optimizer_state"], setup.resume_point.read_moments)
         # A run saved before its first step has no moments yet; afterwards their absence is worth a line.
         if fresh and payload["step"] > 0:
@@ -125,6 +130,21 @@ def build_run(
         processes=processes,
         placed=placement,
         evaluates_first=isinstance(model, NanoThink),
+    )
+
+
+def _restore(model: LanguageModel, point: ResumePoint, reporter: Reporter) -> None:
+    report = restore_model(
+        model, point.payload, expect_kind=model.kind, path=point.path, read=point.read_weights
+    )
+    for line in report.lines():
+        reporter.note(line)
+
+
+def has_all(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> bool:
+    """True if every weight of the model is among those saved, in its shape."""
+    return all(
+        name in saved and saved[name].shape == weight.shape for name, weight in model.state_dict().items()
     )
 
 

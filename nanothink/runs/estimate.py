@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from nanothink.models import COMBINED
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.expert_state_cache import kept_bytes
-from nanothink.runs.memory import Choice, ModelSizes, choices, device_bytes
+from nanothink.runs.memory import Choice, ModelSizes, choices, device_bytes, with_recomputation
 from nanothink.runs.preparing import RunSetup, largest_share
 from nanothink.runs.teacher import TEACHER
 from nanothink.runs.teaching import estimate_targets
@@ -78,7 +78,9 @@ def estimate_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SIL
     length = config.model.max_seq_len
 
     def activation_bytes(n_blocks: int) -> int:
-        return model.activation_bytes(n_blocks, length, value_bytes)
+        kept = model.activation_bytes(n_blocks, length, value_bytes)
+        recomputed = train_config.recompute_activations
+        return with_recomputation(model, kept, n_blocks * length) if recomputed else kept
 
     activations = activation_bytes(largest_share(setup, n_processes))
     shard, windows = config.distributed.shard, train_config.grad_accum_steps

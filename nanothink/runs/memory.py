@@ -79,6 +79,12 @@ class ModelSizes:
         return memory
 
 
+def with_recomputation(model: LanguageModel, activations: int, n_tokens: int) -> int:
+    """``LanguageModel.activation_bytes`` where blocks are recomputed: their inputs, and one block's own."""
+    n_blocks = max(1, len(model.blocks))
+    return activations // n_blocks + _FLOAT32 * model.d_model * n_tokens * n_blocks
+
+
 @dataclass(frozen=True)
 class Choice:
     """A way to run, and what it takes."""

@@ -27,15 +27,8 @@ class MatrixOwners:
     def __init__(self, matrices: Sequence[tuple[nn.Parameter, torch.Size]]) -> None:
         self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.shapes = dict(matrices)
-        load = [0.0] * self.size
-        self.owner: dict[nn.Parameter, int] = {}
-        for own, shape in sorted(
-            matrices, key=lambda entry: -_cost(entry[1])
-        ):  # stable, so the same everywhere
-            chosen = load.index(min(load))
-            self.owner[own] = chosen
-            load[chosen] += _cost(shape)
-        self.load = load
+        dealt = deal([_cost(shape) for _, shape in matrices], self.size)
+        self.owner = {own: rank for (own, _), rank in zip(matrices, dealt, strict=True)}
 
     def orthogonalised(
         self, ahead: Sequence[tuple[nn.Parameter, Tensor]], orthogonalise: Orthogonalise, dtype: torch.dtype
@@ -108,6 +101,15 @@ class _Exchange:
         arriving = flat.new_empty(sum(incoming))
         work = torch.distributed.all_to_all_single(arriving, flat, incoming, outgoing, async_op=True)
         return arriving, work
+
+
+def deal(costs: Sequence[float], n_processes: int) -> list[int]:
+    """A process for each of several pieces of work, so that none has much more to do than another."""
+    load, owners = [0.0] * n_processes, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = load.index(min(load))
+        load[owners[i]] += costs[i]
+    return owners
 
 
 def _cost(shape: torch.Size) -> float:

@@ -90,7 +90,8 @@ class ShardedPlacement(Placement):
     """A model over all processes of the group.
 
     Args:
-        model: the same in every process. It is changed in place, and is then used through this object.
+        model: the same in every process. It is changed in place, and is then used through this object. Of
+            parameters without memory (on "meta") each process gets its rows, which are yet to be filled.
         device: of this process.
         shard: "full": each process keeps its rows; "none": all keep all.
         leave_whole: modules of which every process keeps everything.
@@ -127,7 +128,7 @@ class ShardedPlacement(Placement):
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
         model.__dict__["sharded_loss"] = MethodType(_loss, model)
         register_fsdp_forward_method(model, "sharded_loss")
-        model.to(device)  # what is in no group
+        model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
         self._replicated = [p for p in model.parameters() if p.requires_grad and p in kept]
         self._own: dict[nn.Parameter, nn.Parameter] = {}  # by the model's
         self._parameters = dict(model.named_parameters())
@@ -247,6 +248,26 @@ def _loss(
 def _local(tensor: Any) -> Tensor:
     own: Tensor = tensor.to_local()
     return own
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Give parameters of models built in the context no memory, but for the moment in which each is made.
+
+    Buffers are as always. Not for several threads.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def own_rows(whole: Tensor, like: Tensor) -> Tensor:
