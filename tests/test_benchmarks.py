@@ -146,6 +146,7 @@ SMALL = {
         f"--steps 1 {TINY}", rows=7, named=("muon",)
     ),
     "optimizers.py": Small(f"--steps 1 {TINY}", rows=13, named=("adamw", "muon")),
+    "process_memory.py": Small("", rows=6, named=("125 M", "7 B")),
     "quality.py domains": Small(ONE_STEP, rows=9, named=("uniform ensemble, linear", "NanoThink")),
     "quality.py shared --data-dir DATA --single": Small(
         ONE_STEP, rows=11, named=("one transformer of its size, in the same time",)
