@@ -193,6 +193,24 @@ def reading(path: Path) -> Iterator[None]:
         raise unreadable(path, error) from None
 
 
+def is_also_utf8(path: Path) -> bool:
+    """Return whether a file is UTF-8 with characters beyond ASCII, which no other encoding is by chance."""
+    is_ascii, rest = True, b""
+    with reading(path), SourceFile(path) as file:
+        for chunk in file.chunks():
+            block = rest + chunk
+            taken = len(block)
+            try:
+                block.decode()
+            except UnicodeDecodeError as error:
+                if error.reason != "unexpected end of data":
+                    return False
+                taken = error.start
+            is_ascii = is_ascii and block[:taken].isascii()
+            rest = block[taken:]
+    return not rest and not is_ascii
+
+
 class _Fault:
     """The first byte of a file that is not UTF-8.
 

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import orjson
 
-from nanothink.data.decoding import known_encoding
+from nanothink.data.decoding import AUTO, is_also_utf8, known_encoding
 from nanothink.data.delimited import Dialect, known_delimiter, table_rows
 from nanothink.data.document_process import DocumentReader
 from nanothink.data.documents import DOCUMENT_SUFFIXES
@@ -51,6 +51,9 @@ choose from."""
 
 PREVIEWED = 5
 """Records of a preview at most: the first of each source, or the first of the only one."""
+
+
+_TEXTUAL = ("text", "table", "JSON array", "JSON Lines", "HTML")
 
 
 @dataclass(frozen=True)
@@ -313,6 +316,9 @@ def _why_no_name(name: str) -> str:
 
 def _rows(source: Source, options: ImportOptions, findings: Findings) -> Iterator[Row]:
     path, origin, text, encoding = source.path, source.origin, options.text, options.encoding
+    if encoding not in (None, AUTO, "utf-8", "utf-8-sig") and source.kind in _TEXTUAL and is_also_utf8(path):
+        reason = f"the file is UTF-8 too; is --encoding {encoding} right for it?"
+        findings.warnings.add(Problem(shown(path), 0, 0, reason))
     if source.kind == "hub":
         return hub_rows(origin, text, options.config_name, options.split, findings, source.note)
     if source.kind in DOCUMENT_SUFFIXES:

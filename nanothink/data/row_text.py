@@ -96,8 +96,8 @@ class RowText:
             return _conversation(fields)
         value = _look_up(fields, self.text_field or "text")
         if value is _MISSING:
-            raise RowFault(_no_field(self.text_field or "text", tuple(map(str, fields))))
-        if isinstance(value, list) and value:
+            raise RowFault(_missing(self.text_field or "text", fields))
+        if isinstance(value, list):
             if all(item is None or isinstance(item, str) for item in value):
                 return "\n\n".join(item for item in value if item and not item.isspace())
             if all(isinstance(item, Mapping) for item in value):
@@ -136,6 +136,15 @@ def _look_up(fields: Fields, name: str) -> object:
         if inner is None:
             return None
     return _MISSING
+
+
+def _missing(name: str, fields: Fields) -> str:
+    """Reason of a missing field, with those that are there: of its outer field, if there is one."""
+    head, _, _ = name.rpartition(".")
+    outer = _look_up(fields, head) if head else None
+    if isinstance(outer, Mapping):
+        return _no_field(name, tuple(f"{head}.{key}" for key in outer))
+    return _no_field(name, tuple(map(str, fields)))
 
 
 @lru_cache(maxsize=64)  # the rows of a file have the same keys, and the search for a likeness is slow
@@ -201,7 +210,7 @@ def _filled(lines: list[list[str]], fields: Fields) -> str:
 def _value(fields: Fields, name: str, between: str) -> str:
     value = _look_up(fields, name)
     if value is _MISSING:
-        raise RowFault(_no_field(name, tuple(map(str, fields))))
+        raise RowFault(_missing(name, fields))
     if isinstance(value, list) and all(item is None or isinstance(item, str) for item in value):
         value = between.join(item for item in value if item and not item.isspace())
     if isinstance(value, str):

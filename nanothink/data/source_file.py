@@ -176,6 +176,9 @@ def _as_utf8(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
                 what = f"byte 0x{error.object[error.start]:02x} at offset {n_before - n_held + error.start:,}"
                 what += f" does not fit the encoding {encoding}"
             raise WrongEncodingError(what) from None
+        except UnicodeError:  # of the codecs of UTF-16 and UTF-32
+            what = f"the text has no byte-order mark; name {encoding}-le or {encoding}-be"
+            raise WrongEncodingError(what) from None
         n_before += len(chunk)
         if text:
             yield text.encode("utf-8", "replace")

@@ -256,6 +256,7 @@ TABLES: list[tuple[str, str | bytes, dict[str, Any], list[str]]] = [
         {"template": r"{m.t} {n}{z}\n{tags} and\n{ps}"}, ["T 1.5\na, b and\nx\n\ny"]),
     ("a.json", '{"text":"one"}\n{"text":"two"}\n', {}, ["one", "two"]),  # JSON Lines
     ("a.csv", "id, text \n1,x\n", {}, ["x"]),
+    ("a.json", '[{"text":[]},{"text":["a",null,"b"]}]', {}, ["a\n\nb"]),
     ("a.json", '[{"m":{"t":["one","two"]}}]', {"text_field": "m.t"}, ["one\n\ntwo"]),
     # Conversations
     ("a.json",
@@ -290,6 +291,8 @@ MISTAKES: list[tuple[str, str | bytes, dict[str, Any], type[Exception], str]] = 
     ("a.csv", "a,b\n", {"columns": "x,x"}, UsageError, "must name each column of the table once"),
     ("a.csv", "1,Some words\n", {}, DataError, "no header, name the columns: --columns c1,text"),
     ("a.txt", b"caf\x81", {"encoding": "cp1252"}, DataError, "byte 0x81 at offset 3 does not fit the enc"),
+    ("a.txt", "é", {"encoding": "utf-16"}, DataError, "no byte-order mark; name utf-16-le or utf-16-be"),
+    ("a.json", '[{"m":{"title":1}}]', {"text_field": "m.titel"}, DataError, "Did you mean 'm.title'"),
     ("a.txt", b"%PDF-1.4", {}, DataError, "no text but a PDF file.*Rename it to a.pdf"),
     ("a.txt", "x", {"columns": "a,b"}, UsageError, "how tables are read, and there is none"),
     ("a.txt", "x", {"split": "test"}, UsageError, "part of a Hub data set"),
