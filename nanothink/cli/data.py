@@ -134,7 +134,7 @@ def inspect(
         ],
         [
             [
-                *(p.name, p.n_tokens, f"{p.n_bytes / max(1, p.n_tokens):.2f}"),
+                *(p.name, p.n_tokens, f"{p.n_bytes / max(1, p.n_targets):.2f}"),
                 *(p.n_train_tokens, p.n_val_tokens, *([p.n_test_tokens] if split.test_split else [])),
                 p.n_train_blocks,
             ]
@@ -143,6 +143,16 @@ def inspect(
         title=f"Tokens by {resolved.name}, {render.count(resolved.vocab_size)} entries; blocks of {block}",
         total=several,
     )
+    if summary.total.n_conversations:
+        render.table(
+            ["domain", ">conversations", ">answers", ">tokens trained on", ">share"],
+            [
+                [p.name, p.n_conversations, p.n_answers, p.n_targets, f"{p.n_targets / p.n_tokens:.0%}"]
+                for p in parts
+            ],
+            title="Conversations: their answers are trained on",
+            total=several,
+        )
     render.histogram("Length of the records", summary.length_counts, summary.length_edges, unit="tokens")
     if summary.total.n_duplicates:
         render.say(

@@ -136,6 +136,8 @@ class ChatEncoder:
             stop = next((n for n in range(start, len(tokens)) if not trained[n]), len(tokens))
             last = next((n for n in reversed(range(start, stop)) if tokens[n] in special), stop)
             trained[last + 1 : stop] = [False] * len(trained[last + 1 : stop])
+        if not any(trained):
+            raise ChatTemplateError("it writes no answer of it")
         if tokens[:1] == [eos]:  # documents are separated by it
             tokens, trained = tokens[1:], trained[1:]
         if tokens[-1:] != [eos]:

@@ -12,9 +12,10 @@ Odd input, each case with a test:
     error    invalid UTF-8, escaped lone surrogates, whatever RFC 8259 forbids (NaN, trailing commas,
              comments, ...), nesting beyond 1,024, a line over MAX_LINE_BYTES, bare CR as line end,
              a byte-order mark anywhere but at the file's start, UTF-16, cut or damaged compression,
-             JSON that is spread over several lines (one error for the file)
+             JSON that is spread over several lines (one error for the file), messages in an odd order
     warning  byte-order mark at the start, blank lines (one warning a file, with their number),
-             an escaped NUL in the text, a repeated key (the last one counts), a file without any record
+             an escaped NUL in the text, a repeated key (the last one counts), a file without any record,
+             `text` beside `messages` (the text counts)
     fine     CRLF, no newline at the end, other fields whatever they hold, source and id of any type
     raised   a file that is gone, that may not be read or is none, an I/O error (UnreadableError)
 """
@@ -36,6 +37,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 from nanothink.data import strict_json
 from nanothink.data.lines import MAX_LINE_BYTES, Problem, ProblemSink, column_at, iter_lines, shown
+from nanothink.data.messages import Message, answer_bytes, read_messages, text_of
 from nanothink.data.source_file import Digest
 from nanothink.data.strict_json import JsonFault
 from nanothink.disk import whole_file
@@ -43,9 +45,18 @@ from nanothink.disk.write import RawFile
 from nanothink.errors import StorageError, did_you_mean
 from nanothink.suggestions import suggest
 
-__all__ = ["MAX_LINE_BYTES", "Problem", "ProblemSink", "Record", "iter_records", "shown", "write_records"]
+__all__ = [
+    "MAX_LINE_BYTES",
+    "Conversation",
+    "Problem",
+    "ProblemSink",
+    "Record",
+    "iter_records",
+    "shown",
+    "write_records",
+]
 
-_KEYS = ("text", "source", "id", "group")
+_KEYS = ("text", "messages", "source", "id", "group")
 _SPREAD = (
     "the file holds JSON that is spread over several lines, not one record a line; "
     f"{suggest('data import')} reads JSON arrays"
@@ -95,6 +106,38 @@ class Record(BaseModel):
     group: Annotated[str | None, BeforeValidator(_group)] = None
     """Name of the document that this record is a piece of. All pieces are on one side of the split."""
 
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The messages of a conversation; none of a text."""
+        return ()
+
+    @property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes of what is trained on."""
+        return len(self.text.encode())
+
+
+class Conversation(Record):
+    """A record of messages. Its text is that of all of them; the assistant's are trained on."""
+
+    turns: tuple[Message, ...]
+    """See data/messages.py."""
+
+    @classmethod
+    def of(cls, fields: Mapping[str, object]) -> Conversation:
+        """The record of a JSON object with ``messages``. Raises ValueError with the reason why it is none."""
+        turns = read_messages(fields["messages"])
+        named = {name: fields.get(name) for name in ("source", "id", "group")}
+        return cls.model_validate({"text": text_of(turns), "turns": turns, **named})
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return self.turns
+
+    @property
+    def n_bytes(self) -> int:
+        return answer_bytes(self.turns)
+
 
 def iter_records(
     path: Path,
@@ -133,7 +176,7 @@ def iter_records(
             obj = None
             try:
                 obj = loads(line)
-                record = validate(obj)
+                record = validate(obj) if "text" in obj or "messages" not in obj else Conversation.of(obj)
                 # Written out again, a line without repeated keys is as long as before, give or take
                 # the blanks between three keys. That costs a tenth of searching the line for them.
                 n_known = 1 + ("source" in obj) + ("id" in obj) + ("group" in obj)
@@ -156,6 +199,8 @@ def iter_records(
                 doubtful = True
             if doubtful:
                 _warn_of_repeated_keys(line, file, number, warn)
+                if not record.messages and isinstance(obj, dict) and isinstance(obj.get("messages"), list):
+                    warn(Problem(file, number, 1, "there are `text` and `messages`; the text counts"))
             if "\0" in record.text:
                 column = column_at(line, max(line.find(b"\\u0000"), 0))
                 warn(Problem(file, number, column, "`text` holds a NUL character"))
@@ -202,22 +247,33 @@ def _look_closely(line: bytes, obj: object) -> Record:
     A few such lines are valid: with an integer beyond 64 bits as ``id``, or a number beyond double precision
     or deep nesting in another field. ``obj`` is the fast parser's result; None if it refused the line.
     """
-    if isinstance(obj, dict) and "text" not in obj:
+    if isinstance(obj, dict) and "text" not in obj and "messages" not in obj:
         raise _NoText(obj)
     text = decode_line(line)
     outer = strict_json.parse(text)
     if not isinstance(outer, dict):
         hint = f"; {suggest('data import')} reads JSON arrays" if isinstance(outer, list) else ""
         raise JsonFault(0, f"a record must be a JSON object, not {_kind(outer)}{hint}")
+    # A float is no id and no group, and a sign for the fast path that a closer look is due.
+    known = {
+        key: value for key, value in outer.items() if key not in ("id", "group") or type(value) is not float
+    }
     if "text" not in outer:
-        raise _NoText(outer)
+        if "messages" not in outer:
+            raise _NoText(outer)
+        try:
+            return Conversation.of(known)
+        except ValueError as error:
+            raise JsonFault(_last(text, "messages"), str(error)) from None
     value = outer["text"]
     if not isinstance(value, str) or not value or value.isspace():
-        start = [member.start for member in strict_json.members(text) if member.key == "text"][-1]
-        raise JsonFault(start, _why_no_text(value))
-    # A float is no id and no group, and a sign for the fast path that a closer look is due.
-    id_, group = (None if isinstance(outer.get(key), float) else outer.get(key) for key in ("id", "group"))
-    return Record(text=value, source=outer.get("source"), id=id_, group=group)
+        raise JsonFault(_last(text, "text"), _why_no_text(value))
+    return Record(text=value, **{key: known.get(key) for key in ("source", "id", "group")})
+
+
+def _last(text: str, key: str) -> int:
+    """Position of the value that counts under a key."""
+    return [member.start for member in strict_json.members(text) if member.key == key][-1]
 
 
 def _why_no_text(value: object) -> str:
@@ -323,7 +379,10 @@ def _refuse_existing(path: Path, overwrite: bool) -> None:
 
 
 def _record_line(record: Record) -> bytes:
-    fields = record.model_dump(exclude_none=True)
+    fields = record.model_dump(exclude_none=True, exclude={"turns"})
+    if record.messages:
+        messages = {"messages": [message._asdict() for message in record.messages]}
+        fields = messages | {name: value for name, value in fields.items() if name != "text"}
     try:
         return orjson.dumps(fields) + b"\n"
     except TypeError:  # an integer beyond 64 bits

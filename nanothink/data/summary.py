@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nanothink.data.corpus import Corpus
 from nanothink.data.tokens import Documents, TokenisedCorpus, TokenStream
 
 _LARGEST_BARS = 14
+_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class DomainSummary:
     domain for the total)."""
     median_tokens: float
     longest_tokens: int
+    n_targets: int
+    """Tokens that are trained on: all of a text, the answers of a conversation."""
+    n_conversations: int
+    n_answers: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def summarise(
     for name, files in corpus.domains.items():
         documents = whole.train[name].documents()
         sides = (split.train[name], split.val[name], split.test[name])
-        domains.append(_summarise(name, len(files), documents, sides, block_tokens))
+        domains.append(_summarise(name, len(files), documents, whole.train[name], sides, block_tokens))
         lengths.append(documents.n_tokens)
         keys.append(documents.keys)
     all_lengths, all_keys = np.concatenate(lengths), np.concatenate(keys)
@@ -94,13 +100,22 @@ _SUMMED = (
     "n_val_tokens",
     "n_test_tokens",
     "n_train_blocks",
+    "n_targets",
+    "n_conversations",
+    "n_answers",
 )
 
 
 def _summarise(
-    name: str, n_files: int, documents: Documents, sides: Sequence[TokenStream], block_tokens: int
+    name: str,
+    n_files: int,
+    documents: Documents,
+    stream: TokenStream,
+    sides: Sequence[TokenStream],
+    block_tokens: int,
 ) -> DomainSummary:
     train, val, test = sides
+    n_conversations, n_answers = _conversations(stream, documents.n_tokens)
     return DomainSummary(
         name=name,
         n_files=n_files,
@@ -114,7 +129,29 @@ def _summarise(
         n_duplicates=len(documents.keys) - len(np.unique(documents.keys)),
         median_tokens=float(np.median(documents.n_tokens)),
         longest_tokens=int(documents.n_tokens.max()),
+        n_targets=stream.n_targets,
+        n_conversations=n_conversations,
+        n_answers=n_answers,
     )
+
+
+def _conversations(stream: TokenStream, sizes: NDArray[np.int64]) -> tuple[int, int]:
+    """Documents of which a part is not trained on, and the parts of these that are."""
+    if not stream.has_conversations:
+        return 0, 0
+    ends = np.cumsum(sizes)
+    starts, first, n_conversations, n_answers = ends - sizes, 0, 0, 0
+    while first < len(sizes):
+        stop = max(first + 1, int(np.searchsorted(ends, starts[first] + _AT_ONCE)))
+        trained = stream.trained(int(starts[first]), int(ends[stop - 1]))
+        bounds = starts[first:stop] - starts[first]
+        begun = trained & ~np.append(False, trained[:-1])
+        begun[bounds] = trained[bounds]
+        partly = ~np.logical_and.reduceat(trained, bounds)
+        n_conversations += int(partly.sum())
+        n_answers += int(np.add.reduceat(begun, bounds, dtype=np.int64)[partly].sum())
+        first = stop
+    return n_conversations, n_answers
 
 
 def _edges(longest: int) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ kept under the digest of content that they do not cover.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from nanothink.data.cache import cache_folder
+from nanothink.data.chat import PLAIN
 from nanothink.data.corpus import Corpus, bad_records_error, left_out
 from nanothink.data.encoding import Tokenizer
 from nanothink.data.lines import shown
@@ -27,13 +29,13 @@ from nanothink.data.token_files import (
     BadLines,
     Manifest,
     TokenFile,
-    TokenFileWriter,
     bad_lines_of,
     is_whole,
     named_in,
     new_digest,
     open_token_file,
 )
+from nanothink.data.token_writer import TokenFileWriter
 from nanothink.disk import locked, make_folder, storage_error, sweep_folder
 from nanothink.errors import DataError, StorageError
 from nanothink.reporter import Reporter
@@ -59,7 +61,7 @@ class TokenBuilder:
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, skip: bool, reporter: Reporter) -> None:
         self._corpus, self._tokenizer, self._skip, self._reporter = corpus, tokenizer, skip, reporter
         self._cache = cache_folder(corpus.root, reporter)
-        self._folder = self._cache / "tokens" / tokenizer.fingerprint[:16]
+        self._folder = self._cache / "tokens" / _folder_name(tokenizer)
         self._open_files = OpenFiles()
         self._advance = reporter.counter("tokenising", corpus.n_bytes)
         self._found_bad = False
@@ -116,7 +118,7 @@ class TokenBuilder:
 
     def cut(self, key: int, paths: Sequence[Path], domain: str, split: SplitRule, trained_chars: int) -> Cut:
         """Cut the text of that key; the first part holds at least the characters trained on already."""
-        _, text = self._find(key, paths)
+        _, text = self._find(key, paths, domain)
         parts = [part for part in cut_text(text, split, domain, trained_chars) if part]
         lengths = [len(part) for part in parts]
         name = f"cut-{key:016x}-{'-'.join(map(str, lengths))}"
@@ -144,10 +146,16 @@ class TokenBuilder:
             )
         return replace(found, path=os.path.relpath(path, self._corpus.root))
 
-    def _find(self, key: int, paths: Sequence[Path]) -> tuple[int, str]:
+    def _find(self, key: int, paths: Sequence[Path], domain: str = "") -> tuple[int, str]:
         for path in paths:
             for line, record in iter_records(path, on_problem=ignored):
                 if text_key(record.text) == key:
+                    if record.messages:
+                        raise DataError(
+                            f"Domain '{domain}' holds a single conversation, which cannot be cut into a part "
+                            "to train on and one to validate on. Add another, or leave the domain out with "
+                            "--domains."
+                        )
                     return line, record.text
         raise _changed(paths[0])
 
@@ -164,7 +172,8 @@ class TokenBuilder:
         with TokenFileWriter(target, self._tokenizer, path) as writer:
             for line, record in iter_records(path, on_problem=bad.add, on_bytes=on_bytes, digest=read):
                 if self._keeps(bad):
-                    writer.add(line, record.text, group_key(record.group, record.source))
+                    group = group_key(record.group, record.source)
+                    writer.add(line, record.text, group, record.messages)
             if read.hexdigest() != digest:
                 raise _changed(path)
             if self._keeps(bad):
@@ -209,6 +218,15 @@ class TokenBuilder:
         if not self._skip:
             raise bad_records_error(root, self.left_out)
         self._reporter.note(f"Left out: {left_out(self.left_out, root)}")
+
+
+def _folder_name(tokenizer: Tokenizer) -> str:
+    """The tokens of a text depend on the tokenizer, those of a conversation on its template too."""
+    name = tokenizer.fingerprint[:16]
+    if tokenizer.chat in (None, PLAIN):
+        return name
+    digest = hashlib.blake2b(repr(tokenizer.chat).encode(), digest_size=4).hexdigest()
+    return f"{name}-{digest}"
 
 
 def _changed(path: Path) -> DataError:

@@ -3,6 +3,7 @@
     tokens/<tokenizer>/<content>.tokens
         ids of all documents, each followed by EOS, in pages (pages.py); smallest unsigned type that fits
         one DOCUMENT row per document, in pages
+        with conversations: a bit per token, set if it is trained on, in pages
         summary: counts, checksums, and the bad lines that were left out, as JSON
         length and checksum of the summary, and the format
 
@@ -19,39 +20,33 @@ import errno
 import hashlib
 import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from nanothink.data.encoding import TextLostError, Tokenizer
-from nanothink.data.lines import Problem, shown
-from nanothink.data.pages import DamagedPageError, OpenFiles, PageWriter, read_pages, stored_bytes
+from nanothink.data.lines import Problem
+from nanothink.data.pages import DamagedPageError, OpenFiles, read_pages, stored_bytes
 from nanothink.data.problems import Problems
 from nanothink.data.source_file import SourceFile, unreadable
-from nanothink.data.split import text_key
-from nanothink.disk import storage_error, sweep, whole_file, write_whole
+from nanothink.disk import sweep, write_whole
 from nanothink.errors import StorageError, UnreadableError
 
 DOCUMENT = np.dtype([("end", "<i8"), ("n_bytes", "<i8"), ("key", "<u8"), ("group", "<u8"), ("line", "<i8")])
 """Row of a document: the end of its tokens (they begin at the end of the one before), its size in UTF-8
-bytes, the keys of its text and group (split.text_key, split.group_key), and its line."""
+bytes (of a conversation's answers alone), the keys of its text and group (split.text_key, split.group_key),
+and its line."""
 
 SUFFIX = ".tokens"
 
-_FORMAT = 4
-_TRAILER = struct.Struct("<8sIII")
-_MAGIC = b"NTtokens"
-_CHUNK_CHARS = 1 << 20
-_CHUNK_DOCUMENTS = 1 << 14
-_ROWS_IN_MEMORY_BYTES = 1 << 20
+FORMAT = 4
+TRAILER = struct.Struct("<8sIII")
+MAGIC = b"NTtokens"
 _PLACES = 5  # of each kind of bad line, kept for the next time that someone asks
 
 
@@ -87,6 +82,8 @@ class TokenFile:
     """(number of tokens,) unsigned"""
     rows: Array
     """(number of documents,) DOCUMENT"""
+    bits: Array | None = None
+    """(number of tokens / 8,) uint8, the lowest bit first: tokens that are trained on; None: all are."""
     bad: BadLines = ()
     """Lines that are not records."""
     checksum: str = ""
@@ -98,6 +95,14 @@ class TokenFile:
     def documents(self) -> NDArray[Any]:
         """(number of documents,) DOCUMENT, read from the disk at each call."""
         return self.rows[:]
+
+    def trained(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Which of the tokens [start, stop) are trained on."""
+        if self.bits is None:
+            return np.ones(stop - start, np.bool_)
+        first = start // 8
+        bits = np.unpackbits(self.bits[first : -(-stop // 8)], bitorder="little")
+        return bits[start - 8 * first : stop - 8 * first].astype(np.bool_)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -180,9 +185,12 @@ def open_token_file(
         files.forget(path)
         return None
     after_tokens = stored_bytes(n_tokens * dtype.itemsize)
+    after_rows = after_tokens + stored_bytes(n_documents * DOCUMENT.itemsize)
+    bits = _PagedArray(path, files, make_again, after_rows, np.dtype("u1"), -(-n_tokens // 8))
     return TokenFile(
         _PagedArray(path, files, make_again, 0, dtype, n_tokens),
         _PagedArray(path, files, make_again, after_tokens, DOCUMENT, n_documents),
+        bits if summary.get("bits") else None,
         bad,
         summary["checksum"],
     )
@@ -191,20 +199,21 @@ def open_token_file(
 def _read_summary(descriptor: int) -> dict[str, Any]:
     size = os.fstat(descriptor).st_size
     end = os.pread(descriptor, 4096, max(0, size - 4096))
-    if len(end) < _TRAILER.size:
+    if len(end) < TRAILER.size:
         raise DamagedPageError
-    magic, length, checksum, version = _TRAILER.unpack(end[-_TRAILER.size :])
-    if magic != _MAGIC or version != _FORMAT:
+    magic, length, checksum, version = TRAILER.unpack(end[-TRAILER.size :])
+    if magic != MAGIC or version != FORMAT:
         raise DamagedPageError
-    start = size - _TRAILER.size - length
-    if length + _TRAILER.size > len(end):
-        end = os.pread(descriptor, length + _TRAILER.size, max(0, start))
-    content = end[-_TRAILER.size - length : -_TRAILER.size]
+    start = size - TRAILER.size - length
+    if length + TRAILER.size > len(end):
+        end = os.pread(descriptor, length + TRAILER.size, max(0, start))
+    content = end[-TRAILER.size - length : -TRAILER.size]
     if start < 0 or zlib.crc32(content) != checksum:
         raise DamagedPageError
     summary: dict[str, Any] = orjson.loads(content)
     tokens = stored_bytes(summary["tokens"] * np.dtype(summary["dtype"]).itemsize)
-    if tokens + stored_bytes(summary["documents"] * DOCUMENT.itemsize) != start:
+    bits = stored_bytes(-(-summary["tokens"] // 8)) if summary.get("bits") else 0
+    if tokens + stored_bytes(summary["documents"] * DOCUMENT.itemsize) + bits != start:
         raise DamagedPageError
     return summary
 
@@ -216,113 +225,12 @@ def is_whole(path: Path, files: OpenFiles) -> bool:
         return False
     step = 1 << 20
     try:
-        for array in (found.tokens, found.rows):
+        for array in (found.tokens, found.rows, *([] if found.bits is None else [found.bits])):
             for start in range(0, len(array), step):
                 array[start : start + step]
     except StorageError:
         return False
     return True
-
-
-class _NotCommitted(Exception):
-    """Makes ``whole_file`` discard a file that was not committed."""
-
-
-class TokenFileWriter:
-    """Writer of a token file, which appears at the end if ``commit`` was called.
-
-    Use it under the lock of the cache. Documents are tokenised in chunks, which bound the memory. ``source``
-    is the text file, for messages.
-
-    Raises:
-        StorageError: the disk refuses.
-        TextLostError: the tokenizer loses a part of a document.
-    """
-
-    def __init__(self, path: Path, tokenizer: Tokenizer, source: Path) -> None:
-        self._path, self._tokenizer, self._source = path, tokenizer, source
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._n_tokens = self._n_documents = 0
-        self._texts: list[str] = []
-        self._lines: list[int] = []
-        self._groups: list[int] = []
-        self._n_chars = 0
-        self._is_whole = False
-
-    def __enter__(self) -> TokenFileWriter:
-        # Not synced, and no search for leftovers: there may be ten thousands of files in the folder.
-        self._writing = whole_file(self._path, durable=False)
-        self._file = self._writing.__enter__()
-        self._tokens = PageWriter(self._file)
-        # Rows come after all tokens; a file's few stay in memory until then.
-        self._row_file = tempfile.SpooledTemporaryFile(_ROWS_IN_MEMORY_BYTES, dir=str(self._path.parent))
-        self._rows = PageWriter(cast(BinaryIO, self._row_file))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):
-            self._row_file.close()
-        if kind is None and not self._is_whole:
-            kind, error = _NotCommitted, _NotCommitted()
-        self._writing.__exit__(kind, error, trace)
-
-    def add(self, line: int, text: str, group: int = 0) -> None:
-        self._texts.append(text)
-        self._lines.append(line)
-        self._groups.append(group)
-        self._n_chars += len(text)
-        if self._n_chars >= _CHUNK_CHARS or len(self._texts) >= _CHUNK_DOCUMENTS:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._texts:
-            return
-        eos = np.array([self._tokenizer.eos_id], dtype=self._dtype)
-        try:
-            encoded = self._tokenizer.encode_batch(self._texts)
-        except TextLostError as error:
-            raise error.at(f"{shown(self._source)}:{self._lines[error.index]}") from None
-        rows = np.empty(len(encoded), DOCUMENT)
-        rows["end"] = self._n_tokens + np.cumsum([len(ids) + 1 for ids in encoded])
-        rows["n_bytes"] = [len(text.encode()) for text in self._texts]
-        rows["key"] = [text_key(text) for text in self._texts]
-        rows["group"] = self._groups
-        rows["line"] = self._lines
-        self._n_tokens = int(rows["end"][-1])
-        self._n_documents += len(rows)
-        tokens = np.concatenate([part for ids in encoded for part in (ids, eos)])
-        try:
-            self._tokens.append(tokens.astype(self._dtype, copy=False).tobytes())
-            self._rows.append(rows.tobytes())
-        except OSError as error:
-            raise storage_error(self._path, error, False) from error
-        self._texts, self._lines, self._groups, self._n_chars = [], [], [], 0
-
-    def commit(self, bad: Problems | None = None) -> None:
-        """Complete the file; ``bad`` are the lines that are not in it."""
-        self._flush()
-        summary = orjson.dumps(
-            {
-                "dtype": self._dtype.str,
-                "tokens": self._n_tokens,
-                "documents": self._n_documents,
-                "checksum": f"{self._tokens.checksum:08x}{self._rows.checksum:08x}",
-                "bad": bad_lines_of(bad) if bad is not None else [],
-            }
-        )
-        try:
-            self._tokens.finish()
-            self._rows.finish()
-            self._row_file.seek(0)
-            while rows := self._row_file.read(1 << 20):
-                self._file.write(rows)
-            self._file.write(summary)
-            self._file.write(_TRAILER.pack(_MAGIC, len(summary), zlib.crc32(summary), _FORMAT))
-        except OSError as error:
-            raise storage_error(self._path, error, False) from error
-        self._is_whole = True
 
 
 class Manifest:

@@ -103,7 +103,7 @@ def train_on_corpus(
     for domain, paths in corpus.domains.items():
         rows[domain] = np.fromiter(
             (
-                (text_key(record.text), group_key(record.group, record.source), len(record.text.encode()))
+                (text_key(record.text), group_key(record.group, record.source), record.n_bytes)
                 for record in _records(paths, advance, on_bad_line or ignored)
             ),
             dtype=[("key", "<u8"), ("group", "<u8"), ("n_bytes", "<i8")],

@@ -10,8 +10,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import orjson
@@ -26,6 +27,8 @@ from nanothink.data.token_builder import Cut, TokenBuilder
 from nanothink.data.token_files import DOCUMENT, TokenFile
 from nanothink.errors import DataError
 from nanothink.reporter import SILENT, Reporter
+
+_COUNTED_AT_ONCE = 1 << 20
 
 IGNORE = -100
 """Target that is not to be predicted (PyTorch's own convention)."""
@@ -46,7 +49,7 @@ class Documents:
     n_tokens: Int64
     """Tokens, with EOS."""
     n_bytes: Int64
-    """UTF-8 bytes of the text."""
+    """UTF-8 bytes of the text; of a conversation those of its answers."""
     keys: NDArray[np.uint64]
     """Key of the text (split.text_key)."""
     groups: NDArray[np.uint64]
@@ -62,7 +65,7 @@ class Documents:
 class TokenStream:
     """The documents of one domain and side, each followed by EOS, as one sequence of tokens.
 
-    ``n_tokens`` includes EOS; ``n_bytes`` is the UTF-8 text alone.
+    ``n_tokens`` includes EOS; ``n_bytes`` is the UTF-8 text alone, of a conversation that of its answers.
     """
 
     def __init__(
@@ -89,6 +92,25 @@ class TokenStream:
         self.n_tokens = int(sizes.sum())
         self.n_documents = sum(int(chosen.sum()) for _, chosen in self._parts)
 
+    @property
+    def has_conversations(self) -> bool:
+        """Whether a file of it holds conversations, so that some tokens may not be trained on."""
+        return any(file.bits is not None for file, _ in self._parts)
+
+    @cached_property
+    def n_targets(self) -> int:
+        """Tokens that are trained on: all of a text and its EOS, the answers of a conversation."""
+        if not self.has_conversations:
+            return self.n_tokens
+        starts = range(0, self.n_tokens, _COUNTED_AT_ONCE)
+        ends = (min(start + _COUNTED_AT_ONCE, self.n_tokens) for start in starts)
+        return sum(int(self.trained(*part).sum()) for part in zip(starts, ends, strict=True))
+
+    def with_all_targets(self) -> TokenStream:
+        """The same with every token trained on, for what has to know the whole text."""
+        parts = [(replace(file, bits=None), chosen) for file, chosen in self._parts]
+        return TokenStream(self.domain, self._eos_id, parts, self._sources_count)
+
     def n_blocks(self, length: int) -> int:
         """Blocks of ``length`` targets; the last one may be partly filled."""
         return -(-self.n_tokens // length)
@@ -98,7 +120,7 @@ class TokenStream:
 
         The stream reads [EOS] d1 EOS d2 EOS ...; block k predicts tokens kL to kL + L - 1 from the token
         before each, so that over all blocks every token is a target exactly once. Past the end, inputs
-        are EOS and targets IGNORE.
+        are EOS and targets IGNORE; so are targets that are not trained on.
         """
         if not 0 <= index < self.n_blocks(length):
             raise IndexError(f"block {index} of {self.n_blocks(length)} in domain '{self.domain}'")
@@ -111,6 +133,8 @@ class TokenStream:
         targets = np.full(length, IGNORE, dtype=np.int64)
         inputs[: min(n + 1, length)] = tokens[:length]
         targets[:n] = tokens[1:]
+        if self.has_conversations:
+            targets[:n][~self.trained(first, first + n)] = IGNORE
         return inputs, targets
 
     def sample(self, max_tokens: int | None) -> TokenStream:
@@ -177,6 +201,19 @@ class TokenStream:
     def _read(self, start: int, stop: int) -> Int64:
         """Tokens [start, stop) of the stream, copied."""
         found = np.empty(stop - start, dtype=np.int64)
+        for at, file, part in self._pieces(start, stop):
+            found[at : at + part.stop - part.start] = file.tokens[part]
+        return found
+
+    def trained(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Which of the tokens [start, stop) of the stream are trained on."""
+        found = np.empty(stop - start, np.bool_)
+        for at, file, part in self._pieces(start, stop):
+            found[at : at + part.stop - part.start] = file.trained(part.start, part.stop)
+        return found
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, TokenFile, slice]]:
+        """The files that [start, stop) lies in: the place of each part, its file, and its tokens there."""
         run = int(np.searchsorted(self._ends, start, side="right"))
         at = start
         while at < stop:
@@ -185,9 +222,8 @@ class TokenStream:
             upto = min(stop, end)
             source = int(self._starts[run]) - begin
             file = self._parts[int(self._files[run])][0]
-            found[at - start : upto - start] = file.tokens[source + at : source + upto]
+            yield at - start, file, slice(source + at, source + upto)
             at, run = upto, run + 1
-        return found
 
     def _run_size(self, run: int) -> int:
         return int(self._ends[run] - (self._ends[run - 1] if run else 0))
@@ -220,6 +256,10 @@ class TokenisedCorpus:
     """The text of the other sides, without texts that are cut."""
     kept_in_training: int
     """Documents that the rule would hold out, but that are in ``trained``."""
+
+    @property
+    def has_conversations(self) -> bool:
+        return any(s.has_conversations for side in (self.train, self.val, self.test) for s in side.values())
 
     @property
     def skipped_records(self) -> int:

@@ -2,7 +2,8 @@
 
 Bits per byte are per byte of text, not per token: total nats / ln 2 / UTF-8 bytes of the scored documents.
 The end-of-text token of each document is predicted too, and its nats count although it adds no byte. So the
-figure can be compared across tokenizers.
+figure can be compared across tokenizers. Of a conversation the answers alone count: their nats, with the ends
+of turns, by their bytes.
 
 Its standard error is the spread over samples of as many groups of documents. That of a difference tells a
 better model from one that was lucky with these documents.
@@ -225,7 +226,7 @@ def evaluate_model(
     """
     number, n_shares = share
     scored = {name: stream.sample(max_tokens) for name, stream in streams.items() if stream.n_tokens}
-    total = sum(stream.n_tokens for stream in scored.values())
+    total = sum(stream.n_targets for stream in scored.values())
     done = n_batches = 0
     scores: dict[str, Score] = {}
     documents: dict[str, DocumentScores] = {}
@@ -246,7 +247,7 @@ def evaluate_model(
                         raise EvaluationStopped
                     real = targets != IGNORE
                     n_real = int(real.sum())
-                    if n_batches % n_shares == number:
+                    if n_real and n_batches % n_shares == number:
                         tokens, following = inputs.to(precision.device), targets.to(precision.device)
                         with precision.autocast():
                             if isinstance(model, NanoThink):
@@ -254,14 +255,15 @@ def evaluate_model(
                                 routing[name] += _routing_over(weights[following != IGNORE], model)
                             else:
                                 likelihood = model.log_likelihood(tokens, following)
-                        its = np.searchsorted(ends, np.arange(first, first + n_real), side="right")
+                        places = first + np.flatnonzero(real.numpy())
+                        its = np.searchsorted(ends, places, side="right")
                         sums = np.bincount(its - its[0], weights=likelihood.cpu()[real].numpy())
                         nats[its[0] : its[0] + len(sums)] -= sums
                     n_batches += 1
-                    first += n_real
+                    first += real.numel()
                     done += n_real
                     reporter.progress(stage, done, total)
-                scores[name] = Score(float(nats.sum()), stream.n_tokens, stream.n_bytes)
+                scores[name] = Score(float(nats.sum()), stream.n_targets, stream.n_bytes)
                 documents[name] = DocumentScores(nats, sizes.n_bytes, sizes.groups)
     finally:
         model.train(was_training)

@@ -60,7 +60,9 @@ def positions(
     unigram: Tensor,
     reading: Reading,
 ) -> Iterator[Positions]:
-    """All positions of a stream, some hundred at a time. The caller sets evaluation mode.
+    """The positions of a stream that are trained on, some hundred at a time, and all of them in the memories.
+
+    The caller sets evaluation mode.
 
     Args:
         names: of the memories that are searched.
@@ -70,9 +72,10 @@ def positions(
     cache = DocumentCache(reading.window, reading.n_neighbours)
     device, first = reading.precision.device, 0
     batch_size = max(1, reading.batch_tokens // reading.length)
-    for inputs, targets in validation_batches(stream, reading.length, batch_size):
-        real = (targets != IGNORE).flatten()
-        n_real = int(real.sum())
+    # The document cache holds what was asked, too.
+    whole = validation_batches(stream.with_all_targets(), reading.length, batch_size)
+    for (inputs, targets), wanted in zip(whole, _wanted(stream, reading.length, batch_size), strict=True):
+        n_real = int((targets != IGNORE).sum())
         documents = np.searchsorted(ends, np.arange(first, first + n_real), side="right")
         first += n_real
         with torch.inference_mode(), reading.precision.autocast():
@@ -93,7 +96,24 @@ def positions(
             ]
             for rows, product, evidence in gated_rows(model, unigram, states, weights, tokens, memories):
                 own = product.gather(-1, following[rows, None])[:, 0]
-                yield Positions(documents[rows], following[rows], own, evidence)
+                kept = wanted[rows]
+                if kept.all():
+                    yield Positions(documents[rows], following[rows], own, evidence)
+                elif kept.any():
+                    chosen = kept.nonzero()[:, 0].to(device)
+                    yield Positions(
+                        documents[rows][kept.numpy()],
+                        following[rows][chosen],
+                        own[chosen],
+                        evidence.rows(chosen),
+                    )
+
+
+def _wanted(stream: TokenStream, length: int, batch_size: int) -> Iterator[Tensor]:
+    """For each batch which of its positions are trained on, flat."""
+    for first in range(0, stream.n_tokens, batch_size * length):
+        stop = min(first + batch_size * length, stream.n_tokens)
+        yield torch.from_numpy(stream.trained(first, stop))
 
 
 def evaluate_gated(
@@ -115,7 +135,7 @@ def evaluate_gated(
     assert gate is not None
     gate = gate.to(reading.precision.device)
     scored = {name: stream.sample(max_tokens) for name, stream in streams.items() if stream.n_tokens}
-    total, done = sum(stream.n_tokens for stream in scored.values()), 0
+    total, done = sum(stream.n_targets for stream in scored.values()), 0
     scores: dict[str, Score] = {}
     of_documents: dict[str, DocumentScores] = {}
     with evaluating(model):
@@ -130,6 +150,6 @@ def evaluate_gated(
                 np.subtract.at(nats, each.documents, mixed.double().cpu().numpy())
                 done += len(each.targets)
                 reporter.progress(stage, done, total)
-            scores[name] = Score(float(nats.sum()), stream.n_tokens, stream.n_bytes)
+            scores[name] = Score(float(nats.sum()), stream.n_targets, stream.n_bytes)
             of_documents[name] = DocumentScores(nats, sizes.n_bytes, sizes.groups)
     return Evaluation(scores, logit_scale=model.logit_scale, documents=of_documents)

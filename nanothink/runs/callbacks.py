@@ -9,7 +9,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from nanothink.checkpoints import CheckpointStore, Role
+from nanothink.data.tokens import IGNORE, TokenStream
 from nanothink.errors import DataError
 from nanothink.inference.calibration import fit_logit_scale
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped
@@ -30,6 +33,7 @@ from nanothink.training.objectives import ExpertObjective
 T = TypeVar("T")
 
 _SAMPLED_DOMAINS = 3
+_QUESTION_TOKENS = 512
 _OPENING_TOKENS = 6  # of a held-out text, as a prompt: a few words
 
 
@@ -89,7 +93,7 @@ def make_callbacks(
 
         continued = generate(
             run.model,
-            [tokenizer.encode(p) for p in prompts],
+            list(prompts.values()),
             sampling,
             eos_id=tokenizer.eos_id,
             on_token=leave_if_asked,
@@ -113,17 +117,35 @@ def make_callbacks(
     return Callbacks(evaluate, sample, save, reporter=reporter, stop=stop, resume_command=resume_command)
 
 
-def _sample_prompts(setup: RunSetup) -> list[str]:
-    """The prompts of the settings, else the first words of a held-out text of each domain."""
-    if setup.training.sample_prompts is not None:
-        return list(setup.training.sample_prompts)
+def _sample_prompts(setup: RunSetup) -> dict[str, list[int]]:
+    """The prompts of the settings, else the first words of a held-out text of each domain, by their text.
+
+    Of a conversation it is all that stands before the first answer.
+    """
     tokenizer = setup.tokenizer
-    openings = []
+    if setup.training.sample_prompts is not None:
+        return {prompt: tokenizer.encode(prompt) for prompt in setup.training.sample_prompts}
+    openings = {}
     for stream in list(setup.tokens.val.values())[:_SAMPLED_DOMAINS]:
+        if (asked := _first_question(stream)) is not None:
+            openings[tokenizer.decode(asked)] = asked
+            continue
         tokens = stream.block(0, 1 + _OPENING_TOKENS)[0][1:].tolist()  # what stands first is an EOS
         first_text = takewhile(lambda token: token != tokenizer.eos_id, tokens)
-        openings.append(tokenizer.decode(list(first_text)).rstrip("\N{REPLACEMENT CHARACTER}"))
-    return list(dict.fromkeys(openings))
+        opening = tokenizer.decode(list(first_text)).rstrip("\N{REPLACEMENT CHARACTER}")
+        openings[opening] = tokenizer.encode(opening)
+    return openings
+
+
+def _first_question(stream: TokenStream) -> list[int] | None:
+    """Tokens before the first answer of a stream that begins with a conversation; None of another."""
+    if not stream.n_tokens:
+        return None
+    inputs, targets = stream.block(0, _QUESTION_TOKENS)
+    answers = np.flatnonzero(targets != IGNORE)
+    if not len(answers) or not answers[0]:
+        return None
+    return [int(token) for token in inputs[1 : answers[0] + 1]]
 
 
 def _unless_stopped(processes: Processes, work: Callable[[], T]) -> T:

@@ -68,7 +68,7 @@ class TextToScore:
         self._max_tokens = max_tokens
         self._skip_bad_records = skip_bad_records or any(m.config.data.skip_bad_records for m in models)
         self._reporter = reporter
-        self._found: dict[str, ScoredText] = {}
+        self._found: dict[object, ScoredText] = {}
 
     def in_tokens_of(self, tokenizer: Tokenizer) -> ScoredText:
         """The text in the tokens of this tokenizer.
@@ -77,9 +77,10 @@ class TextToScore:
             SeenTextError: a model was trained on some of it, or on all that could be held out.
             DataError: there is none.
         """
-        if tokenizer.fingerprint not in self._found:
-            self._found[tokenizer.fingerprint] = self._read(tokenizer)
-        return self._found[tokenizer.fingerprint]
+        key = tokenizer.fingerprint, tokenizer.chat
+        if key not in self._found:
+            self._found[key] = self._read(tokenizer)
+        return self._found[key]
 
     def _read(self, tokenizer: Tokenizer) -> ScoredText:
         root, side = self._corpus.root, self._side

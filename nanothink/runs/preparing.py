@@ -14,6 +14,7 @@ from nanothink.checkpoints import (
 from nanothink.config import Config, TrainConfig
 from nanothink.config.run import ResolvedConfig, flatten
 from nanothink.data.batches import TrainingBatches
+from nanothink.data.chat import PLAIN
 from nanothink.data.corpus import Corpus, find_corpus
 from nanothink.data.split import NOTHING, SplitRule, TrainedText
 from nanothink.data.tokenizer import Tokenizer, resolve_tokenizer
@@ -157,6 +158,10 @@ def prepare(
         tokenizer = _tokenizer_of(resume_point, resolved, corpus)
     elif lender is not None:
         tokenizer = _tokenizer_lent(lender, resolved, corpus)
+        if tokenizer.chat is None:  # an expert of plain text beside one that answers
+            tokenizer = tokenizer.with_chat(
+                next(filter(None, (p.tokenizer.chat for p in parts.values())), None)
+            )
         named = [f"{name} ({expert.path})" for name, expert in parts.items()]
         together = " and ".join(part for part in (", ".join(named[:-1]), *named[-1:]) if part)
         what = f"Combining {together}" if combines else f"Learning from {lender.path}"
@@ -181,6 +186,12 @@ def prepare(
         skip_bad_records=config.data.skip_bad_records,
         reporter=reporter,
     )
+    if tokens.has_conversations and tokenizer.chat is None:
+        tokenizer = tokenizer.with_chat(PLAIN)  # from here on a model of it answers
+        reporter.note(
+            f"The tokenizer '{tokenizer.name}' has no chat template: conversations are written in the plain "
+            "one (docs/data.md)."
+        )
     if payload is not None and payload["data_fingerprint"] != tokens.fingerprint:
         reporter.note(
             "The training data is not what this run began with. It resumes with the new data; its result "

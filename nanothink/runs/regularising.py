@@ -32,7 +32,7 @@ def fit_to_text(
     if kind == COMBINED:
         return config
     training = training_of(kind, config)
-    n_tokens = sum(stream.n_tokens for stream in tokens.train.values())
+    n_tokens = sum(stream.n_targets for stream in tokens.train.values())
     if n_tokens > AMPLE * 2 * vocab_size * config.model.d_model and not training.fit_to_text:
         return config  # tables alone tell that there is enough text
     model = with_adapters(build_model(kind, config, vocab_size), training)

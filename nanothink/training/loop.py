@@ -227,7 +227,8 @@ def _accumulate(run: Run, placement: Placement) -> tuple[float, dict[str, float]
         masks = run.model.dropout.masks(config.seed, here.positions, device)
         placement.add_next(i == len(window) - 1)
         with run.precision.autocast(), masks:
-            loss = placement.compute(run.objective, here, 1.0 / n_targets)
+            scale = 1.0 / max(1, n_targets)  # 0 where there are questions alone
+            loss = placement.compute(run.objective, here, scale)
         total = loss.total if run.scaler is None else run.scaler.scale(loss.total)
         total.backward()  # type: ignore[no-untyped-call]
         losses.append({"": loss.total.detach(), **loss.parts})

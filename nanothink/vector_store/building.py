@@ -126,7 +126,10 @@ def plan_build(
         touched = _blocks_of(ends, documents.n_tokens, fresh, length)
         chosen.append((domain, tokens.train[domain], documents, ends, fresh, touched))
     n_blocks = sum(len(touched) for *_, touched in chosen)
-    n_fresh = sum(int(documents.n_tokens[fresh].sum()) for _, _, documents, _, fresh, _ in chosen)
+    n_fresh = sum(
+        round(int(documents.n_tokens[fresh].sum()) * stream.n_targets / max(1, stream.n_tokens))
+        for _, stream, documents, _, fresh, _ in chosen
+    )
     n_old = store.index.n_keys if store is not None else 0
     share = 1.0
     if settings.max_keys is not None and store is None:  # additions go in whole

@@ -213,7 +213,8 @@ def test_tokens_kept_before_texts_were_checked_are_made_again(
 ) -> None:
     tokenizer = Tokenizer(unigram(), "unigram")
     corpus = find_corpus(_corpus(tmp_path / "data", ["Hello world", "Hello 漢"]))
-    monkeypatch.setattr("nanothink.data.token_files._FORMAT", 3)
+    for module in ("token_files", "token_writer"):
+        monkeypatch.setattr(f"nanothink.data.{module}.FORMAT", 3)
     monkeypatch.setattr(Tokenizer, "_check_losses", lambda *_: None)
     tokenise(corpus, tokenizer, split=None)
     monkeypatch.undo()
