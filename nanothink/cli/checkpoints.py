@@ -234,6 +234,7 @@ def import_(
     if as_json:
         render.print_json(done)
         return
+    asked = ["--chat", "Who are you?"] if done.answers else ["Once upon a time"]
     rows = [
         ["source", f"{done.source} ({done.family})"],
         ["licence", done.licence or "not stated by its files"],
@@ -248,7 +249,7 @@ def import_(
             f"{render.count(done.vocab_size)} tokens"
             + (f"; {render.count(done.n_cut_rows)} unused rows left out" if done.n_cut_rows else ""),
         ],
-        ["try it", command("generate", "Once upon a time", "-c", done.path)],
+        ["try it", command("generate", *asked, "-c", done.path)],
     ]
     render.facts(rows, title=str(done.path))
 

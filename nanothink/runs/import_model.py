@@ -49,6 +49,8 @@ class ImportedModel:
     """Rows of the embedding table that no token of the tokenizer uses, and which were left out."""
     context_length: int | None
     licence: str | None
+    answers: bool
+    """It has a chat template."""
 
 
 def import_model(
@@ -133,6 +135,7 @@ def import_model(
         n_rows - vocab_size,
         model.context_length,
         found.licence,
+        found.tokenizer.chat is not None,
     )
 
 

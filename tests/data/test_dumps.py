@@ -121,7 +121,7 @@ def test_records_without_text_are_one_error_with_the_commands_that_import_them(
 
 
 def test_records_without_any_string_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    put(tmp_path / "chat", "sft.jsonl", lambda i: {"messages": [{"role": "user", "content": passage(i)}]})
+    put(tmp_path / "chat", "sft.jsonl", lambda i: {"turns": [{"from": "user", "value": passage(i)}]})
     assert run(["data", "validate", str(tmp_path)]) == 1
     told = capsys.readouterr().out
     assert told.count("the key `text` is missing") == 1
