@@ -102,6 +102,7 @@ SMALL = {
         ),
     ),
     "serving.py": Small("--seconds 1 --clients 1 2 --tokens 4", rows=2, said=(r"left with 0\.",)),
+    "malformed_requests.py": Small("--examples 1", rows=1, said=(r"left with 0\.",)),
     # A process for each point, so each kind has its turn in one of the four.
     "growth.py context batch size": Small(f"{ONE_POINT} diffuser", rows=3, named=("diffuser",)),
     "growth.py context batch": Small(f"{ONE_POINT} state_space", rows=2, named=("state_space",)),
@@ -118,8 +119,8 @@ SMALL = {
     "kill_campaign.py": Small("--kills 4 --fresh 0", rows=5, named=(*KINDS, "all"), said=(r"Failures: 0\.",)),
     "lm_eval/compare.py": Small(
         "--bytes 3000",
-        rows=2,
-        named=("one text a domain", "document by document"),
+        rows=4,
+        named=("one text a domain", "one text a domain, served", "document by document"),
         said=("held-out documents",),
     ),
     "many_files.py": Small(

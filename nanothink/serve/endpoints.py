@@ -35,6 +35,11 @@ _T = TypeVar("_T")
 _BODY_SECONDS = 30.0
 """For a client to send its body."""
 
+_MAX_TOKEN_CHARACTERS = 16
+"""Texts of more characters a token are nearly all white space."""
+_LONG_TEXT = 20_000
+"""Characters from which a text is tokenised beside the event loop, which answers others meanwhile."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -119,7 +124,7 @@ class Endpoints:
     async def tokenize(self, request: Request) -> Response:
         asked = parse(TokenizeRequest, await self._body(request))
         model = self._model(asked.model)
-        tokens = self._encoded(model, asked.prompt, "prompt")
+        tokens = await self._encoded(model, asked.prompt, "prompt")
         if asked.prompt == model.eos_token:
             tokens = [model.loaded.tokenizer.eos_id]
         length = model.loaded.model.context_length
@@ -135,7 +140,7 @@ class Endpoints:
         asked = parse(InspectRequest, await self._body(request))
         model = self._model(asked.model)
         self._check_tokens(model, asked.tokens, "tokens")
-        tokens = [*self._encoded(model, asked.prompt, "prompt"), *asked.tokens]
+        tokens = [*await self._encoded(model, asked.prompt, "prompt"), *asked.tokens]
         return json_response(
             await self._thread.call(
                 lambda: inspect(
@@ -149,7 +154,7 @@ class Endpoints:
         model = self._model(asked.model)
         if asked.best_of not in (None, asked.n_choices):
             raise RequestError("best_of must be n, or left out.", param="best_of")
-        prompts = [self._encoded(model, prompt, "prompt") for prompt in asked.prompts]
+        prompts = [await self._encoded(model, prompt, "prompt") for prompt in asked.prompts]
         self._check_size(asked, prompts)
         scored = asked.logprobs is not None
         listed: Sequence[Sequence[ScoredToken]] = [()] * len(prompts)
@@ -294,11 +299,17 @@ class Endpoints:
             )
         return self._models[name]
 
-    def _encoded(self, model: ServedModel, prompt: str | list[int], field: str) -> list[int]:
-        if isinstance(prompt, str):
+    async def _encoded(self, model: ServedModel, prompt: str | list[int], field: str) -> list[int]:
+        if not isinstance(prompt, str):
+            self._check_tokens(model, prompt, field)
+            return prompt
+        limit = _MAX_TOKEN_CHARACTERS * self._limits.max_prompt_tokens
+        if len(prompt) > limit:  # before seconds of tokenising
+            said = f"A text of {len(prompt)} characters; this server takes {limit}."
+            raise RequestError(said, param=field, code="context_length_exceeded")
+        if len(prompt) < _LONG_TEXT:
             return model.loaded.tokenizer.encode(prompt)
-        self._check_tokens(model, prompt, field)
-        return prompt
+        return await asyncio.to_thread(model.loaded.tokenizer.encode, prompt)
 
     def _check_tokens(self, model: ServedModel, tokens: Sequence[int], field: str) -> None:
         size = model.loaded.model.vocab_size

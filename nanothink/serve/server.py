@@ -116,6 +116,7 @@ def build_server(
         note(f"A request failed, which is a fault of the server:\n{trace}")
 
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # invalid HTTP is the client's affair
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # as are writes to one that has left
     config = uvicorn.Config(
         build_app(models, access, limits, on_failure=on_failure),
         log_config=None,
