@@ -37,6 +37,7 @@ from nanothink.cli import (
     serve,
     store,
     tokenizer,
+    train,
     train_mla,
 )
 from nanothink.cli.options import is_first_process, launched_with_others
@@ -51,7 +52,7 @@ from nanothink.errors import (
 from nanothink.training.interruption import SignalListener, StopRequests, last_words, stopping_signals
 
 _ORDER = (
-    *("data", "tokenizer", "pretrain", "train-mla", "resume", "eval", "generate", "serve", "store"),
+    *("train", "data", "tokenizer", "pretrain", "train-mla", "resume", "eval", "generate", "serve", "store"),
     *("report", "checkpoints", "config", "doctor", "demo"),
 )
 
@@ -97,6 +98,7 @@ def root(
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 pretrain.register(app)
+train.register(app)
 train_mla.register(app)
 evaluate.register(app)
 generate.register(app)

@@ -100,14 +100,15 @@ class _Text:
     rest: Mapping[str, TokenStream]
 
     @classmethod
-    def of(cls, streams: Mapping[str, TokenStream]) -> _Text:
+    def of(cls, streams: Mapping[str, TokenStream], max_tokens: int | None) -> _Text:
+        """Divide ``streams``; of the rest a sample of at most ``max_tokens`` of each domain."""
         total = sum(stream.n_tokens for stream in streams.values())
         to_fit = {
             name: stream.part_to_fit(FIT_TOKENS * stream.n_tokens // max(1, total))
             for name, stream in streams.items()
         }
         rest = {name: stream.without(to_fit[name].documents().keys) for name, stream in streams.items()}
-        return cls(to_fit, rest)
+        return cls(to_fit, {name: stream.sample(max_tokens) for name, stream in rest.items()})
 
     @property
     def keys(self) -> list[int]:
@@ -138,8 +139,8 @@ def finish_best(setup: RunSetup, run: Run, store: CheckpointStore, reporter: Rep
         if isinstance(model, NanoThink) and isinstance(run.model, NanoThink):
             model.vector_store = run.model.vector_store
     restore_model(model, payload, expect_kind=model.kind, path=best)
-    text = _Text.of(setup.tokens.val)
     training = setup.training
+    text = _Text.of(setup.tokens.val, training.eval_max_tokens)
     in_gate_mode = isinstance(training, TrainMLAConfig) and training.fit == "gate"
     if in_gate_mode and isinstance(model, NanoThink):
         _fit_weights(model, setup, text, reporter)

@@ -94,7 +94,7 @@ def time_step(run: Run, share: int) -> float:
     def seconds(n_blocks: int, passes: int = 1, rounds: int = _ROUNDS) -> float:
         config = run.config.model_copy(update={"batch_size": n_blocks, "grad_accum_steps": passes})
         part = replace(run, config=config)
-        taken = [_seconds(lambda: take_step(part), run.precision.device) for _ in range(1 + rounds)]
+        taken = [seconds_of(lambda: take_step(part), run.precision.device) for _ in range(1 + rounds)]
         return statistics.median(taken[1:])
 
     one = seconds(1)
@@ -134,9 +134,9 @@ def _time_evaluation(setup: RunSetup, run: Run, step_seconds_per_token: float) -
         )
 
     scored()  # the first one builds and allocates
-    scoring = _seconds(scored, device)
-    calibrating = max(0.0, _seconds(callbacks.evaluate, device) - scoring)
-    sampling = _seconds(callbacks.sample, device) if run.config.sample_tokens else 0.0
+    scoring = seconds_of(scored, device)
+    calibrating = max(0.0, seconds_of(callbacks.evaluate, device) - scoring)
+    sampling = seconds_of(callbacks.sample, device) if run.config.sample_tokens else 0.0
     calibrated = min(n_whole, FIT_TOKENS) / n_sample
     return scoring * n_whole / n_sample + calibrating * max(1.0, calibrated) + sampling
 
@@ -155,7 +155,8 @@ def _without_disk(setup: RunSetup) -> RunSetup:
     return replace(setup, config=config, parts=parts)
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Duration of a call, with what it has left a device to do."""
     start = time.perf_counter()
     work()
     if device.type == "cuda":

@@ -36,3 +36,8 @@ class Regularisation:
         dropout = 0.0 if ratio > AMPLE else min(max(round(20 * wanted) / 20, 0.0), _MOST)  # steps of 0.05
         epochs = next(n for least, n in _EPOCHS if dropout >= least)
         return cls(dropout, _TABLES if dropout >= _MOST else 0.0, epochs, ratio)
+
+    @staticmethod
+    def dropout_for(epochs: float) -> float:
+        """The most dropout for which so many epochs are enough; with fewer it only slows learning down."""
+        return next((dropout for dropout, needed in _EPOCHS if epochs >= needed), 0.0)

@@ -64,5 +64,5 @@ def test_the_help_of_a_preset_names_them_all() -> None:
 
 def test_commands_come_in_the_order_of_the_story() -> None:
     listed = re.findall(r"^  ([a-z-]+) ", _help("nanothink").partition("Commands:")[2], re.M)
-    assert listed[:4] == ["data", "tokenizer", "pretrain", "train-mla"]
+    assert listed[:5] == ["train", "data", "tokenizer", "pretrain", "train-mla"]
     assert len(listed) == len(COMMANDS["nanothink"].commands)

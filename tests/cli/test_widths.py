@@ -82,6 +82,7 @@ CASES = {
     "config presets": ["", "tiny"],
     "doctor": [""],
     "demo": ["--out full"],
+    "train": ["--time soon", "--time 1m --checkpoint-dir full"],
 }
 """Lines for each command. `full` is a file, so nothing can be written below it: that is an error."""
 

@@ -19,6 +19,7 @@ from nanothink.cli.render.console import (
 )
 from nanothink.cli.render.corpus import near_duplicates
 from nanothink.cli.render.imported import imported
+from nanothink.cli.render.plan import plan
 from nanothink.cli.render.problems import ErrorStream, bad_lines, hints, problems
 from nanothink.cli.render.progress import BarReporter, reporting
 from nanothink.cli.render.results import (
@@ -54,6 +55,7 @@ __all__ = [
     "near_duplicates",
     "note",
     "plain",
+    "plan",
     "print_json",
     "problems",
     "reconstructions",

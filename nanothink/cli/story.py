@@ -1,0 +1,285 @@
+"""The stages of a training plan as commands: shown, run one after another, and resumed where they stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanothink.errors import CheckpointMismatchError, UsageError, counted, rounded_duration
+
+if TYPE_CHECKING:
+    from nanothink.reporter import Reporter
+    from nanothink.runs.planning import PlanFile
+    from nanothink.runs.training_plan import SpeedOf, Stage, TrainingPlan
+
+Call = Callable[[list[str]], int]
+"""Runs a command of NanoThink, as app.py gives it to every command."""
+
+_TITLES = {
+    "import": "The texts as records",
+    "tokenizer": "A byte-level BPE of its own",
+    "transformer": "An expert: a transformer",
+    "state_space": "An expert: a state-space model",
+    "diffuser": "An expert: a diffuser, against the frozen transformer",
+    "combine": "NanoThink over the experts, frozen, with a vector store of the text",
+    "evaluate": "All of them on held-out text",
+    "sample": "What it writes, and which expert is trusted",
+}
+_SAMPLE_TOKENS = 80
+_REPEATED = ("evaluate", "sample")
+"""Stages that run again when a finished plan is asked for."""
+
+
+@dataclass
+class Story:
+    """A call of ``nanothink train``, or of ``nanothink demo``, which brings a text of its own."""
+
+    call: Call
+    checkpoint_dir: Path
+    data_dir: str | None = None
+    seconds: float | None = None
+    kinds: tuple[str, ...] | None = None
+    device: str | None = None
+    overwrite: bool = False
+    as_json: bool = False
+    prompt: str | None = None
+    """For the sample; the first words of the text when None."""
+    speed_of: SpeedOf | None = None
+    """Of this machine; measured when None."""
+    began: float = field(default_factory=time.monotonic)
+
+    def print_plan(self) -> int:
+        """Print the plan, and write nothing."""
+        from nanothink.cli import render
+
+        plan = self._plan()
+        if self.as_json:
+            render.print_json(plan.model_dump(mode="json"))
+        else:
+            render.plan(plan)
+        return 0
+
+    def tell(self) -> int:
+        """Carry out the plan from where it stands, then print what to type next."""
+        from nanothink.cli import render
+        from nanothink.runs.planning import PlanFile, settings_of, write_settings
+
+        plan, file, scores = self._plan(), PlanFile(self.checkpoint_dir), dict[str, Any]()
+        with contextlib.redirect_stdout(sys.stderr) if self.as_json else contextlib.nullcontext():
+            render.plan(plan)
+            file.write(plan)
+            write_settings(self.checkpoint_dir, settings_of(plan, self.checkpoint_dir))
+            for index in range(len(plan.stages)):
+                if not plan.stages[index].done:
+                    plan, code = self._carry_out(plan, index, file, scores)
+                    if code:
+                        return code
+        if self.as_json:
+            render.print_json({"plan": plan.model_dump(mode="json"), **scores})
+            return 0
+        took, given = rounded_duration(plan.spent_seconds), rounded_duration(plan.time_seconds)
+        render.chapter(f"Done in {took}; {given} were given. What to type next", "")
+        for line in self._next_commands(plan):
+            render.say(f"  {line}")
+        return 0
+
+    # ---------------------------------------------------------------------------------------------
+    # The plan
+
+    def _plan(self) -> TrainingPlan:
+        """The plan of the folder, or a new one.
+
+        Raises:
+            UsageError: the folder has another plan, or models that no plan has made.
+        """
+        from nanothink.runs.planning import PlanFile, measure_text
+
+        plan = None if self.overwrite else PlanFile(self.checkpoint_dir).read()
+        if plan is None:
+            return self._new_plan()
+        here = shlex.join(["nanothink", "train", plan.data_dir, "--checkpoint-dir", str(self.checkpoint_dir)])
+        done = sum(stage.done for stage in plan.stages)
+        what = f"{self.checkpoint_dir} has a plan of {rounded_duration(plan.time_seconds)} for "
+        what += f"{plan.data_dir}, of which {counted(done, 'stage')} of {len(plan.stages)} are done"
+        anew = "To start anew: --overwrite; to keep both: another --checkpoint-dir."
+        if self.data_dir not in (None, plan.data_dir) or self.kinds not in (None, plan.kinds):
+            raise UsageError(
+                f"{what}, with the experts {', '.join(plan.kinds)}. To continue it: `{here}`. {anew}"
+            )
+        if self.seconds not in (None, plan.time_seconds):
+            raise UsageError(f"{what}. To continue it, leave --time out: `{here}`. {anew}")
+        with _reporting() as reporter:
+            found = measure_text(self._source(plan.data_dir), reporter)
+        if found.digest != plan.text.digest:
+            raise CheckpointMismatchError(
+                f"The text in {plan.data_dir} is not what this plan began with ({plan.text.n_bytes:,} bytes "
+                f"then, {found.n_bytes:,} now), and models of different texts do not combine. To train on "
+                "the text as it is now: --overwrite, or another --checkpoint-dir."
+            )
+        return plan
+
+    def _new_plan(self) -> TrainingPlan:
+        from nanothink.checkpoints import CheckpointStore
+        from nanothink.runs.planning import measure_text, opening, text_files
+        from nanothink.runs.training_plan import KINDS, make_plan
+
+        data_dir, kinds = self.data_dir or "data", self.kinds or KINDS
+        if self.seconds is None:
+            words = ["nanothink", "train", data_dir, "--time", "2h"]
+            raise UsageError(f"--time says how long all of it may take, as in: `{shlex.join(words)}`")
+        taken = [p for stem in _stems(kinds) for p in CheckpointStore(self.checkpoint_dir, stem).existing()]
+        if taken and not self.overwrite:
+            raise UsageError(
+                f"{taken[0]} is there already, and no plan has made it. Choose another --checkpoint-dir, or "
+                "replace it: --overwrite"
+            )
+        source = self._source(data_dir)
+        with _reporting() as reporter:
+            text = measure_text(source, reporter)
+            return make_plan(
+                text,
+                self.seconds,
+                self._speed(reporter),
+                data_dir=data_dir,
+                kinds=kinds,
+                imports=bool(text_files(source)),
+                made_at=time.time(),
+                prompt=self.prompt or opening(source),
+            )
+
+    def _speed(self, reporter: Reporter) -> SpeedOf:
+        from nanothink.runs.machine_speed import MachineSpeed
+
+        return self.speed_of or MachineSpeed(self.device, reporter)
+
+    @staticmethod
+    def _source(data_dir: str) -> Path:
+        return Path(data_dir).expanduser()
+
+    # ---------------------------------------------------------------------------------------------
+    # Its stages
+
+    def _carry_out(
+        self, plan: TrainingPlan, index: int, file: PlanFile, scores: dict[str, Any]
+    ) -> tuple[TrainingPlan, int]:
+        """Settle a stage, show its command and run it. The plan is kept before and after."""
+        from nanothink.cli import render
+
+        if not plan.stages[index].started:
+            plan = self._settled(plan, index).with_stage(index, started=True)
+            file.write(plan)
+        stage = plan.stages[index]
+        command, title = self._command(plan, stage), _TITLES[stage.kind or stage.name]
+        render.chapter(f"{index + 1}/{len(plan.stages)}  {title}", f"$ nanothink {shlex.join(command)}")
+        code, before = 1, 0.0 if stage.name in _REPEATED else stage.spent_seconds
+        try:
+            code = self._run(stage, command, scores)
+        finally:
+            spent = before + time.monotonic() - self.began
+            self.began = time.monotonic()
+            done = not code and stage.name not in _REPEATED
+            plan = plan.with_stage(index, spent_seconds=spent, done=done)
+            file.write(plan)
+        return plan, code
+
+    def _settled(self, plan: TrainingPlan, index: int) -> TrainingPlan:
+        """The stages that are left, sized for the time that is left; the expert's speed is measured anew."""
+        from nanothink.runs.training_plan import settled
+
+        stage = plan.stages[index]
+        spent = time.monotonic() - self.began
+        counted_in = plan.with_stage(index, spent_seconds=spent)
+        if stage.kind is None:
+            return settled(counted_in)
+        with _reporting() as reporter:
+            speed = self._speed(reporter)(stage.kind, plan.shape, plan.vocab_size)
+        return settled(counted_in, {stage.kind: speed})
+
+    def _run(self, stage: Stage, command: list[str], scores: dict[str, Any]) -> int:
+        if not self.as_json or stage.name != "evaluate":
+            return self.call(command)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            code = self.call([*command, "--json"])
+        if not code:
+            scores.update(json.loads(printed.getvalue()))
+        return code
+
+    def _command(self, plan: TrainingPlan, stage: Stage) -> list[str]:
+        from nanothink.models import COMBINED, training_section
+        from nanothink.runs.planning import IMPORTED_FOLDER, SETTINGS_FILE, TOKENIZER_FOLDER
+
+        folder = self.checkpoint_dir
+        settings = ["--config", str(folder / SETTINGS_FILE)]
+        device = ["--device", self.device] if self.device else []
+        experts = [str(folder / f"{kind}_expert.pt") for kind in plan.kinds]
+        combined = str(folder / f"{COMBINED}.pt")
+        if stage.name == "import":
+            source = self._source(plan.data_dir)
+            put = ["--domain", "texts", "--data-dir", str(folder / IMPORTED_FOLDER), "--overwrite"]
+            return ["data", "import", str(source), *put]
+        if stage.name == "tokenizer":
+            size, out = ["--vocab-size", str(plan.vocab_size)], folder / TOKENIZER_FOLDER
+            again = ["--overwrite"] if out.exists() else []
+            return ["tokenizer", "train", *settings, *size, "--out", str(out), *again]
+        if stage.name == "evaluate":
+            models, size = [*experts, combined], ["--max-tokens", str(stage.n_tokens)]
+            return ["eval", *models, *size, "--document-cache", *device]
+        if stage.name == "sample":
+            length = ["-n", str(_SAMPLE_TOKENS), "--seed", "1"]
+            return ["generate", plan.prompt, "-c", combined, *length, "--show-routing", *device]
+        kind = stage.kind or COMBINED
+        section = training_section(kind)
+        values = {f"{section}.eval_max_tokens": stage.n_tokens}
+        if stage.kind is None:
+            words = ["train-mla", *(word for path in experts for word in ("--expert", path))]
+            values["vector_store.max_keys"] = stage.n_keys
+        else:
+            words = ["pretrain", kind, "--max-steps", str(stage.steps)]
+            values[f"{section}.eval_every_steps"] = stage.evaluate_every
+        words += [
+            *settings,
+            *(word for name, value in values.items() for word in ("--set", f"{name}={value}")),
+        ]
+        stem = kind if stage.kind is None else f"{kind}_expert"
+        place = ["--checkpoint-dir", str(folder), self._resume_or_overwrite(plan, stem)]
+        return [*words, *place, *device]
+
+    def _resume_or_overwrite(self, plan: TrainingPlan, stem: str) -> str:
+        """``--overwrite`` for models that are older than the plan."""
+        from nanothink.checkpoints import CheckpointStore
+
+        existing = CheckpointStore(self.checkpoint_dir, stem).existing()
+        older = bool(existing) and max(path.stat().st_mtime for path in existing) < plan.made_at
+        return "--overwrite" if older else "--resume"
+
+    def _next_commands(self, plan: TrainingPlan) -> Iterator[str]:
+        from nanothink.models import COMBINED
+
+        combined = shlex.quote(str(self.checkpoint_dir / f"{COMBINED}.pt"))
+        folder, prompt = shlex.quote(str(self.checkpoint_dir)), shlex.quote(plan.prompt)
+        yield f"nanothink generate {prompt} -c {combined} --document-cache   # let it write"
+        yield f"nanothink serve {combined}   # in the browser, and by OpenAI's API"
+        yield f"nanothink report --checkpoint-dir {folder}   # curves, domains, routing as one HTML page"
+        yield f"nanothink store search {prompt} -c {combined}   # what it recalls"
+        yield f"nanothink checkpoints ls --checkpoint-dir {folder}   # what there is"
+
+
+def _stems(kinds: tuple[str, ...]) -> list[str]:
+    from nanothink.models import COMBINED
+
+    return [*(f"{kind}_expert" for kind in kinds), COMBINED]
+
+
+def _reporting() -> Any:
+    from nanothink.cli import render
+
+    return render.reporting()

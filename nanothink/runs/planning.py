@@ -1,0 +1,159 @@
+"""A training plan where it meets the disk: text measured, settings written, the plan kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from nanothink.data.corpus import bad_records_error, find_corpus
+from nanothink.data.problems import Problems
+from nanothink.data.records import iter_records
+from nanothink.data.text_files import TEXT_SUFFIXES
+from nanothink.disk import make_folder, write_whole
+from nanothink.errors import DataError, UsageError
+from nanothink.reporter import SILENT, Reporter
+from nanothink.runs.training_plan import Shape, TextSize, TrainingPlan
+
+PLAN_FILE, SETTINGS_FILE, TOKENIZER_FOLDER = "plan.json", "train.toml", "tokenizer"
+IMPORTED_FOLDER = "data"
+_PROMPT_CHARS = 30
+_NO_SNAPSHOTS = 1_000_000  # epochs: a plan keeps the best model and the latest state
+
+
+def text_files(folder: Path) -> list[Path]:
+    """Files of plain text in a folder that is no corpus; none if it has a domain of records."""
+    if not folder.is_dir():
+        return []
+    try:
+        find_corpus(folder)
+    except DataError:
+        pass
+    else:
+        return []
+    return sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()
+    )
+
+
+def measure_text(data_dir: Path, reporter: Reporter = SILENT) -> TextSize:
+    """Read a corpus, or the text files that would be imported.
+
+    Raises:
+        DataError: there is none, or it has bad lines.
+    """
+    digest, n_bytes = hashlib.blake2b(digest_size=16), 0
+    if plain := text_files(data_dir):
+        for path in plain:
+            content = path.read_bytes()
+            digest.update(content)
+            n_bytes += len(content)
+        return TextSize(n_bytes=n_bytes, n_domains=1, digest=digest.hexdigest())
+    corpus, problems = find_corpus(data_dir), Problems()
+    advance = reporter.counter("reading", corpus.n_bytes)
+    for domain, path in corpus.files:
+        digest.update(f"{domain}/{path.name}\0".encode())
+        for _, record in iter_records(path, on_problem=problems.add, on_bytes=advance, digest=digest):
+            n_bytes += len(record.text.encode())
+    if problems:
+        raise bad_records_error(corpus.root, problems)
+    return TextSize(n_bytes=n_bytes, n_domains=len(corpus.domains), digest=digest.hexdigest())
+
+
+def opening(data_dir: Path) -> str:
+    """The first words of the first text, as a prompt."""
+    for path in text_files(data_dir):
+        return _first_words(path.read_text("utf-8", errors="ignore"))
+    for _, path in find_corpus(data_dir).files:
+        for _, record in iter_records(path, on_problem=lambda _: None):
+            return _first_words(record.text)
+    return "The"
+
+
+def _first_words(text: str) -> str:
+    words = [word for word in text[:1000].split() if any(map(str.isalpha, word))]
+    return " ".join(words[:2])[:_PROMPT_CHARS] or "The"
+
+
+def settings_of(plan: TrainingPlan, checkpoint_dir: Path) -> dict[str, Any]:
+    """The settings that all commands of a plan share, by ``section.key``."""
+    imports = any(stage.name == "import" for stage in plan.stages)
+    return {
+        "data.data_dir": str(checkpoint_dir / IMPORTED_FOLDER) if imports else plan.data_dir,
+        "data.tokenizer": str(checkpoint_dir / TOKENIZER_FOLDER),
+        **shape_settings(plan.shape),
+        "train_expert.dropout": plan.dropout,
+        "train_diffuser.dropout": plan.dropout,
+        "vector_store.enabled": True,
+        "train_mla.fit": "gate",
+    }
+
+
+def shape_settings(shape: Shape) -> dict[str, Any]:
+    """Settings of the models and their batches."""
+    trained = {
+        f"{section}.{name}": value
+        for section in ("train_expert", "train_diffuser", "train_mla")
+        for name, value in (
+            ("batch_size", shape.batch_size),
+            ("grad_accum_steps", 1),
+            ("warmup_steps", 50),
+            ("snapshot_every_epochs", _NO_SNAPSHOTS),
+        )
+    }
+    return {
+        "model.d_model": shape.d_model,
+        "model.max_seq_len": shape.length,
+        "transformer.n_heads": shape.n_heads,
+        "mla.n_heads": shape.n_heads,
+        **{f"{kind}.n_layers": n for kind, n in shape.layers.items()},
+        **trained,
+    }
+
+
+class PlanFile:
+    """The plan of a checkpoint folder."""
+
+    def __init__(self, checkpoint_dir: Path) -> None:
+        self.path = checkpoint_dir / PLAN_FILE
+
+    def read(self) -> TrainingPlan | None:
+        """The plan, or None if there is none.
+
+        Raises:
+            UsageError: the file is no plan.
+        """
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UsageError(f"The plan {self.path} cannot be read: {error.strerror}.") from None
+        try:
+            return TrainingPlan.model_validate_json(content)
+        except ValidationError:
+            raise UsageError(
+                f"{self.path} is damaged, or no plan of this version. Remove it to plan anew; to train from "
+                "the beginning, --overwrite."
+            ) from None
+
+    def write(self, plan: TrainingPlan) -> None:
+        """Write the plan, whole or not at all, and the settings beside it. Raises StorageError."""
+        make_folder(self.path.parent)
+        write_whole(self.path, plan.model_dump_json(indent=2).encode() + b"\n")
+
+
+def write_settings(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:
+    """Write settings as a TOML file. Raises StorageError."""
+    sections: dict[str, list[str]] = {}
+    for name, value in settings.items():
+        section, _, key = name.partition(".")
+        sections.setdefault(section, []).append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+    lines = [line for section, own in sections.items() for line in (f"[{section}]", *own, "")]
+    make_folder(checkpoint_dir)
+    path = checkpoint_dir / SETTINGS_FILE
+    write_whole(path, "\n".join(lines).encode())
+    return path

@@ -1,0 +1,385 @@
+"""Plan of ``nanothink train``: model, stages and their times, a pure function of text, time and speed.
+
+    text size, seconds, speed of this machine ──► shape ──► stages, each with its seconds
+
+The largest shape is taken that can be trained enough in the time: on as many tokens as its parameters or
+its text ask for, whichever is less. The time is then divided: what is fixed (reading, the store, evaluation)
+first, the rest in equal parts among the experts. A stage is settled when it starts, from the time that is
+left then, so that later stages are shortened if earlier ones took longer; from there on it stays as it is,
+so that a resumed stage is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from nanothink.config.base import Settings
+from nanothink.data.tokenizer import fitting_vocab_size
+from nanothink.errors import UsageError, rounded_duration
+from nanothink.training.regularisation import Regularisation
+
+KINDS = ("state_space", "transformer")
+"""Experts of a plan by default: with the store, what gave most on little text (docs/log.md)."""
+
+
+class Shape(Settings):
+    """Sizes that all experts of a plan have."""
+
+    d_model: int
+    n_heads: int
+    layers: dict[str, int]
+    """By kind."""
+    length: int
+    """Tokens of a block."""
+    batch_size: int
+    max_vocab: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.length
+
+    def vocab_size(self, n_bytes: int) -> int:
+        """Vocabulary for a text of ``n_bytes``. A large head would take most of a small model's time."""
+        return min(fitting_vocab_size(n_bytes), self.max_vocab)
+
+    def n_parameters(self, vocab_size: int) -> int:
+        """Parameters of its transformer: attention and SwiGLU are 16 D² a layer."""
+        return 16 * self.d_model**2 * self.layers["transformer"] + 2 * vocab_size * self.d_model
+
+
+def _shape(d_model: int, n_heads: int, layers: Sequence[int], length: int, batch: int, vocab: int) -> Shape:
+    by_kind = dict(zip(("transformer", "state_space", "diffuser"), layers, strict=True))
+    return Shape(
+        d_model=d_model,
+        n_heads=n_heads,
+        layers=by_kind,
+        length=length,
+        batch_size=batch,
+        max_vocab=vocab,
+    )
+
+
+SHAPES = (
+    _shape(64, 2, (2, 2, 2), 128, 8, 1024),
+    _shape(128, 4, (2, 3, 2), 256, 8, 2048),
+    _shape(128, 4, (4, 6, 4), 256, 8, 4096),
+    _shape(256, 8, (3, 3, 3), 256, 8, 4096),
+    _shape(384, 6, (6, 6, 4), 512, 8, 8192),
+    _shape(512, 8, (8, 12, 6), 512, 16, 16384),
+    _shape(768, 12, (12, 24, 8), 1024, 16, 32768),
+)
+"""From small to large."""
+
+
+class TextSize(Settings):
+    """Numbers of a text that a plan depends on."""
+
+    n_bytes: int
+    n_domains: int
+    digest: str = ""
+    """Of all files, to see that it is the same text later."""
+
+    def n_tokens(self, vocab_size: int) -> int:
+        """Training tokens, about; a tenth is held out."""
+        return max(1, int(0.9 * self.n_bytes / _bytes_per_token(vocab_size)))
+
+
+def _bytes_per_token(vocab_size: int) -> float:
+    """About 2.6 at 1,024 entries and 0.35 more for each doubling, as measured on the starter corpus."""
+    return max(2.0, 2.6 + 0.35 * math.log2(vocab_size / 1024))
+
+
+class StepTime(Settings):
+    """Measured on this machine."""
+
+    step_seconds: float
+    """An optimizer step."""
+    token_seconds: float
+    """Scoring a token of held-out text."""
+
+
+SpeedOf = Callable[[str, Shape, int], StepTime]
+"""(kind, shape, vocabulary) -> its time on this machine."""
+
+Name = Literal["import", "tokenizer", "expert", "combine", "evaluate", "sample"]
+
+
+class Stage(Settings):
+    """One command of a plan."""
+
+    name: Name
+    kind: str | None = None
+    """The expert that is trained."""
+    steps: int = 0
+    evaluate_every: int = 1
+    n_keys: int = 0
+    """Of the vector store, at most."""
+    n_tokens: int = 0
+    """Held-out tokens to score, of each domain at most."""
+    seconds: float
+    """Planned."""
+    spent_seconds: float = 0.0
+    started: bool = False
+    """Settled: a resume repeats it as it is."""
+    done: bool = False
+
+
+class TrainingPlan(Settings):
+    """A plan as it lies in the checkpoint folder, and how far it has come."""
+
+    version: Literal[1] = 1
+    data_dir: str
+    """As given: a corpus, or a folder of texts that is imported first."""
+    time_seconds: float
+    made_at: float
+    """Seconds since the epoch. Checkpoints that are older belong to no stage of this plan."""
+    text: TextSize
+    kinds: tuple[str, ...]
+    shape: Shape
+    vocab_size: int
+    epochs: float
+    """Passes of each expert over the text, about."""
+    dropout: float
+    times: dict[str, StepTime]
+    """Of each kind, as last measured."""
+    unit: float
+    """Speed of this machine: seconds here for one second of the machine that the fixed times are from."""
+    prompt: str
+    """For the sample at the end."""
+    stages: tuple[Stage, ...]
+
+    @property
+    def spent_seconds(self) -> float:
+        return sum(stage.spent_seconds for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Planned in all."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def with_stage(self, index: int, **changes: Any) -> TrainingPlan:
+        stages = list(self.stages)
+        stages[index] = stages[index].model_copy(update=changes)
+        return self.model_copy(update={"stages": tuple(stages)})
+
+
+# ---------------------------------------------------------------------------------------------------
+# Times of what is no training, in seconds of one core of a server of 2026; Machine.unit scales them
+
+_REFERENCE_STEP_SECONDS = 0.05  # a step of the smallest shape's transformer there
+_START = 5.0  # Python, torch, the checks
+_READ_A_MB = 1.2  # reading, the tokenizer's merges, tokenising
+_EXPERT = 9.0  # preparing a run, and its gate at the end
+_EVALUATION = 0.8  # calibration, samples, saving
+_COMBINE = 12.0  # FAISS, weights and gate on held-out text
+_KEY = 3e-5  # adding a key to the store
+_GATED_TOKEN = 4e-4  # scoring a token with store and document cache
+_PASSES = 3  # over the held-out text while combining
+_EVALUATE = 5.0
+_SAMPLE = 3.0
+
+_RESERVE = 0.06  # of the time, for what no estimate knows
+_FEWEST_STEPS = 30  # of an expert: with fewer there is nothing to see
+_ENOUGH_TOKENS = 2.0  # for each parameter, before a larger shape is worth its time
+_MOST_PARAMETERS = 12.0  # for each training token
+_MOST_EVALUATIONS, _FEWEST_EVALUATIONS = 10, 2
+_EVALUATING = 0.1  # of an expert's time
+_FINISHING = 0.06  # of the time, for each: keys of the store, scoring while combining, evaluation
+_FEWEST_TOKENS, _MOST_TOKENS = 1_000, 100_000  # held-out tokens to score, of all domains
+_FEWEST_KEYS = 20_000
+
+
+def make_plan(
+    text: TextSize,
+    seconds: float,
+    speed_of: SpeedOf,
+    *,
+    data_dir: str = "data",
+    kinds: tuple[str, ...] = KINDS,
+    imports: bool = False,
+    made_at: float = 0.0,
+    prompt: str = "The",
+) -> TrainingPlan:
+    """Choose shape, vocabulary and stages for ``seconds``.
+
+    Shapes are timed from the smallest on, and no further than one that could be trained enough.
+
+    Raises:
+        UsageError: the time is too little; the message has the least that makes sense.
+    """
+    unit = _unit(speed_of(KINDS[-1], SHAPES[0], SHAPES[0].vocab_size(text.n_bytes)))
+    chosen: tuple[Shape, dict[str, StepTime]] | None = None
+    for shape in SHAPES:
+        vocab_size = shape.vocab_size(text.n_bytes)
+        n_parameters, n_tokens = shape.n_parameters(vocab_size), text.n_tokens(vocab_size)
+        wanted = _wanted_tokens(text, shape)
+        if chosen is not None:
+            before, measured = chosen
+            work = n_parameters / before.n_parameters(before.vocab_size(text.n_bytes))
+            cheapest = sum(t.step_seconds for t in measured.values()) * work / 3
+            steps = wanted / shape.tokens_per_step * before.tokens_per_step / shape.tokens_per_step
+            if n_parameters > _MOST_PARAMETERS * n_tokens or cheapest * steps > seconds:
+                break
+        times = {kind: speed_of(kind, shape, vocab_size) for kind in kinds}
+        needed = sum(times[kind].step_seconds for kind in kinds) * wanted / shape.tokens_per_step
+        if chosen is not None and needed > _training_seconds(text, seconds, times, unit):
+            break
+        chosen = shape, times
+    assert chosen is not None
+    shape, times = chosen
+    _refuse_too_little(text, seconds, shape, times, unit)
+    vocab_size = shape.vocab_size(text.n_bytes)
+    stages = [
+        *([Stage(name="import", seconds=_READ_A_MB / 4 * unit * text.n_bytes / 1e6)] if imports else []),
+        Stage(name="tokenizer", seconds=_reading_seconds(text, unit)),
+        *(Stage(name="expert", kind=kind, seconds=0.0) for kind in kinds),
+        *(Stage(name=name, seconds=0.0) for name in ("combine", "evaluate", "sample")),
+    ]
+    plan = TrainingPlan(
+        data_dir=data_dir,
+        time_seconds=seconds,
+        made_at=made_at,
+        text=text,
+        kinds=kinds,
+        shape=shape,
+        vocab_size=vocab_size,
+        epochs=1.0,
+        dropout=0.0,
+        times=times,
+        unit=unit,
+        prompt=prompt,
+        stages=tuple(stages),
+    )
+    plan = settled(plan)
+    steps = min(stage.steps for stage in plan.stages if stage.name == "expert")
+    epochs = steps * shape.tokens_per_step / text.n_tokens(vocab_size)
+    rule = Regularisation.of(text.n_tokens(vocab_size), shape.n_parameters(vocab_size))
+    dropout = min(rule.dropout, Regularisation.dropout_for(epochs))
+    return plan.model_copy(update={"epochs": epochs, "dropout": dropout})
+
+
+def settled(plan: TrainingPlan, measured: Mapping[str, StepTime] | None = None) -> TrainingPlan:
+    """The plan with every stage that has not started sized for the time that is left.
+
+    Args:
+        measured: new times of some kinds; what is no training is taken to have changed as much.
+    """
+    if measured:
+        changes = [time.step_seconds / plan.times[kind].step_seconds for kind, time in measured.items()]
+        unit = max(0.3, plan.unit * sum(changes) / len(changes))
+        plan = plan.model_copy(update={"times": {**plan.times, **measured}, "unit": unit})
+    text, shape, unit, times = plan.text, plan.shape, plan.unit, plan.times
+    token_seconds = max(time.token_seconds for time in times.values())
+    left = plan.time_seconds * (1 - _RESERVE) - sum(s.spent_seconds for s in plan.stages)
+    left -= sum(max(0.0, s.seconds - s.spent_seconds) for s in plan.stages if s.started and not s.done)
+    ahead = [stage for stage in plan.stages if not stage.started]
+    left -= sum(stage.seconds for stage in ahead if stage.name in ("import", "tokenizer"))
+    last = {stage.name: stage for stage in _finishing(plan, left, token_seconds)}
+    n_experts = sum(stage.name == "expert" for stage in ahead)
+    for_training = left - sum(last[stage.name].seconds for stage in ahead if stage.name in last)
+    stages = []
+    for stage in plan.stages:
+        if stage.started:
+            stages.append(stage)
+        elif stage.name == "expert":
+            assert stage.kind is not None
+            stages.append(_expert(text, shape, unit, stage.kind, for_training / n_experts, times[stage.kind]))
+        else:
+            stages.append(last.get(stage.name, stage))
+    return plan.model_copy(update={"stages": tuple(stages)})
+
+
+def _expert(text: TextSize, shape: Shape, unit: float, kind: str, seconds: float, time: StepTime) -> Stage:
+    """As many steps as the time allows and the text bears, with evaluations in between."""
+    vocab_size = shape.vocab_size(text.n_bytes)
+    available = max(0.0, seconds - _EXPERT * unit)
+    held_out = text.n_tokens(vocab_size) // 9
+    evaluation = _EVALUATION * unit + _FEWEST_TOKENS * time.token_seconds
+    n_evaluations = int(_EVALUATING * available / evaluation)
+    n_evaluations = min(max(n_evaluations, _FEWEST_EVALUATIONS), _MOST_EVALUATIONS)
+    affordable = (_EVALUATING * available / n_evaluations - _EVALUATION * unit) / time.token_seconds
+    n_scored = int(min(max(affordable, _FEWEST_TOKENS), _MOST_TOKENS, held_out))
+    evaluating = n_evaluations * (_EVALUATION * unit + n_scored * time.token_seconds)
+    rule = Regularisation.of(text.n_tokens(vocab_size), shape.n_parameters(vocab_size))
+    most = math.ceil(rule.max_epochs * text.n_tokens(vocab_size) / shape.tokens_per_step)
+    steps = max(_FEWEST_STEPS // 3, min(most, int((available - evaluating) / time.step_seconds)))
+    return Stage(
+        name="expert",
+        kind=kind,
+        steps=steps,
+        evaluate_every=max(1, -(-steps // n_evaluations)),
+        n_tokens=max(1, n_scored // text.n_domains),
+        seconds=_EXPERT * unit + evaluating + steps * time.step_seconds,
+    )
+
+
+def _finishing(plan: TrainingPlan, left: float, token_seconds: float) -> list[Stage]:
+    """Store, scoring and sample, sized for a share of the time each, or of what is left if that is less."""
+    unit, n_experts = plan.unit, len(plan.kinds)
+    share = _FINISHING * max(0.0, min(plan.time_seconds, 4 * left))
+    n_train = plan.text.n_tokens(plan.vocab_size)
+    held_out = n_train // 9
+    key = _KEY * unit + token_seconds
+    n_keys = min(n_train, max(_FEWEST_KEYS, int(share / key)))
+    token = n_experts * token_seconds + _GATED_TOKEN * unit
+
+    def scored(passes: int) -> int:
+        return max(1, min(held_out, _MOST_TOKENS, max(_FEWEST_TOKENS, int(share / (passes * token)))))
+
+    combining, evaluating = scored(_PASSES), scored(2)
+    return [
+        Stage(
+            name="combine",
+            n_keys=n_keys,
+            n_tokens=max(1, combining // plan.text.n_domains),
+            seconds=_COMBINE * unit + n_keys * key + _PASSES * combining * token,
+        ),
+        Stage(
+            name="evaluate",
+            n_tokens=max(1, evaluating // plan.text.n_domains),
+            seconds=_EVALUATE * unit + 2 * evaluating * token,
+        ),
+        Stage(name="sample", seconds=_SAMPLE * unit),
+    ]
+
+
+def _unit(time: StepTime) -> float:
+    """Speed beside the reference. What is not arithmetic does not become much faster by a fast machine."""
+    return max(0.3, time.step_seconds / _REFERENCE_STEP_SECONDS)
+
+
+def _reading_seconds(text: TextSize, unit: float) -> float:
+    return unit * (_START + _READ_A_MB * text.n_bytes / 1e6)
+
+
+def _wanted_tokens(text: TextSize, shape: Shape) -> float:
+    """Tokens on which a shape is worth training: as its parameters ask for, or as the text bears."""
+    vocab_size = shape.vocab_size(text.n_bytes)
+    n_tokens, n_parameters = text.n_tokens(vocab_size), shape.n_parameters(vocab_size)
+    bearable = Regularisation.of(n_tokens, n_parameters).max_epochs * n_tokens
+    return min(_ENOUGH_TOKENS * n_parameters, bearable)
+
+
+def _training_seconds(text: TextSize, seconds: float, times: Mapping[str, StepTime], unit: float) -> float:
+    """Seconds left for the steps of all experts, about."""
+    fixed = _reading_seconds(text, unit) + unit * (_EXPERT * len(times) + _COMBINE + _EVALUATE + _SAMPLE)
+    shares = 1 - _RESERVE - 3 * _FINISHING
+    return (seconds * shares - fixed) * (1 - _EVALUATING)
+
+
+def _refuse_too_little(
+    text: TextSize, seconds: float, shape: Shape, times: Mapping[str, StepTime], unit: float
+) -> None:
+    least_training = _FEWEST_STEPS * sum(time.step_seconds for time in times.values())
+    if _training_seconds(text, seconds, times, unit) >= least_training:
+        return
+    shares = 1 - _RESERVE - 3 * _FINISHING
+    fixed = shares * seconds - _training_seconds(text, seconds, times, unit) / (1 - _EVALUATING)
+    least = (fixed + least_training / (1 - _EVALUATING)) / shares
+    minutes = math.ceil(1.1 * least / 60)
+    raise UsageError(
+        f"--time {rounded_duration(seconds)} is too little for {len(times)} experts of this text on this "
+        f"machine. The least that makes sense is {minutes} min: --time {minutes}m"
+    )

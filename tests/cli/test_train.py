@@ -1,0 +1,191 @@
+"""``nanothink train``: the commands it runs, in what order, and where it continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanothink.cli.app import run
+from nanothink.cli.story import Story
+from nanothink.errors import CheckpointMismatchError, NanoThinkError, UsageError
+from nanothink.runs.planning import PlanFile
+from nanothink.runs.training_plan import Shape, StepTime
+
+
+class Commands:
+    """Stands for the program: keeps each command and leaves its checkpoint, or fails at one of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.called: list[list[str]] = []
+        self.fails_at: str | None = None
+
+    def __call__(self, words: list[str]) -> int:
+        self.called.append(words)
+        kind = words[1] if words[0] == "pretrain" else words[0]
+        stem = {"pretrain": f"{kind}_expert", "train-mla": "nanothink_mla"}.get(words[0])
+        if stem:
+            (self.folder / f"{stem}.pt").write_bytes(b"")
+        return 130 if kind == self.fails_at else 0
+
+    @property
+    def names(self) -> list[str]:
+        return [words[1] if words[0] == "pretrain" else words[0] for words in self.called]
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Commands:
+    return Commands(tmp_path / "models")
+
+
+@pytest.fixture
+def text(tiny_corpus: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_corpus, tmp_path / "text"))
+
+
+ALL = ["tokenizer", "state_space", "transformer", "train-mla", "eval", "generate"]
+
+
+def speed_of(kind: str, shape: Shape, vocab_size: int) -> StepTime:
+    return StepTime(step_seconds=0.05, token_seconds=1e-5)
+
+
+def story(commands: Callable[[list[str]], int], folder: Path, text: Path, **more: Any) -> Story:
+    asked: dict[str, Any] = {"seconds": 600, "speed_of": speed_of} | more
+    return Story(commands, folder, str(text), **asked)
+
+
+def test_it_runs_each_stage_once_and_scores_again_when_asked_again(commands: Commands, text: Path) -> None:
+    assert story(commands, commands.folder, text).tell() == 0
+    assert commands.names == ALL
+    commands.called.clear()
+    assert story(commands, commands.folder, text, seconds=None).tell() == 0
+    assert commands.names == ["eval", "generate"]
+
+
+def test_it_continues_where_it_was_interrupted_with_the_same_commands(commands: Commands, text: Path) -> None:
+    commands.fails_at = "transformer"
+    assert story(commands, commands.folder, text).tell() == 130
+    assert commands.names == ALL[:3]
+    interrupted = commands.called[-1]
+    commands.fails_at = None
+    commands.called.clear()
+    assert story(commands, commands.folder, text).tell() == 0
+    assert commands.names == ALL[2:]
+    assert commands.called[0] == interrupted
+    assert "--resume" in interrupted
+
+
+def test_a_killed_one_continues_with_the_stage_that_it_was_in(commands: Commands, text: Path) -> None:
+    def killed(words: list[str]) -> int:
+        commands(words)
+        if words[0] == "pretrain":
+            # kill -9 leaves the plan as it was before the stage
+            kept.append(PlanFile(commands.folder).path.read_bytes())
+            raise KeyboardInterrupt
+        return 0
+
+    kept: list[bytes] = []
+    with pytest.raises(KeyboardInterrupt):
+        story(killed, commands.folder, text).tell()
+    PlanFile(commands.folder).path.write_bytes(kept[0])
+    before = commands.called[-1]
+    commands.called.clear()
+    assert story(commands, commands.folder, text).tell() == 0
+    assert commands.names == ALL[1:]
+    assert commands.called[0] == before
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"seconds": 700}, UsageError, "leave --time out: `nanothink train"),
+        ({"kinds": ("transformer",)}, UsageError, "To continue it: `nanothink train"),
+        ({"text": "more"}, CheckpointMismatchError, "To train on the text as it is now: --overwrite"),
+    ],
+)
+def test_another_plan_or_text_is_refused_and_can_be_started_anew(
+    commands: Commands, text: Path, change: dict[str, Any], error: type[NanoThinkError], says: str
+) -> None:
+    commands.fails_at = "transformer"
+    assert story(commands, commands.folder, text).tell() == 130
+    if change.pop("text", None):
+        with (text / "letters" / "texts.jsonl").open("a") as file:
+            file.write('{"text": "One more."}\n')
+    with pytest.raises(error, match=says):
+        story(commands, commands.folder, text, **change).tell()
+    for path in commands.folder.glob("*.pt"):
+        os.utime(path, (time.time() - 60, time.time() - 60))
+    commands.fails_at = None
+    commands.called.clear()
+    assert story(commands, commands.folder, text, overwrite=True, **change).tell() == 0
+    trained = [words for words in commands.called if words[0] == "pretrain"]
+    old = {"state_space", "transformer"}
+    assert all(("--overwrite" in words) == (words[1] in old) for words in trained)
+
+
+def test_models_that_no_plan_has_made_are_kept(commands: Commands, text: Path) -> None:
+    commands.folder.mkdir()
+    (commands.folder / "transformer_expert.pt").write_bytes(b"mine")
+    with pytest.raises(UsageError, match="no plan has made it"):
+        story(commands, commands.folder, text).tell()
+    assert not commands.called
+
+
+def test_a_folder_of_texts_is_imported_first(commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "novels" / "old").mkdir(parents=True)
+    (tmp_path / "novels" / "old" / "a.md").write_text("It was late. " * 3000)
+    assert story(commands, commands.folder, tmp_path / "novels").tell() == 0
+    assert commands.names == ["data", *ALL]
+    imported = commands.called[0]
+    assert imported[1:3] == ["import", str(tmp_path / "novels")]
+    assert str(commands.folder / "data") in (commands.folder / "train.toml").read_text()
+
+
+def test_a_dry_run_writes_nothing(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", str(text), "--time", "10h", "--checkpoint-dir", str(tmp_path / "models"), "--dry-run"]
+    assert run(words) == 0
+    assert "state_space" in capsys.readouterr().out
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "--time says how long"),
+        (["--time", "1s"], "The least that makes sense is"),
+        (["--time", "1h", "--experts", "mamba"], "there is no expert 'mamba'"),
+        (["--time", "1h", "--experts", "diffuser"], "--experts transformer,diffuser"),
+    ],
+)
+def test_what_cannot_be_planned_says_what_to_type(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    assert run(["train", str(text), "--checkpoint-dir", str(tmp_path / "models"), *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(1800)
+def test_four_minutes_on_the_starter_corpus_are_four_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In seconds of the processor, which other work changes least; set OMP_NUM_THREADS=1."""
+    for clock in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(time, clock, time.process_time)
+    data = str(tmp_path / "data")
+    assert run(["data", "sample", data]) == 0
+    capsys.readouterr()
+    began = time.process_time()
+    assert run(["train", data, "--time", "4m", "--checkpoint-dir", str(tmp_path / "models"), "--json"]) == 0
+    assert time.process_time() - began <= 1.1 * 240
+    found = json.loads(capsys.readouterr().out)
+    scores = {row["kind"]: row["overall"]["bits_per_byte"] for row in found["checkpoints"]}
+    assert scores["nanothink_mla"] < min(scores["transformer"], scores["state_space"])
