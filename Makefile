@@ -4,7 +4,7 @@ VENV      ?= .venv
 BIN       := $(VENV)/bin
 DEMO      ?= demo
 DATA      ?= $(DEMO)/data
-TOKENIZER ?= $(DEMO)/tokenizer
+TOKENIZER ?= $(DEMO)/checkpoints/tokenizer
 
 .PHONY: help install demo test test-bench check docs wheel bench bench-gpu clean
 
@@ -46,7 +46,7 @@ wheel: install   ## build the wheel, install it outside the clone, and use it th
 $(DEMO)/data:
 	$(MAKE) demo
 
-$(DEMO)/tokenizer: | $(DEMO)/data
+$(DEMO)/checkpoints/tokenizer: | $(DEMO)/data
 
 bench: $(VENV)/.bench $(DATA) $(TOKENIZER)  ## side by side with what people would use instead, on the text of the demo unless told (DATA=..., TOKENIZER=...)
 	$(BIN)/python benchmarks/training_step.py

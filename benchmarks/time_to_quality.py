@@ -3,11 +3,12 @@
     python benchmarks/time_to_quality.py --data-dir DATA --tokenizer TOKENIZER
 
 GPT-2 of the same depth, width, heads and context is trained twice by ``Trainer``, from the same tokens in
-blocks of the same length and number: at the Trainer's own settings (AdamW at 5e-5, linear decay, GPT-2's
-dropout of 0.1), and at settings tuned for training from scratch (``--tuned-rate``, warm-up and cosine, no
-dropout, betas and decay as in GPT-3). NanoThink trains at its preset's settings for as many steps, so that it
-has not even finished its schedule where it overtakes. Whatever each side reaches at the end of its run is the
-mark; what is printed is when NanoThink was first there.
+blocks of the same length and number: at settings tuned for training from scratch (warm-up and cosine, no
+dropout, betas as in GPT-3, rate and weight decay by ``--sweep``: the best of eight settings, each trained for
+as many steps as the race; else ``--tuned-rate`` and ``--tuned-decay``), and at the Trainer's own settings
+(AdamW at 5e-5, linear decay, GPT-2's dropout of 0.1). NanoThink trains at its preset's settings for as many
+steps, so that it has not even finished its schedule where it overtakes. Whatever each side reaches at the end
+of its run is the mark; what is printed is when NanoThink was first there.
 
 The sides take turns, ``--turn`` steps each, so that a slow moment of the machine hits all of them.
 Evaluation, the same blocks and the same code for all, does not count. ``--cpu-time`` counts processor time
@@ -47,7 +48,10 @@ from nanothink.models.precision import Precision
 from nanothink.training.matmul_types import choose_precision
 from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fraction
 
-USUAL, TUNED, OURS = "GPT-2, Trainer's settings", "GPT-2, tuned", "nanothink"
+SWEEP = tuple((rate, decay) for rate in (1e-3, 2e-3, 3e-3, 5e-3) for decay in (0.1, 0.01))
+"""Peak rate and weight decay of each setting of the sweep."""
+
+TUNED, USUAL, OURS = "GPT-2, tuned", "GPT-2, Trainer's settings", "nanothink"
 
 
 class Turns:
@@ -170,7 +174,21 @@ class Race:
                 self.turns.pass_on(side.name, done=step + 1 == options.steps)
                 side.go()
 
-    def gpt2(self, side: Side, *, tuned: bool) -> None:
+    def sweep(self) -> None:
+        """Train GPT-2 at every setting of SWEEP, and tune the race's by the best."""
+        found: dict[tuple[float, float], float] = {}
+        for rate, decay in SWEEP:
+            self.options.tuned_rate, self.options.tuned_decay = rate, decay
+            side = Side(f"GPT-2 at {rate:g}, decay {decay:g}", time.process_time)
+            self.turns = Turns([side.name])
+            self.gpt2(side, tuned=True, every=self.options.steps)
+            found[rate, decay] = side.final[2]
+        print("\n| rate | weight decay | bits per byte |\n|---:|---:|---:|")
+        for (rate, decay), bits in found.items():
+            print(f"| {rate:g} | {decay:g} | {bits:.4f} |")
+        self.options.tuned_rate, self.options.tuned_decay = min(found, key=found.__getitem__)
+
+    def gpt2(self, side: Side, *, tuned: bool, every: int | None = None) -> None:
         from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
         race, options = self, self.options
@@ -198,7 +216,7 @@ class Race:
 
             def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
                 step, last = state.global_step, state.global_step == options.steps
-                if step % options.turn == 0 or last:
+                if step % (every or options.turn) == 0 or last:
                     wait_for(race.device)
                     side.stop()
                     race.reached(side, scored, step)
@@ -214,7 +232,7 @@ class Race:
                 "lr_scheduler_type": "cosine",
                 "warmup_steps": options.steps // 10,
                 "adam_beta2": 0.95,
-                "weight_decay": 0.1,
+                "weight_decay": options.tuned_decay,
             }
         arguments = TrainingArguments(
             output_dir=str(options.out / "trainer"),
@@ -342,6 +360,8 @@ def main() -> None:
     parser.add_argument("--turn", type=int, default=20, help="steps of a side at a time, then an evaluation")
     parser.add_argument("--eval-tokens", type=int, default=4_000, help="of each domain")
     parser.add_argument("--tuned-rate", type=float, default=3e-3)
+    parser.add_argument("--tuned-decay", type=float, default=0.1)
+    parser.add_argument("--sweep", action="store_true", help="find both among eight settings first")
     parser.add_argument("--sides", nargs="+", choices=("usual", "tuned", "nanothink"), default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None)
@@ -352,9 +372,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    chosen = {"usual": USUAL, "tuned": TUNED, "nanothink": OURS}
+    chosen = {"tuned": TUNED, "usual": USUAL, "nanothink": OURS}
     names = [chosen[name] for name in options.sides or chosen]
     race = Race(options)
+    if options.sweep:
+        race.sweep()
     sides = race.run(names)
     options.out.mkdir(parents=True, exist_ok=True)
     curves = {name: side.curve for name, side in sides.items()}

@@ -187,7 +187,7 @@ _MOST_PARAMETERS = 12.0  # for each training token
 _MOST_EVALUATIONS, _FEWEST_EVALUATIONS = 10, 2
 _EVALUATING = 0.1  # of an expert's time
 _FINISHING = 0.06  # of the time, for each: keys of the store, scoring while combining, evaluation
-_FEWEST_TOKENS, _MOST_TOKENS = 1_000, 100_000  # held-out tokens to score, of all domains
+_FEWEST_TOKENS, _MOST_TOKENS = 4_000, 100_000  # held-out tokens to score, of all domains
 _FEWEST_KEYS = 20_000
 
 
@@ -295,21 +295,24 @@ def _expert(text: TextSize, shape: Shape, unit: float, kind: str, seconds: float
     """As many steps as the time allows and the text bears, with evaluations in between."""
     vocab_size = shape.vocab_size(text.n_bytes)
     available = max(0.0, seconds - _EXPERT * unit)
-    held_out = text.n_tokens(vocab_size) // 9
-    evaluation = _EVALUATION * unit + _FEWEST_TOKENS * time.token_seconds
-    n_evaluations = int(_EVALUATING * available / evaluation)
-    n_evaluations = min(max(n_evaluations, _FEWEST_EVALUATIONS), _MOST_EVALUATIONS)
-    affordable = (_EVALUATING * available / n_evaluations - _EVALUATION * unit) / time.token_seconds
-    n_scored = int(min(max(affordable, _FEWEST_TOKENS), _MOST_TOKENS, held_out))
+    n_tokens = text.n_tokens(vocab_size)
+    most = math.ceil(Regularisation.of(n_tokens, shape.n_parameters(vocab_size)).max_epochs * n_tokens)
+    affordable = min(most, (1 - _EVALUATING) * available / time.step_seconds * shape.tokens_per_step)
+    # every epoch ends with an evaluation; where there are few epochs, more come in between
+    n_epochs = int(affordable / n_tokens)
+    between = int(_EVALUATING * available / (_EVALUATION * unit + _FEWEST_TOKENS * time.token_seconds))
+    between = max(min(between, _MOST_EVALUATIONS), _FEWEST_EVALUATIONS) if n_epochs < _MOST_EVALUATIONS else 1
+    n_evaluations = n_epochs + between
+    scored = (_EVALUATING * available / n_evaluations - _EVALUATION * unit) / time.token_seconds
+    n_scored = int(min(max(scored, _FEWEST_TOKENS), _MOST_TOKENS, n_tokens // 9))
     evaluating = n_evaluations * (_EVALUATION * unit + n_scored * time.token_seconds)
-    rule = Regularisation.of(text.n_tokens(vocab_size), shape.n_parameters(vocab_size))
-    most = math.ceil(rule.max_epochs * text.n_tokens(vocab_size) / shape.tokens_per_step)
-    steps = max(_FEWEST_STEPS // 3, min(most, int((available - evaluating) / time.step_seconds)))
+    steps = int((available - evaluating) / time.step_seconds)
+    steps = max(_FEWEST_STEPS // 3, min(steps, -(-most // shape.tokens_per_step)))
     return Stage(
         name="expert",
         kind=kind,
         steps=steps,
-        evaluate_every=max(1, -(-steps // n_evaluations)),
+        evaluate_every=-(-steps // between),
         n_tokens=max(1, n_scored // text.n_domains),
         seconds=_EXPERT * unit + evaluating + steps * time.step_seconds,
     )
