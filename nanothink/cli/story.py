@@ -81,6 +81,7 @@ class Story:
                 if not plan.stages[index].done:
                     plan, code = self._carry_out(plan, index, file, scores)
                     if code:
+                        render.note(f"To continue all of it: `{self._continues(plan)}`")
                         return code
         if self.as_json:
             render.print_json({"plan": plan.model_dump(mode="json"), **scores})
@@ -105,7 +106,7 @@ class Story:
         plan = None if self.overwrite else PlanFile(self.checkpoint_dir).read()
         if plan is None:
             return self._new_plan()
-        here = shlex.join(["nanothink", "train", plan.data_dir, "--checkpoint-dir", str(self.checkpoint_dir)])
+        here = self._continues(plan)
         done = sum(stage.done for stage in plan.stages)
         what = f"{self.checkpoint_dir} has a plan of {rounded_duration(plan.time_seconds)} for "
         what += f"{plan.data_dir}, of which {counted(done, 'stage')} of {len(plan.stages)} are done"
@@ -125,6 +126,11 @@ class Story:
                 "the text as it is now: --overwrite, or another --checkpoint-dir."
             )
         return plan
+
+    def _continues(self, plan: TrainingPlan) -> str:
+        device = ["--device", self.device] if self.device else []
+        place = ["--checkpoint-dir", str(self.checkpoint_dir)]
+        return shlex.join(["nanothink", "train", plan.data_dir, *place, *device])
 
     def _new_plan(self) -> TrainingPlan:
         from nanothink.checkpoints import CheckpointStore
@@ -232,7 +238,7 @@ class Story:
             return ["tokenizer", "train", *settings, *size, "--out", str(out), *again]
         if stage.name == "evaluate":
             models, size = [*experts, combined], ["--max-tokens", str(stage.n_tokens)]
-            return ["eval", *models, *size, "--document-cache", *device]
+            return ["eval", *models, *size, *self._cache(models), *device]
         if stage.name == "sample":
             length = ["-n", str(_SAMPLE_TOKENS), "--seed", "1"]
             return ["generate", plan.prompt, "-c", combined, *length, "--show-routing", *device]
@@ -253,6 +259,12 @@ class Story:
         place = ["--checkpoint-dir", str(folder), self._resume_or_overwrite(plan, stem)]
         return [*words, *place, *device]
 
+    @staticmethod
+    def _cache(models: list[str]) -> list[str]:
+        from nanothink.runs.planning import have_gates
+
+        return ["--document-cache"] if have_gates(map(Path, models)) else []
+
     def _resume_or_overwrite(self, plan: TrainingPlan, stem: str) -> str:
         """``--overwrite`` for models that are older than the plan."""
         from nanothink.checkpoints import CheckpointStore
@@ -266,7 +278,8 @@ class Story:
 
         combined = shlex.quote(str(self.checkpoint_dir / f"{COMBINED}.pt"))
         folder, prompt = shlex.quote(str(self.checkpoint_dir)), shlex.quote(plan.prompt)
-        yield f"nanothink generate {prompt} -c {combined} --document-cache   # let it write"
+        cached = " ".join(["", *self._cache([str(self.checkpoint_dir / f"{COMBINED}.pt")])])
+        yield f"nanothink generate {prompt} -c {combined}{cached}   # let it write"
         yield f"nanothink serve {combined}   # in the browser, and by OpenAI's API"
         yield f"nanothink report --checkpoint-dir {folder}   # curves, domains, routing as one HTML page"
         yield f"nanothink store search {prompt} -c {combined}   # what it recalls"

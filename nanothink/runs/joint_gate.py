@@ -156,6 +156,9 @@ def finish_best(setup: RunSetup, run: Run, store: CheckpointStore, reporter: Rep
 
 def _fit_weights(model: NanoThink, setup: RunSetup, text: _Text, reporter: Reporter) -> None:
     """One weight for each expert, and the scale of the product."""
+    if not text.n_tokens:  # a single document is not divided
+        reporter.note("Equal weights are kept: there is too little held-out text to fit others on.")
+        return
     length = setup.config.model.max_seq_len
     before = _score(model, text.rest, setup, length).overall
     with evaluating(model), torch.inference_mode():

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from nanothink.checkpoints import read_checkpoint
 from nanothink.data.corpus import bad_records_error, find_corpus
 from nanothink.data.problems import Problems
 from nanothink.data.records import iter_records
 from nanothink.data.text_files import TEXT_SUFFIXES
 from nanothink.disk import make_folder, write_whole
-from nanothink.errors import DataError, UsageError
+from nanothink.errors import CheckpointError, DataError, UsageError
+from nanothink.models.joint_gate import GATE_PREFIX
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.training_plan import Shape, TextSize, TrainingPlan
 
@@ -76,6 +79,15 @@ def opening(data_dir: Path) -> str:
 def _first_words(text: str) -> str:
     words = [word for word in text[:1000].split() if any(map(str.isalpha, word))]
     return " ".join(words[:2])[:_PROMPT_CHARS] or "The"
+
+
+def have_gates(checkpoints: Iterable[Path]) -> bool:
+    """True if all models have a joint gate, and so can use a document cache. Little text gives none."""
+    try:
+        states = [read_checkpoint(path, mmap=True)["model_state"] for path in checkpoints]
+    except CheckpointError:  # which the command that uses them names
+        return False
+    return all(any(name.startswith(GATE_PREFIX) for name in state) for state in states)
 
 
 def settings_of(plan: TrainingPlan, checkpoint_dir: Path) -> dict[str, Any]:

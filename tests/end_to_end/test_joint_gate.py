@@ -243,3 +243,20 @@ def test_a_model_without_a_gate_says_that_it_has_none(
     assert run(["pretrain", "transformer", *where, "--max-steps", "2", *little]) == 0
     with pytest.raises(UsageError, match="no gate for a document cache"):
         package.load(tmp_path / "transformer_expert.pt", document_cache=True)
+
+
+def test_one_held_out_document_keeps_equal_weights(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing can be set aside to fit on."""
+    (tmp_path / "data" / "notes").mkdir(parents=True)
+    texts = [json.dumps({"text": f"note {n}: " + "stone river garden " * 30}) for n in range(3)]
+    (tmp_path / "data" / "notes" / "texts.jsonl").write_text("\n".join(texts))
+    place = ["--data-dir", str(tmp_path / "data"), "--checkpoint-dir", str(tmp_path)]
+    short = {**SETTINGS, "train_expert.max_steps": 2, "transformer.n_layers": 1}
+    words = ["pretrain", "transformer", "--tokenizer", str(tiny_tokenizer), *place, *settings(short)]
+    assert run(words) == 0
+    expert = ["--expert", str(tmp_path / "transformer_expert.pt")]
+    fitted = settings(OF_PHASE_2 | {"train_mla.fit": "gate"})
+    assert run(["train-mla", *expert, *place, *fitted]) == 0
+    assert "Equal weights are kept" in capsys.readouterr().err
