@@ -173,12 +173,12 @@ _START = 5.0  # Python, torch, the checks
 _READ_A_MB = 1.2  # reading, the tokenizer's merges, tokenising
 _EXPERT = 9.0  # preparing a run, and its gate at the end
 _EVALUATION = 0.8  # calibration, samples, saving
-_COMBINE = 12.0  # FAISS, weights and gate on held-out text
+_COMBINE = 9.0  # FAISS, weights and gate on held-out text
 _KEY = 3e-5  # adding a key to the store
-_GATED_TOKEN = 4e-4  # scoring a token with store and document cache
+_GATED_TOKEN = 2e-4  # scoring a token with store and document cache
 _PASSES = 3  # over the held-out text while combining
-_EVALUATE = 5.0
-_SAMPLE = 3.0
+_EVALUATE = 3.0
+_SAMPLE = 1.5
 
 _RESERVE = 0.06  # of the time, for what no estimate knows
 _FEWEST_STEPS = 30  # of an expert: with fewer there is nothing to see
