@@ -14,7 +14,7 @@ from nanothink.checkpoints import read_checkpoint
 from nanothink.data.corpus import bad_records_error, find_corpus
 from nanothink.data.problems import Problems
 from nanothink.data.records import iter_records
-from nanothink.data.text_files import TEXT_SUFFIXES
+from nanothink.data.sources import TEXT_SUFFIXES
 from nanothink.disk import make_folder, write_whole
 from nanothink.errors import CheckpointError, DataError, UsageError
 from nanothink.models.joint_gate import GATE_PREFIX
