@@ -116,6 +116,7 @@ def training(processes: Processes) -> dict[str, Any]:
 def poisoned(processes: Processes) -> dict[str, Any]:
     """Loss or gradient goes wrong in one process alone: in its loss, and in its gradient only."""
     made = among(processes, batch_size=3, max_steps=99, max_skipped_steps=3, n_blocks=1000)
+    made.run = replace(made.run, scaler=torch.amp.GradScaler("cpu"))
 
     def objective(model: Any, batch: Batch, scale: float) -> Loss:
         loss, step = next_token(model, batch, scale).total, made.run.state.step
@@ -134,6 +135,7 @@ def poisoned(processes: Processes) -> dict[str, Any]:
     return {
         "skipped": [step.skipped for step in made.steps],
         "weights": weights(made),
+        "scale": made.run.scaler.get_scale(),
         "ended": ended,
         "saved": made.saved,
     }

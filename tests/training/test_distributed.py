@@ -158,6 +158,7 @@ def test_what_goes_wrong_in_one_is_skipped_by_all(by_rank: list[dict[str, Any]])
         assert "not finite for 3 steps in a row, up to step 7" in found["ended"]
         assert found["saved"] == []
         assert found["weights"] == by_rank[0]["poisoned"]["weights"]
+        assert found["scale"] == 2.0**16 / 2**5, "every process has halved it for each of five bad steps"
         assert torch.tensor(found["weights"]).isfinite().all()
 
 
