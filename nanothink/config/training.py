@@ -234,7 +234,7 @@ class TrainMLAConfig(TrainConfig):
 class DistillationConfig(Settings):
     """Learning from a teacher, ``pretrain --teacher``, beside the settings of ``train_expert``."""
 
-    top_k: int = Field(32, ge=1, le=1024)
+    top_k: int = Field(64, ge=1, le=1024)
     """Likeliest tokens of the teacher at each position that are kept; all others count as one."""
 
     weight: float = Field(1.0, ge=0, le=1)

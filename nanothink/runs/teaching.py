@@ -210,15 +210,18 @@ def make_targets(setup: RunSetup, reporter: Reporter = SILENT) -> TaughtBatches:
                 one = SoftTargets(found.tokens[row], found.probabilities[row])
                 targets.write(number, texts[row], one)
 
+        # Each group is looked for again: another run may have made it meanwhile.
         for done, group in enumerate(missing[0]):
-            numbers = on_corpus.numbers(group)
-            predict(on_corpus, numbers, *teaching.corpus_group(numbers))
+            if on_corpus.missing([group]):
+                numbers = on_corpus.numbers(group)
+                predict(on_corpus, numbers, *teaching.corpus_group(numbers))
             reporter.progress("the teacher's predictions", done + 1, len(missing[0]))
         for done, group in enumerate(missing[1]):
             assert on_written is not None
-            n_tokens = teaching.shape.length + 1 - teaching.n_prompt
-            texts, own = teaching.write_group(teacher, group, n_tokens)
-            predict(on_written, on_written.numbers(group), texts, own)
+            if on_written.missing([group]):
+                n_tokens = teaching.shape.length + 1 - teaching.n_prompt
+                texts, own = teaching.write_group(teacher, group, n_tokens)
+                predict(on_written, on_written.numbers(group), texts, own)
             reporter.progress("text that the teacher writes", done + 1, len(missing[1]))
     n_bytes = teaching.shape.block_bytes * (setup.batches.n_blocks + teaching.n_written)
     reporter.note(
