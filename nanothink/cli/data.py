@@ -322,7 +322,7 @@ def import_text(
 ) -> int:
     """Import text of other formats.
 
-    txt, md, csv, tsv, json, jsonl, parquet, folders of texts (txt, md), or Hugging Face datasets (hf:NAME).
+    txt, md, html, docx, epub, pdf, csv, tsv, json, jsonl, parquet, folders, or Hugging Face datasets (hf:NAME).
     """
     from nanothink.cli import render
     from nanothink.data.importing import import_source

@@ -37,8 +37,8 @@ from nanothink.data.document_process import DocumentReader
 from nanothink.data.documents import DOCUMENT_SUFFIXES
 from nanothink.data.import_place import ImportCommand, check_place
 from nanothink.data.lines import MAX_LINE_BYTES, Problem, shown
-from nanothink.data.records import Record, record_file
-from nanothink.data.row_text import RowText
+from nanothink.data.records import Conversation, Record, record_file
+from nanothink.data.row_text import RowText, Turns
 from nanothink.data.sources import DOCUMENTS, TABLE_SUFFIXES, Source, find_sources
 from nanothink.data.tables import hub_rows, json_array_rows, json_lines_rows, parquet_rows
 from nanothink.data.text_files import Findings, Row, text_digest, text_file_rows, text_rows
@@ -351,7 +351,14 @@ def _records(
         if reason:
             findings.bad_rows.add(Problem(shown(source.path), row.number, 1, reason))
             continue
-        yield Record(text=str(value), source=row.source, id=id_, group=_group_name(row.group))
+        named = {"source": row.source, "id": id_, "group": _group_name(row.group)}
+        try:
+            yield Conversation.of({"messages": value, **named}) if isinstance(value, Turns) else Record(
+                text=value, **named
+            )
+        except ValueError as error:
+            findings.bad_rows.add(Problem(shown(source.path), row.number, 1, str(error)))
+            continue
         id_ += 1
     if is_document and not n_rows:
         findings.empty += 1

@@ -27,18 +27,16 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _TURNS = ("messages", "conversations", "conversation")
 _PAIRS = (("instruction", ("output", "response")), ("prompt", ("completion", "response")))
 _ROLES = {
-    "system": "System",
-    "developer": "System",
-    "user": "User",
-    "human": "User",
-    "assistant": "Assistant",
-    "gpt": "Assistant",
-    "chatgpt": "Assistant",
-    "model": "Assistant",
-    "bot": "Assistant",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
 }
 
 _MISSING = object()
+
+
+class Turns(list[dict[str, object]]):
+    """A conversation as messages with ``role`` and ``content``, not yet checked."""
 
 
 class RowFault(Exception):
@@ -101,7 +99,7 @@ class RowText:
             if all(item is None or isinstance(item, str) for item in value):
                 return "\n\n".join(item for item in value if item and not item.isspace())
             if all(isinstance(item, Mapping) for item in value):
-                return _laid_out(value)
+                return _turns(value)
         return value
 
 
@@ -236,7 +234,7 @@ def _conversation(fields: Fields) -> object:
             return None
         if not isinstance(turns, list):
             raise RowFault(f"'{names[0]}' must be a list of turns, not {type(turns).__name__}")
-        return _laid_out(turns)
+        return _turns(turns)
     question, answer = fields[names[0]], fields[names[-1]]
     if isinstance(question, list) or isinstance(answer, list):
         sides = zip((question, answer), ("user", "assistant"), strict=True)
@@ -245,30 +243,28 @@ def _conversation(fields: Fields) -> object:
             for side, role in sides
             for turn in (side if isinstance(side, list) else [{"role": role, "content": side}])
         ]
-        return _laid_out(turns)
+        return _turns(turns)
     asked = [part for name in names[:-1] if (part := fields.get(name)) is not None and part != ""]
     for part in [*asked, answer]:
         if not isinstance(part, str):
-            raise RowFault(f"the text must be a string, not {type(part).__name__}")
-    return _laid_out(
+            raise RowFault(f"a text must be a string, not {type(part).__name__}")
+    return _turns(
         [{"role": "user", "content": "\n\n".join(map(str, asked))}, {"role": "assistant", "content": answer}]
     )
 
 
-def _laid_out(turns: list[object]) -> str:
-    """Return a conversation as text: each turn after the name of its role."""
-    return "\n\n".join(f"{role}: {content.strip()}" for role, content in map(_turn, turns))
+def _turns(turns: list[object]) -> Turns:
+    return Turns(map(_turn, turns))
 
 
-def _turn(turn: object) -> tuple[str, str]:
+def _turn(turn: object) -> dict[str, object]:
+    """Return a turn as a message, with the role by the name that records have for it."""
     if not isinstance(turn, Mapping):
         raise RowFault(f"a turn must be an object, not {type(turn).__name__}")
     role = turn.get("role", turn.get("from"))
     content = turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or role.lower() not in _ROLES:
-        raise RowFault(f"a turn has the role {role!r}; known are {', '.join(_ROLES)}")
-    if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
-        content = "".join(str(part["text"]) for part in content)  # OpenAI's parts of a message
-    if not isinstance(content, str) or not content or content.isspace():
-        raise RowFault(f"a turn of {role} has no text")
-    return _ROLES[role.lower()], content
+    if isinstance(content, list):  # Parquet gives every part all keys
+        content = [
+            {k: v for k, v in part.items() if v is not None} if isinstance(part, Mapping) else part for part in content
+        ]
+    return {"role": _ROLES.get(str(role).lower(), role), "content": content}
