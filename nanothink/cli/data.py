@@ -322,10 +322,11 @@ def import_text(
 ) -> int:
     """Import text of other formats.
 
-    txt, md, html, docx, epub, pdf, csv, tsv, json, jsonl, parquet, folders, or Hugging Face datasets (hf:NAME).
+    txt, md, html, docx, epub, pdf, csv, tsv, json, jsonl, parquet, folders, or Hub data sets (hf:NAME).
     """
     from nanothink.cli import render
     from nanothink.data.importing import import_source
+    from nanothink.data.records import record_fields
 
     with render.reporting() as reporter:
         report = import_source(
@@ -347,7 +348,7 @@ def import_text(
             reporter=reporter,
         )
     if as_json:
-        preview = [record.model_dump(exclude_none=True) for record in report.preview]
+        preview = [record_fields(record) for record in report.preview]
         render.print_json(_import_as_json(report) | ({"preview": preview} if dry_run else {}))
     else:
         render.imported(report)

@@ -347,22 +347,29 @@ def _records(
         if value is None or (isinstance(value, str) and (not value or value.isspace())):
             findings.empty += 1
             continue
-        reason = _why_unfit(value)
-        if reason:
-            findings.bad_rows.add(Problem(shown(source.path), row.number, 1, reason))
-            continue
-        named = {"source": row.source, "id": id_, "group": _group_name(row.group)}
         try:
-            yield Conversation.of({"messages": value, **named}) if isinstance(value, Turns) else Record(
-                text=value, **named
-            )
+            record = _record(value, row.source, id_, _group_name(row.group))
         except ValueError as error:
             findings.bad_rows.add(Problem(shown(source.path), row.number, 1, str(error)))
             continue
+        yield record
         id_ += 1
     if is_document and not n_rows:
         findings.empty += 1
     findings.read(source.size - (findings.done - done_before))
+
+
+def _record(value: object, source: str, id_: int, group: str | None) -> Record:
+    """Make a record of a text or of turns. Raises ValueError with the reason why it cannot be one."""
+    if isinstance(value, Turns):
+        named = {"source": source, "id": id_, "group": group}
+        record: Record = Conversation.of({"messages": list(value), **named})
+        if reason := _why_unfit(record.text):
+            raise ValueError(reason)
+        return record
+    if reason := _why_unfit(value):
+        raise ValueError(reason)
+    return Record(text=str(value), source=source, id=id_, group=group)
 
 
 def _group_name(value: object) -> str | None:

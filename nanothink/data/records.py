@@ -378,11 +378,17 @@ def _refuse_existing(path: Path, overwrite: bool) -> None:
         )
 
 
-def _record_line(record: Record) -> bytes:
+def record_fields(record: Record) -> dict[str, object]:
+    """The object of a record's line."""
     fields = record.model_dump(exclude_none=True, exclude={"turns"})
     if record.messages:
         messages = {"messages": [message._asdict() for message in record.messages]}
         fields = messages | {name: value for name, value in fields.items() if name != "text"}
+    return fields
+
+
+def _record_line(record: Record) -> bytes:
+    fields = record_fields(record)
     try:
         return orjson.dumps(fields) + b"\n"
     except TypeError:  # an integer beyond 64 bits

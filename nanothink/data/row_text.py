@@ -265,6 +265,7 @@ def _turn(turn: object) -> dict[str, object]:
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):  # Parquet gives every part all keys
         content = [
-            {k: v for k, v in part.items() if v is not None} if isinstance(part, Mapping) else part for part in content
+            {k: v for k, v in part.items() if v is not None} if isinstance(part, Mapping) else part
+            for part in content
         ]
     return {"role": _ROLES.get(str(role).lower(), role), "content": content}

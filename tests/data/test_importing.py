@@ -258,17 +258,6 @@ TABLES: list[tuple[str, str | bytes, dict[str, Any], list[str]]] = [
     ("a.csv", "id, text \n1,x\n", {}, ["x"]),
     ("a.json", '[{"text":[]},{"text":["a",null,"b"]}]', {}, ["a\n\nb"]),
     ("a.json", '[{"m":{"t":["one","two"]}}]', {"text_field": "m.t"}, ["one\n\ntwo"]),
-    # Conversations
-    ("a.json",
-        '[{"instruction":"Add.","input":"1+1","output":"2"},{"instruction":"Go.","output":"OK"}]', {},
-        ["User: Add.\n\n1+1\n\nAssistant: 2", "User: Go.\n\nAssistant: OK"]),
-    ("a.jsonl", '{"prompt":"Q","completion":" A"}\n', {}, ["User: Q\n\nAssistant: A"]),
-    ("a.jsonl",
-        '{"messages":[{"role":"system","content":"S"},{"role":"user","content":[{"type":"text","text":"Q"}]}]}',
-        {}, ["System: S\n\nUser: Q"]),
-    ("a.json", '[{"conversations":[{"from":"human","value":"Q"},{"from":"gpt","value":"A"}]}]', {},
-        ["User: Q\n\nAssistant: A"]),
-    ("a.csv", "prompt,completion\nQ,A\n", {}, ["User: Q\n\nAssistant: A"]),
 ]  # fmt: skip
 
 
@@ -277,6 +266,38 @@ def test_every_shape_of_rows_becomes_text(tmp_path, name, content, options, text
     done = Import(tmp_path, put(tmp_path, name, content), **options)
     assert done.texts == texts
     assert not done.report.bad_rows
+
+
+CONVERSATIONS = [
+    ("a.json", '[{"instruction":"Add.","input":"1+1","output":"2"}]', "user Add.\n\n1+1, assistant 2"),
+    ("a.json", '[{"instruction":"Go.","input":"","output":"OK"}]', "user Go., assistant OK"),
+    ("a.jsonl", '{"prompt":"Q","completion":" A"}\n', "user Q, assistant  A"),
+    ("a.jsonl", '{"prompt":[{"role":"user","content":"Q"}],"completion":[{"role":"assistant","content":"A"}]}',
+        "user Q, assistant A"),
+    ("a.jsonl",
+        '{"messages":[{"role":"developer","content":"S"},{"role":"user","content":[{"text":"Q"}]},'
+        '{"role":"assistant","content":"A"}]}\n', "system S, user Q, assistant A"),
+    ("a.json", '[{"conversations":[{"from":"human","value":"Q"},{"from":"gpt","value":"A"}]}]',
+        "user Q, assistant A"),
+    ("a.csv", "prompt,response\nQ,A\n", "user Q, assistant A"),
+    ("a.parquet", [{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}],
+        "user Q, assistant A"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "messages"), CONVERSATIONS, ids=range(len(CONVERSATIONS)))
+def test_every_shape_of_conversation_becomes_messages(tmp_path, name, content, messages):
+    if isinstance(content, list):
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), tmp_path / name)
+    else:
+        put(tmp_path, name, content)
+    report = import_source(tmp_path / name, domain="d", data_dir=tmp_path / "out")
+    (record,) = [json.loads(line) for line in report.path.read_text("utf-8").splitlines()]
+    assert ", ".join(f"{turn['role']} {turn['content']}" for turn in record["messages"]) == messages
+    assert "text" not in record
+    assert validate_corpus(find_corpus(tmp_path / "out")).ok
 
 
 MISTAKES: list[tuple[str, str | bytes, dict[str, Any], type[Exception], str]] = [
@@ -297,8 +318,8 @@ MISTAKES: list[tuple[str, str | bytes, dict[str, Any], type[Exception], str]] = 
     ("a.txt", "x", {"columns": "a,b"}, UsageError, "how tables are read, and there is none"),
     ("a.txt", "x", {"split": "test"}, UsageError, "part of a Hub data set"),
     ("a.txt", "x", {"text_field": "body"}, UsageError, "fields of tables, and there is none"),
-    ("a.jsonl", '{"messages":[{"role":"tool","content":"x"}]}\n', {}, DataError, "has the role 'tool'"),
-    ("a.jsonl", '{"prompt":"Q","completion":""}\n', {}, DataError, "a turn of assistant has no text"),
+    ("a.jsonl", '{"messages":[{"role":"tool","content":"x"}]}\n', {}, DataError, "has the role 'tool', and"),
+    ("a.jsonl", '{"prompt":"Q","completion":""}\n', {}, DataError, "the `content` of message 2 is empty"),
 ]  # fmt: skip
 
 

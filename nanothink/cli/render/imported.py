@@ -46,9 +46,11 @@ def imported(report: ImportReport) -> None:
 
 
 def _preview(record: Record) -> None:
-    lines = record.text[:_SHOWN_CHARS].split("\n")[:_SHOWN_LINES]
+    turns = "\n\n".join(f"{message.role}: {message.content}" for message in record.messages)
+    text = turns or record.text
+    lines = text[:_SHOWN_CHARS].split("\n")[:_SHOWN_LINES]
     shown = "\n".join(f"  {line}".rstrip() for line in lines)
-    rest = len(record.text) - len("\n".join(lines))
+    rest = len(text) - len("\n".join(lines))
     more = f"\n  ({counted(rest, 'more character')})" if rest > 0 else ""
     say(f"{record.source}", style="bold")
     say(printable(shown) + more)
