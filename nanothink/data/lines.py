@@ -31,6 +31,10 @@ MAX_LINE_BYTES = 64 * 2**20
 """Longest line that is read, in bytes without its line end."""
 
 
+CONVERSATION = "(a conversation)"
+"""In place of a key: `nanothink data import` makes messages of the record."""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing wrong with the data. ``line`` and ``column`` count from 1, columns in characters.
@@ -43,7 +47,7 @@ class Problem:
     column: int
     reason: str
     text_field: str = ""
-    """Key that seems to hold the text of a record without `text`."""
+    """Key that seems to hold the text of a record without `text`; CONVERSATION if several make one."""
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}"

@@ -7,7 +7,7 @@ ignored, and a content of text parts, as OpenAI writes them, is their text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from nanothink.data.chat import ROLES
@@ -20,6 +20,27 @@ _OTHER_NAMES = {
     "model": "assistant",
     "developer": "system",
 }
+
+
+_TURNS = ("messages", "conversations", "conversation")
+_PAIRS = (("instruction", ("output", "response")), ("prompt", ("completion", "response")))
+
+
+def conversation_fields(names: Iterable[str]) -> list[str]:
+    """Return the fields that hold a conversation in another program's records; none if they do not.
+
+    A list of turns, or a question (in one field or, as Alpaca has it, two) and its answer, in this order.
+    """
+    known = set(names)
+    for name in _TURNS:
+        if name in known:
+            return [name]
+    for question, answers in _PAIRS:
+        for answer in answers:
+            if question in known and answer in known:
+                more = ["input"] if question == "instruction" and "input" in known else []
+                return [question, *more, answer]
+    return []
 
 
 class Message(NamedTuple):

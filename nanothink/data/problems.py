@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nanothink.data.lines import Problem
+from nanothink.data.lines import CONVERSATION, Problem
 from nanothink.errors import counted
 from nanothink.suggestions import command
 
@@ -211,9 +211,12 @@ def _how_to_import(problem: Problem, n_files: int) -> str:
         root = root.resolve()
     aside = root.parent / f"{root.name}-originals" / domain
     quoted = {name: shlex.quote(str(part)) for name, part in {"aside": aside, "path": path}.items()}
+    is_text = problem.text_field != CONVERSATION
+    field = ("--text-field", problem.text_field) if is_text else ()
     moved_in = f"mkdir -p {quoted['aside']} && mv -n {quoted['path']} {quoted['aside']}/ && " + command(
         *("data", "import", aside / path.name, "--domain", domain),
-        *("--text-field", problem.text_field, "--data-dir", root),
+        *(*field, "--data-dir", root),
     )
     each = f" (and so each of {counted(n_files, 'file')})" if n_files > 1 else ""
-    return f"If `{problem.text_field}` is all of the text, move the file away and import it{each}: {moved_in}"
+    what = f"If `{problem.text_field}` is all of the text" if is_text else "These are conversations"
+    return f"{what}{',' if is_text else ':'} move the file away and import it{each}: {moved_in}"

@@ -36,8 +36,16 @@ import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 from nanothink.data import strict_json
-from nanothink.data.lines import MAX_LINE_BYTES, Problem, ProblemSink, column_at, iter_lines, shown
-from nanothink.data.messages import Message, answer_bytes, read_messages, text_of
+from nanothink.data.lines import (
+    CONVERSATION,
+    MAX_LINE_BYTES,
+    Problem,
+    ProblemSink,
+    column_at,
+    iter_lines,
+    shown,
+)
+from nanothink.data.messages import Message, answer_bytes, conversation_fields, read_messages, text_of
 from nanothink.data.source_file import Digest
 from nanothink.data.strict_json import JsonFault
 from nanothink.disk import whole_file
@@ -235,7 +243,12 @@ class _NoText(JsonFault):
 
 
 def likely_text_field(record: Mapping[str, object]) -> str:
-    """Guess the key that holds the text of an object without `text`; empty if there is none."""
+    """Guess the key that holds the text of an object without `text`; CONVERSATION if several make one.
+
+    Empty if there is none.
+    """
+    if conversation_fields(record):
+        return CONVERSATION
     strings = {key: value for key, value in record.items() if isinstance(value, str) and value}
     known = [field for field in _TEXT_FIELDS if field in strings]
     return known[0] if known else max(strings, key=lambda key: len(strings[key]), default="")

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
+from nanothink.data.messages import conversation_fields
 from nanothink.data.text_files import no_such_field
 from nanothink.errors import DataError, UsageError, did_you_mean
 
@@ -24,8 +25,6 @@ Fields = Mapping[str, object]
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
-_TURNS = ("messages", "conversations", "conversation")
-_PAIRS = (("instruction", ("output", "response")), ("prompt", ("completion", "response")))
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -70,7 +69,7 @@ class RowText:
         """Return the columns that the text is made of. Raises DataError if one is missing."""
         known = [str(name) for name in header]
         if not self.names:
-            needed = [name for name in _needed(tuple(known)) if name in known]
+            needed = ["text"] if "text" in known else conversation_fields(known)
             if not needed:
                 raise no_such_field(where, "text", known)
             return needed
@@ -101,18 +100,6 @@ class RowText:
             if all(isinstance(item, Mapping) for item in value):
                 return _turns(value)
         return value
-
-
-def _needed(names: tuple[str, ...]) -> list[str]:
-    """The columns that a row without instructions is made of; empty if none will do."""
-    for name in ("text", *_TURNS):
-        if name in names:
-            return [name]
-    for question, answers in _PAIRS:
-        for answer in answers:
-            if question in names and answer in names:
-                return [question, "input", answer] if question == "instruction" else [question, answer]
-    return []
 
 
 def _column(name: str, header: list[str]) -> str | None:
@@ -225,7 +212,7 @@ def _value(fields: Fields, name: str, between: str) -> str:
 
 
 def _conversation(fields: Fields) -> object:
-    names = _needed(tuple(fields))
+    names = conversation_fields(fields)
     if not names:
         raise RowFault(_no_field("text", tuple(map(str, fields))))
     if len(names) == 1:

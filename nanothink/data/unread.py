@@ -11,6 +11,7 @@ from pathlib import Path
 
 import orjson
 
+from nanothink.data.lines import CONVERSATION
 from nanothink.data.records import likely_text_field
 from nanothink.disk import shown
 from nanothink.errors import some_of
@@ -96,4 +97,6 @@ def _field_option(items: str) -> str:
     except (ValueError, RecursionError):
         return ""
     field = likely_text_field(first) if isinstance(first, dict) and "text" not in first else ""
-    return f" --text-field {shlex.quote(field)}".replace("{", "{{").replace("}", "}}") if field else ""
+    if field in ("", CONVERSATION):
+        return ""
+    return f" --text-field {shlex.quote(field)}".replace("{", "{{").replace("}", "}}")

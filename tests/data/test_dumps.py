@@ -203,5 +203,5 @@ def test_a_place_that_is_no_domain_says_what_lies_there(tmp_path: Path) -> None:
             find_corpus(tmp_path, domains)
         assert str(caught.value).endswith(
             f"Import it: nanothink data import {tmp_path}/alpaca/data.json --domain alpaca "
-            f"--data-dir {tmp_path} --text-field instruction"
+            f"--data-dir {tmp_path}"
         )

@@ -272,7 +272,7 @@ CONVERSATIONS = [
     ("a.json", '[{"instruction":"Add.","input":"1+1","output":"2"}]', "user Add.\n\n1+1, assistant 2"),
     ("a.json", '[{"instruction":"Go.","input":"","output":"OK"}]', "user Go., assistant OK"),
     ("a.jsonl", '{"prompt":"Q","completion":" A"}\n', "user Q, assistant  A"),
-    ("a.jsonl", '{"prompt":[{"role":"user","content":"Q"}],"completion":[{"role":"assistant","content":"A"}]}',
+    ("a.jsonl", '{"prompt":[{"role":"user","content":"Q"}],"response":[{"role":"assistant","content":"A"}]}',
         "user Q, assistant A"),
     ("a.jsonl",
         '{"messages":[{"role":"developer","content":"S"},{"role":"user","content":[{"text":"Q"}]},'
