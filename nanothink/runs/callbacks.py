@@ -109,7 +109,7 @@ def make_callbacks(
 
     def resume_command(*words: str) -> str:
         origin = setup.resume_point
-        path = origin.path if origin is not None and not store.interrupted.exists() else store.interrupted
+        path = next(reversed(store.rolling()), store.interrupted if origin is None else origin.path)
         asked = setup.spec.device if processes.size == 1 else None  # else each process has its own
         device = ["--device", asked] if asked else []
         return " ".join([*map(shlex.quote, processes.launcher), command("resume", path, *device, *words)])

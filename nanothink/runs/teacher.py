@@ -57,7 +57,9 @@ def find_teacher(
         )
     if spec.init is not None:
         raise UsageError("--teacher and --init: a student starts from random weights. Leave one of them out.")
-    if path.resolve() in (spec.store.best.resolve(), spec.store.interrupted.resolve()):
+    if path.resolve() in [
+        each.resolve() for each in (spec.store.best, spec.store.interrupted, *spec.store.rolling())
+    ]:
         raise UsageError(f"{path} would be replaced by its own student. Give that another name: --name OTHER")
     if resume_point is not None and entry is None:
         raise UsageError(

@@ -206,6 +206,7 @@ def test_two_processes_stop_together_and_two_or_one_go_on(
     assert stopped[0] == ("SIGINT" if sent is signal.SIGINT else "a signal to another process")
     (rolling,) = CheckpointStore(tmp_path, STEM).rolling()
     assert rolling.suffix == ".dcp"
+    assert f"resume {rolling}" in said, "the command that is suggested works"
     payload = read_checkpoint(rolling)
     assert payload["step"] == int(stopped[1])
     assert payload["step"] < N_STEPS
