@@ -138,7 +138,6 @@ def measure(way: str, model: Path, data: Path, held_out: Path, work: Path, asked
     elif way in ("lora", "full"):
         settings = {
             "batch_size": asked.batch,
-            "lr": asked.lr_lora if way == "lora" else asked.lr_full,
             "sample_tokens": 0,
             "max_epochs": asked.epochs,
             **({"max_steps": asked.steps} if asked.steps else {}),
@@ -175,8 +174,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--steps", type=int, help="optimizer steps at most")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--lr-lora", type=float, default=3e-4)
-    parser.add_argument("--lr-full", type=float, default=1e-4)
     parser.add_argument("--set", dest="settings", action="append", default=[])
     parser.add_argument("--frozen-cache", action="store_true")
     parser.add_argument("--work", type=Path, help="folder that is kept; a temporary one otherwise")

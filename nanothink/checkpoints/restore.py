@@ -18,7 +18,7 @@ from nanothink.config import TrainExpertConfig
 from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, counted, some_of
 from nanothink.models.contract import LanguageModel
 from nanothink.models.joint_gate import GATE_PREFIX, JointGate
-from nanothink.models.low_rank import FACTORS, merged
+from nanothink.models.low_rank import FACTORS, keep_bfloat16, merged
 from nanothink.suggestions import suggest
 
 _LISTED = 8
@@ -145,8 +145,11 @@ def restore_model(
         )
         saved |= here
     gate = {name: saved.pop(name) for name in list(saved) if name.startswith(GATE_PREFIX)}
+    named = {_bare(name) for name in model.state_dict()}
+    factors = {name: saved.pop(name) for name in list(saved) if name.endswith(FACTORS) and name not in named}
+    if not factors:  # what they add is finer than the digits of a bfloat16
+        keep_bfloat16(model, saved)
     own = {_bare(name): tensor for name, tensor in model.state_dict().items()}
-    factors = {name: saved.pop(name) for name in list(saved) if name.endswith(FACTORS) and name not in own}
 
     fitting: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
     missing, reshaped, converted = [], [], []
@@ -161,7 +164,7 @@ def restore_model(
                 reshaped.append(f"{name} (tied here, of its own in the checkpoint)")
         else:
             fitting[key] = (target, source)
-            if source.dtype != target.dtype:
+            if source.dtype != target.dtype and f"{name.removesuffix('.weight')}{FACTORS[0]}" not in factors:
                 converted.append(f"{name} ({_type(source)} → {_type(target)})")
 
     sizes = {_identity(target): target.numel() for target in own.values()}

@@ -239,7 +239,10 @@ def import_(
         ["source", f"{done.source} ({done.family})"],
         ["licence", done.licence or "not stated by its files"],
         ["kind", done.kind],
-        ["parameters", f"{render.count(done.n_parameters)}, float32 ({render.size(done.n_bytes)})"],
+        [
+            "parameters",
+            f"{render.count(done.n_parameters)}, {done.matrix_type} ({render.size(done.n_bytes)})",
+        ],
         [
             "context",
             "any length" if done.context_length is None else f"{render.count(done.context_length)} tokens",

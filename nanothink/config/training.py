@@ -145,7 +145,7 @@ class TrainExpertConfig(TrainConfig):
     lora_alpha: float | None = Field(None, gt=0)
     """An adapter's addition is scaled by lora_alpha / lora_rank; twice the rank when empty."""
 
-    lr_adapters: float = Field(1.0, ge=0)
+    lr_adapters: float = Field(10.0, ge=0)
     """Multiplier of lr for low-rank adapters (AdamW)."""
 
     @property

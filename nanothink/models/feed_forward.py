@@ -72,7 +72,7 @@ def gated_product(gate: Tensor, up: Tensor, layer: nn.Linear) -> Tensor:
 def _gated_product(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     """``(silu(gate) * up) @ weight.T``: (..., F), (..., F), (D, F) -> (..., D), in the type of ``gate``."""
     if not torch.is_grad_enabled():
-        return F.linear(F.silu(gate).mul_(up), weight)
+        return F.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))
     y: Tensor = _GatedProduct.apply(gate, up.to(gate.dtype), weight.to(gate.dtype))  # type: ignore[no-untyped-call]
     return y
 

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from nanothink.config import TransformerConfig
 from nanothink.models.dropout import Dropout
 from nanothink.models.key_value_cache import KeyValueCache
+from nanothink.models.low_rank import weight_for
 from nanothink.models.precision import matmul_dtype
 
 NORM_EPS = 1e-6
@@ -55,6 +56,9 @@ class _UndrawnLinear(nn.Linear):
     # Filled once, by the caller. PyTorch's way, the device "meta", imports its compiler: two seconds.
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, weight_for(x, self), self.bias)
 
 
 class RMSNorm(nn.Module):

@@ -16,10 +16,12 @@ from nanothink.config import TrainMLAConfig
 from nanothink.errors import counted
 from nanothink.models import COMBINED
 from nanothink.models.contract import Expert, LanguageModel
+from nanothink.models.low_rank import keep_bfloat16
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.store_gate import Neighbours
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.expert_state_cache import keep_states
+from nanothink.runs.initial import INITIAL
 from nanothink.runs.preparing import RunSetup
 from nanothink.runs.resuming import ResumePoint
 from nanothink.runs.saved_model import SavedModel
@@ -80,7 +82,10 @@ def build_run(
             if name == TEACHER:
                 continue
             _, targets = setup.batches.read(0, TARGET_SAMPLE_BLOCKS)
-            model.adopt(_built(base, torch.device("cpu"), reporter), targets)
+            built = _built(base, torch.device("cpu"), reporter)
+            if name == INITIAL and not model.head_weight.requires_grad:  # frozen under adapters
+                keep_bfloat16(model, built.state_dict())
+            model.adopt(built, targets)
     if processes.size > 1 and not in_rows:
         processes.assert_same_on_all_ranks("their first weights", weights_checksum(model.state_dict()))
     if processes.size == 1 or isinstance(model, NanoThink):  # else each process puts its own rows there

@@ -71,7 +71,7 @@ def export_checkpoint(
     payload = read_checkpoint(checkpoint, mmap=True, reporter=reporter)
     saved = SavedModel.of(checkpoint, payload)
     loaded = TrainedModel.of(saved, device="cpu", vector_store=False)
-    model = loaded.model
+    model = loaded.model.float()
     notes = list(loaded.notes)
     if isinstance(model, NanoThink) and model.store_gate is not None:
         # A share of no use without the texts, which are not this folder's to give away.

@@ -62,7 +62,7 @@ def export_gguf(
     try_to_write(file.parent)
     payload = read_checkpoint(checkpoint, mmap=True, reporter=reporter)
     loaded = TrainedModel.of(SavedModel.of(checkpoint, payload), device="cpu", vector_store=False)
-    model = loaded.model
+    model = loaded.model.float()
     check_tokenizer(loaded.tokenizer)
     settings = foreign_config(model)
     if not settings:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from nanothink.checkpoints import (
     FORMAT_VERSION,
@@ -19,7 +21,7 @@ from nanothink.checkpoints import (
     validate_name,
 )
 from nanothink.checkpoints.export import OWN_SECTION
-from nanothink.checkpoints.families import UnsupportedError, place_weights
+from nanothink.checkpoints.families import UnsupportedError, our_names, place_weights
 from nanothink.checkpoints.gguf_import import read_gguf
 from nanothink.checkpoints.published import PublishedModel, read_published, refused
 from nanothink.checkpoints.split_record import UNKNOWN_TEXT
@@ -29,6 +31,7 @@ from nanothink.data.hub import model_folder
 from nanothink.data.tokenizer_files import looks_like_path
 from nanothink.errors import CheckpointDamagedError, ConfigError, UsageError
 from nanothink.models.contract import LanguageModel
+from nanothink.models.low_rank import keep_bfloat16
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.rebuilding import rebuild
 
@@ -43,6 +46,8 @@ class ImportedModel:
     """``model_type`` of ``transformers``."""
     kind: str
     n_parameters: int
+    matrix_type: str
+    """Type of the matrices in its checkpoint: float32, or bfloat16 as they were published."""
     n_bytes: int
     vocab_size: int
     n_cut_rows: int
@@ -62,7 +67,9 @@ def import_model(
     overwrite: bool = False,
     reporter: Reporter = SILENT,
 ) -> ImportedModel:
-    """Make ``checkpoint_dir/NAME_expert.pt`` of a published model, in float32.
+    """Make ``checkpoint_dir/NAME_expert.pt`` of a published model.
+
+    Its matrices stay bfloat16 where they were published so; all else is float32.
 
     Args:
         source: a folder in ``transformers``' format, a GGUF file, or a name of the Hugging Face Hub.
@@ -130,6 +137,7 @@ def import_model(
         found.model_type,
         model.kind,
         sum(p.numel() for p in model.parameters()),
+        "bfloat16" if any(p.dtype is torch.bfloat16 for p in model.parameters()) else "float32",
         store.best.stat().st_size,
         vocab_size,
         n_rows - vocab_size,
@@ -152,6 +160,8 @@ def _ours(found: PublishedModel, source: Path, context: int | None) -> tuple[Lan
         if context is not None:
             sections["model"]["max_seq_len"] = context
         sections["data"] = {"tokenizer": found.tokenizer.name}
+        if found.stored_as == "bfloat16":  # so it is scored in the type of its training
+            sections["train_expert"] = {"amp_dtype": "bfloat16"}
         config = resolve_config(base=sections).config
         vocab_size = found.tokenizer.vocab_size
         if vocab_size > _n_rows(found):
@@ -161,6 +171,8 @@ def _ours(found: PublishedModel, source: Path, context: int | None) -> tuple[Lan
         numbers = torch.empty(1).expand(found.n_numbers)  # as many as the file has, without their memory
         payload = cast("ModelPayload", {"model_state": {"": numbers}})
         model = rebuild(found.family.kind, config, vocab_size, payload=payload, path=source)
+        if isinstance(found.weights, dict):  # mapped, in the types of the file
+            keep_bfloat16(model, _by_our_names(found, found.weights))
         place_weights(found.family, found.settings, found.weights, dict(model.state_dict()))
     except UnsupportedError as error:
         raise refused(source, str(error)) from None
@@ -171,6 +183,12 @@ def _ours(found: PublishedModel, source: Path, context: int | None) -> tuple[Lan
             f"{source}: its weights are not those that its settings describe: {error}. Fetch the model again"
         ) from None
     return model, config.model_dump(mode="json")
+
+
+def _by_our_names(found: PublishedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tied = bool(found.settings.tie_word_embeddings)
+    named = our_names(found.family, list(weights), tied=tied)
+    return {target: weights[name] for name, _, targets in named for target in targets}
 
 
 def _n_rows(found: PublishedModel) -> int:

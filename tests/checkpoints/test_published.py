@@ -27,6 +27,7 @@ from nanothink.errors import (
     CheckpointNotFoundError,
     UsageError,
 )
+from nanothink.models.decoding import steps_by
 from nanothink.runs.exporting import export_checkpoint
 from nanothink.runs.import_model import ImportedModel, import_model
 
@@ -230,16 +231,69 @@ def test_an_export_of_ours_comes_back_with_what_it_was_trained_on(
 
 
 def test_shards_and_half_precision_are_read(published: Callable[..., tuple[Path, Any]]) -> None:
+    from transformers import AutoModelForCausalLM
+
     folder, theirs = published("Llama", **{**SHAPE, "hidden_size": 42})
     (folder / "model.safetensors").unlink()
     theirs.bfloat16().save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     done = imported(folder)
-    entry = read_checkpoint(done.path)["run"]["imported"]
+    payload = read_checkpoint(done.path)
+    half = {name for name, weight in payload["model_state"].items() if weight.dtype is torch.bfloat16}
+    assert len(half) == 7 * SHAPE["num_hidden_layers"]  # tables and norms are float32
+    assert done.matrix_type == "bfloat16"
+    entry = payload["run"]["imported"]
     assert (entry["stored_as"], entry["family"], entry["source"]) == ("bfloat16", "llama", str(folder))
-    ours = dict(package.load(done.path).model.named_parameters())
+    loaded = package.load(done.path)
+    assert loaded.notes == ()
+    ours = dict(loaded.model.named_parameters())
     for name, parameter in theirs.named_parameters():
-        assert torch.equal(ours[name], parameter.float()[: ours[name].shape[0]]), name
+        assert ours[name].dtype is (torch.bfloat16 if name in half else torch.float32)
+        assert torch.equal(ours[name].float(), parameter.float()[: ours[name].shape[0]]), name
+
+    x = torch.randint(loaded.tokenizer.vocab_size, (2, 40), generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        wide = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # with exact rotary tables
+        expected = wide(x).logits[..., : loaded.tokenizer.vocab_size]
+        torch.testing.assert_close(loaded.logits(x), expected, rtol=0, atol=1e-4)
+        for way in ("compiled", "plain", "model"):
+            with steps_by(way):
+                state, stepped = loaded.model.start(2), []
+                for token in x.T:
+                    stepped.append(loaded.model.step(token[:, None], state))
+            torch.testing.assert_close(torch.stack(stepped, 1), expected, rtol=0, atol=1e-4)
+        export_checkpoint(done.path, folder.parent / "out")
+        again = AutoModelForCausalLM.from_pretrained(folder.parent / "out")
+        torch.testing.assert_close(again(x).logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [(), ("--lora", "2")])
+def test_bfloat16_matrices_stay_so_under_adapters_and_inside_nanothink(
+    options: tuple[str, ...], published: Callable[..., tuple[Path, Any]], tiny_corpus: Path, tmp_path: Path
+) -> None:
+    """Training all weights needs float32; the base of adapters and a frozen expert keep what they are."""
+    folder, theirs = published("Qwen3", **SHAPE)
+    theirs.bfloat16().save_pretrained(folder)
+    start = imported(folder).path
+    where = ["--data-dir", str(tiny_corpus), "--checkpoint-dir", str(tmp_path / "c"), "--max-steps", "2"]
+    quick = [f"train_expert.{part}" for part in ("batch_size=2", "sample_tokens=4", "lr=0.01")]
+    settings = [part for setting in (*quick, "model.max_seq_len=32") for part in ("--set", setting)]
+    assert run(["pretrain", "transformer", "--init", str(start), *where, *settings, *options]) == 0
+    trained = read_checkpoint(tmp_path / "c" / "transformer_expert.pt")["model_state"]
+    before = read_checkpoint(start)["model_state"]
+    for name, weight in before.items():
+        assert trained[name].dtype is (weight.dtype if options else torch.float32)
+        assert torch.equal(trained[name], weight) is bool(options)
+    assert package.load(tmp_path / "c" / "transformer_expert.pt").notes == ()
+    if options:
+        small = ["--set", "train_mla.batch_size=2", "--set", "train_mla.sample_tokens=0"]
+        small += ["--set", "model.max_seq_len=32", "--set", "train_mla.fit=full", "--set", "mla.n_heads=2"]
+        assert run(["train-mla", "--expert", str(start), *where, *small]) == 0
+        inside = read_checkpoint(tmp_path / "c" / "nanothink_mla.pt")["model_state"]
+        assert all(torch.equal(inside[f"experts.0.{name}"], weight) for name, weight in before.items())
+        loaded = package.load(tmp_path / "c" / "nanothink_mla.pt")
+        assert loaded.notes == ()
+        assert isinstance(loaded.generate("time", max_new_tokens=3), str)
 
 
 def _rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:

@@ -77,9 +77,9 @@ inline void put(const vec (&sums)[ROWS][4], const float* scales, float* y, int64
   }
 }
 
-// sums[r][i] = w[i apart] . x[r].
-template <int ROWS>
-inline void dots(const float* w, const float* x, int64_t x_stride, int64_t in, int64_t apart, vec (&sums)[ROWS][4]) {
+// sums[r][i] = w[i apart] . x[r]. Weights are float32, or bfloat16 and widened as they are read.
+template <int ROWS, class Weight>
+inline void dots(const Weight* w, const float* x, int64_t x_stride, int64_t in, int64_t apart, vec (&sums)[ROWS][4]) {
   for_vectors(in, [&](int64_t c, int lanes) {
     vec weights[4];
     for (int i = 0; i < 4; ++i) weights[i] = load(w + i * apart * in + c, lanes);
@@ -141,7 +141,7 @@ void product(const Number* w, const float* scales, const float* x, int64_t x_str
   for (int64_t o = 4 * quarter; o < out; ++o)  // at most three
     for (int64_t r = 0; r < rows; ++r) {
       float total = 0;
-      for (int64_t c = 0; c < in; ++c) total += w[o * in + c] * x[r * x_stride + c];
+      for (int64_t c = 0; c < in; ++c) total += wide(w[o * in + c]) * x[r * x_stride + c];
       float* to = y + r * y_stride + o;
       *to = (add ? *to : 0.f) + total * (scales ? scales[o] : 1.f);
     }
@@ -175,13 +175,15 @@ void norm(const Operation& op, const Run& run) {
 }
 
 // y = or += x W^T, where W[o][i] = codes[o][i] scales[o] if there are codes. n: in, out, 1 to add, 1 for the last new
-// token of each sequence alone; p: W, codes or null, scales or null, x (R, in), y (R, out) or (B, out).
+// token of each sequence alone, 1 if W is bfloat16; p: W, codes or null, scales or null, x (R, in), y (R, out) or (B, out).
 void linear(const Operation& op, const Run& run) {
   const int64_t in = op.n[0], out = op.n[1], rows = op.n[3] ? run.batch : run.rows();
   const int64_t stride = op.n[3] ? run.n_new * in : in;
   const float* x = op.n[3] ? op.p[3] + (run.n_new - 1) * in : op.p[3];
   if (op.p[1])
     product(reinterpret_cast<const int8_t*>(op.p[1]), op.p[2], x, stride, op.p[4], out, rows, in, out, op.n[2]);
+  else if (op.n[4])
+    product(reinterpret_cast<const bfloat16*>(op.p[0]), nullptr, x, stride, op.p[4], out, rows, in, out, op.n[2]);
   else
     product(op.p[0], nullptr, x, stride, op.p[4], out, rows, in, out, op.n[2]);
 }

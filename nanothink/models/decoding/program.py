@@ -87,12 +87,13 @@ class Program:
         """``x @ weight.T``, added to a buffer if one is given; of the last new tokens alone if ``last``.
 
         Of a weight that was rounded (``int8.py``) the codes are read.
+        The weight may be bfloat16; its products are float32.
         """
         n_out, n_in = weight.shape
         assert x.is_contiguous()
         y = self.buffer(n_out) if add_to is None else add_to
         codes, scales = codes_of(weight) or (torch.empty(0), torch.empty(0))
-        sizes = [n_in, n_out, int(add_to is not None), int(last)]
+        sizes = [n_in, n_out, int(add_to is not None), int(last), int(weight.dtype is torch.bfloat16)]
         return self._add("linear", sizes, [weight, codes, scales, x], y)
 
     def spread(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -190,7 +191,7 @@ class Program:
         self, kind: str, sizes: list[int], inputs: Sequence[Tensor], output: Tensor, number: float = 0.0
     ) -> Tensor:
         for tensor in (*inputs, output):
-            assert tensor.dtype is torch.float32
+            assert tensor.dtype is torch.float32 or (kind == "linear" and tensor is inputs[0])
             assert tensor.dim() == 0 or tensor.stride(-1) == 1
         tensors = tuple(tensor.detach() for tensor in (*inputs, output))
         self._operations.append(Operation(kind, tuple(sizes), number, tensors))

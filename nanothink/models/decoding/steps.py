@@ -16,7 +16,7 @@ from nanothink.models.feed_forward import SwiGLU
 from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.latent_attention import LatentAttention
 from nanothink.models.layers import Attention, Block, RMSNorm
-from nanothink.models.low_rank import AdaptedLinear
+from nanothink.models.low_rank import AdaptedLinear, in_blocks
 
 if TYPE_CHECKING:
     from nanothink.models.diffuser import Diffuser
@@ -205,5 +205,10 @@ def _known(block: Block) -> bool:
 
 
 def _plain_floats(module: nn.Module) -> bool:
-    adapted = any(isinstance(part, AdaptedLinear) for part in module.modules())
-    return not adapted and all(p.dtype is torch.float32 and p.is_contiguous() for p in module.parameters())
+    """True if programs can read the weights: float32, but for those of linear layers in bfloat16."""
+    if any(isinstance(part, AdaptedLinear) for part in module.modules()):
+        return False
+    return all(
+        p.is_contiguous() and (p.dtype is torch.float32 or (p.dtype is torch.bfloat16 and in_blocks(name)))
+        for name, p in module.named_parameters()
+    )

@@ -35,6 +35,23 @@ inline void store(float* p, vec v, int lanes) {
   else std::memcpy(p, &v, 4 * lanes);
 }
 
+// A bfloat16 is the upper half of a float32.
+typedef uint16_t bfloat16;
+inline float wide(bfloat16 bits) {
+  const uint32_t whole = static_cast<uint32_t>(bits) << 16;
+  float x;
+  std::memcpy(&x, &whole, sizeof x);
+  return x;
+}
+inline float wide(float x) { return x; }
+inline float wide(int8_t x) { return x; }
+typedef uint16_t half_vec __attribute__((vector_size(2 * W)));
+inline vec load(const bfloat16* p, int lanes) {
+  half_vec v{};
+  std::memcpy(&v, p, 2 * lanes);
+  return reinterpret_cast<vec>(__builtin_convertvector(v, ivec) << 16);
+}
+
 inline float sum(vec v) {
   float total = 0;
   for (int i = 0; i < W; ++i) total += v[i];
