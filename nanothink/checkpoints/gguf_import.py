@@ -105,6 +105,8 @@ def _read(gguf: Any, fields: _Fields, tensors: Any, path: Path) -> PublishedMode
             f"{', '.join(NAMES)}."
         )
     named = {renamed(tensor.name, NAMES[architecture]) or tensor.name: tensor for tensor in tensors}
+    if "rope_freqs.weight" in named:
+        raise refused(path, "rotary positions scaled by 'llama3' (rope_freqs)")
     if foreign := [name for name, tensor in named.items() if name == tensor.name]:
         raise refused(path, f"the weight {foreign[0]}")
     types = [tensor.tensor_type.name for tensor in tensors]
@@ -130,12 +132,16 @@ def _settings(fields: _Fields, architecture: str, path: Path) -> tuple[str, dict
     """``model_type`` and config of ``transformers``."""
     if fields.get(f"{architecture}.rope.scaling.type", "none") != "none":
         raise refused(path, f"rotary positions scaled by '{fields[f'{architecture}.rope.scaling.type']}'")
+    if float(fields.get("rope.scale_linear", fields.get(f"{architecture}.rope.scale_linear", 1.0))) != 1.0:
+        raise refused(path, "rotary positions scaled by 'linear'")
     if fields.get(f"{architecture}.expert_count"):
         raise refused(path, "a mixture of experts")
     sizes = _STATE_SIZES if architecture == "mamba" else _SIZES
     given = {name: fields[f"{architecture}.{key}"] for name, key in sizes.items()}
     if lists := [name for name, value in given.items() if isinstance(value, list)]:
         raise refused(path, f"layers that differ in {lists[0]}")
+    if window := fields.get(f"{architecture}.attention.sliding_window"):
+        given |= {"use_sliding_window": True, "sliding_window": window}
     given["vocab_size"] = len(fields["tokenizer.ggml.tokens"])
     if architecture == "mamba":
         given["expand"] = fields["mamba.ssm.inner_size"] // given["hidden_size"]

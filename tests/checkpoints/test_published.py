@@ -175,9 +175,59 @@ def test_logits_and_greedy_text_equal_those_of_transformers(
             {**SHAPE, "hidden_size": 42, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
             "rotary positions scaled by 'linear'",
         ),
+        (
+            "Qwen3",
+            {**SHAPE, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+            "a sliding window of 9 tokens",
+        ),
+        *(
+            (
+                family,
+                {**SHAPE, **width, "rope_parameters": {"rope_theta": 777.0, **scaling}},
+                f"scaled by '{kind}'",
+            )
+            for family, width, kind, scaling in (
+                ("Qwen3", {}, "yarn", {"rope_type": "yarn", "factor": 4.0}),
+                ("Qwen2", {"head_dim": 12}, "dynamic", {"rope_type": "dynamic", "factor": 2.0}),
+                ("Mistral", {"sliding_window": None}, "linear", {"rope_type": "linear", "factor": 2.0}),
+                (
+                    "Llama",
+                    {"hidden_size": 42},
+                    "llama3",
+                    {
+                        "rope_type": "llama3",
+                        "factor": 8.0,
+                        "low_freq_factor": 1.0,
+                        "high_freq_factor": 4.0,
+                        "original_max_position_embeddings": 36,
+                    },
+                ),
+            )
+        ),
+        (
+            "GPTNeoX",
+            {**NEOX, "rope_parameters": {"rope_theta": 9.0, "rope_type": "linear", "factor": 2.0}},
+            "scaled by 'linear'",
+        ),
+        ("GPTNeoX", {**NEOX, "attention_bias": False}, "attention without biases"),
+        ("GPTNeoX", {**NEOX, "hidden_act": "relu"}, "the activation relu"),
         ("Llama", {**SHAPE, "hidden_size": 42, "mlp_bias": True}, "biases in the feed-forward"),
         ("Llama", {**SHAPE, "hidden_size": 42, "hidden_act": "gelu"}, "the activation gelu"),
         ("Mamba", {**STATES, "use_bias": True}, "biases in the projections"),
+        ("FalconMamba", {**STATES, "use_bias": True}, "biases in the projections"),
+        ("Mamba", {**STATES, "use_conv_bias": False}, "a convolution without bias"),
+        ("GPT2", {**GPT2, "scale_attn_weights": False}, "scores are not scaled"),
+        ("GPT2", {**GPT2, "activation_function": "relu"}, "the activation relu"),
+        (
+            "Mixtral",
+            {**SHAPE, "num_key_value_heads": 3, "num_local_experts": 2},
+            "no models of the family 'mixtral'",
+        ),
+        (
+            "Qwen3Moe",
+            {**SHAPE, "num_experts": 2, "moe_intermediate_size": 8},
+            "no models of the family 'qwen3_moe'",
+        ),
         ("GPT2", {**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scaled by the layer's number"),
         ("Gemma", SHAPE, "no models of the family 'gemma'"),
     ],

@@ -129,6 +129,8 @@ def _changed(**changes: Any) -> Any:
             writer.add_key_value(key, value, kinds[0], kinds[1] if len(kinds) > 1 else None)
         if "expert_count" in changes:
             writer.add_expert_count(changes["expert_count"])
+        if "sliding_window" in changes:
+            writer.add_sliding_window(changes["sliding_window"])
         for tensor in reader.tensors:
             writer.add_tensor(changes.get("names", {}).get(tensor.name, tensor.name), tensor.data)
         writer.write_header_to_file()
@@ -153,9 +155,10 @@ def _cut(file: Path, into: Path) -> None:
         (_changed(qwen3_embedding_length=None), "lacks qwen3.embedding_length"),
         (_changed(qwen3_embedding_length=64), "due|not those|lm_head"),
         (_changed(expert_count=8), "mixture of experts"),
+        (_changed(sliding_window=9), "a sliding window of 9 tokens"),
         (_changed(tokenizer_ggml_pre="odd"), "tokenizer is of a kind"),
         (_changed(tokenizer_ggml_model="llama"), "tokenizer is of a kind"),
-        (_changed(names={"output_norm.weight": "rope_freqs.weight"}), "the weight rope_freqs.weight"),
+        (_changed(names={"output_norm.weight": "rope_freqs.weight"}), "scaled by 'llama3'"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_one_line(
