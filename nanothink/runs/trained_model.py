@@ -70,7 +70,7 @@ class TrainedModel:
         chosen = choose_device(device)
         model, notes = saved.build(chosen)
         if quantize is not None:
-            int8.round_weights(model)
+            int8.round_weights(model.float())
         model.to(chosen)
         config = saved.runnable_config(chosen)
         if vector_store and isinstance(model, NanoThink) and model.store_gate is not None:
