@@ -326,7 +326,7 @@ def import_text(
     """
     from nanothink.cli import render
     from nanothink.data.importing import import_source
-    from nanothink.data.records import record_fields
+    from nanothink.data.record_file import record_fields
 
     with render.reporting() as reporter:
         report = import_source(

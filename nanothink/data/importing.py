@@ -37,7 +37,8 @@ from nanothink.data.document_process import DocumentReader
 from nanothink.data.documents import DOCUMENT_SUFFIXES
 from nanothink.data.import_place import ImportCommand, check_place
 from nanothink.data.lines import MAX_LINE_BYTES, Problem, shown
-from nanothink.data.records import Conversation, Record, record_file
+from nanothink.data.record_file import record_file
+from nanothink.data.records import Conversation, Record
 from nanothink.data.row_text import RowText, Turns
 from nanothink.data.sources import DOCUMENTS, TABLE_SUFFIXES, Source, find_sources
 from nanothink.data.tables import hub_rows, json_array_rows, json_lines_rows, parquet_rows

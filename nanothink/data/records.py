@@ -1,4 +1,4 @@
-"""Records: strict JSON Lines, read and written in a stream.
+"""Records: strict JSON Lines, read in a stream.
 
     chunks of bytes (decompressed)  →  complete lines  →  records
 
@@ -22,13 +22,10 @@ Odd input, each case with a test:
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from io import BufferedWriter
 from pathlib import Path
 from typing import Annotated
 
@@ -48,9 +45,7 @@ from nanothink.data.lines import (
 from nanothink.data.messages import Message, answer_bytes, conversation_fields, read_messages, text_of
 from nanothink.data.source_file import Digest
 from nanothink.data.strict_json import JsonFault
-from nanothink.disk import whole_file
-from nanothink.disk.write import RawFile
-from nanothink.errors import StorageError, did_you_mean
+from nanothink.errors import did_you_mean
 from nanothink.suggestions import suggest
 
 __all__ = [
@@ -61,7 +56,6 @@ __all__ = [
     "Record",
     "iter_records",
     "shown",
-    "write_records",
 ]
 
 _KEYS = ("text", "messages", "source", "id", "group")
@@ -337,72 +331,3 @@ def _warn_of_repeated_keys(line: bytes, file: str, number: int, warn: ProblemSin
             reason = f"the key `{member.key}` stands more than once; the last one counts"
             warn(Problem(file, number, member.key_start + 1, reason))
         seen.add(member.key)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Writing
-
-
-class RecordWriter:
-    """Writes records into an open file, and can take back the last ones."""
-
-    def __init__(self, file: BufferedWriter[RawFile]) -> None:
-        self._file = file
-        self.n_records = 0
-
-    def write(self, record: Record) -> None:
-        self._file.write(_record_line(record))
-        self.n_records += 1
-
-    def mark(self) -> tuple[int, int]:
-        return self._file.tell(), self.n_records
-
-    def take_back(self, mark: tuple[int, int]) -> None:
-        """Remove what was written since ``mark``."""
-        place, self.n_records = mark
-        self._file.seek(place)
-        self._file.truncate()
-
-
-@contextlib.contextmanager
-def record_file(path: Path, *, overwrite: bool = False) -> Iterator[RecordWriter]:
-    """Write a JSON Lines file whole or not at all. Any error of the block leaves the folder as it was.
-
-    Raises:
-        StorageError: ``path`` exists and ``overwrite`` is not set, or the disk refuses.
-    """
-    _refuse_existing(path, overwrite)
-    with whole_file(path, before_replace=lambda: _refuse_existing(path, overwrite)) as file:
-        yield RecordWriter(file)
-
-
-def write_records(path: Path, records: Iterable[Record], *, overwrite: bool = False) -> int:
-    """Write records with ``record_file``; return their number."""
-    with record_file(path, overwrite=overwrite) as writer:
-        for record in records:
-            writer.write(record)
-    return writer.n_records
-
-
-def _refuse_existing(path: Path, overwrite: bool) -> None:
-    if not overwrite and os.path.lexists(path):
-        raise StorageError(
-            f"{shown(path)} exists already. Add --overwrite to replace it, or choose another domain."
-        )
-
-
-def record_fields(record: Record) -> dict[str, object]:
-    """The object of a record's line."""
-    fields = record.model_dump(exclude_none=True, exclude={"turns"})
-    if record.messages:
-        messages = {"messages": [message._asdict() for message in record.messages]}
-        fields = messages | {name: value for name, value in fields.items() if name != "text"}
-    return fields
-
-
-def _record_line(record: Record) -> bytes:
-    fields = record_fields(record)
-    try:
-        return orjson.dumps(fields) + b"\n"
-    except TypeError:  # an integer beyond 64 bits
-        return json.dumps(fields, ensure_ascii=False).encode() + b"\n"

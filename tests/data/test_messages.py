@@ -16,7 +16,8 @@ from nanothink.data.chat_process import ChatTemplateError
 from nanothink.data.corpus import find_corpus
 from nanothink.data.encoding import Tokenizer
 from nanothink.data.lines import Problem
-from nanothink.data.records import Conversation, Record, iter_records, write_records
+from nanothink.data.record_file import write_records
+from nanothink.data.records import Conversation, Record, iter_records
 from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import load_tokenizer, train_on_corpus
 from nanothink.data.tokens import IGNORE, TokenStream, tokenise

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from nanothink.data.records import MAX_LINE_BYTES, Problem, Record, iter_records, write_records
+from nanothink.data.record_file import write_records
+from nanothink.data.records import MAX_LINE_BYTES, Problem, Record, iter_records
 from nanothink.errors import StorageError, UnreadableError
 
 
@@ -545,7 +546,8 @@ def test_a_full_disk_says_what_to_do_and_leaves_the_old_file(tmp_path):
     code = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from nanothink.data.records import Record, write_records\n"
+        "from nanothink.data.record_file import write_records\n"
+        "from nanothink.data.records import Record\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "records = (Record(text='x' * 10_000) for _ in range(1000))\n"
