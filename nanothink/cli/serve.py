@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from nanothink.cli import completion
-from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, NoVectorStore, Quantize, examples
+from nanothink.cli.options import (
+    CheckpointDir,
+    Device,
+    DocumentCache,
+    ForgivingCommand,
+    NoVectorStore,
+    Quantize,
+    examples,
+)
 from nanothink.suggestions import install
 
 EXAMPLES = examples(
@@ -74,6 +82,7 @@ def serve(
         int, typer.Option("--max-tokens", metavar="N", min=1, help="Longest text that can be asked for.")
     ] = 4096,
     no_vector_store: NoVectorStore = False,
+    document_cache: DocumentCache = False,
     quantize: Quantize = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
@@ -108,7 +117,14 @@ def serve(
         if not checkpoint:
             paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         loaded = [
-            load(path, device=device, vector_store=not no_vector_store, quantize=quantize, reporter=reporter)
+            load(
+                path,
+                device=device,
+                vector_store=not no_vector_store,
+                document_cache=document_cache,
+                quantize=quantize,
+                reporter=reporter,
+            )
             for path in paths
         ]
     models = server.served_models(loaded, template)

@@ -49,7 +49,7 @@ def text_scores(model: LanguageModel, tokens: Sequence[int], n_likeliest: int) -
     with torch.inference_mode():
         if len(tokens) < 2:
             return []
-        if model.context_length is not None:
+        if model.context_length is not None or not hasattr(model, "read"):
             return token_scores(model.logits(text[:, :-1])[0], tokens[1:], n_likeliest)
         state = model.start(1)
         for start in range(0, len(tokens) - 1, _PIECE):  # memory does not grow with the length

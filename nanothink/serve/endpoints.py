@@ -83,7 +83,7 @@ class ServedModel:
             "owned_by": "nanothink",
             "kind": model.kind,
             "max_model_len": model.context_length,
-            "components": list(getattr(model, "components", ())),
+            "components": list(getattr(self.loaded.decoder, "components", ())),
         }
 
 
@@ -101,9 +101,8 @@ class Endpoints:
         return json_response({"status": "ok", "texts": self._thread.n_texts})
 
     async def models(self, request: Request) -> Response:
-        return json_response(
-            {"object": "list", "data": [model.described() for model in self._models.values()]}
-        )
+        listed = [model.described() for model in self._models.values()]
+        return json_response({"object": "list", "data": listed})
 
     async def model(self, request: Request) -> Response:
         return json_response(self._model(request.path_params["name"]).described())
@@ -141,13 +140,8 @@ class Endpoints:
         model = self._model(asked.model)
         self._check_tokens(model, asked.tokens, "tokens")
         tokens = [*await self._encoded(model, asked.prompt, "prompt"), *asked.tokens]
-        return json_response(
-            await self._thread.call(
-                lambda: inspect(
-                    model.loaded, tokens, n_likeliest=asked.n_likeliest, n_passages=asked.n_passages
-                )
-            )
-        )
+        numbers = {"n_likeliest": asked.n_likeliest, "n_passages": asked.n_passages}
+        return json_response(await self._thread.call(lambda: inspect(model.loaded, tokens, **numbers)))
 
     async def completions(self, request: Request) -> Response:
         asked = parse(CompletionRequest, await self._body(request))
@@ -241,7 +235,10 @@ class Endpoints:
         self, model: ServedModel, prompts: Sequence[Sequence[int]], n_likeliest: int
     ) -> list[list[ScoredToken]]:
         """The tokens of prompts with their scores; None for the first of each."""
-        context = model.loaded.model.context_length
+        loaded = model.loaded
+        context = loaded.model.context_length or (
+            loaded.config.model.max_seq_len if loaded.document_cache else None
+        )
         longest = max(map(len, prompts))
         if context is not None and longest > context:
             raise RequestError(
@@ -253,7 +250,7 @@ class Endpoints:
         listed = []
         for tokens in prompts:
             scores = await self._thread.call(
-                lambda tokens=tokens: text_scores(model.loaded.model, tokens, n_likeliest)  # type: ignore[misc]
+                lambda tokens=tokens: text_scores(loaded.decoder, tokens, n_likeliest)  # type: ignore[misc]
             )
             texts = TokenTexts(model.loaded.tokenizer)
             listed.append([texts.scored(t, s) for t, s in zip(tokens, [None, *scores], strict=False)])

@@ -12,6 +12,7 @@ import torch
 from nanothink.inference.generate import evaluating, window_start
 from nanothink.inference.scores import token_scores
 from nanothink.models.decoding_states import JointState
+from nanothink.models.document_cache import CachedState
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.store_commands import nearest_passages
 from nanothink.runs.trained_model import TrainedModel
@@ -27,7 +28,7 @@ def inspect(
         ``likeliest``: tokens with text and probability. ``weights``: of a combined model's components.
         ``passages``: the nearest keys of its vector store, with what stands before them, file and line.
     """
-    model, tokenizer = loaded.model, loaded.tokenizer
+    model, tokenizer = loaded.decoder, loaded.tokenizer
     text = list(tokens) or [tokenizer.eos_id]
     window = text[window_start(len(text), model.context_length) :]
     with evaluating(model), torch.inference_mode():
@@ -42,14 +43,15 @@ def inspect(
         "weights": {},
         "passages": [],
     }
-    if isinstance(model, NanoThink) and isinstance(state, JointState):
-        assert state.weights is not None
-        found["weights"] = dict(zip(model.components, state.weights[0].tolist(), strict=True))
-        if isinstance(model.vector_store, VectorStore) and model.store_gate is not None and n_passages:
-            assert state.query is not None
-            temperature = float(model.store_gate.log_temperature.exp())
-            hits = nearest_passages(
-                model.vector_store, tokenizer, state.query.cpu().numpy(), temperature, n_passages
-            )
-            found["passages"] = [asdict(hit) for hit in hits]
+    if (weights := getattr(state, "weights", None)) is not None:
+        found["weights"] = dict(zip(getattr(model, "components", ()), weights[0].tolist(), strict=True))
+    combined, inner = loaded.model, state.rows[0].state if isinstance(state, CachedState) else state
+    store = combined.vector_store if isinstance(combined, NanoThink) and n_passages else None
+    gate = combined.store_gate if isinstance(combined, NanoThink) else None
+    if isinstance(store, VectorStore) and gate is not None and isinstance(inner, JointState):
+        assert inner.query is not None
+        temperature = float(gate.log_temperature.exp())
+        query = inner.query.cpu().numpy()
+        hits = nearest_passages(store, tokenizer, query, temperature, n_passages)
+        found["passages"] = [asdict(hit) for hit in hits]
     return found

@@ -303,4 +303,4 @@ def _n_threads() -> int:
 
 
 def _engine(loaded: TrainedModel) -> Engine:
-    return Engine(loaded.model, eos_id=loaded.tokenizer.eos_id)
+    return Engine(loaded.decoder, eos_id=loaded.tokenizer.eos_id)

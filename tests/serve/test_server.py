@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -263,3 +265,28 @@ def test_sigterm_finishes_what_is_under_way(process: tuple[subprocess.Popen[str]
     assert "Traceback" not in running.stderr.read()
     with pytest.raises(OSError):
         ask(url, "/health")
+
+
+@pytest.mark.parametrize("kind", ["transformer_expert", "nanothink_mla"])
+def test_a_document_cache_is_served_as_generate_uses_it(serve: Serve, server: Running, kind: str) -> None:
+    cached = replace(server.models[kind], document_cache=True)
+    prompts, body = ["The river and the river", "A"], {"max_tokens": 12, "ignore_eos": True, "seed": 5}
+    with serve([cached]) as found:
+        answer = ask(found.url, "/v1/completions", {**body, "prompt": prompts, "return_weights": True})[1]
+        (model,) = ask(found.url, "/v1/models")[1]["data"]
+        looked = ask(found.url, "/inspect", {"prompt": prompts[0]})[1]
+        scored = ask(
+            found.url,
+            "/v1/completions",
+            {"prompt": "The river", "max_tokens": 0, "echo": True, "logprobs": 0},
+        )[1]
+    settings = {"max_new_tokens": 12, "stop_at_eos": False, "seed": 5, "temperature": 1.0, "top_k": 0}
+    for choice, prompt in zip(answer["choices"], prompts, strict=True):
+        assert choice["text"] == cached.generate(prompt, **settings)
+        assert len(choice["nanothink"]["weights"][0]) == len(model["components"])
+    assert model["components"][-1] == "document_cache"
+    assert set(looked["weights"]) == set(model["components"])
+    ids = cached.tokenizer.encode("The river")
+    expected = cached.decoder.logits(torch.tensor([ids]))[0].log_softmax(-1)
+    values = scored["choices"][0]["logprobs"]["token_logprobs"]
+    assert values[-1] == pytest.approx(float(expected[-2, ids[-1]]), abs=1e-4)
