@@ -280,9 +280,15 @@ def test_a_document_cache_is_served_as_generate_uses_it(serve: Serve, server: Ru
             "/v1/completions",
             {"prompt": "The river", "max_tokens": 0, "echo": True, "logprobs": 0},
         )[1]
-    settings = {"max_new_tokens": 12, "stop_at_eos": False, "seed": 5, "temperature": 1.0, "top_k": 0}
+    chosen: dict[str, Any] = {
+        "max_new_tokens": 12,
+        "stop_at_eos": False,
+        "seed": 5,
+        "temperature": 1.0,
+        "top_k": 0,
+    }
     for choice, prompt in zip(answer["choices"], prompts, strict=True):
-        assert choice["text"] == cached.generate(prompt, **settings)
+        assert choice["text"] == cached.generate(prompt, **chosen)
         assert len(choice["nanothink"]["weights"][0]) == len(model["components"])
     assert model["components"][-1] == "document_cache"
     assert set(looked["weights"]) == set(model["components"])
