@@ -116,7 +116,7 @@ class Story:
                 f"{what}, with the experts {', '.join(plan.kinds)}. To continue it: `{here}`. {anew}"
             )
         if self.seconds not in (None, plan.time_seconds):
-            raise UsageError(f"{what}. To continue it, leave --time out: `{here}`. {anew}")
+            raise UsageError(f"{what}. To continue it: `{here}`. {anew}")
         with _reporting() as reporter:
             found = measure_text(self._source(plan.data_dir), reporter)
         if found.digest != plan.text.digest:
@@ -129,8 +129,16 @@ class Story:
 
     def _continues(self, plan: TrainingPlan) -> str:
         device = ["--device", self.device] if self.device else []
+        whole, rest = divmod(plan.time_seconds, 60)
+        # both are said, or a message would be completed by what was asked for
+        asked = [
+            "--time",
+            f"{plan.time_seconds:g}s" if rest else f"{whole:g}m",
+            "--experts",
+            ",".join(plan.kinds),
+        ]
         place = ["--checkpoint-dir", str(self.checkpoint_dir)]
-        return shlex.join(["nanothink", "train", plan.data_dir, *place, *device])
+        return shlex.join(["nanothink", "train", plan.data_dir, *asked, *place, *device])
 
     def _new_plan(self) -> TrainingPlan:
         from nanothink.checkpoints import CheckpointStore

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -106,7 +108,7 @@ def test_a_killed_one_continues_with_the_stage_that_it_was_in(commands: Commands
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"seconds": 700}, UsageError, "leave --time out: `nanothink train"),
+        ({"seconds": 700}, UsageError, "To continue it: `nanothink train"),
         ({"kinds": ("transformer",)}, UsageError, "To continue it: `nanothink train"),
         ({"text": "more"}, CheckpointMismatchError, "To train on the text as it is now: --overwrite"),
     ],
@@ -170,6 +172,21 @@ def test_what_cannot_be_planned_says_what_to_type(
 ) -> None:
     assert run(["train", str(text), "--checkpoint-dir", str(tmp_path / "models"), *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_command_that_continues_is_the_plans_whatever_was_asked_for(
+    commands: Commands, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line completes suggestions by the options of the command that failed."""
+    assert story(commands, commands.folder, text, seconds=630).tell() == 0
+    capsys.readouterr()
+    asked = ["--time", "5h", "--experts", "transformer", "--checkpoint-dir", str(commands.folder)]
+    assert run(["train", str(text), *asked]) == 2
+    (suggested,) = re.findall(r"`nanothink (train .*?)`", capsys.readouterr().err)
+    words = shlex.split(suggested)
+    assert words[words.index("--time") + 1] == "630s"
+    assert words[words.index("--experts") + 1] == "state_space,transformer"
+    assert run([*words, "--dry-run"]) == 0
 
 
 @pytest.mark.bench
