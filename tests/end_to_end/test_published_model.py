@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,3 +124,35 @@ def test_it_writes_and_is_scored(imported: Path, tmp_path: Path, capsys: pytest.
     (row,) = json.loads(capsys.readouterr().out)["checkpoints"]
     print(f"bits per byte of the documentation: {row['overall']['bits_per_byte']:.3f}")
     assert row["overall"]["bits_per_byte"] < 2.5  # untrained weights give more than 6
+
+
+DIALOGUES = [
+    [("user", "What is the capital of France?")],
+    [("system", "You are a pirate."), ("user", "Hello!\n\n  How are you?")],
+    [
+        ("user", "日本の首都は"),
+        ("assistant", "東京です。"),
+        ("user", "Merci 🙂"),
+        ("assistant", "."),
+        ("user", " x "),
+    ],
+]
+
+
+def test_it_answers_as_transformers_would_ask_it(
+    imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    from nanothink.data.tokenizer import save_tokenizer
+
+    model = package.load(imported)
+    theirs: Any = AutoTokenizer.from_pretrained(str(save_tokenizer(model.tokenizer, tmp_path)))
+    for dialogue in DIALOGUES:
+        messages = [{"role": role, "content": content} for role, content in dialogue]
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert model.chat.prompt(messages) == expected
+    capsys.readouterr()
+    asked = ["generate", "--chat", DIALOGUES[0][0][1], "--temperature", "0", "-c", str(imported)]
+    assert run(asked) == 0
+    assert "Paris" in capsys.readouterr().out
