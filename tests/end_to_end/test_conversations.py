@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from struck_runs import SHAPE, TRAINING
@@ -103,17 +104,20 @@ def test_a_score_is_of_the_answers_alone(kind: str, trained: Path, data: Path) -
     """Against the log-likelihood of all tokens, of which those of answers are added up."""
     model = opened(trained, kind)
     for name, stream in streams(model, data).items():
+        by_token = []
         with evaluating(model.model), torch.inference_mode():
-            nats = 0.0
             for index in range(stream.n_blocks(16)):
                 inputs, wanted = map(torch.from_numpy, stream.block(index, 16))
                 _, targets = map(torch.from_numpy, stream.with_all_targets().block(index, 16))
-                own = model.model.log_likelihood(inputs[None], targets[None])[0]
-                nats -= float(own[wanted != IGNORE].double().sum())
+                own = model.model.log_likelihood(inputs[None], targets[None])[0].double()
+                by_token.append(-own.masked_fill(wanted == IGNORE, 0.0).numpy())
+        sizes = stream.documents().n_tokens
+        by_document = np.add.reduceat(np.concatenate(by_token), np.cumsum(sizes) - sizes)
         options: Any = {"length": 16, "batch_size": 3, "precision": EXACT}
-        found = evaluate_model(model.model, {name: stream}, **options).overall
+        evaluation = evaluate_model(model.model, {name: stream}, **options)
+        found, nats = evaluation.overall, float(by_document.sum())
         assert found.tokens == stream.n_targets < stream.n_tokens
-        assert found.nats == pytest.approx(nats, rel=1e-5)
+        assert evaluation.documents[name].nats == pytest.approx(by_document, rel=1e-5)
         assert found.bits_per_byte == pytest.approx(nats / math.log(2) / stream.n_bytes, rel=1e-5)
 
 
