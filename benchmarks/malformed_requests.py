@@ -200,8 +200,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--examples", type=int, default=1200, help="of each of the eight operations, at most")
-    parser.add_argument("--seconds", type=float, default=1200, help="for schemathesis, at most")
+    parser.add_argument(
+        "--examples", type=int, default=2000, help="of each operation, at most: some 10,000 in all"
+    )
+    parser.add_argument("--seconds", type=float, default=1800, help="for schemathesis, at most")
     options = parser.parse_args()
     command = [sys.executable, "-m", "nanothink", "serve", str(options.checkpoint), "--port", "0"]
     command += ["--max-tokens", "4"]  # an answer is as good as a long one
@@ -214,12 +216,15 @@ def main() -> int:
         port = int(server.stdout.readline().partition("/v1;")[0].rpartition(":")[2])
         said.truncate(0)
         begun = time.monotonic()
-        wrong = by_hand(port)
-        n_requests, found = by_schemathesis(port, options.examples, options.seconds, Path(name))
-        seconds = time.monotonic() - begun
-        wrong += by_hand(port)  # it is what it was
-        server.terminate()
-        code = server.wait(90)
+        try:
+            wrong = by_hand(port)
+            n_requests, found = by_schemathesis(port, options.examples, options.seconds, Path(name))
+            seconds = time.monotonic() - begun
+            wrong += by_hand(port)  # it is what it was
+            server.terminate()
+            code = server.wait(90)
+        finally:
+            server.kill()
         said.seek(0)
         complaints = said.read().strip("\0")
     print("| requests by schemathesis | by hand | wrong answers | seconds |\n|---:|---:|---:|---:|")
