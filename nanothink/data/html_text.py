@@ -194,7 +194,9 @@ class _Writer:
             self._end_block() if self._cells is None else self._flush_into_cell(ended=True)
         elif tag == "tr" and self._cells is not None:
             cells, self._cells = self._cells, None
-            self._inline = [" | ".join(cells)] if any(cells) else []
+            while cells and not cells[-1]:
+                cells.pop()
+            self._inline = [" | ".join(cells)]
             self._end_block(tight=True)
         elif tag in _BLOCKS and self._cells is None:
             self._end_block(pre=tag == "pre", tight=tag in _TIGHT)

@@ -99,7 +99,7 @@ def _page_lines(document: Any, number: int) -> list[_Line]:
             if code in (10, 13, *_LINE_END_HYPHENS):
                 if text := "".join(chars).strip():
                     lines.append(
-                        _line(text, text_page, first, last, pdfium.FPDFText_GetFontSize(handle, first))
+                        _line(text, text_page, first, last, pdfium.FPDFText_GetFontSize(handle, last))
                     )
                 chars, first = [], -1
                 continue
@@ -114,8 +114,8 @@ def _page_lines(document: Any, number: int) -> list[_Line]:
 
 
 def _line(text: str, text_page: Any, first: int, last: int, size: float) -> _Line:
-    left, bottom, _, _ = text_page.get_charbox(first, loose=True)
-    _, _, right, _ = text_page.get_charbox(last, loose=True)
+    left = text_page.get_charbox(first, loose=True)[0]
+    _, bottom, right, _ = text_page.get_charbox(last, loose=True)  # the first may be a bullet of another font
     return _Line(" ".join(text.replace("\u00a0", " ").split()), left, right, bottom, size)
 
 
@@ -176,7 +176,7 @@ def _between(before: _Line, line: _Line, pitch: float, page: Sequence[_Line]) ->
         return "\n\n"
     if gap < 0 or gap > 6 * max(pitch, line.size):  # the next column or page
         return "\n\n" if ends and not line.text[0].islower() else " "
-    if gap > 1.4 * pitch:
+    if gap > max(1.4 * pitch, 1.5 * line.size):
         return "\n\n"
     if _BULLET.match(line.text):
         return "\n"
