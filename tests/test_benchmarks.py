@@ -148,6 +148,11 @@ SMALL = {
     ),
     "optimizers.py": Small(f"--steps 1 {TINY}", rows=13, named=("adamw", "muon")),
     "process_memory.py": Small("", rows=6, named=("125 M", "7 B")),
+    "published_weights.py": Small(
+        "--data-dir DATA --kilobytes 8 --held-out 4 --ways frozen lora --steps 1 --batch 1 --length 32",
+        rows=2,
+        named=("frozen", "lora"),
+    ),
     "quality.py domains": Small(ONE_STEP, rows=9, named=("uniform ensemble, linear", "NanoThink")),
     "quality.py shared --data-dir DATA --single": Small(
         ONE_STEP, rows=11, named=("one transformer of its size, in the same time",)

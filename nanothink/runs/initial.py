@@ -39,7 +39,7 @@ FINE_TUNING = {
     "fit_to_text": False,
 }
 """Training of a published model where nothing else is asked for. The rates of a model that starts from random
-weights, whose tables are of another scale, undo in two steps what it knows (docs/log.md)."""
+weights, whose tables are of another scale, undo in a step what it knows (docs/log.md)."""
 
 _ADAPTERS = ("lora_rank", "lora_alpha")
 
