@@ -32,9 +32,9 @@ from nanothink.runs.teacher import TEACHER
 from nanothink.runs.teaching import Teacher, Teaching
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "text": {"distillation.written_fraction": 0},
-    "written": {},
-    "written, half": {"distillation.weight": 0.5},
+    "text": {},
+    "text, half weight": {"distillation.weight": 0.5},
+    "text and written": {"distillation.written_fraction": 0.5},
 }
 INHERITED = ("model.", "transformer.", "state_space.", "train_expert.")
 KEPT = (8, 16, 32, 64, 128)  # likeliest tokens
@@ -74,7 +74,7 @@ def students(options: argparse.Namespace) -> None:
     print("| | bits per byte | of the gain |\n|---|---:|---:|")
     print(f"| one model | {best:.4f} | 0 % |\n| its teacher | {teacher:.4f} | 100 % |")
     for variant, settings in VARIANTS.items():
-        name = variant.replace(", ", "_")
+        name = variant.replace(",", "").replace(" ", "_")
         checkpoint = options.out / f"{name}_expert.pt"
         if not checkpoint.exists():
             where = ["--data-dir", options.data_dir, "--checkpoint-dir", options.out]

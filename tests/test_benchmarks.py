@@ -82,7 +82,7 @@ SMALL = {
     "distillation.py students": Small(
         "--set train_expert.max_steps=2 --set distillation.top_k=4",
         rows=5,
-        named=("one model", "its teacher", "text", "written", "written, half"),
+        named=("one model", "its teacher", "text", "text, half weight", "text and written"),
     ),
     "diverging_rates.py": Small("", rows=20, named=(*KINDS, "lr 10, all multipliers 1e6", "finite")),
     "expert_states.py --loss": Small("", rows=3, named=("torch.float32", "torch.float16")),
