@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from types import FrameType
@@ -40,6 +40,7 @@ from nanothink.cli import (
     train,
     train_mla,
 )
+from nanothink.cli.habits import commands_meant, option_meant
 from nanothink.cli.options import is_first_process, launched_with_others
 from nanothink.errors import (
     InterruptedRun,
@@ -49,6 +50,7 @@ from nanothink.errors import (
     ReaderGoneError,
     did_you_mean,
 )
+from nanothink.suggestions import suggest
 from nanothink.training.interruption import SignalListener, StopRequests, last_words, stopping_signals
 
 _ORDER = (
@@ -241,7 +243,7 @@ def _run(args: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
-            return _usage_error(error)
+            return _usage_error(error, args)
         if isinstance(error, RuntimeError) and _lacks_memory(error):
             raise MemoryError from error
         raise
@@ -253,17 +255,22 @@ def _lacks_memory(error: RuntimeError) -> bool:
     return any(words in str(error) for words in said)
 
 
-def _usage_error(error: Exception) -> int:
+def _usage_error(error: Exception, args: Sequence[str]) -> int:
     if not is_first_process():
         return 2
     message = error.format_message()  # type: ignore[attr-defined]
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(message)
         return 2
-    context = getattr(error, "ctx", None)
-    if message.startswith("No such command") and "Did you mean" not in message and context is not None:
-        word = message.split("'")[1] if "'" in message else ""
+    context: Any = getattr(error, "ctx", None)
+    word = message.split("'")[1] if message.startswith("No such command") and "'" in message else ""
+    option = getattr(error, "option_name", "")
+    if word and context.parent is None and (meant := commands_meant(word, command_tree())):
+        message = f"No such command '{word}'. Did you mean {' or '.join(map(suggest, meant))}?"
+    elif word and "Did you mean" not in message:
         message += did_you_mean(word, getattr(context.command, "commands", {}))
+    elif option and (call := option_meant(option, args)):
+        message = f"No such option: {option}. Did you mean {call}?"
     where = context.command_path if context is not None else "nanothink"
     message = message.partition(", unable to parse")[0]  # internals of a validator
     if message[-1] not in ".?":

@@ -22,6 +22,7 @@ from typer.core import TyperCommand
 from nanothink.cli import completion
 from nanothink.cli.suggestions import calling, completed
 from nanothink.errors import NanoThinkError, UsageError
+from nanothink.models import COMBINED
 from nanothink.suggestions import suggest
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class ForgivingCommand(TyperCommand):
         return super().parse_args(ctx, filled)
 
     def invoke(self, ctx: Any) -> Any:
+        ctx.params |= _checkpoints_by_name(ctx)
         with calling(ctx):
             try:
                 return super().invoke(ctx)
@@ -65,6 +67,31 @@ class ForgivingCommand(TyperCommand):
             if shown:
                 with formatter.section(title):
                     formatter.write_dl(shown)
+
+
+_CHECKPOINTS = ("checkpoint", "expert", "transformer", "teacher", "init", "resume")
+"""Parameters that name checkpoints."""
+
+
+def _checkpoints_by_name(ctx: Any) -> dict[str, Any]:
+    """Parameters that name checkpoints: ``code`` is ``checkpoints/code_expert.pt`` where no file is."""
+    place = Path(ctx.params.get("checkpoint_dir") or "checkpoints")
+    endings = ("_interrupted", "") if ctx.command.name == "resume" or ctx.params.get("resume") else ("",)
+    names = [f"{{}}{kind}{ending}.pt" for ending in endings for kind in ("", "_expert", f"_{COMBINED}")]
+
+    def found(value: Any) -> Any:
+        word = str(value)
+        if value is None or word == NEWEST or os.path.lexists(word) or os.path.basename(word) != word:
+            return value
+        stem = word.removesuffix(".pt")
+        files = (place / name.format(stem) for name in names)
+        return next((type(value)(file) for file in files if os.path.isfile(file)), value)
+
+    return {
+        name: [found(one) for one in value] if isinstance(value, (list, tuple)) else found(value)
+        for name, value in ctx.params.items()
+        if name in _CHECKPOINTS
+    }
 
 
 def examples(*commands: str) -> str:

@@ -33,6 +33,7 @@ from nanothink.config.model import (
     TransformerConfig,
     VectorStoreConfig,
 )
+from nanothink.config.other_names import setting_meant
 from nanothink.config.text_encoding import conversion, wide_encoding
 from nanothink.config.training import (
     DistillationConfig,
@@ -254,7 +255,8 @@ def _check_known(name: str, source: str) -> None:
         )
     candidates = list(known)
     # A key without its section is the most common mistake, so suggest by key as well.
-    suggestion = did_you_mean(name, candidates)
+    meant = setting_meant(key or section, *([section] if section.startswith("train_") else []))
+    suggestion = f" Did you mean '{meant}'?" if meant in known else did_you_mean(name, candidates)
     if not suggestion:
         keys = {full.partition(".")[2]: full for full in reversed(candidates)}  # the first section wins
         hint = did_you_mean(key or section, keys)

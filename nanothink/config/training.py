@@ -98,7 +98,7 @@ class TrainConfig(Settings):
     that is faster."""
 
     eval_every_steps: int | None = Field(None, ge=1)
-    """Evaluate this often as well as at every epoch's end."""
+    """Evaluate this often as well as at every epoch's end; when empty, ten times in a run of few epochs."""
 
     eval_max_tokens: int | None = Field(None, ge=1)
     """Validate on a sample of whole documents, at most this many tokens per domain; on all when empty."""

@@ -217,6 +217,11 @@ class _Settler:
         kept = int(not (forced == TRAIN).any())  # for training
         texts, free = texts[forced == _FREE], sizes[forced == _FREE]
         end = len(texts)
+        if end > kept and free[-1] > max(0.5, self.rule.val_split) * total and not (forced == VAL).any():
+            # Most of the domain would validate: its last text is cut, as if it were the only one.
+            self.is_cut[texts[-1]] = True
+            self.forced[texts] = TRAIN
+            return
         for side, fraction in ((VAL, self.rule.val_split), (TEST, self.rule.test_split)):
             given = sizes[forced == side].sum()  # by another such domain
             least = int(fraction > 0 and not given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -206,6 +207,27 @@ def _identity(setup: RunSetup) -> str:
     )
 
 
+_FEW_TRAINING_BLOCKS, _FEW_VALIDATION_TOKENS = 50, 2000
+
+
+def _too_little(setup: RunSetup) -> list[str]:
+    """What there is too little text for."""
+    blocks, length = setup.plan.n_blocks, setup.config.model.max_seq_len
+    n_val = sum(stream.n_tokens for stream in setup.tokens.val.values())
+    found = []
+    if blocks < _FEW_TRAINING_BLOCKS:
+        found.append(
+            f"The training text is {counted(blocks, 'block')} of {length} tokens: enough to try the "
+            "commands, too little to learn a language from. Add documents."
+        )
+    if n_val < _FEW_VALIDATION_TOKENS:
+        found.append(
+            f"Validation has {counted(n_val, 'token')}: too few to compare models by, and to choose the best "
+            "step by. Add documents."
+        )
+    return found
+
+
 def _remarks(setup: RunSetup) -> list[str]:
     """Notes before the first step on what could surprise later."""
     remarks = []
@@ -217,7 +239,7 @@ def _remarks(setup: RunSetup) -> list[str]:
             "nothing is left to train."
         )
     warmup = effective_warmup(train_config, plan.total_steps)
-    if not plan.total_steps:
+    if done >= plan.total_steps:
         pass  # nothing is trained: no warm-up to explain
     elif warmup == 0 < train_config.warmup_steps:
         remarks.append(f"No warm-up: this run has {counted(plan.total_steps, 'step')}.")
@@ -226,7 +248,11 @@ def _remarks(setup: RunSetup) -> list[str]:
             f"Warming up over a tenth of this run ({counted(warmup, 'step')}), not "
             f"{counted(train_config.warmup_steps, 'step')}."
         )
+    if train_config.tracker == "tensorboard":
+        runs = shlex.quote(str(setup.spec.checkpoint_dir / "runs"))
+        remarks.append(f"To watch the run: tensorboard --logdir {runs}")
     length = setup.config.model.max_seq_len
+    remarks += _too_little(setup)
     draws = plan.total_steps * plan.blocks_per_step / len(setup.tokens.train)
     for domain, stream in setup.tokens.train.items():
         passes = draws / max(1, stream.n_blocks(length))

@@ -38,6 +38,8 @@ class StepDone:
     logged: bool
     parts: Mapping[str, float] = field(default_factory=dict)
     """Parts of the loss by name, if the objective has several."""
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    """The rate of each group of parameters; ``learning_rate`` scales them all."""
 
 
 @dataclass(frozen=True)

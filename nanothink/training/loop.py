@@ -148,6 +148,7 @@ def train(run: Run, callbacks: Callbacks) -> RunFinished:
                 skipped=not taken.finite,
                 logged=state.step % config.log_every_steps == 0 or state.step in {1, plan.total_steps},
                 parts=taken.parts,
+                learning_rates=run.optimizer.rates,
             )
         )
         if state.skipped_in_a_row >= config.max_skipped_steps:
@@ -239,10 +240,10 @@ def _accumulate(run: Run, placement: Placement) -> tuple[float, dict[str, float]
 
 
 def _evaluation_is_due(run: Run) -> bool:
-    state, every = run.state, run.config.eval_every_steps
+    state, every = run.state, run.plan.evaluates_every(run.config.eval_every_steps)
     if state.evaluated_step == state.step:
         return False
-    between = every is not None and state.step > 0 and state.step % every == 0
+    between = every > 0 and state.step > 0 and state.step % every == 0
     if run.evaluates_first and state.evaluated_step < 0:
         return True
     return run.plan.epoch_is_over(state) or between or run.plan.is_over(state)
@@ -299,7 +300,9 @@ def _evaluate(run: Run, callbacks: Callbacks) -> None:
         return  # nothing to go on from: the checkpoints stay as they are
     if best:
         _save("best", run, callbacks)
-    if state.epoch // config.snapshot_every_epochs > before // config.snapshot_every_epochs:
+    epochs_a_step = -(-plan.blocks_per_step // plan.n_blocks)  # of little text, a step takes several
+    between = config.snapshot_every_epochs * epochs_a_step
+    if state.epoch // between > before // between:
         _save("epoch", run, callbacks)
     _save("interrupted", run, callbacks)
 

@@ -97,6 +97,12 @@ class GroupedOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * fraction
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each group of parameters, as the next step uses it."""
+        groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        return {group["role"]: group["lr"] for group in groups}
+
     def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
         for optimizer in self.optimizers.values():
             if scaler is None:

@@ -92,6 +92,13 @@ def _damaged(reason: str) -> CheckpointDamagedError:
     )
 
 
+_EVALUATIONS = 10
+"""Evaluations of a run at least, so that early stopping can act and a curve has points."""
+
+_STEPS_BETWEEN = 20
+"""Steps between two evaluations at least, unless an epoch ends."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Length of a run, derived once from config, data and state."""
@@ -124,8 +131,16 @@ class Plan:
     def epoch_is_over(self, state: TrainState) -> bool:
         return self.epochs_over(state) > state.epoch
 
-    def n_evaluations(self, every: int | None, state: TrainState) -> int:
-        """Evaluations that are left, at most: at ends of epochs, after ``every`` steps, and at the end."""
+    def evaluates_every(self, asked: int | None) -> int:
+        """Steps between two evaluations: as asked, else so that a run has ten. 0: at ends of epochs."""
+        if asked is not None:
+            return asked
+        tenth = -(-self.total_steps // _EVALUATIONS)
+        return max(_STEPS_BETWEEN, tenth) if self.epochs < _EVALUATIONS else 0
+
+    def n_evaluations(self, asked: int | None, state: TrainState) -> int:
+        """Evaluations that are left, at most: at ends of epochs, between them, and at the end."""
+        every = self.evaluates_every(asked)
         blocks = self.total_steps * self.blocks_per_step - self.epoch_shift
         by_epoch = blocks // self.n_blocks - state.epoch
         at_the_end = blocks // self.n_blocks == (blocks - self.blocks_per_step) // self.n_blocks

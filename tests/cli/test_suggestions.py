@@ -241,3 +241,20 @@ def _no_messages(node: ast.AST) -> list[ast.AST]:
     if isinstance(node, ast.keyword) and node.arg == "help":
         return list(ast.walk(node.value))
     return []
+
+
+def test_a_name_is_the_checkpoint_of_that_name(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "here"
+    shutil.copytree(world, here)
+    monkeypatch.chdir(here)
+    (here / "models").rename("checkpoints")
+    for typed in (
+        "eval diffuser --max-tokens 40 --data-dir texts",
+        "generate x -n 2 -c nanothink_mla",
+        "checkpoints show transformer",
+        "checkpoints export state_space --to exported",
+    ):
+        assert run(shlex.split(typed)) == 0, capsys.readouterr().err
+    assert run(["generate", "x", "-c", "nobody"]) == 1

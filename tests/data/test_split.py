@@ -287,7 +287,7 @@ def test_a_domain_of_several_groups_has_both_sides_and_validates_on_half_at_most
     groups = [group for group, _ in drawn]
     sides = assign_sides({"d": rows}, SplitRule(val_split, test_split)).sides["d"]
     if len(set(groups)) == 1:
-        assert sorted(sides.tolist(), key=[TRAIN, TEST, VAL].index) == sides.tolist()
+        assert sorted(sides.tolist(), key=[TRAIN, TEST, VAL, CUT].index) == sides.tolist()
         return
     share = fractions(rows, sides)
     assert share[TRAIN] > 0
@@ -321,7 +321,10 @@ def test_a_book_in_pieces_validates_on_its_end() -> None:
     three = assign_sides({"d": rows}, SplitRule(0.1, 0.2)).sides["d"]
     assert three.tolist() == [TRAIN] * 140 + [TEST] * 40 + [VAL] * 20
     two = rows_of(("a", "book", 10), ("b", "book", 90))
-    assert assign_sides({"d": two}, SplitRule(0.1, 0.3)).sides["d"].tolist() == [TRAIN, VAL]
+    # Validation would be 90 % of the text: its last piece is cut instead.
+    assert assign_sides({"d": two}, SplitRule(0.1, 0.3)).sides["d"].tolist() == [TRAIN, CUT]
+    halves = rows_of(("a", "book", 50), ("b", "book", 50))
+    assert assign_sides({"d": halves}, SplitRule(0.1)).sides["d"].tolist() == [TRAIN, VAL]
     refrain = rows_of(*[("refrain" if i % 2 else f"verse {i}", "song", 10) for i in range(20)])
     sides = assign_sides({"d": refrain}, SplitRule(0.1)).sides["d"]
     assert sides.tolist() == [TRAIN] * 16 + [VAL, TRAIN, VAL, TRAIN]  # the refrain is heard before

@@ -72,3 +72,16 @@ def test_state_survives_the_trip_through_a_dict() -> None:
     )
     assert TrainState.from_dict(state.to_dict()) == state
     assert TrainState.from_dict({"step": 4, "unknown": 1}) == TrainState(step=4)
+
+
+@pytest.mark.parametrize(
+    ("n_blocks", "total_steps", "evaluations"),
+    [(3200, 800, 10), (3200, 100, 5), (80, 400, 20), (3200, 12, 1)],
+    ids=["two epochs", "a short run", "twenty epochs", "a trial"],
+)
+def test_a_run_is_evaluated_ten_times_unless_it_is_short(
+    n_blocks: int, total_steps: int, evaluations: int
+) -> None:
+    plan = Plan(n_blocks=n_blocks, blocks_per_step=8 if n_blocks > 80 else 4, total_steps=total_steps)
+    assert plan.n_evaluations(None, TrainState()) == evaluations
+    assert plan.n_evaluations(1, TrainState()) == total_steps

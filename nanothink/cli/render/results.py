@@ -32,17 +32,18 @@ def training_summary(name: str, finished: RunFinished, best: Path, view: Trainin
     epochs = counted(finished.epoch, "whole epoch")
     done = f"{finished.reason}, {epochs}" if trained else "fitted, not trained"
     say(f"{name}: {done}, {duration(finished.seconds)}.")
-    if view.last_validation is not None:
-        table(
-            ["domain", ">loss", ">perplexity", ">bits per byte", ">tokens"],
-            _score_rows(view.last_validation),
-            title="Validation at the end of training"
-            if trained
-            else "Held-out text that nothing was fitted on",
-            total=True,
-        )
-        _errors_by_level(view.last_validation)
-        _trust(view.last_validation)
+    last = view.last_validation
+    shown = last if view.best_validation is None else view.best_validation
+    if last is not None and shown is not None:
+        columns, rows = ["domain", ">loss", ">perplexity", ">bits per byte", ">tokens"], _score_rows(shown)
+        title = "Validation at the end of training" if trained else "Held-out text that nothing was fitted on"
+        if shown is not last:
+            title = f"Validation of the best model, at step {count(view.best_step)}"
+            columns.append(f">at step {count(view.last_step)}")
+            rows = [[*row, end[3]] for row, end in zip(rows, _score_rows(last), strict=True)]
+        table(columns, rows, title=title, total=True)
+        _errors_by_level(shown)
+        _trust(shown)
     if best.exists():
         say(f"Best model: {best}")
         say(f"Try it: {command('generate', 'The beginning of a text of yours', '--checkpoint', best)}")
@@ -71,6 +72,7 @@ def _trust(evaluation: Evaluation, of: str = "") -> None:
         ],
         title=f"Mean weight of the experts{of}",
     )
+    say("A weight says how much an expert speaks for this text, not how good it is.", style="dim")
 
 
 def _score_rows(evaluation: Evaluation) -> list[list[object]]:

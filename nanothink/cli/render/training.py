@@ -28,6 +28,8 @@ class TrainingView(BarReporter):
     def __init__(self, bars: ProgressBars | None = None) -> None:
         super().__init__(bars)
         self.last_validation: Evaluation | None = None
+        self.best_validation: Evaluation | None = None
+        self.best_step = self.last_step = 0
         self._started: Any = None
         self._durations: list[float] = []
 
@@ -40,6 +42,9 @@ class TrainingView(BarReporter):
             self._durations = [*self._durations[-49:], event.seconds]
         elif isinstance(event, events.Evaluated):
             self.last_validation = event.evaluation
+            if event.best:
+                self.best_validation, self.best_step = event.evaluation, event.step
+            self.last_step = event.step
 
     def eta_seconds(self, step: int, total_steps: int) -> float:
         """Estimate from the median step, so that one slow step does not distort it."""
@@ -66,6 +71,14 @@ def trust_by_domain(evaluation: Evaluation) -> str:
     )
 
 
+def _rates(event: Any) -> str:
+    """Format the learning rate of each group of parameters: the matrices' first, without a name."""
+    rates = dict(event.learning_rates) or {"matrices": event.learning_rate}
+    first = rates.pop("matrices", None)
+    named = [f"{role} {rate:.1e}" for role, rate in rates.items()]
+    return ", ".join(named if first is None else [f"{first:.1e}", *named])
+
+
 class PlainTrainingView(TrainingView):
     """Shows a run as one line for each event, for logs and pipes."""
 
@@ -88,7 +101,7 @@ class PlainTrainingView(TrainingView):
             parts = f"({named})  " if named else ""
             note(
                 f"step {count(event.step)}/{count(event.total_steps)}  epoch {event.epoch}  "
-                f"loss {event.loss:.4f}  {parts}lr {event.learning_rate:.2e}  "
+                f"loss {event.loss:.4f}  {parts}lr {_rates(event)}  "
                 f"grad {event.gradient_norm:.2f}  {count(event.tokens / max(event.seconds, 1e-9))} tok/s  "
                 f"ETA {eta}{skipped}"
             )
@@ -169,9 +182,10 @@ class LiveTrainingView(TrainingView):
         if step is not None:
             facts = Table.grid(padding=(0, 2))
             numbers = {
+                "step": f"{count(step.step)}/{count(step.total_steps)}",
                 "whole epochs": f"{step.epoch} of {self._started.epochs}",
                 "loss": f"{self._losses[-1]:.4f}" if self._losses else "-",
-                "learning rate": f"{step.learning_rate:.2e}",
+                "learning rates": _rates(step),
                 "gradient norm": f"{step.gradient_norm:.2f}",
                 "tokens/s": count(step.tokens / max(step.seconds, 1e-9)),
             }

@@ -1,0 +1,59 @@
+"""Advice for people who come from other programs: their commands and options, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nanothink.models import EXPERTS, training_section
+from nanothink.suggestions import suggest
+
+_GUESSES = {
+    **dict.fromkeys(("finetune", "fine-tune", "fine_tune"), "pretrain transformer --init CHECKPOINT"),
+    **dict.fromkeys(("chat", "infer", "inference", "predict", "complete", "run", "write"), "generate"),
+    **dict.fromkeys(("evaluate", "test", "score", "perplexity", "benchmark"), "eval"),
+    **dict.fromkeys(("combine", "merge", "train_mla", "mla", "train-nanothink", "nanothink"), "train-mla"),
+    **dict.fromkeys(("plot", "tensorboard", "curves", "runs"), "report"),
+    **dict.fromkeys(("ui", "web", "playground", "server", "api"), "serve"),
+    **dict.fromkeys(("list", "models", "checkpoint"), "checkpoints ls"),
+    **dict.fromkeys(("convert", "save", "gguf"), "checkpoints export"),
+    **dict.fromkeys(("tokenize", "train-tokenizer", "train_tokenizer"), "tokenizer train"),
+    **dict.fromkeys(("prepare", "check", "preprocess"), "data validate"),
+    **dict.fromkeys(("continue", "restart"), "resume"),
+    **dict.fromkeys(("init", "new", "setup"), "data sample"),
+    "presets": "config presets",
+    "settings": "config show",
+}
+"""Commands that other programs have, and ours."""
+
+
+def commands_meant(word: str, tree: Any) -> list[str]:
+    """The commands that an unknown one may mean, by habit, by kind of model, or by its name in a group."""
+    if word in _GUESSES:
+        return [_GUESSES[word]]
+    if kinds := [kind for kind in EXPERTS if kind in word.replace("-", "_")]:
+        return [f"pretrain {kinds[0]}"]
+    groups = ((name, getattr(found, "commands", {})) for name, found in tree.commands.items())
+    return [f"{name} {word}" for name, commands in groups if word in commands]
+
+
+def option_meant(option: str, args: Sequence[str]) -> str:
+    """The whole command with a setting in place of an option that another program has; may be empty."""
+    from nanothink.config.other_names import setting_meant
+
+    kind = next((word for word in args if word.replace("-", "_") in EXPERTS), "")
+    phase = (
+        "train_mla" if args[0] == "train-mla" else training_section(kind.replace("-", "_") or "transformer")
+    )
+    meant = setting_meant(option.lstrip("-"), phase)
+    at = next((i for i, word in enumerate(args) if word.partition("=")[0].replace("_", "-") == option), None)
+    if not meant or at is None or args[0] not in ("pretrain", "train-mla", "resume", "train"):
+        return ""
+    _, together, value = args[at].partition("=")
+    if not together:
+        value = args[at + 1] if at + 1 < len(args) and not args[at + 1].startswith("--") else "VALUE"
+    rest = args[at + 1 :] if together or value == "VALUE" else args[at + 2 :]
+    flag = {"max_epochs": "--max-epochs", "max_steps": "--max-steps", "data_dir": "--data-dir"}
+    key = meant.partition(".")[2]
+    words = [flag[key], value] if key in flag else ["--set", f"{meant}={value}"]
+    return suggest(args[0], *args[1:at], *words, *rest)
