@@ -300,7 +300,7 @@ def _evaluate(run: Run, callbacks: Callbacks) -> None:
         return  # nothing to go on from: the checkpoints stay as they are
     if best:
         _save("best", run, callbacks)
-    epochs_a_step = -(-plan.blocks_per_step // plan.n_blocks)  # of little text, a step takes several
+    epochs_a_step = max(1, plan.blocks_per_step // plan.n_blocks)  # several where there is little text
     between = config.snapshot_every_epochs * epochs_a_step
     if state.epoch // between > before // between:
         _save("epoch", run, callbacks)

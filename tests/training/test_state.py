@@ -75,13 +75,13 @@ def test_state_survives_the_trip_through_a_dict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_blocks", "total_steps", "evaluations"),
-    [(3200, 800, 10), (3200, 100, 5), (80, 400, 20), (3200, 12, 1)],
+    ("n_blocks", "total_steps", "every"),
+    [(3200, 800, 80), (3200, 100, 20), (80, 400, 0), (3200, 12, 20)],
     ids=["two epochs", "a short run", "twenty epochs", "a trial"],
 )
-def test_a_run_is_evaluated_ten_times_unless_it_is_short(
-    n_blocks: int, total_steps: int, evaluations: int
+def test_a_run_of_few_epochs_is_evaluated_ten_times_unless_it_is_short(
+    n_blocks: int, total_steps: int, every: int
 ) -> None:
     plan = Plan(n_blocks=n_blocks, blocks_per_step=8 if n_blocks > 80 else 4, total_steps=total_steps)
-    assert plan.n_evaluations(None, TrainState()) == evaluations
-    assert plan.n_evaluations(1, TrainState()) == total_steps
+    assert plan.evaluates_every(None) == every
+    assert plan.evaluates_every(7) == 7
