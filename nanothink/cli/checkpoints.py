@@ -324,7 +324,7 @@ def export(
         ["parameters", f"{render.count(done.n_parameters)}, float32"],
         ["files", f"{', '.join(done.files)} ({render.size(done.n_bytes)})"],
         ["from Python", done.how_to_load],
-        ["for other programs", f"nanothink serve {done.folder}"],
+        ["for other programs", command("serve", done.folder)],
     ]
     render.facts(rows, title=str(done.folder))
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from nanothink.cli.options import ForgivingCommand
+from nanothink.suggestions import command as as_typed
 
 _SECONDS = 240.0
 _KINDS = ("transformer", "state_space", "diffuser")
@@ -56,5 +57,5 @@ def demo(
     render.chapter("All that follows, in one command", f"$ nanothink {shlex.join(command)}")
     code = story.tell()
     if not code:
-        render.say("  nanothink train your_texts --time 1h   # the same on your own text")
+        render.say(f"  {as_typed('train your_texts --time 1h')}   # the same on your own text")
     return code

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanothink.errors import CheckpointMismatchError, UsageError, counted, rounded_duration
+from nanothink.suggestions import command as as_typed
 
 if TYPE_CHECKING:
     from nanothink.reporter import Reporter
@@ -284,14 +285,15 @@ class Story:
     def _next_commands(self, plan: TrainingPlan) -> Iterator[str]:
         from nanothink.models import COMBINED
 
-        combined = shlex.quote(str(self.checkpoint_dir / f"{COMBINED}.pt"))
-        folder, prompt = shlex.quote(str(self.checkpoint_dir)), shlex.quote(plan.prompt)
-        cached = " ".join(["", *self._cache([str(self.checkpoint_dir / f"{COMBINED}.pt")])])
-        yield f"nanothink generate {prompt} -c {combined}{cached}   # let it write"
-        yield f"nanothink serve {combined}   # in the browser, and by OpenAI's API"
-        yield f"nanothink report --checkpoint-dir {folder}   # curves, domains, routing as one HTML page"
-        yield f"nanothink store search {prompt} -c {combined}   # what it recalls"
-        yield f"nanothink checkpoints ls --checkpoint-dir {folder}   # what there is"
+        combined, folder = str(self.checkpoint_dir / f"{COMBINED}.pt"), self.checkpoint_dir
+        for call, why in (
+            (as_typed("generate", plan.prompt, "-c", combined, *self._cache([combined])), "let it write"),
+            (as_typed("serve", combined), "in the browser, and by OpenAI's API"),
+            (as_typed("report --checkpoint-dir", folder), "curves, domains, routing as one HTML page"),
+            (as_typed("store search", plan.prompt, "-c", combined), "what it recalls"),
+            (as_typed("checkpoints ls --checkpoint-dir", folder), "what there is"),
+        ):
+            yield f"{call}   # {why}"
 
 
 def _stems(kinds: tuple[str, ...]) -> list[str]:
