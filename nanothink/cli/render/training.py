@@ -185,13 +185,13 @@ class LiveTrainingView(TrainingView):
                 "step": f"{count(step.step)}/{count(step.total_steps)}",
                 "whole epochs": f"{step.epoch} of {self._started.epochs}",
                 "loss": f"{self._losses[-1]:.4f}" if self._losses else "-",
-                "learning rates": _rates(step),
                 "gradient norm": f"{step.gradient_norm:.2f}",
                 "tokens/s": count(step.tokens / max(step.seconds, 1e-9)),
             }
             facts.add_row(*(Text(name, style="dim") for name in numbers))
             facts.add_row(*(Text(value, style="bold") for value in numbers.values()))
             parts.append(facts)
+            parts.append(Text.assemble(("learning rates  ", "dim"), _rates(step)))
             curve = Text("loss  ", style="dim")
             curve.append(sparkline(self._losses, min(60, err.width - 12)), style="cyan")
             parts.append(curve)
