@@ -257,6 +257,7 @@ def test_resumed_at_every_moment_it_is_the_same_run(ground: Ground, tmp_path: Pa
     targets = ground.corpus / ".nanothink" / "targets"
     made = {"kind": "transformer", "max_epochs": 1, "eval_every_steps": 8}
     taught_by = ["--teacher", str(ground.experts / "state_space_expert.pt"), "--name", "student"]
+    taught_by += ["--set", "distillation.written_fraction=0.5"]
 
     def typed(folder: Path) -> list[str]:
         words = ground.typed(folder=folder, **made)  # type: ignore[arg-type]
