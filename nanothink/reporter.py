@@ -37,11 +37,13 @@ class Reporter:
         """Receive an event of a training run: a frozen dataclass of ``training/events.py``."""
 
     def counter(self, stage: str, total: int) -> Callable[[int], None]:
-        """Return ``advance(n)``, which adds ``n`` to the work done in ``stage`` and reports it.
+        """Report the start of ``stage``; return ``advance(n)``, which adds ``n`` to its work and reports it.
 
         A file that grows while it is read does not push the work done beyond ``total``.
         """
         done = 0
+        if total:
+            self.progress(stage, done, total)
 
         def advance(n: int) -> None:
             nonlocal done

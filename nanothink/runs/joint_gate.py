@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,15 +82,28 @@ def _known_better(setup: RunSetup, reporter: Reporter) -> float:
         length = expert.config.model.max_seq_len
         for side, streams in enumerate(sides):
             sample = {d: s.sample(_COMPARED_TOKENS // len(streams)) for d, s in streams.items()}
-            sums[side] += _score(model, sample, setup, length).overall.loss
+            stage = f"{expert.kind} on {('training', 'held-out')[side]} text"
+            sums[side] += _score(model, sample, setup, length, reporter, stage).overall.loss
     return 1 - sums[0] / sums[1] if sums[1] else 0.0
 
 
 def _score(
-    model: LanguageModel, streams: Mapping[str, TokenStream], setup: RunSetup, length: int
+    model: LanguageModel,
+    streams: Mapping[str, TokenStream],
+    setup: RunSetup,
+    length: int,
+    reporter: Reporter,
+    stage: str,
 ) -> Evaluation:
-    batch = max(1, 8192 // length)
-    return evaluate_model(model, streams, length=length, batch_size=batch, precision=setup.precision)
+    return evaluate_model(
+        model,
+        streams,
+        length=length,
+        batch_size=max(1, 8192 // length),
+        precision=setup.precision,
+        reporter=reporter,
+        stage=stage,
+    )
 
 
 @dataclass(frozen=True)
@@ -147,7 +161,9 @@ def finish_best(setup: RunSetup, run: Run, store: CheckpointStore, reporter: Rep
     _fit_gate(model, setup, text, reporter)
     fitted = None
     if in_gate_mode:
-        fitted = _score(model, text.rest, setup, setup.config.model.max_seq_len)
+        fitted = _score(
+            model, text.rest, setup, setup.config.model.max_seq_len, reporter, "validating as fitted"
+        )
         payload["best_loss"] = fitted.overall.loss
     state = {**payload["run"], "logit_scale": model.logit_scale, "gate_documents": text.keys}
     store.write(best, {**payload, "model_state": model_state(model), "run": state})
@@ -160,7 +176,7 @@ def _fit_weights(model: NanoThink, setup: RunSetup, text: _Text, reporter: Repor
         reporter.note("Equal weights are kept: there is too little held-out text to fit others on.")
         return
     length = setup.config.model.max_seq_len
-    before = _score(model, text.rest, setup, length).overall
+    before = _score(model, text.rest, setup, length, reporter, "validating with equal weights").overall
     with evaluating(model), torch.inference_mode():
         states, targets = expert_fit_text(model, text.to_fit, length=length, precision=setup.precision)
         with setup.precision.autocast():
@@ -168,7 +184,7 @@ def _fit_weights(model: NanoThink, setup: RunSetup, text: _Text, reporter: Repor
     earlier = (model.router.bias.detach().clone(), model.log_scale.detach().clone(), model.logit_scale)
     model.set_expert_scales(found)
     model.logit_scale = 1.0
-    after = _score(model, text.rest, setup, length).overall
+    after = _score(model, text.rest, setup, length, reporter, "validating with fitted weights").overall
     if after.loss < before.loss:
         weights = ", ".join(f"{n} {a / sum(found):.2f}" for n, a in zip(model.names, found, strict=True))
         reporter.note(
@@ -195,8 +211,12 @@ def _fit_gate(model: LanguageModel, setup: RunSetup, text: _Text, reporter: Repo
     stored = isinstance(model, NanoThink) and model.vector_store is not None
     names = MEMORIES if stored else (DOCUMENT_CACHE,)
     unigram = unigram_log_frequencies(setup.tokens.train, model.vocab_size).to(setup.precision.device)
-    before = _score(model, text.rest, setup, length).overall if stored else None
-    gate = fit_joint_gate(model, text.to_fit, names, unigram, reading, seed=setup.training.seed)
+    before = None
+    if stored:
+        before = _score(model, text.rest, setup, length, reporter, "validating before the joint gate").overall
+    gate = fit_joint_gate(
+        model, text.to_fit, names, unigram, reading, seed=setup.training.seed, reporter=reporter
+    )
     if gate is None:
         reporter.note(
             f"No joint gate: {counted(text.n_tokens, 'held-out token')} are too few to fit one on. The model "
@@ -210,8 +230,10 @@ def _fit_gate(model: LanguageModel, setup: RunSetup, text: _Text, reporter: Repo
             "with eval --document-cache and generate --document-cache."
         )
         return
-    after = evaluate_gated(model, text.rest, reading, with_cache=False).overall
-    cached = evaluate_gated(model, text.rest, reading).overall
+    told: Any = {"reporter": reporter, "stage": "validating with the joint gate"}
+    after = evaluate_gated(model, text.rest, reading, with_cache=False, **told).overall
+    told["stage"] = "validating with the document cache"
+    cached = evaluate_gated(model, text.rest, reading, **told).overall
     reporter.note(
         f"Joint gate fitted on {counted(text.n_tokens, 'held-out token')}. "
         f"Bits per byte on the rest, with the vector store: {before.bits_per_byte:.4f} → "

@@ -20,6 +20,7 @@ from nanothink.inference.generate import evaluating
 from nanothink.models.contract import LanguageModel
 from nanothink.models.joint_gate import Evidence, JointGate
 from nanothink.models.store_gate import Neighbours
+from nanothink.reporter import SILENT, Reporter
 from nanothink.training.optimizer import EagerAdamW
 
 FIT_TOKENS = 20_000
@@ -40,6 +41,7 @@ def fit_joint_gate(
     reading: Reading,
     *,
     seed: int,
+    reporter: Reporter = SILENT,
 ) -> JointGate | None:
     """The gate that gives the text the greatest likelihood; None where there is too little of it.
 
@@ -49,19 +51,20 @@ def fit_joint_gate(
         unigram: (V,) log-frequencies.
         seed: of the start and the batches.
     """
+    advance = reporter.counter("joint gate: reading", sum(stream.n_targets for stream in streams.values()))
+    found = []
     with evaluating(model):
-        found = [
-            each
-            for stream in streams.values()
-            if stream.n_tokens
-            for each in positions(model, stream, names, unigram, reading)
-        ]
+        for stream in streams.values():
+            if stream.n_tokens:
+                for each in positions(model, stream, names, unigram, reading):
+                    found.append(each)
+                    advance(len(each.targets))
     if sum(len(each.targets) for each in found) < _FEWEST:
         return None
-    return _fit(_together(found), names, unigram, seed)
+    return _fit(_together(found), names, unigram, seed, reporter)
 
 
-def _fit(text: Positions, names: Sequence[str], unigram: Tensor, seed: int) -> JointGate:
+def _fit(text: Positions, names: Sequence[str], unigram: Tensor, seed: int, reporter: Reporter) -> JointGate:
     generator = torch.Generator().manual_seed(seed)
     n = len(text.targets)
     n_hidden = _HIDDEN if n >= _LINEAR_BELOW else 0
@@ -77,6 +80,7 @@ def _fit(text: Positions, names: Sequence[str], unigram: Tensor, seed: int) -> J
         ],
         lr=_LR,
     )
+    advance = reporter.counter("joint gate: fitting", _STEPS)
     for step in range(_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = _LR * 0.5 * (1 + math.cos(math.pi * step / _STEPS)) + 1e-5
@@ -89,6 +93,7 @@ def _fit(text: Positions, names: Sequence[str], unigram: Tensor, seed: int) -> J
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        advance(1)
     return JointGate(gate.names, {name: weight.detach() for name, weight in gate.weights.items()})
 
 

@@ -189,17 +189,17 @@ def build(
     parts: list[NDArray[Any]] = [np.asarray(old.tokens)]
     rows: list[NDArray[Any]] = [np.asarray(old.documents)]
     number = len(old.tokens)
-    done, n_blocks = 0, sum(len(intake.blocks) for intake in plan.intakes)
+    n_blocks = sum(len(intake.blocks) for intake in plan.intakes)
+    advance = reporter.counter("vector store: adding keys", n_blocks)
     for intake in plan.intakes:
         domain = _place(domains, intake.domain)
         sources = np.array([_place(files, path) for path in intake.documents.paths], np.int64)
-        for keys, targets, documents in _keys(intake, intake.blocks, owner.block_length, states):
+        for n_read, keys, targets, documents in _keys(intake, intake.blocks, owner.block_length, states):
             index.add(keys, number + np.arange(len(keys)))
             parts.append(targets.astype(old.tokens.dtype))
             rows.append(_rows(intake, documents, number, domain, sources))
             number += len(keys)
-            done += max(1, BATCH_TOKENS // owner.block_length)
-            reporter.progress("keys into the index", min(done, n_blocks), n_blocks)
+            advance(n_read)
     held_out = np.union1d(held_out_texts(tokens), old.held_out)
     contents = Contents(
         np.concatenate(parts),
@@ -249,12 +249,12 @@ def _prepared_index(
             [np.stack([np.full(len(i.blocks), n), i.blocks]) for n, i in enumerate(plan.intakes)], 1
         )
         some = _evenly(np.arange(every.shape[1]), -(-missing // owner.block_length))
-        read = 0
+        advance = reporter.counter("vector store: reading a sample", len(some))
         for n, intake in enumerate(plan.intakes):
-            for keys, _, _ in _keys(intake, every[1, some[every[0, some] == n]], owner.block_length, states):
+            chosen = every[1, some[every[0, some] == n]]
+            for n_read, keys, _, _ in _keys(intake, chosen, owner.block_length, states):
                 sample.append(keys)
-                read += len(keys)
-                reporter.progress("sample for the index", min(read, missing), missing)
+                advance(n_read)
         keys = np.concatenate(sample or [np.empty((0, owner.width), np.float32)])
         # The sample is smaller than planned if little of each block goes in. No more lists than keys.
         n_keys = total if len(keys) >= choose_lists(total) else len(keys)
@@ -267,15 +267,14 @@ def _prepared_index(
 
 def _keys(
     intake: Intake, blocks: Int64, length: int, states: States
-) -> Iterator[tuple[Float32, Int64, Int64]]:
-    """Yield batches of keys (n, D), the token after each (n,), and its document (n,)."""
+) -> Iterator[tuple[int, Float32, Int64, Int64]]:
+    """Yield a count of blocks read, their keys (n, D), the token after each (n,), and its document (n,)."""
     at_once = max(1, BATCH_TOKENS // length)
     for first in range(0, len(blocks), at_once):
         read = [intake.block(int(index), length) for index in blocks[first : first + at_once]]
         inputs, targets, documents = (np.stack(part) for part in zip(*read, strict=True))
         wanted = documents >= 0
-        if wanted.any():
-            yield states(torch.from_numpy(inputs))[wanted], targets[wanted], documents[wanted]
+        yield len(read), states(torch.from_numpy(inputs))[wanted], targets[wanted], documents[wanted]
 
 
 def _rows(intake: Intake, documents: Int64, number: int, domain: int, sources: Int64) -> NDArray[Any]:

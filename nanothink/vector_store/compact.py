@@ -29,7 +29,7 @@ def merge_duplicates(store: VectorStore, similarity: float, reporter: Reporter =
     Returns the contents to write with it.
     """
     pairs = []
-    done, total = 0, store.index.n_keys
+    advance = reporter.counter("vector store: comparing keys", store.index.n_keys)
     for numbers, keys in store.index.groups():
         order = np.lexsort((numbers, store.contents.tokens[numbers]))
         numbers, keys = numbers[order], _unit(keys[order])
@@ -42,8 +42,7 @@ def merge_duplicates(store: VectorStore, similarity: float, reporter: Reporter =
                     leaders = _leaders(keys[part], similarity)
                     merged = np.flatnonzero(leaders != np.arange(len(leaders)))
                     pairs.append(np.stack([numbers[part][merged], numbers[part][leaders[merged]]], 1))
-        done += len(numbers)
-        reporter.progress("comparing keys", done, total)
+        advance(len(numbers))
     new = np.concatenate(pairs or [np.empty((0, 2), np.int64)])
     store.index.remove(new[:, 0])
     old = np.asarray(store.contents.merged)

@@ -18,9 +18,10 @@ Shapes: N keys, Q queries, K neighbours, D width.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +46,7 @@ _LEAST_PER_LIST = 39
 _MOST_LISTS = 1 << 14
 _PQ_DIMENSIONS = 4  # numbers that share a byte
 _CODES = 256  # of a byte
+_SYNCED_BYTES = 64 << 20
 
 
 def import_faiss() -> Any:
@@ -215,8 +217,9 @@ class NeighbourIndex:
     def train(self, sample: Float32, reporter: Reporter = SILENT) -> None:
         """Learn lists and codes from (n, D) keys. Nothing to do for an exact index. Deterministic.
 
-        FAISS would go through all iterations of k-means in one call, without a word and deaf to Ctrl-C. An
-        iteration a call, each from the centroids of the one before, comes to the same lists.
+        FAISS would go through all of it in one call, without a word and deaf to Ctrl-C. An iteration of
+        k-means a call, each from the centroids of the one before, and the codes of a part of the numbers a
+        call come to the same.
         """
         if self.kind == "exact":
             return
@@ -224,15 +227,44 @@ class NeighbourIndex:
         index.cp.max_points_per_centroid = 1 << 30  # the sample is as large as it is meant to be
         clustering = self._faiss.Clustering(index.d, index.nlist, index.cp)
         n_steps, clustering.niter = clustering.niter + 1, 1
-        stage = "lists of the index"
+        advance = reporter.counter("vector store: learning lists", n_steps)
         learning = f"learning {index.nlist:,} lists from {len(keys):,} keys"
-        for step in range(1, n_steps):
+        for _ in range(1, n_steps):
             with _told(learning):
                 clustering.train(keys, index.quantizer)
-            reporter.progress(stage, step, n_steps)
+            advance(1)
         with _told(learning):
-            index.train(keys)  # finds the lists there, and learns the codes
-        reporter.progress(stage, n_steps, n_steps)  # the codes
+            if self.kind == "sq8":
+                index.train(
+                    keys
+                )  # finds the lists there, assigns the keys, and sees the range of each number
+                advance(1)
+            else:
+                few = keys[:: -(-len(keys) // (_CODES * index.pq.cp.max_points_per_centroid))]
+                rest = self._residuals(np.ascontiguousarray(few))
+                advance(1)
+                self._train_codes(rest, reporter)
+
+    def _residuals(self, keys: Float32) -> Float32:
+        """(n, D) keys less the centroids of their lists."""
+        _, lists = self._index.quantizer.search(keys, 1)
+        rest, swig = np.empty_like(keys), self._faiss.swig_ptr
+        own = np.ascontiguousarray(lists[:, 0])
+        self._index.quantizer.compute_residual_n(len(keys), swig(keys), swig(rest), swig(own))
+        return rest
+
+    def _train_codes(self, rest: Float32, reporter: Reporter) -> None:
+        """Learn the codes of product quantisation from (n, D) residuals, as FAISS does: part by part of D."""
+        faiss, index, pq = self._faiss, self._index, self._index.pq
+        advance = reporter.counter("vector store: learning codes", pq.M)
+        for part in range(pq.M):
+            clustering = faiss.Clustering(pq.dsub, pq.ksub, pq.cp)
+            numbers = np.ascontiguousarray(rest[:, part * pq.dsub : (part + 1) * pq.dsub])
+            clustering.train(numbers, faiss.IndexFlatL2(pq.dsub))
+            pq.set_params(clustering.centroids.data(), part)
+            advance(1)
+        index.is_trained = True
+        index.precompute_table()
 
     def add(self, keys: Float32, numbers: Int64) -> None:
         """(n, D) keys under (n,) numbers of their own."""
@@ -280,9 +312,31 @@ class NeighbourIndex:
             index.decode_vectors(size, *map(faiss.swig_ptr, (codes, of_list, keys)))
             yield numbers, keys
 
-    def write(self, path: Path) -> None:
-        """To a new file. Raises OSError when the disk refuses."""
-        try:
-            self._faiss.write_index(self._index, str(path))
-        except (RuntimeError, MemoryError) as error:  # FAISS has no error of its own for a full disk
-            raise OSError(0, f"FAISS could not write it ({str(error).splitlines()[-1][:200]})") from error
+    @property
+    def n_bytes(self) -> int:
+        """Size of its file, about."""
+        return self.n_keys * bytes_per_key(self.kind, self.width) + self.n_lists * self.width * 4
+
+    def write(self, path: Path, on_bytes: Callable[[int], None] = lambda n: None) -> None:
+        """To a new file, piece by piece onto the disk. Raises OSError when the disk refuses.
+
+        Args:
+            on_bytes: called with the bytes of each piece.
+        """
+        unsynced = 0
+        with open(path, "wb") as file:
+
+            def write(piece: bytes) -> None:
+                nonlocal unsynced
+                file.write(piece)
+                unsynced += len(piece)
+                if unsynced >= _SYNCED_BYTES:  # else a large file is written at once, and waits at the end
+                    file.flush()
+                    os.fsync(file.fileno())
+                    unsynced = 0
+                on_bytes(len(piece))
+
+            try:
+                self._faiss.write_index(self._index, self._faiss.PyCallbackIOWriter(write, 1 << 20))
+            except (RuntimeError, MemoryError) as error:
+                raise OSError(0, f"FAISS could not write it ({str(error).splitlines()[-1][:200]})") from error

@@ -100,7 +100,8 @@ class TrainingNeighbours:
                 f"Keeping the neighbours of the training text takes {needed / 1e9:.2f} GB in {self.folder}, "
                 f"and {free / 1e9:.2f} GB are free. Make room, or lower vector_store.n_neighbours."
             )
-        done, total = 0, sum(map(len, missing.values()))
+        total = sum(map(len, missing.values()))
+        advance = reporter.counter("vector store: training neighbours", total)
         at_once = max(1, BATCH_TOKENS // self._length)
         try:
             make_folder(self.folder, within=self.folder.parent)
@@ -110,8 +111,7 @@ class TrainingNeighbours:
                     some = blocks[first : first + at_once]
                     for block, *found in zip(some, *self._search(domain, some), strict=True):
                         file.write(int(block), found)
-                    done += len(some)
-                    reporter.progress("neighbours of the training text", done, total)
+                    advance(len(some))
         except OSError as error:
             raise storage_error(self.folder, error) from error
 

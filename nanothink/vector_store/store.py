@@ -75,7 +75,7 @@ def open_store(
     if owner is not None:
         check_owner(folder, found, owner)
     n_bytes = sum(int(facts["bytes"]) for facts in manifest["files"].values())
-    advance = reporter.counter(f"verifying {folder.name}", n_bytes)
+    advance = reporter.counter("vector store: verifying", n_bytes)
     paths = {role: _verified(folder, role, facts, advance) for role, facts in manifest["files"].items()}
     contents = Contents(
         tokens=_map(paths["tokens"], "<u2", "<u4"),
@@ -161,16 +161,19 @@ def write_store(
         names = {role: f"{role}-{generation}.{'faiss' if role == 'index' else 'npy'}" for role in ROLES}
         try:
             with scratch_folder(folder / "generation", blamed=folder) as scratch:
-                index.write(scratch / names["index"])
+                n_bytes = index.n_bytes + contents.tokens.nbytes + contents.documents.nbytes
+                written = reporter.counter("vector store: writing", n_bytes)
+                index.write(scratch / names["index"], written)
                 np.save(scratch / names["tokens"], contents.tokens)
                 np.save(scratch / names["documents"], contents.documents)
                 np.save(scratch / names["heldout"], contents.held_out)
                 np.save(scratch / names["heads"], contents.heads)
                 np.save(scratch / names["merged"], contents.merged)
+                sync_tree(scratch)
+                written(n_bytes)
                 files = {}
                 n_bytes = sum(path.stat().st_size for path in scratch.iterdir())
-                advance = reporter.counter(f"writing {folder.name}", n_bytes)
-                sync_tree(scratch)
+                advance = reporter.counter("vector store: checksums", n_bytes)
                 for role, name in names.items():
                     digest = _digest(scratch / name, advance)
                     files[role] = {"name": name, "bytes": (scratch / name).stat().st_size, "digest": digest}

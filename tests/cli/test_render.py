@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.progress import ProgressColumn
 
 from nanothink.cli import render
 from nanothink.cli.render import results, tables
 from nanothink.cli.render.progress import BarReporter, ProgressBars, progress_columns
+from nanothink.cli.render.training import TrainingView
 from nanothink.errors import counted
 from nanothink.inference.evaluate import Evaluation, Score
 from nanothink.runs.evaluating import CheckpointEvaluation
+from nanothink.training import events
 
 Terminal = Callable[[int], io.StringIO]
 
@@ -93,6 +96,53 @@ def test_plain_progress_says_when_it_will_be_done(capsys: pytest.CaptureFixture[
         "verifying: 60 %, ETA 24s",
         "verifying: 80 %, ETA 12s",
     ]
+
+
+def test_a_bar_counts_down_between_reports_and_says_nothing_once_late() -> None:
+    now = 0.0
+    drawn = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    with ProgressBars(*progress_columns(), console=drawn, auto_refresh=False) as bars:
+        reporter = BarReporter(bars, clock=lambda: now)
+
+        def eta(at: float, done: int | None = None) -> str:
+            nonlocal now
+            now = at
+            if done is not None:
+                reporter.progress("learning lists", done, 10)
+            (task,) = bars.tasks
+            remaining = bars.columns[-1]
+            assert isinstance(remaining, ProgressColumn)
+            return str(remaining.render(task))
+
+        assert eta(0, 0) == "-:--:--"
+        assert eta(50, 1) == "0:07:30"  # reports that are further apart than Rich looks back
+        assert eta(70) == "0:07:10"
+        assert eta(450, 9) == "0:00:50"
+        assert eta(499) == "0:00:01"
+        assert eta(502) == "-:--:--"
+
+
+def test_the_eta_of_a_run_counts_its_validations() -> None:
+    now = 0.0
+    view = TrainingView(clock=lambda: now)
+    view.event(events.RunStarted("run", 0, 40, 0, 1, 400, 10))
+    validated = Evaluation({"all": Score(10.0, 10, 10)})
+    for step in range(1, 41):
+        now += 1.0
+        view.event(events.StepDone(step, 40, 0, 1.0, 0.1, 1.0, 10, 1.0, False, True))
+        if step == 5:
+            assert view.remaining() == 35
+        if step == 15:
+            assert view.remaining() == 25 + 3 * 100
+        if step == 40:
+            assert view.remaining() == 100  # the last one goes on after 100 %
+            now += 101
+            assert view.remaining() is None
+            now -= 1
+        if step % 10 == 0:
+            now += 100.0 if step < 40 else 0.0
+            view.event(events.Evaluated(step, 0, validated, False, 1))
+    assert view.remaining() == 0
 
 
 def test_a_bar_leaves_room_for_the_echo_of_ctrl_c() -> None:
@@ -186,7 +236,7 @@ def test_a_long_label_leaves_the_eta_whole(monkeypatch: pytest.MonkeyPatch) -> N
     drawn = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     monkeypatch.setattr(sys.modules[ProgressBars.__module__], "err", drawn)
     bars = ProgressBars(*progress_columns(), console=drawn)
-    bars.add_task("a_name_that_is_longer_than_any_bar_has_room_for_expert", total=10, eta_seconds=3725)
+    bars.add_task("a_name_that_is_longer_than_any_bar_has_room_for_expert", total=10, eta=lambda: 3725.0)
     with drawn.capture() as captured:
         drawn.print(bars)
     assert "ETA 1:02:05" in captured.get()

@@ -349,16 +349,15 @@ def test_what_compacting_is_at_is_told(
         BarReporter, "progress", lambda self, label, *at: told.setdefault(label, []).append(at)
     )
     assert run(["store", "compact", "--max-tokens", "500", "--checkpoint-dir", str(copied)]) == 0
-    vector_store = f"{STEM}.store"
-    stages = ("evaluating before", "comparing keys", f"writing {vector_store}", "evaluating after")
+    changing = ("comparing keys", "writing", "checksums")
+    stages = ("evaluating before", *(f"vector store: {step}" for step in changing), "evaluating after")
     assert [label for label in told if label in stages] == list(stages)
     # Opened to be compacted, for the score before, again when it is written, and for the score after.
-    verified = told[f"verifying {vector_store}"]
+    verified = told["vector store: verifying"]
     assert sum(done == total for done, total in verified) == 4
-    done, total = told[f"writing {vector_store}"][-1]
-    assert (
-        done == total == sum(p.stat().st_size for p in (copied / vector_store).glob("*-*.*") if p.is_file())
-    )
+    done, total = told["vector store: checksums"][-1]
+    files = (p for p in (copied / f"{STEM}.store").glob("*-*.*") if p.is_file())
+    assert done == total == sum(p.stat().st_size for p in files)
 
 
 def test_without_faiss_everything_else_works(

@@ -16,6 +16,7 @@ import orjson
 import pytest
 import torch
 from numpy.typing import NDArray
+from reports import Told
 
 from nanothink.config import VectorStoreConfig
 from nanothink.data.corpus import find_corpus
@@ -29,7 +30,8 @@ from nanothink.errors import (
     VectorStoreNotFoundError,
 )
 from nanothink.models.store_gate import NO_TOKEN
-from nanothink.vector_store import neighbours
+from nanothink.reporter import SILENT, Reporter
+from nanothink.vector_store import building, neighbours
 from nanothink.vector_store import store as store_module
 from nanothink.vector_store.building import States, build, held_out_texts, plan_build
 from nanothink.vector_store.compact import merge_duplicates
@@ -42,6 +44,7 @@ from nanothink.vector_store.store import open_store, store_bytes, write_store
 WIDTH, LENGTH = 16, 24
 
 EXACT = VectorStoreConfig(enabled=True, n_neighbours=8, exact_below=10_000_000)
+PQ = VectorStoreConfig(enabled=True, n_neighbours=8, index="pq", n_probe=8)
 LISTS = VectorStoreConfig(enabled=True, n_neighbours=8, index="sq8", n_probe=8)
 
 
@@ -92,6 +95,7 @@ def make(tmp_path: Path, owner: Owner, tokenizer: Tokenizer) -> Callable[..., Ve
         store: VectorStore | None = None,
         by: States = states,
         folder: Path = tmp_path / "m.store",
+        reporter: Reporter = SILENT,
     ) -> VectorStore:
         plan = plan_build(tokens, settings, owner, by, store)
         build(
@@ -103,8 +107,9 @@ def make(tmp_path: Path, owner: Owner, tokenizer: Tokenizer) -> Callable[..., Ve
             tokens,
             vocab_size=tokenizer.vocab_size,
             store=store,
+            reporter=reporter,
         )
-        return open_store(folder, settings, owner=owner)
+        return open_store(folder, settings, owner=owner, reporter=reporter)
 
     return made
 
@@ -318,6 +323,26 @@ def test_what_is_added_is_added_in_full_whatever_the_bound(read: Read, make: Mak
 
 # ---------------------------------------------------------------------------------------------------
 # Whole or not at all
+
+
+def test_each_stage_of_a_build_is_told_from_its_start_to_its_end(
+    read: Read, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "BATCH_TOKENS", 5 * LENGTH)
+    told: dict[str, list[float]] = {}
+    reporter = Told(progress=lambda stage, done, total: told.setdefault(stage, []).append(done / total))
+    tokens = read()
+    store = make(tokens, PQ, reporter=reporter)
+    known = TrainingNeighbours(store, tokens, LENGTH, states)
+    known.find({domain: np.arange(12) for domain in tokens.train}, reporter)
+    stages = (
+        "reading a sample, learning lists, learning codes, adding keys, writing, checksums, verifying, "
+        "training neighbours"
+    )
+    assert list(told) == [f"vector store: {stage}" for stage in stages.split(", ")]
+    for stage, shares in told.items():
+        assert shares == sorted(shares), stage
+        assert (shares[0], shares.index(1.0)) == (0, len(shares) - 1), (stage, shares)
 
 
 def fingerprint(folder: Path) -> dict[str, bytes]:

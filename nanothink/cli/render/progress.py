@@ -18,7 +18,6 @@ from rich.progress import (
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -37,6 +36,7 @@ class BarReporter(Reporter):
     def __init__(self, bars: Progress | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
+        self._paces: dict[str, _Pace] = {}
         self._clock = clock
         self._said: set[str] = set()
         self._began: dict[str, tuple[float, int]] = {}
@@ -47,7 +47,9 @@ class BarReporter(Reporter):
             self._plainly(stage, done, total)
             return
         if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total or None)
+            pace = self._paces[stage] = _Pace(self._clock, done)
+            self._tasks[stage] = self._bars.add_task(stage, total=total or None, eta=pace.remaining)
+        self._paces[stage].reach(done, total)
         self._bars.update(self._tasks[stage], completed=done, total=total or None)
         if 0 < total <= done:
             self._bars.remove_task(self._tasks.pop(stage))
@@ -88,13 +90,39 @@ class _Label(ProgressColumn):
         return label
 
 
-class _Remaining(TimeRemainingColumn):
-    """Remaining time: the task's field ``eta_seconds`` if it has one, else Rich's estimate."""
+class _Pace:
+    """Remaining time of a stage by its mean speed, counted down between its reports.
+
+    Rich's own estimate stands still between two reports, and knows none that are half a minute apart.
+    """
+
+    def __init__(self, clock: Callable[[], float], done: int) -> None:
+        self._clock, self._first = clock, done
+        self._began = self._reported = clock()
+        self._done = self._total = done
+
+    def reach(self, done: int, total: int) -> None:
+        self._done, self._total, self._reported = done, total, self._clock()
+
+    def remaining(self) -> float | None:
+        """Seconds; None before the second report, and once the stage is later than they said."""
+        if self._done <= self._first:
+            return None
+        per_unit = (self._reported - self._began) / (self._done - self._first)
+        left = (self._total - self._done) * per_unit - (self._clock() - self._reported)
+        return left if left >= 0 else None
+
+
+class _Remaining(ProgressColumn):
+    """Remaining time: what the task's field ``eta`` returns; unknown where that is None."""
+
+    max_refresh = 0.5
 
     def render(self, task: Task) -> Text:
-        known = task.fields.get("eta_seconds")
+        eta = task.fields.get("eta")
+        known = eta() if eta is not None else None
         if known is None:
-            return super().render(task)
+            return Text("-:--:--", style="progress.remaining")
         minutes, seconds = divmod(round(known), 60)
         return Text(f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}", style="progress.remaining")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,31 +26,50 @@ if TYPE_CHECKING:
 class TrainingView(BarReporter):
     """Shows a run from its events."""
 
-    def __init__(self, bars: ProgressBars | None = None) -> None:
-        super().__init__(bars)
+    def __init__(self, bars: ProgressBars | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(bars, clock)
         self.last_validation: Evaluation | None = None
         self.best_validation: Evaluation | None = None
         self.best_step = self.last_step = 0
         self._started: Any = None
         self._durations: list[float] = []
+        self._stepped = 0.0  # time of the last step
+        self._step_number = self._total_steps = self._evaluated_step = self._steps_between = 0
+        self._evaluation_seconds = 0.0
 
     def event(self, event: object) -> None:
         from nanothink.training import events
 
         if isinstance(event, events.RunStarted):
             self._started = event
+            self._step_number = self._evaluated_step = event.step
+            self._total_steps, self._stepped = event.total_steps, self._clock()
         elif isinstance(event, events.StepDone):
             self._durations = [*self._durations[-49:], event.seconds]
+            self._step_number, self._stepped = event.step, self._clock()
         elif isinstance(event, events.Evaluated):
+            self._steps_between = event.step - self._evaluated_step or self._steps_between
+            self._evaluated_step = event.step
+            self._evaluation_seconds = self._clock() - self._stepped
+            self._stepped = self._clock()
             self.last_validation = event.evaluation
             if event.best:
                 self.best_validation, self.best_step = event.evaluation, event.step
             self.last_step = event.step
 
-    def eta_seconds(self, step: int, total_steps: int) -> float:
-        """Estimate from the median step, so that one slow step does not distort it."""
-        typical = sorted(self._durations)[len(self._durations) // 2] if self._durations else 0.0
-        return typical * (total_steps - step)
+    def remaining(self) -> float | None:
+        """Seconds to the end, by the median step and the last validation; None once these are over.
+
+        One slow step does not distort the median.
+        """
+        if not self._durations:
+            return None
+        step, last = sorted(self._durations)[len(self._durations) // 2], self._total_steps
+        left = step * (last - self._step_number)
+        if self._steps_between:
+            left += self._evaluation_seconds * -(-(last - self._evaluated_step) // self._steps_between)
+        left -= self._clock() - self._stepped
+        return left if left >= 0 else None
 
 
 def _bits_by_domain(evaluation: Evaluation) -> str:
@@ -95,7 +115,7 @@ class PlainTrainingView(TrainingView):
                 + counted(event.n_blocks, "block")
             )
         elif isinstance(event, events.StepDone) and (event.logged or event.skipped):
-            eta = duration(self.eta_seconds(event.step, event.total_steps))
+            eta = duration(self.remaining() or 0.0)
             skipped = "  not finite: skipped" if event.skipped else ""
             named = ", ".join(f"{name.replace('_', ' ')} {part:.3f}" for name, part in event.parts.items())
             parts = f"({named})  " if named else ""
@@ -150,15 +170,16 @@ class LiveTrainingView(TrainingView):
 
         super().event(event)
         if isinstance(event, events.RunStarted):
-            self._task = self._bar.add_task(event.name, total=event.total_steps, completed=event.step)
+            self._task = self._bar.add_task(
+                event.name, total=event.total_steps, completed=event.step, eta=self.remaining
+            )
         elif isinstance(event, events.StepDone):
             self._step = event
             if not event.skipped:
                 smoothed = event.loss if not self._losses else 0.9 * self._losses[-1] + 0.1 * event.loss
                 self._losses.append(smoothed)
             if self._task is not None:
-                eta = self.eta_seconds(event.step, event.total_steps)
-                self._bar.update(self._task, completed=event.step, eta_seconds=eta)
+                self._bar.update(self._task, completed=event.step)
         elif isinstance(event, events.Evaluated):
             self._validations.append(event)
             overall = event.evaluation.overall
