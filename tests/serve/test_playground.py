@@ -95,6 +95,8 @@ def test_another_choice_is_written_on_from(browser: Browser, server: Running) ->
     answer = browser.script("panes[0].tokens.map((t) => t.text)")
     assert answer[:2] == before
     assert answer[2].replace("\n", "⏎").replace("\t", "⇥") == chosen
+    assert browser.script(f"[...{TOKENS}].filter((t) => t.tabIndex === 0).length") == 1
+    assert browser.script(f"{TOKENS}[2] === document.activeElement && $('about').hidden")
     assert len(answer) > 5
 
 
@@ -106,7 +108,11 @@ def test_the_keyboard_is_enough(browser: Browser, server: Running) -> None:
         browser.press("ArrowRight")
     assert browser.script(f"[...{TOKENS}].indexOf(document.activeElement)") == 2
     browser.press("Enter")
-    wait(browser, "document.querySelectorAll('.alternative').length === 10")
+    wait(browser, "document.activeElement === document.querySelector('.alternative')")
+    assert browser.script("document.querySelectorAll('.alternative').length") == 10
+    browser.press("Escape")
+    assert browser.script("$('about').hidden")
+    assert browser.script(f"[...{TOKENS}].indexOf(document.activeElement)") == 2
     browser.script("$('max_tokens').value = 4000; write()")
     wait(browser, "running.length === 1")
     browser.press("Escape")
