@@ -105,7 +105,7 @@ def write_corpora(texts: Sequence[str], held_out: int, sizes: Sequence[int], roo
                 left -= size
         return found
 
-    held = taken(held_out, [text for text in shuffled if len(text) < 100 * held_out])  # ten pages at least
+    held = taken(held_out, [text for text in shuffled if len(text) < 200 * held_out])  # five pages at least
     rest = [text for text in shuffled if text not in held]
     for name, part in {"held_out": held, **{str(n): taken(n, rest) for n in sizes}}.items():
         (root / name / "text").mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def main() -> None:
         work = asked.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         write_corpora(texts, asked.held_out, asked.kilobytes, work / "data")
-        model = asked.model or imported(work, 2048)
+        model = asked.model or imported(work, asked.length)
         print(f"{machine()}\n")
         print("| text, kB | way | bits per byte | seconds | CPU seconds | peak memory, MB |")
         print("|---|---|---|---|---|---|", flush=True)

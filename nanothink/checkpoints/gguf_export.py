@@ -201,12 +201,12 @@ def _add_tokenizer(writer: Any, gguf: Any, model: GgufModel, pre: str) -> None:
     writer.add_token_merges(merges)
     chat = tokenizer.chat
     bos = dict(chat.special_tokens).get("bos_token") if chat else None
-    writer.add_bos_token_id(tokenizer.special_ids.get(bos or "", tokenizer.eos_id))
+    writer.add_bos_token_id(tokenizer.special_ids.get(tokenizer.bos_token or bos or "", tokenizer.eos_id))
     writer.add_eos_token_id(tokenizer.eos_id)
     for end in ChatEncoder(tokenizer).end_ids - {tokenizer.eos_id} if chat else ():
         writer.add_eot_token_id(end)
     writer.add_pad_token_id(tokenizer.eos_id)
-    writer.add_add_bos_token(model.starts_with_eos)
+    writer.add_add_bos_token(tokenizer.bos_id is not None or model.starts_with_eos)
     writer.add_add_eos_token(False)
     writer.add_chat_template(chat.template if chat else _PASSED_THROUGH)
 

@@ -194,6 +194,9 @@ def _tokenizer(fields: _Fields, path: Path) -> Tokenizer:
             "merges": [merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]],
         },
     }
+    begins = fields.get("tokenizer.ggml.add_bos_token", cut == "llama-bpe")  # llama.cpp's own default
+    if begins and (bos := fields.get("tokenizer.ggml.bos_token_id")) is not None:
+        state["post_processor"] = _putting_before(tokens[bos], bos)
     backend = parse_tokenizer(json.dumps(_with_offsets(state)), str(path))
     named = {
         f"{name}_token": fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown")
@@ -205,6 +208,13 @@ def _tokenizer(fields: _Fields, path: Path) -> Tokenizer:
     special = {name: tokens[number] for name, number in named.items() if number is not None}
     chat = ChatFormat.of(fields.get("tokenizer.chat_template"), special)
     return Tokenizer(backend, path.name, special["eos_token"], chat)
+
+
+def _putting_before(token: str, number: int) -> dict[str, Any]:
+    """A post-processor that puts a token before every text."""
+    steps = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {token: {"id": token, "ids": [number], "tokens": [token]}}
+    return {"type": "TemplateProcessing", "single": steps, "pair": steps, "special_tokens": special}
 
 
 def _with_offsets(rules: Any) -> Any:

@@ -100,7 +100,7 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         chat = tokenizer.chat or PLAIN
         eos = tokenizer.eos_token
-        names = {"bos_token": eos, "eos_token": eos, **dict(chat.special_tokens)}
+        names = {"bos_token": tokenizer.bos_token or eos, "eos_token": eos, **dict(chat.special_tokens)}
         self._renderer = _renderer(chat.template, tuple(names.items()), tuple(tokenizer.special_ids))
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:

@@ -1,8 +1,9 @@
 """The tokenizer: text to ids and back, byte for byte.
 
-Truncation, padding, dropout and special tokens are removed, whatever the tokenizer's file says; text that
+Truncation, padding and dropout are removed, whatever the tokenizer's file says; text that
 spells a special token is encoded as text. ``eos_id`` alone ends a document, so no document can fake a
-boundary. ``encode_batch``, for documents, raises for a text that is not decoded to the same bytes; only a
+boundary. A document begins with BOS if the tokenizer's post-processor puts one before a text; that much of it
+is kept. ``encode_batch``, for documents, raises for a text that is not decoded to the same bytes; only a
 prompt, on which nothing is measured, may lose something.
 """
 
@@ -69,8 +70,12 @@ class Tokenizer:
     eos_id: int
     eos_token: str
     """Its text."""
+    bos_id: int | None
+    """Begins every text, in training and before a prompt; None if the tokenizer puts nothing there."""
+    bos_token: str | None
+    """Its text."""
     fingerprint: str
-    """SHA-256, in hex, of the vocabulary, rules and EOS."""
+    """SHA-256, in hex, of the vocabulary, rules, EOS and BOS."""
     chat: ChatFormat | None
     """How conversations are written, if it says so."""
     lossless: bool
@@ -96,6 +101,8 @@ class Tokenizer:
             vocabulary = self._backend.get_vocab(with_added_tokens=True)
             self.vocab_size = max(vocabulary.values()) + 1
             self.eos_id = vocabulary[eos]
+            self.bos_token = _bos_of(orjson.loads(canonical))
+            self.bos_id = None if self.bos_token is None else vocabulary[self.bos_token]
             self.fingerprint = hashlib.sha256(canonical + b"\0" + eos.encode()).hexdigest()
             rules = orjson.loads(canonical)
             self.lossless = is_lossless(rules, eos)
@@ -103,12 +110,21 @@ class Tokenizer:
             self._check()
 
     def encode(self, text: str) -> list[int]:
-        """Encode one text, without EOS; ``loss`` describes what the ids lose.
+        """Encode one text, without BOS and EOS; ``loss`` describes what the ids lose.
 
         Raises TokenizerError for a lone surrogate.
         """
         with _encodable(text):
             return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Encode the beginning of a document: ``encode`` behind BOS, if texts begin with one."""
+        return [*([] if self.bos_id is None else [self.bos_id]), *self.encode(text)]
+
+    @property
+    def start_id(self) -> int:
+        """The token before the first of a text: BOS, or else the EOS of the document before."""
+        return self.eos_id if self.bos_id is None else self.bos_id
 
     def encode_template(self, text: str) -> list[int]:
         """Encode text that a chat template wrote: in it, what spells a special token is that token."""
@@ -212,27 +228,51 @@ class Tokenizer:
                 f"Tokenizer '{self.name}' gives {back!r} back for {_PROBE!r}: it loses text, or its files "
                 "are incomplete. Nothing could be measured with it; use another."
             )
-        if self.eos_id in self.encode(f"a{self.eos_token}b") + self.encode(self.eos_token):
-            raise TokenizerError(
-                f"Tokenizer '{self.name}' cannot tell a text that spells '{self.eos_token}' from the end of "
-                "a document; use another."
-            )
+        for control, number, place in (
+            (self.eos_token, self.eos_id, "end"),
+            (self.bos_token, self.bos_id, "beginning"),
+        ):
+            if control is not None and number in self.encode(f"a{control}b") + self.encode(control):
+                raise TokenizerError(
+                    f"Tokenizer '{self.name}' cannot tell a text that spells '{control}' from the {place} of "
+                    "a document; use another."
+                )
 
 
 def _purified(backend: tokenizers.Tokenizer, eos: str) -> tuple[tokenizers.Tokenizer, bytes]:
-    """Copy a tokenizer without truncation, padding, dropout and post-processing; return it and its JSON,
-    sorted."""
+    """Copy a tokenizer without truncation, padding, dropout and all post-processing but BOS; return it and
+    its JSON, sorted."""
     state: dict[str, Any] = orjson.loads(backend.to_str())
+    bos = _bos_of(state)
     state.update(truncation=None, padding=None, post_processor=None)
     if "dropout" in state["model"]:
         state["model"]["dropout"] = None
     for token in state["added_tokens"]:
-        token["special"] = token["special"] or token["content"] == eos
+        token["special"] = token["special"] or token["content"] in (eos, bos)
     pure = tokenizers.Tokenizer.from_str(orjson.dumps(state).decode())
-    if all(token["content"] != eos for token in state["added_tokens"]):
-        pure.add_special_tokens([tokenizers.AddedToken(eos, special=True, normalized=False)])
+    if bos in (eos, None) or pure.token_to_id(bos) is None:  # texts stand behind an EOS anyway
+        bos = None
+    for control in filter(None, (eos, bos)):
+        if all(token["content"] != control for token in state["added_tokens"]):
+            pure.add_special_tokens([tokenizers.AddedToken(control, special=True, normalized=False)])
+    if bos is not None:
+        number = pure.token_to_id(bos)
+        pure.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, number)]
+        )
     pure.encode_special_tokens = True
     return pure, orjson.dumps(orjson.loads(pure.to_str()), option=orjson.OPT_SORT_KEYS)
+
+
+def _bos_of(rules: Mapping[str, Any]) -> str | None:
+    """The token that the post-processor in a tokenizer's JSON puts before every text."""
+    processor = rules.get("post_processor") or {}
+    for step in processor.get("processors", [processor]):
+        first = (step.get("single") or [{}])[0].get("SpecialToken")
+        if first is not None:
+            tokens = step["special_tokens"][first["id"]]["tokens"]
+            return str(tokens[0]) if len(tokens) == 1 else None
+    return None
 
 
 @contextlib.contextmanager

@@ -139,11 +139,11 @@ def _conversations(stream: TokenStream, sizes: NDArray[np.int64]) -> tuple[int, 
     """Documents of which a part is not trained on, and the parts of these that are."""
     if not stream.has_conversations:
         return 0, 0
-    ends = np.cumsum(sizes)
+    ends, questions = np.cumsum(sizes), stream.with_bos_targets()
     starts, first, n_conversations, n_answers = ends - sizes, 0, 0, 0
     while first < len(sizes):
         stop = max(first + 1, int(np.searchsorted(ends, starts[first] + _AT_ONCE)))
-        trained = stream.trained(int(starts[first]), int(ends[stop - 1]))
+        trained = questions.trained(int(starts[first]), int(ends[stop - 1]))
         bounds = starts[first:stop] - starts[first]
         begun = trained & ~np.append(False, trained[:-1])
         begun[bounds] = trained[bounds]

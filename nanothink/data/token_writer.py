@@ -145,19 +145,20 @@ class TokenFileWriter:
         self._n_documents += len(rows)
 
     def _encoded(self, documents: Sequence[_Document]) -> list[tuple[NDArray[Any], NDArray[np.bool_]]]:
-        """Tokens of each document, EOS at their end, and which of them are trained on."""
+        """Tokens of each document, BOS before and EOS behind them, and which of them are trained on."""
         texts = [document for document in documents if not document.messages]
         try:
             of_texts = iter(self._tokenizer.encode_batch([document.text for document in texts]))
         except TextLostError as error:
             raise error.at(f"{shown(self._source)}:{texts[error.index].line}") from None
         eos = np.array([self._tokenizer.eos_id], dtype=self._dtype)
+        bos = np.array(self._tokenizer.encode_prompt(""), dtype=self._dtype)
         found = []
         for document in documents:
             if document.messages:
                 found.append(self._of_conversation(document))
             else:
-                ids = np.append(next(of_texts), eos)
+                ids = np.concatenate([bos, next(of_texts), eos])
                 found.append((ids, np.ones(len(ids), np.bool_)))
         return found
 

@@ -149,9 +149,9 @@ def save_tokenizer(
     """Write tokenizer.json, tokenizer_config.json and, if it has one, chat_template.jinja, which
     ``load_tokenizer`` and transformers read.
 
-    Both give the same ids. A text begins after EOS, as in GPT-2, so that is the BOS of those that ask for
-    one; nothing puts it there unasked. ``split`` is the rule whose training side it was trained on;
-    ``context`` is the most tokens that a model of this tokenizer takes.
+    Both give the same ids. Without a BOS a text begins after EOS, as in GPT-2, so that is the BOS of those
+    that ask for one; nothing puts it there unasked. ``split`` is the rule whose training side it was trained
+    on; ``context`` is the most tokens that a model of this tokenizer takes.
 
     Whole or not at all: while the configuration changes there is no tokenizer.json, so an old one is
     never read with a new EOS.
@@ -159,7 +159,7 @@ def save_tokenizer(
     state, chat = tokenizer.to_state(), tokenizer.chat
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": state["eos_token"],
+        "bos_token": tokenizer.bos_token or state["eos_token"],
         "eos_token": state["eos_token"],
         "clean_up_tokenization_spaces": False,
         # Text that spells EOS is text; but transformers has no other way to encode what a template writes.

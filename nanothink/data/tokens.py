@@ -65,7 +65,8 @@ class Documents:
 class TokenStream:
     """The documents of one domain and side, each followed by EOS, as one sequence of tokens.
 
-    ``n_tokens`` includes EOS; ``n_bytes`` is the UTF-8 text alone, of a conversation that of its answers.
+    With ``bos_id`` each text begins with that token, which is not trained on: it says nothing of the text.
+    ``n_tokens`` includes both; ``n_bytes`` is the UTF-8 text alone, of a conversation that of its answers.
     """
 
     def __init__(
@@ -74,8 +75,9 @@ class TokenStream:
         eos_id: int,
         parts: Sequence[tuple[TokenFile, NDArray[np.bool_]]],
         sources_count: bool = True,
+        bos_id: int | None = None,
     ) -> None:
-        self.domain = domain
+        self.domain, self._bos_id = domain, bos_id
         self._sources_count = sources_count
         self._eos_id = eos_id
         self._parts = [(file, chosen) for file, chosen in parts if chosen.any()]
@@ -101,7 +103,7 @@ class TokenStream:
     def n_targets(self) -> int:
         """Tokens that are trained on: all of a text and its EOS, the answers of a conversation."""
         if not self.has_conversations:
-            return self.n_tokens
+            return self.n_tokens - (0 if self._bos_id is None else self.n_documents)
         starts = range(0, self.n_tokens, _COUNTED_AT_ONCE)
         ends = (min(start + _COUNTED_AT_ONCE, self.n_tokens) for start in starts)
         return sum(int(self.trained(*part).sum()) for part in zip(starts, ends, strict=True))
@@ -111,6 +113,10 @@ class TokenStream:
         parts = [(replace(file, bits=None), chosen) for file, chosen in self._parts]
         return TokenStream(self.domain, self._eos_id, parts, self._sources_count)
 
+    def with_bos_targets(self) -> TokenStream:
+        """The same with BOS trained on, so that only the questions of conversations are not."""
+        return TokenStream(self.domain, self._eos_id, self._parts, self._sources_count)
+
     def n_blocks(self, length: int) -> int:
         """Blocks of ``length`` targets; the last one may be partly filled."""
         return -(-self.n_tokens // length)
@@ -118,9 +124,9 @@ class TokenStream:
     def block(self, index: int, length: int) -> tuple[Int64, Int64]:
         """Inputs and targets of block ``index``, both (length,) int64.
 
-        The stream reads [EOS] d1 EOS d2 EOS ...; block k predicts tokens kL to kL + L - 1 from the token
-        before each, so that over all blocks every token is a target exactly once. Past the end, inputs
-        are EOS and targets IGNORE; so are targets that are not trained on.
+        The stream reads [EOS] d1 EOS d2 EOS ..., each d with its BOS if there is one; block k predicts tokens
+        kL to kL + L - 1 from the token before each, so that over all blocks every token is a target exactly
+        once. Past the end, inputs are EOS and targets IGNORE; so are targets that are not trained on.
         """
         if not 0 <= index < self.n_blocks(length):
             raise IndexError(f"block {index} of {self.n_blocks(length)} in domain '{self.domain}'")
@@ -133,7 +139,7 @@ class TokenStream:
         targets = np.full(length, IGNORE, dtype=np.int64)
         inputs[: min(n + 1, length)] = tokens[:length]
         targets[:n] = tokens[1:]
-        if self.has_conversations:
+        if self.has_conversations or self._bos_id is not None:
             targets[:n][~self.trained(first, first + n)] = IGNORE
         return inputs, targets
 
@@ -178,7 +184,7 @@ class TokenStream:
             of_file[chosen] = drawn[first : first + count]
             parts.append((file, of_file))
             first += count
-        return TokenStream(self.domain, self._eos_id, parts, self._sources_count)
+        return TokenStream(self.domain, self._eos_id, parts, self._sources_count, self._bos_id)
 
     def documents(self) -> Documents:
         """Properties of each document, in the stream's order; read from the disk at each call."""
@@ -210,6 +216,8 @@ class TokenStream:
         found = np.empty(stop - start, np.bool_)
         for at, file, part in self._pieces(start, stop):
             found[at : at + part.stop - part.start] = file.trained(part.start, part.stop)
+        if self._bos_id is not None:
+            found &= self._read(start, stop) != self._bos_id
         return found
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, TokenFile, slice]]:
@@ -318,7 +326,8 @@ def tokenise(
         for side, of_side in streams.items():
             chosen = [(file, own == side) for file, own in parts]
             chosen += [(file, _part_of_cut(len(file.rows), side)) for file in cut_here]
-            of_side[domain] = TokenStream(domain, tokenizer.eos_id, chosen, sources_count(rows[domain]))
+            sources = sources_count(rows[domain])
+            of_side[domain] = TokenStream(domain, tokenizer.eos_id, chosen, sources, tokenizer.bos_id)
         if split is not None and trained.is_empty:
             _check_both_sides(domain, streams[TRAIN][domain], streams[VAL][domain])
     side_digests = {d: hashlib.blake2b(sides.tobytes()).hexdigest() for d, sides in assigned.sides.items()}

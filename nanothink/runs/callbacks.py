@@ -124,16 +124,18 @@ def _sample_prompts(setup: RunSetup) -> dict[str, list[int]]:
     """
     tokenizer = setup.tokenizer
     if setup.training.sample_prompts is not None:
-        return {prompt: tokenizer.encode(prompt) for prompt in setup.training.sample_prompts}
+        return {prompt: tokenizer.encode_prompt(prompt) for prompt in setup.training.sample_prompts}
     openings = {}
     for stream in list(setup.tokens.val.values())[:_SAMPLED_DOMAINS]:
-        if (asked := _first_question(stream)) is not None:
+        if (asked := _first_question(stream)) not in (None, [tokenizer.bos_id]):
+            assert asked is not None
             openings[tokenizer.decode(asked)] = asked
             continue
         tokens = stream.block(0, 1 + _OPENING_TOKENS)[0][1:].tolist()  # what stands first is an EOS
         first_text = takewhile(lambda token: token != tokenizer.eos_id, tokens)
-        opening = tokenizer.decode(list(first_text)).rstrip("\N{REPLACEMENT CHARACTER}")
-        openings[opening] = tokenizer.encode(opening)
+        words = [token for token in first_text if token != tokenizer.bos_id]
+        opening = tokenizer.decode(words).rstrip("\N{REPLACEMENT CHARACTER}")
+        openings[opening] = tokenizer.encode_prompt(opening)
     return openings
 
 

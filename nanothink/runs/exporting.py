@@ -90,13 +90,13 @@ def export_checkpoint(
     config = {
         **foreign,
         "vocab_size": model.vocab_size,
-        "bos_token_id": eos,
+        "bos_token_id": tokenizer.start_id,
         "eos_token_id": eos,
         OWN_SECTION: _own_section(payload, loaded.config),
     }
     sampling = SamplingConfig()
     generation = {
-        "bos_token_id": eos,
+        "bos_token_id": tokenizer.start_id,
         "eos_token_id": [eos, *ends] if ends else eos,
         "pad_token_id": eos,
         "do_sample": True,
@@ -188,13 +188,14 @@ def _card(
     """README.md: a model card, as the Hugging Face Hub reads them."""
     model, config = loaded.model, loaded.config
     context = "any length" if model.context_length is None else f"{model.context_length:,} tokens"
-    loss = payload["best_loss"]
+    loss, tokenizer = payload["best_loss"], loaded.tokenizer
+    begins = "after its EOS token" if tokenizer.bos_id is None else "with its BOS token"
     facts = [
         ("kind", model.kind),
         ("architecture", architecture or "NanoThink's own"),
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}, float32"),
         ("context", context),
-        ("tokenizer", f"{loaded.tokenizer.vocab_size:,} entries; a text begins after its EOS token"),
+        ("tokenizer", f"{tokenizer.vocab_size:,} entries; a text begins {begins}"),
         ("domains", ", ".join(config.data.domains) if config.data.domains else "all of the data folder"),
         ("steps", f"{payload['step']:,} ({counted(payload['epoch'], 'epoch')})"),
     ]

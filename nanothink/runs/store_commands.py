@@ -95,8 +95,8 @@ def search_store(
     Raises:
         UsageError: an empty text.
     """
-    ids = found.tokenizer.encode(text)
-    if not ids:
+    ids = found.tokenizer.encode_prompt(text)
+    if not text:
         raise UsageError("There is no text to search by.")
     window = torch.tensor([ids[-found.expert.owner.block_length :]])
     query = found.expert.states(window)[0, -1:]

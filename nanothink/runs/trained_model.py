@@ -197,7 +197,7 @@ class TrainedModel:
                 sampling = {"temperature": 0.0, **sampling}
             texts = generate_until(
                 self.decoder if ddim_steps is None else self.model,
-                [self.tokenizer.encode(p) for p in prompts],
+                [self.tokenizer.encode_prompt(p) for p in prompts],
                 sampling_config(**sampling),
                 stop,
                 tokenizer=self.tokenizer,
@@ -213,7 +213,10 @@ class TrainedModel:
                 on_text(row, piece)
 
         new = self.continue_tokens(
-            [self.tokenizer.encode(p) for p in prompts], on_token=on_token, ddim_steps=ddim_steps, **sampling
+            [self.tokenizer.encode_prompt(p) for p in prompts],
+            on_token=on_token,
+            ddim_steps=ddim_steps,
+            **sampling,
         )
         if on_text is not None:
             for row, decoder in enumerate(decoders):
@@ -306,7 +309,7 @@ class TrainedModel:
         self._combined()
         return generate_routed(
             cast(NanoThink | CachedModel, self.decoder),
-            self.tokenizer.encode(prompt),
+            self.tokenizer.encode_prompt(prompt),
             sampling_config(**sampling),
             tokenizer=self.tokenizer,
             eos_id=self.tokenizer.eos_id,

@@ -44,7 +44,7 @@ class Chats:
                     param="messages",
                 )
         if self._encoder is None:
-            return self._tokenizer.encode("".join(message.text for message in messages))
+            return self._tokenizer.encode_prompt("".join(message.text for message in messages))
         given = [{"role": _ROLES[message.role], "content": message.text} for message in messages]
         try:
             return self._encoder.prompt(given)

@@ -68,11 +68,6 @@ class ServedModel:
     created: int
     """Unix time at which its checkpoint was written."""
 
-    @property
-    def eos_token(self) -> str:
-        tokenizer = self.loaded.tokenizer
-        return tokenizer.decode([tokenizer.eos_id])
-
     def described(self) -> dict[str, Any]:
         """Its entry in the list of models."""
         model = self.loaded.model
@@ -109,13 +104,14 @@ class Endpoints:
 
     async def tokenizer_info(self, request: Request) -> Response:
         model = self._model(request.query_params.get("model"))
-        eos = model.eos_token  # it begins a document as well
+        tokenizer = model.loaded.tokenizer
+        eos = tokenizer.eos_token
         return json_response(
             {
                 "eos_token": eos,
-                "bos_token": eos,
+                "bos_token": tokenizer.bos_token or eos,  # EOS begins a document where there is no other
                 "pad_token": None,
-                "vocab_size": model.loaded.tokenizer.vocab_size,
+                "vocab_size": tokenizer.vocab_size,
                 "chat_template": model.chats.template,
             }
         )
@@ -123,9 +119,11 @@ class Endpoints:
     async def tokenize(self, request: Request) -> Response:
         asked = parse(TokenizeRequest, await self._body(request))
         model = self._model(asked.model)
+        tokenizer = model.loaded.tokenizer
         tokens = await self._encoded(model, asked.prompt, "prompt")
-        if asked.prompt == model.eos_token:
-            tokens = [model.loaded.tokenizer.eos_id]
+        tokens = tokens[tokenizer.bos_id is not None :]  # a part of a text, perhaps
+        if asked.prompt in (tokenizer.eos_token, tokenizer.bos_token):
+            tokens = [tokenizer.eos_id if asked.prompt == tokenizer.eos_token else tokenizer.start_id]
         length = model.loaded.model.context_length
         return json_response({"count": len(tokens), "max_model_len": length, "tokens": tokens})
 
@@ -153,7 +151,7 @@ class Endpoints:
         scored = asked.logprobs is not None
         listed: Sequence[Sequence[ScoredToken]] = [()] * len(prompts)
         if asked.echo and scored:
-            listed = await _while_connected(request, self._score(model, prompts, asked.logprobs or 0))
+            listed = await _while_connected(request, self._score(model, asked, prompts))
         choices: list[Choice] = []
         for own, prompt, tokens in zip(listed, asked.prompts, prompts, strict=True):
             shown = prompt if isinstance(prompt, str) else model.loaded.tokenizer.decode(tokens)
@@ -232,9 +230,9 @@ class Endpoints:
             ticket.cancel()
 
     async def _score(
-        self, model: ServedModel, prompts: Sequence[Sequence[int]], n_likeliest: int
+        self, model: ServedModel, asked: CompletionRequest, prompts: Sequence[Sequence[int]]
     ) -> list[list[ScoredToken]]:
-        """The tokens of prompts with their scores; None for the first of each."""
+        """The tokens of prompts with their scores, None for the first of each; no BOS that was not sent."""
         loaded = model.loaded
         context = loaded.model.context_length or (
             loaded.config.model.max_seq_len if loaded.document_cache else None
@@ -247,13 +245,14 @@ class Endpoints:
                 param="prompt",
                 code="context_length_exceeded",
             )
-        listed = []
-        for tokens in prompts:
+        listed, own_bos = [], loaded.tokenizer.bos_id is not None
+        for sent, tokens in zip(asked.prompts, prompts, strict=True):
             scores = await self._thread.call(
-                lambda tokens=tokens: text_scores(loaded.decoder, tokens, n_likeliest)  # type: ignore[misc]
+                lambda tokens=tokens: text_scores(loaded.decoder, tokens, asked.logprobs or 0)  # type: ignore[misc]
             )
-            texts = TokenTexts(model.loaded.tokenizer)
-            listed.append([texts.scored(t, s) for t, s in zip(tokens, [None, *scores], strict=False)])
+            scored = list(zip(tokens, [None, *scores], strict=False))[own_bos and isinstance(sent, str) :]
+            texts = TokenTexts(loaded.tokenizer)
+            listed.append([texts.scored(token, score) for token, score in scored])
         return listed
 
     # -----------------------------------------------------------------------------------------------
@@ -297,6 +296,7 @@ class Endpoints:
         return self._models[name]
 
     async def _encoded(self, model: ServedModel, prompt: str | list[int], field: str) -> list[int]:
+        """The tokens of a prompt, a text with BOS before it if the model's texts begin with one."""
         if not isinstance(prompt, str):
             self._check_tokens(model, prompt, field)
             return prompt
@@ -305,8 +305,8 @@ class Endpoints:
             said = f"A text of {len(prompt)} characters; this server takes {limit}."
             raise RequestError(said, param=field, code="context_length_exceeded")
         if len(prompt) < _LONG_TEXT:
-            return model.loaded.tokenizer.encode(prompt)
-        return await asyncio.to_thread(model.loaded.tokenizer.encode, prompt)
+            return model.loaded.tokenizer.encode_prompt(prompt)
+        return await asyncio.to_thread(model.loaded.tokenizer.encode_prompt, prompt)
 
     def _check_tokens(self, model: ServedModel, tokens: Sequence[int], field: str) -> None:
         size = model.loaded.model.vocab_size

@@ -29,7 +29,7 @@ def inspect(
         ``passages``: the nearest keys of its vector store, with what stands before them, file and line.
     """
     model, tokenizer = loaded.decoder, loaded.tokenizer
-    text = list(tokens) or [tokenizer.eos_id]
+    text = list(tokens) or [tokenizer.start_id]
     window = text[window_start(len(text), model.context_length) :]
     with evaluating(model), torch.inference_mode():
         state = model.start(1)

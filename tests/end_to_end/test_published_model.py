@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,25 @@ def imported(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = ["--name", "smollm2", "--checkpoint-dir", str(folder)]
     assert run(["checkpoints", "import", str(original), "--context", "512", *where]) == 0
     return folder / "smollm2_expert.pt"
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from nanothink.cli.app import run
+assert run(sys.argv[1:]) == 0
+sys.exit("KB " + re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_import_peaks_below_three_times_the_weights(original: Path, tmp_path: Path) -> None:
+    line = ["checkpoints", "import", str(original), "--name", "a", "--checkpoint-dir", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", PEAK, *line], stderr=subprocess.PIPE, text=True)
+    peak = int(done.stderr.rpartition("KB ")[2]) * 1024
+    weights = (tmp_path / "a_expert.pt").stat().st_size
+    print(f"peak {peak / 1e6:,.0f} MB for {weights / 1e6:,.0f} MB of weights")
+    assert peak < 3 * weights
 
 
 def predictions(checkpoint: Path) -> dict[str, tuple[list[int], np.ndarray]]:

@@ -12,11 +12,13 @@ from nanothink.config import TrainExpertConfig
 from nanothink.config.run import resolve_config
 from nanothink.models import build_model
 from nanothink.models.contract import Batch, Expert, LanguageModel
+from nanothink.models.low_rank import add_adapters
 from nanothink.models.nanothink import NanoThink
 from nanothink.training.blocks import compiles, set_up_blocks
 
 VOCABULARY, CPU = 19, torch.device("cpu")
-KINDS = ["transformer", "state_space", "diffuser", "nanothink_mla"]
+ADAPTED = ["transformer with adapters", "state_space with adapters"]
+KINDS = ["transformer", "state_space", "diffuser", "nanothink_mla", *ADAPTED]
 
 
 def made(kind: str, **settings: Any) -> LanguageModel:
@@ -39,7 +41,9 @@ def made(kind: str, **settings: Any) -> LanguageModel:
         expert = build_model("transformer", config, VOCABULARY)
         model: LanguageModel = NanoThink(VOCABULARY, config.model, config.mla, {"transformer": expert})
     else:
-        model = build_model(kind, config, VOCABULARY)
+        model = build_model(kind.split()[0], config, VOCABULARY)
+    if kind in ADAPTED:
+        add_adapters(model, 3, 2.0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
