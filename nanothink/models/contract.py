@@ -125,12 +125,13 @@ class LanguageModel(nn.Module, ABC):
         """(V, D): the LM head. Its D is that of ``hidden``."""
 
     @property
-    @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:
         """The layers that hold most of its own parameters, in forward order; all are used by calls alone.
 
-        They are compiled, recomputed in the backward pass, and shared out over processes one by one.
+        They are compiled, recomputed in the backward pass, and shared out over processes one by one. A model
+        without any is one piece in all of these.
         """
+        return ()
 
     @abstractmethod
     def start(self, batch_size: int) -> State:

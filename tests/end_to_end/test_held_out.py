@@ -185,7 +185,7 @@ def test_text_that_was_trained_on_is_refused_by_name(
         if "all" in words:
             assert f"{n_trained} of {n_documents} documents were trained on by {path}" in error
         assert "/texts.jsonl:" in error
-        command = shlex.split(error.split("Score what is held out: ")[1].split(". Score it")[0])
+        command = shlex.split(error.split("Score what is held out: `")[1].split("`")[0])
         assert command[:3] == ["nanothink", "eval", str(path)]
     assert run(command[1:]) == 0  # as it stands
     (marked,) = scored(capsys, path, "--split", "all", "--data-dir", copy, "--allow-seen")

@@ -175,7 +175,7 @@ def test_a_text_is_saved_in_a_new_file_only(typed: Typed, tmp_path: Path) -> Non
 @pytest.mark.parametrize("more", [[], ["--json"], ["one", "two"]])
 def test_without_a_terminal_it_is_refused(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", "--interactive", *more]) == 2
-    assert '"Once upon a time" | nanothink generate' in capsys.readouterr().err
+    assert "echo 'Once upon a time' | nanothink generate" in capsys.readouterr().err
 
 
 BY_LIBEDIT = "libedit" in (readline.__doc__ or "")

@@ -27,7 +27,7 @@ def config(*, tied: bool = False) -> Config:
 def test_groups_hold_each_parameter_once(kind: str, tied: bool) -> None:
     model = build_model(kind, config(tied=tied), 50)
     groups = model.parameter_groups()
-    assert set(groups) == {"matrices", "embeddings", "head", "other"}
+    assert set(groups) == {"adapters", "matrices", "embeddings", "head", "other"}
     named = [item for group in groups.values() for item in group]
     assert sorted(name for name, _ in named) == sorted(name for name, _ in model.named_parameters())
     assert {id(p) for _, p in named} == {id(p) for p in model.parameters()}
