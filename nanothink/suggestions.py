@@ -22,6 +22,14 @@ def suggest(call: str, *words: object) -> str:
     return f"`{command(call, *words)}`"
 
 
+def again(*options: object) -> str:
+    """Format options as part of a message: the command that was called, once more, with these.
+
+    The command line puts that command before them.
+    """
+    return f"`{shlex.join(map(str, options))}`"
+
+
 def install(requirement: str) -> str:
     """Format the command that installs a package, or an extra of NanoThink, for the Python that runs."""
     beside = Path(sys.executable).with_name("pip")

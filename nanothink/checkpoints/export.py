@@ -33,6 +33,7 @@ from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokenizer_files import CHAT_TEMPLATE
 from nanothink.disk import storage_error, whole_folder
 from nanothink.errors import CheckpointMismatchError, NanoThinkError, StorageError, TokenizerError, UsageError
+from nanothink.suggestions import again
 
 CONFIG, WEIGHTS, TOKENIZER, OWN_SECTION = "config.json", "model.safetensors", "tokenizer.json", "nanothink"
 DOCUMENTS = "training_documents.st"
@@ -100,7 +101,8 @@ def check_place(folder: Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise UsageError(
-            f"{folder} holds an export already. Replace it: --overwrite. Or name another folder: --to DIR."
+            f"{folder} holds an export already. Replace it: {again('--overwrite')}. Or name another folder: "
+            "--to DIR."
         )
 
 

@@ -52,6 +52,7 @@ from nanothink.errors import (
     counted,
 )
 from nanothink.reporter import SILENT, Reporter
+from nanothink.suggestions import again
 
 REPLACED_FOLDER = "replaced"
 """Folder that holds checkpoints displaced by ``--overwrite`` or by changed data."""
@@ -223,8 +224,8 @@ class CheckpointStore:
         names = ", ".join(path.name for path in old)
         raise UsageError(
             f"{self.folder} already holds {state} called '{self.stem}': {names}. A new run would replace it. "
-            f"Continue it: --resume. Keep it: --name OTHER, or another --checkpoint-dir. "
-            f"Start over: --overwrite (the old files are moved to {self.folder / REPLACED_FOLDER})"
+            f"Continue it: {again('--resume')}. Keep it: --name OTHER, or another --checkpoint-dir. "
+            f"Start over: {again('--overwrite')} (the old files are moved to {self.folder / REPLACED_FOLDER})"
         )
 
     @contextmanager

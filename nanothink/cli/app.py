@@ -40,7 +40,7 @@ from nanothink.cli import (
     train,
     train_mla,
 )
-from nanothink.cli.habits import commands_meant, option_meant
+from nanothink.cli.habits import commands_meant, domain_meant, option_meant
 from nanothink.cli.options import is_first_process, launched_with_others
 from nanothink.errors import (
     InterruptedRun,
@@ -271,6 +271,8 @@ def _usage_error(error: Exception, args: Sequence[str]) -> int:
         message += did_you_mean(word, getattr(context.command, "commands", {}))
     elif option and (call := option_meant(option, args)):
         message = f"No such option: {option}. Did you mean {call}?"
+    elif type(error).__name__ == "MissingParameter" and (call := domain_meant(args)):
+        message += f" As in: {call}."
     where = context.command_path if context is not None else "nanothink"
     message = message.partition(", unable to parse")[0]  # internals of a validator
     if message[-1] not in ".?":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nanothink.models import EXPERTS, training_section
@@ -57,3 +59,12 @@ def option_meant(option: str, args: Sequence[str]) -> str:
     key = meant.partition(".")[2]
     words = [flag[key], value] if key in flag else ["--set", f"{meant}={value}"]
     return suggest(args[0], *args[1:at], *words, *rest)
+
+
+def domain_meant(args: Sequence[str]) -> str:
+    """The whole ``data import`` that lacks a domain, with one named after its first file; else empty."""
+    if [*args[:2]] != ["data", "import"] or "--domain" in args:
+        return ""
+    source = next((Path(word) for word in args[2:] if Path(word).exists()), None)
+    name = re.sub(r"[^\w-]+", "_", source.resolve().stem.lower()).strip("_-") if source is not None else ""
+    return suggest("data import", *args[2:], "--domain", name) if name else ""

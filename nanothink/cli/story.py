@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanothink.errors import CheckpointMismatchError, UsageError, counted, rounded_duration
+from nanothink.suggestions import again
 from nanothink.suggestions import command as as_typed
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Story:
         done = sum(stage.done for stage in plan.stages)
         what = f"{self.checkpoint_dir} has a plan of {rounded_duration(plan.time_seconds)} for "
         what += f"{plan.data_dir}, of which {counted(done, 'stage')} of {len(plan.stages)} are done"
-        anew = "To start anew: --overwrite; to keep both: another --checkpoint-dir."
+        anew = f"To start anew: {again('--overwrite')}; to keep both: another --checkpoint-dir."
         if self.data_dir not in (None, plan.data_dir) or self.kinds not in (None, plan.kinds):
             raise UsageError(
                 f"{what}, with the experts {', '.join(plan.kinds)}. To continue it: `{here}`. {anew}"
@@ -124,7 +125,7 @@ class Story:
             raise CheckpointMismatchError(
                 f"The text in {plan.data_dir} is not what this plan began with ({plan.text.n_bytes:,} bytes "
                 f"then, {found.n_bytes:,} now), and models of different texts do not combine. To train on "
-                "the text as it is now: --overwrite, or another --checkpoint-dir."
+                f"the text as it is now: {again('--overwrite')}, or another --checkpoint-dir."
             )
         return plan
 
@@ -154,7 +155,7 @@ class Story:
         if taken and not self.overwrite:
             raise UsageError(
                 f"{taken[0]} is there already, and no plan has made it. Choose another --checkpoint-dir, or "
-                "replace it: --overwrite"
+                f"replace it: {again('--overwrite')}"
             )
         source = self._source(data_dir)
         with _reporting() as reporter:

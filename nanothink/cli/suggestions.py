@@ -18,6 +18,8 @@ from nanothink.errors import NanoThinkError
 
 _QUOTED = re.compile(r"`nanothink ((?:'[^']*'|[^`'])+)`")
 
+_OPTIONS = re.compile(r"`(--[a-z](?:'[^']*'|[^`'])*)`")
+
 _DATA = ("data_dir", "domains", "tokenizer", "preset", "config_file", "assignments", "skip_bad_records")
 _PLACE = ("checkpoint_dir", "device")
 _ONCE = frozenset(("resume", "overwrite", "dry_run", "as_json", "allow_seen"))
@@ -41,7 +43,14 @@ def completed(message: str) -> str:
     """Return the message with every suggested command completed. Twice does no more than once."""
     if not _called:
         return message
+    message = _OPTIONS.sub(lambda found: f"`{_called_again(found[1])}`", message)
     return _QUOTED.sub(lambda found: f"`nanothink {_completed_call(found[1])}`", message)
+
+
+def _called_again(options: str) -> str:
+    """The command that was called, with these options; of a resumed run the options alone."""
+    command, *path = _called[-1].command_path.split()
+    return options if path == ["resume"] else shlex.join([command, *path, *shlex.split(options)])
 
 
 def _completed_call(text: str) -> str:

@@ -51,9 +51,12 @@ def train(
     from nanothink.data.tokenizer import save_tokenizer, train_on_corpus
     from nanothink.disk import try_to_write
     from nanothink.errors import UsageError
+    from nanothink.suggestions import again
 
     if (out / "tokenizer.json").exists() and not overwrite:
-        raise UsageError(f"{out} already holds a tokenizer. Choose another --out, or add --overwrite.")
+        raise UsageError(
+            f"{out} already holds a tokenizer. Choose another --out, or replace it: {again('--overwrite')}"
+        )
     try_to_write(out)
     settings = data_settings(config_file, assignments, data_dir=data_dir, domains=domains)
     corpus = find_corpus(settings.data_dir, settings.domains)

@@ -28,6 +28,7 @@ from nanothink.disk import (
     write_whole,
 )
 from nanothink.errors import StorageError
+from nanothink.suggestions import again
 
 DOMAINS = ("code", "manual", "docstrings")
 FILE_NAME = "starter.jsonl"
@@ -95,5 +96,5 @@ def _refuse_data(folder: Path, overwrite: bool) -> None:
     if taken:
         raise StorageError(
             f"{shown(folder)} holds data already ({shown(taken[0])}). Choose another folder for the starter "
-            "corpus, or add --overwrite to replace an earlier starter corpus."
+            f"corpus, or replace an earlier starter corpus: {again('--overwrite')}"
         )

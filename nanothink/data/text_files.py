@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from nanothink.data.decoding import encoding_of, open_text, reading
 from nanothink.data.problems import Problems
 from nanothink.errors import DataError, did_you_mean
 from nanothink.reporter import Reporter
+from nanothink.suggestions import again
 
 
 class Row(NamedTuple):
@@ -140,11 +140,14 @@ def no_such_field(where: str, name: str, fields: Iterable[object], *, in_templat
     message = f"{where} has no '{name}'.{did_you_mean(name, names)} It has: {listed}."
     if in_template:
         return DataError(f"{message} Correct the name in --template")
+    if not names:
+        return DataError(f"{message} Name the one that holds the text: --text-field NAME")
     if len(names) == 1:
-        return DataError(f"{message} If that is the text, add --text-field {shlex.quote(names[0])}")
+        return DataError(f"{message} If that is the text: {again('--text-field', names[0])}")
+    one, several = again("--text-field", names[-1]), r"\n\n".join(f"{{{name}}}" for name in names[-2:])
     return DataError(
-        f"{message} Name the one that holds the text: --text-field NAME, or several: --template "
-        "'{NAME}: {NAME}'"
+        f"{message} Name the one that holds the text, as in {one}, or several, as in "
+        f"{again('--template', several)}"
     )
 
 

@@ -20,7 +20,7 @@ from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.exporting import foreign_config
 from nanothink.runs.saved_model import SavedModel
 from nanothink.runs.trained_model import TrainedModel
-from nanothink.suggestions import command
+from nanothink.suggestions import again, command
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def export_gguf(
         raise UsageError(f"{file} is a folder; a GGUF file is one file: --to {file / 'model.gguf'}")
     if file.exists() and not overwrite:
         raise UsageError(
-            f"{file} is there already. Replace it: --overwrite. Or name another file: --to FILE."
+            f"{file} is there already. Replace it: {again('--overwrite')}. Or name another file: --to FILE."
         )
     try_to_write(file.parent)
     payload = read_checkpoint(checkpoint, mmap=True, reporter=reporter)

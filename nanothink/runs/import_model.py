@@ -34,6 +34,7 @@ from nanothink.models.contract import LanguageModel
 from nanothink.models.low_rank import keep_bfloat16
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.rebuilding import rebuild
+from nanothink.suggestions import again
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def import_model(
     if (old := store.existing()) and not overwrite:
         raise UsageError(
             f"{old[0]} is there already. Give this model another name: --name NAME. Or put it in that one's "
-            f"place: --overwrite (what is there is moved to {checkpoint_dir / REPLACED_FOLDER})"
+            f"place: {again('--overwrite')} (what is there is moved to {checkpoint_dir / REPLACED_FOLDER})"
         )
     reporter.progress("reading", 0, 0)
     if not folder.exists() and not looks_like_path(source):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from nanothink.config.base import Settings
 from nanothink.data.tokenizer import fitting_vocab_size
 from nanothink.errors import UsageError, rounded_duration
+from nanothink.suggestions import again
 from nanothink.training.regularisation import Regularisation
 
 KINDS = ("state_space", "transformer")
@@ -384,5 +385,5 @@ def _refuse_too_little(
     minutes = math.ceil(1.1 * least / 60)
     raise UsageError(
         f"--time {rounded_duration(seconds)} is too little for {len(times)} experts of this text on this "
-        f"machine. The least that makes sense is {minutes} min: --time {minutes}m"
+        f"machine. The least that makes sense is {minutes} min: {again('--time', f'{minutes}m')}"
     )

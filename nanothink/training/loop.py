@@ -25,7 +25,7 @@ from nanothink.inference.evaluate import Evaluation, EvaluationStopped
 from nanothink.models.contract import Batch, LanguageModel
 from nanothink.models.precision import Precision
 from nanothink.reporter import Reporter
-from nanothink.suggestions import command
+from nanothink.suggestions import again, command
 from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.events import (
     CheckpointSaved,
@@ -268,9 +268,10 @@ def _advice(run: Run) -> str:
     if plan.is_over(state) or not 0 < 2 * state.best_step <= plan.total_steps:
         return ""
     epochs = max(1, round(state.best_step * plan.blocks_per_step / plan.n_blocks))
+    retry = again("--max-epochs", epochs, "--overwrite")
     return (
         f"Loss was lowest at step {state.best_step:,} of {plan.total_steps:,}, while the learning rate was "
-        f"still high. Retry with a shorter schedule: --max-epochs {epochs} --overwrite."
+        f"still high. Retry with a shorter schedule: {retry}"
     )
 
 

@@ -14,6 +14,7 @@ from conftest import made_up_texts, write_domain
 from forking_shell import quick
 
 from nanothink.cli.app import command_tree, run
+from nanothink.training import loop
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,6 +123,28 @@ SITUATIONS = {
         f"generate --denoise -c models/diffuser_expert.pt {PLACE}",
         "generate 'Some text' --denoise",
     ),
+    "a run that is there": ("", f"pretrain transformer {TRAIN}", "pretrain transformer --overwrite"),
+    "an export that is there": (
+        "mkdir out && echo '{}' > out/config.json",
+        f"checkpoints export {MODEL} --to out {PLACE}",
+        f"checkpoints export {MODEL} --overwrite",
+    ),
+    "a tokenizer that is there": (
+        "",
+        "tokenizer train --data-dir texts --out tok --vocab-size 300",
+        "tokenizer train --overwrite",
+    ),
+    "too little time": ("", f"train texts --time 1s {PLACE}2", "train texts --time"),
+    "an import without a domain": (
+        "echo text > 'My Book.txt'",
+        "data import 'My Book.txt'",
+        "data import 'My Book.txt' --domain my_book",
+    ),
+    "a column": (
+        "printf 'id;subject;body\\n1;a;b\\n' > a.csv",
+        "data import a.csv --domain a --data-dir b",
+        "data import a.csv",
+    ),
     "presets": ("", "config presets", "config presets NAME"),
 }
 """What is broken, what is typed, and one of the commands that are suggested."""
@@ -153,8 +176,10 @@ def test_suggestions_work_as_they_stand(
     for call in calls:
         words = shlex.split(re.sub(r"\bNAME\b", "tiny", call))
         if not {"SOURCE", "DATA_DIR"} & set(words):
-            # Two situations train; in the others it is enough that the training could begin.
+            # Two situations train; in the others it is enough that the training could begin. Imports
+            # that are suggested write the same file.
             plans = words[0] == "pretrain" and name not in (TRAINED_ONE, TRAINED_ALL)
+            plans |= words[:2] == ["data", "import"]
             code = run([*words, "--dry-run"] if plans else words)
             assert code == (call.startswith("data validate")), (call, capsys.readouterr().err)
 
@@ -174,6 +199,40 @@ def test_a_suggestion_keeps_what_was_typed(
     assert suggested
     given, kept = shlex.split(shared), shlex.split(suggested[1])
     assert sorted(kept) == sorted([*given, "--skip-bad-records"])
+
+
+def test_a_run_that_was_killed_before_its_first_validation_is_resumed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "here"
+    shutil.copytree(world, here)
+    monkeypatch.chdir(here)
+    shutil.rmtree("models")
+
+    def killed(run: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", killed)
+        assert run(shlex.split(f"pretrain transformer {TRAIN}")) == 130
+    capsys.readouterr()
+    assert run(shlex.split(f"eval --data-dir texts {PLACE}")) == 1
+    suggested = re.search("an interrupted run.*`nanothink (resume .+?)`", capsys.readouterr().err)
+    assert suggested
+    assert run(shlex.split(suggested[1])) == 0
+    assert run(shlex.split(f"eval --data-dir texts {PLACE}")) == 0
+
+
+def test_a_run_with_tensorboard_says_how_to_look(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world)
+    models = tmp_path / "my models"
+    place = ["--checkpoint-dir", str(models), "--set", "train_expert.tracker=tensorboard"]
+    assert run([*shlex.split(f"pretrain transformer {TRAIN}"), *place]) == 0
+    said = re.search("To watch the run: tensorboard --logdir (.+)$", capsys.readouterr().err, re.M)
+    assert said
+    assert list(Path(*shlex.split(said[1])).rglob("events.out.tfevents.*"))
 
 
 def test_where_there_is_no_text_it_is_made_first(

@@ -110,7 +110,7 @@ def test_a_killed_one_continues_with_the_stage_that_it_was_in(commands: Commands
     [
         ({"seconds": 700}, UsageError, "To continue it: `nanothink train"),
         ({"kinds": ("transformer",)}, UsageError, "To continue it: `nanothink train"),
-        ({"text": "more"}, CheckpointMismatchError, "To train on the text as it is now: --overwrite"),
+        ({"text": "more"}, CheckpointMismatchError, "To train on the text as it is now: `--overwrite`"),
     ],
 )
 def test_another_plan_or_text_is_refused_and_can_be_started_anew(
@@ -182,7 +182,8 @@ def test_the_command_that_continues_is_the_plans_whatever_was_asked_for(
     capsys.readouterr()
     asked = ["--time", "5h", "--experts", "transformer", "--checkpoint-dir", str(commands.folder)]
     assert run(["train", str(text), *asked]) == 2
-    (suggested,) = re.findall(r"`nanothink (train .*?)`", capsys.readouterr().err)
+    suggested, anew = re.findall(r"`nanothink (train .*?)`", capsys.readouterr().err)
+    assert shlex.split(anew) == ["train", str(text), "--overwrite", *asked]
     words = shlex.split(suggested)
     assert words[words.index("--time") + 1] == "630s"
     assert words[words.index("--experts") + 1] == "state_space,transformer"
