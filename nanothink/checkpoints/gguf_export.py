@@ -51,11 +51,16 @@ class GgufModel:
     licence: str | None = None
 
 
+def cuts_as(name: str, tokenizer: Tokenizer) -> bool:
+    """True if a tokenizer cuts text by the rules that llama.cpp calls ``name``."""
+    state = json.loads(tokenizer.to_state()["tokenizer_json"])
+    return bool(_without_offsets(state.get("pre_tokenizer") or {}) == PRE_TOKENIZERS[name])
+
+
 def check_tokenizer(tokenizer: Tokenizer) -> str:
     """llama.cpp's name for how a tokenizer cuts text. Raises CheckpointMismatchError when it has none."""
     state = json.loads(tokenizer.to_state()["tokenizer_json"])
-    cutter = _without_offsets(state.get("pre_tokenizer") or {})
-    names = [name for name, rules in PRE_TOKENIZERS.items() if rules == cutter]
+    names = [name for name in PRE_TOKENIZERS if cuts_as(name, tokenizer)]
     model = state["model"]
     if not names or model.get("type") != "BPE" or state.get("normalizer") not in (None, {"type": "NFC"}):
         raise CheckpointMismatchError(

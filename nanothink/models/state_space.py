@@ -147,7 +147,8 @@ class StateSpace(Expert):
 
     def foreign_config(self) -> dict[str, Any]:
         """See ``Expert.foreign_config``."""
-        config = to_mamba_config(self)
+        # llama.cpp's converter would pad the list of tokens to a multiple of 8, and not the embedding.
+        config = {**to_mamba_config(self), "pad_vocab_size_multiple": 1}
         if (eps := self.shape.mixer_norm_eps) is not None:
             falcon = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba"}
             return {**falcon, **config, "mixer_rms_eps": eps}

@@ -12,6 +12,7 @@ from typing import Any
 import nanothink
 from nanothink.checkpoints import check_place, model_state, read_checkpoint, write_export
 from nanothink.checkpoints.export import CONFIG, EXPORT_VERSION, FILES, OWN_SECTION
+from nanothink.checkpoints.gguf_export import cuts_as
 from nanothink.checkpoints.payload import CheckpointPayload
 from nanothink.config import Config
 from nanothink.data.chat import ChatEncoder
@@ -85,6 +86,13 @@ def export_checkpoint(
     foreign = foreign_config(model)
     architecture = foreign["architectures"][0] if foreign else None
     tokenizer = loaded.tokenizer
+    opens_tokenizer = "AutoTokenizer"
+    if foreign.get("model_type") == "qwen2" and not cuts_as("qwen2", tokenizer):
+        opens_tokenizer = "PreTrainedTokenizerFast"
+        notes.append(
+            "AutoTokenizer would cut text by the rules of Qwen2, whose architecture this is, and not by "
+            f"those of its tokenizer; {opens_tokenizer} has the right tokens"
+        )
     eos = tokenizer.eos_id
     ends = sorted(ChatEncoder(tokenizer).end_ids - {eos}) if tokenizer.chat else []
     config = {
@@ -113,7 +121,7 @@ def export_checkpoint(
         _write_json(into / CONFIG, config)
         _write_json(into / "generation_config.json", generation)
         save_tokenizer(tokenizer, into, context=model.context_length)
-        card = _card(loaded, payload, architecture, folder.resolve().name, licence, about)
+        card = _card(loaded, payload, architecture, opens_tokenizer, folder.resolve().name, licence, about)
         (into / "README.md").write_text(card, "utf-8")
 
     reporter.progress(f"writing {folder.name}", 0, 0)
@@ -181,6 +189,7 @@ def _card(
     loaded: TrainedModel,
     payload: CheckpointPayload,
     architecture: str | None,
+    opens_tokenizer: str,
     name: str,
     licence: str | None,
     about: str,
@@ -220,9 +229,9 @@ def _card(
     if architecture:
         parts.append(
             "Without NanoThink:\n\n```python\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"from transformers import AutoModelForCausalLM, {opens_tokenizer}\n\n"
             'model = AutoModelForCausalLM.from_pretrained(".")  # the path of this folder\n'
-            'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n'
+            f'tokenizer = {opens_tokenizer}.from_pretrained(".")\n```\n'
         )
     parts.append(
         "With NanoThink:\n\n```python\nimport nanothink\n\n"

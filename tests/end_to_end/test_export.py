@@ -138,6 +138,25 @@ def test_the_tokenizer_gives_the_same_ids(checkpoint: Callable[..., Path], tmp_p
     assert theirs.model_max_length == 48
 
 
+def test_where_transformers_would_take_another_tokenizer_that_is_said(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    path = checkpoint("transformer", transformer__qk_norm=False, transformer__attention_bias="qkv")
+    (note,) = export_checkpoint(path, tmp_path / "out").notes
+    assert "PreTrainedTokenizerFast has the right tokens" in note
+    assert "PreTrainedTokenizerFast.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+    theirs, ours = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out"), package.load(path).tokenizer
+    assert [theirs.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+
+
+def test_llama_cpps_converter_pads_no_list_of_tokens(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    export_checkpoint(checkpoint("state_space"), tmp_path / "out")
+    # What its converter reads, with 8 where it is missing; the embedding would not be padded.
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_vocab_size_multiple"] == 1
+
+
 def test_settings_that_generation_needs(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
