@@ -162,7 +162,9 @@ def _leaving(port: int) -> str | None:
     return "texts of clients that left are still being written"
 
 
-def by_schemathesis(port: int, n_examples: int, seconds: float, folder: Path) -> tuple[int, str]:
+def by_schemathesis(
+    port: int, n_examples: int, n_workers: int, seed: int, seconds: float, folder: Path
+) -> tuple[int, str]:
     """Number of requests, and what it found wrong."""
     program = shutil.which("schemathesis", path=str(Path(sys.executable).parent)) or shutil.which(
         "schemathesis"
@@ -177,7 +179,9 @@ def by_schemathesis(port: int, n_examples: int, seconds: float, folder: Path) ->
         "--max-examples",
         str(n_examples),
         "--seed",
-        "1",
+        str(seed),
+        "--workers",
+        str(n_workers),
         "--no-shrink",
     ]
     command += ["--continue-on-failure", "--suppress-health-check", "all", "--warnings", "off"]
@@ -203,6 +207,8 @@ def main() -> int:
     parser.add_argument(
         "--examples", type=int, default=2000, help="of each operation, at most: some 10,000 in all"
     )
+    parser.add_argument("--workers", type=int, default=4, help="threads of schemathesis, each with requests")
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1800, help="for schemathesis, at most")
     options = parser.parse_args()
     command = [sys.executable, "-m", "nanothink", "serve", str(options.checkpoint), "--port", "0"]
@@ -218,7 +224,9 @@ def main() -> int:
         begun = time.monotonic()
         try:
             wrong = by_hand(port)
-            n_requests, found = by_schemathesis(port, options.examples, options.seconds, Path(name))
+            n_requests, found = by_schemathesis(
+                port, options.examples, options.workers, options.seed, options.seconds, Path(name)
+            )
             seconds = time.monotonic() - begun
             wrong += by_hand(port)  # it is what it was
             server.terminate()

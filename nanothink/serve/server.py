@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import logging
 import signal
@@ -87,10 +88,14 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if bound is not None:
             bound.close()
-        raise UsageError(
-            f"Cannot listen at {host}, port {port}: {error.strerror or error}. Choose another: "
-            + suggest("serve --port", port + 1 if 0 < port < 65_535 else 8001)
-        ) from None
+        reason = f"Cannot listen at {host}, port {port}: {error.strerror or error}."
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            here = suggest("serve --host 127.0.0.1")
+            raise UsageError(
+                f"{reason} That is no address of this machine; for itself alone: {here}"
+            ) from None
+        another = port + 1 if 1023 < port < 65_535 else 8001  # those below are the system's
+        raise UsageError(f"{reason} Choose another: {suggest('serve --port', another)}") from None
     return bound
 
 

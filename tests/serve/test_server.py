@@ -162,6 +162,12 @@ def test_a_port_that_is_taken_is_said() -> None:
             listen("127.0.0.1", port)
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
+def test_an_address_of_another_machine_is_said(host: str) -> None:
+    with pytest.raises(UsageError, match=r"no address of this machine.*--host 127\.0\.0\.1"):
+        listen(host, 0)
+
+
 def test_a_chat_template_is_the_models(serve: Serve, server: Running) -> None:
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ eos_token }}"
     loaded = server.models["transformer_expert"]
