@@ -128,7 +128,8 @@ def measure(way: str, model: Path, data: Path, held_out: Path, work: Path, asked
     """Train what a way trains on ``data``, and score it."""
     cost, name = Cost(), f"{way}{data.name}"
     where = ("--data-dir", data, "--checkpoint-dir", work, "--name", name, "--overwrite")
-    quick = ("--set", f"model.max_seq_len={asked.length}")
+    more = [part for setting in asked.settings for part in ("--set", setting)]
+    quick = ("--set", f"model.max_seq_len={asked.length}", *more)
     scored = model
     if way == "store":
         fit = ("--use-vector-store", "--set", "train_mla.fit=gate", "--set", "train_mla.batch_size=4")
@@ -144,8 +145,7 @@ def measure(way: str, model: Path, data: Path, held_out: Path, work: Path, asked
             **({"lora_rank": asked.rank} if way == "lora" else {}),
         }
         given = [part for key, value in settings.items() for part in ("--set", f"train_expert.{key}={value}")]
-        more = [part for setting in asked.settings for part in ("--set", setting)]
-        cost.call("pretrain", "transformer", "--init", model, *where, *quick, *given, *more)
+        cost.call("pretrain", "transformer", "--init", model, *where, *quick, *given)
         scored = work / f"{name}_expert.pt"
     trained = (cost.seconds, cost.cpu_seconds, cost.peak_bytes)
     cached = [(f"{way}, document cache", ("--document-cache",))] if asked.document_cache else []
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--steps", type=int, help="optimizer steps at most")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--set", dest="settings", action="append", default=[])
+    parser.add_argument("--set", dest="settings", action="append", default=[], help="of every training")
     parser.add_argument("--document-cache", action="store_true", help="score with one too")
     parser.add_argument("--work", type=Path, help="folder that is kept; a temporary one otherwise")
     asked = parser.parse_args()
