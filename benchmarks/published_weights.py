@@ -51,9 +51,10 @@ class Cost:
     def call(self, *arguments: str | Path) -> Any:
         """Run a command with ``--json``; returns what it prints."""
         line = [sys.executable, "-m", "nanothink", *map(str, arguments), "--json"]
+        unset = {name: value for name, value in os.environ.items() if not name.startswith("NANOTHINK_")}
         with tempfile.TemporaryFile("w+") as shown:
             start = time.perf_counter()
-            child = subprocess.Popen(line, stdout=shown)
+            child = subprocess.Popen(line, stdout=shown, env=unset)
             _, status, used = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
             self.seconds += time.perf_counter() - start
