@@ -11,6 +11,7 @@ import argparse
 import http.client
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -43,7 +44,16 @@ class Load:
         return f"{counts}| {self.tokens_per_second:.0f} | {p50:.3f} | {p99:.3f} |"
 
 
-def clients(port: int, n_clients: int, seconds: float, n_tokens: int, found: Any) -> None:
+def n_written(answer: http.client.HTTPResponse, stream: bool) -> int:
+    """Tokens of an answer, by its own account."""
+    if not stream:
+        return int(json.loads(answer.read())["usage"]["completion_tokens"])
+    *_, usage, end, rest = answer.read().split(b"\n\n")
+    assert (end, rest) == (b"data: [DONE]", b"")
+    return int(json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"])
+
+
+def clients(port: int, n_clients: int, seconds: float, n_tokens: int, stream: bool, found: Any) -> None:
     """Ask for texts for so many seconds; puts (latencies, lost, tokens) into a queue."""
     latencies: list[float] = []
     lost = 0
@@ -62,20 +72,20 @@ def clients(port: int, n_clients: int, seconds: float, n_tokens: int, found: Any
                 "max_tokens": n_tokens,
                 "ignore_eos": True,
                 "seed": turn,
+                **({"stream": True, "stream_options": {"include_usage": True}} if stream else {}),
             }
             begun = time.monotonic()
             try:
                 connection.request(
                     "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
                 )
-                answer = json.loads(connection.getresponse().read())
-                n_written = answer["usage"]["completion_tokens"]
-            except (OSError, ValueError, KeyError, http.client.HTTPException):
-                n_written = 0
+                n_got = n_written(connection.getresponse(), stream)
+            except (OSError, AssertionError, ValueError, KeyError, http.client.HTTPException):
+                n_got = 0
             with lock:
                 latencies.append(time.monotonic() - begun)
-                lost += n_written != n_tokens
-                written += n_written
+                lost += n_got != n_tokens
+                written += n_got
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(n_clients)]
     for thread in threads:
@@ -85,10 +95,10 @@ def clients(port: int, n_clients: int, seconds: float, n_tokens: int, found: Any
     found.put((latencies, lost, written))
 
 
-def measure(port: int, n_clients: int, seconds: float, n_tokens: int) -> Load:
+def measure(port: int, n_clients: int, seconds: float, n_tokens: int, stream: bool) -> Load:
     context = multiprocessing.get_context("spawn")
     found = context.Queue()
-    process = context.Process(target=clients, args=(port, n_clients, seconds, n_tokens, found))
+    process = context.Process(target=clients, args=(port, n_clients, seconds, n_tokens, stream, found))
     process.start()
     latencies, lost, written = found.get()
     process.join()
@@ -103,16 +113,18 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=60.0, help="of each number of clients")
     parser.add_argument("--tokens", type=int, default=64, help="of each text")
+    parser.add_argument("--stream", action="store_true", help="ask for texts as they come")
     options = parser.parse_args()
     command = [sys.executable, "-m", "nanothink", "serve", str(options.checkpoint), "--port", "0"]
     command += ["--max-batch", "64"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         port = int(server.stdout.readline().partition("/v1;")[0].rpartition(":")[2])
-        measure(port, 2, 2.0, options.tokens)  # the first steps build and warm up
+        measure(port, 2, 2.0, options.tokens, options.stream)  # the first steps build and warm up
         print("| clients | texts | lost | tokens/s | p50 (s) | p99 (s) |\n|---:|---:|---:|---:|---:|---:|")
         for n_clients in options.clients:
-            print(measure(port, n_clients, options.seconds, options.tokens).row(), flush=True)
+            load = measure(port, n_clients, options.seconds, options.tokens, options.stream)
+            print(load.row(), f"(load average {os.getloadavg()[0]:.1f})", flush=True)
         server.terminate()
     print(f"The server left with {server.returncode}.")
 
