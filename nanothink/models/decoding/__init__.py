@@ -27,15 +27,19 @@ if TYPE_CHECKING:
     from nanothink.models.decoding.program import Program
     from nanothink.models.decoding.steps import Step
 
-MAX_ROWS = 16
-"""Rows (sequences x new tokens) up to which a program is used; more are a matter of matrix products."""
+MAX_ROWS = 64
+"""Rows (sequences x new tokens) that a program has room for."""
+
+_ROWS_BESIDE_THREADS = 16
+"""Rows up to which a program, which computes in one thread, is ahead of matrix products in several."""
 
 _by: Literal["compiled", "plain", "model"] = "compiled"
 
 
 def suits(tokens: Tensor, weight: Tensor) -> bool:
     """True if a program can read (B, T) tokens into a model with this weight."""
-    if _by == "model" or tokens.numel() > MAX_ROWS or weight.dtype is not torch.float32:
+    most = MAX_ROWS if torch.get_num_threads() == 1 else _ROWS_BESIDE_THREADS
+    if _by == "model" or tokens.numel() > most or weight.dtype is not torch.float32:
         return False
     on_cpu = weight.device.type == "cpu" and tokens.device.type == "cpu"
     return on_cpu and not torch.is_autocast_enabled("cpu")

@@ -174,6 +174,18 @@ def test_what_programs_do_not_know_takes_the_models_own_step() -> None:
     assert not decoding.suits(text(1, MAX_ROWS + 1), model.head_weight)
 
 
+def test_matrix_products_in_several_threads_come_sooner() -> None:
+    head, before = torch.zeros(4, 4), torch.get_num_threads()
+    try:
+        found = {}
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            found[n_threads] = [decoding.suits(text(n, 1), head) for n in (16, 17, MAX_ROWS)]
+    finally:
+        torch.set_num_threads(before)
+    assert found == {1: [True, True, True], 2: [True, False, False]}
+
+
 def test_not_a_number_comes_out_as_such(by: str) -> None:
     for kind in KINDS:
         model = model_of(kind)
