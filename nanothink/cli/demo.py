@@ -50,6 +50,7 @@ def demo(
         seconds=_SECONDS,
         kinds=_KINDS,
         overwrite=overwrite,
+        extend=True,
         prompt="def main(",
     )
     place = ["--checkpoint-dir", str(story.checkpoint_dir), *(["--overwrite"] if overwrite else [])]

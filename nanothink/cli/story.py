@@ -52,6 +52,8 @@ class Story:
     device: str | None = None
     overwrite: bool = False
     as_json: bool = False
+    extend: bool = False
+    """Take more time than ``seconds`` where they are too few on this machine, instead of an error."""
     prompt: str | None = None
     """For the sample; the first words of the text when None."""
     speed_of: SpeedOf | None = None
@@ -117,7 +119,7 @@ class Story:
             raise UsageError(
                 f"{what}, with the experts {', '.join(plan.kinds)}. To continue it: `{here}`. {anew}"
             )
-        if self.seconds not in (None, plan.time_seconds):
+        if self.seconds not in (None, plan.time_seconds) and not self.extend:
             raise UsageError(f"{what}. To continue it: `{here}`. {anew}")
         with _reporting() as reporter:
             found = measure_text(self._source(plan.data_dir), reporter)
@@ -160,7 +162,7 @@ class Story:
         source = self._source(data_dir)
         with _reporting() as reporter:
             text = measure_text(source, reporter)
-            return make_plan(
+            plan = make_plan(
                 text,
                 self.seconds,
                 self._speed(reporter),
@@ -169,7 +171,14 @@ class Story:
                 imports=bool(text_files(source)),
                 made_at=time.time(),
                 prompt=self.prompt or opening(source),
+                extend=self.extend,
             )
+        if plan.time_seconds > self.seconds:
+            reporter.note(
+                f"{rounded_duration(self.seconds)} are too few on this machine as busy as it is now: planned "
+                f"for {rounded_duration(plan.time_seconds)}."
+            )
+        return plan
 
     def _speed(self, reporter: Reporter) -> SpeedOf:
         from nanothink.runs.machine_speed import MachineSpeed

@@ -202,8 +202,11 @@ def make_plan(
     imports: bool = False,
     made_at: float = 0.0,
     prompt: str = "The",
+    extend: bool = False,
 ) -> TrainingPlan:
     """Choose shape, vocabulary and stages for ``seconds``.
+
+    With ``extend``, a time that is too little is replaced by the least that makes sense.
 
     Shapes are timed from the smallest on, and no further than one that could be trained enough.
 
@@ -230,7 +233,14 @@ def make_plan(
         chosen = shape, times
     assert chosen is not None
     shape, times = chosen
-    _refuse_too_little(text, seconds, shape, times, unit)
+    least = _least_seconds(text, seconds, shape, times, unit)
+    if seconds < least and not extend:
+        raise UsageError(
+            f"--time {rounded_duration(seconds)} is too little for {len(times)} experts of this text on this "
+            f"machine. The least that makes sense is {least / 60:.0f} min: "
+            f"{again('--time', f'{least / 60:.0f}m')}"
+        )
+    seconds = max(seconds, least)
     vocab_size = shape.vocab_size(text.n_bytes)
     stages = [
         *([Stage(name="import", seconds=_READ_A_MB / 4 * unit * text.n_bytes / 1e6)] if imports else []),
@@ -373,17 +383,14 @@ def _training_seconds(text: TextSize, seconds: float, times: Mapping[str, StepTi
     return (seconds * shares - fixed) * (1 - _EVALUATING)
 
 
-def _refuse_too_little(
+def _least_seconds(
     text: TextSize, seconds: float, shape: Shape, times: Mapping[str, StepTime], unit: float
-) -> None:
+) -> float:
+    """``seconds`` if they suffice; else whole minutes that do."""
     least_training = _FEWEST_STEPS * sum(time.step_seconds for time in times.values())
     if _training_seconds(text, seconds, times, unit) >= least_training:
-        return
+        return seconds
     shares = 1 - _RESERVE - 3 * _FINISHING
     fixed = shares * seconds - _training_seconds(text, seconds, times, unit) / (1 - _EVALUATING)
     least = (fixed + least_training / (1 - _EVALUATING)) / shares
-    minutes = math.ceil(1.1 * least / 60)
-    raise UsageError(
-        f"--time {rounded_duration(seconds)} is too little for {len(times)} experts of this text on this "
-        f"machine. The least that makes sense is {minutes} min: {again('--time', f'{minutes}m')}"
-    )
+    return 60.0 * math.ceil(1.1 * least / 60)

@@ -52,7 +52,7 @@ def plan_or_least(n_bytes: int, seconds: float, machine: Machine) -> TrainingPla
     try:
         return plan_of(n_bytes, seconds, machine)
     except UsageError as error:
-        (found,) = re.findall(r"--time (\d+)m$", str(error))
+        (found,) = re.findall(r"--time (\d+)m\b", str(error))
         return int(found)
 
 
@@ -127,3 +127,13 @@ def test_a_time_is_read_as_people_write_it(text: str, seconds: float) -> None:
 def test_what_is_no_time_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError, match="Write it as 45m, 2h or 1h30m"):
         seconds_of(text)
+
+
+def test_a_demo_takes_the_least_time_that_makes_sense_where_its_own_is_too_little() -> None:
+    slow = Machine(10.0)
+    least = plan_or_least(1_000_000, 180, slow)
+    assert isinstance(least, int)
+    plan = make_plan(TextSize(n_bytes=1_000_000, n_domains=2), 180, slow, extend=True)
+    assert plan.time_seconds == 60 * least
+    assert min(steps_of(plan)) > 0
+    assert make_plan(TextSize(n_bytes=7_000, n_domains=2), 7200, slow, extend=True).time_seconds == 7200
