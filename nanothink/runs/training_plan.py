@@ -393,4 +393,4 @@ def _least_seconds(
     shares = 1 - _RESERVE - 3 * _FINISHING
     fixed = shares * seconds - _training_seconds(text, seconds, times, unit) / (1 - _EVALUATING)
     least = (fixed + least_training / (1 - _EVALUATING)) / shares
-    return 60.0 * math.ceil(1.1 * least / 60)
+    return 60.0 * math.ceil(1.3 * least / 60)  # the machine may be busier when it is asked again

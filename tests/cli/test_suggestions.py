@@ -134,7 +134,6 @@ SITUATIONS = {
         "tokenizer train --data-dir texts --out tok --vocab-size 300",
         "tokenizer train --overwrite",
     ),
-    "too little time": ("", f"train texts --time 1s {PLACE}2", "train texts --time"),
     "an import without a domain": (
         "echo text > 'My Book.txt'",
         "data import 'My Book.txt'",
