@@ -42,7 +42,7 @@ MOST_BLOCKS = 32
 
 
 def call(*arguments: str | Path) -> Any:
-    """What a command prints with ``--json``."""
+    """Run a command with ``--json`` and return the object it prints."""
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         code = run([*map(str, arguments), "--json"])

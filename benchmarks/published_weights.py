@@ -1,4 +1,4 @@
-"""What to do with a published model and some text of one's own: four ways, side by side.
+"""A published model and some text of one's own: four ways to use them, side by side.
 
     python benchmarks/published_weights.py --kilobytes 100
 
@@ -41,7 +41,7 @@ MANUALS = Path("/usr/share/man")
 
 @dataclass
 class Cost:
-    """Of the commands of one way."""
+    """Time and memory that the commands of one way took."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0

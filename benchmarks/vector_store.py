@@ -48,7 +48,7 @@ PROBES = (4, 8, 16, 32, 64)  # lists to look into
 
 
 def call(*arguments: str | Path) -> Any:
-    """What a command prints with ``--json``."""
+    """Run a command with ``--json`` and return the object it prints."""
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         code = run([*map(str, arguments), "--json"])

@@ -39,7 +39,7 @@ class CheckpointName:
     epoch: int | None = None
     """Epochs completed, of a snapshot."""
     generation: int | None = None
-    """Of a rolling folder: counts those of the run."""
+    """Number of a rolling folder within its run."""
 
     @property
     def sort_key(self) -> tuple[str, int, int]:

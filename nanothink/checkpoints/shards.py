@@ -152,7 +152,7 @@ class _WholeWrites(RawFile):
 
 
 def _by_rank0(work: Callable[[], Any]) -> Any:
-    """What ``work`` returns on rank 0, in every process; its error is raised in every process."""
+    """Run ``work`` on rank 0; return its result, or raise its error, in every process."""
     if torch.distributed.get_rank() != 0:
         return _broadcast((None, None))
     try:

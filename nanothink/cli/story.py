@@ -57,7 +57,7 @@ class Story:
     prompt: str | None = None
     """For the sample; the first words of the text when None."""
     speed_of: SpeedOf | None = None
-    """Of this machine; measured when None."""
+    """Speed of this machine; measured when None."""
     began: float = field(default_factory=time.monotonic)
 
     def print_plan(self) -> int:

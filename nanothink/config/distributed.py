@@ -10,7 +10,7 @@ from nanothink.config.base import Settings
 
 
 class DistributedConfig(Settings):
-    """Where parameters, gradients and moments are. One process alone has all of them."""
+    """Placement of parameters, gradients and moments. One process alone has all of them."""
 
     shard: Literal["full", "none"] = "full"
     """'full': each process keeps its share of parameters, gradients and moments. 'none': each keeps all; less

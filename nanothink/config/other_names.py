@@ -37,7 +37,7 @@ _NAMES = {
     "tracker": ("report_to", "logger", "wandb", "wandb_log"),
     "recompute_activations": ("gradient_checkpointing", "activation_checkpointing"),
 }
-"""Of each setting of training, its names elsewhere."""
+"""Names that other programs give each setting of training."""
 
 _ELSEWHERE = {
     "model.max_seq_len": (
