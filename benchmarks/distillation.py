@@ -14,16 +14,13 @@ should be new to all of them; what was trained on is scored all the same.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from side_by_side import call
 
-from nanothink.cli.app import run
 from nanothink.config.run import flatten, resolve_config
 from nanothink.runs.preparing import prepare
 from nanothink.runs.resuming import RunSpec
@@ -39,16 +36,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 INHERITED = ("model.", "transformer.", "state_space.", "train_expert.")
 KEPT = (8, 16, 32, 64, 128)  # likeliest tokens
 MOST_BLOCKS = 32
-
-
-def call(*arguments: str | Path) -> Any:
-    """Run a command with ``--json`` and return the object it prints."""
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown):
-        code = run([*map(str, arguments), "--json"])
-    if code:
-        raise SystemExit(code)
-    return json.loads(shown.getvalue())
 
 
 def bits_per_byte(checkpoint: Path, other: Path) -> float:

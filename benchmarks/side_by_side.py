@@ -6,6 +6,9 @@ quoted is the median of the ratios, round by round.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import platform
 import statistics
 import subprocess
@@ -13,10 +16,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from nanothink.cli.app import run
 from nanothink.config import ModelConfig, TrainExpertConfig
 from nanothink.training.matmul_types import choose_precision
 
@@ -25,6 +30,16 @@ Seconds = dict[str, list[float]]
 
 DENSE_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12}
 """16-bit operations a second, without sparsity, by a part of the device's name: the makers' data sheets."""
+
+
+def call(*arguments: str | Path) -> Any:
+    """Run a command with ``--json`` and return the object it prints."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        code = run([*map(str, arguments), "--json"])
+    if code:
+        raise SystemExit(code)
+    return json.loads(shown.getvalue())
 
 
 def machine(device: str | torch.device = "cpu") -> str:

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
-import json
 import shutil
 import tempfile
 import time
@@ -31,8 +29,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from side_by_side import call
 
-from nanothink.cli.app import run
 from nanothink.config import VectorStoreConfig
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import IGNORE
@@ -45,16 +43,6 @@ from nanothink.vector_store.index import Float32, Int64, Kind, NeighbourIndex, i
 
 K = 32
 PROBES = (4, 8, 16, 32, 64)  # lists to look into
-
-
-def call(*arguments: str | Path) -> Any:
-    """Run a command with ``--json`` and return the object it prints."""
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown):
-        code = run([*map(str, arguments), "--json"])
-    if code:
-        raise SystemExit(code)
-    return json.loads(shown.getvalue())
 
 
 def score(checkpoint: Path, tokens: int, *more: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from nanothink.cli import completion, push
-from nanothink.cli.options import CheckpointDir, ForgivingCommand, Json
+from nanothink.cli.options import CheckpointDir, ForgivingCommand, Json, NewestCheckpoint
 from nanothink.suggestions import command
 
 if TYPE_CHECKING:
@@ -262,14 +262,7 @@ def export(
     to: Annotated[
         Path, typer.Option("--to", metavar="PATH", help="Folder to write, or the file of --format gguf.")
     ],
-    checkpoint: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="A checkpoint file. [default: the newest best one in --checkpoint-dir]",
-            autocompletion=completion.checkpoints,
-        ),
-    ] = None,
+    checkpoint: NewestCheckpoint = None,
     format: Annotated[
         Literal["transformers", "gguf"],
         typer.Option(

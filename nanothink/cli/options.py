@@ -246,6 +246,14 @@ Quantize = Annotated[
     Literal["int8"] | None,
     typer.Option("--quantize", help="Matrices of 8 bits a number: faster text on a CPU. [default: none]"),
 ]
+NewestCheckpoint = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A checkpoint file. [default: the newest best one in --checkpoint-dir]",
+        autocompletion=completion.checkpoints,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Estimate time, memory and disk, and stop there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
 

@@ -8,22 +8,14 @@ from typing import Annotated
 
 import typer
 
-from nanothink.cli import completion
-from nanothink.cli.options import CheckpointDir, Device, Json
+from nanothink.cli.options import CheckpointDir, Device, Json, NewestCheckpoint
 
 
 def push(
     repository: Annotated[
         str, typer.Argument(metavar="REPO", help="OWNER/NAME, or NAME for the owner of the token.")
     ],
-    checkpoint: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="A checkpoint file. [default: the newest best one in --checkpoint-dir]",
-            autocompletion=completion.checkpoints,
-        ),
-    ] = None,
+    checkpoint: NewestCheckpoint = None,
     licence: Annotated[
         str | None,
         typer.Option(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from repeating_corpus import repeating_corpus, settings
 from struck_runs import Ground, assert_same_run, metrics
 
 import nanothink as package
@@ -40,23 +39,9 @@ OF_PHASE_2 = {"mla.n_heads": 2, "train_mla.sample_tokens": 0, "train_mla.amp_dty
 STUDENT = {**SETTINGS, "distillation.top_k": 8, "distillation.written_fraction": 0.25}
 
 
-def settings(values: dict[str, Any]) -> list[str]:
-    return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two domains of texts that each say the same four times, in words of their own."""
-    root, chance = tmp_path_factory.mktemp("corpus"), random.Random(0)
-    for domain in ("letters", "tales"):
-        (root / domain).mkdir()
-        texts = []
-        for _ in range(30):
-            words = ["".join(chance.choices("aeioubdgklmnrst", k=5)) for _ in range(8)]
-            texts.append(" ".join(words * 4))
-        lines = [json.dumps({"text": text}) + "\n" for text in texts]
-        (root / domain / "texts.jsonl").write_text("".join(lines))
-    return root
+    return repeating_corpus(tmp_path_factory.mktemp("corpus"), n_texts=30)
 
 
 @pytest.fixture(scope="module")
