@@ -56,7 +56,7 @@ bench: $(VENV)/.bench $(DATA) $(TOKENIZER)  ## side by side with what people wou
 	$(BIN)/python benchmarks/state_space.py memory --batch 16
 	$(BIN)/python benchmarks/state_space.py decode --threads 1
 	$(BIN)/python benchmarks/generation.py --threads 1
-	$(BIN)/python benchmarks/time_to_quality.py --data-dir $(DATA) --tokenizer $(TOKENIZER) --set transformer.ffn_mult=1.5 --threads 1 --sweep --out $(DEMO)/time_to_quality
+	$(BIN)/python benchmarks/time_to_quality.py --sweep --data-dir $(DATA) --tokenizer $(TOKENIZER) --set transformer.ffn_mult=1.5 --threads 1 --out $(DEMO)/time_to_quality
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/tokenising.py --data-dir $(DATA) --tokenizer $(TOKENIZER)
 	$(BIN)/python benchmarks/startup.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -54,6 +55,7 @@ class Words:
     """A vocabulary of made-up words, as no text is read: what a GGUF file takes from a tokenizer."""
 
     name, eos_id = "words", 0
+    chat, bos_id, bos_token, special_ids = None, None, None, MappingProxyType[str, int]({})
 
     def __init__(self, size: int) -> None:
         self._vocabulary = {f"w{token}": token for token in range(size)}

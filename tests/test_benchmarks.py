@@ -188,6 +188,11 @@ SMALL = {
         rows=5,
         named=("GPT-2, Trainer's settings", "GPT-2, tuned", "nanothink"),
     ),
+    "time_to_quality.py --sweep": Small(
+        f"--preset tiny --steps 2 --turn 1 --eval-tokens 50 {TINY}",
+        rows=13,
+        named=("0.005", "GPT-2, tuned", "nanothink"),
+    ),
     "tokenising.py": Small("--rounds 1", rows=3, named=("datasets.map", "tokenizers.encode_batch_fast")),
     # A processor without AMX takes minutes for GPT-2's step in bfloat16.
     "training_step.py --sides nanothink gpt2": Small(

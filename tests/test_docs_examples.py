@@ -58,6 +58,7 @@ NAMES = {
     "nanothink checkpoints export",
     "nanothink checkpoints import",
     "nanothink checkpoints push",
+    "nanothink checkpoints push REPO",
     "nanothink generate --interactive",
     "nanothink serve",
 }

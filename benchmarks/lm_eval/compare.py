@@ -92,8 +92,9 @@ def lm_eval(program: str, model: list[str], folder: Path, batch: int) -> float:
         str(batch),
     ]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    results = Path(tempfile.mkdtemp(dir=folder))
     done = subprocess.run(
-        [*command, "--output_path", "results"],
+        [*command, "--output_path", results],
         cwd=folder,
         env={**os.environ, **offline},
         check=False,
@@ -102,7 +103,7 @@ def lm_eval(program: str, model: list[str], folder: Path, batch: int) -> float:
     )
     if done.returncode:
         raise SystemExit(f"lm-eval failed:\n{done.stderr[-3000:]}")
-    (result,) = (folder / "results").rglob("results_*.json")
+    (result,) = results.rglob("results_*.json")
     return float(json.loads(result.read_text())["results"]["held_out"]["bits_per_byte,none"])
 
 
@@ -114,8 +115,10 @@ def served(checkpoint: Path, context: int) -> Iterator[list[str]]:
         assert server.stdout is not None
         url = server.stdout.readline().partition(" at ")[2].partition("/v1;")[0]
         arguments = f"model={checkpoint.stem},base_url={url}/v1/completions,max_length={context}"
-        yield ["--model", "local-completions", "--model_args", arguments]
-        server.terminate()
+        try:
+            yield ["--model", "local-completions", "--model_args", arguments]
+        finally:
+            server.terminate()
 
 
 def main() -> None:
