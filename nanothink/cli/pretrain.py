@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,8 @@ from nanothink.cli.options import (
     refuse_early,
     takes,
 )
+from nanothink.cli.suggestions import called_as, command_of_run
+from nanothink.errors import DataError, StorageError
 
 if TYPE_CHECKING:
     from nanothink.runs.preparing import Configure
@@ -226,6 +229,8 @@ def start(
 
 def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) -> int:
     """Train the model of ``spec`` and show the run, or print an estimate of it."""
+    from dataclasses import replace
+
     from nanothink.cli import render
     from nanothink.errors import OutputError, ReaderGoneError
     from nanothink.runs.preparing import prepare
@@ -256,7 +261,8 @@ def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) 
         # It reports only until it has met the first process.
         run_training(spec, configure, render.BarReporter())
         return 0
-    with render.training_view() as view:
+    spec = replace(spec, command=_command_of(spec))
+    with render.training_view() as view, called_as(spec.command):
         finished = run_training(spec, configure, view)
     best = spec.store.best
     data = read_description(spec.checkpoint_dir / "runs" / spec.stem).get("data")
@@ -285,3 +291,14 @@ def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) 
             raise told
         render.note(str(told))
     return 0
+
+
+def _command_of(spec: RunSpec) -> str:
+    """The command that starts the run of ``spec`` anew. That of a resumed run is in its records."""
+    from nanothink.training.records import read_description
+
+    begun_by = None
+    if spec.resume is not None:
+        with suppress(DataError, StorageError):
+            begun_by = read_description(spec.checkpoint_dir / "runs" / spec.stem).get("command") or None
+    return command_of_run(begun_by, spec.checkpoint_dir)

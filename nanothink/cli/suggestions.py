@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +47,74 @@ def completed(message: str) -> str:
     return _QUOTED.sub(lambda found: f"`nanothink {_completed_call(found[1])}`", message)
 
 
+def command_of_run(begun_by: object, checkpoint_dir: Path) -> str:
+    """The command that starts the run at hand anew: the one that began it, with options of a resume.
+
+    Args:
+        begun_by: that command as the run's records have it; None for a run that begins now.
+        checkpoint_dir: where the run lies now.
+
+    Returns an empty string if it is not known.
+    """
+    if not _called:
+        return ""
+    called = _called[-1]
+    target, given = called.command, {k: v for k, v in _given(called).items() if k not in _ONCE}
+    path = called.command_path.split()[1:]
+    if isinstance(begun_by, str):
+        try:
+            path, begun = _parsed(shlex.split(begun_by)[1:], called)
+        except Exception:  # records of another version must not fail a run
+            return ""
+        if begun is None:
+            return ""
+        target, before = begun.command, _given(begun)
+        accepted = {p.name for p in target.params if p.param_type_name == "option"}
+        later = {name: value for name, value in given.items() if name in accepted}
+        later["checkpoint_dir"] = checkpoint_dir
+        kept = [v for v in before.get("assignments", ()) if not _is_set(v, later.get("assignments"))]
+        later["assignments"] = [*kept, *later.get("assignments", ())]
+        given = before | later
+    elif path == ["resume"]:
+        return ""
+    positional, options = _words(target, given)
+    return shlex.join(["nanothink", *path, *positional, *options])
+
+
+@contextmanager
+def called_as(command: str) -> Iterator[None]:
+    """Complete suggestions as if ``command`` had been called; an empty string changes nothing."""
+    context = _parsed(shlex.split(command)[1:], _called[-1])[1] if command else None
+    with calling(context) if context is not None else nullcontext():
+        yield
+
+
 def _called_again(options: str) -> str:
-    """The command that was called, with these options; of a resumed run the options alone."""
+    """The command that was called, with these options; these alone where it resumes an unrecorded run."""
     command, *path = _called[-1].command_path.split()
     return options if path == ["resume"] else shlex.join([command, *path, *shlex.split(options)])
 
 
+def _parsed(words: Sequence[str], call: Any) -> tuple[list[str], Any]:
+    """The names of the command that ``words`` call, and its context; None where they call none."""
+    target, parent, path, rest = call.find_root().command, call.find_root(), list[str](), list(words)
+    while rest and rest[0] in getattr(target, "commands", {}):
+        target = target.commands[rest[0]]
+        path.append(rest.pop(0))
+        if hasattr(target, "commands"):
+            parent = type(parent)(target, info_name=path[-1], parent=parent)
+    if not path or hasattr(target, "commands"):
+        return path, None
+    return path, target.make_context(path[-1], rest, parent=parent, resilient_parsing=True)
+
+
 def _completed_call(text: str) -> str:
     call, words = _called[-1], shlex.split(text)
-    path: list[str] = []
-    target = call.find_root().command
-    while words and words[0] in getattr(target, "commands", {}):
-        target = target.commands[words[0]]
-        path.append(words.pop(0))
-    if not path or hasattr(target, "commands"):
+    path, suggested = _parsed(words, call)
+    if suggested is None:
         return text
-    has = _given(target.make_context(path[-1], list(words), resilient_parsing=True))
-    given = _given(call)
+    target, words = suggested.command, words[len(path) :]
+    has, given = _given(suggested), _given(call)
     arguments = [p.name for p in target.params if p.param_type_name == "argument"]
     again = target is call.command and all(given.get(a) == has.get(a, given.get(a)) for a in arguments)
     kept = set(given) - _ONCE if again else _kept(path, call) & set(given)
@@ -71,20 +122,10 @@ def _completed_call(text: str) -> str:
         kept = set()  # one of the options may be what is wrong
     if "expert" in has:
         kept.discard("checkpoint")  # either names the model
-    positional: list[str] = []
-    options: list[str] = []
-    for parameter in target.params:
-        name = parameter.name
-        if name not in kept or (name in has and name != "assignments"):
-            continue
-        values = given[name] if isinstance(given[name], (list, tuple)) else [given[name]]
-        if parameter.param_type_name == "argument":
-            positional += map(str, values)
-        elif parameter.is_flag:
-            options.append(parameter.opts[0] if given[name] else parameter.secondary_opts[0])
-        else:
-            new = [value for value in values if not _is_set(value, has.get(name))]
-            options += [word for value in new for word in (parameter.opts[0], str(value))]
+    added = {name: given[name] for name in kept if name not in has or name == "assignments"}
+    if "assignments" in added:
+        added["assignments"] = [v for v in added["assignments"] if not _is_set(v, has.get("assignments"))]
+    positional, options = _words(target, added)
     complete = shlex.join([*path, *positional, *words, *options])
     if path[0] == "pretrain" and (missing := _missing_data(given)):
         return f"data sample --data-dir {shlex.quote(missing)} && nanothink {complete}"
@@ -132,6 +173,24 @@ def _given(context: Any) -> dict[str, Any]:
     if "folder" in typed:
         typed["data_dir"] = typed.pop("folder")
     return typed
+
+
+def _words(command: Any, given: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Arguments, and options, as they are typed."""
+    positional: list[str] = []
+    options: list[str] = []
+    for parameter in command.params:
+        if parameter.name not in given:
+            continue
+        value = given[parameter.name]
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if parameter.param_type_name == "argument":
+            positional += map(str, values)
+        elif parameter.is_flag:
+            options.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            options += [word for each in values for word in (parameter.opts[0], str(each))]
+    return positional, options
 
 
 def _is_set(assignment: object, others: Sequence[str] | None) -> bool:

@@ -54,6 +54,8 @@ class RunSpec:
     """Checkpoint whose weights a new run starts from; None: random ones."""
     teacher: Path | None = None
     """Checkpoint whose predictions an expert learns; None: it learns from text, or resumes with its own."""
+    command: str = ""
+    """Command that starts this run anew, for its records; empty if unknown."""
 
     @property
     def stem(self) -> str:

@@ -114,6 +114,7 @@ def description(setup: RunSetup, run: Run) -> dict[str, Any]:
     return {
         "kind": setup.spec.kind,
         "name": setup.spec.stem,
+        "command": setup.spec.command,
         "config": setup.config.model_dump(mode="json"),
         "sources": dict(setup.sources),
         "parameters": sum(p.numel() for p in run.model.parameters()),

@@ -14,6 +14,7 @@ from conftest import made_up_texts, write_domain
 from forking_shell import quick
 
 from nanothink.cli.app import command_tree, run
+from nanothink.suggestions import again
 from nanothink.training import loop
 
 ROOT = Path(__file__).parents[2]
@@ -220,6 +221,30 @@ def test_a_run_that_was_killed_before_its_first_validation_is_resumed(
     assert suggested
     assert run(shlex.split(suggested[1])) == 0
     assert run(shlex.split(f"eval --data-dir texts {PLACE}")) == 0
+
+
+@pytest.mark.parametrize("how", ["resume models/mine_expert.pt", "pretrain transformer --name mine --resume"])
+def test_advice_to_a_resumed_run_is_the_command_that_began_it(
+    how: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Preset, tokenizer and settings stand in the checkpoint, so they are not typed again."""
+    here = tmp_path / "here"
+    shutil.copytree(world, here)
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(loop, "_advice", lambda run: f"Retry: {again('--max-epochs', 1, '--overwrite')}")
+    assert run(shlex.split(f"pretrain transformer --name mine --domains letters {TRAIN}")) == 0
+    capsys.readouterr()
+    assert run(shlex.split(f"{how} --max-steps 3 --set train_expert.lr=0.002 {PLACE}")) == 0
+    advice = re.search("Retry: `nanothink (.+?)`", capsys.readouterr().err)
+    assert advice
+    asked = f"pretrain transformer --name mine --domains letters {TRAIN}"
+    asked += " --max-steps 3 --set train_expert.lr=0.002 --max-epochs 1 --overwrite"
+    assert sorted(shlex.split(advice[1])) == sorted(asked.split())
+    assert run(shlex.split(advice[1])) == 0, capsys.readouterr().err
 
 
 def test_a_run_with_tensorboard_says_how_to_look(
