@@ -4,7 +4,8 @@ Everything is imported beforehand and nothing is computed, so a command is a rea
 files and a death of its own, that starts at once instead of in three seconds.
 
 A task may name a moment at which the process strikes itself, and may make checkpoint writes slow. Both
-are done from here, by wrapping what the command calls: the product knows nothing of it.
+are done from here, by wrapping what the command calls: the product knows nothing of it. A command may be
+that of several processes too, as torchrun starts them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,7 +38,7 @@ def strike_at(moment: dict[str, Any], note: str) -> None:
     Either after an event of the run was recorded, ``{"event": class, "having": {attribute: value}}``; after
     a run reported progress, ``{"stage": name}``; when a function is called, ``{"call": "module:name"}``, or
     has returned, with ``"after"``; or before a change to the disk below a folder, ``{"change_below":
-    folder}``. When it happened goes into the file ``note``.
+    folder}``. When it happened goes into the file ``note``. Of several processes it is the one of ``"rank"``.
     """
     remaining = moment.get("nth", 1)
 
@@ -141,9 +143,13 @@ def mount(folder: str, options: str, content: str | None) -> None:
         shutil.copytree(content, folder, dirs_exist_ok=True)
 
 
-def execute(task: dict[str, Any]) -> int:
+def execute(task: dict[str, Any], rank: int, port: int) -> int:
     os.chdir(task["cwd"])
-    for descriptor, name in ((0, os.devnull), (1, task["stdout"]), (2, task["stderr"])):
+    if (size := task["processes"]) > 1:
+        os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{size}")
+        os.environ.update(LOCAL_WORLD_SIZE=f"{size}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+    end = f".{rank}" if rank else ""
+    for descriptor, name in ((0, os.devnull), (1, task["stdout"] + end), (2, task["stderr"] + end)):
         opened = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(opened, descriptor)
         os.close(opened)
@@ -167,7 +173,7 @@ def execute(task: dict[str, Any]) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (task["file_bytes"], resource.RLIM_INFINITY))
     for name in task["ignored"]:
         signal.signal(signal.Signals[name], signal.SIG_IGN)
-    if task["strike"] is not None:
+    if task["strike"] is not None and task["strike"].get("rank", 0) == rank:
         strike_at(task["strike"], task["stderr"] + ".struck")
     if task["output"]:
         lose_output(task["output"].removesuffix("2"), (1, 2) if task["output"].endswith("2") else (1,))
@@ -233,6 +239,8 @@ def warm_up() -> None:
         "nanothink.runs.reporting",
         "torch._dynamo",
         "torch.optim",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
     ):
         importlib.import_module(name)
     importlib.import_module("nanothink.cli.app").command_tree()
@@ -245,15 +253,20 @@ def main() -> None:
     say(ready=True)
     for line in sys.stdin:
         task = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            code = execute(task)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        say(pid=pid)
-        _, status = os.waitpid(pid, 0)
-        say(code=os.waitstatus_to_exitcode(status))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        pids = []
+        for rank in range(task["processes"]):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                code = execute(task, rank, port)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        say(pid=pids[0])
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        say(code=codes[0], codes=codes)
 
 
 if __name__ == "__main__":

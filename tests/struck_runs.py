@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nanothink.checkpoints import read_checkpoint
+from nanothink.checkpoints import CheckpointStore, read_checkpoint
 
 KINDS = ("transformer", "state_space", "diffuser", "nanothink_mla")
 EXPERTS = KINDS[:3]
@@ -136,6 +136,8 @@ class Ended:
     stderr: str
     seconds_to_end: float | None = None
     """From the moment at which it struck itself."""
+    codes: tuple[int, ...] = ()
+    """Exit codes of all processes, by rank."""
 
 
 class Running(Protocol):
@@ -190,7 +192,7 @@ class Process:
 
     def has_ended(self, within_seconds: float = 0.0) -> bool:
         if self._code is None and (answer := self._server.answer(within_seconds)) is not None:
-            self._code, self._ended = answer["code"], time.monotonic()
+            self._code, self._codes, self._ended = answer["code"], answer["codes"], time.monotonic()
         return self._code is not None
 
     def wait(self, seconds: float = 600.0) -> Ended:
@@ -202,7 +204,7 @@ class Process:
         struck = Path(f"{self._files[1]}.struck")
         to_end = self._ended - float(struck.read_text()) if struck.exists() else None
         stdout, stderr = (file.read_text(errors="replace") for file in self._files)
-        return Ended(self._code, stdout, stderr, to_end)
+        return Ended(self._code, stdout, stderr, to_end, tuple(self._codes))
 
 
 class CommandServer:
@@ -234,6 +236,7 @@ class CommandServer:
         disk: Mapping[str, Any] | None = None,
         ignored: Sequence[str] = (),
         output: str = "",
+        processes: int = 1,
         **environment: str,
     ) -> Process:
         """``strike``: see ``strike_at``; ``write_seconds``: what each write of up to 4 KiB takes longer;
@@ -241,7 +244,8 @@ class CommandServer:
         ``user``: run as that user id, which only root may ask for; ``disk``: a small file system over
         ``folder``, with ``options`` of tmpfs, beginning with a copy of ``content``, perhaps full (``fill``)
         or ``read_only``, and copied to ``kept_in`` at the end; ``ignored``: signals that are; ``output``:
-        "full", "closed", "gone", "hung up" or, with a "2" after it, standard error too: ``lose_output``."""
+        "full", "closed", "gone", "hung up" or, with a "2" after it, standard error too: ``lose_output``;
+        ``processes``: that train together, of which the first one's output is kept."""
         assert self._current is None or self._current.has_ended(), "one command at a time"
         files = (Path(self._folder.name) / "stdout", Path(self._folder.name) / "stderr")
         for file in files:
@@ -259,6 +263,7 @@ class CommandServer:
             "disk": disk,
             "ignored": list(ignored),
             "output": output,
+            "processes": processes,
             "environment": environment,
         }
         assert self._process.stdin is not None
@@ -342,10 +347,10 @@ def assert_same_run(one: Path, other: Path, run: str) -> None:
 
     How often they saved is a setting too, and the only one in which they may differ.
     """
-    files = sorted(path.name for path in one.glob(f"{run}*.pt"))
-    assert files == sorted(path.name for path in other.glob(f"{run}*.pt"))
+    files, others = ([path.name for path in CheckpointStore(f, run).existing()] for f in (one, other))
+    assert files == others
     assert f"{run}.pt" in files
-    assert f"{run}_interrupted.pt" not in files
+    assert not CheckpointStore(one, run).rolling()
     for name in files:
         left, right = (read_checkpoint(folder / name) for folder in (one, other))
         for payload in (left, right):
