@@ -34,6 +34,7 @@ from nanothink.models.contract import LanguageModel
 from nanothink.models.loss import CHUNK_ROWS
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import Precision
+from nanothink.reporter import SILENT, Reporter
 
 FIT_TOKENS = 8192
 """Tokens that the number is fitted on: its standard error then costs about 1e-4 nats a token."""
@@ -42,6 +43,7 @@ SMALLEST, LARGEST = 0.1, 4.0
 _STEPS = 12
 _CLOSE = 1e-4  # a step this small changes no figure
 _NO_SPREAD = 1e-9
+_FITTING = "calibrating: fitting"
 
 
 def fit_logit_scale(
@@ -51,6 +53,7 @@ def fit_logit_scale(
     length: int,
     precision: Precision,
     should_stop: Callable[[], bool] | None = None,
+    reporter: Reporter = SILENT,
 ) -> float:
     """The s that gives the text the greatest likelihood; 1 where the logits do not differ or are not finite.
 
@@ -60,19 +63,26 @@ def fit_logit_scale(
         should_stop: called before each batch; EvaluationStopped is raised when it says so.
     """
     with evaluating(model), torch.inference_mode():
-        states, targets = _states(streams, length, precision, should_stop, FIT_TOKENS, model.hidden)
+        states, targets = _states(streams, length, precision, should_stop, FIT_TOKENS, model.hidden, reporter)
         with precision.autocast():
-            return fit_scales([states], targets, [model.head_weight], [1.0])[0]
+            return fit_scales([states], targets, [model.head_weight], [1.0], reporter)[0]
 
 
 def expert_fit_text(
-    model: NanoThink, streams: Mapping[str, TokenStream], *, length: int, precision: Precision
+    model: NanoThink,
+    streams: Mapping[str, TokenStream],
+    *,
+    length: int,
+    precision: Precision,
+    reporter: Reporter = SILENT,
 ) -> tuple[list[Tensor], Tensor]:
     """Final states of each expert, (N, D_e), over some text, and its targets (N,)."""
     total = sum(stream.n_tokens for stream in streams.values())
-    together, targets = _states(
-        streams, length, precision, None, total, lambda tokens: torch.cat(model.expert_states(tokens), -1)
-    )
+
+    def states_of(tokens: Tensor) -> Tensor:
+        return torch.cat(model.expert_states(tokens), -1)
+
+    together, targets = _states(streams, length, precision, None, total, states_of, reporter)
     return list(torch.split(together, model.expert_widths, -1)), targets
 
 
@@ -83,12 +93,15 @@ def _states(
     should_stop: Callable[[], bool] | None,
     n_tokens: int,
     hidden_of: Callable[[Tensor], Tensor],
+    reporter: Reporter,
 ) -> tuple[Tensor, Tensor]:
     """Final states (N, D) and targets (N,) of about ``n_tokens`` tokens to fit on."""
     total = sum(stream.n_tokens for stream in streams.values())
+    shares = {name: -(-n_tokens * stream.n_tokens // max(1, total)) for name, stream in streams.items()}
+    advance = reporter.counter("calibrating: reading", sum(shares.values()))
     states, targets = [], []
-    for stream in streams.values():
-        wanted = -(-n_tokens * stream.n_tokens // max(1, total))
+    for name, stream in streams.items():
+        wanted = shares[name]
         if not wanted:
             continue
         for inputs, following in validation_batches(stream.sample(wanted), length, 8):
@@ -100,13 +113,19 @@ def _states(
             states.append(hidden.flatten(0, 1)[real.to(hidden.device)][:wanted])
             targets.append(following.flatten()[real][:wanted].to(hidden.device))
             wanted -= len(targets[-1])
+            advance(len(targets[-1]))
             if wanted <= 0:
                 break
+        advance(max(0, wanted))  # questions of conversations, which are no targets
     return torch.cat(states), torch.cat(targets)
 
 
 def fit_scales(
-    states: Sequence[Tensor], targets: Tensor, heads: Sequence[Tensor], start: Sequence[float]
+    states: Sequence[Tensor],
+    targets: Tensor,
+    heads: Sequence[Tensor],
+    start: Sequence[float],
+    reporter: Reporter = SILENT,
 ) -> list[float]:
     """The a_e that give ``softmax(Σ a_e z_e)`` the greatest likelihood, with z_e = heads[e] states[e].
 
@@ -120,7 +139,9 @@ def fit_scales(
     """
     scales = best = torch.tensor(start, dtype=torch.float64)
     n, damping, highest = len(heads), 1e-6, -math.inf
-    for _ in range(_STEPS):
+    expected = 1 + _steps_from(0.5)
+    for step in range(_STEPS):
+        reporter.progress(_FITTING, step, max(expected, step + 1))
         found = _moments(states, targets, heads, scales)
         if not math.isfinite(found.likelihood):
             break
@@ -136,9 +157,17 @@ def fit_scales(
         # Far from the optimum the quadratic overshoots: halve or double at most.
         moved = (best + torch.linalg.solve(damped, at_best.slope)).clamp(best / 2, best * 2)
         scales = moved.clamp(SMALLEST / n, LARGEST)
-        if float((scales - best).abs().max()) < _CLOSE:
+        change = float((scales - best).abs().max())
+        if change < _CLOSE:
             break
+        expected = step + 2 + _steps_from(change)
+    reporter.progress(_FITTING, _STEPS, _STEPS)
     return best.tolist()
+
+
+def _steps_from(change: float) -> int:
+    """Steps after the next one, about: near the optimum each of Newton's squares the error."""
+    return max(0, math.ceil(math.log2(math.log(_CLOSE) / math.log(min(change, 0.7)))))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 _SAMPLED_DOMAINS = 3
 _QUESTION_TOKENS = 512
+_SAMPLING = "writing samples"
 _OPENING_TOKENS = 6  # of a held-out text, as a prompt: a few words
 
 
@@ -55,6 +56,7 @@ def make_callbacks(
             length=setup.config.model.max_seq_len,
             precision=run.precision,
             should_stop=stop,
+            reporter=reporter,
         )
 
     def evaluate_share() -> Evaluation:
@@ -86,18 +88,22 @@ def make_callbacks(
             return {}
         prompts = _sample_prompts(setup)
         tokenizer = setup.tokenizer
+        written = [0] * len(prompts)
 
-        def leave_if_asked(row: int, token: int) -> None:
+        def tell_or_leave(row: int, token: int) -> None:
             if stop():
                 raise EvaluationStopped
+            written[row] += 1  # the rows advance together
+            reporter.progress(_SAMPLING, max(written) - 1, sampling.max_new_tokens)
 
         continued = generate(
             run.model,
             list(prompts.values()),
             sampling,
             eos_id=tokenizer.eos_id,
-            on_token=leave_if_asked,
+            on_token=tell_or_leave,
         )
+        reporter.progress(_SAMPLING, 1, 1)
         return {prompt: tokenizer.decode(new) for prompt, new in zip(prompts, continued, strict=True)}
 
     def sample() -> Mapping[str, str]:

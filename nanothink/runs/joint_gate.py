@@ -178,9 +178,11 @@ def _fit_weights(model: NanoThink, setup: RunSetup, text: _Text, reporter: Repor
     length = setup.config.model.max_seq_len
     before = _score(model, text.rest, setup, length, reporter, "validating with equal weights").overall
     with evaluating(model), torch.inference_mode():
-        states, targets = expert_fit_text(model, text.to_fit, length=length, precision=setup.precision)
+        states, targets = expert_fit_text(
+            model, text.to_fit, length=length, precision=setup.precision, reporter=reporter
+        )
         with setup.precision.autocast():
-            found = fit_scales(states, targets, model.expert_heads(), model.expert_scales())
+            found = fit_scales(states, targets, model.expert_heads(), model.expert_scales(), reporter)
     earlier = (model.router.bias.detach().clone(), model.log_scale.detach().clone(), model.logit_scale)
     model.set_expert_scales(found)
     model.logit_scale = 1.0

@@ -216,6 +216,33 @@ def phase2(tiny_corpus: Path, experts: Path, tmp_path: Path) -> Phase2:
     return Phase2(tiny_corpus, experts, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "stages"),
+    [
+        ("transformer", {"calibrating: reading", "calibrating: fitting", "validating", "writing samples"}),
+        (
+            COMBINED,
+            {"calibrating: reading", "calibrating: fitting", "joint gate: fitting", "writing samples"},
+        ),
+    ],
+)
+def test_each_stage_of_a_run_is_told_to_its_end(
+    kind: str, stages: set[str], phase2: Phase2, tiny_tokenizer: Path
+) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+    expert = {"train_expert.max_steps": 2, "train_expert.sample_tokens": 4, "data.tokenizer": tiny_tokenizer}
+    combined = {"train_mla.fit": "gate", "vector_store.enabled": True, "vector_store.max_keys": 500}
+    values = PHASE | combined if kind == COMBINED else SHAPE | expert
+    assignments = [f"{name}={value}" for name, value in {**values, "data.data_dir": phase2.data}.items()]
+    spec = RunSpec(kind, phase2.root, device="cpu", experts=phase2.experts if kind == COMBINED else ())
+    reporter = Told(progress=lambda stage, done, total: told.setdefault(stage, []).append((done, total)))
+    pretrain_run(spec, lambda base: resolve_config(base=base, assignments=assignments), reporter)
+    assert stages <= told.keys()
+    for stage, reports in told.items():
+        assert all(done <= total for done, total in reports), stage
+        assert reports[-1][0] == reports[-1][1], stage
+
+
 def test_kept_states_change_no_bit(phase2: Phase2) -> None:
     """Three epochs without, with, and again over what is there."""
     assert "states" not in phase2.train("without", gb=0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from reports import Told
 
 from nanothink.config import Config, MLAConfig, ModelConfig, StateSpaceConfig, TransformerConfig
 from nanothink.data.corpus import find_corpus
@@ -94,6 +95,22 @@ def test_a_model_that_prefers_nothing_keeps_its_scale(model: LanguageModel, toke
     with torch.no_grad():
         model.head_weight.fill_(torch.nan)
     assert fitted(model, tokens) == 1.0
+
+
+def test_the_steps_of_the_fit_are_foretold(model: LanguageModel, tokens: TokenisedCorpus) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+    fitted(
+        model,
+        tokens,
+        reporter=Told(progress=lambda stage, *at: told.setdefault(stage, []).append(at)),
+    )
+    *steps, end = told["calibrating: fitting"]
+    assert end[0] == end[1]
+    assert [done for done, _ in steps] == list(range(len(steps)))
+    assert all(abs(total - len(steps)) <= 2 for _, total in steps)
+    read = told["calibrating: reading"]
+    assert read[0][0] == 0
+    assert read[-1][0] == read[-1][1]
 
 
 def test_it_stops_when_told_and_leaves_the_training_flag(
