@@ -165,6 +165,12 @@ SMALL = {
     "startup.py": Small(
         "--rounds 1", rows=7, named=("nanothink --help", "nanothink generate -n 1", "import torch")
     ),
+    "small_text.py": Small(
+        "--megabytes 0.05 --seeds 0 --settings 2 --finalists 1 --held-out 4 --longest 2 --vocabulary 300"
+        " --set train_expert.max_steps=1 --set train_mla.max_steps=1",
+        rows=15,
+        named=("state-space 128, 0.3, 0.1, 16", "ensemble", "(i) below the first version", "2 of 25"),
+    ),
     "state_space.py step --threads 1 --length 128 --sides": Small(
         "--batch 1 --length 32 --rounds 1", rows=3, named=("transformers", "plain", "compiled")
     ),
