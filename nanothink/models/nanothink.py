@@ -115,7 +115,7 @@ class NanoThink(ProductOfExperts):
         self.log_scale = nn.Parameter(torch.zeros(()))  # s
         self.lm_head = nn.Linear(sum(self.expert_widths) + width, vocab_size, bias=False, device="meta")
         heads = [expert.head_weight.detach() * expert.logit_scale for expert in parts]
-        own = torch.zeros(vocab_size, width, dtype=heads[0].dtype)
+        own = torch.zeros(vocab_size, width, dtype=heads[0].dtype, device=heads[0].device)
         self.lm_head.weight = nn.Parameter(torch.cat([*heads, own], dim=1))  # O, (V, (E + 1) D)
         self.rotary = Rotary(widths[1], self.context_length, shape.rope_theta)
         store = store or VectorStoreConfig()

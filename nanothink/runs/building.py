@@ -6,17 +6,18 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import cast
+from functools import cache
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from nanothink.checkpoints import restore_model, unpack_rng
+from nanothink.checkpoints import CheckpointPayload, restore_model, unpack_rng
 from nanothink.config import TrainMLAConfig
 from nanothink.errors import counted
-from nanothink.models import COMBINED
+from nanothink.models import COMBINED, EXPERTS
 from nanothink.models.contract import Expert, LanguageModel
-from nanothink.models.low_rank import keep_bfloat16
+from nanothink.models.low_rank import FACTORS, keep_bfloat16
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.store_gate import Neighbours
 from nanothink.reporter import SILENT, Reporter
@@ -64,20 +65,24 @@ def build_run(
     random.seed(train_config.seed)
     np.random.seed(train_config.seed % 2**32)
     torch.manual_seed(train_config.seed)
-    # Of what several resume each reads its own rows; but NanoThink's experts may have to read text first.
+    # Of what several processes resume each reads its own rows. Else rank 0 has the model, and sends them.
     model, in_rows = None, False
-    if processes.size > 1 and setup.resume_point is not None and setup.spec.kind != COMBINED:
+    if processes.size > 1 and (setup.resume_point is not None or not processes.is_rank0):
         with without_memory():
             model = setup.build_model()
-        in_rows = has_all(model, setup.resume_point.payload["model_state"])
-    if model is None or not in_rows:
+        if setup.resume_point is not None:
+            saved = setup.resume_point.payload["model_state"]
+            in_rows = has_all(model, saved)
+            keep_bfloat16(model, saved)
+    has_values = processes.is_rank0 and not in_rows
+    if model is None or has_values:
         torch.manual_seed(train_config.seed)
         model = _build_model(setup, reporter)
     scaler = torch.amp.GradScaler(device.type) if setup.precision.needs_scaler else None
     state = replace(setup.state)
-    if setup.resume_point is not None and not in_rows:
+    if setup.resume_point is not None and has_values:
         _restore(model, setup.resume_point, reporter)
-    elif setup.resume_point is None and isinstance(model, Expert):
+    elif has_values and isinstance(model, Expert):
         for name, base in setup.parts.items():
             if name == TEACHER:
                 continue
@@ -86,10 +91,11 @@ def build_run(
             if name == INITIAL and not model.head_weight.requires_grad:  # frozen under adapters
                 keep_bfloat16(model, built.state_dict())
             model.adopt(built, targets)
-    if processes.size > 1 and not in_rows:
-        processes.assert_same_on_all_ranks("their first weights", weights_checksum(model.state_dict()))
-    if processes.size == 1 or isinstance(model, NanoThink):  # else each process puts its own rows there
+    if processes.size == 1:  # else each process puts its own rows there
         model.to(device)
+    elif not in_rows:
+        model.logit_scale, drawn = processes.of_rank0((model.logit_scale, torch.get_rng_state()))
+        torch.set_rng_state(drawn)
     neighbours = _update_store(setup, model, reporter, processes, stack)
     model.joint_gate = None  # that of an earlier end of this run
     model.dropout.rate = train_config.dropout
@@ -97,8 +103,9 @@ def build_run(
     if taught is not None:
         objective: Objective = Taught(taught, setup.config.distillation.weight)
     else:
-        objective = _objective(setup, model, reporter, neighbours, stack)
-    placement = processes.place(model, setup.config.distributed.shard, _kept_whole(model, objective))
+        objective = _objective(setup, reporter, neighbours, stack)
+    leave_whole, shard = _kept_whole(model, objective), setup.config.distributed.shard
+    placement = processes.place(model, shard, leave_whole, from_rank0=not in_rows)
     optimizer = GroupedOptimizer(placement.groups(), train_config, placement)
     if setup.resume_point is not None:
         payload = setup.resume_point.payload
@@ -147,10 +154,10 @@ def _restore(model: LanguageModel, point: ResumePoint, reporter: Reporter) -> No
 
 
 def has_all(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> bool:
-    """True if every weight of the model is among those saved, in its shape."""
-    return all(
-        name in saved and saved[name].shape == weight.shape for name, weight in model.state_dict().items()
-    )
+    """True if every weight of the model is among those saved, in its shape, and no adapter that it lacks."""
+    own = model.state_dict()
+    whole = all(name in saved and saved[name].shape == weight.shape for name, weight in own.items())
+    return whole and all(name in own for name in saved if name.endswith(FACTORS))
 
 
 def _kept_whole(model: LanguageModel, objective: Objective) -> list[torch.nn.Module]:
@@ -192,12 +199,16 @@ def _update_store(
     """Attach the run's vector store, if it has one; return a function from positions to their neighbours."""
     if not isinstance(model, NanoThink) or model.store_gate is None:
         return None
-    own, batches = store_of_run(setup, model), setup.batches
+    shared_out = processes.size > 1
+    load = cache(lambda: _key_expert(setup, reporter)) if shared_out else None
+    own, batches = store_of_run(setup, model, load), setup.batches
 
     def stored() -> TrainingNeighbours:
         store = own.open_or_build(setup.tokens, replace=setup.spec.overwrite, reporter=reporter)
         known = own.neighbours(store, setup.tokens, blocks_ahead(setup), reporter)
         model.vector_store = RepeatedSearch(store)
+        if load is not None:
+            load.cache_clear()  # needed again for a block alone that cannot be read back
         return known
 
     # Rank 0 builds the store and looks the neighbours up; the other ranks find both on the disk.
@@ -206,14 +217,40 @@ def _update_store(
     return lambda positions: known.read([batches.place(position) for position in positions])
 
 
-def store_of_run(setup: RunSetup, model: NanoThink) -> ModelStore:
-    """The vector store that a run uses, whether it is built yet or not."""
+def store_of_run(
+    setup: RunSetup, model: NanoThink, load: Callable[[], LanguageModel] | None = None
+) -> ModelStore:
+    """The vector store that a run uses, whether it is built yet or not.
+
+    Args:
+        load: gives the key expert; None: it is the model's own, which is whole here.
+    """
     config = setup.config
-    entry = key_entry(built_on(setup)["experts"], config.vector_store.expert)
+    entry = _key_entry(setup)
     inside = cast(LanguageModel, model.experts[model.names.index(entry["name"])])
-    expert = KeyExpert(owner_of(entry, config, setup.tokenizer), inside, setup.precision)
+    expert = KeyExpert(owner_of(entry, config, setup.tokenizer), load or (lambda: inside), setup.precision)
     folder = store_folder(setup.spec.checkpoint_dir, setup.spec.stem)
     return ModelStore(folder, config.vector_store, expert, setup.tokenizer)
+
+
+def _key_entry(setup: RunSetup) -> Mapping[str, Any]:
+    return key_entry(built_on(setup)["experts"], setup.config.vector_store.expert)
+
+
+def _key_expert(setup: RunSetup, reporter: Reporter) -> LanguageModel:
+    """A copy of the expert whose states are keys, read by itself: that of the model is shared out."""
+    name, device, point = _key_entry(setup)["name"], setup.precision.device, setup.resume_point
+    if point is None:
+        saved = setup.parts[name]
+    else:
+        prefix = f"experts.{[inside.name for inside in setup.inside].index(name)}."
+        weights = {n: t for n, t in point.payload["model_state"].items() if n.startswith(prefix)}
+        if point.read_weights is not None:
+            weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in weights.items()}
+            point.read_weights(weights)
+        payload: CheckpointPayload = {**point.payload, "model_state": weights}
+        saved = SavedModel.of(point.path, payload).expert(name)
+    return _built(saved, device, reporter).to(device)
 
 
 def blocks_ahead(setup: RunSetup) -> Iterator[tuple[str, int]]:
@@ -230,19 +267,16 @@ def blocks_ahead(setup: RunSetup) -> Iterator[tuple[str, int]]:
 
 def _objective(
     setup: RunSetup,
-    model: LanguageModel,
     reporter: Reporter,
     neighbours: Callable[[Sequence[int]], Neighbours] | None,
     stack: ExitStack,
 ) -> Objective:
     if isinstance(setup.training, TrainMLAConfig):
-        assert isinstance(model, NanoThink)
-        states = keep_states(setup, model, reporter)
+        states = keep_states(setup, built_on(setup)["experts"], reporter)
         if states is not None:
             stack.callback(states.close)
         return Routed(setup.training.entropy_reg, states, neighbours)
-    assert isinstance(model, Expert)
-    base, built = model.base(setup.config), None
+    base, built = EXPERTS[setup.spec.kind].model().base(setup.config), None
     if base is not None and base.at_every_step:
         device = setup.precision.device
         built = _built(setup.parts[base.kind], device, reporter).to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,8 @@ import torch
 from nanothink import __version__
 from nanothink.config import TrainMLAConfig
 from nanothink.models import shape_sections
-from nanothink.models.nanothink import NanoThink
 from nanothink.reporter import Reporter
 from nanothink.runs.preparing import RunSetup
-from nanothink.runs.saved_model import weights_digest
 from nanothink.training.expert_states import ExpertStates, Shape, open_states, states_bytes
 
 
@@ -43,8 +42,10 @@ def _shape(setup: RunSetup) -> Shape | None:
     return setup.batches.n_blocks, len(setup.inside), model.max_seq_len, model.d_model
 
 
-def keep_states(setup: RunSetup, model: NanoThink, reporter: Reporter) -> ExpertStates | None:
-    """Open the kept states of ``model``'s experts; None if they are not kept.
+def keep_states(
+    setup: RunSetup, entries: Sequence[Mapping[str, Any]], reporter: Reporter
+) -> ExpertStates | None:
+    """Open the kept states of the run's experts, which ``entries`` describe; None if they are not kept.
 
     A run of one epoch reads states that others have kept, but keeps none, since it needs each only once.
     """
@@ -56,9 +57,9 @@ def keep_states(setup: RunSetup, model: NanoThink, reporter: Reporter) -> Expert
         {
             "kind": inside.kind,
             "shape": inside.config.model_dump(mode="json", include={"model", *shape_sections(inside.kind)}),
-            "weights": weights_digest(expert.state_dict()),
+            "weights": entry["digest"],
         }
-        for inside, expert in zip(setup.inside, model.experts, strict=True)
+        for inside, entry in zip(setup.inside, entries, strict=True)
     ]
     identity: dict[str, Any] = {
         "experts": experts,

@@ -155,6 +155,6 @@ def find_store_source(
         one, folder = found[entry["name"]], store_folder(checkpoint_dir, stem)
         data = config.data if data_dir is not None else one.config.data
     model = one.build(chosen_device)[0].to(chosen_device)
-    expert = KeyExpert(owner_of(entry, config, one.tokenizer), model, precision)
+    expert = KeyExpert(owner_of(entry, config, one.tokenizer), lambda: model, precision)
     split = InheritedSplit.of(parts, resolved)
     return StoreSource(folder, config.vector_store, expert, one.tokenizer, data, checkpoint, split)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,14 @@ class KeyExpert:
     """The frozen expert whose states are keys and queries."""
 
     owner: Owner
-    model: LanguageModel
+    load: Callable[[], LanguageModel]
+    """Gives the model, whole, where it runs; called when text is to be read."""
     precision: Precision
 
     def states(self, tokens: torch.Tensor) -> Float32:
         """(B, T) int64 -> (B, T, D) states of length 1, on the CPU."""
         with torch.inference_mode(), self.precision.autocast():
-            states = self.model.hidden(tokens.to(self.precision.device))
+            states = self.load().hidden(tokens.to(self.precision.device))
             found: Float32 = F.normalize(states.float(), dim=-1).cpu().numpy()
         return found
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nanothink.errors import (
     DistributedError,
@@ -90,6 +90,10 @@ class Processes:
         """
         return first()[0]
 
+    def of_rank0(self, value: T) -> T:
+        """The value that rank 0 gives, pickled on the way. Every process must call it."""
+        return value
+
     def assert_same_on_all_ranks(self, what: str, value: str) -> None:
         """Compare ``value`` between the processes. Every process must call it.
 
@@ -98,7 +102,12 @@ class Processes:
         """
 
     def place(
-        self, model: LanguageModel, shard: Shard, leave_whole: Sequence[torch.nn.Module] = ()
+        self,
+        model: LanguageModel,
+        shard: Shard,
+        leave_whole: Sequence[torch.nn.Module] = (),
+        *,
+        from_rank0: bool = False,
     ) -> Placement:
         """Share the parameters of ``model`` out; see ``ShardedPlacement``. Every process must call it."""
         from nanothink.training.sharding import Placement
@@ -201,6 +210,14 @@ class _Several(Processes):
             raise DistributedError("The first process of this run failed, and says why.")
         return others(verdict.removeprefix("done:"))
 
+    def of_rank0(self, value: T) -> T:
+        import torch.distributed as dist
+
+        box = [value if self.is_rank0 else None]
+        with _peers():
+            dist.broadcast_object_list(box, src=0)
+        return cast("T", box[0])
+
     def assert_same_on_all_ranks(self, what: str, value: str) -> None:
         import torch
         import torch.distributed as dist
@@ -219,13 +236,20 @@ class _Several(Processes):
             )
 
     def place(
-        self, model: LanguageModel, shard: Shard, leave_whole: Sequence[torch.nn.Module] = ()
+        self,
+        model: LanguageModel,
+        shard: Shard,
+        leave_whole: Sequence[torch.nn.Module] = (),
+        *,
+        from_rank0: bool = False,
     ) -> Placement:
         import torch
 
         from nanothink.training.sharding import ShardedPlacement
 
-        return ShardedPlacement(model, torch.device(self.device or "cpu"), shard, leave_whole)
+        device = torch.device(self.device or "cpu")
+        with _peers():
+            return ShardedPlacement(model, device, shard, leave_whole, from_rank0=from_rank0)
 
 
 def _own_device(asked: str | None, launch: Launch) -> torch.device:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanothink.training.sharding import rows_by_rank
+
 Orthogonalise = Callable[[Tensor], Tensor]
 
 
@@ -64,8 +66,7 @@ class _Exchange:
         self.shape, self.rank, self.size = shape, owners.rank, owners.size
         self.by_owner = [[e for e in entries if owners.owner[e[0]] == r] for r in range(self.size)]
         self.n_own = len(self.by_owner[self.rank])
-        step = -(-shape[0] // self.size)
-        self.rows = [max(0, min(step, shape[0] - r * step)) for r in range(self.size)]  # as torch.chunk
+        self.rows = rows_by_rank(shape[0], self.size)
         width = shape[1]
         # numbers: to each owner this process's rows of its matrices, and from each process the rows of ours
         self.outgoing = [len(group) * self.rows[self.rank] * width for group in self.by_owner]

@@ -90,15 +90,23 @@ class ShardedPlacement(Placement):
     """A model over all processes of the group.
 
     Args:
-        model: the same in every process. It is changed in place, and is then used through this object. Of
-            parameters without memory (on "meta") each process gets its rows, which are yet to be filled.
+        model: of parameters without memory (on "meta"), but see ``from_rank0``. It is changed in place, and
+            is then used through this object.
         device: of this process.
         shard: "full": each process keeps its rows; "none": all keep all.
         leave_whole: modules of which every process keeps everything.
+        from_rank0: there the model is whole; its values and types are sent to the others, each process's rows
+            to it. Otherwise they are yet to be filled.
     """
 
     def __init__(
-        self, model: LanguageModel, device: torch.device, shard: Shard, leave_whole: Sequence[nn.Module] = ()
+        self,
+        model: LanguageModel,
+        device: torch.device,
+        shard: Shard,
+        leave_whole: Sequence[nn.Module] = (),
+        *,
+        from_rank0: bool = False,
     ) -> None:
         super().__init__(model)
         from torch.distributed.device_mesh import init_device_mesh
@@ -108,6 +116,7 @@ class ShardedPlacement(Placement):
 
         size = torch.distributed.get_world_size()
         self.shard = shard
+        whole = _emptied(model) if from_rank0 else {}
         shape, names = ((size,), ("shard",)) if shard == "full" else ((size, 1), ("replicate", "shard"))
         self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         kept = {p for module in leave_whole for p in module.parameters()}
@@ -128,7 +137,11 @@ class ShardedPlacement(Placement):
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
         model.__dict__["sharded_loss"] = MethodType(_loss, model)
         register_fsdp_forward_method(model, "sharded_loss")
+        kept_names = [name for name, parameter in model.named_parameters() if parameter in kept]
         model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
+        kept = {model.get_parameter(name) for name in kept_names}  # _apply may have put others in their place
+        if from_rank0:
+            _send_rows(model, whole, shard)
         self._replicated = [p for p in model.parameters() if p.requires_grad and p in kept]
         self._own: dict[nn.Parameter, nn.Parameter] = {}  # by the model's
         self._parameters = dict(model.named_parameters())
@@ -245,6 +258,53 @@ def _loss(
     return loss.total, dict(loss.parts)
 
 
+def _emptied(model: nn.Module) -> dict[str, Tensor]:
+    """Take the parameters of rank 0's model away and return them; give all processes their types."""
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    box = [{name: tensor.dtype for name, tensor in own.items()}]
+    torch.distributed.broadcast_object_list(box, src=0)
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            dtype = box[0][f"{prefix}.{name}" if prefix else name]
+            empty = torch.empty_like(parameter, dtype=dtype, device="meta")
+            module.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
+    return own if torch.distributed.get_rank() == 0 else {}
+
+
+@torch.no_grad()
+def _send_rows(model: nn.Module, whole: dict[str, Tensor], shard: Shard) -> None:
+    """Fill parameters and buffers of all processes with the values of rank 0, one tensor after another.
+
+    Args:
+        whole: parameters in rank 0, which are let go of on the way; elsewhere empty.
+    """
+    from torch.distributed.tensor import DTensor
+
+    first, size = torch.distributed.get_rank() == 0, torch.distributed.get_world_size()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        own = _local(tensor) if isinstance(tensor, DTensor) else tensor
+        value = whole.pop(name, own).to(own.device) if first else own
+        if shard == "none" or not isinstance(tensor, DTensor):
+            torch.distributed.broadcast(_bytes(own.copy_(value)), src=0)
+            continue
+        row = math.prod(tensor.shape[1:]) * own.element_size()
+        outgoing = [n * row if first else 0 for n in rows_by_rank(tensor.shape[0], size)]
+        incoming = [own.nbytes if rank == 0 else 0 for rank in range(size)]
+        sent = _bytes(value)[: sum(outgoing)]
+        torch.distributed.all_to_all_single(_bytes(own), sent, incoming, outgoing)
+
+
+def rows_by_rank(n_rows: int, n_processes: int) -> list[int]:
+    """Rows of a tensor that each process keeps, as torch.chunk deals them out."""
+    step = -(-n_rows // n_processes)
+    return [max(0, min(step, n_rows - rank * step)) for rank in range(n_processes)]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor: backends do not know every type."""
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
 def _local(tensor: Any) -> Tensor:
     own: Tensor = tensor.to_local()
     return own
@@ -259,7 +319,7 @@ def without_memory() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
+        if parameter is not None and not parameter.is_meta:
             parameter = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 

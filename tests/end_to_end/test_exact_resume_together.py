@@ -18,6 +18,8 @@ from struck_runs import KINDS, LAST_EPOCH, Ended, Ground, assert_same, assert_sa
 
 from nanothink.checkpoints import CheckpointStore, read_checkpoint
 
+pytestmark = pytest.mark.timeout(900)  # the longest took 170 s on two busy cores
+
 AN_EPOCH = 12  # steps; validation comes every 4
 WITH_STORE = "nanothink_mla with a vector store"
 ALL_KINDS = (*KINDS, WITH_STORE)
