@@ -1,9 +1,10 @@
-"""Malformed requests to `nanothink serve`: by schemathesis from its OpenAPI description, and by hand.
+"""Malformed requests to `nanothink serve`: mutated, by schemathesis from its description, and by hand.
 
     python benchmarks/malformed_requests.py checkpoints/transformer_expert.pt
 
 schemathesis (`pip install -e '.[bench]'`) makes requests that fit the description and such that do not,
-and checks that each answer is one that the description has. What no description can say comes by hand:
+and checks that each answer is one that the description has. Mutated requests are valid ones with a field of
+another type, with bytes of their body or head changed, or cut off. What neither makes comes by hand:
 bodies that are no JSON, too large, too deep or cut off, headers that lie, requests one after another on one
 connection, clients that leave in the middle. Ends with 1 if an answer was wrong, or the server complained or
 died.
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -84,12 +87,17 @@ SENT: dict[str, tuple[bytes, tuple[int, ...]]] = {
 """Requests on a connection of their own, and statuses that are an answer to them."""
 
 
-def answer(port: int, sent: bytes) -> bytes:
-    """Everything that comes back; empty where the server closed without a word."""
+def answer(port: int, sent: bytes, *, whole: bool = True) -> bytes:
+    """Everything that comes back; empty where the server closed without a word.
+
+    ``whole`` is False where more may be announced than is sent: the client then says that it has ended.
+    """
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         found = b""
         try:
             connection.sendall(sent)
+            if not whole:
+                connection.shutdown(socket.SHUT_WR)
             while piece := connection.recv(1 << 16):
                 found += piece
         except ConnectionError:
@@ -114,6 +122,71 @@ def by_hand(port: int) -> list[str]:
         if problem := check(port):
             wrong.append(problem)
     return wrong
+
+
+VALID: dict[str, dict[str, object]] = {
+    "/v1/completions": {"prompt": "a b", "max_tokens": 2, "n": 2, "stop": ["x"], "logprobs": 2, "seed": 1},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "stream": True},
+    "/tokenize": {"prompt": "a b"},
+    "/detokenize": {"tokens": [1, 2]},
+}
+ODD = (
+    None,
+    True,
+    -1,
+    0,
+    2**70,
+    1e308,
+    "",
+    "\0",
+    "a" * 5000,
+    "\u202e",
+    [],
+    [[]],
+    [None],
+    {},
+    {"a": {}},
+    [2**40],
+)
+"""Values that a field may be given instead of its own."""
+
+
+def mutated(rng: random.Random) -> tuple[bytes, bool]:
+    """A request; whether an answer must come, which is so unless its head was changed."""
+    path, fields = rng.choice(list(VALID.items()))
+    kind = rng.choice(("field", "body", "cut", "head"))
+    if kind == "field":
+        fields = {**fields, rng.choice([*fields, "temperature", "top_p", "stream", "echo"]): rng.choice(ODD)}
+    body = bytearray(json.dumps(fields), "utf-8")
+    if kind == "cut":
+        del body[rng.randrange(len(body)) :]
+    if kind == "body":
+        _change(body, rng)
+    head = bytearray(f"POST {path} HTTP/1.1\r\n{_JSON}Content-Length: {len(body)}\r\n\r\n", "ascii")
+    if kind == "head":
+        _change(head, rng)
+    return bytes(head + body), kind != "head"
+
+
+def _change(text: bytearray, rng: random.Random) -> None:
+    """Put another byte in the place of some, or insert or delete some."""
+    for _ in range(rng.randint(1, 4)):
+        start = rng.randrange(len(text))
+        text[start : start + rng.randint(0, 2)] = rng.randbytes(rng.randint(0, 2))
+
+
+def by_mutation(port: int, n_requests: int, n_workers: int, seed: int) -> list[str]:
+    """The requests that were answered by an error of the server or, with an intact head, not at all."""
+
+    def sent(number: int) -> str | None:
+        request, must_answer = mutated(random.Random(f"{seed} {number}"))
+        found = answer(port, request, whole=must_answer)
+        status = found[9:12] if found.startswith(b"HTTP/1.1 ") else b""
+        fine = status.startswith((b"2", b"4")) or not (status or must_answer)
+        return None if fine else f"{request!r}: {found[:200]!r}"
+
+    with ThreadPoolExecutor(n_workers) as pool:
+        return [wrong for wrong in pool.map(sent, range(n_requests)) if wrong]
 
 
 def _pipelined(port: int) -> str | None:
@@ -207,7 +280,8 @@ def main() -> int:
     parser.add_argument(
         "--examples", type=int, default=2000, help="of each operation, at most: some 10,000 in all"
     )
-    parser.add_argument("--workers", type=int, default=4, help="threads of schemathesis, each with requests")
+    parser.add_argument("--mutated", type=int, default=10_000, help="valid requests with something changed")
+    parser.add_argument("--workers", type=int, default=4, help="threads that send, in each part")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1800, help="for schemathesis, at most")
     options = parser.parse_args()
@@ -224,6 +298,7 @@ def main() -> int:
         begun = time.monotonic()
         try:
             wrong = by_hand(port)
+            wrong += by_mutation(port, options.mutated, options.workers, options.seed)
             n_requests, found = by_schemathesis(
                 port, options.examples, options.workers, options.seed, options.seconds, Path(name)
             )
@@ -235,8 +310,9 @@ def main() -> int:
             server.kill()
         said.seek(0)
         complaints = said.read().strip("\0")
-    print("| requests by schemathesis | by hand | wrong answers | seconds |\n|---:|---:|---:|---:|")
-    print(f"| {n_requests} | {2 * (len(SENT) + 4)} | {len(wrong) + bool(found)} | {seconds:.0f} |")
+    print("| mutated | by schemathesis | by hand | wrong answers | seconds |\n|---:|---:|---:|---:|---:|")
+    counts = f"{options.mutated} | {n_requests} | {2 * (len(SENT) + 4)} | {len(wrong) + bool(found)}"
+    print(f"| {counts} | {seconds:.0f} |")
     print("\n".join([*wrong, found, complaints]).strip())
     print(f"The server left with {code}.")
     return int(bool(wrong or found or "Traceback" in complaints or code))

@@ -102,7 +102,7 @@ SMALL = {
         ),
     ),
     "serving.py": Small("--seconds 1 --clients 1 2 --tokens 4", rows=2, said=(r"left with 0\.",)),
-    "malformed_requests.py": Small("--examples 1", rows=1, said=(r"left with 0\.",)),
+    "malformed_requests.py": Small("--examples 1 --mutated 100", rows=1, said=(r"left with 0\.",)),
     # A process for each point, so each kind has its turn in one of the four.
     "growth.py context batch size": Small(f"{ONE_POINT} diffuser", rows=3, named=("diffuser",)),
     "growth.py context batch": Small(f"{ONE_POINT} state_space", rows=2, named=("state_space",)),
