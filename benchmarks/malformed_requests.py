@@ -130,23 +130,9 @@ VALID: dict[str, dict[str, object]] = {
     "/tokenize": {"prompt": "a b"},
     "/detokenize": {"tokens": [1, 2]},
 }
-ODD = (
-    None,
-    True,
-    -1,
-    0,
-    2**70,
-    1e308,
-    "",
-    "\0",
-    "a" * 5000,
-    "\u202e",
-    [],
-    [[]],
-    [None],
-    {},
-    {"a": {}},
-    [2**40],
+ODD: tuple[object, ...] = (
+    *(None, True, -1, 0, 2**70, 1e308, "", "\0", "a" * 5000, "\u202e"),
+    *([], [[]], [None], {}, {"a": {}}, [2**40]),
 )
 """Values that a field may be given instead of its own."""
 

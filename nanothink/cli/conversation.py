@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nanothink.cli import render
-from nanothink.cli.interactive import COMMANDS, Session, changed, interrupts, line_editing
+from nanothink.cli.interactive import COMMANDS, Session, interrupts
+from nanothink.cli.line_editor import changed, line_editing
 from nanothink.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def talk(
     """
     _ = loaded.chat  # raises before anything is shown
     render.note(f"{loaded.path} ({loaded.kind}) answers. /help lists commands, Ctrl-D leaves.")
-    with line_editing(), interrupts():
+    with line_editing(_COMMANDS), interrupts():
         Conversation(loaded, sampling, stop=stop, system=system, text=text).run()
     render.say()
 

@@ -6,16 +6,15 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanothink import disk
 from nanothink.cli import render
+from nanothink.cli.line_editor import changed, line_editing
 from nanothink.errors import NanoThinkError, OutputError, UsageError, did_you_mean
 from nanothink.inference.sampling import SamplingConfig, sampling_config
 from nanothink.models import COMBINED
@@ -44,7 +43,6 @@ HELP = (
     "keeps what it wrote."
 )
 
-_HISTORY_LINES = 1000
 _TAIL_CHARACTERS = 60
 
 
@@ -66,7 +64,7 @@ def write_in_turns(
     render.note(
         f"{loaded.path} ({loaded.kind}) continues what you write. /help lists commands, Ctrl-D leaves."
     )
-    with line_editing(), interrupts():
+    with line_editing(COMMANDS), interrupts():
         Session(loaded, sampling, stop=stop, show_routing=show_routing, text=text).run()
     render.say()
 
@@ -261,50 +259,6 @@ class Session:
         return line if len(line) <= _TAIL_CHARACTERS else "…" + line[-_TAIL_CHARACTERS:]
 
 
-def changed(text: str, read: Callable[[str], str]) -> str:
-    """Let a person change a text, in the editor of their choice, or else in the line."""
-    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
-    return edited(editor, text) if editor else retyped(text, read)
-
-
-def edited(editor: str, text: str) -> str:
-    """Let a person change a text in an editor, a command line such as ``vim`` or ``code --wait``.
-
-    Raises UsageError if the editor fails.
-    """
-    with tempfile.TemporaryDirectory(prefix="nanothink-") as folder:
-        path = Path(folder) / "text.txt"
-        path.write_bytes(text.encode())
-        # Ctrl-C is the editor's. A handler, unlike SIG_IGN, is not inherited by it.
-        before = signal.signal(signal.SIGINT, lambda *_: None)
-        try:
-            subprocess.run([*shlex.split(editor), str(path)], check=True)
-            new = path.read_bytes().decode()
-        except (OSError, ValueError, subprocess.CalledProcessError) as error:
-            raise UsageError(
-                f"The editor failed, and the text is as before: {error}. Set EDITOR to another one."
-            ) from None
-        finally:
-            signal.signal(signal.SIGINT, before)
-    return new if text.endswith("\n") else new.removesuffix("\n")  # which editors add
-
-
-def retyped(text: str, read: Callable[[str], str]) -> str:
-    """Let a person change a text in the line; what they do not touch stays."""
-    with suppress(ImportError):
-        import readline
-
-        n_lines = readline.get_current_history_length()
-        readline.set_startup_hook(lambda: readline.insert_text(text))
-        try:
-            return read("edit> ")
-        finally:
-            readline.set_startup_hook(None)
-            if readline.get_current_history_length() > n_lines:  # the history is of lines, not of whole texts
-                readline.remove_history_item(n_lines)
-    raise UsageError("This Python has no readline. Set EDITOR to an editor, such as: export EDITOR=nano")
-
-
 def require_terminal() -> None:
     """Raise UsageError unless standard input and output are a terminal."""
     if not (sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()):
@@ -312,61 +266,6 @@ def require_terminal() -> None:
             "--interactive needs a terminal for input and output. Without one, leave it out: "
             f"echo 'Once upon a time' | {command('generate')}"
         )
-
-
-@contextmanager
-def line_editing() -> Iterator[None]:
-    """Context with history across sessions, and commands completed at Tab, for ``input``."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    for line in (earlier := _earlier_lines()):
-        readline.add_history(line)
-    n_before = readline.get_current_history_length()
-    readline.set_completer_delims(" ")
-    readline.set_completer(_complete)
-    if "libedit" in (readline.__doc__ or ""):  # on macOS for example; it has a language of its own
-        readline.parse_and_bind("bind ^I rl_complete")
-    else:
-        readline.parse_and_bind("tab: complete")
-        readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one; Python disables it
-    try:
-        yield
-    finally:
-        places = range(n_before + 1, readline.get_current_history_length() + 1)
-        new = [readline.get_history_item(place) for place in places]
-        if new:
-            _keep_lines([*(_earlier_lines() or earlier), *new])
-
-
-def _complete(word: str, number: int) -> str | None:
-    found = [f"/{name} " for name in COMMANDS if f"/{name}".startswith(word)]
-    return found[number] if word and number < len(found) else None
-
-
-def _history_file() -> Path | None:
-    folder = disk.private_folder("nanothink", "history")
-    return None if folder is None else folder / "generate.jsonl"
-
-
-def _earlier_lines() -> list[str]:
-    """Lines of earlier sessions; none where they cannot be read."""
-    path = _history_file()
-    with suppress(OSError, ValueError):
-        if path is not None:
-            with os.fdopen(disk.open_private(path), "rb") as file:
-                return [str(json.loads(line)) for line in file]
-    return []
-
-
-def _keep_lines(lines: Sequence[str]) -> None:
-    path = _history_file()
-    if path is not None:
-        content = "".join(json.dumps(line) + "\n" for line in lines[-_HISTORY_LINES:])
-        with suppress(NanoThinkError):  # a full disk is no reason to end with an error
-            disk.write_whole(path, content.encode())
 
 
 @contextmanager

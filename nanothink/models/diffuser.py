@@ -98,9 +98,8 @@ class Diffuser(Expert):
         self.register_buffer("target_table", torch.zeros(looked_up, width))
         self.register_buffer("target_mean", torch.zeros(width))
         self.register_buffer("target_scale", torch.ones(width))
-        self.register_buffer(
-            "alpha_bars", cosine_alpha_bars(shape.training_steps).float(), persistent=False
-        )  # (N + 1,)
+        alpha_bars = cosine_alpha_bars(shape.training_steps).float()  # (N + 1,)
+        self.register_buffer("alpha_bars", alpha_bars, persistent=False)
 
     @classmethod
     def build(cls, config: Config, vocab_size: int) -> Diffuser:
@@ -190,11 +189,7 @@ class Diffuser(Expert):
         return self.denoiser.condition(states.to(matmul_dtype(states)))
 
     def denoise(
-        self,
-        condition: Condition,
-        noisy: Tensor | None,
-        levels: Tensor | int,
-        guess: Tensor | None = None,
+        self, condition: Condition, noisy: Tensor | None, levels: Tensor | int, guess: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """One evaluation of the denoiser; see ``Denoiser.forward``.
 

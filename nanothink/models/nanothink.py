@@ -357,13 +357,7 @@ class NanoThink(ProductOfExperts):
         found = decoding.step_for(state.latents, tokens, self.embed_tokens.weight, head, build)
         return cast("JointStep | None", found)
 
-    def _run(
-        self,
-        step: JointStep,
-        tokens: Tensor,
-        state: JointState,
-        run: Callable[[Tensor, Sequence[int]], Tensor],
-    ) -> Tensor:
+    def _run(self, step: JointStep, tokens: Tensor, state: JointState, run: Callable[..., Tensor]) -> Tensor:
         """Read (B, T) tokens by a compiled step, after the experts; returns what ``run`` does."""
         states = self._read_experts(tokens, state)
         for place, of_expert in zip(step.experts, states, strict=True):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -82,10 +83,9 @@ class TrainedModel:
                 f"{saved.path} has no gate for a document cache: its run had too little held-out text to fit "
                 "one, or was not complete. Use it without --document-cache."
             )
-        keys = tuple(saved.payload["run"].get("gate_documents", ()))
-        return cls(
-            saved.path, model, config, saved.tokenizer, chosen, saved.split, notes, document_cache, keys
-        )
+        gate_documents = tuple(saved.payload["run"].get("gate_documents", ()))
+        trained = (saved.path, model, config, saved.tokenizer, chosen, saved.split, notes)
+        return cls(*trained, document_cache, gate_documents)
 
     @property
     def kind(self) -> str:
@@ -97,9 +97,8 @@ class TrainedModel:
         if not self.document_cache:
             return self.model
         cache = self.config.document_cache
-        window, eos = cache.window_tokens, self.tokenizer.eos_id
-        made = CachedModel(self.model, eos_id=eos, window=window, n_neighbours=cache.n_neighbours)
-        return cast(LanguageModel, made)
+        bounds = {"window": cache.window_tokens, "n_neighbours": cache.n_neighbours}
+        return cast(LanguageModel, CachedModel(self.model, eos_id=self.tokenizer.eos_id, **bounds))
 
     @property
     def uses_gate(self) -> bool:
@@ -120,8 +119,7 @@ class TrainedModel:
     @cached_property
     def trained_text(self) -> TrainedText:
         """The documents that any part of the model was trained on, and those in its vector store."""
-        stored = self._stored()
-        return self.split.trained if stored is None else self.split.trained | stored
+        return reduce(operator.or_, self.seen_by().values())
 
     def trained_on(self, text: str) -> bool:
         """True if this text is a document that a part of the model was trained on, or that its store holds.
@@ -133,15 +131,11 @@ class TrainedModel:
 
     def seen_by(self) -> dict[str, TrainedText]:
         """``trained_text`` of the model and of its vector store, by name."""
-        stored = self._stored()
-        own = {str(self.path): self.split.trained}
-        return own if stored is None else {**own, f"the vector store of {self.path}": stored}
-
-    def _stored(self) -> TrainedText | None:
-        if not isinstance(self.model, NanoThink) or self.model.vector_store is None:
-            return None
-        assert isinstance(self.model.vector_store, VectorStore)
-        return self.model.vector_store.trained_text
+        seen = {str(self.path): self.split.trained}
+        if isinstance(self.model, NanoThink) and self.model.vector_store is not None:
+            assert isinstance(self.model.vector_store, VectorStore)
+            seen[f"the vector store of {self.path}"] = self.model.vector_store.trained_text
+        return seen
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Next-token logits: (B, T) int64 -> (B, T, V) float32, on the device of ``tokens``.

@@ -20,7 +20,8 @@ import pytest
 
 import nanothink
 from nanothink.cli.app import run
-from nanothink.cli.interactive import Session, edited
+from nanothink.cli.interactive import Session
+from nanothink.cli.line_editor import edited
 from nanothink.runs.trained_model import TrainedModel
 
 TINY = [
