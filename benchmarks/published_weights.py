@@ -12,8 +12,12 @@ that of ``--data-dir``, else the manual pages of ``--language`` on this machine,
     full     pretrain --init MODEL: all weights
 
 Every way is the commands that a person would type, each in a process of its own: bits per byte of held-out
-pages, seconds on the clock, CPU seconds, and the largest memory of any of them. ``--steps`` cuts training
-short; how many passes over the text that made stands in the table.
+pages and its difference to the model as it is, each with its standard error; tokens trained on (those of
+every pass); and seconds, CPU seconds and peak memory of training. ``--steps`` cuts training short, so that
+all ways get the same time.
+
+``--out FILE`` keeps each row as soon as it is measured, a line of JSON; what it holds already is shown and
+not measured again. So a measurement of hours can be interrupted, and spread over several calls.
 """
 
 from __future__ import annotations
@@ -29,11 +33,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from side_by_side import machine
+
+from nanothink.errors import UsageError
+from nanothink.inference.evaluate import DocumentScores, Evaluation, Score
+from nanothink.runs.evaluating import evaluate_checkpoints
 
 WAYS = ("frozen", "store", "lora", "full")
 MANUALS = Path("/usr/share/man")
@@ -46,7 +55,6 @@ class Cost:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     peak_bytes: int = 0
-    bits: dict[str, float] = field(default_factory=dict)
 
     def call(self, *arguments: str | Path) -> Any:
         """Run a command with ``--json``; returns what it prints."""
@@ -125,13 +133,15 @@ def imported(work: Path, context: int) -> Path:
     return path
 
 
-def measure(way: str, model: Path, data: Path, held_out: Path, work: Path, asked: argparse.Namespace) -> Cost:
-    """Train what a way trains on ``data``, and score it."""
+def measure(
+    way: str, model: Path, data: Path, held_out: Path, work: Path, asked: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of the table: train what a way trains on ``data``, and score it."""
     cost, name = Cost(), f"{way}{data.name}"
     where = ("--data-dir", data, "--checkpoint-dir", work, "--name", name, "--overwrite")
     more = [part for setting in asked.settings for part in ("--set", setting)]
     quick = ("--set", f"model.max_seq_len={asked.length}", *more)
-    scored = model
+    scored, tokens = model, 0
     if way == "store":
         fit = ("--use-vector-store", "--set", "train_mla.fit=gate", "--set", "train_mla.batch_size=4")
         quiet = ("--set", "train_mla.sample_tokens=0")
@@ -146,17 +156,47 @@ def measure(way: str, model: Path, data: Path, held_out: Path, work: Path, asked
             **({"lora_rank": asked.rank} if way == "lora" else {}),
         }
         given = [part for key, value in settings.items() for part in ("--set", f"train_expert.{key}={value}")]
-        cost.call("pretrain", "transformer", "--init", model, *where, *quick, *given)
+        done = cost.call("pretrain", "transformer", "--init", model, *where, *quick, *given)
+        tokens = done["step"] * asked.batch * asked.length
         scored = work / f"{name}_expert.pt"
-    trained = (cost.seconds, cost.cpu_seconds, cost.peak_bytes)
-    cached = [(f"{way}, document cache", ("--document-cache",))] if asked.document_cache else []
-    for label, option in ((way, ()), *(cached if way != "frozen" else [])):  # a gate comes with training
-        (row,) = cost.call("eval", scored, "--data-dir", held_out, "--split", "all", *option)["checkpoints"]
-        cost.bits[label] = row["overall"]["bits_per_byte"]
-    cost.seconds, cost.cpu_seconds, cost.peak_bytes = (
-        trained if way != "frozen" else (0.0, 0.0, cost.peak_bytes)
+    return [
+        {
+            "kilobytes": int(data.name),
+            "way": label,
+            "tokens": tokens,
+            "seconds": cost.seconds,
+            "cpu_seconds": cost.cpu_seconds,
+            "peak_bytes": cost.peak_bytes,
+            **score,
+        }
+        for label, score in scores(way, scored, held_out, asked.document_cache).items()
+    ]
+
+
+def scores(way: str, checkpoint: Path, held_out: Path, document_cache: bool) -> dict[str, dict[str, Any]]:
+    """Nats and bytes of each held-out document, by name of the row; one more with a document cache."""
+    asking: dict[str, Any] = {"data_dir": str(held_out), "split": "all"}
+    cached = document_cache and way != "frozen"  # its gate comes with training
+    try:
+        (result,) = evaluate_checkpoints([checkpoint], **asking, document_cache=cached)
+    except UsageError as error:  # too little text to fit a gate on
+        print(error, file=sys.stderr)
+        (result,) = evaluate_checkpoints([checkpoint], **asking)
+    found = [result.evaluation, result.with_cache]
+    return {
+        label: {key: getattr(score.documents["text"], key).tolist() for key in ("nats", "n_bytes", "groups")}
+        for label, score in zip((way, f"{way}, document cache"), found, strict=True)
+        if score is not None
+    }
+
+
+def evaluation(row: dict[str, Any]) -> Evaluation:
+    """The scores that a row holds."""
+    documents = DocumentScores(
+        np.array(row["nats"]), np.array(row["n_bytes"]), np.array(row["groups"], np.uint64)
     )
-    return cost
+    total = Score(sum(row["nats"]), 0, sum(row["n_bytes"]))
+    return Evaluation({"text": total}, documents={"text": documents})
 
 
 def main() -> None:
@@ -177,27 +217,56 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", action="append", default=[], help="of every training")
     parser.add_argument("--document-cache", action="store_true", help="score with one too")
     parser.add_argument("--work", type=Path, help="folder that is kept; a temporary one otherwise")
+    parser.add_argument("--out", type=Path, help="file that rows are kept in, and not measured twice")
     asked = parser.parse_args()
     texts = records(asked.data_dir) if asked.data_dir else manual_pages(asked.language)
+    kept = asked.out.read_text("utf-8").splitlines() if asked.out and asked.out.exists() else []
+    rows = [json.loads(line) for line in kept]
     with tempfile.TemporaryDirectory() as temporary:
         work = asked.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         write_corpora(texts, asked.held_out, asked.kilobytes, work / "data")
         model = asked.model or imported(work, asked.length)
         print(f"{machine()}\n")
-        print("| text, kB | way | bits per byte | seconds | CPU seconds | peak memory, MB |")
-        print("|---|---|---|---|---|---|", flush=True)
+        names = ("text, kB", "way", "tokens trained on", "bits per byte", "beside frozen")
+        print(f"| {' | '.join((*names, 'seconds', 'CPU seconds', 'peak memory, MB'))} |")
+        print(f"|{8 * '---|'}", flush=True)
         for kilobytes in asked.kilobytes:
             for way in asked.ways:
-                data, held_out = work / "data" / str(kilobytes), work / "data" / "held_out"
-                cost = measure(way, model, data, held_out, work, asked)
-                for label, bits in cost.bits.items():
-                    cells = (
-                        f"{cost.seconds:,.0f}",
-                        f"{cost.cpu_seconds:,.0f}",
-                        f"{cost.peak_bytes / 1e6:,.0f}",
-                    )
-                    print(f"| {kilobytes} | {label} | {bits:.4f} | {' | '.join(cells)} |", flush=True)
+                asking = f"{asked.data_dir} {kilobytes} {way} {asked.epochs} {asked.steps} {asked.length}"
+                found = [row for row in rows if row["asked"] == asking]
+                if not found:
+                    data, held_out = work / "data" / str(kilobytes), work / "data" / "held_out"
+                    found = [
+                        {"asked": asking, **row} for row in measure(way, model, data, held_out, work, asked)
+                    ]
+                    rows += found
+                    if asked.out:
+                        with asked.out.open("a", encoding="utf-8") as file:
+                            file.writelines(json.dumps(row) + "\n" for row in found)
+                for row in found:
+                    print(f"| {' | '.join(cells(row, rows))} |", flush=True)
+
+
+def cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A row of the table; ``rows`` has the model as it is on the same documents, to compare it with."""
+    own = evaluation(row)
+    others = (own.less(evaluation(other)) for other in rows if other["way"] == "frozen" and other is not row)
+    change = next((found for found in others if found is not None), None)
+    return [
+        f"{row['kilobytes']:,}",
+        row["way"],
+        f"{row['tokens']:,}",
+        with_error(own.overall.bits_per_byte, own.standard_error()),
+        "" if change is None else with_error(change.bits_per_byte, change.standard_error),
+        f"{row['seconds']:,.0f}",
+        f"{row['cpu_seconds']:,.0f}",
+        f"{row['peak_bytes'] / 1e6:,.0f}" if row["peak_bytes"] else "",
+    ]
+
+
+def with_error(bits: float, error: float | None) -> str:
+    return f"{bits:.4f}" if error is None else f"{bits:.4f} ± {error:.4f}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ memory. Quantized ones come as llama.cpp would compute with them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,10 @@ import torch
 from torch import Tensor
 
 from nanothink.checkpoints.families import FAMILIES
-from nanothink.checkpoints.gguf_layout import NAMES, PRE_TOKENIZERS, from_gguf, library, renamed
+from nanothink.checkpoints.gguf_layout import NAMES, Fields, from_gguf, library, renamed
+from nanothink.checkpoints.gguf_tokenizer import read_tokenizer
 from nanothink.checkpoints.published import PublishedModel, refused, settings_of
-from nanothink.data.chat import ChatFormat
-from nanothink.data.encoding import parse_tokenizer
-from nanothink.data.tokenizer import Tokenizer
-from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, NanoThinkError, counted
-
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
-"""Types of tokens that a text does not become by merging."""
+from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, NanoThinkError
 
 _SIZES = {
     "num_hidden_layers": "block_count",
@@ -55,27 +49,12 @@ def read_gguf(path: Path) -> PublishedModel:
     gguf = library()
     try:
         reader = gguf.GGUFReader(path)
-        return _read(gguf, _Fields(reader.fields), reader.tensors, path)
+        return _read(gguf, Fields(reader.fields), reader.tensors, path)
     except NanoThinkError:
         raise
     except Exception as error:  # the reader trusts the file: whatever numpy and Python say of nonsense in it
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointDamagedError(f"{path}: is no sound GGUF file ({reason}). Fetch it again") from None
-
-
-class _Fields:
-    """The metadata of a file, by key."""
-
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        self._fields = fields
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._fields[key].contents() if key in self._fields else default
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self._fields:
-            raise ValueError(f"it lacks {key}")
-        return self.get(key)
 
 
 class _Weights(Mapping[str, Tensor]):
@@ -97,7 +76,7 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def _read(gguf: Any, fields: _Fields, tensors: Any, path: Path) -> PublishedModel:
+def _read(gguf: Any, fields: Fields, tensors: Any, path: Path) -> PublishedModel:
     architecture = fields["general.architecture"]
     if architecture not in NAMES:
         raise CheckpointMismatchError(
@@ -122,13 +101,13 @@ def _read(gguf: Any, fields: _Fields, tensors: Any, path: Path) -> PublishedMode
         settings,
         _Weights(gguf, architecture, named, settings),
         sum(int(tensor.n_elements) for tensor in tensors),
-        _tokenizer(fields, path),
+        read_tokenizer(fields, path),
         fields.get("general.license"),
         max(set(types), key=types.count).lower(),
     )
 
 
-def _settings(fields: _Fields, architecture: str, path: Path) -> tuple[str, dict[str, Any]]:
+def _settings(fields: Fields, architecture: str, path: Path) -> tuple[str, dict[str, Any]]:
     """``model_type`` and config of ``transformers``."""
     if fields.get(f"{architecture}.rope.scaling.type", "none") != "none":
         raise refused(path, f"rotary positions scaled by '{fields[f'{architecture}.rope.scaling.type']}'")
@@ -156,70 +135,3 @@ def _settings(fields: _Fields, architecture: str, path: Path) -> tuple[str, dict
     if architecture == "llama" and width % heads:
         return "mistral", {**given, "sliding_window": None}
     return architecture, given
-
-
-def _tokenizer(fields: _Fields, path: Path) -> Tokenizer:
-    """The tokenizer of a file, built anew for our library."""
-    kind, cut = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or cut not in PRE_TOKENIZERS:
-        raise CheckpointMismatchError(
-            f"{path}: its tokenizer is of a kind that is not read from GGUF files ({kind}, {cut}). Import "
-            "the model's folder in transformers' format."
-        )
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    added = [
-        {
-            "id": number,
-            "content": token,
-            "special": types[number] == _CONTROL,
-            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
-        }
-        for number, token in enumerate(tokens)
-        if types[number] in (_CONTROL, _USER_DEFINED)
-    ]
-    vocabulary = {token: number for number, token in enumerate(tokens) if types[number] != _UNUSED}
-    if len(vocabulary) + types.count(_UNUSED) < len(tokens):
-        raise ValueError(f"{counted(len(tokens), 'token')}, some of them twice")
-    state = {
-        "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": PRE_TOKENIZERS[cut],
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": cut == "llama-bpe",
-            "vocab": vocabulary,
-            "merges": [merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]],
-        },
-    }
-    begins = fields.get("tokenizer.ggml.add_bos_token", cut == "llama-bpe")  # llama.cpp's own default
-    if begins and (bos := fields.get("tokenizer.ggml.bos_token_id")) is not None:
-        state["post_processor"] = _putting_before(tokens[bos], bos)
-    backend = parse_tokenizer(json.dumps(_with_offsets(state)), str(path))
-    named = {
-        f"{name}_token": fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown")
-    }
-    named["unk_token"], named["pad_token"] = (
-        named.pop("unknown_token"),
-        fields.get("tokenizer.ggml.padding_token_id"),
-    )
-    special = {name: tokens[number] for name, number in named.items() if number is not None}
-    chat = ChatFormat.of(fields.get("tokenizer.chat_template"), special)
-    return Tokenizer(backend, path.name, special["eos_token"], chat)
-
-
-def _putting_before(token: str, number: int) -> dict[str, Any]:
-    """A post-processor that puts a token before every text."""
-    steps = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    special = {token: {"id": token, "ids": [number], "tokens": [token]}}
-    return {"type": "TemplateProcessing", "single": steps, "pair": steps, "special_tokens": special}
-
-
-def _with_offsets(rules: Any) -> Any:
-    """Rules with ``trim_offsets`` where the library asks for it."""
-    if isinstance(rules, dict):
-        inner = {key: _with_offsets(value) for key, value in rules.items()}
-        return {"trim_offsets": True, **inner} if rules.get("type") == "ByteLevel" else inner
-    return [_with_offsets(rule) for rule in rules] if isinstance(rules, list) else rules

@@ -88,6 +88,21 @@ def library() -> Any:
     return gguf
 
 
+class Fields:
+    """The metadata of a file, by key."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = fields
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._fields[key].contents() if key in self._fields else default
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._fields:
+            raise ValueError(f"it lacks {key}")
+        return self.get(key)
+
+
 def renamed(name: str, table: Mapping[str, str]) -> str | None:
     """A weight's name by a table, with the number of its layer and its ending; None: it has none."""
     layer = re.search(r"\.(\d+)\.", name)

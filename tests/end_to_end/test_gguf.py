@@ -157,7 +157,8 @@ def _cut(file: Path, into: Path) -> None:
         (_changed(expert_count=8), "mixture of experts"),
         (_changed(sliding_window=9), "a sliding window of 9 tokens"),
         (_changed(tokenizer_ggml_pre="odd"), "tokenizer is of a kind"),
-        (_changed(tokenizer_ggml_model="llama"), "tokenizer is of a kind"),
+        (_changed(tokenizer_ggml_model="t5"), "tokenizer is of a kind"),
+        (_changed(tokenizer_ggml_model="llama"), "no token for 256 bytes"),
         (_changed(names={"output_norm.weight": "rope_freqs.weight"}), "scaled by 'llama3'"),
     ],
 )
