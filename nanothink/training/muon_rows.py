@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanothink.training.sharding import rows_by_rank
-
 Orthogonalise = Callable[[Tensor], Tensor]
 
 
@@ -111,6 +109,12 @@ def deal(costs: Sequence[float], n_processes: int) -> list[int]:
         owners[i] = load.index(min(load))
         load[owners[i]] += costs[i]
     return owners
+
+
+def rows_by_rank(n_rows: int, n_processes: int) -> list[int]:
+    """Rows of a tensor that each process keeps, as torch.chunk deals them out."""
+    step = -(-n_rows // n_processes)
+    return [max(0, min(step, n_rows - rank * step)) for rank in range(n_processes)]
 
 
 def _cost(shape: torch.Size) -> float:

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from nanothink.models.contract import Batch, LanguageModel, Loss
+from nanothink.training.muon_rows import MatrixOwners, rows_by_rank
 from nanothink.training.optimizer import GroupedParameters
 
 if TYPE_CHECKING:
-    from nanothink.training.muon_rows import MatrixOwners
     from nanothink.training.objectives import Objective
 
 Shard = Literal["full", "none"]
@@ -111,8 +111,6 @@ class ShardedPlacement(Placement):
         super().__init__(model)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-
-        from nanothink.training.muon_rows import MatrixOwners
 
         size = torch.distributed.get_world_size()
         self.shard = shard
@@ -292,12 +290,6 @@ def _send_rows(model: nn.Module, whole: dict[str, Tensor], shard: Shard) -> None
         incoming = [own.nbytes if rank == 0 else 0 for rank in range(size)]
         sent = _bytes(value)[: sum(outgoing)]
         torch.distributed.all_to_all_single(_bytes(own), sent, incoming, outgoing)
-
-
-def rows_by_rank(n_rows: int, n_processes: int) -> list[int]:
-    """Rows of a tensor that each process keeps, as torch.chunk deals them out."""
-    step = -(-n_rows // n_processes)
-    return [max(0, min(step, n_rows - rank * step)) for rank in range(n_processes)]
 
 
 def _bytes(tensor: Tensor) -> Tensor:
