@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 
+import torch
+
 from nanothink.models import COMBINED
+from nanothink.models.low_rank import FACTORS, in_blocks
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.expert_state_cache import kept_bytes
 from nanothink.runs.memory import Choice, ModelSizes, choices, device_bytes, with_recomputation
@@ -73,7 +76,8 @@ def estimate_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SIL
     model = setup.build_model()
     groups = model.parameter_groups()
     parameters = {role: sum(p.numel() for _, p in named) for role, named in groups.items() if named}
-    sizes = ModelSizes.of(model, train_config)  # frozen: a diffuser's table of targets, NanoThink's experts
+    # Frozen: a base under adapters, a diffuser's table of targets, NanoThink's experts.
+    sizes = ModelSizes.of(model, train_config, _in_bfloat16(setup))
     value_bytes = 2 if setup.precision.dtype.itemsize == 2 else 4
     length = config.model.max_seq_len
 
@@ -90,7 +94,7 @@ def estimate_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SIL
     if setup.spec.kind == COMBINED and config.vector_store.enabled:
         memory["vector store"], store_disk = _vector_store(setup)
     targets_bytes, targets_seconds = estimate_targets(setup, reporter) if TEACHER in setup.parts else (0, 0.0)
-    checkpoint = _FLOAT32 * (sizes.trained + sizes.frozen + sizes.moments)
+    checkpoint = sizes.weight_bytes + _FLOAT32 * sizes.moments
     epochs = plan.total_steps * plan.blocks_per_step / plan.n_blocks
     snapshots = int(epochs) // train_config.snapshot_every_epochs
     return RunEstimate(
@@ -117,6 +121,23 @@ def estimate_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SIL
         precision_reason=setup.precision.reason,
         n_bad_lines=setup.tokens.skipped_records,
         time=replace(time_run(setup, n_processes, reporter), targets_seconds=targets_seconds),
+    )
+
+
+def _in_bfloat16(setup: RunSetup) -> int:
+    """Frozen numbers that stay bfloat16 as they were published."""
+    if setup.spec.kind != COMBINED and getattr(setup.training, "lora_rank", None) is None:
+        return 0  # trained, or not kept
+    if setup.resume_point is not None:
+        states = [setup.resume_point.payload["model_state"]]
+    else:
+        states = [part.payload["model_state"] for name, part in setup.parts.items() if name != TEACHER]
+        states = [state for state in states if not any(name.endswith(FACTORS) for name in state)]
+    return sum(
+        tensor.numel()
+        for state in states
+        for name, tensor in state.items()
+        if in_blocks(name) and tensor.dtype is torch.bfloat16
     )
 
 

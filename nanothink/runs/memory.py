@@ -1,7 +1,8 @@
 """Memory of each process of a training run, computed from sizes alone, and what would fit the device.
 
-Weights, gradients and moments are 4 bytes a number. With parameters shared out (training/sharding.py), N
-processes keep an N-th of each, and gather two blocks at a time, beside what is in no block.
+Weights, gradients and moments are 4 bytes a number, but for frozen weights in bfloat16. With parameters
+shared out (training/sharding.py), N processes keep an N-th of each, and gather two blocks at a time, beside
+what is in no block.
 """
 
 from __future__ import annotations
@@ -34,9 +35,16 @@ class ModelSizes:
     outside_blocks: int
     """Trained parameters in no block."""
     largest_block: int
+    bfloat16: int = 0
+    """Those of ``frozen`` that take two bytes."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return _FLOAT32 * (self.trained + self.frozen) - (_FLOAT32 - 2) * self.bfloat16
 
     @classmethod
-    def of(cls, model: LanguageModel, config: TrainConfig) -> ModelSizes:
+    def of(cls, model: LanguageModel, config: TrainConfig, bfloat16: int = 0) -> ModelSizes:
         """Count those of a model, which may have shapes alone (device "meta")."""
         groups = {role: sum(p.numel() for _, p in named) for role, named in model.parameter_groups().items()}
         trained = sum(groups.values())
@@ -49,6 +57,7 @@ class ModelSizes:
             moments=2 * trained - one_moment,
             outside_blocks=trained - sum(in_blocks),
             largest_block=max(in_blocks, default=0),
+            bfloat16=bfloat16,
         )
 
     def memory(self, n_processes: int, shard: Shard, n_windows: int, activations: int) -> dict[str, int]:
@@ -60,7 +69,7 @@ class ModelSizes:
         """
         n = n_processes if shard == "full" else 1
         memory = {
-            "weights": _FLOAT32 * -(-(self.trained + self.frozen) // n),
+            "weights": -(-self.weight_bytes // n),
             "gradients": _FLOAT32 * -(-self.trained // n),
             "optimizer": _FLOAT32 * -(-self.moments // n),
             "activations": activations,
@@ -72,7 +81,7 @@ class ModelSizes:
             memory["gradients"] += _FLOAT32 * (self.trained if n_windows > 1 else at_a_time)
         if n > 1:
             memory["gathered"] = _FLOAT32 * at_a_time
-            whole = _FLOAT32 * (self.trained + self.frozen)
+            whole = self.weight_bytes
             beside = memory["gathered"] + activations + memory["gradients"] - _FLOAT32 * -(-self.trained // n)
             if whole > beside:  # an evaluation gathers all weights, and has no gradients
                 memory["evaluation"] = whole - beside

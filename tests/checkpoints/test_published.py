@@ -28,6 +28,7 @@ from nanothink.errors import (
     UsageError,
 )
 from nanothink.models.decoding import steps_by
+from nanothink.models.joint_gate import GATE_PREFIX
 from nanothink.runs.exporting import export_checkpoint
 from nanothink.runs.import_model import ImportedModel, import_model
 
@@ -319,16 +320,35 @@ def test_shards_and_half_precision_are_read(published: Callable[..., tuple[Path,
 
 @pytest.mark.parametrize("options", [(), ("--lora", "2")])
 def test_bfloat16_matrices_stay_so_under_adapters_and_inside_nanothink(
-    options: tuple[str, ...], published: Callable[..., tuple[Path, Any]], tiny_corpus: Path, tmp_path: Path
+    options: tuple[str, ...],
+    published: Callable[..., tuple[Path, Any]],
+    tiny_corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Training all weights needs float32; the base of adapters and a frozen expert keep what they are."""
+
+    def counted(*line: str) -> int:
+        """Bytes of weights by ``--dry-run``."""
+        capsys.readouterr()
+        assert run([*line, "--dry-run", "--json"]) == 0
+        return int(json.loads(capsys.readouterr().out)["memory"]["weights"])
+
+    def saved(path: Path) -> int:
+        weights = read_checkpoint(path)["model_state"]
+        return sum(weight.nbytes for name, weight in weights.items() if not name.startswith(GATE_PREFIX))
+
     folder, theirs = published("Qwen3", **SHAPE)
     theirs.bfloat16().save_pretrained(folder)
     start = imported(folder).path
     where = ["--data-dir", str(tiny_corpus), "--checkpoint-dir", str(tmp_path / "c"), "--max-steps", "2"]
     quick = [f"train_expert.{part}" for part in ("batch_size=2", "sample_tokens=4", "lr=0.01")]
     settings = [part for setting in (*quick, "model.max_seq_len=32") for part in ("--set", setting)]
-    assert run(["pretrain", "transformer", "--init", str(start), *where, *settings, *options]) == 0
+    line = ["pretrain", "transformer", "--init", str(start), *where, *settings, *options]
+    n_bytes = counted(*line)
+    assert run(line) == 0
+    assert n_bytes == saved(tmp_path / "c" / "transformer_expert.pt")
+    assert counted("pretrain", "transformer", "--resume", *where, *settings, *options) == n_bytes
     trained = read_checkpoint(tmp_path / "c" / "transformer_expert.pt")["model_state"]
     before = read_checkpoint(start)["model_state"]
     for name, weight in before.items():
@@ -338,7 +358,10 @@ def test_bfloat16_matrices_stay_so_under_adapters_and_inside_nanothink(
     if options:
         small = ["--set", "train_mla.batch_size=2", "--set", "train_mla.sample_tokens=0"]
         small += ["--set", "model.max_seq_len=32", "--set", "train_mla.fit=full", "--set", "mla.n_heads=2"]
-        assert run(["train-mla", "--expert", str(start), *where, *small]) == 0
+        line = ["train-mla", "--expert", str(start), *where, *small]
+        n_bytes = counted(*line)
+        assert run(line) == 0
+        assert n_bytes == saved(tmp_path / "c" / "nanothink_mla.pt")
         inside = read_checkpoint(tmp_path / "c" / "nanothink_mla.pt")["model_state"]
         assert all(torch.equal(inside[f"experts.0.{name}"], weight) for name, weight in before.items())
         loaded = package.load(tmp_path / "c" / "nanothink_mla.pt")
