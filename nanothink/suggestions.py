@@ -6,6 +6,7 @@ that failed (cli/suggestions.py): the core knows none of them.
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import sys
@@ -28,6 +29,11 @@ def again(*options: object) -> str:
     The command line puts that command before them.
     """
     return f"`{shlex.join(map(str, options))}`"
+
+
+def domain_named_after(place: Path) -> str:
+    """A name for the domain of an import, from that of its file or folder; empty if it has no letter."""
+    return re.sub(r"[^\w-]+", "_", place.resolve().stem.lower()).strip("_-")
 
 
 def install(requirement: str) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanothink.suggestions import again
+
 Settings = Any
 """A config object of ``transformers``."""
 
@@ -91,7 +93,7 @@ def _model(settings: Settings) -> dict[str, Any]:
     if window is not None and context > window:
         raise UnsupportedError(
             f"attention in a sliding window of {window:,} tokens; with no more context than that it is "
-            f"attention as usual: --context {window}"
+            f"attention as usual: {again('--context', window)}"
         )
     return {"d_model": settings.hidden_size, "max_seq_len": context}
 

@@ -27,6 +27,7 @@ from nanothink.data.chat import ChatEncoder
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.disk import storage_error, whole_file, write_whole
 from nanothink.errors import CheckpointMismatchError
+from nanothink.suggestions import again
 
 Quantization = Literal["f32", "f16", "q8_0"]
 
@@ -65,8 +66,8 @@ def check_tokenizer(tokenizer: Tokenizer) -> str:
     if not names or model.get("type") != "BPE" or state.get("normalizer") not in (None, {"type": "NFC"}):
         raise CheckpointMismatchError(
             f"The tokenizer '{tokenizer.name}' cuts text by rules that llama.cpp has no name for, so a GGUF "
-            "file would read other tokens than the model learnt. Export it for transformers: --format "
-            "transformers."
+            "file would read other tokens than the model learnt. Export it for transformers: "
+            f"{again('--format', 'transformers')}"
         )
     return names[0]
 
@@ -116,12 +117,13 @@ def _architecture(settings: Mapping[str, Any]) -> str:
     if (model_type := settings.get("model_type")) not in known:
         raise CheckpointMismatchError(
             "Only a transformer and a state-space model can be a GGUF file, in the shapes of "
-            f"{', '.join(known)}. Export it for NanoThink: --format transformers."
+            f"{', '.join(known)}. Export it for NanoThink: {again('--format', 'transformers')}"
         )
     if known[model_type] == "mamba" and settings["expand"] != 2:
         raise CheckpointMismatchError(
             "llama.cpp's Mamba has twice as many channels as it is wide, and this model "
-            f"{settings['expand']} times (state_space.expand). Export it as a folder: --format transformers."
+            f"{settings['expand']} times (state_space.expand). Export it as a folder: "
+            f"{again('--format', 'transformers')}"
         )
     return known[model_type]
 

@@ -115,4 +115,4 @@ def presets(
         ],
     )
     render.say("Layers are those of transformer / state_space / diffuser.")
-    render.say(f"Use one with --preset NAME; read one with: {suggest('config presets NAME')}")
+    render.say(f"Use one with --preset NAME; read one with: {suggest('config presets', ordered[0][0])}")

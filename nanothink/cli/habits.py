@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nanothink.models import EXPERTS, training_section
-from nanothink.suggestions import suggest
+from nanothink.suggestions import domain_named_after, suggest
 
 _GUESSES = {
     **dict.fromkeys(("finetune", "fine-tune", "fine_tune"), "pretrain transformer --init CHECKPOINT"),
@@ -66,5 +65,5 @@ def domain_meant(args: Sequence[str]) -> str:
     if [*args[:2]] != ["data", "import"] or "--domain" in args:
         return ""
     source = next((Path(word) for word in args[2:] if Path(word).exists()), None)
-    name = re.sub(r"[^\w-]+", "_", source.resolve().stem.lower()).strip("_-") if source is not None else ""
+    name = "" if source is None else domain_named_after(source)
     return suggest("data import", *args[2:], "--domain", name) if name else ""

@@ -111,7 +111,7 @@ def build(
     if exists(found.folder) and not overwrite and not dry_run:
         raise UsageError(
             f"{found.folder} is there already. Look at it: {suggest('store info')}. Build it anew: "
-            f"{suggest('store build --overwrite')}. Put more text in: {suggest('store add DATA_DIR')}"
+            f"{suggest('store build --overwrite')}. Put more text in: {suggest('store add --help')}"
         )
     if not dry_run:
         try_to_write(found.folder.parent)

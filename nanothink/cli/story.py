@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanothink.cli.suggestions import called_as
 from nanothink.errors import CheckpointMismatchError, UsageError, counted, rounded_duration
-from nanothink.suggestions import again
+from nanothink.suggestions import again, domain_named_after
 from nanothink.suggestions import command as as_typed
 
 if TYPE_CHECKING:
@@ -121,8 +122,9 @@ class Story:
             )
         if self.seconds not in (None, plan.time_seconds) and not self.extend:
             raise UsageError(f"{what}. To continue it: `{here}`. {anew}")
-        with _reporting() as reporter:
-            found = measure_text(self._source(plan.data_dir), reporter)
+        source = self._source(plan.data_dir)
+        with _reporting() as reporter, called_as(self._import_command(source)):
+            found = measure_text(source, self.checkpoint_dir, reporter)
         if found.digest != plan.text.digest:
             raise CheckpointMismatchError(
                 f"The text in {plan.data_dir} is not what this plan began with ({plan.text.n_bytes:,} bytes "
@@ -146,7 +148,7 @@ class Story:
 
     def _new_plan(self) -> TrainingPlan:
         from nanothink.checkpoints import CheckpointStore
-        from nanothink.runs.planning import measure_text, opening, text_files
+        from nanothink.runs.planning import is_imported, measure_text, opening
         from nanothink.runs.training_plan import KINDS, make_plan
 
         data_dir, kinds = self.data_dir or "data", self.kinds or KINDS
@@ -161,16 +163,17 @@ class Story:
             )
         source = self._source(data_dir)
         with _reporting() as reporter:
-            text = measure_text(source, reporter)
+            with called_as(self._import_command(source)):
+                text = measure_text(source, self.checkpoint_dir, reporter)
             plan = make_plan(
                 text,
                 self.seconds,
                 self._speed(reporter),
                 data_dir=data_dir,
                 kinds=kinds,
-                imports=bool(text_files(source)),
+                imports=is_imported(source, self.checkpoint_dir),
                 made_at=time.time(),
-                prompt=self.prompt or opening(source),
+                prompt=self.prompt or opening(source, self.checkpoint_dir),
                 extend=self.extend,
             )
         if plan.time_seconds > self.seconds:
@@ -184,6 +187,15 @@ class Story:
         from nanothink.runs.machine_speed import MachineSpeed
 
         return self.speed_of or MachineSpeed(self.device, reporter)
+
+    def _import_command(self, source: Path) -> str:
+        """The import that a person types where it needs options; empty for a corpus."""
+        from nanothink.runs.planning import is_imported
+
+        if not is_imported(source, self.checkpoint_dir):
+            return ""
+        name = domain_named_after(source) or "texts"
+        return as_typed("data import", source, "--domain", name, "--data-dir", f"{source}-imported")
 
     @staticmethod
     def _source(data_dir: str) -> Path:

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +83,27 @@ def command_of_run(begun_by: object, checkpoint_dir: Path) -> str:
 
 @contextmanager
 def called_as(command: str) -> Iterator[None]:
-    """Complete suggestions as if ``command`` had been called; an empty string changes nothing."""
-    context = _parsed(shlex.split(command)[1:], _called[-1])[1] if command else None
-    with calling(context) if context is not None else nullcontext():
+    """Complete suggestions, those of errors too, as if ``command`` had been called; not if it is empty."""
+    context = _parsed(shlex.split(command)[1:], _called[-1])[1] if command and _called else None
+    if context is None:
         yield
+        return
+    with calling(context):
+        try:
+            yield
+        except NanoThinkError as error:
+            error.args = (completed(str(error)), *error.args[1:])
+            raise
 
 
 def _called_again(options: str) -> str:
     """The command that was called, with these options; these alone where it resumes an unrecorded run."""
     command, *path = _called[-1].command_path.split()
-    return options if path == ["resume"] else shlex.join([command, *path, *shlex.split(options)])
+    words = shlex.split(options)
+    known = {option for p in _called[-1].command.params for option in (*p.opts, *p.secondary_opts)}
+    if path == ["resume"] or words[0] not in known:
+        return options
+    return shlex.join([command, *path, *words])
 
 
 def _parsed(words: Sequence[str], call: Any) -> tuple[list[str], Any]:
@@ -111,7 +122,7 @@ def _parsed(words: Sequence[str], call: Any) -> tuple[list[str], Any]:
 def _completed_call(text: str) -> str:
     call, words = _called[-1], shlex.split(text)
     path, suggested = _parsed(words, call)
-    if suggested is None:
+    if suggested is None or "--help" in words:
         return text
     target, words = suggested.command, words[len(path) :]
     has, given = _given(suggested), _given(call)

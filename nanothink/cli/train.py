@@ -31,7 +31,8 @@ def train(
         str | None,
         typer.Argument(
             metavar="DATA_DIR",
-            help="Folder with one folder per domain, or with txt and md files. [default: data]",
+            help="Folder with one folder per domain, or with txt, md, html, docx, epub and pdf files, or one "
+            "such file. [default: data]",
         ),
     ] = None,
     duration: Annotated[

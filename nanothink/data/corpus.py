@@ -19,7 +19,7 @@ from nanothink.data.lines import SUFFIXES, Problem, ProblemSink, shown
 from nanothink.data.problems import Problems
 from nanothink.data.records import iter_records
 from nanothink.data.source_file import unreadable
-from nanothink.data.unread import why_not_read
+from nanothink.data.unread import import_of, why_not_read
 from nanothink.errors import (
     BadRecordsError,
     DataError,
@@ -30,7 +30,7 @@ from nanothink.errors import (
     some_of,
 )
 from nanothink.reporter import SILENT, Reporter
-from nanothink.suggestions import suggest
+from nanothink.suggestions import domain_named_after, suggest
 
 _SILENT_IN_ROOT = (".nanothink", "README.md")
 _NAMED_AT_MOST = 5
@@ -132,9 +132,7 @@ def find_corpus(data_dir: str | Path, domains: Sequence[str] | None = None) -> C
             reason = f" ({notes[-1].reason})" if notes else ""
             raise DataError(
                 f"The domain '{name}' has no data: {shown(entry.path)} holds no .jsonl file{reason}. "
-                "Put JSON Lines there, or import text: "
-                + suggest("data import SOURCE --domain", name, "--data-dir", shown(root))
-                + _listed(not_read)
+                f"Put JSON Lines there, or import text ({suggest('data import --help')})" + _listed(not_read)
             )
     if not found:
         raise DataError(_nothing_here(root, stray) + _listed(not_read))
@@ -240,7 +238,8 @@ def _list_root(root: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"There is no data folder {shown(root)}. {make_one}") from None
     except NotADirectoryError:
         message = f"{shown(root)} is a file, not a folder of domains. Give the folder above its domain"
-        way_in = suggest("data import", shown(root), "--domain", root.stem, "--data-dir", "data")
+        name = domain_named_after(root) or "texts"
+        way_in = suggest("data import", shown(root), "--domain", name, "--data-dir", "data")
         raise DataError(f"{message}, or import it: {way_in}") from None
     except OSError as error:
         raise unreadable(root, error) from error
@@ -297,10 +296,8 @@ def _nothing_here(root: Path, stray: list[str]) -> str:
             f"Move such files into a folder named after their domain: {shown(root / 'NAME' / data[0])}"
         )
     return (
-        f"There is no domain in {shown(root)}: no folder in it holds a .jsonl file. "
-        f"Import text with {suggest('data import SOURCE --domain NAME --data-dir', shown(root))}, "
-        "or make a starter corpus with "
-        f"{suggest('data sample --data-dir', shown(root))}."
+        f"There is no domain in {shown(root)}: no folder in it holds a .jsonl file. {import_of(root)}, "
+        f"or make a starter corpus: {suggest('data sample --data-dir', shown(root))}"
     )
 
 

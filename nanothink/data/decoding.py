@@ -17,6 +17,7 @@ from nanothink.config.text_encoding import conversion, wide_encoding
 from nanothink.data.lines import shown
 from nanothink.data.source_file import DamagedDataError, SourceFile, WrongEncodingError, unreadable
 from nanothink.errors import DataError, UsageError, did_you_mean
+from nanothink.suggestions import again
 
 AUTO = "auto"
 """Asks for the encoding that each file seems to have."""
@@ -292,7 +293,7 @@ def where_not_utf8(path: Path) -> str:
 def _advice(path: Path, why: str, name: str, text: str) -> str:
     start = f"{shown(path)} is not UTF-8 text: {why}."
     if not name:
-        return f"{start} Name its encoding, for example: --encoding shift_jis"
+        return f"{start} Name its encoding, for example: {again('--encoding', 'shift_jis')}"
     first = next((i for i, char in enumerate(text) if ord(char) > 127), 0)
     passage = " ".join(text[max(0, first - 20) : first + 20].split())
-    return f"{start} It looks like {name} ({shown(passage)!r}): add --encoding {name}"
+    return f"{start} It looks like {name} ({shown(passage)!r}): {again('--encoding', name)}"

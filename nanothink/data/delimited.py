@@ -23,6 +23,7 @@ from nanothink.data.row_text import RowFault, RowText
 from nanothink.data.tables import row_of
 from nanothink.data.text_files import Findings, Row
 from nanothink.errors import DataError, UsageError, counted
+from nanothink.suggestions import again
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 
@@ -314,7 +315,7 @@ def _unreadable(
     field = f"the quoted field that begins in line {began}"
     remedy = (
         "Close its quote, or write a quote that belongs to the text twice. If quotes are text like any "
-        "other in this file, add --no-quotes"
+        f"other in this file: {again('--no-quotes')}"
     )
     if "unexpected end" in why:
         return DataError(f"{shown(path)}, line {began}: {field} has no end. {remedy}")

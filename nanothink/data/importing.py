@@ -215,6 +215,26 @@ def import_source(
     )
 
 
+def document_texts(place: Path, leave_out: Path, reporter: Reporter = SILENT) -> Iterator[str]:
+    """Yield the texts of the records that an import of ``place`` would make, and write nothing.
+
+    Args:
+        place: a document, or a folder of them.
+        leave_out: folder that is not read.
+
+    Raises:
+        DataError: there is no document, or one cannot be read.
+        UsageError: the extension of a file is unknown.
+    """
+    findings, options = Findings(reporter), ImportOptions()
+    _, sources = find_sources((str(place),), findings, leave_out)
+    findings.total = sum(found.size for found in sources)
+    with options.documents:
+        for source in sources:
+            for record in _records(source, options, findings, first_id=0):
+                yield record.text
+
+
 def _write(
     path: Path, overwrite: bool, sources: list[Source], options: ImportOptions, findings: Findings
 ) -> int:

@@ -27,6 +27,7 @@ from nanothink.data.source_file import unreadable
 from nanothink.data.tables import HUB_NAME, holds_json_array, holds_json_lines
 from nanothink.data.text_files import Findings, file_size, same_file
 from nanothink.errors import DataError, UsageError
+from nanothink.reporter import SILENT
 from nanothink.suggestions import suggest
 
 TEXT_SUFFIXES = tuple(
@@ -85,7 +86,7 @@ def find_sources(
     """
     if not names:
         raise UsageError(
-            f"There is nothing to import. Name a file or a folder: {suggest('data import SOURCE')}"
+            f"There is nothing to import. Name a file or a folder: {suggest('data import --help')}"
         )
     found = [source for name in names for source in _found(name, findings, leave_out)]
     if as_tables:
@@ -103,6 +104,15 @@ def find_sources(
             for s in sources
         ]
     return "", sources
+
+
+def has_documents(place: Path, leave_out: Path) -> bool:
+    """True for a document, and for a folder that holds one outside ``leave_out``."""
+    try:
+        _, sources = find_sources((str(place),), Findings(SILENT), leave_out)
+    except (DataError, UsageError):
+        return False
+    return all(source.kind in DOCUMENTS for source in sources)
 
 
 def _own_name(name: str, sources: list[Source]) -> str:
@@ -266,8 +276,8 @@ def _folder(folder: Path, findings: Findings, leave_out: Path) -> list[Source]:
     )
     way_in = ""
     if tables:
-        pattern = shlex.quote(f"{glob.escape(str(folder))}/**/*{tables.most_common(1)[0][0]}")
-        way_in = f" Tables are imported by name or pattern: {pattern}"
+        pattern = f"{glob.escape(str(folder))}/**/*{tables.most_common(1)[0][0]}"
+        way_in = f" Tables are imported by name or pattern: {suggest('data import', pattern)}"
     if not sources:
         beside = f" outside {shown(leave_out)}" if findings.warnings else ""
         raise DataError(f"There is no document ({known}) in {shown(folder)}{beside}.{way_in}")

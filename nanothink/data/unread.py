@@ -15,12 +15,14 @@ from nanothink.data.lines import CONVERSATION
 from nanothink.data.records import likely_text_field
 from nanothink.disk import shown
 from nanothink.errors import some_of
-from nanothink.suggestions import command
+from nanothink.suggestions import command, domain_named_after, suggest
 
-_IMPORTED = (
-    *(".txt", ".text", ".md", ".markdown", ".csv", ".tsv", ".tab", ".parquet"),
+_DOCUMENTS = (
+    *(".txt", ".text", ".md", ".markdown"),
     *(".html", ".htm", ".xhtml", ".docx", ".epub", ".pdf"),
 )
+_TABLES = (".csv", ".tsv", ".tab", ".parquet", ".json")
+_IMPORTED = (*_DOCUMENTS, ".csv", ".tsv", ".tab", ".parquet")
 _UNPACKED_BY = {
     ".xz": "xz -d",
     ".bz2": "bzip2 -d",
@@ -47,6 +49,27 @@ def why_not_read(folder: Path, names: Sequence[str]) -> Iterator[str]:
             others = "it" if len(own) == 1 else "it (and so the others)"
             way_in = f". {remedy.format(it=others, path=path, domain=domain, root=root)}"
         yield f"not read, because {why}: {listed}{way_in}"
+
+
+def import_of(root: Path) -> str:
+    """What to do with the files below a folder without domains: the start of a sentence, with a command."""
+    name, document, table = domain_named_after(root) or "texts", False, ""
+    for parent, folders, names in os.walk(root):
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        kinds = {each: Path(each.lower()).suffix for each in sorted(names) if not each.startswith(".")}
+        document = document or any(kind in _DOCUMENTS for kind in kinds.values())
+        tables = [each for each, kind in kinds.items() if kind in _TABLES]
+        table = table or (str(Path(parent, tables[0])) if tables else "")
+    if document:
+        beside = f"{os.path.normpath(root)}-imported"
+        return (
+            f"It holds documents: train on them ({suggest('train', root, '--time', '1h')}), import them "
+            f"({suggest('data import', root, '--domain', name, '--data-dir', beside)})"
+        )
+    if table:
+        own = domain_named_after(Path(table)) or "texts"
+        return f"Import its tables: {suggest('data import', table, '--domain', own, '--data-dir', root)}"
+    return f"Put JSON Lines into a folder in it, import text ({suggest('data import --help')})"
 
 
 _IMPORT = f"Import {{it}}: {command('data import')} {{path}} --domain {{domain}} --data-dir {{root}}"

@@ -35,7 +35,7 @@ from nanothink.runs.held_out import ScoredText, Side, TextToScore
 from nanothink.runs.inherited_split import binding_rules
 from nanothink.runs.scoring import score
 from nanothink.runs.trained_model import TrainedModel, load
-from nanothink.suggestions import suggest
+from nanothink.suggestions import again, suggest
 from nanothink.training.matmul_types import AS_TRAINED
 
 
@@ -199,7 +199,7 @@ def _without_fitted(scored: ScoredText, loaded: Sequence[TrainedModel], reporter
     if not rest:
         raise SeenTextError(
             "The joint gate was fitted on all of this text. Name other text: --data-dir DIR. Or score it all "
-            "the same: --allow-seen"
+            f"the same: {again('--allow-seen')}"
         )
     reporter.note(f"Left out: {counted(n_left_out, 'document')} that a joint gate was fitted on.")
     return replace(scored, streams=rest)

@@ -26,7 +26,7 @@ from nanothink.runs.inherited_split import (
     spelled,
 )
 from nanothink.runs.trained_model import TrainedModel
-from nanothink.suggestions import suggest
+from nanothink.suggestions import again, suggest
 
 Side = Literal["train", "val", "test", "all"]
 
@@ -110,7 +110,7 @@ class TextToScore:
             if not streams:
                 raise SeenTextError(
                     f"Nothing in {root} was held out: {self._seen_by(tokens.train)}. Name other text: "
-                    "--data-dir DIR. Or score it all the same, and have it marked: --allow-seen"
+                    f"--data-dir DIR. Or score it all the same, and have it marked: {again('--allow-seen')}"
                 )
             if not self._found:
                 self._reporter.note(
@@ -149,8 +149,8 @@ class TextToScore:
         if any(stream.n_tokens for stream in honest.val.values()):
             ways.append(f"Score what is held out: {suggest('eval --split val')}.")
         if not any(seen_documents(streams, model.split.trained) for model in self._models):
-            ways.append("Leave the vector store out: --no-vector-store.")
-        ways.append("Score it all the same, and have it marked: --allow-seen")
+            ways.append(f"Leave the vector store out: {again('--no-vector-store')}.")
+        ways.append(f"Score it all the same, and have it marked: {again('--allow-seen')}")
         return SeenTextError(
             f"{self._seen_by(streams)}. Figures on them say nothing about other text. {' '.join(ways)}"
         )

@@ -18,7 +18,7 @@ from nanothink.models.low_rank import add_adapters, largest_rank
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.resuming import RunSpec
 from nanothink.runs.saved_model import SavedModel
-from nanothink.suggestions import suggest
+from nanothink.suggestions import again, suggest
 
 INITIAL = "init"
 """Name of this checkpoint among the parts of a run."""
@@ -126,8 +126,8 @@ def config_of_initial(initial: SavedModel, resolved: ResolvedConfig, reporter: R
     length, longest = asked[_BLOCK], own[_BLOCK]
     if length > longest and set_by_hand(resolved.sources[_BLOCK]):
         raise UsageError(
-            f"{_BLOCK}={length} is beyond the context of {initial.path}. Use at most {longest}: --set "
-            f"{_BLOCK}={longest}"
+            f"{_BLOCK}={length} is beyond the context of {initial.path}. Use at most {longest}: "
+            f"{again('--set', f'{_BLOCK}={longest}')}"
         )
     if length > longest:
         reporter.note(f"Blocks of {longest:,} tokens, not of {length}: {initial.path} has no longer context.")

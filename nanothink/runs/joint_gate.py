@@ -26,6 +26,7 @@ from nanothink.models.joint_gate import DOCUMENT_CACHE, MEMORIES
 from nanothink.models.nanothink import NanoThink
 from nanothink.reporter import Reporter
 from nanothink.runs.preparing import RunSetup
+from nanothink.suggestions import again
 from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.gate_fitting import FIT_TOKENS, fit_joint_gate, unigram_log_frequencies
 from nanothink.training.loop import Run
@@ -51,7 +52,7 @@ def settle_fit(setup: RunSetup, reporter: Reporter, processes: Processes = ALONE
         fit = "gate" if gap > _KNOWN_BETTER else "full"
         why = (
             "too little text to train more on. Their weights are fitted on held-out text instead; to train "
-            "all the same: --set train_mla.fit=full"
+            f"all the same: {again('--set', 'train_mla.fit=full', '--overwrite')}"
             if fit == "gate"
             else "enough text to train on"
         )

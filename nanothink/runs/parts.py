@@ -17,7 +17,7 @@ from nanothink.runs.initial import INITIAL, check_no_adapters, find_initial
 from nanothink.runs.resuming import ResumePoint, RunSpec
 from nanothink.runs.saved_model import SavedModel
 from nanothink.runs.teacher import TEACHER, find_teacher
-from nanothink.suggestions import suggest
+from nanothink.suggestions import again, suggest
 
 
 def find_parts(
@@ -84,9 +84,9 @@ def _find_base(
     own = found.config.model
     if own.d_model != width:
         raise CheckpointMismatchError(
-            f"{path} has width {own.d_model}, and this one would have {width}. Give it the same: add --set "
-            f"model.d_model={own.d_model} to this command. Or train another {base.kind}, and name it with "
-            f"{base.option}: {suggest('pretrain', base.kind, '--name', f'{base.kind}_{width}')}"
+            f"{path} has width {own.d_model}, and this one would have {width}. Give it the same: "
+            f"{again('--set', f'model.d_model={own.d_model}')}. Or train another {base.kind}, and name it "
+            f"with {base.option}: {suggest('pretrain', base.kind, '--name', f'{base.kind}_{width}')}"
         )
     if base.at_every_step and own.max_seq_len < length:
         raise CheckpointMismatchError(

@@ -12,9 +12,10 @@ from pydantic import ValidationError
 
 from nanothink.checkpoints import read_checkpoint
 from nanothink.data.corpus import bad_records_error, find_corpus
+from nanothink.data.importing import document_texts
 from nanothink.data.problems import Problems
 from nanothink.data.records import iter_records
-from nanothink.data.sources import TEXT_SUFFIXES
+from nanothink.data.sources import has_documents
 from nanothink.disk import make_folder, write_whole
 from nanothink.errors import CheckpointError, DataError, UsageError
 from nanothink.models.joint_gate import GATE_PREFIX
@@ -27,32 +28,26 @@ _PROMPT_CHARS = 30
 _NO_SNAPSHOTS = 1_000_000  # epochs: a plan keeps the best model and the latest state
 
 
-def text_files(folder: Path) -> list[Path]:
-    """Files of plain text in a folder that is no corpus; none if it has a domain of records."""
-    if not folder.is_dir():
-        return []
+def is_imported(data_dir: Path, checkpoint_dir: Path) -> bool:
+    """True for documents, and for a folder of them that is no corpus."""
     try:
-        find_corpus(folder)
+        find_corpus(data_dir)
     except DataError:
-        pass
-    else:
-        return []
-    return sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()
-    )
+        return has_documents(data_dir, checkpoint_dir / IMPORTED_FOLDER)
+    return False
 
 
-def measure_text(data_dir: Path, reporter: Reporter = SILENT) -> TextSize:
-    """Read a corpus, or the text files that would be imported.
+def measure_text(data_dir: Path, checkpoint_dir: Path, reporter: Reporter = SILENT) -> TextSize:
+    """Read a corpus, or the documents that would be imported.
 
     Raises:
         DataError: there is none, or it has bad lines.
     """
     digest, n_bytes = hashlib.blake2b(digest_size=16), 0
-    if plain := text_files(data_dir):
-        for path in plain:
-            content = path.read_bytes()
-            digest.update(content)
+    if is_imported(data_dir, checkpoint_dir):
+        for text in document_texts(data_dir, checkpoint_dir / IMPORTED_FOLDER, reporter):
+            content = text.encode()
+            digest.update(content + b"\0")
             n_bytes += len(content)
         return TextSize(n_bytes=n_bytes, n_domains=1, digest=digest.hexdigest())
     corpus, problems = find_corpus(data_dir), Problems()
@@ -66,10 +61,10 @@ def measure_text(data_dir: Path, reporter: Reporter = SILENT) -> TextSize:
     return TextSize(n_bytes=n_bytes, n_domains=len(corpus.domains), digest=digest.hexdigest())
 
 
-def opening(data_dir: Path) -> str:
+def opening(data_dir: Path, checkpoint_dir: Path) -> str:
     """The first words of the first text, as a prompt."""
-    for path in text_files(data_dir):
-        return _first_words(path.read_text("utf-8", errors="ignore"))
+    if is_imported(data_dir, checkpoint_dir):
+        return _first_words(next(document_texts(data_dir, checkpoint_dir / IMPORTED_FOLDER), ""))
     for _, path in find_corpus(data_dir).files:
         for _, record in iter_records(path, on_problem=lambda _: None):
             return _first_words(record.text)

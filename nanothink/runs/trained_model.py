@@ -252,7 +252,7 @@ class TrainedModel:
         if self.tokenizer.chat is None:
             raise UsageError(
                 f"{self.path} has no chat template: it continues texts, and was not trained to answer. "
-                f"Import an instruct model ({suggest('checkpoints import SOURCE')}), or train on "
+                f"Import an instruct model ({suggest('checkpoints import --help')}), or train on "
                 "conversations: records with `messages` (docs/data.md)."
             )
         return ChatEncoder(self.tokenizer)

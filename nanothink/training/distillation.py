@@ -33,6 +33,7 @@ from nanothink.errors import StorageError
 from nanothink.models.contract import Batch, LanguageModel, Loss
 from nanothink.models.distillation_loss import SoftTargets, linear_distillation
 from nanothink.reporter import Reporter
+from nanothink.suggestions import again
 from nanothink.training.block_folder import MARKS, NoFolderError, in_words, open_folder
 
 GROUP = 32
@@ -173,7 +174,7 @@ def open_targets(
     except NoFolderError as error:
         raise StorageError(
             f"The teacher's targets take {in_words(needed)} beside {root}, and {error}. Make room, or keep "
-            f"fewer of its likeliest tokens: --set distillation.top_k={max(1, shape.k // 2)}"
+            f"fewer of its likeliest tokens: {again('--set', f'distillation.top_k={max(1, shape.k // 2)}')}"
         ) from None
     except OSError as error:
         raise storage_error(root, error) from error

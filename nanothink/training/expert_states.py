@@ -32,6 +32,7 @@ from nanothink.disk.block_file import BlockFile
 from nanothink.errors import StorageError, counted
 from nanothink.models.nanothink import NanoThink
 from nanothink.reporter import SILENT, Reporter
+from nanothink.suggestions import again
 from nanothink.training.block_folder import MARKS, NoFolderError, in_words, open_folder
 
 _FORMAT = 1
@@ -161,8 +162,8 @@ def open_states(
     if needed > budget_bytes:
         reporter.note(
             f"The experts' states take {in_words(needed)}, and train_mla.states_disk_gb allows "
-            f"{in_words(budget_bytes)}, {_IN_VAIN}. To keep them: --set train_mla.states_disk_gb="
-            f"{math.ceil(needed / 1e8) / 10:g}"
+            f"{in_words(budget_bytes)}, {_IN_VAIN}. To keep them: "
+            f"{again('--set', f'train_mla.states_disk_gb={math.ceil(needed / 1e8) / 10:g}', '--overwrite')}"
         )
         return None
     described = {"format": _FORMAT, "shape": shape, **identity}

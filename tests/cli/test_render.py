@@ -228,6 +228,13 @@ def test_messages_are_broken_between_words_and_commands_are_not(
         "transformer 24 %, diffuser",
         "30 % (1.5 MB)",
     ]
+    bare = "Try it: nanothink generate 'Once upon' --checkpoint a.pt"
+    assert render.console.flowing(bare, console).split("\n") == [
+        "Try it:",
+        "nanothink generate 'Once upon' --checkpoint a.pt",
+    ]
+    listed = "  nanothink serve checkpoints/a.pt   # in the browser"
+    assert render.console.flowing(listed, console) == listed
     monkeypatch.setattr(console, "_force_terminal", False)
     assert render.console.flowing(text, console) == text
 

@@ -141,14 +141,34 @@ def test_models_that_no_plan_has_made_are_kept(commands: Commands, text: Path) -
     assert not commands.called
 
 
-def test_a_folder_of_texts_is_imported_first(commands: Commands, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["novels", "novels/old/a.md", "pages"])
+def test_documents_are_imported_first(commands: Commands, tmp_path: Path, place: str) -> None:
     (tmp_path / "novels" / "old").mkdir(parents=True)
     (tmp_path / "novels" / "old" / "a.md").write_text("It was late. " * 3000)
-    assert story(commands, commands.folder, tmp_path / "novels").tell() == 0
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "a.html").write_text("<p>It was late.</p><!-- no text -->" * 3000)
+    assert story(commands, commands.folder, tmp_path / place).tell() == 0
     assert commands.names == ["data", *ALL]
     imported = commands.called[0]
-    assert imported[1:3] == ["import", str(tmp_path / "novels")]
+    assert imported[1:3] == ["import", str(tmp_path / place)]
     assert str(commands.folder / "data") in (commands.folder / "train.toml").read_text()
+    plan = PlanFile(commands.folder).read()
+    assert plan is not None
+    assert plan.text.n_bytes == pytest.approx(len("It was late. ") * 3000, rel=0.2)  # of the text
+    assert plan.prompt == "It was"
+
+
+def test_documents_that_need_an_option_are_imported_by_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "briefe").mkdir()
+    (tmp_path / "briefe" / "a.txt").write_bytes("Schöne Grüße aus München. ".encode("cp1252") * 100)
+    models = ["--checkpoint-dir", str(tmp_path / "models")]
+    assert run(["train", str(tmp_path / "briefe"), "--time", "1h", *models]) == 1
+    suggested = re.search(r"`nanothink (data import .*?)`", capsys.readouterr().err)
+    assert suggested
+    assert run(shlex.split(suggested[1])) == 0
+    assert run(["train", str(tmp_path / "briefe-imported"), "--time", "5h", *models, "--dry-run"]) == 0
 
 
 def test_a_dry_run_writes_nothing(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ def test_domains_asked_for(tmp_path):
     assert find_corpus(tmp_path, ["code"]).warnings == ()
     with pytest.raises(UsageError, match=r"no domain 'coed'.*Did you mean 'code'\?.*code, empty, law, poems"):
         find_corpus(tmp_path, ["coed"])
-    with pytest.raises(DataError, match=r"'empty' has no data.*data import SOURCE --domain empty"):
+    with pytest.raises(DataError, match=r"'empty' has no data.*data import --help"):
         find_corpus(tmp_path, ["empty"])
 
 

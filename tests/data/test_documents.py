@@ -135,7 +135,7 @@ def test_html_of_any_declared_encoding(tmp_path):
         page.write_bytes(f"<html><head>{head}</head><p>“Größe”".encode(encoding))
         assert text_of(page) == "“Größe”"
     page.write_bytes("<p>Größe über alles".encode("cp1252"))
-    with pytest.raises(DataError, match="add --encoding cp1252"):
+    with pytest.raises(DataError, match="`--encoding cp1252`"):
         text_of(page)
     for encoding in ("cp1252", "auto"):
         assert text_of(page, encoding=encoding) == "Größe über alles"

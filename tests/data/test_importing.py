@@ -171,7 +171,7 @@ def test_a_folder_is_read_in_the_order_of_names_and_says_what_it_left_out(tmp_pa
 @pytest.mark.parametrize(
     ("content", "byte", "offset", "hint"),
     [
-        (b"abc\xe9def", "0xe9", "3", "looks like cp1252 \\('abcédef'\\): add --encoding cp1252"),
+        (b"abc\xe9def", "0xe9", "3", "looks like cp1252 \\('abcédef'\\): `--encoding cp1252`"),
         ("é".encode() * 700_000 + b"\xff\n", "0xff", "1,400,000", "UTF-8 stands before it.*iconv -c"),
         (b"abc\xc3", "0xc3", "3", "looks like cp1252"),
         ("日本語のテキストです。".encode("shift_jis"), "0x93", "0", "--encoding shift_jis"),

@@ -57,10 +57,12 @@ _TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 _WHOLE = re.compile(
-    r"\s+|\(?`[^`]+`\S*"
+    r"(?:(?<=^  )|(?<=: )|(?<=:  ))(?:nanothink|mkdir|mv|echo|tensorboard|torchrun) .+"
+    r"|\s+|\(?`[^`]+`\S*"
     r"|\S*\d\S* (?:%|[KMGT]?B|s|min|h)(?!\w)\S*|\S+"
 )
-"""Blanks, and pieces that are never broken: a word, a number with its unit, a command to be copied."""
+"""Blanks, and pieces that are never broken: a word, a number with its unit, a command to be copied, which
+stands in backticks, or alone in its line or after a colon."""
 
 
 def flowing(text: str, console: Console, used: int = 0) -> str:
