@@ -160,7 +160,7 @@ SITUATIONS = {
         "data import a.csv --domain a --data-dir b",
         "data import a.csv",
     ),
-    "presets": ("", "config presets", "config presets default"),
+    "presets": ("", "config presets", "config presets tiny"),
 }
 """What is broken, what is typed, and one of the commands that are suggested."""
 

@@ -193,7 +193,7 @@ def letters(text: str) -> set[str]:
 def too_wide(line: str, columns: int) -> bool:
     """Whether a line has no room, and not because it is one path or one command."""
     return cell_len(line) > columns and not re.match(
-        r"\s*(?:\$ )?nanothink |\s*(?:error: |warning: )?\S+$", line
+        r"\s*(?:\$ )?(?:nanothink|mkdir) |\s*(?:error: |warning: )?\S+$", line
     )
 
 

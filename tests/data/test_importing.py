@@ -348,7 +348,7 @@ def test_several_sources_become_one_file(tmp_path, monkeypatch):
     put(tmp_path, "t/a.CSV", "text\nx\n")
     with pytest.raises(DataError, match="There is no document") as error:
         import_source("t", domain="d", data_dir="out2")
-    pattern = shlex.split(str(error.value).rpartition(": ")[2])[0]
+    pattern = shlex.split(str(error.value).rpartition("`nanothink data import ")[2].rstrip("`"))[0]
     assert import_source(pattern.replace("csv", "CSV"), domain="d", data_dir="out2").records == 1
 
 
