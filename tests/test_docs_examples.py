@@ -52,9 +52,10 @@ BENCH = [block for found in EXAMPLES.values() for block in found if block.mark =
 
 IN_PROSE = {f"nanothink {shlex.join(call)}" for page in PAGES for call in calls_in_prose(page)}
 IN_PROSE -= {f"nanothink {shlex.join(call)}" for _, call in CALLS}
-# Commands that need an argument or a terminal, or run until they are stopped: their help runs.
+# Commands that need an argument, a terminal or the network, or run until they are stopped: their help runs.
 NAMES = {
     "nanothink data import",
+    "nanothink data import hf:owner/name --config-name en --split train --domain pages",
     "nanothink checkpoints export",
     "nanothink checkpoints import",
     "nanothink checkpoints push",
