@@ -220,14 +220,15 @@ def evaluate_model(
         max_tokens: a random sample of whole documents of at most this many tokens in each domain.
         stage: name of the work in reports of progress.
         should_stop: called before each batch.
-        share: (index, number of shares): the batches scored here; ``Evaluation.added`` adds all shares.
+        share: (index, number of shares): the rows of each batch scored here; ``Evaluation.added`` adds all
+            shares. Each takes as many forward passes, in which processes may gather parameters together.
 
     Deterministic: a fixed sample, a fixed order, sums in float64. Leaves the model's training flag as it was.
     """
     number, n_shares = share
     scored = {name: stream.sample(max_tokens) for name, stream in streams.items() if stream.n_tokens}
     total = sum(stream.n_targets for stream in scored.values())
-    done = n_batches = 0
+    done = 0
     scores: dict[str, Score] = {}
     documents: dict[str, DocumentScores] = {}
     routing: dict[str, Routing] = {}
@@ -245,22 +246,24 @@ def evaluate_model(
                 for inputs, targets in validation_batches(stream, length, batch_size):
                     if should_stop is not None and should_stop():
                         raise EvaluationStopped
-                    real = targets != IGNORE
-                    n_real = int(real.sum())
-                    if n_real and n_batches % n_shares == number:
-                        tokens, following = inputs.to(precision.device), targets.to(precision.device)
+                    n_real = int((targets != IGNORE).sum())
+                    if n_real:
+                        start, stop = (len(inputs) * n // n_shares for n in (number, number + 1))
+                        rows = slice(start, max(stop, start + 1))
+                        own = targets[rows] if start < stop else torch.full_like(targets[rows], IGNORE)
+                        tokens, following = inputs[rows].to(precision.device), own.to(precision.device)
                         with precision.autocast():
                             if isinstance(model, NanoThink):
                                 likelihood, weights = model.likelihood_and_routing(tokens, following)
                                 routing[name] += _routing_over(weights[following != IGNORE], model)
                             else:
                                 likelihood = model.log_likelihood(tokens, following)
-                        places = first + np.flatnonzero(real.numpy())
-                        its = np.searchsorted(ends, places, side="right")
-                        sums = np.bincount(its - its[0], weights=likelihood.cpu()[real].numpy())
-                        nats[its[0] : its[0] + len(sums)] -= sums
-                    n_batches += 1
-                    first += real.numel()
+                        real = own != IGNORE
+                        places = first + start * targets.shape[1] + np.flatnonzero(real.numpy())
+                        if len(its := np.searchsorted(ends, places, side="right")):
+                            sums = np.bincount(its - its[0], weights=likelihood.cpu()[real].numpy())
+                            nats[its[0] : its[0] + len(sums)] -= sums
+                    first += targets.numel()
                     done += n_real
                     reporter.progress(stage, done, total)
                 scores[name] = Score(float(nats.sum()), stream.n_targets, stream.n_bytes)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -25,12 +23,9 @@ from nanothink.runs.preparing import RunSetup
 from nanothink.runs.saving import save_state
 from nanothink.runs.scoring import score
 from nanothink.suggestions import command
-from nanothink.training.distributed import Processes
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Callbacks, Run
 from nanothink.training.objectives import ExpertObjective
-
-T = TypeVar("T")
 
 _SAMPLED_DOMAINS = 3
 _QUESTION_TOKENS = 512
@@ -47,6 +42,10 @@ def make_callbacks(
         raise DataError("There is no validation text: every domain needs at least two characters of text.")
     sampling = SamplingConfig(max_new_tokens=max(1, train_config.sample_tokens), seed=train_config.seed)
 
+    def stopped() -> bool:
+        """Ask all processes, which compute in step."""
+        return processes.any(stop())
+
     def calibrate() -> float:
         if isinstance(run.model, NanoThink) and run.model.store_gate is not None:
             return 1.0  # its predictions are no softmax of scaled logits
@@ -55,7 +54,7 @@ def make_callbacks(
             {name: stream.sample(train_config.eval_max_tokens) for name, stream in setup.tokens.val.items()},
             length=setup.config.model.max_seq_len,
             precision=run.precision,
-            should_stop=stop,
+            should_stop=stopped,
             reporter=reporter,
         )
 
@@ -69,7 +68,7 @@ def make_callbacks(
             base=run.objective.base if isinstance(run.objective, ExpertObjective) else None,
             reporter=reporter,
             stage="validating",
-            should_stop=stop,
+            should_stop=stopped,
             share=(processes.rank, processes.size),
         )
 
@@ -78,37 +77,32 @@ def make_callbacks(
             processes.assert_same_on_all_ranks(
                 f"weights after step {run.state.step}", weights_checksum(run.placement.shared())
             )
-        with run.placement.whole():
-            own_scale = _unless_stopped(processes, calibrate)
+        with run.placement.in_step():
+            own_scale = calibrate()
             run.model.logit_scale = processes.all_reduce_sum([own_scale if processes.is_rank0 else 0.0])[0]
-            return _unless_stopped(processes, evaluate_share).added(processes.all_reduce_sum)
+            return evaluate_share().added(processes.all_reduce_sum)
 
-    def sample_here() -> Mapping[str, str]:
-        if not processes.is_rank0:
-            return {}
+    def sample() -> Mapping[str, str]:
         prompts = _sample_prompts(setup)
         tokenizer = setup.tokenizer
         written = [0] * len(prompts)
 
         def tell_or_leave(row: int, token: int) -> None:
-            if stop():
+            if stopped():
                 raise EvaluationStopped
             written[row] += 1  # the rows advance together
             reporter.progress(_SAMPLING, max(written) - 1, sampling.max_new_tokens)
 
-        continued = generate(
-            run.model,
-            list(prompts.values()),
-            sampling,
-            eos_id=tokenizer.eos_id,
-            on_token=tell_or_leave,
-        )
+        with run.placement.in_step():
+            continued = generate(
+                run.model,
+                list(prompts.values()),
+                sampling,
+                eos_id=tokenizer.eos_id,
+                on_token=tell_or_leave,
+            )
         reporter.progress(_SAMPLING, 1, 1)
         return {prompt: tokenizer.decode(new) for prompt, new in zip(prompts, continued, strict=True)}
-
-    def sample() -> Mapping[str, str]:
-        with run.placement.whole():
-            return _unless_stopped(processes, sample_here)
 
     def save(role: Role) -> Path:
         return save_state(setup, run, store, role)
@@ -154,13 +148,3 @@ def _first_question(stream: TokenStream) -> list[int] | None:
     if not len(answers) or not answers[0]:
         return None
     return [int(token) for token in inputs[1 : answers[0] + 1]]
-
-
-def _unless_stopped(processes: Processes, work: Callable[[], T]) -> T:
-    """Return ``work()``. Raises EvaluationStopped in all processes if one of them was stopped."""
-    done = None
-    with suppress(EvaluationStopped):
-        done = work()
-    if processes.any(done is None) or done is None:
-        raise EvaluationStopped
-    return done

@@ -81,10 +81,6 @@ class ModelSizes:
             memory["gradients"] += _FLOAT32 * (self.trained if n_windows > 1 else at_a_time)
         if n > 1:
             memory["gathered"] = _FLOAT32 * at_a_time
-            whole = self.weight_bytes
-            beside = memory["gathered"] + activations + memory["gradients"] - _FLOAT32 * -(-self.trained // n)
-            if whole > beside:  # an evaluation gathers all weights, and has no gradients
-                memory["evaluation"] = whole - beside
         return memory
 
 

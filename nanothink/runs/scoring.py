@@ -40,7 +40,7 @@ def score(
         model,
         streams,
         length=length,
-        batch_size=max(1, BATCH_TOKENS // length),
+        batch_size=max(1, BATCH_TOKENS // length) * share[1],
         precision=precision,
         max_tokens=max_tokens,
         reporter=reporter,

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nanothink.models.contract import Batch, LanguageModel, Loss
+from nanothink.models.contract import Batch, LanguageModel, Loss, State
+from nanothink.models.decoding import steps_by
 from nanothink.training.muon_rows import MatrixOwners, rows_by_rank
 from nanothink.training.optimizer import GroupedParameters
 
@@ -65,8 +66,12 @@ class Placement:
         return float(nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True))
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Context in which every process has the whole model, for evaluation and text: without gradients."""
+    def in_step(self) -> Iterator[None]:
+        """Context for evaluation and text, without gradients: every process calls the model as the others do.
+
+        Blocks are gathered as they are read. ``step`` gives all processes the logits of rank 0, so that they
+        draw the same tokens.
+        """
         yield
 
     def distributed(self, parameter: str, own: Tensor) -> Tensor:
@@ -128,11 +133,13 @@ class ShardedPlacement(Placement):
             root = part is model
             fully_shard(part, mesh=self.mesh, reshard_after_forward=not root, ignored_params=kept)
             if not root:
-                register_fsdp_forward_method(part, "hidden")
+                for method in ("hidden", "read"):
+                    register_fsdp_forward_method(part, method)
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit in self._units:
             unit.set_gradient_divide_factor(1.0)  # sums
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
+        self._gathered_once = False
         model.__dict__["sharded_loss"] = MethodType(_loss, model)
         register_fsdp_forward_method(model, "sharded_loss")
         kept_names = [name for name, parameter in model.named_parameters() if parameter in kept]
@@ -203,20 +210,29 @@ class ShardedPlacement(Placement):
         return math.sqrt(square) if square >= 0 else math.nan
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """See ``Placement.whole``."""
-        root = self._units[0]
-        root._get_fsdp_state()._lazy_init()  # else the first block that runs would take itself for the root
-        root.set_reshard_after_forward(False)
-        for unit in self._units:
-            unit.unshard()
-        try:
-            yield
-        finally:
+    def in_step(self) -> Iterator[None]:
+        """See ``Placement.in_step``."""
+        root, model = self._units[0], self.model
+        if not self._gathered_once:  # or what a forward pass in inference mode makes could not be trained
+            self._gathered_once = True
+            root._get_fsdp_state()._lazy_init()  # else the first block would take itself for the root
             for unit in self._units:
+                unit.unshard()
                 unit.reshard()
-            root.set_reshard_after_forward(True)
-            root.set_reshard_after_forward(False, recurse=False)
+
+        def step(tokens: Tensor, state: State) -> Tensor:
+            logits = type(model).step(model, tokens, state).contiguous()
+            torch.distributed.broadcast(logits, src=0)
+            return logits
+
+        model.__dict__["step"] = step
+        root.unshard()
+        try:
+            with steps_by("model"):  # programs would read rows for whole weights
+                yield
+        finally:
+            root.reshard()
+            del model.__dict__["step"]
 
     def distributed(self, parameter: str, own: Tensor) -> Tensor:
         """See ``Placement.distributed``."""

@@ -239,7 +239,7 @@ def test_a_loss_beyond_what_a_float_can_hold_is_still_a_perplexity() -> None:
 
 @pytest.mark.parametrize("n_shares", [2, 3, 50])
 def test_shares_add_up_to_the_whole(model: LanguageModel, tokens: TokenisedCorpus, n_shares: int) -> None:
-    """As processes share it out: no batch is left out, none scored twice. With 50 some have nothing to do."""
+    """As processes share it out: no row is left out, none scored twice. With 50 some have nothing to do."""
     shares = [score(model, tokens, share=(number, n_shares)) for number in range(n_shares)]
     given: list[list[float]] = []
     for share in shares:
@@ -249,7 +249,7 @@ def test_shares_add_up_to_the_whole(model: LanguageModel, tokens: TokenisedCorpu
     for domain, expected in whole.domains.items():
         found = added.domains[domain]
         assert (found.tokens, found.n_bytes) == (expected.tokens, expected.n_bytes)
-        assert found.nats == pytest.approx(expected.nats, rel=1e-9)
+        assert found.nats == pytest.approx(expected.nats, rel=1e-6)
     assert added.standard_error() is None, "no process knows what each document took"
 
 
