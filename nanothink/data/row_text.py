@@ -13,7 +13,7 @@ prompt, completion         strings, or lists of turns
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 
 from nanothink.data.messages import conversation_fields
@@ -65,13 +65,19 @@ class RowText:
         elif text_field is not None:
             self.names = (text_field,)
 
-    def columns(self, where: str, header: Iterable[object]) -> list[str]:
-        """Return the columns that the text is made of. Raises DataError if one is missing."""
+    def columns(
+        self, where: str, header: Iterable[object], first_row: Callable[[], Fields] | None = None
+    ) -> list[str]:
+        """Return the columns that the text is made of.
+
+        Raises DataError if one is missing, and suggests those that have text in ``first_row()``.
+        """
         known = [str(name) for name in header]
         if not self.names:
             needed = ["text"] if "text" in known else conversation_fields(known)
             if not needed:
-                raise no_such_field(where, "text", known)
+                texts = None if first_row is None else tuple(_with_text(first_row()))
+                raise no_such_field(where, "text", known, texts=texts)
             return needed
         for name in self.names:
             if _column(name, known) is None:
@@ -100,6 +106,15 @@ class RowText:
             if all(isinstance(item, Mapping) for item in value):
                 return _turns(value)
         return value
+
+
+def _with_text(fields: Fields) -> Iterator[str]:
+    """Names of the fields, inner ones too, that are strings or lists of them."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from (f"{name}.{inner}" for inner in _with_text(value))
+        elif isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            yield str(name)
 
 
 def _column(name: str, header: list[str]) -> str | None:

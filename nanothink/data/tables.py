@@ -106,7 +106,11 @@ def parquet_rows(path: Path, origin: str, text: RowText, findings: Findings) -> 
         try:
             table = pyarrow.parquet.ParquetFile(path)
             names = table.schema_arrow.names
-            needed = text.columns(shown(path), names)
+
+            def first_row() -> Fields:
+                return next((row for batch in table.iter_batches(1) for row in batch.to_pylist()), {})
+
+            needed = text.columns(shown(path), names, first_row)
             needed += [name for name in ("source", "group") if name in names and name not in needed]
             number = n_told = 0
             for batch in table.iter_batches(batch_size=1024, columns=needed):
@@ -140,7 +144,7 @@ def hub_rows(
         raise DataError(f"{note}Cannot load the data set '{name}', split '{split}': {reason}") from error
     if first is None:
         return
-    text.columns(f"The data set '{name}'", first)
+    text.columns(f"The data set '{name}'", first, lambda: first)
     number = 0
     try:
         for number, fields in enumerate(itertools.chain([first], rows), 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -133,13 +133,24 @@ def text_digest(file: TextIO) -> str:
     return digest.hexdigest()
 
 
-def no_such_field(where: str, name: str, fields: Iterable[object], *, in_template: bool = False) -> DataError:
-    """Make the error for a table without a column or key that is needed."""
+def no_such_field(
+    where: str,
+    name: str,
+    fields: Iterable[object],
+    *,
+    in_template: bool = False,
+    texts: Sequence[str] | None = None,
+) -> DataError:
+    """Make the error for a table without a column or key that is needed.
+
+    ``texts`` are the fields that can be text; None: any of them.
+    """
     names = [str(name) for name in fields]
     listed = ", ".join(names[:20]) or "none"
     message = f"{where} has no '{name}'.{did_you_mean(name, names)} It has: {listed}."
     if in_template:
         return DataError(f"{message} Correct the name in --template")
+    names = names if texts is None else list(texts)
     if not names:
         return DataError(f"{message} Name the one that holds the text: --text-field NAME")
     if len(names) == 1:

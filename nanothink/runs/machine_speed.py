@@ -19,6 +19,8 @@ from nanothink.training.objectives import ExpertObjective
 from nanothink.training.optimizer import GroupedOptimizer
 from nanothink.training.state import Plan, TrainState
 
+_LEAST_SECONDS = 1.0
+
 
 class MachineSpeed:
     """Times of training and scoring, measured at each call on random tokens.
@@ -55,7 +57,7 @@ class MachineSpeed:
             plan=Plan(shape.batch_size, shape.batch_size, 1),
             state=TrainState(),
         )
-        step_seconds = time_step(run, shape.batch_size)
+        step_seconds = time_step(run, shape.batch_size, _LEAST_SECONDS)
         inputs, targets = (t.to(self._device) for t in blocks.read(0, max(1, BATCH_TOKENS // shape.length)))
 
         def scored() -> object:

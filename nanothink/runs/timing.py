@@ -84,18 +84,24 @@ def time_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SILENT)
     return RunTime(step_seconds, evaluation_seconds, n_steps, n_evaluations, store_seconds)
 
 
-def time_step(run: Run, share: int) -> float:
+def time_step(run: Run, share: int, least_seconds: float = 0.0) -> float:
     """Median seconds of an optimizer step of ``share`` blocks in each of its forward passes.
 
     The first step of every size is not counted: it builds and allocates. Weights of ``run`` change.
+
+    Args:
+        least_seconds: how long steps are taken at least; a busy machine is slow for a moment, then is not.
     """
     accumulated = run.config.grad_accum_steps
 
     def seconds(n_blocks: int, passes: int = 1, rounds: int = _ROUNDS) -> float:
         config = run.config.model_copy(update={"batch_size": n_blocks, "grad_accum_steps": passes})
         part = replace(run, config=config)
-        taken = [seconds_of(lambda: take_step(part), run.precision.device) for _ in range(1 + rounds)]
-        return statistics.median(taken[1:])
+        take_step(part)
+        taken: list[float] = []
+        while len(taken) < rounds or (n_blocks == share and sum(taken) < least_seconds):
+            taken.append(seconds_of(lambda: take_step(part), run.precision.device))
+        return statistics.median(taken)
 
     one = seconds(1)
     if one * share * accumulated <= _STEP_SECONDS:

@@ -317,7 +317,8 @@ def _expert(text: TextSize, shape: Shape, unit: float, kind: str, seconds: float
     scored = (_EVALUATING * available / n_evaluations - _EVALUATION * unit) / time.token_seconds
     n_scored = int(min(max(scored, _FEWEST_TOKENS), _MOST_TOKENS, n_tokens // 9))
     evaluating = n_evaluations * (_EVALUATION * unit + n_scored * time.token_seconds)
-    steps = int((available - evaluating) / time.step_seconds)
+    # a quarter at least: on a busy machine what is no training is estimated by too much
+    steps = int(max(available - evaluating, seconds / 4) / time.step_seconds)
     steps = max(_FEWEST_STEPS // 3, min(steps, -(-most // shape.tokens_per_step)))
     return Stage(
         name="expert",

@@ -626,6 +626,10 @@ def test_parquet_is_read_by_batches(tmp_path):
     (tmp_path / "other").mkdir()
     refused(tmp_path / "other", tmp_path / "a.parquet", DataError, "has no 'text'.*body, source, other")
     refused(tmp_path / "other", tmp_path / "a.parquet", DataError, "no text in.*not int", text_field="other")
+    rows = [{"id": 1, "meta": {"title": "T", "n": 2}, "parts": ["One.", "Two."]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "inner.parquet")
+    suggested = r"--text-field parts`.*--template '\{meta.title\}\\n\\n\{parts\}'`"
+    refused(tmp_path / "other", tmp_path / "inner.parquet", DataError, suggested)
     broken = put(tmp_path, "b.parquet", b"PAR1 nothing of the kind PAR1")
     refused(tmp_path / "other", broken, DataError, "not sound Parquet")
 

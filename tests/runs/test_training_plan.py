@@ -115,6 +115,15 @@ def test_a_machine_that_became_slower_takes_fewer_steps() -> None:
     assert slower.seconds <= 240
 
 
+def test_an_expert_is_trained_though_the_machine_was_busy_when_it_was_timed() -> None:
+    """Ten steps of it would spoil the whole; later stages give way if it is late."""
+    plan = plan_of(1_000_000, 240, Machine(4))
+    kind = plan.kinds[1]
+    busy = Machine(12)(kind, plan.shape, plan.vocab_size)
+    stage = next(stage for stage in settled(plan, {kind: busy}).stages if stage.kind == kind)
+    assert stage.steps * busy.step_seconds > 240 / 40
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("90s", 90), ("10m", 600), ("2h", 7200), ("1h30m", 5400), ("1.5 h", 5400), ("90", 5400), ("1d", 86_400)],
