@@ -248,10 +248,12 @@ def evaluate_model(
                         raise EvaluationStopped
                     n_real = int((targets != IGNORE).sum())
                     if n_real:
-                        start, stop = (len(inputs) * n // n_shares for n in (number, number + 1))
+                        start, stop = (len(inputs) * at // n_shares for at in (number, number + 1))
                         rows = slice(start, max(stop, start + 1))
                         own = targets[rows] if start < stop else torch.full_like(targets[rows], IGNORE)
-                        tokens, following = inputs[rows].to(precision.device), own.to(precision.device)
+                        # A text that is shorter than a block takes no more than its own length.
+                        n = int((targets != IGNORE).any(0).nonzero().max()) + 1
+                        tokens, following = (x[:, :n].to(precision.device) for x in (inputs[rows], own))
                         with precision.autocast():
                             if isinstance(model, NanoThink):
                                 likelihood, weights = model.likelihood_and_routing(tokens, following)
@@ -261,7 +263,7 @@ def evaluate_model(
                         real = own != IGNORE
                         places = first + start * targets.shape[1] + np.flatnonzero(real.numpy())
                         if len(its := np.searchsorted(ends, places, side="right")):
-                            sums = np.bincount(its - its[0], weights=likelihood.cpu()[real].numpy())
+                            sums = np.bincount(its - its[0], weights=likelihood.cpu()[real[:, :n]].numpy())
                             nats[its[0] : its[0] + len(sums)] -= sums
                     first += targets.numel()
                     done += n_real

@@ -76,6 +76,7 @@ def positions(
     whole = validation_batches(stream.with_all_targets(), reading.length, batch_size)
     for (inputs, targets), wanted in zip(whole, _wanted(stream, reading.length, batch_size), strict=True):
         n_real = int((targets != IGNORE).sum())
+        inputs, targets = inputs[:, :n_real], targets[:, :n_real]  # short text takes no more than its length
         documents = np.searchsorted(ends, np.arange(first, first + n_real), side="right")
         first += n_real
         with torch.inference_mode(), reading.precision.autocast():

@@ -44,10 +44,14 @@ def tokens(tiny_corpus: Path, tokenizer: Tokenizer) -> TokenisedCorpus:
 
 @pytest.fixture
 def model(tokenizer: Tokenizer) -> LanguageModel:
+    return random_model(tokenizer, LENGTH)
+
+
+def random_model(tokenizer: Tokenizer, length: int) -> LanguageModel:
     config = resolve_config(
         assignments=[
             "model.d_model=16",
-            f"model.max_seq_len={LENGTH}",
+            f"model.max_seq_len={length}",
             "transformer.n_layers=1",
             "transformer.n_heads=2",
         ]
@@ -115,6 +119,24 @@ def test_it_is_deterministic(model: LanguageModel, tokens: TokenisedCorpus) -> N
 def test_the_batch_size_does_not_matter(model: LanguageModel, tokens: TokenisedCorpus) -> None:
     one, many = score(model, tokens, batch_size=1), score(model, tokens, batch_size=64)
     assert one.overall.nats == pytest.approx(many.overall.nats, rel=1e-6)
+
+
+def test_a_text_shorter_than_a_block_takes_no_more_than_its_length(
+    tokenizer: Tokenizer, tokens: TokenisedCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = max(stream.n_tokens for stream in tokens.val.values())
+    model = random_model(tokenizer, 4 * longest)
+    read, hidden = set(), model.hidden
+
+    def observed(x: torch.Tensor) -> torch.Tensor:
+        read.add(x.shape[1])
+        return hidden(x)
+
+    monkeypatch.setattr(model, "hidden", observed)
+    expected = score(model, tokens, length=longest).overall.bits_per_byte
+    found = score(model, tokens, length=4 * longest)
+    assert read == {stream.n_tokens for stream in tokens.val.values()}
+    assert found.overall.bits_per_byte == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_cap_takes_a_sample_of_whole_documents(model: LanguageModel, tokens: TokenisedCorpus) -> None:
