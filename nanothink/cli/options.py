@@ -12,6 +12,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -21,7 +22,7 @@ from typer.core import TyperCommand
 
 from nanothink.cli import completion
 from nanothink.cli.suggestions import calling, completed
-from nanothink.errors import NanoThinkError, UsageError
+from nanothink.errors import NanoThinkError, StorageError, UsageError
 from nanothink.models import COMBINED
 from nanothink.suggestions import suggest
 
@@ -76,22 +77,33 @@ _CHECKPOINTS = ("checkpoint", "expert", "transformer", "teacher", "init", "resum
 def _checkpoints_by_name(ctx: Any) -> dict[str, Any]:
     """Parameters that name checkpoints: ``code`` is ``checkpoints/code_expert.pt`` where no file is."""
     place = Path(ctx.params.get("checkpoint_dir") or "checkpoints")
-    endings = ("_interrupted", "") if ctx.command.name == "resume" or ctx.params.get("resume") else ("",)
-    names = [f"{{}}{kind}{ending}.pt" for ending in endings for kind in ("", "_expert", f"_{COMBINED}")]
+    resumes = ctx.command.name == "resume" or ctx.params.get("resume")
 
     def found(value: Any) -> Any:
         word = str(value)
         if value is None or word == NEWEST or os.path.lexists(word) or os.path.basename(word) != word:
             return value
-        stem = word.removesuffix(".pt")
-        files = (place / name.format(stem) for name in names)
-        return next((type(value)(file) for file in files if os.path.isfile(file)), value)
+        if word.endswith(".dcp"):
+            return type(value)(place / word) if os.path.isdir(place / word) else value
+        stems = [f"{word.removesuffix('.pt')}{kind}" for kind in ("", "_expert", f"_{COMBINED}")]
+        rolling = [path for stem in stems for path in _rolling(place, stem)[-1:]] if resumes else []
+        files = (*rolling, *(place / f"{stem}.pt" for stem in stems))
+        return next((type(value)(file) for file in files if os.path.exists(file)), value)
 
     return {
         name: [found(one) for one in value] if isinstance(value, (list, tuple)) else found(value)
         for name, value in ctx.params.items()
         if name in _CHECKPOINTS
     }
+
+
+def _rolling(checkpoint_dir: Path, stem: str) -> list[Path]:
+    """Rolling states of a run, the latest last."""
+    from nanothink.checkpoints import CheckpointStore
+
+    with suppress(UsageError, StorageError):  # no name of a run; a folder that cannot be read
+        return CheckpointStore(checkpoint_dir, stem).rolling()
+    return []
 
 
 def examples(*commands: str) -> str:

@@ -284,11 +284,12 @@ def _sound(
 
 def _nothing_trained(checkpoint_dir: Path, kind: str | None = None) -> CheckpointNotFoundError:
     how = suggest("train-mla") if kind == COMBINED else suggest("pretrain", kind or "transformer")
-    interrupted = [e for e in list_checkpoints(checkpoint_dir) if e.path.name.endswith("_interrupted.pt")]
+    named = ((entry.path, parse_name(entry.path.name)) for entry in list_checkpoints(checkpoint_dir))
+    interrupted = [path for path, name in named if name is not None and name.role == "interrupted"]
     if interrupted and kind is None:
         return CheckpointNotFoundError(
             f"No trained model in {checkpoint_dir}, but an interrupted run. Train it to its first "
-            f"validation: {suggest('resume', interrupted[0].path)}. Or name its checkpoint."
+            f"validation: {suggest('resume', interrupted[-1])}. Or name its checkpoint."
         )
     return CheckpointNotFoundError(
         f"No trained {kind or 'model'} in {checkpoint_dir}. Train one ({how}), or name a checkpoint."

@@ -201,3 +201,33 @@ def test_one_two_three_and_one_again_end_closely_where_one_does(
     for key, tensor in one["model_state"].items():
         difference = torch.linalg.vector_norm(other["model_state"][key] - tensor)
         assert difference <= 2e-3 * torch.linalg.vector_norm(tensor), key
+
+
+def test_a_folder_is_offered_found_by_name_and_set_aside_as_a_file_is(ground: Ground, tmp_path: Path) -> None:
+    """All that there is of a run of two processes that was stopped before its first validation."""
+    typed, store = ground.typed("transformer", tmp_path), CheckpointStore(tmp_path, stem("transformer"))
+    ended = ground.server.run(typed, strike=after_step(2, "SIGINT"), processes=2)
+    assert set(ended.codes) == {130}, ended.stderr
+    (first,) = store.rolling()
+    for command in (["eval"], ["generate", "x"]):
+        refused = ground.server.run([*command, "--checkpoint-dir", str(tmp_path)])
+        assert refused.code == 1
+        assert f"nanothink resume {first}" in " ".join(refused.stderr.split())
+
+    place = ["--checkpoint-dir", str(tmp_path)]
+    ended = ground.server.run(["resume", "transformer", *place], strike=after_step(3, "SIGINT"))
+    assert f"Resuming from {first}" in ended.stderr
+    assert store.rolling() == [store.interrupted], "one process writes a file"
+
+    aside = tmp_path / "replaced"
+    for n_processes in (2, 1):
+        (before,) = store.rolling()
+        done = read_checkpoint(before)["step"]
+        strike = after_step(1, "SIGINT")
+        ended = ground.server.run([*typed, "--overwrite"], strike=strike, processes=n_processes)
+        assert set(ended.codes) == {130}, ended.stderr
+        (kept,) = aside.glob(f"*/{before.name}")
+        assert read_checkpoint(kept)["step"] == done
+        assert [read_checkpoint(path)["step"] for path in store.rolling()] == [1]
+    ended = ground.server.run(["resume", str(kept)], strike=after_step(2, "SIGINT"))
+    assert f"Resuming from {kept}" in ended.stderr, "a folder that was set aside can be trained further"
