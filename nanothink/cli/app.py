@@ -40,7 +40,7 @@ from nanothink.cli import (
     train,
     train_mla,
 )
-from nanothink.cli.habits import commands_meant, domain_meant, option_meant
+from nanothink.cli.habits import calls_meant, domain_meant, option_meant
 from nanothink.cli.options import is_first_process, launched_with_others
 from nanothink.errors import (
     InterruptedRun,
@@ -50,7 +50,6 @@ from nanothink.errors import (
     ReaderGoneError,
     did_you_mean,
 )
-from nanothink.suggestions import suggest
 from nanothink.training.interruption import SignalListener, StopRequests, last_words, stopping_signals
 
 _ORDER = (
@@ -265,8 +264,8 @@ def _usage_error(error: Exception, args: Sequence[str]) -> int:
     context: Any = getattr(error, "ctx", None)
     word = message.split("'")[1] if message.startswith("No such command") and "'" in message else ""
     option = getattr(error, "option_name", "")
-    if word and context.parent is None and (meant := commands_meant(word, command_tree())):
-        message = f"No such command '{word}'. Did you mean {' or '.join(map(suggest, meant))}?"
+    if word and context.parent is None and (meant := calls_meant(args, command_tree())):
+        message = f"No such command '{word}'. Did you mean {' or '.join(meant)}?"
     elif word and "Did you mean" not in message:
         message += did_you_mean(word, getattr(context.command, "commands", {}))
     elif option and (call := option_meant(option, args)):

@@ -10,7 +10,7 @@ from nanothink.models import EXPERTS, training_section
 from nanothink.suggestions import domain_named_after, suggest
 
 _GUESSES = {
-    **dict.fromkeys(("finetune", "fine-tune", "fine_tune"), "pretrain transformer --init CHECKPOINT"),
+    **dict.fromkeys(("finetune", "fine-tune", "fine_tune"), "pretrain --help"),
     **dict.fromkeys(("chat", "infer", "inference", "predict", "complete", "run", "write"), "generate"),
     **dict.fromkeys(("evaluate", "test", "score", "perplexity", "benchmark"), "eval"),
     **dict.fromkeys(("combine", "merge", "train_mla", "mla", "train-nanothink", "nanothink"), "train-mla"),
@@ -28,7 +28,20 @@ _GUESSES = {
 """Commands that other programs have, and ours."""
 
 
-def commands_meant(word: str, tree: Any) -> list[str]:
+def calls_meant(args: Sequence[str], tree: Any) -> list[str]:
+    """The commands that an unknown one may mean: with its arguments, or with --help if it lacks some."""
+    found = []
+    for call in _commands_meant(args[0], tree):
+        target, words = tree, call.split()
+        while words and words[0] in getattr(target, "commands", {}):
+            target = target.commands[words.pop(0)]
+        lacks = len(args) == 1 and not words and any(p.required for p in target.params)
+        rest = [] if "--help" in call else ["--help"] if lacks else args[1:]
+        found.append(suggest(call, *rest))
+    return found
+
+
+def _commands_meant(word: str, tree: Any) -> list[str]:
     """The commands that an unknown one may mean, by habit, by kind of model, or by its name in a group."""
     if word in _GUESSES:
         return [_GUESSES[word]]

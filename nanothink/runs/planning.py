@@ -16,7 +16,7 @@ from nanothink.data.importing import document_texts
 from nanothink.data.problems import Problems
 from nanothink.data.records import iter_records
 from nanothink.data.sources import has_documents
-from nanothink.disk import make_folder, write_whole
+from nanothink.disk import make_folder, storage_error, write_whole
 from nanothink.errors import CheckpointError, DataError, UsageError
 from nanothink.models.joint_gate import GATE_PREFIX
 from nanothink.reporter import SILENT, Reporter
@@ -148,8 +148,11 @@ class PlanFile:
             ) from None
 
     def write(self, plan: TrainingPlan) -> None:
-        """Write the plan, whole or not at all, and the settings beside it. Raises StorageError."""
-        make_folder(self.path.parent)
+        """Write the plan, whole or not at all. Raises StorageError."""
+        try:
+            make_folder(self.path.parent)
+        except OSError as error:
+            raise storage_error(self.path, error, replaced=False) from None
         write_whole(self.path, plan.model_dump_json(indent=2).encode() + b"\n")
 
 
@@ -160,7 +163,6 @@ def write_settings(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:
         section, _, key = name.partition(".")
         sections.setdefault(section, []).append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
     lines = [line for section, own in sections.items() for line in (f"[{section}]", *own, "")]
-    make_folder(checkpoint_dir)
     path = checkpoint_dir / SETTINGS_FILE
     write_whole(path, "\n".join(lines).encode())
     return path

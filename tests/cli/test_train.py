@@ -16,7 +16,7 @@ import pytest
 
 from nanothink.cli.app import run
 from nanothink.cli.story import Story
-from nanothink.errors import CheckpointMismatchError, NanoThinkError, UsageError
+from nanothink.errors import CheckpointMismatchError, NanoThinkError, StorageError, UsageError
 from nanothink.runs.planning import PlanFile
 from nanothink.runs.training_plan import Shape, StepTime
 
@@ -131,6 +131,12 @@ def test_another_plan_or_text_is_refused_and_can_be_started_anew(
     trained = [words for words in commands.called if words[0] == "pretrain"]
     old = {"state_space", "transformer"}
     assert all(("--overwrite" in words) == (words[1] in old) for words in trained)
+
+
+def test_a_place_that_cannot_be_written_is_an_error(commands: Commands, text: Path) -> None:
+    with pytest.raises(StorageError, match=r"Cannot write /proc/models/plan\.json"):
+        story(commands, Path("/proc/models"), text).tell()
+    assert not commands.called
 
 
 def test_models_that_no_plan_has_made_are_kept(commands: Commands, text: Path) -> None:
