@@ -38,6 +38,15 @@ _STATE_SIZES = {
 }
 
 
+def is_gguf(path: Path) -> bool:
+    """True if a file begins as GGUF files do, whatever its name (Ollama keeps them by their digest)."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError as error:
+        raise CheckpointDamagedError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def read_gguf(path: Path) -> PublishedModel:
     """The model of a GGUF file.
 

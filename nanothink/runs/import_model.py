@@ -22,19 +22,19 @@ from nanothink.checkpoints import (
 )
 from nanothink.checkpoints.export import OWN_SECTION
 from nanothink.checkpoints.families import UnsupportedError, our_names, place_weights
-from nanothink.checkpoints.gguf_import import read_gguf
+from nanothink.checkpoints.gguf_import import is_gguf, read_gguf
 from nanothink.checkpoints.published import PublishedModel, read_published, refused
 from nanothink.checkpoints.split_record import UNKNOWN_TEXT
 from nanothink.checkpoints.store import REPLACED_FOLDER
 from nanothink.config.run import resolve_config
 from nanothink.data.hub import model_folder
 from nanothink.data.tokenizer_files import looks_like_path
-from nanothink.errors import CheckpointDamagedError, ConfigError, UsageError
+from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, ConfigError, UsageError
 from nanothink.models.contract import LanguageModel
 from nanothink.models.low_rank import keep_bfloat16
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.rebuilding import rebuild
-from nanothink.suggestions import again
+from nanothink.suggestions import again, suggest
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,13 @@ def import_model(
     if not folder.exists() and not looks_like_path(source):
         reporter.progress("fetching", 0, 0)
         folder = model_folder(source)
+    if folder.is_file() and folder.suffix.lower() != ".gguf" and not is_gguf(folder):
+        inside = (folder.parent / "config.json").is_file()
+        whole = f": {suggest('checkpoints import', folder.parent)}" if inside else " with its config.json"
+        raise CheckpointMismatchError(
+            f"{folder}: is no GGUF file. A model in transformers' format is imported by its folder{whole}. "
+            "NanoThink reads safetensors there, and unpickles nothing."
+        )
     found = read_gguf(folder) if folder.is_file() else read_published(folder)
     model, config = _ours(found, folder, context)
     n_rows = _n_rows(found)

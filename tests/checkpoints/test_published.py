@@ -493,3 +493,16 @@ def test_commands_take_an_imported_model(
     assert (row["trained_text_known"], row["seen_documents"]) == (False, 0)
     assert run(["eval", path, "--data-dir", str(data)]) == 0
     assert "trained on is unknown" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin"])
+def test_a_file_of_a_folder_is_answered_with_the_folder(
+    name: str, published: Callable[..., tuple[Path, Any]], tmp_path: Path
+) -> None:
+    folder, _ = published("Qwen3", **SHAPE)
+    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    with pytest.raises(CheckpointMismatchError, match=f"checkpoints import {folder}`.*unpickles nothing"):
+        import_model(str(folder / name), checkpoint_dir=tmp_path / "c")
+    (tmp_path / "alone.bin").write_bytes(b"PK\x03\x04")
+    with pytest.raises(CheckpointMismatchError, match="is no GGUF file"):
+        import_model(str(tmp_path / "alone.bin"), checkpoint_dir=tmp_path / "c")
