@@ -115,7 +115,10 @@ class Story:
         done = sum(stage.done for stage in plan.stages)
         what = f"{self.checkpoint_dir} has a plan of {rounded_duration(plan.time_seconds)} for "
         what += f"{plan.data_dir}, of which {counted(done, 'stage')} of {len(plan.stages)} are done"
-        anew = f"To start anew: {again('--overwrite')}; to keep both: another --checkpoint-dir."
+        time_asked, experts = self._asked(plan)
+        words = [*([] if self.seconds else time_asked), *([] if self.kinds else experts)]
+        overwrite = again("--overwrite", *words)
+        anew = f"To start anew: {overwrite}; to keep both: another --checkpoint-dir."
         if self.data_dir not in (None, plan.data_dir) or self.kinds not in (None, plan.kinds):
             raise UsageError(
                 f"{what}, with the experts {', '.join(plan.kinds)}. To continue it: `{here}`. {anew}"
@@ -129,22 +132,24 @@ class Story:
             raise CheckpointMismatchError(
                 f"The text in {plan.data_dir} is not what this plan began with ({plan.text.n_bytes:,} bytes "
                 f"then, {found.n_bytes:,} now), and models of different texts do not combine. To train on "
-                f"the text as it is now: {again('--overwrite')}, or another --checkpoint-dir."
+                f"the text as it is now: {overwrite}, or another --checkpoint-dir."
             )
         return plan
 
     def _continues(self, plan: TrainingPlan) -> str:
         device = ["--device", self.device] if self.device else []
-        whole, rest = divmod(plan.time_seconds, 60)
+        time_asked, experts = self._asked(plan)
         # both are said, or a message would be completed by what was asked for
-        asked = [
-            "--time",
-            f"{plan.time_seconds:g}s" if rest else f"{whole:g}m",
-            "--experts",
-            ",".join(plan.kinds),
-        ]
+        asked = [*time_asked, *experts]
         place = ["--checkpoint-dir", str(self.checkpoint_dir)]
         return shlex.join(["nanothink", "train", plan.data_dir, *asked, *place, *device])
+
+    @staticmethod
+    def _asked(plan: TrainingPlan) -> tuple[list[str], list[str]]:
+        """The options that asked for the time and the experts of a plan."""
+        whole, rest = divmod(plan.time_seconds, 60)
+        duration = f"{plan.time_seconds:g}s" if rest else f"{whole:g}m"
+        return ["--time", duration], ["--experts", ",".join(plan.kinds)]
 
     def _new_plan(self) -> TrainingPlan:
         from nanothink.checkpoints import CheckpointStore

@@ -110,7 +110,7 @@ def test_a_killed_one_continues_with_the_stage_that_it_was_in(commands: Commands
     [
         ({"seconds": 700}, UsageError, "To continue it: `nanothink train"),
         ({"kinds": ("transformer",)}, UsageError, "To continue it: `nanothink train"),
-        ({"text": "more"}, CheckpointMismatchError, "To train on the text as it is now: `--overwrite`"),
+        ({"text": "more"}, CheckpointMismatchError, "To train on the text as it is now: `--overwrite --exp"),
     ],
 )
 def test_another_plan_or_text_is_refused_and_can_be_started_anew(
@@ -214,6 +214,19 @@ def test_the_command_that_continues_is_the_plans_whatever_was_asked_for(
     assert words[words.index("--time") + 1] == "630s"
     assert words[words.index("--experts") + 1] == "state_space,transformer"
     assert run([*words, "--dry-run"]) == 0
+
+
+def test_a_changed_text_is_trained_on_by_the_command_that_is_suggested(
+    commands: Commands, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert story(commands, commands.folder, text, seconds=36_000, kinds=("transformer",)).tell() == 0
+    with (text / "letters" / "texts.jsonl").open("a") as file:
+        file.write('{"text": "One more."}\n')
+    capsys.readouterr()
+    assert run(["train", str(text), "--checkpoint-dir", str(commands.folder)]) == 1
+    (suggested,) = re.findall(r"`nanothink (train .*?)`", capsys.readouterr().err)
+    assert "--experts transformer" in suggested
+    assert run([*shlex.split(suggested), "--dry-run"]) == 0
 
 
 @pytest.mark.bench
