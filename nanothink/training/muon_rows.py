@@ -15,6 +15,13 @@ import torch
 from torch import Tensor, nn
 
 Orthogonalise = Callable[[Tensor], Tensor]
+"""Of a matrix, or of several (B, M, N)."""
+
+_AT_ONCE = 64
+"""Smaller side up to which a CPU is faster at all matrices of a shape in one product (docs/log.md).
+
+On CUDA one launch serves all of them, whatever their size; that was not measured.
+"""
 
 
 class MatrixOwners:
@@ -80,7 +87,9 @@ class _Exchange:
         self.work.wait()
         pieces = torch.split(self.arriving, self.incoming)
         whole = [piece.view(self.n_own, n, self.shape[1]) for piece, n in zip(pieces, self.rows, strict=True)]
-        made = [orthogonalise(matrix) for matrix in torch.cat(whole, 1)]
+        matrices = torch.cat(whole, 1)
+        at_once = matrices.is_cuda or min(self.shape) <= _AT_ONCE
+        made = orthogonalise(matrices) if at_once and len(matrices) else [orthogonalise(m) for m in matrices]
         returned = [
             rows.reshape(-1)
             for of_process in zip(*(torch.split(matrix, self.rows) for matrix in made), strict=True)

@@ -298,25 +298,27 @@ def orthogonalised(
 ) -> torch.Tensor:
     """(M, N) with its singular values brought near 1 by Newton-Schulz steps (Jordan et al. 2024).
 
-    In ``dtype``, as is the result.
+    Of several, (B, M, N), each by itself. In ``dtype``, as is the result.
     """
     x = matrix.to(dtype, copy=True)
-    if matrix.shape[0] > matrix.shape[1]:
-        x = x.t()  # the smaller of the two Gram matrices
-    x = x.div_(x.norm().clamp(min=eps))
-    rows, columns = x.shape
+    if matrix.shape[-2] > matrix.shape[-1]:
+        x = x.mT  # the smaller of the two Gram matrices
+    norm = x.norm() if x.ndim == 2 else torch.stack([each.norm() for each in x]).view(-1, 1, 1)
+    x = x.div_(norm.clamp(min=eps))
+    rows, columns = x.shape[-2:]
     # by count, what the second way saves begins at N = 2 M; it squares what 16 bits have no digits for
     steps = _steps_on_gram if dtype is torch.float32 and columns >= 3 * rows else newton_schulz
     x = steps(x, coefficients, n_steps)
-    return x.t() if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
 
 
 def newton_schulz(x: torch.Tensor, coefficients: tuple[float, float, float], n_steps: int) -> torch.Tensor:
-    """Set x to (a I + b G + c G^2) x with G = x x^T, as often as asked. (M, N), M <= N."""
+    """Set x to (a I + b G + c G^2) x with G = x x^T, as often as asked. (M, N) or (B, M, N), M <= N."""
     a, b, c = coefficients
+    added = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(n_steps):
-        gram = x @ x.t()
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = x @ x.mT
+        x = added(x, added(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
@@ -327,11 +329,11 @@ def _steps_on_gram(x: torch.Tensor, coefficients: tuple[float, float, float], n_
     commute; so x itself is needed only at the end.
     """
     a, b, c = coefficients
-    gram = x @ x.t()
-    factor = torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    added = torch.addmm if x.ndim == 2 else torch.baddbmm
+    factor = gram = x @ x.mT
     for step in range(n_steps):
-        q = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        q.diagonal().add_(a)
+        q = added(gram, gram, gram, beta=b, alpha=c)
+        q.diagonal(dim1=-2, dim2=-1).add_(a)
         factor = q @ factor if step else q
         if step + 1 < n_steps:
             gram = q @ gram @ q

@@ -127,6 +127,15 @@ def test_orthogonalised_is_newton_schulz_as_the_definition_reads(
     assert float((found - expected).norm() / expected.norm()) < tolerance
 
 
+@pytest.mark.parametrize("shape", [(5, 16, 48), (3, 96, 24), (2, 20, 20), (1, 7, 8)])
+def test_several_matrices_are_orthogonalised_as_each_alone(shape: tuple[int, int, int]) -> None:
+    several = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    settings = NS_COEFFICIENTS, NS_STEPS, 1e-7, torch.float32
+    together = orthogonalised(several, *settings)
+    alone = torch.stack([orthogonalised(matrix, *settings) for matrix in several])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_a_muon_update_has_the_size_of_an_adamw_update() -> None:
     """Lr keeps its meaning: the root mean square of one update is about 0.2 times the rate."""
     matrix = nn.Parameter(torch.zeros(64, 32))
