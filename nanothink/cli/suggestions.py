@@ -131,8 +131,9 @@ def _completed_call(text: str) -> str:
     kept = set(given) - _ONCE if again else _kept(path, call) & set(given)
     if path[0] == "config":
         kept = set()  # one of the options may be what is wrong
-    if "expert" in has:
-        kept.discard("checkpoint")  # either names the model
+    for named, other in (("expert", "checkpoint"), ("checkpoint", "expert")):  # either names the model
+        if named in has:
+            kept.discard(other)
     added = {name: given[name] for name in kept if name not in has or name == "assignments"}
     if "assignments" in added:
         added["assignments"] = [v for v in added["assignments"] if not _is_set(v, has.get("assignments"))]

@@ -14,7 +14,8 @@ from nanothink import __version__
 from nanothink.checkpoints import CheckpointStore, read_summary
 from nanothink.config import TrainConfig
 from nanothink.data.corpus import find_corpus
-from nanothink.errors import CheckpointError, StorageError, counted
+from nanothink.errors import CheckpointError, InterruptedRun, StorageError, counted
+from nanothink.inference.evaluate import EvaluationStopped
 from nanothink.models import training_of
 from nanothink.models.precision import choose_device
 from nanothink.reporter import SILENT, Reporter
@@ -110,9 +111,18 @@ def pretrain(spec: RunSpec, configure: Configure, reporter: Reporter = SILENT) -
                 blocks_per_step=run.plan.blocks_per_step,
             )
         )
-        finished = train(run, make_callbacks(setup, run, store, reporter, stop))
-
-        fitted = processes.rank0_first(lambda: (finish_best(setup, run, store, reporter), ""), lambda _: None)
+        callbacks = make_callbacks(setup, run, store, reporter, stop)
+        finished = train(run, callbacks)
+        fitting = reporter if processes.size > 1 else _UntilStopped(reporter, stop)
+        try:
+            fitted = processes.rank0_first(
+                lambda: (finish_best(setup, run, store, fitting), ""), lambda _: None
+            )
+        except EvaluationStopped:
+            raise InterruptedRun(
+                f"Stopped by {stop.name} after step {finished.step} of {run.plan.total_steps}. Paused and "
+                f"saved. Resume with: {callbacks.resume_command()}"
+            ) from None
         if fitted is not None:
             finished = replace(finished, best_loss=fitted.overall.loss)
             reporter.event(Evaluated(finished.step, finished.epoch, fitted, True, 0, fitted=True))
@@ -129,6 +139,21 @@ def pretrain(spec: RunSpec, configure: Configure, reporter: Reporter = SILENT) -
             if ending_is_kept:  # else a resume would train the finished run further
                 store.remove_interrupted()
         return finished
+
+
+class _UntilStopped(Reporter):
+    """Passes reports on, and raises EvaluationStopped at the first progress after a stop was asked for."""
+
+    def __init__(self, reporter: Reporter, stop: StopRequest) -> None:
+        self._reporter, self._stop = reporter, stop
+
+    def note(self, message: str) -> None:
+        self._reporter.note(message)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if self._stop():
+            raise EvaluationStopped
+        self._reporter.progress(stage, done, total)
 
 
 def _earlier_ending(setup: RunSetup) -> RunFinished | None:

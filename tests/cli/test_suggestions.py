@@ -14,6 +14,7 @@ from conftest import made_up_texts, write_domain
 from forking_shell import quick
 
 from nanothink.cli.app import command_tree, run
+from nanothink.cli.suggestions import calling, completed
 from nanothink.suggestions import again
 from nanothink.training import loop
 
@@ -213,6 +214,16 @@ def test_a_suggestion_keeps_what_was_typed(
     assert suggested
     given, kept = shlex.split(shared), shlex.split(suggested[1])
     assert sorted(kept) == sorted([*given, "--skip-bad-records"])
+
+
+def test_a_model_that_a_message_names_is_not_one_of_the_call_too() -> None:
+    tree = command_tree()
+    root = tree.make_context("nanothink", [], resilient_parsing=True)
+    words = ["--expert", "a.pt", "--checkpoint-dir", "m"]
+    call = tree.commands["train-mla"].make_context("train-mla", words, parent=root, resilient_parsing=True)
+    with calling(call):
+        completing = completed("`nanothink store build -c m.pt`")
+    assert completing == "`nanothink store build -c m.pt --checkpoint-dir m`"
 
 
 def test_a_run_that_was_killed_before_its_first_validation_is_resumed(

@@ -23,6 +23,7 @@ from nanothink.config.run import resolve_config
 from nanothink.errors import InterruptedRun, UsageError
 from nanothink.models import COMBINED
 from nanothink.models.nanothink import NanoThink
+from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.experts import find_experts
 from nanothink.runs.pretraining import pretrain as pretrain_run
 from nanothink.runs.resuming import RunSpec
@@ -241,6 +242,28 @@ def test_each_stage_of_a_run_is_told_to_its_end(
     for stage, reports in told.items():
         assert all(done <= total for done, total in reports), stage
         assert reports[-1][0] == reports[-1][1], stage
+
+
+def test_a_stop_while_the_gate_is_fitted_ends_the_run_and_a_resume_fits_it(phase2: Phase2) -> None:
+    values = {"train_mla.fit": "gate", "vector_store.enabled": True, "vector_store.max_keys": 500}
+    values = {**PHASE, **values, "data.data_dir": phase2.data}
+    assignments = [f"{name}={value}" for name, value in values.items()]
+
+    def trained(folder: str, reporter: Reporter, **more: Any) -> Any:
+        spec = RunSpec(COMBINED, phase2.root / folder, device="cpu", **more)
+        pretrain_run(spec, lambda base: resolve_config(base=base, assignments=assignments), reporter)
+        return dict(read_checkpoint(phase2.root / folder / f"{STEM}.pt"))["model_state"]
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "joint gate: fitting" and done == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(InterruptedRun, match=r"Paused and saved\. Resume with: nanothink resume"):
+        trained("stopped", Told(progress=stop), experts=phase2.experts)
+    resumed = trained("stopped", SILENT, resume="newest")
+    expected = trained("whole", SILENT, experts=phase2.experts)
+    assert any("joint_gate" in name for name in expected)
+    assert_same(resumed, expected)
 
 
 def test_kept_states_change_no_bit(phase2: Phase2) -> None:
