@@ -4,9 +4,9 @@
     python benchmarks/process_memory.py --measured
 
 Computed as by --dry-run: nothing is trained or allocated, models are built on the device "meta". Measured:
-two processes on this CPU (gloo) begin, stop and resume a transformer of 85 M parameters and NanoThink over
-it; the most resident memory of each until the first step, in an evaluation with samples, and while the best
-model is written. Both tables are in docs/distributed.md.
+two processes on this CPU (gloo) begin, stop and resume a transformer of 38 M parameters and NanoThink over
+it; the most resident memory of each until it trains or validates, in a validation with samples, while the
+best model is written, and in a step. Both tables are in docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -42,19 +42,25 @@ VOCABULARY, LENGTH, BLOCKS = 32_000, 2048, 4  # blocks of text that a process co
 GPUS = (1, 8, 64)
 _RAW = argparse.RawDescriptionHelpFormatter
 
-MEASURED = {**SHAPES["125 M"], "transformer.ffn_mult": 8 / 3, "model.max_seq_len": 32}
+MEASURED = {
+    "model.d_model": 512,
+    "model.max_seq_len": 32,
+    "transformer.n_layers": 12,
+    "transformer.n_heads": 8,
+    "transformer.ffn_mult": 8 / 3,
+}
 PHASE = {
     "batch_size": 2,
     "grad_accum_steps": 1,
-    "max_steps": 4,
+    "max_steps": 3,
     "eval_every_steps": 2,
     "eval_max_tokens": 100,
     "sample_tokens": 3,
     "amp_dtype": "float32",
     "log_every_steps": 1,
 }
-STOPPED_AFTER = 3  # steps
-MOMENTS = ("until the first step", "evaluation and samples", "best model written")
+STOPPED_AFTER = 2  # steps: the resumed run validates before it trains
+MOMENTS = ("when it begins", "validation and samples", "best model written", "a step")
 
 
 def main() -> None:
@@ -101,7 +107,7 @@ def measure() -> None:
                 *("train-mla", *place, "--expert", str(folder / "checkpoints/transformer_expert.pt")),
                 *_settings({f"train_mla.{name}": value for name, value in PHASE.items()}),
                 # the experts are shared out too
-                *_settings({"train_mla.fit": "full", "train_mla.states_disk_gb": 0, "mla.n_heads": 12}),
+                *_settings({"train_mla.fit": "full", "train_mla.states_disk_gb": 0, "mla.n_heads": 8}),
             ],
         }
         print("| model | weights | run | process | " + " | ".join(MOMENTS) + " |")
@@ -126,7 +132,14 @@ def _two(folder: Path, arguments: list[str], *, stops: bool) -> list[tuple[int, 
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(result), str(int(stops)), *arguments],
-            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                **address,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "OMP_NUM_THREADS": "1",
+                "MALLOC_MMAP_THRESHOLD_": "131072",
+            },
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -163,8 +176,11 @@ def train_and_measure(result: str, stops: str, *arguments: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         tensors = run.model.state_dict().values()
         sizes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        taken = take_measured(run)
         Path(result).write_text(json.dumps([sizes, peaks]))
-        return take_step(run)
+        return taken
+
+    take_measured = measured(MOMENTS[3], take_step)
 
     def evaluating(run: loop.Run, callbacks: loop.Callbacks) -> None:
         peaks.setdefault(MOMENTS[0], _peak_bytes())
@@ -179,9 +195,6 @@ def train_and_measure(result: str, stops: str, *arguments: str) -> None:
                 save=lambda role: write_best(role) if role == "best" else save(role),
             ),
         )
-        told = Path(result)
-        if told.exists():
-            told.write_text(json.dumps([json.loads(told.read_text())[0], peaks]))
 
     loop.take_step, loop._evaluate = stepping, evaluating
     sys.exit(run_command(list(arguments)))

@@ -8,7 +8,7 @@ process that has least to do (Graham 1969). While one shape is worked on, the ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,38 +38,40 @@ class MatrixOwners:
         self.owner = {own: rank for (own, _), rank in zip(matrices, dealt, strict=True)}
 
     def orthogonalised(
-        self, ahead: Sequence[tuple[nn.Parameter, Tensor]], orthogonalise: Orthogonalise, dtype: torch.dtype
-    ) -> list[tuple[nn.Parameter, Tensor]]:
-        """Own rows of each matrix, orthogonalised.
+        self,
+        moving: Sequence[nn.Parameter],
+        ahead: Callable[[nn.Parameter], Tensor],
+        orthogonalise: Orthogonalise,
+        dtype: torch.dtype,
+    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Own rows of each matrix, orthogonalised; shape by shape, so that few are held at a time.
 
         Args:
-            ahead: parameter, and own rows of the matrix to orthogonalise.
+            ahead: gives own rows of the matrix to orthogonalise; called once for each of ``moving``.
             dtype: of the result.
         """
-        by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
-        for own, rows in ahead:
-            by_shape.setdefault(self.shapes[own], []).append((own, rows))
-        done: list[tuple[nn.Parameter, Tensor]] = []
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for own in moving:
+            by_shape.setdefault(self.shapes[own], []).append(own)
         pending = [_Exchange(self, shape, entries) for shape, entries in by_shape.items()]
         if pending:
-            pending[0].gather()
+            pending[0].gather(ahead)
         for i, exchange in enumerate(pending):
             if i + 1 < len(pending):
-                pending[i + 1].gather()
+                pending[i + 1].gather(ahead)
             exchange.work_and_return(orthogonalise, dtype)
             if i:
-                done += pending[i - 1].received()
-        return done + (pending[-1].received() if pending else [])
+                yield from pending[i - 1].received()
+        if pending:
+            yield from pending[-1].received()
 
 
 class _Exchange:
     """The matrices of one shape, on their way to their owners and back."""
 
-    def __init__(
-        self, owners: MatrixOwners, shape: torch.Size, entries: Sequence[tuple[nn.Parameter, Tensor]]
-    ) -> None:
+    def __init__(self, owners: MatrixOwners, shape: torch.Size, entries: Sequence[nn.Parameter]) -> None:
         self.shape, self.rank, self.size = shape, owners.rank, owners.size
-        self.by_owner = [[e for e in entries if owners.owner[e[0]] == r] for r in range(self.size)]
+        self.by_owner = [[own for own in entries if owners.owner[own] == r] for r in range(self.size)]
         self.n_own = len(self.by_owner[self.rank])
         self.rows = rows_by_rank(shape[0], self.size)
         width = shape[1]
@@ -77,33 +79,40 @@ class _Exchange:
         self.outgoing = [len(group) * self.rows[self.rank] * width for group in self.by_owner]
         self.incoming = [self.n_own * n * width for n in self.rows]
 
-    def gather(self) -> None:
+    def gather(self, ahead: Callable[[nn.Parameter], Tensor]) -> None:
         """Send rows to the owners."""
-        parts = [rows.reshape(-1) for group in self.by_owner for _, rows in group]
+        parts = [ahead(own).reshape(-1) for group in self.by_owner for own in group]
         self.arriving, self.work = self._exchange(torch.cat(parts), self.outgoing, self.incoming)
 
     def work_and_return(self, orthogonalise: Orthogonalise, dtype: torch.dtype) -> None:
         """Orthogonalise the matrices of this process, and send their rows back."""
-        self.work.wait()
-        pieces = torch.split(self.arriving, self.incoming)
-        whole = [piece.view(self.n_own, n, self.shape[1]) for piece, n in zip(pieces, self.rows, strict=True)]
-        matrices = torch.cat(whole, 1)
+        matrices = self._arrived()
         at_once = matrices.is_cuda or min(self.shape) <= _AT_ONCE
-        made = orthogonalise(matrices) if at_once and len(matrices) else [orthogonalise(m) for m in matrices]
+        made = orthogonalise(matrices) if at_once and self.n_own else [orthogonalise(m) for m in matrices]
         returned = [
             rows.reshape(-1)
             for of_process in zip(*(torch.split(matrix, self.rows) for matrix in made), strict=True)
             for rows in of_process
         ]
-        flat = torch.cat(returned) if returned else self.arriving.new_empty(0, dtype=dtype)
+        flat = torch.cat(returned) if returned else matrices.new_empty(0, dtype=dtype)
         self.arriving, self.work = self._exchange(flat, self.incoming, self.outgoing)
+
+    def _arrived(self) -> Tensor:
+        """The matrices of this process, (B, M, N)."""
+        self.work.wait()
+        pieces = torch.split(self.arriving, self.incoming)
+        del self.arriving
+        return torch.cat(
+            [piece.view(self.n_own, n, self.shape[1]) for piece, n in zip(pieces, self.rows, strict=True)], 1
+        )
 
     def received(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Own rows of all matrices."""
         self.work.wait()
-        entries = [entry for group in self.by_owner for entry in group]
+        entries = [own for group in self.by_owner for own in group]
         pieces = self.arriving.view(len(entries), self.rows[self.rank], self.shape[1])
-        return [(own, piece) for (own, _), piece in zip(entries, pieces, strict=True)]
+        del self.arriving
+        return list(zip(entries, pieces, strict=True))
 
     def _exchange(self, flat: Tensor, outgoing: list[int], incoming: list[int]) -> tuple[Tensor, Any]:
         arriving = flat.new_empty(sum(incoming))

@@ -264,8 +264,11 @@ class FastMuon(_Eager, Muon):
                     update = orthogonalise(self._look_ahead(parameter, group["momentum"]))
                     self._move(parameter, update, parameter.shape, group)
                 continue
-            ahead = [(parameter, self._look_ahead(parameter, group["momentum"])) for parameter in moving]
-            for parameter, update in self.owners.orthogonalised(ahead, orthogonalise, self.dtype):
+
+            def ahead(parameter: torch.Tensor, momentum: float = group["momentum"]) -> torch.Tensor:
+                return self._look_ahead(parameter, momentum)
+
+            for parameter, update in self.owners.orthogonalised(moving, ahead, orthogonalise, self.dtype):
                 self._move(parameter, update, self.owners.shapes[parameter], group)
 
     def _look_ahead(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:

@@ -48,6 +48,11 @@ def in_save(nth: int, call: str, rank: int, *, after: bool = False) -> dict[str,
     return {"call": where, "nth": nth, "signals": ["SIGKILL"], "rank": rank, "after": after}
 
 
+def in_validation(call: str, sent: str) -> dict[str, Any]:
+    """In the second process."""
+    return {"call": f"nanothink.runs.callbacks:{call}", "signals": [sent], "rank": 1}
+
+
 MOMENTS: list[tuple[str, dict[str, Any], int]] = [
     # (moment, strike, step of the state that is left). What is done since the rolling state is done again.
     ("one killed with half of the second window done", in_backward(3, "SIGKILL"), 0),
@@ -59,7 +64,9 @@ MOMENTS: list[tuple[str, dict[str, Any], int]] = [
     ),
     ("one killed with its rows written, and no manifest", in_save(1, "_own_rows", 1), 3),
     ("stopped in the middle of an epoch", after_step(6, "SIGINT"), 6),
-    ("killed with all written, and the folder not renamed", in_save(1, "sync_tree", 0, after=True), 6),
+    ("one killed in a validation", in_validation("score", "SIGKILL"), 6),
+    ("one stopped while samples are written, before they count", in_validation("generate", "SIGTERM"), 8),
+    ("killed with all written, and the folder not renamed", in_save(1, "sync_tree", 0, after=True), 8),
     (
         "stopped with the last step of an epoch done, and not its validation",
         after_step(AN_EPOCH, "SIGINT"),
@@ -73,7 +80,7 @@ MOMENTS: list[tuple[str, dict[str, Any], int]] = [
     ("killed a step later", after_step(14, "SIGKILL"), 12),
     ("stopped again", after_step(18, "SIGTERM"), 18),
 ]
-FEW = (1, 3, 4, 9)
+FEW = (1, 3, 4, 6)
 
 
 @pytest.fixture(scope="module")
