@@ -265,7 +265,8 @@ def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) 
     with render.training_view() as view, called_as(spec.command):
         finished = run_training(spec, configure, view)
     best = spec.store.best
-    data = read_description(spec.checkpoint_dir / "runs" / spec.stem).get("data")
+    found = read_description(spec.checkpoint_dir / "runs" / spec.stem).get("data")
+    data = found if isinstance(found, dict) else {}
     # The run is complete and saved: failing to print its summary is not a failure of the run.
     with output.optional_results() as lost:
         if as_json:
@@ -278,11 +279,13 @@ def train(spec: RunSpec, configure: Configure, *, dry_run: bool, as_json: bool) 
                     "best_loss": finished.best_loss,
                     "validation": view.last_validation,
                     "seconds": finished.seconds,
-                    "n_bad_lines": data.get("n_bad_lines", 0) if isinstance(data, dict) else 0,
+                    "n_bad_lines": data.get("n_bad_lines", 0),
                 }
             )
         else:
-            render.training_summary(spec.stem, finished, best, view)
+            render.training_summary(
+                spec.stem, finished, best, view, answers=bool(data.get("has_conversations"))
+            )
     if lost and isinstance(lost[0], ReaderGoneError):
         return lost[0].exit_code if as_json else 0
     if lost:

@@ -128,6 +128,7 @@ def description(setup: RunSetup, run: Run) -> dict[str, Any]:
             "train_tokens": {d: s.n_tokens for d, s in setup.tokens.train.items()},
             "validation_tokens": {d: s.n_tokens for d, s in setup.tokens.val.items()},
             "n_bad_lines": setup.tokens.skipped_records,
+            "has_conversations": setup.tokens.has_conversations,
         },
         "precision": {
             "device": str(setup.precision.device),

@@ -161,7 +161,12 @@ def test_the_first_prompt_of_a_sample_is_a_whole_question(trained: Path) -> None
 
 
 def test_resumed_is_never_interrupted(
-    data: Path, tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Path
+    data: Path,
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trained: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     read = TrainingBatches.read
     calls = []
@@ -175,7 +180,10 @@ def test_resumed_is_never_interrupted(
     with monkeypatch.context() as patch:
         patch.setattr(TrainingBatches, "read", struck)
         assert run(words("transformer", data, tiny_tokenizer, tmp_path)) == 130
+    capsys.readouterr()
     assert run(["resume", str(tmp_path / "transformer_expert_interrupted.pt")]) == 0
+    shown = capsys.readouterr()
+    assert "Try it: nanothink generate --chat 'Who are you?' --checkpoint" in shown.out + shown.err
     states = [read_checkpoint(f / "transformer_expert.pt") for f in (tmp_path, trained)]
     assert states[0]["tokenizer"] == states[1]["tokenizer"]
     assert states[0]["best_loss"] == states[1]["best_loss"]

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from nanothink.training.events import RunFinished
 
 
-def training_summary(name: str, finished: RunFinished, best: Path, view: TrainingView) -> None:
+def training_summary(
+    name: str, finished: RunFinished, best: Path, view: TrainingView, *, answers: bool = False
+) -> None:
     trained = finished.step > 0  # not where everything is fitted on held-out text
     epochs = counted(finished.epoch, "whole epoch")
     done = f"{finished.reason}, {epochs}" if trained else "fitted, not trained"
@@ -46,7 +48,8 @@ def training_summary(name: str, finished: RunFinished, best: Path, view: Trainin
         _trust(shown)
     if best.exists():
         say(f"Best model: {best}")
-        say(f"Try it: {command('generate', 'The beginning of a text of yours', '--checkpoint', best)}")
+        asked = ["--chat", "Who are you?"] if answers else ["The beginning of a text of yours"]
+        say(f"Try it: {command('generate', *asked, '--checkpoint', best)}")
 
 
 def _errors_by_level(evaluation: Evaluation) -> None:
