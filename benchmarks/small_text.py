@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from side_by_side import call, machine
+
+import nanothink
 
 SHAPES = (
     ("state_space", 128),
@@ -168,8 +171,9 @@ class Measurement:
             checkpoint, trained = self._train(
                 setting.name, "expert", seed, given, "pretrain", setting.kind, *tokenizer
             )
-            validation = trained["validation"]["overall"]["bits_per_byte"]
-            self._add(setting.name, checkpoint, validation=[validation])
+            text = trained["validation"]["overall"]  # of the last evaluation, not the best
+            best = trained["best_loss"] * text["tokens"] / math.log(2) / text["bytes"]
+            self._add(setting.name, checkpoint, validation=[best])
         return self.rows.get(setting.name)
 
     def combined(self, members: Sequence[Setting], mode: str) -> dict[str, Any] | None:
@@ -194,8 +198,9 @@ class Measurement:
                 for part in ("--expert", self.checkpoints / f"{member.name}_expert.pt")
             ]
             checkpoint, _ = self._train(short, "nanothink_mla", self.seed, given, "train-mla", *experts)
-            cache = mode == "memories"
-            validation = bits(checkpoint, cache=cache) if cache else []
+            # Where the validation text is too little to fit a gate on, there is no document cache.
+            cache = mode == "memories" and nanothink.load(checkpoint).model.joint_gate is not None
+            validation = bits(checkpoint, cache=cache) if mode == "memories" else []
             self.spent[name] = self.spent.get(short, 0.0)
             self._add(name, checkpoint, validation=validation, cache=cache, members_seconds=sum(costs))
         return self.rows.get(name)
@@ -234,7 +239,7 @@ class Measurement:
         other = bits(checkpoint, "--data-dir", self.folder / "other", "--split", "all", cache=cache)
         spent = members_seconds + self.spent[name]
         found = {"validation": validation, "other": other}
-        self.rows[name] = {"name": name, "cpu_seconds": spent, "bits": found}
+        self.rows[name] = {"name": name, "checkpoint": str(checkpoint), "cpu_seconds": spent, "bits": found}
         self._write(self.rows[name])
         print(f"{self.megabytes:g} MB, seed {self.seed}: {name}: {other[-1]:.4f}", file=sys.stderr)
 
@@ -308,8 +313,9 @@ def measure(options: argparse.Namespace, megabytes: float, seed: int) -> list[li
     print("\n| vector store, joint gate | CPU seconds | validation | other text | and document cache |")
     print("|---|---:|---:|---:|---:|")
     for name, row in (singles | nanothinks).items():
-        stored, cached = row["bits"]["other"]
-        print(f"| {name} | {row['cpu_seconds']:,.0f} | {validated(row):.4f} | {stored:.4f} | {cached:.4f} |")
+        stored, *cached = row["bits"]["other"]
+        last = f"{cached[0]:.4f}" if cached else "no gate"
+        print(f"| {name} | {row['cpu_seconds']:,.0f} | {validated(row):.4f} | {stored:.4f} | {last} |")
     where = [f"{megabytes:g}", str(seed), f"{len(swept)} of {len(whole)}"]
     return [where + row for row in claims(old, singles, nanothinks, phases)]
 

@@ -101,6 +101,11 @@ SMALL = {
             "Mamba, transformers",
         ),
     ),
+    "repetition.py": Small(
+        "--texts 2 --tokens 4 --prompt 40 --continued 40",
+        rows=3,
+        named=("the text itself", "no cache, temperature 0.8", "document cache, temperature 0.8"),
+    ),
     "serving.py": Small("--seconds 1 --clients 1 2 --tokens 4", rows=2, said=(r"left with 0\.",)),
     "malformed_requests.py": Small("--examples 1 --mutated 100", rows=1, said=(r"left with 0\.",)),
     # A process for each point, so each kind has its turn in one of the four.
