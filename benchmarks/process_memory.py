@@ -115,7 +115,9 @@ def measure() -> None:
         for kind, command in commands.items():
             for run, arguments in (("new", command), ("resumed", [*command, "--resume"])):
                 for rank, (n_bytes, found) in enumerate(_two(folder, arguments, stops=run == "new")):
-                    cells = " | ".join(f"{found.get(moment, 0) / 1e6:.0f}" for moment in MOMENTS)
+                    cells = " | ".join(
+                        f"{found[moment] / 1e6:.0f}" if moment in found else "" for moment in MOMENTS
+                    )
                     print(f"| {kind} | {n_bytes / 1e6:.0f} | {run} | {rank} | {cells} |", flush=True)
 
 

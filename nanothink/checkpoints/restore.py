@@ -66,19 +66,19 @@ class LoadReport:
         return lines
 
 
-def model_state(model: nn.Module) -> dict[str, Tensor]:
+def model_state(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """Parameters and persistent buffers on the CPU, contiguous, under names without wrapper prefixes.
 
     Not a snapshot: on a CPU the tensors are the live ones, to be written before the next step. Copying them
     would double the memory of the model for nothing. Tied parameters appear under each of their
-    names and share their storage, so the file holds them once.
+    names and share their storage, so the file holds them once. ``keep``: see ``gathered``.
     """
     state: dict[str, Tensor] = {}
     copies: dict[tuple[object, ...], Tensor] = {}
     for name, tensor in model.state_dict().items():
         key = _identity(tensor)
         if key not in copies:
-            copies[key] = gathered(tensor).detach().to("cpu").contiguous()
+            copies[key] = gathered(tensor, keep=keep).detach().to("cpu").contiguous()
         state[_bare(name)] = copies[key]
     if isinstance(model, LanguageModel) and model.joint_gate is not None:
         gate = model.joint_gate.weights.items()
@@ -86,10 +86,16 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that several processes hold; every one of them must call it."""
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
+def gathered(tensor: Tensor, *, keep: bool = True) -> Tensor:
+    """The whole of a tensor that several processes hold; every one of them must call it.
+
+    Args:
+        keep: False in a process that only helps: it gets an empty tensor.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    whole: Tensor = tensor.full_tensor()
+    return whole if keep else whole.new_empty(0)
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -50,14 +50,15 @@ def checkpoint_payload(setup: RunSetup, run: Run, *, whole: bool = True) -> Chec
     """Everything that changes the next step, as plain containers and tensors.
 
     Args:
-        whole: bring tensors that several processes hold together, for which every process must call it.
+        whole: bring tensors that several processes hold together, on rank 0. Every process must call it, and
+            the payload of the others is of no use.
     """
-    state = run.state
+    state, keep = run.state, run.processes.is_rank0
     return {
         "format_version": FORMAT_VERSION,
         "kind": run.model.kind,
-        "model_state": model_state(run.model) if whole else run.model.state_dict(),
-        "optimizer_state": _whole(run.optimizer.state_dict()) if whole else run.optimizer.state_dict(),
+        "model_state": model_state(run.model, keep=keep) if whole else run.model.state_dict(),
+        "optimizer_state": _whole(run.optimizer.state_dict(), keep) if whole else run.optimizer.state_dict(),
         "step": state.step,
         "epoch": state.epoch,
         "position": state.position,
@@ -82,11 +83,11 @@ def checkpoint_payload(setup: RunSetup, run: Run, *, whole: bool = True) -> Chec
     }
 
 
-def _whole(state: Any) -> Any:
-    """The same nested containers, tensors that several processes hold brought together."""
+def _whole(state: Any, keep: bool) -> Any:
+    """The same nested containers, tensors that several processes hold brought together; see ``gathered``."""
     if isinstance(state, dict):
-        return {name: _whole(value) for name, value in state.items()}
-    return gathered(state).cpu() if isinstance(state, torch.Tensor) else state
+        return {name: _whole(value, keep) for name, value in state.items()}
+    return gathered(state, keep=keep).cpu() if isinstance(state, torch.Tensor) else state
 
 
 def built_on(setup: RunSetup) -> dict[str, Any]:
