@@ -37,6 +37,8 @@ class ModelSizes:
     largest_block: int
     bfloat16: int = 0
     """Those of ``frozen`` that take two bytes."""
+    frozen_gathered: int = 0
+    """Those of ``frozen`` that are gathered at a time: beside adapters, or of the largest frozen expert."""
 
     @property
     def weight_bytes(self) -> int:
@@ -58,6 +60,7 @@ class ModelSizes:
             outside_blocks=trained - sum(in_blocks),
             largest_block=max(in_blocks, default=0),
             bfloat16=bfloat16,
+            frozen_gathered=_gathered(model) - trained + sum(in_blocks) - 2 * max(in_blocks, default=0),
         )
 
     def memory(self, n_processes: int, shard: Shard, n_windows: int, activations: int) -> dict[str, int]:
@@ -80,8 +83,18 @@ class ModelSizes:
             # gradients not added over the processes yet: all, where a window has several passes
             memory["gradients"] += _FLOAT32 * (self.trained if n_windows > 1 else at_a_time)
         if n > 1:
-            memory["gathered"] = _FLOAT32 * at_a_time
+            memory["gathered"] = _FLOAT32 * (at_a_time + self.frozen_gathered)
         return memory
+
+
+def _gathered(model: LanguageModel) -> int:
+    """Numbers of parameters gathered at a time: those in no block, two blocks, and as much of one expert."""
+    inside = [m for m in model.modules() if isinstance(m, LanguageModel) and m is not model]
+    of_experts = {parameter for expert in inside for parameter in expert.parameters()}
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    own = sum(p.numel() for p in model.parameters() if p not in of_experts)
+    outside = own - sum(blocks)
+    return outside + 2 * max(blocks, default=0) + max(map(_gathered, inside), default=0)
 
 
 def with_recomputation(model: LanguageModel, activations: int, n_tokens: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nanothink.config import TrainExpertConfig
 from nanothink.config.run import resolve_config
 from nanothink.models import build_model
+from nanothink.models.nanothink import NanoThink
 from nanothink.runs.memory import Choice, ModelSizes, choices
 
 SIZES = ModelSizes(trained=1000, frozen=200, moments=1500, outside_blocks=300, largest_block=100)
@@ -26,7 +27,18 @@ def test_parameters_are_counted_by_what_becomes_of_them() -> None:
     in_blocks = sum(p.numel() for block in model.blocks for p in block.parameters())
     assert (sizes.trained, sizes.frozen, sizes.moments) == (total, 0, 2 * total - matrices)
     assert sizes.outside_blocks == total - in_blocks
+    assert sizes.frozen_gathered == 0
     assert ModelSizes.of(model, TrainExpertConfig(optimizer="adamw")).moments == 2 * total
+
+
+def test_of_frozen_experts_one_is_gathered_at_a_time() -> None:
+    config = resolve_config(assignments=["model.d_model=16", "transformer.n_heads=2", "mla.n_heads=2"]).config
+    experts = [build_model("transformer", config, 20) for _ in range(2)]
+    model = NanoThink(20, config.model, config.mla, {"a": experts[0], "b": experts[1]})
+    alone = ModelSizes.of(experts[0].requires_grad_(True), TrainExpertConfig())
+    model.experts.requires_grad_(False)
+    expected = alone.outside_blocks + 2 * alone.largest_block
+    assert ModelSizes.of(model, TrainExpertConfig()).frozen_gathered == expected
 
 
 def test_what_is_shared_out_and_what_is_gathered() -> None:
