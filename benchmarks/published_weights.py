@@ -233,7 +233,8 @@ def main() -> None:
         print(f"|{8 * '---|'}", flush=True)
         for kilobytes in asked.kilobytes:
             for way in asked.ways:
-                asking = f"{asked.data_dir} {kilobytes} {way} {asked.epochs} {asked.steps} {asked.length}"
+                chosen = ("data_dir", "model", "epochs", "steps", "length", "batch", "rank", "settings")
+                asking = f"{kilobytes} {way} {[str(getattr(asked, name)) for name in chosen]}"
                 found = [row for row in rows if row["asked"] == asking]
                 if not found:
                     data, held_out = work / "data" / str(kilobytes), work / "data" / "held_out"
