@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=400, help="characters of each prompt")
     parser.add_argument("--continued", type=int, default=500, help="characters of the text itself after it")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.8])
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="of generate; 1 is none")
     parser.add_argument("--samples", type=int, default=0, help="texts of each that are shown")
     options = parser.parse_args()
 
@@ -67,10 +68,20 @@ def main() -> None:
         print(f"| {name} | {total:,} | {shares} | {100 * again / max(1, total):.1f} % |", flush=True)
 
     report("the text itself", [text[options.prompt :][: options.continued] for text in chosen])
+    penalty = ["--repetition-penalty", str(options.repetition_penalty)]
     for temperature in options.temperatures:
         how = ["--max-new-tokens", str(options.tokens), "--temperature", str(temperature), "--seed", "0"]
         for name, cache in (("no cache", []), ("document cache", ["--document-cache"])):
-            command = ["generate", *prompts, "--checkpoint", options.checkpoint, "--ignore-eos", *how, *cache]
+            command = [
+                "generate",
+                *prompts,
+                "--checkpoint",
+                options.checkpoint,
+                "--ignore-eos",
+                *how,
+                *penalty,
+                *cache,
+            ]
             samples = call(*command)["samples"]
             report(f"{name}, temperature {temperature:g}", [sample["text"] for sample in samples])
     for i in range(min(options.samples, len(chosen))):
