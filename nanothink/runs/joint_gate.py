@@ -211,6 +211,8 @@ def _fit_gate(model: LanguageModel, setup: RunSetup, text: _Text, reporter: Repo
     """The joint gate over the model, its vector store if it has one, and the document cache."""
     cache, length = setup.config.document_cache, setup.config.model.max_seq_len
     reading = Reading(length, setup.precision, cache.window_tokens, cache.n_neighbours)
+    own = setup.training.batch_size * length  # more tokens at a time would take more memory than training
+    reading = replace(reading, batch_tokens=min(own, reading.batch_tokens))
     stored = isinstance(model, NanoThink) and model.vector_store is not None
     names = MEMORIES if stored else (DOCUMENT_CACHE,)
     unigram = unigram_log_frequencies(setup.tokens.train, model.vocab_size).to(setup.precision.device)

@@ -113,6 +113,7 @@ def pretrain(spec: RunSpec, configure: Configure, reporter: Reporter = SILENT) -
         )
         callbacks = make_callbacks(setup, run, store, reporter, stop)
         finished = train(run, callbacks)
+        run.optimizer.release()  # the best checkpoint is read in its place
         fitting = reporter if processes.size > 1 else _UntilStopped(reporter, stop)
         try:
             fitted = processes.rank0_first(

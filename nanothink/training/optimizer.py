@@ -91,6 +91,12 @@ class GroupedOptimizer:
     def parameters(self) -> list[nn.Parameter]:
         return [p for o in self.optimizers.values() for group in o.param_groups for p in group["params"]]
 
+    def release(self) -> None:
+        """Give the memory of gradients and moments back: training is over."""
+        self.zero_grad()
+        for optimizer in self.optimizers.values():
+            optimizer.state.clear()
+
     def set_fraction(self, fraction: float) -> None:
         """Set every group's rate to ``fraction`` of its peak."""
         for optimizer in self.optimizers.values():

@@ -56,6 +56,22 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw() -> None:
     assert set(plain.optimizers) == {"adamw"}
 
 
+def test_released_it_holds_no_moments_and_no_gradients() -> None:
+    optimizer = GroupedOptimizer(_groups(), TrainExpertConfig())
+    _step(optimizer, 0)
+    assert any(tensor.numel() > 1 for tensor in _moments(optimizer))
+    for parameter in optimizer.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.release()
+    assert not _moments(optimizer)
+    assert all(parameter.grad is None for parameter in optimizer.parameters)
+
+
+def _moments(optimizer: GroupedOptimizer) -> list[torch.Tensor]:
+    kept = [state for o in optimizer.optimizers.values() for state in o.state.values()]
+    return [value for state in kept for value in state.values() if isinstance(value, torch.Tensor)]
+
+
 def test_rates_are_lr_times_multiplier_times_schedule() -> None:
     config = TrainExpertConfig(lr=1e-3, lr_matrices=2, lr_embeddings=3, lr_head=4, lr_other=5)
     optimizer = GroupedOptimizer(_groups(), config)
