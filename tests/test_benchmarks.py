@@ -153,6 +153,7 @@ SMALL = {
         f"--steps 1 {TINY}", rows=7, named=("muon",)
     ),
     "optimizers.py": Small(f"--steps 1 {TINY}", rows=13, named=("adamw", "muon")),
+    "process_memory.py --measured": Small("", rows=8, named=("transformer", "nanothink_mla", "resumed")),
     "process_memory.py": Small("", rows=6, named=("125 M", "7 B")),
     "published_weights.py": Small(
         "--data-dir DATA --kilobytes 8 --held-out 4 --ways frozen lora --steps 1 --batch 1 --length 32",

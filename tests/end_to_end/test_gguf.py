@@ -1,7 +1,7 @@
 """`checkpoints export --format gguf`: llama.cpp predicts what the checkpoint predicts, from the same tokens.
 
-llama.cpp comes in the package xllamacpp, of the extra ``bench``, as a server in this process. Without it
-these tests are skipped.
+llama.cpp comes in the package xllamacpp, of the extra ``bench``, as a server in this process. Tests that ask
+it are of ``make test-bench``.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def exported(tiny_tokenizer: Path, tmp_path: Path) -> Any:
     return write
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("quantization", ["f32", "q8_0"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_llama_cpp_predicts_the_same(shape: str, quantization: str, exported: Any) -> None:
@@ -84,6 +85,7 @@ def test_llama_cpp_predicts_the_same(shape: str, quantization: str, exported: An
                 assert divergence(expected, found) < 0.01
 
 
+@pytest.mark.bench
 def test_llama_cpp_reads_the_same_tokens(exported: Any) -> None:
     checkpoint, file = exported("mamba")
     ours = package.load(checkpoint).tokenizer

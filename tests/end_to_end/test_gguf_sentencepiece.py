@@ -100,6 +100,7 @@ def odd_texts() -> list[str]:
     return [*texts(), *runs, "a<think>b <think> c", " <s>", "\u2581x", "", " "]
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("prefix", [{}, {"add_space_prefix": False, "add_bos_token": False}])
 def test_llama_cpp_reads_the_same_tokens(
     prefix: Mapping[str, Any], pieces: list[Piece], tmp_path: Path

@@ -95,7 +95,7 @@ def running(
     assert ready.wait(30)
     yield found
     server.should_exit = True
-    thread.join(30)
+    thread.join(90)  # it drains for a minute at most
     assert not thread.is_alive()
     assert found.failures == []
 
