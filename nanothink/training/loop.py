@@ -268,7 +268,9 @@ def _advice(run: Run) -> str:
     if plan.is_over(state) or not 0 < 2 * state.best_step <= plan.total_steps:
         return ""
     epochs = max(1, round(state.best_step * plan.blocks_per_step / plan.n_blocks))
-    retry = again("--max-epochs", epochs, "--overwrite")
+    by_steps = run.config.max_steps is not None  # which decides where both are given
+    shorter = ("--max-steps", state.best_step) if by_steps else ("--max-epochs", epochs)
+    retry = again(*shorter, "--overwrite")
     return (
         f"Loss was lowest at step {state.best_step:,} of {plan.total_steps:,}, while the learning rate was "
         f"still high. Retry with a shorter schedule: {retry}"

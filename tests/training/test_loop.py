@@ -239,6 +239,9 @@ def test_stopping_before_the_rate_has_come_down_is_said_with_what_to_do() -> Non
     (advice,) = harness.notes
     assert "lowest at step 20 of 130, while the learning rate was still high" in advice
     assert "--max-epochs 3 --overwrite" in advice
+    harness = Harness(validation=losses, n_blocks=13, max_steps=130, early_stopping_patience=3)
+    harness.go()
+    assert "--max-steps 20 --overwrite" in harness.notes[0]
 
 
 @pytest.mark.parametrize(
