@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from side_by_side import plain_environment
 
 from nanothink.config.run import resolve_config
 from nanothink.models import build_model, training_of
@@ -97,7 +98,9 @@ def measure() -> None:
         nanothink = [sys.executable, "-m", "nanothink"]
         place = ["--data-dir", str(folder / "data"), "--checkpoint-dir", str(folder / "checkpoints")]
         tokenizer = ["--vocab-size", "320", "--out", str(folder / "tokenizer")]
-        subprocess.run([*nanothink, "tokenizer", "train", *place[:2], *tokenizer], check=True)
+        subprocess.run(
+            [*nanothink, "tokenizer", "train", *place[:2], *tokenizer], env=plain_environment(), check=True
+        )
         commands = {
             "transformer": [
                 *("pretrain", "transformer", *place, "--tokenizer", str(folder / "tokenizer")),
@@ -135,7 +138,7 @@ def _two(folder: Path, arguments: list[str], *, stops: bool) -> list[tuple[int, 
         subprocess.Popen(
             [sys.executable, __file__, str(result), str(int(stops)), *arguments],
             env={
-                **os.environ,
+                **plain_environment(),
                 **address,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side_by_side import machine
+from side_by_side import machine, plain_environment
 
 from nanothink.errors import UsageError
 from nanothink.inference.evaluate import DocumentScores, Evaluation, Score
@@ -59,10 +59,9 @@ class Cost:
     def call(self, *arguments: str | Path) -> Any:
         """Run a command with ``--json``; returns what it prints."""
         line = [sys.executable, "-m", "nanothink", *map(str, arguments), "--json"]
-        unset = {name: value for name, value in os.environ.items() if not name.startswith("NANOTHINK_")}
         with tempfile.TemporaryFile("w+") as shown:
             start = time.perf_counter()
-            child = subprocess.Popen(line, stdout=shown, env=unset)
+            child = subprocess.Popen(line, stdout=shown, env=plain_environment())
             _, status, used = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
             self.seconds += time.perf_counter() - start

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -40,6 +41,11 @@ def call(*arguments: str | Path) -> Any:
     if code:
         raise SystemExit(code)
     return json.loads(shown.getvalue())
+
+
+def plain_environment() -> dict[str, str]:
+    """The environment without settings of NanoThink, which are not those of the models measured."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("NANOTHINK_")}
 
 
 def machine(device: str | torch.device = "cpu") -> str:

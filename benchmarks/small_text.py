@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from side_by_side import call, machine
+from side_by_side import call, machine, plain_environment
 
 import nanothink
 
@@ -376,6 +376,8 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="train nothing: the tables of what is there")
     parser.add_argument("--set", action="append", default=[], help="a setting of every training")
     options = parser.parse_args()
+    for name in os.environ.keys() - plain_environment().keys():
+        del os.environ[name]
     options.out.mkdir(parents=True, exist_ok=True)
     rows = [row for m in options.megabytes for seed in options.seeds for row in measure(options, m, seed)]
     print(f"\n{machine()}\n")
