@@ -129,7 +129,7 @@ def _settings(settings: dict[str, Any]) -> list[str]:
 
 
 def _two(folder: Path, arguments: list[str], *, stops: bool) -> list[tuple[int, dict[str, int]]]:
-    """What each of two processes measured: bytes of the model's weights, peaks by moment."""
+    """Run two processes; returns for each the bytes of the model's weights, and its peaks by moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}

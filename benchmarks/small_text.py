@@ -118,7 +118,7 @@ def write_text(source: Path, folder: Path, megabytes: float, held_out: float, lo
 
 
 def cpu_seconds() -> float:
-    """Of this process and the children that it waited for."""
+    """CPU seconds of this process and the children that it waited for."""
     return sum(os.times()[:4])
 
 

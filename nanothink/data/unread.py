@@ -52,7 +52,7 @@ def why_not_read(folder: Path, names: Sequence[str]) -> Iterator[str]:
 
 
 def import_of(root: Path) -> str:
-    """What to do with the files below a folder without domains: the start of a sentence, with a command."""
+    """Advice for files below a folder without domains: the start of a sentence, with a command."""
     name, document, table = domain_named_after(root) or "texts", False, ""
     for parent, folders, names in os.walk(root):
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))

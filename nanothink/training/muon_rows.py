@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 Orthogonalise = Callable[[Tensor], Tensor]
-"""Of a matrix, or of several (B, M, N)."""
+"""Orthogonalises a matrix, or several (B, M, N)."""
 
 _AT_ONCE = 64
 """Smaller side up to which a CPU is faster at all matrices of a shape in one product (docs/log.md).

@@ -139,7 +139,7 @@ def test_two_processes_resumed_at_every_moment_are_the_same_run(
 def test_two_processes_resume_from_the_best_state_and_from_a_snapshot(
     kind: str, ground: Ground, by_two: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Which are all that is left where someone has removed the rolling state."""
+    """These two are left where someone has removed the rolling state."""
     typed, store = arguments(ground, kind, tmp_path), CheckpointStore(tmp_path, stem(of(kind)))
     for step, left in ((6, store.best), (14, tmp_path / f"{store.stem}_epoch1.dcp")):
         ended = ground.server.run([*typed, "--resume"], strike=after_step(step, "SIGINT"), processes=2)
