@@ -21,7 +21,7 @@ import pytest
 import nanothink
 from nanothink.cli.app import run
 from nanothink.cli.interactive import Session
-from nanothink.cli.line_editor import edited
+from nanothink.cli.line_editor import edited, line_editing
 from nanothink.runs.trained_model import TrainedModel
 
 TINY = [
@@ -177,6 +177,21 @@ def test_a_text_is_saved_in_a_new_file_only(typed: Typed, tmp_path: Path) -> Non
 def test_without_a_terminal_it_is_refused(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", "--interactive", *more]) == 2
     assert "echo 'Once upon a time' | nanothink generate" in capsys.readouterr().err
+
+
+def test_tab_completes_the_commands_of_this_session_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with line_editing(["system", "save"]):
+        complete = readline.get_completer()
+        assert complete is not None
+        assert [complete("/s", number) for number in range(3)] == ["/system ", "/save ", None]
+        assert complete("/continue", 0) is None
+    with line_editing(["again"]):
+        found = readline.get_completer()
+        assert found is not None
+        assert found("/s", 0) is None
 
 
 BY_LIBEDIT = "libedit" in (readline.__doc__ or "")
