@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from nanothink.cli import completion, push
-from nanothink.cli.options import CheckpointDir, ForgivingCommand, Json, NewestCheckpoint
+from nanothink.cli.options import (
+    CheckpointDir,
+    ForgivingCommand,
+    Json,
+    NewestCheckpoint,
+    argument,
+    flag,
+    option,
+)
 from nanothink.suggestions import command
 
 if TYPE_CHECKING:
@@ -57,10 +65,7 @@ def list_all(checkpoint_dir: CheckpointDir = Path("checkpoints"), as_json: Json 
 @app.command(cls=ForgivingCommand)
 def show(
     checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT", help="A checkpoint file.", autocompletion=completion.checkpoints
-        ),
+        Path, argument("CHECKPOINT", "A checkpoint file.", complete=completion.checkpoints)
     ],
     as_json: Json = False,
 ) -> None:
@@ -134,10 +139,10 @@ def show(
 def verify(
     checkpoint: Annotated[
         list[Path] | None,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="Checkpoint files. [default: all in --checkpoint-dir]",
-            autocompletion=completion.checkpoints,
+        argument(
+            "CHECKPOINT",
+            "Checkpoint files. [default: all in --checkpoint-dir]",
+            complete=completion.checkpoints,
         ),
     ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
@@ -173,10 +178,8 @@ def verify(
 @app.command(cls=ForgivingCommand)
 def prune(
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
-    keep: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Undamaged epoch snapshots to keep of each run.")
-    ] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+    keep: Annotated[int, option("N", "Undamaged epoch snapshots to keep of each run.", min=1)] = 1,
+    dry_run: Annotated[bool, flag("--dry-run", "Only list what would be removed.")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove old epoch snapshots and what killed saves left behind.
@@ -198,19 +201,15 @@ def prune(
 
 @app.command("import", cls=ForgivingCommand)
 def import_(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="SOURCE", help="A model folder, a GGUF file, or a name on the Hub."),
-    ],
+    source: Annotated[str, argument("SOURCE", "A model folder, a GGUF file, or a name on the Hub.")],
     name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The checkpoint is NAME_expert.pt. [default: SOURCE's name]"),
+        str | None, option("NAME", "The checkpoint is NAME_expert.pt. [default: SOURCE's name]")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="Tokens of context. [default: the model's own]")
+        int | None, option("N", "Tokens of context. [default: the model's own]", min=2)
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint of that name; it is moved to replaced/.")
+        bool, flag("--overwrite", "Replace a checkpoint of that name; it is moved to replaced/.")
     ] = False,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     as_json: Json = False,
@@ -259,27 +258,21 @@ def import_(
 
 @app.command(cls=ForgivingCommand)
 def export(
-    to: Annotated[
-        Path, typer.Option("--to", metavar="PATH", help="Folder to write, or the file of --format gguf.")
-    ],
+    to: Annotated[Path, option("PATH", "Folder to write, or the file of --format gguf.", "--to")],
     checkpoint: NewestCheckpoint = None,
     format: Annotated[
         Literal["transformers", "gguf"],
-        typer.Option(
+        option(
+            "FORMAT",
+            "transformers: a model folder. gguf: a file for llama.cpp, Ollama and others.",
             "--format",
-            metavar="FORMAT",
-            help="transformers: a model folder. gguf: a file for llama.cpp, Ollama and others.",
         ),
     ] = "transformers",
     quantize: Annotated[
         Literal["f32", "f16", "q8_0"],
-        typer.Option(
-            "--quantize",
-            metavar="TYPE",
-            help="Of the matrices of a GGUF file: f32, f16 or q8_0.",
-        ),
+        option("TYPE", "Of the matrices of a GGUF file: f32, f16 or q8_0.", "--quantize"),
     ] = "f32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier export.")] = False,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     as_json: Json = False,
 ) -> None:

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from nanothink.cli import completion
-from nanothink.cli.options import ConfigFile, ForgivingCommand, Json, Preset, Set, configure_from
+from nanothink.cli.options import (
+    ConfigFile,
+    ForgivingCommand,
+    Json,
+    Preset,
+    Set,
+    argument,
+    configure_from,
+    option,
+)
 from nanothink.suggestions import suggest
 
 app = typer.Typer(
@@ -19,22 +28,19 @@ app = typer.Typer(
 @app.command(cls=ForgivingCommand)
 def show(
     section: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="SECTION", help="Only this section. [default: all]", autocompletion=completion.sections
-        ),
+        str | None, argument("SECTION", "Only this section. [default: all]", complete=completion.sections)
     ] = None,
     preset: Preset = None,
     config_file: ConfigFile = None,
     assignments: Set = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            "PATH",
+            "The settings inside a checkpoint instead of the defaults.",
             "--checkpoint",
             "-c",
-            metavar="PATH",
-            help="The settings inside a checkpoint instead of the defaults.",
-            autocompletion=completion.checkpoints,
+            complete=completion.checkpoints,
         ),
     ] = None,
     as_json: Json = False,
@@ -79,11 +85,7 @@ def _near(source: str) -> str:
 def presets(
     name: Annotated[
         str | None,
-        typer.Argument(
-            metavar="NAME",
-            help="Print this preset as TOML. [default: compare all]",
-            autocompletion=completion.presets,
-        ),
+        argument("NAME", "Print this preset as TOML. [default: compare all]", complete=completion.presets),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -16,9 +16,12 @@ from nanothink.cli.options import (
     Set,
     SkipBadRecords,
     TokenizerName,
+    argument,
     data_settings,
     domain_names,
     examples,
+    flag,
+    option,
 )
 from nanothink.errors import counted
 from nanothink.suggestions import command
@@ -32,7 +35,7 @@ app = typer.Typer(
 )
 
 DataDirArgument = Annotated[
-    str | None, typer.Argument(metavar="DATA_DIR", help="Folder with one folder per domain. [default: data]")
+    str | None, argument("DATA_DIR", "Folder with one folder per domain. [default: data]")
 ]
 
 
@@ -54,11 +57,9 @@ def inspect(
     data_dir: DataDir = None,
     domains: Domains = None,
     tokenizer: TokenizerName = None,
-    block: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Block length in tokens, for the block counts.")
-    ] = 512,
+    block: Annotated[int, option("N", "Block length in tokens, for the block counts.", min=2)] = 512,
     near_duplicates: Annotated[
-        bool, typer.Option("--near-duplicates", help="Find documents that are nearly the same, by MinHash.")
+        bool, flag("--near-duplicates", "Find documents that are nearly the same, by MinHash.")
     ] = False,
     config_file: ConfigFile = None,
     assignments: Set = None,
@@ -168,9 +169,7 @@ def validate(
     folder: DataDirArgument = None,
     data_dir: DataDir = None,
     domains: Domains = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="Name every bad line, however many there are.")
-    ] = False,
+    every: Annotated[bool, flag("--all", "Name every bad line, however many there are.")] = False,
     as_json: Json = False,
 ) -> int:
     """Check every line of every file; exit code 1 if any is bad.
@@ -232,7 +231,7 @@ def _rest(report: ValidationReport) -> dict[str, Any]:
 def sample(
     folder: DataDirArgument = None,
     data_dir: DataDir = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier sample.")] = False,
+    overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier sample.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a starter corpus, offline.
@@ -265,31 +264,22 @@ def sample(
 )
 def import_text(
     sources: Annotated[
-        list[str],
-        typer.Argument(metavar="SOURCE", help="Files, folders, quoted patterns, or hf:NAME for the Hub."),
+        list[str], argument("SOURCE", "Files, folders, quoted patterns, or hf:NAME for the Hub.")
     ],
-    domain: Annotated[str, typer.Option(metavar="NAME", help="Domain to put it in.")],
+    domain: Annotated[str, option("NAME", "Domain to put it in.")],
     data_dir: DataDir = None,
     text_field: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Field or column that holds the text. [default: text]"),
+        str | None, option("NAME", "Field or column that holds the text. [default: text]")
     ] = None,
     template: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="Several fields, as in '{subject}\\n\\n{body}'. [default: one field]"
-        ),
+        str | None, option("TEXT", "Several fields, as in '{subject}\\n\\n{body}'. [default: one field]")
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the file to write. [default: the source's]")
-    ] = None,
+    name: Annotated[str | None, option("NAME", "Name of the file to write. [default: the source's]")] = None,
     delimiter: Annotated[
-        str | None,
-        typer.Option(metavar="CHAR", help="What separates the columns of a table. [default: what fits]"),
+        str | None, option("CHAR", "What separates the columns of a table. [default: what fits]")
     ] = None,
     columns: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="Columns of a table without a header. [default: its first row]"),
+        str | None, option("NAMES", "Columns of a table without a header. [default: its first row]")
     ] = None,
     quotes: Annotated[
         bool | None,
@@ -300,24 +290,17 @@ def import_text(
         ),
     ] = None,
     encoding: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Encoding of the text; auto takes the likely one. [default: utf-8]"
-        ),
+        str | None, option("NAME", "Encoding of the text; auto takes the likely one. [default: utf-8]")
     ] = None,
     config_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Configuration of a Hub data set. [default: its own]")
+        str | None, option("NAME", "Configuration of a Hub data set. [default: its own]")
     ] = None,
-    split: Annotated[str, typer.Option(metavar="NAME", help="Split of a Hub data set.")] = "train",
+    split: Annotated[str, option("NAME", "Split of a Hub data set.")] = "train",
     skip_bad_files: Annotated[
-        bool, typer.Option("--skip-bad-files", help="Leave out files that cannot be read, and name them.")
+        bool, flag("--skip-bad-files", "Leave out files that cannot be read, and name them.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier import of the same name.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the first records, and write nothing.")
-    ] = False,
+    overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier import of the same name.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", "Show the first records, and write nothing.")] = False,
     as_json: Json = False,
 ) -> int:
     """Import text of other formats.

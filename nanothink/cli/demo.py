@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nanothink.cli.options import ForgivingCommand
+from nanothink.cli.options import ForgivingCommand, flag, option
 from nanothink.suggestions import command as as_typed
 
 _SECONDS = 240.0
@@ -21,11 +21,9 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where its data and checkpoints go.")] = Path(
-        "demo"
-    ),
+    out: Annotated[Path, option("DIR", "Where its data and checkpoints go.")] = Path("demo"),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew instead of resuming an earlier demo.")
+        bool, flag("--overwrite", "Start anew instead of resuming an earlier demo.")
     ] = False,
 ) -> int:
     """Show the whole story, offline, from text to a trained model.

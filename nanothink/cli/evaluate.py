@@ -19,8 +19,11 @@ from nanothink.cli.options import (
     NoVectorStore,
     Quantize,
     SkipBadRecords,
+    argument,
     domain_names,
     examples,
+    flag,
+    option,
 )
 
 if TYPE_CHECKING:
@@ -40,32 +43,22 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     checkpoint: Annotated[
         list[Path] | None,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="Checkpoints. [default: every best one in --checkpoint-dir]",
-            autocompletion=completion.checkpoints,
+        argument(
+            "CHECKPOINT",
+            "Checkpoints. [default: every best one in --checkpoint-dir]",
+            complete=completion.checkpoints,
         ),
     ] = None,
     data_dir: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Text to score. [default: the data they were trained on]"),
+        str | None, option("DIR", "Text to score. [default: the data they were trained on]")
     ] = None,
     domains: Domains = None,
     split: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Which part of each domain: val, test, train or all.",
-            autocompletion=completion.splits,
-        ),
+        str, option("NAME", "Which part of each domain: val, test, train or all.", complete=completion.splits)
     ] = "val",
     max_tokens: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Score a sample of each domain of at most this many tokens. [default: all]",
-        ),
+        option("N", "Score a sample of each domain of at most this many tokens. [default: all]", min=1),
     ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
@@ -74,7 +67,7 @@ def evaluate(
     document_cache: DocumentCache = False,
     quantize: Quantize = None,
     allow_seen: Annotated[
-        bool, typer.Option("--allow-seen", help="Score text that a model was trained on too; it is marked.")
+        bool, flag("--allow-seen", "Score text that a model was trained on too; it is marked.")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -16,7 +16,10 @@ from nanothink.cli.options import (
     Json,
     NoVectorStore,
     Quantize,
+    argument,
     examples,
+    flag,
+    option,
 )
 from nanothink.suggestions import suggest
 
@@ -43,100 +46,76 @@ def register(app: typer.Typer) -> None:
 def generate(
     prompt: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="PROMPT",
-            help="Text to continue, or to answer; several are side by side; '-' reads standard input. "
+        argument(
+            "PROMPT",
+            "Text to continue, or to answer; several are side by side; '-' reads standard input. "
             "[default: what a pipe brings, or the beginning of a document]",
         ),
     ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            "PATH",
+            "Model to run. [default: the newest best one in --checkpoint-dir that can do it]",
             "--checkpoint",
             "-c",
-            metavar="PATH",
-            help="Model to run. [default: the newest best one in --checkpoint-dir that can do it]",
-            autocompletion=completion.checkpoints,
+            complete=completion.checkpoints,
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-new-tokens", "-n", metavar="N", help="Tokens to write. [default: 128; 512 with --chat]"
-        ),
+        int | None, option("N", "Tokens to write. [default: 128; 512 with --chat]", "--max-new-tokens", "-n")
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(
-            "--temperature",
-            "-t",
-            metavar="T",
-            help="0 always takes the likeliest token. [default: 0.8; 0 with DDIM]",
-        ),
+        option("T", "0 always takes the likeliest token. [default: 0.8; 0 with DDIM]", "--temperature", "-t"),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Choose among the K likeliest; 0 for all. [default: 50]")
+        int | None, option("K", "Choose among the K likeliest; 0 for all. [default: 50]")
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            metavar="P", help="Choose among the likeliest that together have this probability. [default: 1]"
-        ),
+        option("P", "Choose among the likeliest that together have this probability. [default: 1]"),
     ] = None,
     repetition_penalty: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Above 1, the last 64 tokens become less likely. [default: 1]"),
+        float | None, option("X", "Above 1, the last 64 tokens become less likely. [default: 1]")
     ] = None,
     seed: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Same seed, same text; prompt i takes N + i. [default: none]"),
+        int | None, option("N", "Same seed, same text; prompt i takes N + i. [default: none]")
     ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Continue past the end of a text.")
-    ] = False,
+    ignore_eos: Annotated[bool, flag("--ignore-eos", "Continue past the end of a text.")] = False,
     stop: Annotated[
-        list[str] | None,
-        typer.Option("--stop", metavar="TEXT", help="End before this text; repeatable. [default: none]"),
+        list[str] | None, option("TEXT", "End before this text; repeatable. [default: none]", "--stop")
     ] = None,
     ddim: Annotated[
-        bool, typer.Option("--ddim", help="A diffuser: denoise every token from drawn noise, by DDIM.")
+        bool, flag("--ddim", "A diffuser: denoise every token from drawn noise, by DDIM.")
     ] = False,
     ddim_steps: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, help="The same, in this many evaluations a token. [default: the model's, 10]"
-        ),
+        option("N", "The same, in this many evaluations a token. [default: the model's, 10]", min=1),
     ] = None,
     denoise: Annotated[
-        bool,
-        typer.Option("--denoise", help="A diffuser: hide the prompt behind noise and rebuild it, by level."),
+        bool, flag("--denoise", "A diffuser: hide the prompt behind noise and rebuild it, by level.")
     ] = False,
     levels: Annotated[
         list[int] | None,
-        typer.Option(
-            "--level", metavar="T", help="Noise level for --denoise; repeatable. [default: a spread of them]"
-        ),
+        option("T", "Noise level for --denoise; repeatable. [default: a spread of them]", "--level"),
     ] = None,
     show_routing: Annotated[
         bool,
-        typer.Option(
+        flag(
             "--show-routing",
-            help="A NanoThink: show the expert, or vector store, with the most weight at each token.",
+            "A NanoThink: show the expert, or vector store, with the most weight at each token.",
         ),
     ] = False,
     interactive: Annotated[
         bool,
-        typer.Option("--interactive", "-i", help="Write in turns with the model, in the terminal."),
+        flag("--interactive", "Write in turns with the model, in the terminal.", "-i"),
     ] = False,
     chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Answer the prompt, by the model's chat template; see --interactive."),
+        bool, flag("--chat", "Answer the prompt, by the model's chat template; see --interactive.")
     ] = False,
     system: Annotated[
-        str | None,
-        typer.Option(
-            "--system", metavar="TEXT", help="With --chat: what the model is told first. [default: none]"
-        ),
+        str | None, option("TEXT", "With --chat: what the model is told first. [default: none]", "--system")
     ] = None,
     no_vector_store: NoVectorStore = False,
     document_cache: DocumentCache = False,

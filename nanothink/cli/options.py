@@ -179,95 +179,92 @@ def _hyphenated(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
+def option(
+    metavar: str, help: str, *names: str, complete: Callable[..., Any] | None = None, **more: Any
+) -> Any:
+    """An option with a value; ``names`` where its parameter's is not the one to type. ``more`` is Typer's."""
+    return typer.Option(*names, metavar=metavar, help=help, autocompletion=complete, **more)
+
+
+def flag(name: str, help: str, *names: str) -> Any:
+    """An option that stands alone, without ``--no-`` form, or whose values Typer takes from its type."""
+    return typer.Option(name, *names, help=help)
+
+
+def argument(metavar: str, help: str, complete: Callable[..., Any] | None = None) -> Any:
+    return typer.Argument(metavar=metavar, help=help, autocompletion=complete)
+
+
 DataDir = Annotated[
-    str | None,
-    typer.Option(metavar="DIR", help="Folder with one folder of JSONL files per domain. [default: data]"),
+    str | None, option("DIR", "Folder with one folder of JSONL files per domain. [default: data]")
 ]
 Domains = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="A,B",
-        help="Domains to use, comma-separated or repeated. [default: all]",
-        autocompletion=completion.domains,
-    ),
+    option("A,B", "Domains to use, comma-separated or repeated. [default: all]", complete=completion.domains),
 ]
-CheckpointDir = Annotated[
-    Path, typer.Option(metavar="DIR", help="Where checkpoints and run records are kept.")
-]
+CheckpointDir = Annotated[Path, option("DIR", "Where checkpoints and run records are kept.")]
 TokenizerName = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Hub name, local folder or tokenizer.json. [default: gpt2]")
+    str | None, option("NAME", "Hub name, local folder or tokenizer.json. [default: gpt2]")
 ]
 Device = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="auto, cpu, cuda, cuda:N or mps. [default: auto]",
-        autocompletion=completion.devices,
-    ),
+    str | None, option("NAME", "auto, cpu, cuda, cuda:N or mps. [default: auto]", complete=completion.devices)
 ]
-MaxEpochs = Annotated[
-    int | None, typer.Option(metavar="N", help="Passes over the training text. [default: the preset's]")
-]
+MaxEpochs = Annotated[int | None, option("N", "Passes over the training text. [default: the preset's]")]
 MaxSteps = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Optimizer steps; overrides --max-epochs. [default: by --max-epochs]"),
+    int | None, option("N", "Optimizer steps; overrides --max-epochs. [default: by --max-epochs]")
 ]
-Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of weights and data order. [default: 42]")]
+Seed = Annotated[int | None, option("N", "Seed of weights and data order. [default: 42]")]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option(
-        "--config", metavar="FILE", help="TOML file of settings. [default: nanothink.toml if there is one]"
-    ),
+    option("FILE", "TOML file of settings. [default: nanothink.toml if there is one]", "--config"),
 ]
 Preset = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="tiny, auto, default, large: see 'nanothink config presets'. [default: default]",
-        autocompletion=completion.presets,
+    option(
+        "NAME",
+        "tiny, auto, default, large: see 'nanothink config presets'. [default: default]",
+        complete=completion.presets,
     ),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
+        "SECTION.KEY=VALUE",
+        "Any setting of 'nanothink config show'; repeatable.",
         "--set",
-        metavar="SECTION.KEY=VALUE",
-        help="Any setting of 'nanothink config show'; repeatable.",
-        autocompletion=completion.settings,
+        complete=completion.settings,
     ),
 ]
 Resume = Annotated[
     str | None,
-    typer.Option(
-        metavar="[PATH]",
-        help="Resume the latest state, or PATH; starts a new run if there is none.",
-        autocompletion=completion.checkpoints,
+    option(
+        "[PATH]",
+        "Resume the latest state, or PATH; starts a new run if there is none.",
+        complete=completion.checkpoints,
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")]
-SkipBadRecords = Annotated[
-    bool, typer.Option("--skip-bad-records", help="Leave out lines that are not valid records.")
-]
+Overwrite = Annotated[bool, flag("--overwrite", "Replace an earlier run of the same name.")]
+SkipBadRecords = Annotated[bool, flag("--skip-bad-records", "Leave out lines that are not valid records.")]
 NoVectorStore = Annotated[
-    bool, typer.Option("--no-vector-store", help="Run a model without the vector store it was trained with.")
+    bool, flag("--no-vector-store", "Run a model without the vector store it was trained with.")
 ]
 DocumentCache = Annotated[
-    bool, typer.Option("--document-cache", help="Use a document cache: states of the text read so far.")
+    bool, flag("--document-cache", "Use a document cache: states of the text read so far.")
 ]
 Quantize = Annotated[
     Literal["int8"] | None,
-    typer.Option("--quantize", help="Matrices of 8 bits a number: faster text on a CPU. [default: none]"),
+    flag("--quantize", "Matrices of 8 bits a number: faster text on a CPU. [default: none]"),
 ]
 NewestCheckpoint = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="A checkpoint file. [default: the newest best one in --checkpoint-dir]",
-        autocompletion=completion.checkpoints,
+    argument(
+        "CHECKPOINT",
+        "A checkpoint file. [default: the newest best one in --checkpoint-dir]",
+        complete=completion.checkpoints,
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Estimate time, memory and disk, and stop there.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
+DryRun = Annotated[bool, flag("--dry-run", "Estimate time, memory and disk, and stop there.")]
+Json = Annotated[bool, flag("--json", "Print one JSON object for scripts.")]
 
 
 def takes(group: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -19,10 +19,13 @@ from nanothink.cli.options import (
     NewRun,
     Set,
     TokenizerName,
+    argument,
     configure_from,
     examples,
+    flag,
     is_first_process,
     launch,
+    option,
     refuse_early,
     takes,
 )
@@ -54,47 +57,39 @@ def register(app: typer.Typer) -> None:
 def pretrain(
     kind: Annotated[
         str,
-        typer.Argument(
-            metavar="KIND",
-            help="What to train: transformer, state_space or diffuser.",
-            autocompletion=completion.kinds,
-        ),
+        argument("KIND", "What to train: transformer, state_space or diffuser.", complete=completion.kinds),
     ],
     tokenizer: TokenizerName = None,
     transformer: Annotated[
         str | None,
-        typer.Option(
-            metavar="PATH",
-            help="What a diffuser learns from. [default: transformer_expert.pt in --checkpoint-dir]",
-            autocompletion=completion.checkpoints,
+        option(
+            "PATH",
+            "What a diffuser learns from. [default: transformer_expert.pt in --checkpoint-dir]",
+            complete=completion.checkpoints,
         ),
     ] = None,
     init: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="Checkpoint whose weights it starts from. [default: random weights]",
-            autocompletion=completion.checkpoints,
+        option(
+            "PATH",
+            "Checkpoint whose weights it starts from. [default: random weights]",
+            complete=completion.checkpoints,
         ),
     ] = None,
     lora: Annotated[
         int | None,
-        typer.Option(
-            metavar="R",
-            help="Train adapters of this rank on the frozen weights of --init. [default: all weights]",
-        ),
+        option("R", "Train adapters of this rank on the frozen weights of --init. [default: all weights]"),
     ] = None,
     teacher: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="Checkpoint whose predictions it learns, such as a NanoThink. [default: none]",
-            autocompletion=completion.checkpoints,
+        option(
+            "PATH",
+            "Checkpoint whose predictions it learns, such as a NanoThink. [default: none]",
+            complete=completion.checkpoints,
         ),
     ] = None,
     name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Its checkpoint is NAME_expert.pt. [default: the kind's name]"),
+        str | None, option("NAME", "Its checkpoint is NAME_expert.pt. [default: the kind's name]")
     ] = None,
     *,
     options: NewRun,
@@ -119,26 +114,20 @@ def pretrain(
 def resume(
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="Checkpoint to resume. [default: the run that was interrupted last]",
-            autocompletion=completion.checkpoints,
+        argument(
+            "CHECKPOINT",
+            "Checkpoint to resume. [default: the run that was interrupted last]",
+            complete=completion.checkpoints,
         ),
     ] = None,
-    max_epochs: Annotated[
-        int | None, typer.Option(metavar="N", help="New end of the run. [default: the checkpoint's]")
-    ] = None,
-    max_steps: Annotated[
-        int | None, typer.Option(metavar="N", help="New end of the run. [default: the checkpoint's]")
-    ] = None,
-    data_dir: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder of the data. [default: the run's]")
-    ] = None,
+    max_epochs: Annotated[int | None, option("N", "New end of the run. [default: the checkpoint's]")] = None,
+    max_steps: Annotated[int | None, option("N", "New end of the run. [default: the checkpoint's]")] = None,
+    data_dir: Annotated[str | None, option("DIR", "Folder of the data. [default: the run's]")] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
     assignments: Set = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Discard a later interrupted state of the same run.")
+        bool, flag("--overwrite", "Discard a later interrupted state of the same run.")
     ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,

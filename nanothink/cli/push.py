@@ -8,34 +8,27 @@ from typing import Annotated
 
 import typer
 
-from nanothink.cli.options import CheckpointDir, Device, Json, NewestCheckpoint
+from nanothink.cli.options import CheckpointDir, Device, Json, NewestCheckpoint, argument, flag, option
 
 
 def push(
-    repository: Annotated[
-        str, typer.Argument(metavar="REPO", help="OWNER/NAME, or NAME for the owner of the token.")
-    ],
+    repository: Annotated[str, argument("REPO", "OWNER/NAME, or NAME for the owner of the token.")],
     checkpoint: NewestCheckpoint = None,
     licence: Annotated[
         str | None,
-        typer.Option(
-            "--license",
-            metavar="NAME",
-            help="Licence, as the Hub calls it, such as mit. [default: asked for]",
-        ),
+        option("NAME", "Licence, as the Hub calls it, such as mit. [default: asked for]", "--license"),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="Everyone sees a repository that is created. [default: private]")
+        bool, flag("--public", "Everyone sees a repository that is created. [default: private]")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Add a commit to a repository that is there already.")
+        bool, flag("--overwrite", "Add a commit to a repository that is there already.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the files and the model card, and upload nothing.")
+        bool, flag("--dry-run", "Show the files and the model card, and upload nothing.")
     ] = False,
     data_dir: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Text to score for the card. [default: the data it was trained on]"),
+        str | None, option("DIR", "Text to score for the card. [default: the data it was trained on]")
     ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from nanothink.cli import completion
-from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json, examples
+from nanothink.cli.options import (
+    CheckpointDir,
+    Device,
+    ForgivingCommand,
+    Json,
+    argument,
+    examples,
+    flag,
+    option,
+)
 
 EXAMPLES = examples("report --open", "report transformer_expert nanothink_mla --out both.html")
 
@@ -20,25 +29,18 @@ def register(app: typer.Typer) -> None:
 def report(
     run: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="RUN",
-            help="Names of runs, their folders, or checkpoints. [default: every run in --checkpoint-dir]",
-            autocompletion=completion.runs,
+        argument(
+            "RUN",
+            "Names of runs, their folders, or checkpoints. [default: every run in --checkpoint-dir]",
+            complete=completion.runs,
         ),
     ] = None,
     out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="FILE",
-            help="HTML file to write; replaces an earlier report, nothing else.",
-        ),
+        Path, option("FILE", "HTML file to write; replaces an earlier report, nothing else.", "--out", "-o")
     ] = Path("report.html"),
-    open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    open_it: Annotated[bool, flag("--open", "Open it in the browser.")] = False,
     data_dir: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Source of the held-out passages. [default: the data of each run]"),
+        str | None, option("DIR", "Source of the held-out passages. [default: the data of each run]")
     ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,

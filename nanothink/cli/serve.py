@@ -15,7 +15,9 @@ from nanothink.cli.options import (
     ForgivingCommand,
     NoVectorStore,
     Quantize,
+    argument,
     examples,
+    option,
 )
 from nanothink.suggestions import install
 
@@ -33,53 +35,38 @@ def register(app: typer.Typer) -> None:
 def serve(
     checkpoint: Annotated[
         list[Path] | None,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="Models, called by the names of their files. [default: every best one in --checkpoint-dir]",
-            autocompletion=completion.checkpoints,
+        argument(
+            "CHECKPOINT",
+            "Models, called by the names of their files. [default: every best one in --checkpoint-dir]",
+            complete=completion.checkpoints,
         ),
     ] = None,
     host: Annotated[
-        str,
-        typer.Option(
-            "--host",
-            metavar="ADDRESS",
-            help="Where to listen; others than this machine's own need --api-key.",
-        ),
+        str, option("ADDRESS", "Where to listen; others than this machine's own need --api-key.", "--host")
     ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", "-p", metavar="N", min=0, max=65_535, help="Port; 0 takes a free one.")
-    ] = 8000,
+    port: Annotated[int, option("N", "Port; 0 takes a free one.", "--port", "-p", min=0, max=65_535)] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(
-            "--api-key", metavar="KEY", help="Ask for this key; @FILE reads it from a file. [default: none]"
-        ),
+        option("KEY", "Ask for this key; @FILE reads it from a file. [default: none]", "--api-key"),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
-        typer.Option(
-            "--allow-origin",
-            metavar="URL",
-            help="Pages of this origin may ask too (CORS); repeatable. [default: none]",
+        option(
+            "URL", "Pages of this origin may ask too (CORS); repeatable. [default: none]", "--allow-origin"
         ),
     ] = None,
     chat_template: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            "FILE",
+            "Jinja template for chats. [default: each model's own; without one, plain text]",
             "--chat-template",
-            metavar="FILE",
-            help="Jinja template for chats. [default: each model's own; without one, plain text]",
         ),
     ] = None,
-    max_batch: Annotated[
-        int, typer.Option("--max-batch", metavar="N", min=1, help="Texts of a model written at a time.")
-    ] = 32,
-    max_queue: Annotated[
-        int, typer.Option("--max-queue", metavar="N", min=1, help="Texts taken on in all.")
-    ] = 512,
+    max_batch: Annotated[int, option("N", "Texts of a model written at a time.", "--max-batch", min=1)] = 32,
+    max_queue: Annotated[int, option("N", "Texts taken on in all.", "--max-queue", min=1)] = 512,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", min=1, help="Longest text that can be asked for.")
+        int, option("N", "Longest text that can be asked for.", "--max-tokens", min=1)
     ] = 4096,
     no_vector_store: NoVectorStore = False,
     document_cache: DocumentCache = False,

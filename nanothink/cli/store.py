@@ -20,8 +20,11 @@ from nanothink.cli.options import (
     Json,
     Set,
     SkipBadRecords,
+    argument,
     domain_names,
     examples,
+    flag,
+    option,
     takes,
 )
 from nanothink.suggestions import suggest
@@ -42,17 +45,17 @@ class Source:
 
     checkpoint: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            "PATH",
+            "A NanoThink. [default: nanothink_mla.pt in --checkpoint-dir, or its experts]",
             "--checkpoint",
             "-c",
-            metavar="PATH",
-            help="A NanoThink. [default: nanothink_mla.pt in --checkpoint-dir, or its experts]",
-            autocompletion=completion.checkpoints,
+            complete=completion.checkpoints,
         ),
     ] = None
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the model, where it is NAME_nanothink_mla.pt.")
-    ] = None
+    name: Annotated[str | None, option("NAME", "Name of the model, where it is NAME_nanothink_mla.pt.")] = (
+        None
+    )
     checkpoint_dir: CheckpointDir = Path("checkpoints")
     device: Device = None
     as_json: Json = False
@@ -76,22 +79,19 @@ class Source:
 def build(
     expert: Annotated[
         list[Path] | None,
-        typer.Option(
-            metavar="PATH",
-            help="Experts that are yet to be combined, as for train-mla; repeatable.",
-            autocompletion=completion.checkpoints,
+        option(
+            "PATH",
+            "Experts that are yet to be combined, as for train-mla; repeatable.",
+            complete=completion.checkpoints,
         ),
     ] = None,
     data_dir: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Text to store. [default: what the model was trained on]"),
+        str | None, option("DIR", "Text to store. [default: what the model was trained on]")
     ] = None,
     domains: Domains = None,
     assignments: Set = None,
     skip_bad_records: SkipBadRecords = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the vector store that is there.")
-    ] = False,
+    overwrite: Annotated[bool, flag("--overwrite", "Replace the vector store that is there.")] = False,
     dry_run: DryRun = False,
     *,
     source: Source,
@@ -131,9 +131,7 @@ def build(
 @app.command(cls=ForgivingCommand, epilog=examples("store add data --domains recipes"))
 @takes(Source)
 def add(
-    data_dir: Annotated[
-        str, typer.Argument(metavar="DATA_DIR", help="Folder with one folder of JSONL files per domain.")
-    ],
+    data_dir: Annotated[str, argument("DATA_DIR", "Folder with one folder of JSONL files per domain.")],
     domains: Domains = None,
     skip_bad_records: SkipBadRecords = False,
     dry_run: DryRun = False,
@@ -189,10 +187,8 @@ def info(source: Source) -> None:
 @app.command(cls=ForgivingCommand, epilog=examples('store search "In the beginning"'))
 @takes(Source)
 def search(
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="Text whose end is the query.")],
-    neighbours: Annotated[
-        int, typer.Option("--neighbours", "-k", metavar="N", min=1, help="Passages to show.")
-    ] = 8,
+    text: Annotated[str, argument("TEXT", "Text whose end is the query.")],
+    neighbours: Annotated[int, option("N", "Passages to show.", "--neighbours", "-k", min=1)] = 8,
     *,
     source: Source,
 ) -> None:
@@ -219,10 +215,10 @@ def search(
 @takes(Source)
 def compact(
     similarity: Annotated[
-        float, typer.Option(metavar="X", min=0.5, max=1.0, help="Keys at least so similar are merged.")
+        float, option("X", "Keys at least so similar are merged.", min=0.5, max=1.0)
     ] = 0.95,
     max_tokens: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Tokens of each domain to score on; 0: do not score.")
+        int, option("N", "Tokens of each domain to score on; 0: do not score.", min=0)
     ] = 20_000,
     *,
     source: Source,

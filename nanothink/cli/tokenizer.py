@@ -16,6 +16,8 @@ from nanothink.cli.options import (
     Json,
     Set,
     data_settings,
+    flag,
+    option,
 )
 
 app = typer.Typer(help="Train a byte-level BPE tokenizer.", **GROUP)
@@ -30,15 +32,9 @@ def group() -> None:
 def train(
     data_dir: DataDir = None,
     domains: Domains = None,
-    vocab_size: Annotated[
-        int | None, typer.Option(metavar="N", min=257, help="Entries. [default: sized to the corpus]")
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write it to.")] = Path(
-        "tokenizer"
-    ),
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a tokenizer that is there.")
-    ] = False,
+    vocab_size: Annotated[int | None, option("N", "Entries. [default: sized to the corpus]", min=257)] = None,
+    out: Annotated[Path, option("DIR", "Folder to write it to.", "--out", "-o")] = Path("tokenizer"),
+    overwrite: Annotated[bool, flag("--overwrite", "Replace a tokenizer that is there.")] = False,
     config_file: ConfigFile = None,
     assignments: Set = None,
     as_json: Json = False,

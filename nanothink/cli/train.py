@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from nanothink.cli import completion
-from nanothink.cli.options import CheckpointDir, Device, ForgivingCommand, Json, examples
+from nanothink.cli.options import (
+    CheckpointDir,
+    Device,
+    ForgivingCommand,
+    Json,
+    argument,
+    examples,
+    flag,
+    option,
+)
 from nanothink.errors import UsageError, did_you_mean
 
 EXAMPLES = examples(
@@ -29,32 +38,30 @@ def train(
     context: typer.Context,
     data_dir: Annotated[
         str | None,
-        typer.Argument(
-            metavar="DATA_DIR",
-            help="Folder with one folder per domain, or with txt, md, html, docx, epub and pdf files, or one "
+        argument(
+            "DATA_DIR",
+            "Folder with one folder per domain, or with txt, md, html, docx, epub and pdf files, or one "
             "such file. [default: data]",
         ),
     ] = None,
     duration: Annotated[
         str | None,
-        typer.Option(
-            "--time",
-            metavar="TIME",
-            help="Time for all of it: 45m, 2h, 1h30m; a number is minutes. [default: the plan's]",
+        option(
+            "TIME", "Time for all of it: 45m, 2h, 1h30m; a number is minutes. [default: the plan's]", "--time"
         ),
     ] = None,
     experts: Annotated[
         str | None,
-        typer.Option(
-            metavar="KINDS",
-            help="Experts to train, with commas. [default: state_space,transformer]",
-            autocompletion=completion.kinds,
+        option(
+            "KINDS",
+            "Experts to train, with commas. [default: state_space,transformer]",
+            complete=completion.kinds,
         ),
     ] = None,
     checkpoint_dir: CheckpointDir = Path("checkpoints"),
     device: Device = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew, with a new plan.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and stop there.")] = False,
+    overwrite: Annotated[bool, flag("--overwrite", "Start anew, with a new plan.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", "Print the plan, and stop there.")] = False,
     as_json: Json = False,
 ) -> int:
     """Train everything on your own text, within a given time.

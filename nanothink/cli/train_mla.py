@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nanothink.cli import completion
-from nanothink.cli.options import ForgivingCommand, NewRun, examples, takes
+from nanothink.cli.options import ForgivingCommand, NewRun, examples, flag, option, takes
 from nanothink.cli.pretrain import start
 
 EXAMPLES = examples(
@@ -26,25 +26,22 @@ def register(app: typer.Typer) -> None:
 def train_mla(
     expert: Annotated[
         list[Path] | None,
-        typer.Option(
-            metavar="PATH",
-            help="An expert to combine; repeatable. [default: transformer_expert.pt, state_space_expert.pt "
+        option(
+            "PATH",
+            "An expert to combine; repeatable. [default: transformer_expert.pt, state_space_expert.pt "
             "and diffuser_expert.pt in --checkpoint-dir]",
-            autocompletion=completion.checkpoints,
+            complete=completion.checkpoints,
         ),
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Must be the experts'; leave it out.")
-    ] = None,
+    tokenizer: Annotated[str | None, option("NAME", "Must be the experts'; leave it out.")] = None,
     name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Its checkpoint is NAME_nanothink_mla.pt. [default: no name]"),
+        str | None, option("NAME", "Its checkpoint is NAME_nanothink_mla.pt. [default: no name]")
     ] = None,
     use_vector_store: Annotated[
         bool,
-        typer.Option(
+        flag(
             "--use-vector-store",
-            help="Train with a vector store of the training text beside the experts; built if it is missing.",
+            "Train with a vector store of the training text beside the experts; built if it is missing.",
         ),
     ] = False,
     *,
