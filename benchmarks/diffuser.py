@@ -138,7 +138,8 @@ def pair(options: argparse.Namespace) -> None:
 
 def save(path: Path, model: LanguageModel, config: Config, frozen: TrainedModel) -> None:
     """As a checkpoint that every command can open; its optimizer state is left out."""
-    from nanothink.checkpoints import model_state, write_checkpoint
+    from nanothink.checkpoints import write_checkpoint
+    from nanothink.checkpoints.restore import model_state
 
     payload = read_checkpoint(frozen.path)
     settled = config.model_copy(update={"data": frozen.config.data})

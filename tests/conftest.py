@@ -29,23 +29,10 @@ for name in [name for name in os.environ if name.startswith("NANOTHINK_")]:
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
-WORDS = [
-    *("time", "light", "stone", "water", "letter", "garden", "river", "wind", "moon", "house", "question"),
-    *(
-        "answer",
-        "winter",
-        "morning",
-        "hand",
-        "voice",
-        "road",
-        "tree",
-        "bread",
-        "salt",
-        "fire",
-        "snow",
-        "door",
-    ),
-]
+WORDS = (
+    "time light stone water letter garden river wind moon house question answer winter morning hand voice "
+    "road tree bread salt fire snow door"
+).split()
 
 
 def write_domain(folder: Path, texts: list[str]) -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from nanothink.checkpoints import SplitRecord, model_state, pack_rng, write_checkpoint
+from nanothink.checkpoints import write_checkpoint
 from nanothink.checkpoints.payload import FORMAT_VERSION
+from nanothink.checkpoints.restore import model_state, pack_rng
+from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.split import HeldOutText, SplitRule, TrainedText

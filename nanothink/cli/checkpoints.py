@@ -73,7 +73,8 @@ def show(
 
     The state of the run, its settings, its tokenizer, the shape of every tensor.
     """
-    from nanothink.checkpoints import SplitRecord, read_checkpoint, read_summary
+    from nanothink.checkpoints import read_checkpoint, read_summary
+    from nanothink.checkpoints.split_record import SplitRecord
     from nanothink.cli import render
     from nanothink.data.chat import PLAIN, ChatFormat
     from nanothink.errors import counted

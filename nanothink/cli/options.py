@@ -187,7 +187,7 @@ def option(
 
 
 def flag(name: str, help: str, *names: str) -> Any:
-    """An option that stands alone, without ``--no-`` form, or whose values Typer takes from its type."""
+    """An option without a value; it has no ``--no-`` form."""
     return typer.Option(name, *names, help=help)
 
 
@@ -253,7 +253,7 @@ DocumentCache = Annotated[
 ]
 Quantize = Annotated[
     Literal["int8"] | None,
-    flag("--quantize", "Matrices of 8 bits a number: faster text on a CPU. [default: none]"),
+    option("int8", "Matrices of 8 bits a number: faster text on a CPU. [default: none]"),
 ]
 NewestCheckpoint = Annotated[
     Path | None,

@@ -18,20 +18,3 @@ from nanothink.config.training import (
     TrainExpertConfig,
     TrainMLAConfig,
 )
-
-__all__ = [
-    "Config",
-    "DataConfig",
-    "DiffuserConfig",
-    "DistillationConfig",
-    "DocumentCacheConfig",
-    "MLAConfig",
-    "ModelConfig",
-    "StateSpaceConfig",
-    "TrainConfig",
-    "TrainDiffuserConfig",
-    "TrainExpertConfig",
-    "TrainMLAConfig",
-    "TransformerConfig",
-    "VectorStoreConfig",
-]

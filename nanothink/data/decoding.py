@@ -27,31 +27,11 @@ _LEAST_CONFIDENCE = 0.03
 """Confidence of chardet below which a text of bytes above 127 is taken for Western European."""
 
 _NO_TEXT = ("idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape")
-_COMMON = (
-    *(
-        "utf-8",
-        "utf-16",
-        "utf-16-le",
-        "utf-16-be",
-        "utf-32",
-        "latin-1",
-        "cp1252",
-        "cp1250",
-        "cp1251",
-        "cp437",
-    ),
-    *(
-        "cp850",
-        "shift_jis",
-        "euc-jp",
-        "gb18030",
-        "gbk",
-        "big5",
-        "euc-kr",
-        "koi8-r",
-        "iso8859-15",
-        "mac-roman",
-    ),
+_COMMON = tuple(
+    (
+        "utf-8 utf-16 utf-16-le utf-16-be utf-32 latin-1 cp1252 cp1250 cp1251 cp437 cp850 shift_jis euc-jp "
+        "gb18030 gbk big5 euc-kr koi8-r iso8859-15 mac-roman"
+    ).split()
 )
 _OTHER_KINDS = (
     (b"%PDF-", "a PDF file", ".pdf"),

@@ -123,21 +123,7 @@ def _archive(path: Path) -> zipfile.ZipFile:
 
 
 _ENCRYPTED = "META-INF/encryption.xml"
-_PICTURES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".gif",
-    ".svg",
-    ".webp",
-    ".emf",
-    ".wmf",
-    ".ttf",
-    ".otf",
-    ".woff",
-    ".woff2",
-    ".mp3",
-)
+_PICTURES = tuple(".png .jpg .jpeg .gif .svg .webp .emf .wmf .ttf .otf .woff .woff2 .mp3".split())
 
 
 def _word(path: Path, encoding: str | None) -> str:

@@ -11,34 +11,9 @@ from typing import Any
 
 _DROPPED = frozenset(
     (
-        *(
-            "script",
-            "style",
-            "noscript",
-            "template",
-            "head",
-            "nav",
-            "aside",
-            "form",
-            "button",
-            "select",
-            "dialog",
-        ),
-        *(
-            "iframe",
-            "object",
-            "svg",
-            "math",
-            "canvas",
-            "audio",
-            "video",
-            "map",
-            "textarea",
-            "input",
-            "rt",
-            "rp",
-        ),
-    )
+        "script style noscript template head nav aside form button select dialog iframe object svg math "
+        "canvas audio video map textarea input rt rp"
+    ).split()
 )
 _DROPPED_ROLES = frozenset(
     ("navigation", "banner", "contentinfo", "search", "menu", "menubar", "dialog", "alert")
@@ -47,36 +22,9 @@ _FOOTNOTE_MARK = re.compile(r"\[?[\d*†‡§]{1,3}\]?|[↑↩^]\N{VARIATION SEL
 """Text of a link to a footnote, or back from it."""
 _BLOCKS = frozenset(
     (
-        *(
-            "p",
-            "div",
-            "section",
-            "article",
-            "main",
-            "blockquote",
-            "figure",
-            "figcaption",
-            "address",
-            "details",
-        ),
-        *(
-            "summary",
-            "dl",
-            "dt",
-            "dd",
-            "ul",
-            "ol",
-            "li",
-            "table",
-            "tr",
-            "caption",
-            "pre",
-            "hr",
-            "body",
-            "header",
-        ),
-        *("footer", "h1", "h2", "h3", "h4", "h5", "h6", "fieldset", "center", "title", "hgroup", "section"),
-    )
+        "p div section article main blockquote figure figcaption address details summary dl dt dd ul ol li "
+        "table tr caption pre hr body header footer h1 h2 h3 h4 h5 h6 fieldset center title hgroup section"
+    ).split()
 )
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
 _TIGHT = frozenset(("li", "tr", "dt", "dd", "caption"))

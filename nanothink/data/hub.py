@@ -16,17 +16,12 @@ from nanothink.errors import TokenizerError
 
 _ANSWER_SECONDS = 5.0
 _MARKS = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
-DATA_FILES = (
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-        "config.json",
-    ),
-    *("vocab.json", "merges.txt", "vocab.txt"),
-    *("tokenizer.model", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "spm.model"),
+DATA_FILES = tuple(
+    (
+        "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja "
+        "config.json vocab.json merges.txt vocab.txt tokenizer.model spiece.model sentencepiece.model "
+        "sentencepiece.bpe.model spm.model"
+    ).split()
 )
 """Names of the files that tokenizers consist of: JSON, text and SentencePiece's tables."""
 

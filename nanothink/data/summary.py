@@ -91,18 +91,11 @@ def summarise(
     return CorpusSummary(tuple(domains), total, edges, tuple(int(c) for c in counts))
 
 
-_SUMMED = (
-    "n_files",
-    "n_records",
-    "n_bytes",
-    "n_tokens",
-    "n_train_tokens",
-    "n_val_tokens",
-    "n_test_tokens",
-    "n_train_blocks",
-    "n_targets",
-    "n_conversations",
-    "n_answers",
+_SUMMED = tuple(
+    (
+        "n_files n_records n_bytes n_tokens n_train_tokens n_val_tokens n_test_tokens n_train_blocks "
+        "n_targets n_conversations n_answers"
+    ).split()
 )
 
 

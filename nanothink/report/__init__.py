@@ -17,14 +17,3 @@ from nanothink.report.passages import (
     RoutedPassage,
     RoutedToken,
 )
-
-__all__ = [
-    "GENERATOR",
-    "Missing",
-    "Rebuilding",
-    "RebuiltPassage",
-    "ReportedRun",
-    "RoutedPassage",
-    "RoutedToken",
-    "page",
-]

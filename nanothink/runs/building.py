@@ -12,7 +12,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from nanothink.checkpoints import CheckpointPayload, restore_model, unpack_rng
+from nanothink.checkpoints import CheckpointPayload
+from nanothink.checkpoints.restore import restore_model, unpack_rng
 from nanothink.config import TrainMLAConfig
 from nanothink.errors import counted
 from nanothink.models import COMBINED, EXPERTS

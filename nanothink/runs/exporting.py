@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import nanothink
-from nanothink.checkpoints import check_place, model_state, read_checkpoint, write_export
-from nanothink.checkpoints.export import CONFIG, EXPORT_VERSION, FILES, OWN_SECTION
+from nanothink.checkpoints import read_checkpoint
+from nanothink.checkpoints.export import CONFIG, EXPORT_VERSION, FILES, OWN_SECTION, check_place, write_export
 from nanothink.checkpoints.gguf_export import cuts_as
 from nanothink.checkpoints.payload import CheckpointPayload
+from nanothink.checkpoints.restore import model_state
 from nanothink.config import Config
 from nanothink.data.chat import ChatEncoder
 from nanothink.data.tokenizer import save_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanothink.checkpoints import model_state, read_checkpoint
+from nanothink.checkpoints import read_checkpoint
 from nanothink.checkpoints.gguf_export import (
     GgufModel,
     Quantization,
@@ -13,6 +13,7 @@ from nanothink.checkpoints.gguf_export import (
     modelfile_of,
     write_gguf,
 )
+from nanothink.checkpoints.restore import model_state
 from nanothink.data.chat import PLAIN
 from nanothink.disk import try_to_write
 from nanothink.errors import CheckpointMismatchError, UsageError

@@ -11,19 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nanothink.checkpoints import (
-    FORMAT_VERSION,
-    CheckpointStore,
-    ModelPayload,
-    model_state,
-    pack_rng,
-    read_export,
-    validate_name,
-)
-from nanothink.checkpoints.export import OWN_SECTION
+from nanothink.checkpoints import FORMAT_VERSION, CheckpointStore, ModelPayload, validate_name
+from nanothink.checkpoints.export import OWN_SECTION, read_export
 from nanothink.checkpoints.families import UnsupportedError, our_names, place_weights
 from nanothink.checkpoints.gguf_import import is_gguf, read_gguf
 from nanothink.checkpoints.published import PublishedModel, read_published, refused
+from nanothink.checkpoints.restore import model_state, pack_rng
 from nanothink.checkpoints.split_record import UNKNOWN_TEXT
 from nanothink.checkpoints.store import REPLACED_FOLDER
 from nanothink.config.run import resolve_config

@@ -13,7 +13,7 @@ from functools import reduce
 
 import numpy as np
 
-from nanothink.checkpoints import SplitRecord
+from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.config.run import ResolvedConfig
 from nanothink.data.corpus import Corpus
 from nanothink.data.lines import shown

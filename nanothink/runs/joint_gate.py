@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanothink.checkpoints import CheckpointStore, model_state, read_checkpoint, restore_model
+from nanothink.checkpoints import CheckpointStore, read_checkpoint
+from nanothink.checkpoints.restore import model_state, restore_model
 from nanothink.config import TrainMLAConfig
 from nanothink.data.tokens import TokenStream
 from nanothink.errors import counted

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanothink.checkpoints import (
-    CheckpointPayload,
-    SplitRecord,
-)
+from nanothink.checkpoints import CheckpointPayload
+from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.config import Config, TrainConfig
 from nanothink.config.run import ResolvedConfig, flatten
 from nanothink.data.batches import TrainingBatches

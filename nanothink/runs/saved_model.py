@@ -15,13 +15,10 @@ from typing import Any
 
 import torch
 
-from nanothink.checkpoints import (
-    ModelPayload,
-    SplitRecord,
-    read_checkpoint,
-    read_export,
-    restore_model,
-)
+from nanothink.checkpoints import ModelPayload, read_checkpoint
+from nanothink.checkpoints.export import read_export
+from nanothink.checkpoints.restore import restore_model
+from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.config import Config
 from nanothink.config.run import resolve_config
 from nanothink.data.tokenizer import Tokenizer

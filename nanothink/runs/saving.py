@@ -10,15 +10,8 @@ from typing import Any
 import torch
 
 from nanothink import __version__
-from nanothink.checkpoints import (
-    FORMAT_VERSION,
-    CheckpointPayload,
-    CheckpointStore,
-    Role,
-    gathered,
-    model_state,
-    pack_rng,
-)
+from nanothink.checkpoints import FORMAT_VERSION, CheckpointPayload, CheckpointStore, Role
+from nanothink.checkpoints.restore import gathered, model_state, pack_rng
 from nanothink.models import COMBINED
 from nanothink.runs.experts import as_entries
 from nanothink.runs.initial import INITIAL

@@ -12,7 +12,8 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 
-from nanothink.checkpoints import SplitRecord, is_export
+from nanothink.checkpoints.export import is_export
+from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.config import Config
 from nanothink.data.chat import ChatEncoder
 from nanothink.data.split import TrainedText, text_key

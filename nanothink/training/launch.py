@@ -105,7 +105,7 @@ def meet(launch: Launch, reporter: Reporter, lasting: timedelta) -> Any:
         DistributedError: some processes do not come.
         RankError: rank 0 does not come, or its port is taken; only this process knows.
     """
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import PrefixStore, TCPStore
 
     deadline = time.monotonic() + MEETING_SECONDS
     at = f"{launch.address}:{launch.port}"

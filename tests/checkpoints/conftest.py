@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanothink.checkpoints import FORMAT_VERSION, CheckpointPayload, SplitRecord
+from nanothink.checkpoints import FORMAT_VERSION, CheckpointPayload
+from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.data.split import HeldOutText, SplitRule, TrainedText
 
 

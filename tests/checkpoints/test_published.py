@@ -17,7 +17,8 @@ from stand_in_hub import serving
 from torch import nn
 
 import nanothink as package
-from nanothink.checkpoints import SplitRecord, read_checkpoint, write_checkpoint
+from nanothink.checkpoints import read_checkpoint, write_checkpoint
+from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.cli.app import run
 from nanothink.data.split import HeldOutText, SplitRule, TrainedText
 from nanothink.data.tokenizer import load_tokenizer, save_tokenizer

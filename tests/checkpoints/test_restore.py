@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from nanothink.checkpoints import (
-    model_state,
-    pack_rng,
-    read_checkpoint,
-    restore_model,
-    unpack_rng,
-    write_checkpoint,
-)
+from nanothink.checkpoints import read_checkpoint, write_checkpoint
+from nanothink.checkpoints.restore import model_state, pack_rng, restore_model, unpack_rng
 from nanothink.config import Config, ModelConfig, TransformerConfig
 from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError
 from nanothink.models import build_model

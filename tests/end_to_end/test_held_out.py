@@ -14,7 +14,8 @@ import pytest
 from conftest import made_up_texts, write_domain
 
 import nanothink as package
-from nanothink.checkpoints import SplitRecord, read_checkpoint
+from nanothink.checkpoints import read_checkpoint
+from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.cli.app import run
 from nanothink.data.corpus import find_corpus
 from nanothink.data.split import SplitRule, text_key

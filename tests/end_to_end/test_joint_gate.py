@@ -13,8 +13,9 @@ from repeating_corpus import repeating_corpus, settings
 from struck_runs import assert_same
 
 import nanothink as package
-from nanothink.checkpoints import CheckpointPayload, SplitRecord, read_summary
+from nanothink.checkpoints import CheckpointPayload, read_summary
 from nanothink.checkpoints.file import read_checkpoint
+from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.cli.app import run
 from nanothink.errors import UsageError
 from nanothink.models.joint_gate import DOCUMENT_CACHE

@@ -14,7 +14,8 @@ from repeating_corpus import repeating_corpus, settings
 from struck_runs import Ground, assert_same_run, metrics
 
 import nanothink as package
-from nanothink.checkpoints import SplitRecord, read_checkpoint
+from nanothink.checkpoints import read_checkpoint
+from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.cli.app import run
 from nanothink.data.tokens import IGNORE
 from nanothink.runs.preparing import RunSetup, prepare

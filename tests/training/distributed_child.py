@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from nanothink.checkpoints import CheckpointStore, gathered, read_checkpoint, restore_model
+from nanothink.checkpoints import CheckpointStore, read_checkpoint
+from nanothink.checkpoints.restore import gathered, restore_model
 from nanothink.errors import DistributedError, InterruptedRun, StorageError, TrainingDivergedError
 from nanothink.models.contract import Batch, Loss
 from nanothink.runs.resuming import ResumePoint
