@@ -59,7 +59,7 @@ class Story:
     """For the sample; the first words of the text when None."""
     speed_of: SpeedOf | None = None
     """Speed of this machine; measured when None."""
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
 
     def print_plan(self) -> int:
         """Print the plan, and write nothing."""

@@ -28,6 +28,9 @@ from nanothink.serve.errors import RequestError
 
 _T = TypeVar("_T")
 
+_TURN_SECONDS = 10.0
+"""For the turn under way when the thread is told to end."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -142,9 +145,9 @@ class ModelThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the current turn, whatever is left to do."""
+        """End after the current turn, whatever is left to do; one that takes long ends with the process."""
         self._inbox.put(None)
-        self._thread.join()
+        self._thread.join(_TURN_SECONDS)
 
     def submit(
         self, model: str, rows: Sequence[Row], stop: Sequence[str], *, streamed: bool, weighed: bool = False

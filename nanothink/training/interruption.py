@@ -51,14 +51,15 @@ class StopRequests:
 
     Args:
         forwarded: signals may come a second time by way of another process (torchrun).
+        clock: seconds.
     """
 
-    def __init__(self, *, forwarded: bool = False) -> None:
-        self._forwarded = forwarded
+    def __init__(self, *, forwarded: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._forwarded, self._clock = forwarded, clock
         self._asked_at: float | None = None
 
     def is_second(self, number: int) -> bool:
-        now = time.monotonic()
+        now = self._clock()
         if self._asked_at is None:
             self._asked_at = now
             return False

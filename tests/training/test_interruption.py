@@ -50,11 +50,10 @@ def test_an_ignored_signal_stays_ignored() -> None:
     ],
 )
 def test_signals_of_one_request_are_no_second_one(
-    sent: str, after_seconds: float, forwarded: bool, is_second: bool, monkeypatch: pytest.MonkeyPatch
+    sent: str, after_seconds: float, forwarded: bool, is_second: bool
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("nanothink.training.interruption.time.monotonic", lambda: now[0])
-    requests = StopRequests(forwarded=forwarded)
+    requests = StopRequests(forwarded=forwarded, clock=lambda: now[0])
     first, then = (signal.Signals[name] for name in sent.split())
     assert not requests.is_second(first)
     now[0] += after_seconds
