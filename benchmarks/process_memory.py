@@ -2,11 +2,17 @@
 
     python benchmarks/process_memory.py
     python benchmarks/process_memory.py --measured
+    python benchmarks/process_memory.py --frozen-experts
+    python benchmarks/process_memory.py --shard
 
 Computed as by --dry-run: nothing is trained or allocated, models are built on the device "meta". Measured:
 two processes on this CPU (gloo) begin, stop and resume a transformer of 38 M parameters and NanoThink over
 it; the most resident memory of each until it trains or validates, in a validation with samples, while the
-best model is written, and in a step. Both tables are in docs/distributed.md.
+best model is written, in a step, and at the end, where the best model is read, fitted and written again.
+
+Frozen experts: the same NanoThink with its expert shared out, whole in each process, and whole in bfloat16;
+memory, and processor time of a step in both processes together. Shard: processor time of a step of a small
+transformer whose parameters are shared out, or replicated. All tables are in docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -19,9 +25,11 @@ import random
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +39,7 @@ from side_by_side import plain_environment
 
 from nanothink.config.run import resolve_config
 from nanothink.models import build_model, training_of
+from nanothink.models.low_rank import in_blocks
 from nanothink.runs.memory import ModelSizes, with_recomputation
 
 SHAPES = {
@@ -61,15 +70,33 @@ PHASE = {
     "log_every_steps": 1,
 }
 STOPPED_AFTER = 2  # steps: the resumed run validates before it trains
-MOMENTS = ("when it begins", "validation and samples", "best model written", "a step")
+MOMENTS = ("when it begins", "validation and samples", "best model written", "a step", "the end")
+SMALL = {
+    "model.d_model": 128,
+    "model.max_seq_len": 128,
+    "transformer.n_layers": 4,
+    "transformer.n_heads": 4,
+    "train_expert.batch_size": 4,
+    "train_expert.max_steps": 24,
+}
+KEPT = ("shared out", "whole", "whole, bfloat16")
+"""Ways to keep frozen experts."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_RAW)
-    parser.add_argument("--measured", action="store_true", help="run two processes here, for some minutes")
-    if parser.parse_args().measured:
-        measure()
-        return
+    for name in ("measured", "frozen-experts", "shard"):
+        parser.add_argument(f"--{name}", action="store_true", help="run two processes here, for some minutes")
+    options = parser.parse_args()
+    for chosen, run in (
+        (options.measured, measure),
+        (options.frozen_experts, measure_frozen_experts),
+        (options.shard, measure_shard),
+    ):
+        if chosen:
+            with tempfile.TemporaryDirectory() as scratch:
+                run(Ground.make(Path(scratch)))
+            return
     print("| model | parameters | shard | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in GPUS) + " |")
     print("|---|---:|---|" + "---:|" * len(GPUS))
     for name, shape in SHAPES.items():
@@ -85,58 +112,101 @@ def main() -> None:
             print(f"| {name} | {sizes.trained / 1e9:.2f} B | `{shard}` | {cells} |")
 
 
-def measure() -> None:
-    """Run both models, print a table in MB."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+@dataclasses.dataclass(frozen=True)
+class Ground:
+    """Text and a tokenizer for the models that are measured."""
+
+    folder: Path
+
+    @classmethod
+    def make(cls, folder: Path) -> Ground:
         chance = random.Random(0)
         for domain in ("letters", "tales"):
             (folder / "data" / domain).mkdir(parents=True)
             texts = [" ".join(chance.choices(("time", "stone", "river"), k=120)) for _ in range(12)]
             lines = "".join(json.dumps({"text": f"{text} {n}."}) + "\n" for n, text in enumerate(texts))
             (folder / "data" / domain / "texts.jsonl").write_text(lines)
-        nanothink = [sys.executable, "-m", "nanothink"]
-        place = ["--data-dir", str(folder / "data"), "--checkpoint-dir", str(folder / "checkpoints")]
-        tokenizer = ["--vocab-size", "320", "--out", str(folder / "tokenizer")]
-        subprocess.run(
-            [*nanothink, "tokenizer", "train", *place[:2], *tokenizer], env=plain_environment(), check=True
+        command = [sys.executable, "-m", "nanothink", "tokenizer", "train", "--vocab-size", "320"]
+        place = ["--data-dir", str(folder / "data"), "--out", str(folder / "tokenizer")]
+        subprocess.run([*command, *place], env=plain_environment(), check=True)
+        return cls(folder)
+
+    def place(self, checkpoints: str = "checkpoints") -> list[str]:
+        return ["--data-dir", str(self.folder / "data"), "--checkpoint-dir", str(self.folder / checkpoints)]
+
+    def transformer(self, settings: dict[str, Any]) -> list[str]:
+        phase = {f"train_expert.{name}": value for name, value in PHASE.items()}
+        tokenizer = ["--tokenizer", str(self.folder / "tokenizer")]
+        return ["pretrain", "transformer", *self.place(), *tokenizer, *_settings(phase | settings)]
+
+    def nanothink(self, settings: dict[str, Any], checkpoints: str = "checkpoints") -> list[str]:
+        phase = {f"train_mla.{name}": value for name, value in PHASE.items()}
+        # no states on the disk: every step reads the expert
+        shape = {"train_mla.fit": "full", "train_mla.states_disk_gb": 0, "mla.n_heads": 8}
+        expert = str(self.folder / "checkpoints/transformer_expert.pt")
+        return [
+            *("train-mla", *self.place(checkpoints), "--expert", expert),
+            *_settings(phase | shape | settings),
+        ]
+
+
+def measure(ground: Ground) -> None:
+    """Run both models, print a table in MB."""
+    commands = {"transformer": ground.transformer(MEASURED), "nanothink_mla": ground.nanothink({})}
+    print("| model | all weights | run | process | " + " | ".join(MOMENTS) + " |")
+    print("|---|---:|---|---:|" + "---:|" * len(MOMENTS))
+    for kind, command in commands.items():
+        for run, arguments in (("new", command), ("resumed", [*command, "--resume"])):
+            for rank, found in enumerate(_two(ground, arguments, stops=run == "new")):
+                peaks = [f"{found[m] / 1e6:.0f}" if m in found else "" for m in MOMENTS]
+                cells = [kind, f"{found['weights'] / 1e6:.0f}", run, str(rank), *peaks]
+                print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def measure_frozen_experts(ground: Ground) -> None:
+    """Run NanoThink with its expert kept in each way, print a table in MB and seconds."""
+    _two(ground, ground.transformer(MEASURED), stops=False)
+    print("| frozen expert | held | most in a step | processor seconds of a step | loss of the last step |")
+    print("|---|---:|---:|---:|---:|")
+    for kept in KEPT:
+        command = ground.nanothink({"train_mla.max_steps": 10}, checkpoints=kept)
+        found = _two(ground, command, stops=False, kept=kept)
+        held, peak = (max(each[name] for each in found) for name in ("held", "a step"))
+        seconds = sum(each["seconds"] for each in found)
+        print(
+            f"| {kept} | {held / 1e6:.0f} | {peak / 1e6:.0f} | {seconds:.3f} | {found[0]['loss']:.5f} |",
+            flush=True,
         )
-        commands = {
-            "transformer": [
-                *("pretrain", "transformer", *place, "--tokenizer", str(folder / "tokenizer")),
-                *_settings(MEASURED | {f"train_expert.{name}": value for name, value in PHASE.items()}),
-            ],
-            "nanothink_mla": [
-                *("train-mla", *place, "--expert", str(folder / "checkpoints/transformer_expert.pt")),
-                *_settings({f"train_mla.{name}": value for name, value in PHASE.items()}),
-                # the experts are shared out too
-                *_settings({"train_mla.fit": "full", "train_mla.states_disk_gb": 0, "mla.n_heads": 8}),
-            ],
-        }
-        print("| model | weights | run | process | " + " | ".join(MOMENTS) + " |")
-        print("|---|---:|---|---:|" + "---:|" * len(MOMENTS))
-        for kind, command in commands.items():
-            for run, arguments in (("new", command), ("resumed", [*command, "--resume"])):
-                for rank, (n_bytes, found) in enumerate(_two(folder, arguments, stops=run == "new")):
-                    cells = " | ".join(
-                        f"{found[moment] / 1e6:.0f}" if moment in found else "" for moment in MOMENTS
-                    )
-                    print(f"| {kind} | {n_bytes / 1e6:.0f} | {run} | {rank} | {cells} |", flush=True)
+
+
+def measure_shard(ground: Ground) -> None:
+    """Run a small transformer in both ways, in turns, print a table in milliseconds."""
+    print("| shard | processor milliseconds of a step | of which the optimizer |")
+    print("|---|---:|---:|")
+    found: dict[str, list[tuple[float, float]]] = {"full": [], "none": []}
+    for _ in range(3):
+        for shard, times in found.items():
+            settings = SMALL | {"distributed.shard": shard}
+            both = _two(ground, [*ground.transformer(settings), "--overwrite"], stops=False)
+            times.append((sum(e["seconds"] for e in both), sum(e["moving"] for e in both)))
+    for shard, times in found.items():
+        whole, moving = (1000 * statistics.median(column) for column in zip(*times, strict=True))
+        print(f"| `{shard}` | {whole:.0f} | {moving:.0f} |")
 
 
 def _settings(settings: dict[str, Any]) -> list[str]:
     return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
 
 
-def _two(folder: Path, arguments: list[str], *, stops: bool) -> list[tuple[int, dict[str, int]]]:
-    """Run two processes; returns for each the bytes of the model's weights, and its peaks by moment."""
+def _two(ground: Ground, arguments: list[str], *, stops: bool, kept: str = KEPT[0]) -> list[dict[str, float]]:
+    """Run two processes; returns for each what ``train_and_measure`` found."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
-    results = [folder / f"rank{rank}.json" for rank in range(2)]
+    results = [ground.folder / f"rank{rank}.json" for rank in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, str(result), str(int(stops)), *arguments],
+            [sys.executable, __file__, str(result), str(int(stops)), kept, *arguments],
             env={
                 **plain_environment(),
                 **address,
@@ -155,40 +225,59 @@ def _two(folder: Path, arguments: list[str], *, stops: bool) -> list[tuple[int, 
         said = process.communicate()[1]
         if process.returncode != (130 if stops else 0):
             raise SystemExit(f"a process ended with {process.returncode}: {said}")
-    return [tuple(json.loads(result.read_text())) for result in results]
+    return [json.loads(result.read_text()) for result in results]
 
 
-def train_and_measure(result: str, stops: str, *arguments: str) -> None:
-    """Be one of the two processes."""
+def train_and_measure(result: str, stops: str, kept: str, *arguments: str) -> None:
+    """Be one of the two processes.
+
+    Writes the bytes of all weights, the most memory by moment, that held at the beginning of the last step,
+    its loss, and the processor seconds of a step and of its optimizer (medians).
+    """
     from nanothink.cli.app import run as run_command
+    from nanothink.runs import building, pretraining
     from nanothink.training import loop
+    from nanothink.training.optimizer import GroupedOptimizer
 
-    peaks: dict[str, int] = {}
-    take_step, evaluate = loop.take_step, loop._evaluate
+    found: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {"seconds": [], "moving": []}
+    take_step, evaluate, move = loop.take_step, loop._evaluate, GroupedOptimizer.step
 
     def measured(moment: str, do: Callable[..., Any]) -> Callable[..., Any]:
         def measuring(*given: Any) -> Any:
             Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
             done = do(*given)
-            peaks[moment] = max(peaks.get(moment, 0), _peak_bytes())
+            found[moment] = max(found.get(moment, 0), _bytes("VmHWM"))
+            Path(result).write_text(json.dumps(found))
             return done
 
         return measuring
 
+    def timed(name: str, do: Callable[..., Any]) -> Callable[..., Any]:
+        def timing(*given: Any) -> Any:
+            began = time.process_time()
+            done = do(*given)
+            seconds[name].append(time.process_time() - began)
+            found[name] = statistics.median(seconds[name])
+            return done
+
+        return timing
+
     def stepping(run: loop.Run) -> loop.StepTaken:
-        peaks.setdefault(MOMENTS[0], _peak_bytes())
+        found.setdefault(MOMENTS[0], _bytes("VmHWM"))
         if int(stops) and run.state.step + 1 == STOPPED_AFTER:
             os.kill(os.getpid(), signal.SIGTERM)
         tensors = run.model.state_dict().values()
-        sizes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        taken = take_measured(run)
-        Path(result).write_text(json.dumps([sizes, peaks]))
+        found["weights"] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        found["held"] = _bytes("VmRSS")
+        taken: loop.StepTaken = step_measured(run)
+        found["loss"] = taken.loss
         return taken
 
-    take_measured = measured(MOMENTS[3], take_step)
+    step_measured = measured(MOMENTS[3], timed("seconds", take_step))
 
     def evaluating(run: loop.Run, callbacks: loop.Callbacks) -> None:
-        peaks.setdefault(MOMENTS[0], _peak_bytes())
+        found.setdefault(MOMENTS[0], _bytes("VmHWM"))
         save = callbacks.save
         write_best = measured(MOMENTS[2], save)
         evaluate(
@@ -201,12 +290,28 @@ def train_and_measure(result: str, stops: str, *arguments: str) -> None:
             ),
         )
 
+    def experts_whole(model: Any, objective: Any) -> list[torch.nn.Module]:
+        if kept == KEPT[2]:
+            keep_narrow(model.experts)
+        return list(model.experts)
+
     loop.take_step, loop._evaluate = stepping, evaluating
+    GroupedOptimizer.step = timed("moving", move)  # type: ignore[method-assign]
+    pretraining.finish_best = measured(MOMENTS[4], pretraining.finish_best)
+    if kept != KEPT[0]:
+        building._kept_whole = experts_whole
     sys.exit(run_command(list(arguments)))
 
 
-def _peak_bytes() -> int:
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+def keep_narrow(experts: torch.nn.Module) -> None:
+    """Make the matrices of blocks bfloat16, as those of published models may be."""
+    for name, layer in experts.named_modules():
+        if isinstance(layer, torch.nn.Linear) and in_blocks(f"{name}.weight"):
+            layer.weight.data = layer.weight.data.to(torch.bfloat16)
+
+
+def _bytes(name: str) -> int:
+    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found[1])
 

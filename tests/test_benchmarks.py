@@ -128,6 +128,7 @@ SMALL = {
         named=("one text a domain", "one text a domain, served", "document by document"),
         said=("held-out documents",),
     ),
+    "lost_processes.py": Small('--only "0 raises"', rows=1, named=("rank 0 raises an exception", "yes")),
     "many_files.py": Small(
         "--files 60 --domains 20 --descriptors 64 --steps 2",
         rows=5,
@@ -153,6 +154,8 @@ SMALL = {
         f"--steps 1 {TINY}", rows=7, named=("muon",)
     ),
     "optimizers.py": Small(f"--steps 1 {TINY}", rows=13, named=("adamw", "muon")),
+    "process_memory.py --frozen-experts": Small("", rows=3, named=("shared out", "whole, bfloat16")),
+    "process_memory.py --shard": Small("", rows=2, named=("`full`", "`none`")),
     "process_memory.py --measured": Small("", rows=8, named=("transformer", "nanothink_mla", "resumed")),
     "process_memory.py": Small("", rows=6, named=("125 M", "7 B")),
     "published_weights.py": Small(

@@ -155,20 +155,22 @@ def read_checkpoint(
 ) -> CheckpointPayload:
     """Verify every byte of ``path``, then load it. Never runs code from the file.
 
-    A file that this process has verified before and that has not changed since is not verified again.
+    A file that this process has verified before and that has not changed since is not verified again, nor is
+    one that another process has ``verified``.
 
     With ``mmap`` the tensors stay on the disk until they are touched; the file can still be replaced
-    meanwhile, since a replaced file lives on while it is mapped.
+    meanwhile, since a replaced file lives on while it is mapped. Of a folder (shards.py) weights are read,
+    and moments have shape and type alone.
 
-    With ``shapes_only`` the tensors of a folder (shards.py) have shape and type alone, to be read by
-    ``shards.fill``. ``verified``: its files are known to be sound, and are not read for that.
+    With ``shapes_only`` all tensors of a folder have shape and type alone, to be read by ``shards.fill``.
 
     Raises CheckpointNotFoundError, CheckpointDamagedError (cut short, changed, not a checkpoint),
     CheckpointMismatchError (no NanoThink checkpoint, or of another version), StorageError (not readable).
     """
     if is_shards(path):
-        return _load_folder(path, tensors=not shapes_only, verified=verified, reporter=reporter)
-    return _load(path, map_location=map_location, mmap=mmap, reporter=reporter)
+        kept = {"weights": not shapes_only, "moments": not (mmap or shapes_only)}
+        return _load_folder(path, **kept, verified=verified, reporter=reporter)
+    return _load(path, map_location=map_location, mmap=mmap, verified=verified, reporter=reporter)
 
 
 def verify_checkpoint(path: Path, *, reporter: Reporter = SILENT) -> CheckpointSummary:
@@ -178,10 +180,10 @@ def verify_checkpoint(path: Path, *, reporter: Reporter = SILENT) -> CheckpointS
     none, and no model works with them.
     """
     if is_shards(path):
-        from nanothink.checkpoints.shards import weights
+        from nanothink.checkpoints.shards import weights_of
 
-        payload = _load_folder(path, tensors=False, reporter=reporter)
-        wrong = [name for name, tensor in weights(path) if not _is_finite(tensor)]
+        payload = _load_folder(path, reporter=reporter)
+        wrong = [name for name, tensor in weights_of(path) if not _is_finite(tensor)]
     else:
         payload = _load(path, map_location="cpu", mmap=True, again=True, reporter=reporter)
         wrong = [name for name, tensor in payload["model_state"].items() if not _is_finite(tensor)]
@@ -259,6 +261,7 @@ def _load(
     map_location: str,
     mmap: bool,
     again: bool = False,
+    verified: bool = False,
     reporter: Reporter = SILENT,
 ) -> CheckpointPayload:
     import torch
@@ -267,7 +270,7 @@ def _load(
         torch.empty(0, device=map_location)  # an unknown device is no fault of the file
 
     def load(file: BinaryIO) -> object:
-        if again or not _verified.knows(file):
+        if again or not (verified or _verified.knows(file)):
             with _verified.verifying(file):
                 check_archive(file, path, reporter)
         try:
@@ -288,15 +291,10 @@ def _load(
     return _checked(path, _read(path, load))
 
 
-def _load_folder(
-    path: Path, *, tensors: bool, verified: bool = False, reporter: Reporter = SILENT
-) -> CheckpointPayload:
+def _load_folder(path: Path, **options: Any) -> CheckpointPayload:
     from nanothink.checkpoints.shards import read_shards
 
-    return _checked(
-        path,
-        _from_folder(path, lambda: read_shards(path, tensors=tensors, verified=verified, reporter=reporter)),
-    )
+    return _checked(path, _from_folder(path, lambda: read_shards(path, **options)))
 
 
 def _from_folder(path: Path, read: Callable[[], T]) -> T:
@@ -310,6 +308,8 @@ def _from_folder(path: Path, read: Callable[[], T]) -> T:
 
 def _read(path: Path, read: Callable[[BinaryIO], T]) -> T:
     """Call ``read`` with the open file; raise a disk's errors as ``read_checkpoint`` documents them."""
+    if is_shards(path.parent):
+        raise CheckpointNotFoundError(f"{path}: is a part of a checkpoint. Give all of it: {path.parent}")
     try:
         if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
             raise damaged(path, "it is a pipe or a device, not a file")
@@ -319,7 +319,7 @@ def _read(path: Path, read: Callable[[BinaryIO], T]) -> T:
         raise CheckpointNotFoundError(_not_found(path)) from None
     except IsADirectoryError:
         raise CheckpointNotFoundError(
-            f"{path}: is a folder; give one of the files in it. {_whats_in(path)}"
+            f"{path}: is a folder; give one of the checkpoints in it. {_whats_in(path)}"
         ) from None
     except OSError as error:
         raise StorageError(
@@ -389,7 +389,8 @@ def _whats_in(folder: Path) -> str:
 
 def _checkpoint_names(folder: Path) -> list[str]:
     with contextlib.suppress(OSError):
-        return sorted(entry.name for entry in folder.glob("*.pt") if not entry.name.startswith("."))
+        found = (entry for entry in folder.iterdir() if is_shards(entry) or entry.suffix == ".pt")
+        return sorted(entry.name for entry in found if not entry.name.startswith("."))
     return []
 
 

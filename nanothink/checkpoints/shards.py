@@ -42,6 +42,9 @@ from nanothink.disk.write import RawFile
 from nanothink.errors import StorageError
 from nanothink.reporter import SILENT, Reporter
 
+WEIGHTS = "model_state."
+"""Beginning of the keys of weights and buffers; the others are moments."""
+
 _CHUNK = 1 << 26
 _ROWS = re.compile(r"__(\d+)_\d+\.distcp")
 
@@ -111,7 +114,7 @@ def _seal(
     (scratch / STATE).write_bytes(content.getbuffer())
     for name in (".metadata", STATE):
         files[name] = digest_of(scratch / name)
-    n_parameters = sum(t.numel() for key, t in tensors.items() if key.startswith("model_state."))
+    n_parameters = sum(t.numel() for key, t in tensors.items() if key.startswith(WEIGHTS))
     summary = {**summary_of(values), "n_parameters": n_parameters}
     (scratch / MANIFEST).write_text(json.dumps({"summary": summary, "files": files}, indent=1))
 
@@ -212,7 +215,7 @@ def _moments(optimizer: str, state: Mapping[str, Any]) -> Iterator[tuple[str, in
 
 def weight_key(name: str) -> str:
     """Key of a weight or buffer in the folder."""
-    return f"model_state.{name}"
+    return f"{WEIGHTS}{name}"
 
 
 def moment_key(optimizer: str, parameter: str, moment: str) -> str:
@@ -221,12 +224,18 @@ def moment_key(optimizer: str, parameter: str, moment: str) -> str:
 
 
 def read_shards(
-    path: Path, *, tensors: bool = True, verified: bool = False, reporter: Reporter = SILENT
+    path: Path,
+    *,
+    weights: bool = False,
+    moments: bool = False,
+    verified: bool = False,
+    reporter: Reporter = SILENT,
 ) -> Any:
     """The payload in the folder, as it was given to ``write_shards``.
 
     Args:
-        tensors: False: those of model and optimizer have shape and type alone; ``fill`` reads them.
+        weights: read the model's tensors; else they have shape and type alone, and ``fill`` reads them.
+        moments: the same of the optimizer's.
         verified: the files are known to be sound, and are not read for that again.
 
     Raises CheckpointDamagedError; OSError.
@@ -249,25 +258,27 @@ def read_shards(
     try:
         rest = torch.load(path / STATE, map_location="cpu", weights_only=True)
         stored = _Reader(path).stored()
-        payload = _joined(rest, stored)
+        _joined(rest, stored)
     except OSError:
         raise
     except Exception as error:  # KeyError, TypeError, UnpicklingError, ... by where the damage is
         raise damaged(path, f"it does not load ({error!s:.200})") from None
-    if tensors:
-        held = {key: torch.empty(meta.shape, dtype=meta.dtype) for key, meta in stored.items()}
-        fill(path, held)
-        payload = _joined(rest, held)
-    return payload
+    held = {
+        key: torch.empty(meta.shape, dtype=meta.dtype)
+        for key, meta in stored.items()
+        if (weights if key.startswith(WEIGHTS) else moments)
+    }
+    fill(path, held)
+    return _joined(rest, {**stored, **held})
 
 
-def weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+def weights_of(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and values of each tensor of the model, one after another."""
     for key, meta in _Reader(path).stored().items():
-        if key.startswith("model_state."):
+        if key.startswith(WEIGHTS):
             held = torch.empty(meta.shape, dtype=meta.dtype)
             fill(path, {key: held})
-            yield key.removeprefix("model_state."), held
+            yield key.removeprefix(WEIGHTS), held
 
 
 def fill(path: Path, wanted: Mapping[str, Tensor]) -> None:
@@ -282,8 +293,8 @@ def _joined(rest: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Inverse of ``_split``."""
     payload = {**rest, "model_state": {}, "optimizer_state": {}}
     for key, tensor in tensors.items():
-        if key.startswith("model_state."):
-            payload["model_state"][key.removeprefix("model_state.")] = tensor
+        if key.startswith(WEIGHTS):
+            payload["model_state"][key.removeprefix(WEIGHTS)] = tensor
     for optimizer, state in rest["optimizer_state"].items():
         moments = {index: dict(named) for index, named in state["state"].items()}
         prefixes = {

@@ -83,12 +83,12 @@ def _checkpoints_by_name(ctx: Any) -> dict[str, Any]:
         word = str(value)
         if value is None or word == NEWEST or os.path.lexists(word) or os.path.basename(word) != word:
             return value
-        if word.endswith(".dcp"):
-            return type(value)(place / word) if os.path.isdir(place / word) else value
         stems = [f"{word.removesuffix('.pt')}{kind}" for kind in ("", "_expert", f"_{COMBINED}")]
         rolling = [path for stem in stems for path in _rolling(place, stem)[-1:]] if resumes else []
-        files = (*rolling, *(place / f"{stem}.pt" for stem in stems))
-        return next((type(value)(file) for file in files if os.path.exists(file)), value)
+        names = [word] if word.endswith(".dcp") else [f"{stem}.pt" for stem in stems]
+        files = (*rolling, *(place / name for name in names))
+        missing = place / word if os.path.isdir(place) else word  # so that the error lists what is there
+        return next((type(value)(file) for file in files if os.path.exists(file)), type(value)(missing))
 
     return {
         name: [found(one) for one in value] if isinstance(value, (list, tuple)) else found(value)

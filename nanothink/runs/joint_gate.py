@@ -31,6 +31,7 @@ from nanothink.suggestions import again
 from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.gate_fitting import FIT_TOKENS, fit_joint_gate, unigram_log_frequencies
 from nanothink.training.loop import Run
+from nanothink.training.sharding import give_memory, without_memory
 
 _COMPARED_TOKENS = 16_384
 """Of training text and of held-out text, to see whether the experts know one better than the other."""
@@ -148,10 +149,12 @@ def finish_best(setup: RunSetup, run: Run, store: CheckpointStore, reporter: Rep
         reporter: receives what was found.
     """
     best = store.best
-    payload = read_checkpoint(best)
+    payload = read_checkpoint(best, mmap=True)  # moments stay on the disk
     model = run.model
     if run.processes.size > 1:  # this process has a part of it
-        model = setup.new_model().to(setup.precision.device)
+        with without_memory():
+            model = setup.new_model()
+        give_memory(model, setup.precision.device)
         if isinstance(model, NanoThink) and isinstance(run.model, NanoThink):
             model.vector_store = run.model.vector_store
     restore_model(model, payload, expect_kind=model.kind, path=best)

@@ -143,7 +143,7 @@ class ShardedPlacement(Placement):
         model.__dict__["sharded_loss"] = MethodType(_loss, model)
         register_fsdp_forward_method(model, "sharded_loss")
         kept_names = [name for name, parameter in model.named_parameters() if parameter in kept]
-        model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
+        give_memory(model, device)
         kept = {model.get_parameter(name) for name in kept_names}  # _apply may have put others in their place
         if from_rank0:
             _send_rows(model, whole, shard)
@@ -336,6 +336,11 @@ def without_memory() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def give_memory(model: nn.Module, device: torch.device) -> None:
+    """Give parameters without memory some on ``device``, with no values yet; move the others there."""
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
 
 
 def own_rows(whole: Tensor, like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ together, rolling states and snapshots, are folders.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -16,13 +17,15 @@ import pytest
 import torch
 from struck_runs import KINDS, LAST_EPOCH, Ended, Ground, assert_same, assert_same_run, metrics, stem
 
-from nanothink.checkpoints import CheckpointStore, read_checkpoint
+import nanothink
+from nanothink.checkpoints import CheckpointStore, read_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.timeout(900)  # the longest took 170 s on two busy cores
 
 AN_EPOCH = 12  # steps; validation comes every 4
 WITH_STORE = "nanothink_mla with a vector store"
 ALL_KINDS = (*KINDS, WITH_STORE)
+WEIGHTS = {".safetensors", ".gguf"}
 
 
 def arguments(ground: Ground, kind: str, folder: Path, **changed: Any) -> list[str]:
@@ -208,6 +211,49 @@ def test_one_two_three_and_one_again_end_closely_where_one_does(
     for key, tensor in one["model_state"].items():
         difference = torch.linalg.vector_norm(other["model_state"][key] - tensor)
         assert difference <= 2e-3 * torch.linalg.vector_norm(tensor), key
+
+
+@pytest.mark.parametrize(
+    "kind", ["transformer", *(pytest.param(k, marks=pytest.mark.bench) for k in ALL_KINDS[1:])]
+)
+def test_every_command_makes_of_a_folder_what_it_makes_of_a_file(
+    kind: str, ground: Ground, tmp_path: Path
+) -> None:
+    """All that is left of a run of two processes that was stopped early; and the same as a file."""
+    name = stem(of(kind))
+    ended = ground.server.run(arguments(ground, kind, tmp_path), strike=after_step(3, "SIGINT"), processes=2)
+    assert set(ended.codes) == {130}, ended.stderr
+    CheckpointStore(tmp_path, name).best.unlink(missing_ok=True)  # NanoThink validates first
+    (folder,) = CheckpointStore(tmp_path, name).rolling()
+    file = tmp_path / f"{name}_epoch7.pt"
+    write_checkpoint(file, read_checkpoint(folder))
+
+    def made(checkpoint: Path) -> list[Any]:
+        made_of, place = tmp_path / "made" / checkpoint.suffix, ["--checkpoint-dir", str(tmp_path)]
+        commands = [
+            ["eval", checkpoint.name, *place, "--json"],  # found by its name
+            ["generate", "time", "--checkpoint", str(checkpoint), "--max-new-tokens", "5", "--seed", "3"],
+            ["checkpoints", "show", f"{checkpoint}{'/' * checkpoint.is_dir()}", "--json"],  # as Tab leaves it
+            ["checkpoints", "verify", str(checkpoint), "--json"],
+            ["checkpoints", "export", str(checkpoint), "--to", str(made_of / "export")],
+        ]
+        if kind in ("transformer", "state_space"):
+            gguf = str(made_of / "model.gguf")
+            commands.append(["checkpoints", "export", str(checkpoint), "--format", "gguf", "--to", gguf])
+        said = [whole(ground.server.run(command)).stdout for command in commands]
+        logits = nanothink.load(checkpoint).logits(torch.tensor([[5, 6, 7]]))
+        written = {path.name: path.read_bytes() for path in made_of.rglob("*") if path.suffix in WEIGHTS}
+        assert written
+        scores = json.loads(said[0])["checkpoints"][0]["domains"]
+        return [scores, said[1], json.loads(said[2])["step"], logits.tolist(), written]
+
+    assert made(folder) == made(file)
+    file.unlink()
+    for command in (["eval", "code"], ["generate", "x", "--checkpoint", "code"]):
+        missing = ground.server.run([*command, "--checkpoint-dir", str(tmp_path)])
+        assert f"{tmp_path} holds {folder.name}" in " ".join(missing.stderr.split()), "what could be meant"
+    part = ground.server.run(["eval", str(folder / "state.pt")])
+    assert f"Give all of it: {folder}" in " ".join(part.stderr.split())
 
 
 def test_a_folder_is_offered_found_by_name_and_set_aside_as_a_file_is(ground: Ground, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from nanothink.checkpoints import (
     read_checkpoint,
     verify_checkpoint,
 )
-from nanothink.checkpoints.shards import weights
+from nanothink.checkpoints.shards import weights_of
 from nanothink.errors import CheckpointDamagedError, NanoThinkError, RankError, UsageError
 from nanothink.training.distributed import ALONE, Processes, join
 from nanothink.training.launch import Launch
@@ -214,7 +214,7 @@ def test_a_folder_is_verified_listed_and_pruned_like_a_file(seen: Path, tmp_path
     with pytest.raises(CheckpointDamagedError):
         read_checkpoint(later)
     with pytest.raises(pickle.UnpicklingError, match="would run code"):
-        list(weights(later))
+        list(weights_of(later))
 
 
 def test_a_first_that_cannot_begin_ends_the_others(seen: Path) -> None:
