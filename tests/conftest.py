@@ -26,6 +26,7 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 for name in [name for name in os.environ if name.startswith("NANOTHINK_")]:
     del os.environ[name]
+os.environ["NANOTHINK_DOCUMENT_CACHE__FIT_STEPS"] = "20"  # at the end of every run; 250 take a second or more
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

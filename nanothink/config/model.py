@@ -201,6 +201,10 @@ class DocumentCacheConfig(Settings):
     n_neighbours: int = Field(32, ge=1, le=1024)
     """Earlier positions that are recalled for each token."""
 
+    fit_steps: int = Field(250, ge=0, le=100_000)
+    """Optimizer steps of the joint gate, which is fitted on held-out text at the end of every run; with 0 the
+    model has no such gate, and so no document cache."""
+
 
 class VectorStoreConfig(Settings):
     """The vector store of a NanoThink: one expert's states over the training text, searched by FAISS."""

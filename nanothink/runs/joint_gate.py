@@ -214,6 +214,8 @@ def _fit_weights(model: NanoThink, setup: RunSetup, text: _Text, reporter: Repor
 def _fit_gate(model: LanguageModel, setup: RunSetup, text: _Text, reporter: Reporter) -> None:
     """The joint gate over the model, its vector store if it has one, and the document cache."""
     cache, length = setup.config.document_cache, setup.config.model.max_seq_len
+    if not cache.fit_steps:
+        return
     reading = Reading(length, setup.precision, cache.window_tokens, cache.n_neighbours)
     own = setup.training.batch_size * length  # more tokens at a time would take more memory than training
     reading = replace(reading, batch_tokens=min(own, reading.batch_tokens))
@@ -223,9 +225,8 @@ def _fit_gate(model: LanguageModel, setup: RunSetup, text: _Text, reporter: Repo
     before = None
     if stored:
         before = _score(model, text.rest, setup, length, reporter, "validating before the joint gate").overall
-    gate = fit_joint_gate(
-        model, text.to_fit, names, unigram, reading, seed=setup.training.seed, reporter=reporter
-    )
+    how: Any = {"steps": cache.fit_steps, "seed": setup.training.seed, "reporter": reporter}
+    gate = fit_joint_gate(model, text.to_fit, names, unigram, reading, **how)
     if gate is None:
         reporter.note(
             f"No joint gate: {counted(text.n_tokens, 'held-out token')} are too few to fit one on. The model "

@@ -28,7 +28,7 @@ FIT_TOKENS = 20_000
 
 _LINEAR_BELOW = 3_000  # tokens: with fewer, hidden units learn the sample
 _FEWEST = 200  # tokens: with fewer there is no gate
-_HIDDEN, _STEPS, _BATCH, _LR, _DECAY = 12, 250, 4096, 1e-2, 1e-3
+_HIDDEN, _BATCH, _LR, _DECAY = 12, 4096, 1e-2, 1e-3
 _WITHOUT_CACHE = 0.25  # weight of the loss with the last memory empty, as it is where it is disabled
 _COUNTED = 2_000_000  # training tokens that the unigram frequencies are counted on, at most
 
@@ -40,6 +40,7 @@ def fit_joint_gate(
     unigram: Tensor,
     reading: Reading,
     *,
+    steps: int,
     seed: int,
     reporter: Reporter = SILENT,
 ) -> JointGate | None:
@@ -49,6 +50,7 @@ def fit_joint_gate(
         streams: text that nothing was fitted on, by domain.
         names: of the memories, in the order of ``joint_gate.MEMORIES``.
         unigram: (V,) log-frequencies.
+        steps: of the optimizer.
         seed: of the start and the batches.
     """
     advance = reporter.counter("joint gate: reading", sum(stream.n_targets for stream in streams.values()))
@@ -61,10 +63,12 @@ def fit_joint_gate(
                     advance(len(each.targets))
     if sum(len(each.targets) for each in found) < _FEWEST:
         return None
-    return _fit(_together(found), names, unigram, seed, reporter)
+    return _fit(_together(found), names, unigram, steps, seed, reporter)
 
 
-def _fit(text: Positions, names: Sequence[str], unigram: Tensor, seed: int, reporter: Reporter) -> JointGate:
+def _fit(
+    text: Positions, names: Sequence[str], unigram: Tensor, steps: int, seed: int, reporter: Reporter
+) -> JointGate:
     generator = torch.Generator().manual_seed(seed)
     n = len(text.targets)
     n_hidden = _HIDDEN if n >= _LINEAR_BELOW else 0
@@ -80,10 +84,10 @@ def _fit(text: Positions, names: Sequence[str], unigram: Tensor, seed: int, repo
         ],
         lr=_LR,
     )
-    advance = reporter.counter("joint gate: fitting", _STEPS)
-    for step in range(_STEPS):
+    advance = reporter.counter("joint gate: fitting", steps)
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = _LR * 0.5 * (1 + math.cos(math.pi * step / _STEPS)) + 1e-5
+            group["lr"] = _LR * 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-5
         chosen = torch.randint(n, (min(n, _BATCH),), generator=generator)
         evidence = text.evidence.rows(chosen)
         own, targets = text.log_likelihood[chosen], text.targets[chosen]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,14 @@ SETTINGS = {
     "train_expert.batch_size": 4,
     "train_expert.sample_tokens": 0,
     "train_expert.amp_dtype": "float32",
+    "document_cache.fit_steps": 100,
 }
-OF_PHASE_2 = {"mla.n_heads": 2, "train_mla.sample_tokens": 0, "train_mla.amp_dtype": "float32"}
+OF_PHASE_2 = {
+    "mla.n_heads": 2,
+    "train_mla.sample_tokens": 0,
+    "train_mla.amp_dtype": "float32",
+    "document_cache.fit_steps": 100,
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +73,12 @@ def combined(corpus: Path, experts: Path, folder: Path, *more: str, **changed: A
 
 @pytest.fixture(scope="module")
 def gated(corpus: Path, experts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A NanoThink of gate mode, with a vector store."""
+    """A NanoThink of gate mode, with a vector store; beside it ``result.json``, what ``--json`` printed."""
     folder = tmp_path_factory.mktemp("gated")
-    assert run(combined(corpus, experts, folder, "--use-vector-store", fit="gate")) == 0
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        assert run(combined(corpus, experts, folder, "--use-vector-store", "--json", fit="gate")) == 0
+    (folder / "result.json").write_text(told.getvalue())
     return folder / "nanothink_mla.pt"
 
 
@@ -124,37 +135,29 @@ def test_the_ensemble_is_never_worse_for_phase_2(
 
 
 def test_the_score_that_a_fitted_run_leaves_is_that_of_what_it_fitted(
-    corpus: Path, experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In its result, its records, the listing and the report; not that of the equal weights before."""
-    assert run(combined(corpus, experts, tmp_path, "--use-vector-store", "--json", fit="gate")) == 0
-    result = json.loads(capsys.readouterr().out)
-    best = tmp_path / "nanothink_mla.pt"
+    best, folder = gated, gated.parent
+    result = json.loads((folder / "result.json").read_text())
     (scored,) = scores(capsys, str(best))
     assert result["best_loss"] == pytest.approx(scored["overall"]["loss"], rel=1e-6)
     assert result["validation"]["overall"]["loss"] == result["best_loss"]
     weights = result["validation"]["routing"]["tales"]["weights"]
     assert weights["vector_store"] != pytest.approx(0.1824, abs=1e-3)  # where the gate begins
     assert read_summary(best).best_loss == result["best_loss"]
-    recorded = (tmp_path / "runs" / "nanothink_mla" / "metrics.jsonl").read_text().splitlines()
+    recorded = (folder / "runs" / "nanothink_mla" / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, recorded) if row["event"] == "validation"]
     assert [row.get("fitted", False) for row in rows] == [False, True]
     assert rows[-1]["loss"] == result["best_loss"] < rows[0]["loss"]
     assert (
-        json.loads((tmp_path / "runs" / "nanothink_mla" / "finished.json").read_text())["best_loss"]
+        json.loads((folder / "runs" / "nanothink_mla" / "finished.json").read_text())["best_loss"]
         == (result["best_loss"])
     )
     assert run(["checkpoints", "show", str(best)]) == 0
     shown = capsys.readouterr().out
     assert "over the model and its vector store and document cache" in shown
     assert "logits times" in shown
-
-
-def test_the_end_of_a_run_says_what_became_of_its_gate(
-    corpus: Path, experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(combined(corpus, experts, tmp_path, fit="gate")) == 0
-    assert "Gate of the document cache fitted on" in capsys.readouterr().err
 
 
 def test_the_same_command_gives_the_same_bits(
@@ -169,11 +172,12 @@ def test_the_same_command_gives_the_same_bits(
     )
 
 
-def test_auto_takes_the_gate_where_experts_know_their_text_and_says_so(
+def test_auto_says_what_it_takes_and_the_end_of_a_run_what_became_of_its_gate(
     corpus: Path, experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(combined(corpus, experts, tmp_path)) == 0
+    assert run(combined(corpus, experts, tmp_path, max_epochs=1, batch_size=64)) == 0
     said = capsys.readouterr().err
+    assert "Gate of the document cache fitted on" in said
     chosen = read_checkpoint(tmp_path / "nanothink_mla.pt")["config"]["train_mla"]["fit"]
     assert f"train_mla.fit=auto takes '{chosen}'" in said
     assert chosen in ("gate", "full")
@@ -226,10 +230,11 @@ def test_a_model_without_a_gate_says_that_it_has_none(
     corpus: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
     where = ["--data-dir", str(corpus), "--checkpoint-dir", str(tmp_path), "--tokenizer", str(tiny_tokenizer)]
-    little = settings({**SETTINGS, "data.val_split": 0.01})
-    assert run(["pretrain", "transformer", *where, "--max-steps", "2", *little]) == 0
-    with pytest.raises(UsageError, match="no gate for a document cache"):
-        package.load(tmp_path / "transformer_expert.pt", document_cache=True)
+    for without in ({"data.val_split": 0.01}, {"document_cache.fit_steps": 0}):
+        typed = [*where, "--max-steps", "2", "--overwrite", *settings(SETTINGS | without)]
+        assert run(["pretrain", "transformer", *typed]) == 0
+        with pytest.raises(UsageError, match="no gate for a document cache"):
+            package.load(tmp_path / "transformer_expert.pt", document_cache=True)
 
 
 def test_one_held_out_document_keeps_equal_weights(

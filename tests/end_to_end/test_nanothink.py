@@ -45,6 +45,7 @@ SHAPE = {
     **{f"train_{phase}.sample_tokens": 0 for phase in ("expert", "diffuser")},
     **{f"train_{phase}.amp_dtype": "float32" for phase in ("expert", "diffuser")},
     **{f"train_{phase}.eval_max_tokens": 500 for phase in ("expert", "diffuser")},
+    "document_cache.fit_steps": 20,
 }
 PHASE = {
     "mla.n_heads": 2,
@@ -58,6 +59,7 @@ PHASE = {
     "train_mla.eval_every_steps": 10,
     "train_mla.eval_max_tokens": 300,
     "train_mla.snapshot_every_epochs": 1,
+    "document_cache.fit_steps": 20,
 }
 N_STEPS = 30
 
