@@ -149,7 +149,8 @@ def _missing(name: str, fields: Fields) -> str:
 
 @lru_cache(maxsize=64)  # the rows of a file have the same keys, and the search for a likeness is slow
 def _no_field(name: str, keys: tuple[str, ...]) -> str:
-    return f"there is no '{name}'.{did_you_mean(name, keys[:20])} There is: {', '.join(keys[:20])}"
+    there_is = ", ".join(f"{key:.60}" for key in keys[:20])
+    return f"there is no '{name}'.{did_you_mean(name, keys[:20])} There is: {there_is}"
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -146,11 +146,12 @@ def no_such_field(
     ``texts`` are the fields that can be text; None: any of them.
     """
     names = [str(name) for name in fields]
-    listed = ", ".join(names[:20]) or "none"
+    listed = ", ".join(f"{name:.60}" for name in names[:20]) or "none"
     message = f"{where} has no '{name}'.{did_you_mean(name, names)} It has: {listed}."
     if in_template:
         return DataError(f"{message} Correct the name in --template")
-    names = names if texts is None else list(texts)
+    # A file of another kind has a whole line for a name, which nobody types.
+    names = [name for name in (names if texts is None else texts) if len(name) <= 60]
     if not names:
         return DataError(f"{message} Name the one that holds the text: --text-field NAME")
     if len(names) == 1:

@@ -112,7 +112,7 @@ def test_importing_any_of_it_as_anything(suffix: str, tmp_path: Path) -> None:
         source.write_bytes(content)
         code, told = shown("data", "import", source, "--domain", f"d{i}", "--data-dir", tmp_path / "data")
         assert code in (0, 1)
-        assert code == 0 or told.strip()
+        assert code == 0 or 0 < len(told.strip()) < 2000
 
 
 def test_what_is_odd_but_sound(tmp_path: Path, tiny_tokenizer: Path) -> None:

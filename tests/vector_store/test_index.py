@@ -62,15 +62,15 @@ def test_the_exact_index_is_exact() -> None:
 
 @pytest.mark.parametrize(("kind", "least"), [("sq8", 0.9), ("pq", 0.4)])
 def test_the_others_find_most_of_the_nearest(kind: Kind, least: float) -> None:
-    keys, numbers, queries = clustered(20_000), np.arange(20_000, dtype=np.int64), clustered(200, seed=2)
+    keys, numbers, queries = clustered(10_000), np.arange(10_000, dtype=np.int64), clustered(200, seed=2)
     index = made(kind, keys, numbers)
     similarities, found = index.search(queries, 32)
     _, expected = exact(keys, numbers, queries, 32)
     recall = np.mean([len(set(a) & set(b)) / 32 for a, b in zip(found, expected, strict=True)])
     assert recall >= least
     assert (np.diff(similarities, axis=1) <= 1e-6).all()
-    assert index.n_keys == 20_000
-    assert index.n_lists == choose_lists(20_000) == 512
+    assert index.n_keys == 10_000
+    assert index.n_lists == choose_lists(10_000)
 
 
 def test_a_second_time_it_is_the_same() -> None:
@@ -126,9 +126,7 @@ def test_without_faiss_the_message_says_what_to_install(monkeypatch: pytest.Monk
         import_faiss()
 
 
-@pytest.mark.parametrize(
-    "first", ["import torch, faiss", "import faiss, torch", "import nanothink.vector_store.index"]
-)
+@pytest.mark.parametrize("first", ["import faiss, torch", "import nanothink.vector_store.index"])
 def test_faiss_and_torch_work_in_one_process_and_its_threads(first: str) -> None:
     """Two OpenMP runtimes: whoever comes first, products, k-means and searches end, and are right."""
     code = f"""
@@ -139,15 +137,15 @@ def test_faiss_and_torch_work_in_one_process_and_its_threads(first: str) -> None
         torch.set_num_threads(2)
         faiss = import_faiss()
         assert faiss.omp_get_max_threads() == 2
-        x = torch.randn(20000, 32, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(6000, 32, generator=torch.Generator().manual_seed(0))
         x = torch.nn.functional.normalize(x, dim=1)
 
         def both():
-            index = NeighbourIndex.create("sq8", 32, 20000, 8)
+            index = NeighbourIndex.create("sq8", 32, 6000, 8)
             for _ in range(3):
                 (x @ x[:2000].T).relu().sum()
             index.train(x.numpy())
-            index.add(x.numpy(), np.arange(20000))
+            index.add(x.numpy(), np.arange(6000))
             assert (index.search(x[:500].numpy(), 1)[1][:, 0] == np.arange(500)).mean() > 0.95
             layer = torch.nn.Linear(32, 512)
             layer(x).square().mean().backward()
@@ -181,8 +179,8 @@ def test_faiss_comes_with_the_first_use_alone() -> None:
 
 @pytest.mark.parametrize("kind", ["sq8", "pq"])
 def test_training_in_steps_equals_one_call(kind: Kind) -> None:
-    keys = clustered(12_000)[: sample_size(kind, 12_000)]
-    steps, reference = (NeighbourIndex.create(kind, WIDTH, 12_000, 16) for _ in range(2))
+    keys = clustered(4_000)[: sample_size(kind, 4_000)]
+    steps, reference = (NeighbourIndex.create(kind, WIDTH, 4_000, 16) for _ in range(2))
     at: dict[str, list[tuple[int, int]]] = {}
     steps.train(keys, Told(progress=lambda stage, *told: at.setdefault(stage, []).append(told)))
     reference._index.cp.max_points_per_centroid = 1 << 30
