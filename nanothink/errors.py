@@ -31,9 +31,6 @@ alone, without a traceback, and leaves with ``exit_code``.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
-
 
 class NanoThinkError(Exception):
     """Root of the tree: catches every error that NanoThink raises itself."""
@@ -155,30 +152,3 @@ class RankError(DistributedError):
 
 class InterruptedRun(NanoThinkError):
     exit_code = 130
-
-
-def counted(number: float, noun: str) -> str:
-    """Format a count with its noun: ``1 record``, ``2,844 records``."""
-    return f"{number:,.0f} {noun}" + ("" if number == 1 else "s")
-
-
-def rounded_duration(seconds: float) -> str:
-    """A duration to one or two digits, as an estimate is said: 40 s, 12 min, 1.5 h, 3 days."""
-    whole = max(1, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{round(whole / 60)} min"
-    return f"{whole / 3600:.1f} h" if whole < 2 * 86_400 else f"{round(whole / 86_400)} days"
-
-
-def some_of(names: Sequence[str], at_most: int) -> str:
-    """List the first names of many: ``a.pt, b.pt and 8 more``."""
-    rest = len(names) - at_most
-    return ", ".join(names[:at_most]) + (f" and {rest:,} more" if rest > 0 else "")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` if a known name is close to ``word``, else an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else ""

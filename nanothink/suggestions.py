@@ -1,4 +1,4 @@
-"""Commands that messages suggest: formatted here alone, in backticks, so that they copy as one piece.
+"""Commands and names that messages suggest. Commands stand in backticks, so that they copy as one piece.
 
 A message names the command and what the fault asks for. The command line adds the options of the command
 that failed (cli/suggestions.py): the core knows none of them.
@@ -6,10 +6,12 @@ that failed (cli/suggestions.py): the core knows none of them.
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -41,3 +43,9 @@ def install(requirement: str) -> str:
     beside = Path(sys.executable).with_name("pip")
     pip = "pip" if shutil.which("pip") == str(beside) else f"{shlex.quote(sys.executable)} -m pip"
     return f"`{pip} install {shlex.quote(requirement)}`"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` if a known name is close to ``word``, else an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""

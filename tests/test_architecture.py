@@ -14,7 +14,7 @@ import nanothink
 
 PACKAGE = Path(nanothink.__file__).parent
 
-EVERYWHERE = {"errors", "reporter", "suggestions"}
+EVERYWHERE = {"errors", "reporter", "suggestions", "wording"}
 MAY_IMPORT: dict[str, set[str]] = {
     "disk": set(),
     "config": set(),

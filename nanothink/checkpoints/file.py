@@ -33,16 +33,10 @@ from nanothink.checkpoints.payload import (
     wrong_in_summary,
 )
 from nanothink.disk import whole_file
-from nanothink.errors import (
-    CheckpointMismatchError,
-    CheckpointNotFoundError,
-    StorageError,
-    counted,
-    did_you_mean,
-    some_of,
-)
+from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, StorageError
 from nanothink.reporter import SILENT, Reporter
-from nanothink.suggestions import suggest
+from nanothink.suggestions import did_you_mean, suggest
+from nanothink.wording import counted, some_of
 
 if TYPE_CHECKING:  # a listing does without torch, whose import takes longer than all the rest
     from torch import Tensor

@@ -18,7 +18,8 @@ from nanothink.checkpoints.gguf_layout import PRE_TOKENIZERS, Fields
 from nanothink.data.chat import ChatFormat
 from nanothink.data.encoding import parse_tokenizer
 from nanothink.data.tokenizer import Tokenizer
-from nanothink.errors import CheckpointMismatchError, counted
+from nanothink.errors import CheckpointMismatchError
+from nanothink.wording import counted
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 """Types of tokens."""

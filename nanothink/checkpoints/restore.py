@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from nanothink.checkpoints.payload import ModelPayload
 from nanothink.config import TrainExpertConfig
-from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError, counted, some_of
+from nanothink.errors import CheckpointDamagedError, CheckpointMismatchError
 from nanothink.models.contract import LanguageModel
 from nanothink.models.joint_gate import GATE_PREFIX, JointGate
 from nanothink.models.low_rank import FACTORS, keep_bfloat16, merged
 from nanothink.suggestions import suggest
+from nanothink.wording import counted, some_of
 
 _LISTED = 8
 """Names shown per line of a report."""

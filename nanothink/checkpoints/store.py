@@ -49,10 +49,10 @@ from nanothink.errors import (
     CheckpointNotFoundError,
     StorageError,
     UsageError,
-    counted,
 )
 from nanothink.reporter import SILENT, Reporter
 from nanothink.suggestions import again
+from nanothink.wording import counted
 
 REPLACED_FOLDER = "replaced"
 """Folder that holds checkpoints displaced by ``--overwrite`` or by changed data."""

@@ -77,7 +77,7 @@ def show(
     from nanothink.checkpoints.split_record import SplitRecord
     from nanothink.cli import render
     from nanothink.data.chat import PLAIN, ChatFormat
-    from nanothink.errors import counted
+    from nanothink.wording import counted
 
     summary = read_summary(checkpoint)
     payload = read_checkpoint(checkpoint, mmap=True, shapes_only=True)

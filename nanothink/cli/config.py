@@ -48,7 +48,8 @@ def show(
     """Show every setting: value, where it comes from, meaning."""
     from nanothink.cli import render
     from nanothink.config.run import flatten, known_settings
-    from nanothink.errors import UsageError, did_you_mean
+    from nanothink.errors import UsageError
+    from nanothink.suggestions import did_you_mean
 
     base = None
     if checkpoint is not None:

@@ -23,8 +23,8 @@ from nanothink.cli.options import (
     flag,
     option,
 )
-from nanothink.errors import counted
 from nanothink.suggestions import command
+from nanothink.wording import counted
 
 if TYPE_CHECKING:
     from nanothink.data.corpus import ValidationReport

@@ -77,7 +77,8 @@ def evaluate(
     NanoThink, a router over experts, is nanothink_mla.
     """
     from nanothink.cli import render
-    from nanothink.errors import UsageError, did_you_mean
+    from nanothink.errors import UsageError
+    from nanothink.suggestions import did_you_mean
 
     sides = ("val", "test", "train", "all")
     if split not in sides:

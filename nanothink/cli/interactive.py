@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from nanothink import disk
 from nanothink.cli import render
 from nanothink.cli.line_editor import changed, line_editing
-from nanothink.errors import NanoThinkError, OutputError, UsageError, did_you_mean
+from nanothink.errors import NanoThinkError, OutputError, UsageError
 from nanothink.inference.sampling import SamplingConfig, sampling_config
 from nanothink.models import COMBINED
-from nanothink.suggestions import command
+from nanothink.suggestions import command, did_you_mean
 
 if TYPE_CHECKING:
     from nanothink.inference.routed import RoutedPiece

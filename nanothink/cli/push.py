@@ -39,9 +39,9 @@ def push(
     The card has the data by domain and size, bits per byte, settings, licence. No text is uploaded.
     """
     from nanothink.cli import render
-    from nanothink.errors import counted
     from nanothink.runs import publishing
     from nanothink.runs.evaluating import newest_finished
+    from nanothink.wording import counted
 
     with render.reporting() as reporter:
         path = checkpoint or newest_finished(checkpoint_dir, reporter)

@@ -144,8 +144,8 @@ def add(
     """
     from nanothink.cli import render
     from nanothink.disk import try_to_write
-    from nanothink.errors import counted
     from nanothink.runs.store_commands import facts_of
+    from nanothink.wording import counted
 
     with render.reporting() as reporter:
         found = source.find(reporter)

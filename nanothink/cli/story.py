@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanothink.cli.suggestions import called_as
-from nanothink.errors import CheckpointMismatchError, UsageError, counted, rounded_duration
+from nanothink.errors import CheckpointMismatchError, UsageError
 from nanothink.suggestions import again, domain_named_after
 from nanothink.suggestions import command as as_typed
+from nanothink.wording import counted, rounded_duration
 
 if TYPE_CHECKING:
     from nanothink.reporter import Reporter

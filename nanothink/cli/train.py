@@ -19,7 +19,8 @@ from nanothink.cli.options import (
     flag,
     option,
 )
-from nanothink.errors import UsageError, did_you_mean
+from nanothink.errors import UsageError
+from nanothink.suggestions import did_you_mean
 
 EXAMPLES = examples(
     "train --time 2h",

@@ -41,8 +41,8 @@ from nanothink.config.training import (
     TrainExpertConfig,
     TrainMLAConfig,
 )
-from nanothink.errors import ConfigError, did_you_mean
-from nanothink.suggestions import suggest
+from nanothink.errors import ConfigError
+from nanothink.suggestions import did_you_mean, suggest
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -20,17 +20,10 @@ from nanothink.data.problems import Problems
 from nanothink.data.records import iter_records
 from nanothink.data.source_file import unreadable
 from nanothink.data.unread import import_of, why_not_read
-from nanothink.errors import (
-    BadRecordsError,
-    DataError,
-    UnreadableError,
-    UsageError,
-    counted,
-    did_you_mean,
-    some_of,
-)
+from nanothink.errors import BadRecordsError, DataError, UnreadableError, UsageError
 from nanothink.reporter import SILENT, Reporter
-from nanothink.suggestions import domain_named_after, suggest
+from nanothink.suggestions import did_you_mean, domain_named_after, suggest
+from nanothink.wording import counted, some_of
 
 _SILENT_IN_ROOT = (".nanothink", "README.md")
 _NAMED_AT_MOST = 5

@@ -16,8 +16,8 @@ from typing import Any, TextIO
 from nanothink.config.text_encoding import conversion, wide_encoding
 from nanothink.data.lines import shown
 from nanothink.data.source_file import DamagedDataError, SourceFile, WrongEncodingError, unreadable
-from nanothink.errors import DataError, UsageError, did_you_mean
-from nanothink.suggestions import again
+from nanothink.errors import DataError, UsageError
+from nanothink.suggestions import again, did_you_mean
 
 AUTO = "auto"
 """Asks for the encoding that each file seems to have."""

@@ -22,8 +22,9 @@ from nanothink.data.lines import MAX_LINE_BYTES, Problem, shown
 from nanothink.data.row_text import RowFault, RowText
 from nanothink.data.tables import row_of
 from nanothink.data.text_files import Findings, Row
-from nanothink.errors import DataError, UsageError, counted
+from nanothink.errors import DataError, UsageError
 from nanothink.suggestions import again
+from nanothink.wording import counted
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 

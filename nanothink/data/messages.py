@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from nanothink.data.chat import ROLES
-from nanothink.errors import did_you_mean
+from nanothink.suggestions import did_you_mean
 
 _OTHER_NAMES = {
     "human": "user",

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nanothink.data.lines import CONVERSATION, Problem
-from nanothink.errors import counted
 from nanothink.suggestions import command
+from nanothink.wording import counted
 
 PLACES = 20
 """Problems kept of one kind, and spans of lines."""

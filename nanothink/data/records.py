@@ -45,8 +45,7 @@ from nanothink.data.lines import (
 from nanothink.data.messages import Message, answer_bytes, conversation_fields, read_messages, text_of
 from nanothink.data.source_file import Digest
 from nanothink.data.strict_json import JsonFault
-from nanothink.errors import did_you_mean
-from nanothink.suggestions import suggest
+from nanothink.suggestions import did_you_mean, suggest
 
 __all__ = [
     "MAX_LINE_BYTES",

@@ -18,7 +18,8 @@ from functools import lru_cache
 
 from nanothink.data.messages import conversation_fields
 from nanothink.data.text_files import no_such_field
-from nanothink.errors import DataError, UsageError, did_you_mean
+from nanothink.errors import DataError, UsageError
+from nanothink.suggestions import did_you_mean
 
 Fields = Mapping[str, object]
 

@@ -12,9 +12,9 @@ from typing import NamedTuple, TextIO
 
 from nanothink.data.decoding import encoding_of, open_text, reading
 from nanothink.data.problems import Problems
-from nanothink.errors import DataError, did_you_mean
+from nanothink.errors import DataError
 from nanothink.reporter import Reporter
-from nanothink.suggestions import again
+from nanothink.suggestions import again, did_you_mean
 
 
 class Row(NamedTuple):

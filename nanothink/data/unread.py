@@ -14,8 +14,8 @@ import orjson
 from nanothink.data.lines import CONVERSATION
 from nanothink.data.records import likely_text_field
 from nanothink.disk import shown
-from nanothink.errors import some_of
 from nanothink.suggestions import command, domain_named_after, suggest
+from nanothink.wording import some_of
 
 _DOCUMENTS = (
     *(".txt", ".text", ".md", ".markdown"),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from nanothink.data.batches import validation_batches
 from nanothink.data.tokens import IGNORE, TokenStream
-from nanothink.errors import UsageError, counted
+from nanothink.errors import UsageError
 from nanothink.inference.evaluate import EvaluationStopped
 from nanothink.inference.generate import evaluating
 from nanothink.models.contract import LanguageModel
@@ -21,6 +21,7 @@ from nanothink.models.diffuser import Diffuser
 from nanothink.models.noise import block_generator, diffuse
 from nanothink.models.precision import Precision
 from nanothink.reporter import SILENT, Reporter
+from nanothink.wording import counted
 
 MEASURED_FRACTIONS = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 """Noise levels at which the error is measured, as fractions of N."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nanothink.errors import UsageError, did_you_mean
-from nanothink.suggestions import suggest
+from nanothink.errors import UsageError
+from nanothink.suggestions import did_you_mean, suggest
 
 if TYPE_CHECKING:
     from nanothink.config import Config, TrainConfig

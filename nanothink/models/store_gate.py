@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanothink.errors import UsageError, did_you_mean
+from nanothink.errors import UsageError
+from nanothink.suggestions import did_you_mean
 
 VECTOR_STORE = "vector_store"
 """Name of the vector store beside the experts' names."""

@@ -9,10 +9,10 @@ from typing import Any
 
 from nanothink.config import Config
 from nanothink.config.run import flatten, known_settings
-from nanothink.errors import counted
 from nanothink.models import COMBINED, EXPERTS, shape_sections, training_section
 from nanothink.report.passages import ReportedRun
 from nanothink.training.records import finite
+from nanothink.wording import counted
 
 
 @dataclass(frozen=True)

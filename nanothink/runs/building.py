@@ -15,7 +15,6 @@ import torch
 from nanothink.checkpoints import CheckpointPayload
 from nanothink.checkpoints.restore import restore_model, unpack_rng
 from nanothink.config import TrainMLAConfig
-from nanothink.errors import counted
 from nanothink.models import COMBINED, EXPERTS
 from nanothink.models.contract import Expert, LanguageModel
 from nanothink.models.low_rank import FACTORS, keep_bfloat16
@@ -40,6 +39,7 @@ from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fractio
 from nanothink.training.sharding import without_memory
 from nanothink.vector_store.manifest import store_folder
 from nanothink.vector_store.neighbours import RepeatedSearch, TrainingNeighbours
+from nanothink.wording import counted
 
 TARGET_SAMPLE_BLOCKS = 64
 """Training blocks whose targets a model sees that adopts another: see ``Expert.adopt``."""

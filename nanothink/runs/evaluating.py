@@ -19,14 +19,7 @@ from nanothink.checkpoints import (
 )
 from nanothink.data.corpus import find_corpus
 from nanothink.data.problems import Problems
-from nanothink.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    DataError,
-    SeenTextError,
-    UsageError,
-    counted,
-)
+from nanothink.errors import CheckpointError, CheckpointNotFoundError, DataError, SeenTextError, UsageError
 from nanothink.inference.evaluate import Difference, Evaluation
 from nanothink.inference.gated import Reading, evaluate_gated
 from nanothink.models import COMBINED
@@ -37,6 +30,7 @@ from nanothink.runs.scoring import score
 from nanothink.runs.trained_model import TrainedModel, load
 from nanothink.suggestions import again, suggest
 from nanothink.training.matmul_types import AS_TRAINED
+from nanothink.wording import counted
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from typing import Any
 from nanothink.checkpoints import ModelPayload, parse_name
 from nanothink.config import Config
 from nanothink.config.run import ResolvedConfig
-from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, UsageError, counted
+from nanothink.errors import CheckpointMismatchError, CheckpointNotFoundError, UsageError
 from nanothink.models import EXPERTS
 from nanothink.models.store_gate import VECTOR_STORE
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.saved_model import MAX_EXPERTS, SavedModel, expert_entries
 from nanothink.suggestions import suggest
+from nanothink.wording import counted
 
 _ENDING = "_expert"
 

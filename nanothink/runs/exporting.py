@@ -19,7 +19,6 @@ from nanothink.config import Config
 from nanothink.data.chat import ChatEncoder
 from nanothink.data.tokenizer import save_tokenizer
 from nanothink.disk import try_to_write
-from nanothink.errors import counted
 from nanothink.inference.sampling import SamplingConfig
 from nanothink.models import COMBINED, shape_sections, training_section
 from nanothink.models.contract import Expert, LanguageModel
@@ -27,6 +26,7 @@ from nanothink.models.nanothink import NanoThink
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.saved_model import SavedModel
 from nanothink.runs.trained_model import TrainedModel
+from nanothink.wording import counted
 
 
 @dataclass(frozen=True)

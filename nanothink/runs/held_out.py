@@ -15,7 +15,7 @@ from nanothink.data.problems import Problems
 from nanothink.data.split import NOTHING, SplitRule, TrainedText
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.data.tokens import TokenisedCorpus, TokenStream, tokenise
-from nanothink.errors import DataError, SeenTextError, UsageError, counted
+from nanothink.errors import DataError, SeenTextError, UsageError
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.inherited_split import (
     FRACTIONS,
@@ -27,6 +27,7 @@ from nanothink.runs.inherited_split import (
 )
 from nanothink.runs.trained_model import TrainedModel
 from nanothink.suggestions import again, suggest
+from nanothink.wording import counted
 
 Side = Literal["train", "val", "test", "all"]
 

@@ -20,8 +20,9 @@ from nanothink.data.lines import shown
 from nanothink.data.split import NOTHING, HeldOutText, SplitRule, TrainedText
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.data.tokens import TokenisedCorpus, TokenStream, tokenise
-from nanothink.errors import DataError, SeenTextError, UsageError, counted
+from nanothink.errors import DataError, SeenTextError, UsageError
 from nanothink.reporter import SILENT, Reporter
+from nanothink.wording import counted
 
 _NAMED_DOCUMENTS = 3
 FRACTIONS = ("val_split", "test_split")

@@ -17,7 +17,6 @@ from nanothink.checkpoints import CheckpointStore, read_checkpoint
 from nanothink.checkpoints.restore import model_state, restore_model
 from nanothink.config import TrainMLAConfig
 from nanothink.data.tokens import TokenStream
-from nanothink.errors import counted
 from nanothink.inference.calibration import expert_fit_text, fit_scales
 from nanothink.inference.evaluate import Evaluation, evaluate_model
 from nanothink.inference.gated import Reading, evaluate_gated
@@ -32,6 +31,7 @@ from nanothink.training.distributed import ALONE, Processes
 from nanothink.training.gate_fitting import FIT_TOKENS, fit_joint_gate, unigram_log_frequencies
 from nanothink.training.loop import Run
 from nanothink.training.sharding import give_memory, without_memory
+from nanothink.wording import counted
 
 _COMPARED_TOKENS = 16_384
 """Of training text and of held-out text, to see whether the experts know one better than the other."""

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from nanothink.config.run import ResolvedConfig, preset_names, resolve_config, with_preset
-from nanothink.errors import ConfigError, counted, rounded_duration
+from nanothink.errors import ConfigError
 from nanothink.models import EXPERTS
 from nanothink.reporter import Reporter
 from nanothink.runs.preparing import Configure, RunSetup, prepare
 from nanothink.runs.timing import RunTime, time_run
 from nanothink.suggestions import suggest
+from nanothink.wording import counted, rounded_duration
 
 LONG_SECONDS = 3600
 

@@ -14,7 +14,7 @@ from nanothink import __version__
 from nanothink.checkpoints import CheckpointStore, read_summary
 from nanothink.config import TrainConfig
 from nanothink.data.corpus import find_corpus
-from nanothink.errors import CheckpointError, InterruptedRun, StorageError, counted
+from nanothink.errors import CheckpointError, InterruptedRun, StorageError
 from nanothink.inference.evaluate import EvaluationStopped
 from nanothink.models import training_of
 from nanothink.models.precision import choose_device
@@ -35,6 +35,7 @@ from nanothink.training.loop import train
 from nanothink.training.optimizer import effective_warmup
 from nanothink.training.recording import ENDING, RunRecorder
 from nanothink.training.trackers import require_tracker
+from nanothink.wording import counted
 
 
 def pretrain(spec: RunSpec, configure: Configure, reporter: Reporter = SILENT) -> RunFinished:

@@ -15,14 +15,7 @@ from nanothink.checkpoints import parse_name
 from nanothink.data.corpus import find_corpus
 from nanothink.data.tokens import TokenStream
 from nanothink.disk import try_to_write, write_whole
-from nanothink.errors import (
-    CheckpointNotFoundError,
-    DataError,
-    NanoThinkError,
-    StorageError,
-    UsageError,
-    did_you_mean,
-)
+from nanothink.errors import CheckpointNotFoundError, DataError, NanoThinkError, StorageError, UsageError
 from nanothink.inference.denoising import reconstruct
 from nanothink.inference.generate import StreamDecoder
 from nanothink.models.diffuser import Diffuser
@@ -40,7 +33,7 @@ from nanothink.report import (
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.held_out import held_out
 from nanothink.runs.trained_model import TrainedModel, load
-from nanothink.suggestions import suggest
+from nanothink.suggestions import did_you_mean, suggest
 from nanothink.training.records import RunRecords, read_description, read_run
 
 PASSAGE_TOKENS = 120

@@ -22,11 +22,11 @@ from nanothink.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     UsageError,
-    some_of,
 )
 from nanothink.models import COMBINED
 from nanothink.reporter import SILENT, Reporter
 from nanothink.suggestions import suggest
+from nanothink.wording import some_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,6 @@ from nanothink.errors import (
     DataError,
     UsageError,
     VectorStoreNotFoundError,
-    counted,
 )
 from nanothink.models import COMBINED
 from nanothink.models.precision import Precision, choose_device
@@ -32,6 +31,7 @@ from nanothink.runs.vector_store import KeyExpert, ModelStore, folder_of, key_en
 from nanothink.suggestions import suggest
 from nanothink.vector_store.manifest import store_folder
 from nanothink.vector_store.store import read_texts
+from nanothink.wording import counted
 
 
 @dataclass(frozen=True)

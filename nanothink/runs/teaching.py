@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nanothink.data.batches import Mixture
-from nanothink.errors import counted
 from nanothink.inference.generate import evaluating, generate
 from nanothink.inference.sampling import SamplingConfig
 from nanothink.models.contract import LanguageModel
@@ -45,6 +44,7 @@ from nanothink.training.distillation import (
 from nanothink.vector_store.contents import VectorStore
 from nanothink.vector_store.manifest import read_manifest
 from nanothink.vector_store.neighbours import SearchElsewhere, documents_at
+from nanothink.wording import counted
 
 Keys = NDArray[np.uint64]
 

@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from nanothink.config.base import Settings
 from nanothink.data.tokenizer import fitting_vocab_size
-from nanothink.errors import UsageError, rounded_duration
+from nanothink.errors import UsageError
 from nanothink.suggestions import again
 from nanothink.training.regularisation import Regularisation
+from nanothink.wording import rounded_duration
 
 KINDS = ("state_space", "transformer")
 """Experts of a plan by default: with the store, what gave most on little text (docs/log.md)."""

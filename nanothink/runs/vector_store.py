@@ -14,13 +14,7 @@ from nanothink.checkpoints import parse_name
 from nanothink.config import Config, VectorStoreConfig
 from nanothink.data.tokenizer import Tokenizer
 from nanothink.data.tokens import TokenisedCorpus
-from nanothink.errors import (
-    DataError,
-    VectorStoreDamagedError,
-    VectorStoreError,
-    VectorStoreMismatchError,
-    rounded_duration,
-)
+from nanothink.errors import DataError, VectorStoreDamagedError, VectorStoreError, VectorStoreMismatchError
 from nanothink.models.contract import LanguageModel
 from nanothink.models.precision import Precision
 from nanothink.models.store_gate import choose_key_expert
@@ -33,6 +27,7 @@ from nanothink.vector_store.index import Float32, import_faiss, rebuild
 from nanothink.vector_store.manifest import exists, store_folder
 from nanothink.vector_store.neighbours import TrainingNeighbours
 from nanothink.vector_store.store import open_store
+from nanothink.wording import rounded_duration
 
 _LONG_SECONDS = 300  # a build that takes longer comes with advice
 _FEWER_KEYS = 200_000

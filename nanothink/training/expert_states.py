@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 
 from nanothink.disk.block_file import BlockFile
-from nanothink.errors import StorageError, counted
+from nanothink.errors import StorageError
 from nanothink.models.nanothink import NanoThink
 from nanothink.reporter import SILENT, Reporter
 from nanothink.suggestions import again
 from nanothink.training.block_folder import MARKS, NoFolderError, in_words, open_folder
+from nanothink.wording import counted
 
 _FORMAT = 1
 _IN_VAIN = "so they are computed in every epoch"

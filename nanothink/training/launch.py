@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from nanothink.errors import DistributedError, RankError, UsageError, some_of
+from nanothink.errors import DistributedError, RankError, UsageError
 from nanothink.reporter import Reporter
+from nanothink.wording import some_of
 
 MEETING_SECONDS = 600.0
 """Time limit for all processes to start."""

@@ -20,7 +20,7 @@ import torch
 
 from nanothink.config import TrainConfig
 from nanothink.data.tokens import IGNORE
-from nanothink.errors import InterruptedRun, TrainingDivergedError, counted
+from nanothink.errors import InterruptedRun, TrainingDivergedError
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped
 from nanothink.models.contract import Batch, LanguageModel
 from nanothink.models.precision import Precision
@@ -40,6 +40,7 @@ from nanothink.training.optimizer import GroupedOptimizer, learning_rate_fractio
 from nanothink.training.routing import unbalanced_experts
 from nanothink.training.sharding import Placement
 from nanothink.training.state import Plan, TrainState
+from nanothink.wording import counted
 
 Role = Literal["best", "epoch", "interrupted"]
 """Purpose of a checkpoint."""

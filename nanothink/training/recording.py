@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from nanothink.disk import GrowingFile, make_folder, new_folder, write_whole
-from nanothink.errors import StorageError, counted
+from nanothink.errors import StorageError
 from nanothink.inference.evaluate import Evaluation
 from nanothink.reporter import SILENT, Reporter
 from nanothink.training.events import Evaluated, Sampled, StepDone
 from nanothink.training.state import TrainState
 from nanothink.training.trackers import open_tracker
+from nanothink.wording import counted
 
 ENDING = "finished.json"
 

@@ -16,10 +16,10 @@ from nanothink.cli import render
 from nanothink.cli.render import results, tables
 from nanothink.cli.render.progress import BarReporter, ProgressBars, progress_columns
 from nanothink.cli.render.training import TrainingView
-from nanothink.errors import counted
 from nanothink.inference.evaluate import Evaluation, Score
 from nanothink.runs.evaluating import CheckpointEvaluation
 from nanothink.training import events
+from nanothink.wording import counted
 
 Terminal = Callable[[int], io.StringIO]
 

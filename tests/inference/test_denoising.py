@@ -16,11 +16,12 @@ from nanothink.data.corpus import find_corpus
 from nanothink.data.split import SplitRule
 from nanothink.data.tokenizer import load_tokenizer
 from nanothink.data.tokens import IGNORE, TokenisedCorpus, tokenise
-from nanothink.errors import UsageError, counted
+from nanothink.errors import UsageError
 from nanothink.inference.denoising import denoising_errors, measured_levels, reconstruct
 from nanothink.models import build_model
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.precision import Precision
+from nanothink.wording import counted
 
 LENGTH, LEVELS = 16, 10
 EXACT = Precision(torch.device("cpu"), torch.float32, "test")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nanothink.cli.render.console import count, say
 from nanothink.cli.render.tables import table
-from nanothink.errors import counted
+from nanothink.wording import counted
 
 if TYPE_CHECKING:
     from nanothink.data.near_duplicates import NearDuplicates, Place

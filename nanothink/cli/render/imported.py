@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from nanothink.cli.render.console import error, printable, say, size, warning
 from nanothink.cli.render.problems import problems
-from nanothink.errors import counted
+from nanothink.wording import counted
 
 if TYPE_CHECKING:
     from nanothink.data.importing import ImportReport

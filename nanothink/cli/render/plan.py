@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from nanothink.cli.render.console import count, duration, note, say, size
 from nanothink.cli.render.tables import table
-from nanothink.errors import rounded_duration
+from nanothink.wording import rounded_duration
 
 if TYPE_CHECKING:
     from nanothink.runs.training_plan import Stage, TrainingPlan

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from nanothink.cli.render.console import count, duration, out, printable, say, size, warning
 from nanothink.cli.render.tables import facts, fits, table
-from nanothink.errors import counted
 from nanothink.suggestions import command
+from nanothink.wording import counted
 
 if TYPE_CHECKING:
     from nanothink.cli.render.training import TrainingView

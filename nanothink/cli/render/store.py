@@ -9,7 +9,7 @@ from rich.text import Text
 
 from nanothink.cli.render.console import count, out, printable, size
 from nanothink.cli.render.tables import facts, fits, table
-from nanothink.errors import counted
+from nanothink.wording import counted
 
 if TYPE_CHECKING:
     from nanothink.runs.store_commands import Compaction, StoreFacts, StoreHit

@@ -17,7 +17,7 @@ from rich.text import Text
 from nanothink.cli.render.console import count, duration, err, note, redraws
 from nanothink.cli.render.progress import BarReporter, ProgressBars, progress_columns
 from nanothink.cli.render.tables import sparkline
-from nanothink.errors import counted
+from nanothink.wording import counted
 
 if TYPE_CHECKING:
     from nanothink.inference.evaluate import Evaluation
