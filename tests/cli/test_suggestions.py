@@ -348,6 +348,8 @@ def _no_messages(node: ast.AST) -> list[ast.AST]:
         return [node.value]
     if isinstance(node, ast.keyword) and node.arg == "help":
         return list(ast.walk(node.value))
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("option", "flag", "argument"):
+        return list(ast.walk(node))
     return []
 
 
