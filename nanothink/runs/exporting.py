@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def export_checkpoint(
     *,
     overwrite: bool = False,
     licence: str | None = None,
-    about: str = "",
+    about: Mapping[str, Any] | None = None,
     reporter: Reporter = SILENT,
 ) -> Export:
     """Write the model of a checkpoint to ``folder``, in float32, whole or not at all.
@@ -61,7 +62,7 @@ def export_checkpoint(
     Args:
         overwrite: replace an earlier export.
         licence: for the model card, as the Hub calls it; that of the model it was made of when None.
-        about: further sections of the model card, in Markdown.
+        about: data, scores and settings of the run for the model card (model_card.md).
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or something else.
@@ -122,7 +123,8 @@ def export_checkpoint(
         _write_json(into / CONFIG, config)
         _write_json(into / "generation_config.json", generation)
         save_tokenizer(tokenizer, into, context=model.context_length)
-        card = _card(loaded, payload, architecture, opens_tokenizer, folder.resolve().name, licence, about)
+        names = {"name": folder.resolve().name, "opens_tokenizer": opens_tokenizer}
+        card = _card(loaded, payload, licence, architecture=architecture, run=about, **names)
         (into / "README.md").write_text(card, "utf-8")
 
     reporter.progress(f"writing {folder.name}", 0, 0)
@@ -186,58 +188,38 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _card(
-    loaded: TrainedModel,
-    payload: CheckpointPayload,
-    architecture: str | None,
-    opens_tokenizer: str,
-    name: str,
-    licence: str | None,
-    about: str,
-) -> str:
-    """README.md: a model card, as the Hugging Face Hub reads them."""
-    model, config = loaded.model, loaded.config
-    context = "any length" if model.context_length is None else f"{model.context_length:,} tokens"
-    loss, tokenizer = payload["best_loss"], loaded.tokenizer
+def _card(loaded: TrainedModel, payload: CheckpointPayload, licence: str | None, **more: Any) -> str:
+    """README.md: a model card, as the Hugging Face Hub reads them. ``more`` is for its template."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    model, config, tokenizer, loss = loaded.model, loaded.config, loaded.tokenizer, payload["best_loss"]
     begins = "after its EOS token" if tokenizer.bos_id is None else "with its BOS token"
-    facts = [
-        ("kind", model.kind),
-        ("architecture", architecture or "NanoThink's own"),
-        ("parameters", f"{sum(p.numel() for p in model.parameters()):,}, float32"),
-        ("context", context),
-        ("tokenizer", f"{tokenizer.vocab_size:,} entries; a text begins {begins}"),
-        ("domains", ", ".join(config.data.domains) if config.data.domains else "all of the data folder"),
-        ("steps", f"{payload['step']:,} ({counted(payload['epoch'], 'epoch')})"),
-    ]
+    facts = {
+        "kind": model.kind,
+        "architecture": more["architecture"] or "NanoThink's own",
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}, float32",
+        "context": "any length" if model.context_length is None else f"{model.context_length:,} tokens",
+        "tokenizer": f"{tokenizer.vocab_size:,} entries; a text begins {begins}",
+        "domains": ", ".join(config.data.domains) if config.data.domains else "all of the data folder",
+        "steps": f"{payload['step']:,} ({counted(payload['epoch'], 'epoch')})",
+    }
     if payload["kind"] == COMBINED:
-        facts.append(("experts", ", ".join(f"{e['name']} ({e['kind']})" for e in payload["run"]["experts"])))
+        facts["experts"] = ", ".join(f"{e['name']} ({e['kind']})" for e in payload["run"]["experts"])
     if loss is not None and math.isfinite(loss):
-        facts.append(("lowest validation loss", f"{loss:.4f} nats a token"))
-    library, made = "transformers" if architecture else "nanothink", "Trained"
+        facts["lowest validation loss"] = f"{loss:.4f} nats a token"
+    made = "Trained"
     if isinstance(origin := payload["run"].get("imported"), dict):
         stated = str(origin.get("licence"))
-        facts += [("imported from", str(origin.get("source"))), ("licence of that", stated)]
+        facts |= {"imported from": str(origin.get("source")), "licence of that": stated}
         made = "Imported" if payload["step"] == 0 else "Trained further"
         if licence is None and origin.get("licence") and re.fullmatch(r"[\w.-]+", stated):
             licence = stated
-    stated = f"license: {licence}\n" if licence else ""
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts)
-    parts = [
-        f"---\nlibrary_name: {library}\n{stated}pipeline_tag: text-generation\ntags: [nanothink]\n---\n",
-        f"# {name}\n\n{made} with NanoThink {nanothink.__version__}.\n\n| | |\n|---|---|\n{table}\n",
-        "## Use\n",
-    ]
-    if architecture:
-        parts.append(
-            "Without NanoThink:\n\n```python\n"
-            f"from transformers import AutoModelForCausalLM, {opens_tokenizer}\n\n"
-            'model = AutoModelForCausalLM.from_pretrained(".")  # the path of this folder\n'
-            f'tokenizer = {opens_tokenizer}.from_pretrained(".")\n```\n'
-        )
-    parts.append(
-        "With NanoThink:\n\n```python\nimport nanothink\n\n"
-        'model = nanothink.load(".")\n```\n\nAs a server of OpenAI\'s API: `nanothink serve .`\n'
+    environment = Environment(
+        loader=PackageLoader("nanothink.runs", ""),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    if about:
-        parts.append(about)
-    return "\n".join(parts)
+    told = {"facts": facts.items(), "made": made, "version": nanothink.__version__, "licence": licence}
+    return environment.get_template("model_card.md").render(told | more)

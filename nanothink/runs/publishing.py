@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanothink.checkpoints import CheckpointPayload, read_checkpoint
 from nanothink.config import Config
@@ -112,65 +113,46 @@ def _about(
     checkpoint: Path,
     scored: CheckpointEvaluation | None,
     why_not: str,
-) -> str:
-    """Sections of the card about the run: data, scores, settings."""
-    return "\n".join(
-        [
-            *_data(payload, checkpoint),
-            *(
-                _scored(scored)
-                if scored
-                else [f"Bits per byte on held-out text were not measured: {why_not}\n"]
-            ),
-            *_settings(config, payload["kind"]),
-        ]
-    )
+) -> dict[str, Any]:
+    """Data, scores and settings of the run, for model_card.md."""
+    scores = None
+    if scored:
+        found = scored.evaluation
+        scores = [(name, score, found.standard_error(name)) for name, score in found.domains.items()]
+        scores.append(("all", found.overall, found.standard_error()))
+    return {
+        "tokens": _tokens(payload, checkpoint),
+        "domains": ", ".join(payload["split"].get("domains", ())) or "unknown",
+        "scores": scores,
+        "why_not": why_not,
+        "settings": _settings(config, payload["kind"]),
+    }
 
 
-def _data(payload: CheckpointPayload, checkpoint: Path) -> list[str]:
-    lines = ["## Data\n"]
+def _tokens(payload: CheckpointPayload, checkpoint: Path) -> list[tuple[str, int, int]] | None:
+    """Tokens of each domain that were trained on and held out; None where the run's records are not there."""
     name = str(payload["run"].get("name") or checkpoint.stem)
     try:
         data = read_description(checkpoint.parent / "runs" / name).get("data")
     except (DataError, StorageError):
-        data = None
-    if isinstance(data, dict) and data.get("fingerprint") == payload["data_fingerprint"]:
-        trained, held_out = data.get("train_tokens", {}), data.get("validation_tokens", {})
-        lines += ["| domain | tokens trained on | tokens held out |", "|---|---:|---:|"]
-        lines += [f"| {domain} | {n:,} | {held_out.get(domain, 0):,} |" for domain, n in trained.items()]
-    else:
-        domains = ", ".join(payload["split"].get("domains", ())) or "unknown"
-        lines.append(
-            f"Domains: {domains}. The records of the run, with their sizes, were not beside the model."
-        )
-    return [*lines, "", "The text itself is not part of this repository.\n"]
+        return None
+    if not isinstance(data, dict) or data.get("fingerprint") != payload["data_fingerprint"]:
+        return None
+    held_out = data.get("validation_tokens", {})
+    return [(domain, n, held_out.get(domain, 0)) for domain, n in data.get("train_tokens", {}).items()]
 
 
-def _scored(scored: CheckpointEvaluation) -> list[str]:
-    found = scored.evaluation
-    rows = [*((name, score, found.standard_error(name)) for name, score in found.domains.items())]
-    rows.append(("all", found.overall, found.standard_error()))
-    lines = ["## Bits per byte on held-out text\n", "| domain | bits per byte | standard error | tokens |"]
-    lines.append("|---|---:|---:|---:|")
-    for name, score, error in rows:
-        shown = "-" if error is None else f"{error:.4f}"
-        lines.append(f"| {name} | {score.bits_per_byte:.4f} | {shown} | {score.tokens:,} |")
-    lines.append("\nMeasured by `nanothink eval` on documents that no training step saw; lower is better.\n")
-    return lines
-
-
-def _settings(config: Config, kind: str) -> list[str]:
-    """Settings of the model and of its training, without those that may name a file."""
+def _settings(config: Config, kind: str) -> dict[str, dict[str, str]]:
+    """Settings of the model and of its training as TOML, without those that may name a file."""
     values = config.model_dump(mode="json")
-    lines = ["## Settings\n", "```toml"]
-    for section in ("model", *shape_sections(kind), training_section(kind)):
-        lines.append(f"[{section}]")
-        lines += [
-            f"{name} = {json.dumps(value)}"
+    return {
+        section: {
+            name: json.dumps(value)
             for name, value in values[section].items()
             if value is not None and name not in _PATHS and not isinstance(value, Mapping)
-        ]
-    return [*lines, "```\n"]
+        }
+        for section in ("model", *shape_sections(kind), training_section(kind))
+    }
 
 
 def _scores(
