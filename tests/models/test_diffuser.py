@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from promises import assert_causal, assert_steps_are_parallel, plain_outputs
 from torch import Tensor, nn
 
 from nanothink.config import DiffuserConfig, ModelConfig, TransformerConfig
@@ -82,19 +83,8 @@ def batch_of(n_blocks: int, length: int = 16, first: int = 0) -> Batch:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_in_use_tokens_after_t_change_nothing_at_or_before_t(training: bool, autocast: bool) -> None:
-    model = build().train(training)
-    generator = torch.Generator().manual_seed(5)
-    x, targets = tokens(3, 30), tokens(3, 30, seed=9)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        outputs = (model.hidden, model.logits, lambda t: model.log_likelihood(t, targets))
-        before = [output(x) for output in outputs]
-        for t in (0, 1, 13, 28):
-            changed = x.clone()
-            changed[:, t + 1 :] = torch.randint(VOCAB, (3, 29 - t), generator=generator)
-            for output, original in zip(outputs, before, strict=True):
-                found = output(changed)
-                torch.testing.assert_close(found[:, : t + 1], original[:, : t + 1], rtol=0, atol=1e-6)
-                assert not torch.equal(found[:, t + 1 :], original[:, t + 1 :])  # or nothing was tested
+    outputs = plain_outputs(build().train(training), tokens(3, 30, seed=9))
+    assert_causal(outputs, tokens(3, 30), VOCAB, autocast=autocast)
 
 
 @pytest.mark.parametrize("evaluations", [1, 2])
@@ -150,16 +140,7 @@ def test_in_training_a_position_sees_neither_later_tokens_nor_targets_of_others(
 @pytest.mark.parametrize("chunks", [(1,) * 40, (40,), (20, 1, 1, 7, 1, 10), (1, 39)])
 @pytest.mark.parametrize("prediction", ["clean", "velocity"])
 def test_stepwise_logits_equal_parallel_logits(chunks: tuple[int, ...], prediction: str) -> None:
-    model, x = build(prediction=prediction).eval(), tokens(3, 40)
-    parallel = model.logits(x).detach()
-    state = model.start(3)
-    position = 0
-    for size in chunks:
-        found = model.step(x[:, position : position + size], state)
-        position += size
-        assert found.dtype == torch.float32
-        assert not found.requires_grad
-        torch.testing.assert_close(found, parallel[:, position - 1], rtol=1e-4, atol=1e-4)
+    assert_steps_are_parallel(build(prediction=prediction).eval(), tokens(3, 40), chunks)
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 5, LEVELS])

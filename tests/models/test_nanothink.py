@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from promises import assert_causal, assert_steps_are_parallel
 from torch import Tensor
 
 from nanothink.config import (
@@ -179,18 +180,9 @@ def outputs(model: NanoThink, x: Tensor, targets: Tensor) -> Iterator[tuple[str,
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_tokens_after_t_change_nothing_at_or_before_t(training: bool, autocast: bool) -> None:
-    model = build().train(training)
-    x, targets = tokens(3, 40), tokens(3, 40, seed=9)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        before = dict(outputs(model, x, targets))
-        assert len(before) == 6
-        for t in (0, 1, 17, 38):
-            changed = x.clone()
-            changed[:, t + 1 :] = tokens(3, 39 - t, seed=5 + t)
-            for name, found in outputs(model, changed, targets):
-                same, other = found[:, : t + 1], before[name][:, : t + 1]
-                torch.testing.assert_close(same, other, rtol=0, atol=1e-5, msg=f"{name}: {{}}".format)
-                assert not torch.equal(found[:, t + 1 :], before[name][:, t + 1 :]), name
+    model, x, targets = build().train(training), tokens(3, 40), tokens(3, 40, seed=9)
+    assert len(dict(outputs(model, x, targets))) == 6
+    assert_causal(lambda t: dict(outputs(model, t, targets)), x, VOCAB, autocast=autocast, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -237,17 +229,13 @@ def test_every_earlier_token_and_every_expert_matters() -> None:
 @pytest.mark.parametrize("chunks", [(1,) * 40, (40,), (20, 1, 1, 7, 1, 10), (39, 1)])
 def test_stepwise_equals_parallel(chunks: tuple[int, ...], layers: int) -> None:
     model, x = build(layers=layers).eval(), tokens(3, 40)
-    parallel, routing = model.logits(x).detach(), model.routing(x).detach()
-    states = model.hidden(x).detach()
-    state, position = model.start(3), 0
-    for size in chunks:
-        found = model.step(x[:, position : position + size], state)
-        position += size
-        assert found.dtype == torch.float32
-        assert not found.requires_grad
-        torch.testing.assert_close(found, parallel[:, position - 1], rtol=1e-4, atol=1e-4)
-        assert state.weights is not None
+    routing, states = model.routing(x).detach(), model.hidden(x).detach()
+
+    def look(state: object, position: int) -> None:
+        assert isinstance(state, JointState)
         torch.testing.assert_close(state.weights, routing[:, position - 1], rtol=1e-4, atol=1e-5)
+
+    assert_steps_are_parallel(model, x, chunks, look=look)
     read = model.read(x, model.start(3))
     assert read.shape == (3, 40, 4 * 24)
     torch.testing.assert_close(read, states, rtol=1e-4, atol=1e-4)

@@ -7,6 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from promises import (
+    assert_causal,
+    assert_every_token_matters,
+    assert_steps_are_parallel,
+    assert_steps_stay_close_under_autocast,
+    plain_outputs,
+)
 from torch import Tensor, nn
 
 from nanothink.config import ModelConfig, StateSpaceConfig
@@ -102,50 +109,22 @@ def test_logits_and_all_gradients_equal_mamba(
 @pytest.mark.parametrize("scan", SCANS)
 def test_tokens_after_t_change_nothing_at_or_before_t(training: bool, autocast: bool, scan: str) -> None:
     model = build(layers=3, scan=scan).train(training)
-    generator = torch.Generator().manual_seed(5)
-    x, targets = tokens(4, 70), tokens(4, 70, seed=9)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        outputs = (model.hidden, model.logits, lambda t: model.log_likelihood(t, targets))
-        before = [output(x) for output in outputs]
-        for t in (0, 1, 31, 32, 68):
-            changed = x.clone()
-            changed[:, t + 1 :] = torch.randint(VOCAB, (4, 69 - t), generator=generator)
-            for output, original in zip(outputs, before, strict=True):
-                found = output(changed)
-                torch.testing.assert_close(found[:, : t + 1], original[:, : t + 1], rtol=0, atol=1e-6)
-                assert not torch.equal(found[:, t + 1 :], original[:, t + 1 :])  # or nothing was tested
+    outputs = plain_outputs(model, tokens(4, 70, seed=9))
+    assert_causal(outputs, tokens(4, 70), VOCAB, autocast=autocast)
 
 
 def test_every_earlier_token_matters() -> None:
-    """Causality alone would also hold for a model that looks at nothing."""
-    model, x = build(), tokens(1, 12)
-    last = model.hidden(x)[:, -1]
-    for t in range(12):
-        changed = x.clone()
-        changed[:, t] = (changed[:, t] + 1) % VOCAB
-        assert not torch.allclose(model.hidden(changed)[:, -1], last, atol=1e-4), t
+    assert_every_token_matters(build().hidden, tokens(1, 12), VOCAB)
 
 
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("cuts", [[1] * 48, [48], [5, 1, 1, 20, 2, 19], [1, 47], [33, 15]])
 def test_however_a_text_is_cut_into_steps_the_logits_are_the_same(cuts: list[int], scan: str) -> None:
-    model, x = build(layers=3, scan=scan).eval(), tokens(2, 48)
-    parallel = model.logits(x)
-    state, position = model.start(2), 0
-    for n_tokens in cuts:
-        found = model.step(x[:, position : position + n_tokens], state)
-        position += n_tokens
-        assert not found.requires_grad
-        torch.testing.assert_close(found, parallel[:, position - 1], rtol=1e-4, atol=1e-5)
+    assert_steps_are_parallel(build(layers=3, scan=scan).eval(), tokens(2, 48), cuts)
 
 
 def test_steps_equal_the_parallel_pass_under_autocast_too() -> None:
-    model, x = build().eval(), tokens(2, 48)
-    with torch.autocast("cpu", torch.bfloat16):
-        parallel = model.logits(x).detach()
-        state = model.start(2)
-        found = torch.stack([model.step(x[:, t : t + 1], state) for t in range(48)], dim=1)
-    torch.testing.assert_close(found, parallel, rtol=0.05, atol=0.05 * float(parallel.abs().max()))
+    assert_steps_stay_close_under_autocast(build().eval(), tokens(2, 48))
 
 
 def test_a_long_prompt_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from promises import (
+    assert_causal,
+    assert_every_token_matters,
+    assert_steps_are_parallel,
+    assert_steps_stay_close_under_autocast,
+    plain_outputs,
+)
 from torch import Tensor, nn
 
 from nanothink.config import ModelConfig, TransformerConfig
@@ -93,52 +100,21 @@ def test_logits_and_all_gradients_equal_qwen3(
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_tokens_after_t_change_nothing_at_or_before_t(training: bool, autocast: bool) -> None:
-    model = build(layers=3).train(training)
-    generator = torch.Generator().manual_seed(5)
-    x, targets = tokens(4, 40), tokens(4, 40, seed=9)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        outputs = (model.hidden, model.logits, lambda t: model.log_likelihood(t, targets))
-        before = [output(x) for output in outputs]
-        for t in (0, 1, 17, 38):
-            changed = x.clone()
-            changed[:, t + 1 :] = torch.randint(VOCAB, (4, 39 - t), generator=generator)
-            for output, original in zip(outputs, before, strict=True):
-                found = output(changed)
-                torch.testing.assert_close(found[:, : t + 1], original[:, : t + 1], rtol=0, atol=1e-6)
-                assert not torch.equal(found[:, t + 1 :], original[:, t + 1 :])  # or nothing was tested
+    outputs = plain_outputs(build(layers=3).train(training), tokens(4, 40, seed=9))
+    assert_causal(outputs, tokens(4, 40), VOCAB, autocast=autocast)
 
 
 def test_every_earlier_token_matters() -> None:
-    """Causality alone would also hold for a model that looks at nothing."""
-    model, x = build(), tokens(1, 12)
-    last = model.hidden(x)[:, -1]
-    for t in range(12):
-        changed = x.clone()
-        changed[:, t] = (changed[:, t] + 1) % VOCAB
-        assert not torch.allclose(model.hidden(changed)[:, -1], last, atol=1e-4), t
+    assert_every_token_matters(build().hidden, tokens(1, 12), VOCAB)
 
 
 @pytest.mark.parametrize("chunks", [(1,) * 48, (48,), (20, 1, 1, 7, 1, 18), (1, 47), (5, 43), (47, 1)])
 def test_stepwise_logits_equal_parallel_logits(chunks: tuple[int, ...]) -> None:
-    model, x = build(layers=3).eval(), tokens(3, 48)
-    parallel = model.logits(x).detach()
-    state = model.start(3)
-    position = 0
-    for size in chunks:
-        found = model.step(x[:, position : position + size], state)
-        position += size
-        assert found.dtype == torch.float32
-        assert not found.requires_grad
-        torch.testing.assert_close(found, parallel[:, position - 1], rtol=1e-5, atol=1e-5)
+    assert_steps_are_parallel(build(layers=3).eval(), tokens(3, 48), chunks, tolerance=1e-5)
 
 
 def test_steps_under_autocast_stay_close() -> None:
-    model, x = build().eval(), tokens(2, 48)
-    with torch.autocast("cpu", torch.bfloat16):
-        parallel = model.logits(x).detach()
-        state = model.start(2)
-        found = torch.stack([model.step(x[:, t : t + 1], state) for t in range(48)], dim=1)
-    torch.testing.assert_close(found, parallel, rtol=0.05, atol=0.05 * float(parallel.abs().max()))
+    assert_steps_stay_close_under_autocast(build().eval(), tokens(2, 48))
 
 
 def test_the_cache_grows_with_the_text_and_never_past_the_context() -> None:
