@@ -223,6 +223,9 @@ SMALL = {
         named=("nanothink", "gpt2", "qwen3"),
         said=(rf"tokens/s against gpt2: median {NUMBER}", rf"peak memory against qwen3: {NUMBER}"),
     ),
+    "usual_gate.py": Small(
+        "--max-tokens 300", rows=0, said=(rf"temperature \[{NUMBER}", rf"{NUMBER} bits per byte")
+    ),
     "validate.py": Small(
         "--megabytes 1 --repeats 1", rows=0, said=(rf"nanothink data validate +{NUMBER} +{NUMBER}x",)
     ),

@@ -40,6 +40,7 @@ FIT_TOKENS = 8192
 """Tokens that the number is fitted on: its standard error then costs about 1e-4 nats a token."""
 
 SMALLEST, LARGEST = 0.1, 4.0
+_HARDLY_ANY = 0.005  # least scale of one expert of several: it can be left out, but its logits stay known
 _STEPS = 12
 _CLOSE = 1e-4  # a step this small changes no figure
 _NO_SPREAD = 1e-9
@@ -139,6 +140,7 @@ def fit_scales(
     """
     scales = best = torch.tensor(start, dtype=torch.float64)
     n, damping, highest = len(heads), 1e-6, -math.inf
+    least = SMALLEST if n == 1 else _HARDLY_ANY
     expected = 1 + _steps_from(0.5)
     for step in range(_STEPS):
         reporter.progress(_FITTING, step, max(expected, step + 1))
@@ -154,9 +156,12 @@ def fit_scales(
         if float(spread.min()) < _NO_SPREAD:
             break
         damped = at_best.curvature + torch.diag(damping * spread)
+        # What is at its bound and would go on stays out of the step (Bertsekas 1982, projected Newton).
+        free = ((best > least) | (at_best.slope > 0)).nonzero()[:, 0]
+        moved = best.clone()
+        moved[free] += torch.linalg.solve(damped[free][:, free], at_best.slope[free])
         # Far from the optimum the quadratic overshoots: halve or double at most.
-        moved = (best + torch.linalg.solve(damped, at_best.slope)).clamp(best / 2, best * 2)
-        scales = moved.clamp(SMALLEST / n, LARGEST)
+        scales = moved.clamp(best / 2, best * 2).clamp(least, LARGEST)
         change = float((scales - best).abs().max())
         if change < _CLOSE:
             break

@@ -56,6 +56,8 @@ _NEAR_ZERO = 1e-3  # probabilities nearer to 0 or 1 than this count the same
 _FAR = -30.0  # score of an empty memory
 _LARGEST = 4.0  # standard deviations that a feature counts at most
 _FEATURE_TEMPERATURE = 0.05  # of the memories' features, whatever temperatures the mixture learns
+_OF_PRODUCT = 4  # features of the model's own prediction, after those of single experts
+_IGNORED = 1e6  # deviation of a feature that a linear gate does not look at
 _RANK = 8  # the neighbour whose distance says how many are near
 
 
@@ -150,7 +152,7 @@ def evidence_of(
 
 def n_expert_features(n_experts: int) -> int:
     """Features that do not come from memories."""
-    return 3 * n_experts + n_experts * (n_experts - 1) + 4
+    return 3 * n_experts + n_experts * (n_experts - 1) + _OF_PRODUCT
 
 
 _EMPTY = (0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # the features of a memory that holds nothing
@@ -173,6 +175,30 @@ def _memory_features(neighbours: Neighbours, likeliest: Tensor) -> list[Tensor]:
         (nearest == likeliest).float(),
     ]
     return [feature.masked_fill(none, 0.0) for feature in found] + [none.float()]
+
+
+# The usual gate, as benchmarks/usual_gate.py fits it (docs/log.md). A row for each feature: mean, deviation,
+# and its weight in the share of the vector store, of the document cache, of the cache alone.
+_USUAL = (
+    (-1.75, 0.92, 0.01, 0.07, 0.23),
+    (3.95, 1.41, -0.36, -0.17, 0.17),
+    (-6.55, 1.57, 0.26, 0.00, -0.23),
+    (-5.77, 1.67, -0.39, -0.42, -0.29),
+    (1.34, 0.56, 0.50, -0.37, 0.0),
+    (0.51, 0.53, 0.22, 0.20, 0.0),
+    (-1.16, 1.76, 0.63, 0.34, 0.0),
+    (-1.60, 2.36, 0.10, -0.01, 0.0),
+    (0.29, 0.45, -0.09, -0.13, 0.0),
+    (0.0, _IGNORED, 0.0, 0.0, 0.0),
+    (-0.41, 2.14, -0.25, 1.34, 1.33),
+    (2.27, 1.77, 0.03, -0.20, -0.21),
+    (0.86, 2.66, 0.09, 0.49, 0.59),
+    (-4.06, 3.67, -0.03, 0.12, 0.11),
+    (0.16, 0.37, 0.06, -0.05, -0.04),
+    (0.0, _IGNORED, 0.0, 0.0, 0.0),
+)
+_USUAL_BIAS = (-1.53, -1.27, -1.55)
+_USUAL_TEMPERATURE = (0.024, 0.078)
 
 
 @dataclass(frozen=True)
@@ -215,6 +241,26 @@ class JointGate:
             bound = n_features**-0.5
             drawn = torch.rand(n_hidden, n_features + 1, generator=generator) * 2 - 1
             weights |= {"hidden": drawn[:, 1:] * bound, "hidden_bias": drawn[:, 0] * bound}
+        return cls(tuple(names), weights)
+
+    @classmethod
+    def usual(cls, names: Sequence[str], n_experts: int, unigram: Tensor) -> JointGate:
+        """A linear gate for a model that there is no text to fit one for: weights fitted once, for another
+        model on other text (``_USUAL``)."""
+        own = n_expert_features(n_experts) - _OF_PRODUCT
+        both = len(names) > 1
+        rows = _USUAL if both else _USUAL[:_OF_PRODUCT] + _USUAL[_OF_PRODUCT + len(_EMPTY) :]
+        mean, deviation, *of_memories = torch.tensor(rows).unbind(1)
+        columns = slice(2) if both else slice(2, 3)
+        out = torch.stack([torch.zeros_like(mean), *of_memories[columns]])
+        weights = {
+            "mean": F.pad(mean, (own, 0)),
+            "deviation": F.pad(deviation, (own, 0), value=_IGNORED),
+            "out": F.pad(out, (own, 0)),
+            "out_bias": torch.tensor([0.0, *list(_USUAL_BIAS)[columns]]),
+            "log_temperature": torch.tensor(_USUAL_TEMPERATURE[-len(names) :]).log(),
+            "unigram": unigram,
+        }
         return cls(tuple(names), weights)
 
     @classmethod

@@ -2,6 +2,9 @@
 
 A part of the validation text is set aside to fit on, and what is fitted is only kept if the rest says so. So
 phase 2 is never worse than the ensemble that it starts from, which the loop has evaluated and saved first.
+
+Where no document can be set aside, the gate is the usual one, whose weights are from other text, and the
+experts' weights are fitted on the validation text itself, as calibration is: a number for each expert.
 """
 
 from __future__ import annotations
@@ -28,7 +31,12 @@ from nanothink.reporter import Reporter
 from nanothink.runs.preparing import RunSetup
 from nanothink.suggestions import again
 from nanothink.training.distributed import ALONE, Processes
-from nanothink.training.gate_fitting import FIT_TOKENS, fit_joint_gate, unigram_log_frequencies
+from nanothink.training.gate_fitting import (
+    FEW_TOKENS,
+    FIT_TOKENS,
+    fit_joint_gate,
+    unigram_log_frequencies,
+)
 from nanothink.training.loop import Run
 from nanothink.training.sharding import give_memory, without_memory
 from nanothink.wording import counted
@@ -38,6 +46,12 @@ _COMPARED_TOKENS = 16_384
 
 _KNOWN_BETTER = 0.03
 """By which fraction the loss on training text must be lower: at one pass over ample text it is not."""
+
+_FEWEST = 200
+"""Tokens: fewer are not set aside."""
+
+_EVIDENCE = 2.0
+"""Nats by which fitted weights must make the held-out text likelier than equal ones do."""
 
 
 def settle_fit(setup: RunSetup, reporter: Reporter, processes: Processes = ALONE) -> RunSetup:
@@ -124,6 +138,8 @@ class _Text:
             name: stream.part_to_fit(FIT_TOKENS * stream.n_tokens // max(1, total))
             for name, stream in streams.items()
         }
+        if sum(part.n_tokens for part in to_fit.values()) < _FEWEST:
+            to_fit = {name: stream.part_to_fit(0) for name, stream in streams.items()}
         rest = {name: stream.without(to_fit[name].documents().keys) for name, stream in streams.items()}
         return cls(to_fit, {name: stream.sample(max_tokens) for name, stream in rest.items()})
 
@@ -176,15 +192,20 @@ def finish_best(setup: RunSetup, run: Run, store: CheckpointStore, reporter: Rep
 
 
 def _fit_weights(model: NanoThink, setup: RunSetup, text: _Text, reporter: Reporter) -> None:
-    """One weight for each expert, and the scale of the product."""
-    if not text.n_tokens:  # a single document is not divided
-        reporter.note("Equal weights are kept: there is too little held-out text to fit others on.")
-        return
+    """One weight for each expert, and the scale of the product.
+
+    They are kept if they make the text that decides likelier by ``_EVIDENCE``; if that is the text they were
+    fitted on, by a nat more for each weight beside the first, which chance gives (Akaike 1974).
+    """
+    apart = text.n_tokens > 0
+    if len(model.names) == 1 and not apart:
+        return  # calibration has fitted its scale
+    to_fit, needed = (text.to_fit, _EVIDENCE) if apart else (text.rest, _EVIDENCE + len(model.names) - 1)
     length = setup.config.model.max_seq_len
     before = _score(model, text.rest, setup, length, reporter, "validating with equal weights").overall
     with evaluating(model), torch.inference_mode():
         states, targets = expert_fit_text(
-            model, text.to_fit, length=length, precision=setup.precision, reporter=reporter
+            model, to_fit, length=length, precision=setup.precision, reporter=reporter
         )
         with setup.precision.autocast():
             found = fit_scales(states, targets, model.expert_heads(), model.expert_scales(), reporter)
@@ -192,13 +213,13 @@ def _fit_weights(model: NanoThink, setup: RunSetup, text: _Text, reporter: Repor
     model.set_expert_scales(found)
     model.logit_scale = 1.0
     after = _score(model, text.rest, setup, length, reporter, "validating with fitted weights").overall
-    if after.loss < before.loss:
+    if before.nats - after.nats > needed:
         weights = ", ".join(f"{n} {a / sum(found):.2f}" for n, a in zip(model.names, found, strict=True))
+        n_tokens = sum(stream.n_tokens for stream in to_fit.values())
         reporter.note(
-            f"Weights fitted on {counted(text.n_tokens, 'held-out token')}: {weights}; scale "
-            f"{sum(found):.2f}. "
-            f"Bits per byte on the rest {before.bits_per_byte:.4f} → {after.bits_per_byte:.4f}. "
-            "The model is saved with them."
+            f"Weights fitted on {counted(n_tokens, 'held-out token')}: {weights}; scale {sum(found):.2f}. "
+            f"Bits per byte on {'the rest' if apart else 'these'} {before.bits_per_byte:.4f} → "
+            f"{after.bits_per_byte:.4f}. The model is saved with them."
         )
         return
     with torch.no_grad():
@@ -207,7 +228,7 @@ def _fit_weights(model: NanoThink, setup: RunSetup, text: _Text, reporter: Repor
     model.logit_scale = earlier[2]
     reporter.note(
         f"Equal weights are kept: fitted ones give {after.bits_per_byte:.4f} bits per byte, equal ones "
-        f"{before.bits_per_byte:.4f}."
+        f"{before.bits_per_byte:.4f}{'' if after.loss > before.loss else ', which may be chance'}."
     )
 
 
@@ -222,35 +243,37 @@ def _fit_gate(model: LanguageModel, setup: RunSetup, text: _Text, reporter: Repo
     stored = isinstance(model, NanoThink) and model.vector_store is not None
     names = MEMORIES if stored else (DOCUMENT_CACHE,)
     unigram = unigram_log_frequencies(setup.tokens.train, model.vocab_size).to(setup.precision.device)
-    before = None
-    if stored:
+    checked = stored or text.n_tokens < FEW_TOKENS
+    if checked:
         before = _score(model, text.rest, setup, length, reporter, "validating before the joint gate").overall
-    how: Any = {"steps": cache.fit_steps, "seed": setup.training.seed, "reporter": reporter}
-    gate = fit_joint_gate(model, text.to_fit, names, unigram, reading, **how)
-    if gate is None:
-        reporter.note(
-            f"No joint gate: {counted(text.n_tokens, 'held-out token')} are too few to fit one on. The model "
-            "has no document cache."
-        )
-        return
+    fitting: Any = {"steps": cache.fit_steps, "seed": setup.training.seed, "reporter": reporter}
+    gate = fit_joint_gate(model, text.to_fit, names, unigram, reading, **fitting)
     model.joint_gate = gate.to(setup.precision.device)
-    if before is None:
-        reporter.note(
-            f"Gate of the document cache fitted on {counted(text.n_tokens, 'held-out token')}; it is used "
-            "with eval --document-cache and generate --document-cache."
+    gate_of = "Joint gate" if stored else "Gate of the document cache"
+    how = f"{gate_of} fitted on {counted(text.n_tokens, 'held-out token')}"
+    if not text.n_tokens:
+        how = (
+            f"{gate_of} with its usual weights, since no held-out document can be set aside to fit others on"
         )
+    use = "it is used with eval --document-cache and generate --document-cache"
+    if not checked:
+        reporter.note(f"{how}; {use}.")
         return
-    told: Any = {"reporter": reporter, "stage": "validating with the joint gate"}
-    after = evaluate_gated(model, text.rest, reading, with_cache=False, **told).overall
-    told["stage"] = "validating with the document cache"
-    cached = evaluate_gated(model, text.rest, reading, **told).overall
-    reporter.note(
-        f"Joint gate fitted on {counted(text.n_tokens, 'held-out token')}. "
-        f"Bits per byte on the rest, with the vector store: {before.bits_per_byte:.4f} → "
-        f"{after.bits_per_byte:.4f}; with the document cache too {cached.bits_per_byte:.4f}."
-    )
+    told: Any = {"reporter": reporter, "stage": "validating with the document cache"}
+    after = cached = evaluate_gated(model, text.rest, reading, **told).overall
+    figures = f"Bits per byte on {'the rest' if text.n_tokens else 'the held-out text'}"
+    if stored:
+        told["stage"] = "validating with the joint gate"
+        after = evaluate_gated(model, text.rest, reading, with_cache=False, **told).overall
+        figures += (
+            f", with the vector store: {before.bits_per_byte:.4f} → {after.bits_per_byte:.4f}; with the "
+            f"document cache too {cached.bits_per_byte:.4f}."
+        )
+    else:
+        figures += f": {before.bits_per_byte:.4f} → {cached.bits_per_byte:.4f}."
     if after.loss > before.loss:
         model.joint_gate = None
-        reporter.note("The model is saved without it: the gate that was trained with it does better.")
+        without = "the gate that was trained with it does better" if stored else "it has no document cache"
+        reporter.note(f"{how}. {figures} The model is saved without it: {without}.")
     else:
-        reporter.note("The model is saved with it.")
+        reporter.note(f"{how}. {figures} The model is saved with it{'' if stored else '; ' + use}.")

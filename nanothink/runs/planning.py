@@ -77,7 +77,7 @@ def _first_words(text: str) -> str:
 
 
 def have_gates(checkpoints: Iterable[Path]) -> bool:
-    """True if all models have a joint gate, and so can use a document cache. Little text gives none."""
+    """True if all models have a joint gate, and so can use a document cache."""
     try:
         states = [read_checkpoint(path, mmap=True)["model_state"] for path in checkpoints]
     except CheckpointError:  # which the command that uses them names

@@ -81,8 +81,8 @@ class TrainedModel:
             model.joint_gate = model.joint_gate.to(chosen)
         elif document_cache:
             raise UsageError(
-                f"{saved.path} has no gate for a document cache: its run had too little held-out text to fit "
-                "one, or was not complete. Use it without --document-cache."
+                f"{saved.path} has no gate for a document cache: a cache made its held-out text no likelier, "
+                "or its run was not complete. Use it without --document-cache."
             )
         gate_documents = tuple(saved.payload["run"].get("gate_documents", ()))
         trained = (saved.path, model, config, saved.tokenizer, chosen, saved.split, notes)

@@ -26,8 +26,10 @@ from nanothink.training.optimizer import EagerAdamW
 FIT_TOKENS = 20_000
 """Most tokens that a gate is fitted on; more brought nothing."""
 
-_LINEAR_BELOW = 3_000  # tokens: with fewer, hidden units learn the sample
-_FEWEST = 200  # tokens: with fewer there is no gate
+FEW_TOKENS = 3_000
+"""With fewer, hidden units learn the sample: the gate is linear, and stays near its usual weights."""
+
+_PULL = 30.0  # nats in all, for each weight of a linear gate that is 1 away from its usual value
 _HIDDEN, _BATCH, _LR, _DECAY = 12, 4096, 1e-2, 1e-3
 _WITHOUT_CACHE = 0.25  # weight of the loss with the last memory empty, as it is where it is disabled
 _COUNTED = 2_000_000  # training tokens that the unigram frequencies are counted on, at most
@@ -43,8 +45,8 @@ def fit_joint_gate(
     steps: int,
     seed: int,
     reporter: Reporter = SILENT,
-) -> JointGate | None:
-    """The gate that gives the text the greatest likelihood; None where there is too little of it.
+) -> JointGate:
+    """The gate that gives the text the greatest likelihood; the usual one where there is none.
 
     Args:
         streams: text that nothing was fitted on, by domain.
@@ -61,26 +63,44 @@ def fit_joint_gate(
                 for each in positions(model, stream, names, unigram, reading):
                     found.append(each)
                     advance(len(each.targets))
-    if sum(len(each.targets) for each in found) < _FEWEST:
-        return None
-    return _fit(_together(found), names, unigram, steps, seed, reporter)
+    usual = JointGate.usual(names, len(model.expert_names), unigram)
+    if not found:
+        return usual
+    text = join(found)
+    if len(text.targets) < FEW_TOKENS:
+        return fit_linear(text, usual, _PULL, steps, seed, reporter)
+    generator = torch.Generator().manual_seed(seed)
+    features = text.evidence.features
+    start = JointGate.start(names, features, unigram, n_hidden=_HIDDEN, generator=generator)
+    return _fit(text, start, steps, generator, reporter, decay=_DECAY)
+
+
+def fit_linear(
+    text: Positions, start: JointGate, pull: float, steps: int, seed: int, reporter: Reporter = SILENT
+) -> JointGate:
+    """The gate that gives the text the greatest likelihood, less ``pull`` nats times the squared distance of
+    its weights from those of ``start``."""
+    return _fit(text, start, steps, torch.Generator().manual_seed(seed), reporter, pull=pull)
 
 
 def _fit(
-    text: Positions, names: Sequence[str], unigram: Tensor, steps: int, seed: int, reporter: Reporter
+    text: Positions,
+    start: JointGate,
+    steps: int,
+    generator: torch.Generator,
+    reporter: Reporter,
+    *,
+    decay: float = 0.0,
+    pull: float = 0.0,
 ) -> JointGate:
-    generator = torch.Generator().manual_seed(seed)
-    n = len(text.targets)
-    n_hidden = _HIDDEN if n >= _LINEAR_BELOW else 0
-    features = text.evidence.features
-    start = JointGate.start(names, features, unigram, n_hidden=n_hidden, generator=generator)
+    n, n_memories = len(text.targets), len(start.names)
     trained = {name: start.weights[name].clone().requires_grad_() for name in start.trained}
     gate = JointGate(start.names, {**start.weights, **trained})
-    unshaped = [trained.pop("log_temperature")]
+    shaped = [weight for name, weight in trained.items() if name != "log_temperature"]
     optimizer = EagerAdamW(
         [
-            {"params": list(trained.values()), "weight_decay": _DECAY},
-            {"params": unshaped, "weight_decay": 0.0},
+            {"params": shaped, "weight_decay": decay},
+            {"params": [trained["log_temperature"]], "weight_decay": 0.0},
         ],
         lr=_LR,
     )
@@ -92,8 +112,11 @@ def _fit(
         evidence = text.evidence.rows(chosen)
         own, targets = text.log_likelihood[chosen], text.targets[chosen]
         loss = -gate.mix(own, targets, evidence)[0].mean()
-        bare = evidence.without(len(names) - 1)
+        bare = evidence.without(n_memories - 1)
         loss = loss - _WITHOUT_CACHE * gate.mix(own, targets, bare)[0].mean()
+        if pull:
+            moved = [(weight - start.weights[name]).square().sum() for name, weight in trained.items()]
+            loss = loss + pull / n * torch.stack(moved).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -101,7 +124,7 @@ def _fit(
     return JointGate(gate.names, {name: weight.detach() for name, weight in gate.weights.items()})
 
 
-def _together(parts: Sequence[Positions]) -> Positions:
+def join(parts: Sequence[Positions]) -> Positions:
     """One after another, on the CPU; plain tensors, which gradients can go through."""
 
     def joined(tensors: Sequence[Tensor]) -> Tensor:

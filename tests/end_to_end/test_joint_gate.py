@@ -230,25 +230,29 @@ def test_a_model_without_a_gate_says_that_it_has_none(
     corpus: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
     where = ["--data-dir", str(corpus), "--checkpoint-dir", str(tmp_path), "--tokenizer", str(tiny_tokenizer)]
-    for without in ({"data.val_split": 0.01}, {"document_cache.fit_steps": 0}):
-        typed = [*where, "--max-steps", "2", "--overwrite", *settings(SETTINGS | without)]
-        assert run(["pretrain", "transformer", *typed]) == 0
-        with pytest.raises(UsageError, match="no gate for a document cache"):
-            package.load(tmp_path / "transformer_expert.pt", document_cache=True)
+    typed = [*where, "--max-steps", "2", *settings({**SETTINGS, "document_cache.fit_steps": 0})]
+    assert run(["pretrain", "transformer", *typed]) == 0
+    with pytest.raises(UsageError, match="no gate for a document cache"):
+        package.load(tmp_path / "transformer_expert.pt", document_cache=True)
 
 
-def test_one_held_out_document_keeps_equal_weights(
+def test_one_held_out_document_is_enough_for_weights_and_a_document_cache(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing can be set aside to fit on."""
-    (tmp_path / "data" / "notes").mkdir(parents=True)
-    texts = [json.dumps({"text": f"note {n}: " + "stone river garden " * 30}) for n in range(3)]
-    (tmp_path / "data" / "notes" / "texts.jsonl").write_text("\n".join(texts))
-    place = ["--data-dir", str(tmp_path / "data"), "--checkpoint-dir", str(tmp_path)]
-    short = {**SETTINGS, "train_expert.max_steps": 2, "transformer.n_layers": 1}
-    words = ["pretrain", "transformer", "--tokenizer", str(tiny_tokenizer), *place, *settings(short)]
-    assert run(words) == 0
-    expert = ["--expert", str(tmp_path / "transformer_expert.pt")]
+    """Nothing can be set aside to fit on; an expert that has learnt nothing must not spoil the other."""
+    (tmp_path / "data").mkdir()
+    data = repeating_corpus(tmp_path / "data", n_texts=3)
+    place = ["--data-dir", str(data), "--checkpoint-dir", str(tmp_path)]
+    for kind, n_steps in (("transformer", 20), ("state_space", 1)):
+        words = ["pretrain", kind, "--tokenizer", str(tiny_tokenizer), *place, "--max-steps", str(n_steps)]
+        assert run([*words, *settings(SETTINGS)]) == 0
+    experts = [str(tmp_path / f"{kind}_expert.pt") for kind in ("transformer", "state_space")]
+    named = [part for path in experts for part in ("--expert", path)]
     fitted = settings(OF_PHASE_2 | {"train_mla.fit": "gate"})
-    assert run(["train-mla", *expert, *place, *fitted]) == 0
-    assert "Equal weights are kept" in capsys.readouterr().err
+    assert run(["train-mla", *named, *place, *fitted]) == 0
+    assert "with its usual weights" in capsys.readouterr().err
+    best, *_ = scores(capsys, experts[0])
+    (combined,) = scores(capsys, str(tmp_path / "nanothink_mla.pt"), "--document-cache")
+    assert combined["overall"]["loss"] <= best["overall"]["loss"] + 1e-3
+    assert combined["with_document_cache"]["overall"]["loss"] < combined["overall"]["loss"]
+    assert not gate_keys(read_checkpoint(tmp_path / "nanothink_mla.pt"))

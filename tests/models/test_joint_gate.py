@@ -109,6 +109,17 @@ def test_it_starts_the_same_for_every_token() -> None:
     assert float(start.weights["log_temperature"][0]) == pytest.approx(math.log(0.04))
 
 
+def test_the_usual_gate_reads_the_prediction_and_the_memories_alone() -> None:
+    for memories in ((neighbours(1),), (neighbours(1), neighbours(2))):
+        two, three = evidence(2, *memories), evidence(3, *memories)  # the same prediction, another expert
+        gates = [JointGate.usual(MEMORIES[-len(memories) :], n, UNIGRAM) for n in (2, 3)]
+        shares = [made.log_shares(seen) for made, seen in zip(gates, (two, three), strict=True)]
+        torch.testing.assert_close(*shares, rtol=1e-3, atol=1e-3)
+        assert float(shares[0].exp()[:, 0].std()) > 0.01
+        again = JointGate.of_weights(gates[0].weights, 2, VOCAB)
+        torch.testing.assert_close(again.log_shares(two), shares[0])
+
+
 @pytest.mark.parametrize("n_hidden", [0, 4])
 def test_its_weights_say_what_it_is(n_hidden: int) -> None:
     for seen in (evidence(), evidence(3, neighbours(1))):
