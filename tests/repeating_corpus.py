@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 
 def repeating_corpus(root: Path, n_texts: int) -> Path:
@@ -20,8 +19,3 @@ def repeating_corpus(root: Path, n_texts: int) -> Path:
         lines = [json.dumps({"text": text}) + "\n" for text in texts]
         (root / domain / "texts.jsonl").write_text("".join(lines))
     return root
-
-
-def settings(values: dict[str, Any]) -> list[str]:
-    """Format settings as arguments of a command."""
-    return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import made_up_texts, write_domain
+from tiny import SHAPE
 
 import nanothink as package
 from nanothink.checkpoints import read_checkpoint
@@ -22,12 +23,7 @@ from nanothink.data.split import SplitRule, text_key
 from nanothink.data.tokens import tokenise
 
 SMALL = {
-    "model.d_model": 32,
-    "model.max_seq_len": 32,
-    "transformer.n_layers": 1,
-    "transformer.n_heads": 2,
-    "state_space.n_layers": 1,
-    "state_space.scan": "plain",
+    **SHAPE,
     "mla.n_heads": 2,
     "mla.n_layers": 1,
     "diffuser.n_layers": 1,

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from repeating_corpus import repeating_corpus, settings
+from repeating_corpus import repeating_corpus
 from struck_runs import assert_same
+from tiny import SHAPE, settings
 
 import nanothink as package
 from nanothink.checkpoints import CheckpointPayload, read_summary
@@ -23,12 +24,7 @@ from nanothink.errors import UsageError
 from nanothink.models.joint_gate import DOCUMENT_CACHE
 
 SETTINGS = {
-    "model.d_model": 32,
-    "model.max_seq_len": 32,
-    "transformer.n_layers": 1,
-    "transformer.n_heads": 2,
-    "state_space.n_layers": 1,
-    "state_space.scan": "plain",
+    **SHAPE,
     "data.val_split": 0.3,
     "train_expert.batch_size": 4,
     "train_expert.sample_tokens": 0,

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from reports import Told
 from struck_runs import assert_same, metrics
+from tiny import settings
 
 import nanothink as package
 from nanothink.checkpoints.file import read_checkpoint, write_checkpoint
@@ -33,12 +35,7 @@ from nanothink.training.events import RunStarted, StepDone
 STEM = "nanothink_mla"
 KINDS = ("transformer", "state_space", "diffuser")
 SHAPE = {
-    "model.d_model": 32,
-    "model.max_seq_len": 32,
-    "transformer.n_layers": 1,
-    "transformer.n_heads": 2,
-    "state_space.n_layers": 1,
-    "state_space.scan": "plain",
+    **tiny.SHAPE,
     "diffuser.n_layers": 1,
     "diffuser.training_steps": 20,
     **{f"train_{phase}.batch_size": 4 for phase in ("expert", "diffuser")},
@@ -62,10 +59,6 @@ PHASE = {
     "document_cache.fit_steps": 20,
 }
 N_STEPS = 30
-
-
-def settings(values: dict[str, Any]) -> list[str]:
-    return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
 
 
 def pretrain(corpus: Path, tokenizer: Path, folder: Path, kind: str, *more: str, **changed: Any) -> None:

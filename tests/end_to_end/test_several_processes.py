@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import SHAPE
 
 from nanothink.checkpoints import CheckpointStore, read_checkpoint
 from nanothink.cli.app import run
@@ -37,12 +38,7 @@ PHASE = {
 }
 STEMS = (*(f"{kind}_expert" for kind in KINDS), "nanothink_mla")
 SETTINGS = {
-    "model.d_model": 32,
-    "model.max_seq_len": 32,
-    "transformer.n_layers": 1,
-    "transformer.n_heads": 2,
-    "state_space.n_layers": 1,
-    "state_space.scan": "plain",
+    **SHAPE,
     "diffuser.n_layers": 1,
     "diffuser.training_steps": 20,
     "mla.n_heads": 2,

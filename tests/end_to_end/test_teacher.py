@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from repeating_corpus import repeating_corpus, settings
+from repeating_corpus import repeating_corpus
 from struck_runs import Ground, assert_same_run, metrics
+from tiny import SHAPE, settings
 
 import nanothink as package
 from nanothink.checkpoints import read_checkpoint
@@ -24,12 +25,7 @@ from nanothink.runs.saved_model import SavedModel
 from nanothink.runs.teaching import Teacher, Teaching, make_targets
 
 SETTINGS = {
-    "model.d_model": 32,
-    "model.max_seq_len": 32,
-    "transformer.n_layers": 1,
-    "transformer.n_heads": 2,
-    "state_space.n_layers": 1,
-    "state_space.scan": "plain",
+    **SHAPE,
     "data.val_split": 0.3,
     "train_expert.batch_size": 4,
     "train_expert.sample_tokens": 0,

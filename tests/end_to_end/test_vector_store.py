@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 import nanothink as package
@@ -34,12 +35,7 @@ from nanothink.vector_store.manifest import read_manifest
 STEM = "nanothink_mla"
 WORDS = ["time", "light", "stone", "water", "letter", "garden", "river", "wind", "moon", "winter"]
 SHAPE = {
-    "model.d_model": 32,
-    "model.max_seq_len": 32,
-    "transformer.n_layers": 1,
-    "transformer.n_heads": 2,
-    "state_space.n_layers": 1,
-    "state_space.scan": "plain",
+    **tiny.SHAPE,
     "mla.n_heads": 2,
     "mla.n_layers": 1,
     **{f"train_{phase}.batch_size": 4 for phase in ("expert", "mla")},
