@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanothink.checkpoints import FORMAT_VERSION, CheckpointPayload
+from nanothink.checkpoints import FORMAT_VERSION, CheckpointPayload, write_checkpoint
 from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.data.split import HeldOutText, SplitRule, TrainedText
 
@@ -102,6 +102,14 @@ class CrashServer:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+
+
+@pytest.fixture
+def written(tmp_path: Path, make_payload: Callable[..., CheckpointPayload]) -> Path:
+    """A small checkpoint."""
+    path = tmp_path / "transformer_expert.pt"
+    write_checkpoint(path, make_payload())
+    return path
 
 
 @pytest.fixture(scope="session")
