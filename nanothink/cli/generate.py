@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,37 +143,35 @@ def generate(
         "seed": seed,
         "stop_at_eos": False if ignore_eos else None,
     }
-    if chat and (denoise or show_routing or ddim or ddim_steps is not None):
-        raise UsageError(
-            "--chat is for answers that are written plainly, without --denoise, --ddim, --show-routing."
-        )
-    if system is not None and not chat:
-        raise UsageError("--system is for --chat.")
     if interactive:
         from nanothink.cli.conversation import talk
         from nanothink.cli.interactive import require_terminal, write_in_turns
 
         require_terminal()
-        if denoise or as_json or (prompt and (len(prompt) > 1 or prompt == ["-"])):
-            raise UsageError("--interactive takes at most one prompt, and neither --denoise nor --json.")
+    by_ddim = ddim or ddim_steps is not None
+    to_chat = "--chat is for answers that are written plainly, without --denoise, --ddim, --show-routing."
+    to_route = "--show-routing is for models that combine experts; --denoise and --ddim are not."
+    to_stop = "--stop is for text that is written plainly, without --show-routing or --denoise."
+    in_turns = "--interactive takes at most one prompt, and neither --denoise nor --json."
+    one_prompt = not prompt or (len(prompt) == 1 and prompt != ["-"])
+    _refuse(
+        (chat and (denoise or show_routing or by_ddim), to_chat),
+        (show_routing and (denoise or by_ddim), to_route),
+        (stop and (show_routing or denoise), to_stop),
+        (interactive and (denoise or as_json or not one_prompt), in_turns),
+        (stop and not all(stop), "--stop needs some text."),
+        (system is not None and not chat, "--system is for --chat."),
+        (levels and not denoise, "--level is for --denoise."),
+    )
     prompts = [_read(text) for text in prompt] if prompt else [_piped()]
     if chat and not interactive and not all(text.strip() for text in prompts):
         raise UsageError(f"--chat needs a message: {suggest('generate Hello --chat')}")
+    if denoise and (len(prompts) > 1 or not prompts[0]):
+        passage = suggest("generate", "Some text", "--denoise")
+        raise UsageError(f"--denoise needs one passage to rebuild: {passage}")
     sampling = {name: value for name, value in asked.items() if value is not None}
     sampling_config(**sampling)  # raises for a bad value before anything is loaded or printed
-    if denoise and (len(prompts) > 1 or not prompts[0]):
-        raise UsageError(
-            f"--denoise needs one passage to rebuild: {suggest('generate', 'Some text', '--denoise')}"
-        )
-    if show_routing and (denoise or ddim or ddim_steps is not None):
-        raise UsageError("--show-routing is for models that combine experts; --denoise and --ddim are not.")
-    if stop and (show_routing or denoise):
-        raise UsageError("--stop is for text that is written plainly, without --show-routing or --denoise.")
-    if stop and not all(stop):
-        raise UsageError("--stop needs some text.")
-    if levels and not denoise:
-        raise UsageError("--level is for --denoise.")
-    if ddim or ddim_steps is not None:
+    if by_ddim:
         sampling["ddim_steps"] = ddim_steps or 0
     kind = "diffuser" if denoise or "ddim_steps" in sampling else COMBINED if show_routing else None
     with render.reporting() as reporter:
@@ -194,71 +194,72 @@ def generate(
     if interactive:
         write_in_turns(loaded, prompts[0], sampling, stop=stop or (), show_routing=show_routing)
         return
-    if not denoise:
-        for text in prompts:
-            if loss := loaded.tokenizer.loss(text):
-                render.warning(f"The tokenizer loses a part of the prompt: {loss}.")
     if denoise:
-        found = loaded.denoise(
-            prompts[0], levels or None, seed=seed or 0, ddim_steps=sampling.get("ddim_steps", 1)
-        )
-        if as_json:
-            shown = [
-                {"level": r.level, "right": r.right, "text": loaded.tokenizer.decode(r.tokens)} for r in found
-            ]
-            render.print_json({"checkpoint": path, "passage": prompts[0], "levels": shown})
-        else:
-            render.reconstructions(found, loaded.tokenizer.decode)
+        _rebuild(loaded, prompts[0], levels, seed or 0, sampling.get("ddim_steps", 1), as_json=as_json)
+        return
+    for text in prompts:
+        if loss := loaded.tokenizer.loss(text):
+            render.warning(f"The tokenizer loses a part of the prompt: {loss}.")
+    if show_routing:
+        _generate_routed(loaded, prompts, sampling, as_json=as_json)
     elif chat:
-        _answer(loaded, path, prompts, system, sampling, stop or (), as_json=as_json)
-    elif show_routing:
-        _generate_routed(loaded, path, prompts, sampling, as_json=as_json)
-    elif as_json:
-        texts = loaded.generate(prompts, stop=stop or (), **sampling)
-        render.print_json(
-            {
-                "checkpoint": path,
-                "kind": loaded.kind,
-                "samples": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)],
-            }
-        )
-    elif len(prompts) == 1:
-        with render.streaming(prompts[0]) as write:
-            texts = loaded.generate(
-                prompts, on_text=lambda _, piece: write(piece), stop=stop or (), **sampling
-            )
-        _say_if_nothing(texts)
+        first = [] if system is None else [{"role": "system", "content": system}]
+        conversations = [[*first, {"role": "user", "content": text}] for text in prompts]
+        _write(loaded, conversations, {"stop": stop or (), **sampling}, as_json=as_json)
     else:
-        texts = loaded.generate(prompts, stop=stop or (), **sampling)
-        render.samples(prompts, texts)
-        _say_if_nothing(texts)
+        _write(loaded, prompts, {"stop": stop or (), **sampling}, as_json=as_json)
 
 
-def _answer(
-    loaded: TrainedModel,
-    path: Path,
-    prompts: list[str],
-    system: str | None,
-    sampling: dict[str, Any],
-    stop: list[str] | tuple[str, ...],
-    *,
-    as_json: bool,
+def _refuse(*combinations: tuple[object, str]) -> None:
+    """Raise UsageError for the first combination of options that was given; each has its message."""
+    from nanothink.errors import UsageError
+
+    for given, message in combinations:
+        if given:
+            raise UsageError(message)
+
+
+def _rebuild(
+    loaded: TrainedModel, passage: str, levels: list[int] | None, seed: int, ddim_steps: int, *, as_json: bool
 ) -> None:
     from nanothink.cli import render
 
-    first = [] if system is None else [{"role": "system", "content": system}]
-    conversations = [[*first, {"role": "user", "content": prompt}] for prompt in prompts]
-    if as_json or len(prompts) > 1:
-        texts = loaded.answer(conversations, stop=stop, **sampling)
-        if as_json:
-            answers = [{"messages": m, "text": t} for m, t in zip(conversations, texts, strict=True)]
-            render.print_json({"checkpoint": path, "kind": loaded.kind, "samples": answers})
-        else:
-            render.samples([f"{prompt}\n" for prompt in prompts], texts)
+    found = loaded.denoise(passage, levels or None, seed=seed, ddim_steps=ddim_steps)
+    decode = loaded.tokenizer.decode
+    if as_json:
+        shown = [{"level": r.level, "right": r.right, "text": decode(r.tokens)} for r in found]
+        render.print_json({"checkpoint": loaded.path, "passage": passage, "levels": shown})
     else:
-        with render.streaming("") as write:
-            texts = loaded.answer(conversations, on_text=lambda _, piece: write(piece), stop=stop, **sampling)
-    if not as_json and not all(texts):
+        render.reconstructions(found, decode)
+
+
+def _write(
+    loaded: TrainedModel,
+    prompts: Sequence[Any],
+    settings: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Continue prompts, or answer conversations: as a stream where there is one, else side by side."""
+    from nanothink.cli import render
+
+    chats = not isinstance(prompts[0], str)
+    write = partial(loaded.answer if chats else loaded.generate, prompts, **settings)
+    shown = [f"{one[-1]['content']}\n" if isinstance(one, list) else one for one in prompts]
+    if as_json:
+        name = "messages" if chats else "prompt"
+        samples = [{name: p, "text": text} for p, text in zip(prompts, write(), strict=True)]
+        render.print_json({"checkpoint": loaded.path, "kind": loaded.kind, "samples": samples})
+        return
+    if len(prompts) == 1:
+        with render.streaming("" if chats else shown[0]) as show:
+            texts = write(on_text=lambda _, piece: show(piece))
+    else:
+        texts = write()
+        render.samples(shown, texts)
+    if not chats:
+        _say_if_nothing(texts)
+    elif not all(texts):
         render.note("The model ends its answer at once.")
 
 
@@ -318,7 +319,7 @@ def _read(prompt: str) -> str:
 
 
 def _generate_routed(
-    loaded: TrainedModel, path: Path, prompts: list[str], sampling: dict[str, Any], *, as_json: bool
+    loaded: TrainedModel, prompts: list[str], sampling: dict[str, Any], *, as_json: bool
 ) -> None:
     from nanothink.cli import render
 
@@ -337,4 +338,4 @@ def _generate_routed(
                 pieces = loaded.generate_routed(prompt, on_piece=show, **own)
             _say_if_nothing(["".join(piece.text for piece in pieces)])
     if as_json:
-        render.print_json({"checkpoint": path, "kind": loaded.kind, "samples": shown})
+        render.print_json({"checkpoint": loaded.path, "kind": loaded.kind, "samples": shown})

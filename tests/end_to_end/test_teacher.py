@@ -32,7 +32,12 @@ SETTINGS = {
     "train_expert.amp_dtype": "float32",
     "train_expert.log_every_steps": 1,
 }
-OF_PHASE_2 = {"mla.n_heads": 2, "train_mla.sample_tokens": 0, "train_mla.amp_dtype": "float32"}
+OF_PHASE_2 = {
+    "mla.n_heads": 2,
+    "train_mla.sample_tokens": 0,
+    "train_mla.amp_dtype": "float32",
+    "document_cache.fit_steps": 250,  # so that the teacher heeds its store
+}
 STUDENT = {**SETTINGS, "distillation.top_k": 8, "distillation.written_fraction": 0.25}
 
 
