@@ -1,5 +1,11 @@
 """Checkpoints: files that are whole or not there, found, verified, restored.
 
+    run  → restore: model_state, pack_rng → payload.CheckpointPayload → file.write_checkpoint → one .pt file
+    file → file.read_checkpoint → payload → restore: restore_model, unpack_rng → run
+
+``store`` names, finds, locks and prunes the files of one run; ``archive`` is the container, with its digest;
+``shards`` is the folder that several processes write together in place of a file.
+
 All imported here needs no torch, so that a listing is quick; ``restore``, ``export``, ``split_record`` do.
 """
 

@@ -1,4 +1,9 @@
-"""Conversations as tokens: the chat template of a tokenizer, and a plain one for tokenizers that have none.
+r"""Conversations as tokens: the chat template of a tokenizer, and a plain one for tokenizers that have none.
+
+    messages        user: Hi   assistant: Hello
+    text, plainly   User:\nHi<|endoftext|>Assistant:\nHello<|endoftext|>
+    trained on                                        Hello<|endoftext|>
+    prompt          <|endoftext|>User:\nHi<|endoftext|>Assistant:\n
 
 A message cannot write a control token: what it spells of one is encoded as the text that it is. The rest is
 encoded as ``transformers`` does, token for token, except that an answer in training begins with tokens of its
