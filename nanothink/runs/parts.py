@@ -14,6 +14,7 @@ from nanothink.models.contract import FrozenBase
 from nanothink.reporter import Reporter
 from nanothink.runs.experts import check_same_experts, config_for_experts, find_experts
 from nanothink.runs.initial import INITIAL, check_no_adapters, find_initial
+from nanothink.runs.regularising import width_is_fitted
 from nanothink.runs.resuming import ResumePoint, RunSpec
 from nanothink.runs.saved_model import SavedModel
 from nanothink.runs.teacher import TEACHER, find_teacher
@@ -48,14 +49,21 @@ def find_parts(
     base = EXPERTS[spec.kind].model().base(resolved.config)
     if base is None or (resume_point is not None and not base.at_every_step):
         return {}
-    found = _find_base(spec.kind, base, resolved.config, spec.checkpoint_dir, reporter)
+    any_width = resume_point is None and width_is_fitted(spec.kind, resolved.config, resolved.sources)
+    found = _find_base(spec.kind, base, resolved.config, spec.checkpoint_dir, reporter, any_width=any_width)
     if resume_point is not None:
         _check_same_base(base, found, resume_point.payload["run"], resume_point.path)
     return {base.kind: found}
 
 
 def _find_base(
-    kind: str, base: FrozenBase, config: Config, checkpoint_dir: Path, reporter: Reporter
+    kind: str,
+    base: FrozenBase,
+    config: Config,
+    checkpoint_dir: Path,
+    reporter: Reporter,
+    *,
+    any_width: bool,
 ) -> SavedModel:
     """Read the model that the settings name, or the one of its kind in the checkpoint folder.
 
@@ -63,6 +71,7 @@ def _find_base(
         kind: that of the expert to be trained.
         base: the model that it builds on.
         config: the expert's settings.
+        any_width: the expert takes the width of the model.
 
     Raises:
         CheckpointError: it is missing, of another kind, width or context; with the command to run.
@@ -82,7 +91,7 @@ def _find_base(
             + suggest("pretrain", base.kind, "--name", f"{base.kind}_{width}")
         )
     own = found.config.model
-    if own.d_model != width:
+    if own.d_model != width and not any_width:
         raise CheckpointMismatchError(
             f"{path} has width {own.d_model}, and this one would have {width}. Give it the same: "
             f"{again('--set', f'model.d_model={own.d_model}')}. Or train another {base.kind}, and name it "

@@ -196,7 +196,9 @@ def prepare(
             "will differ from that of a run that had either from the start."
         )
     if resume_point is None:
-        config = fit_to_text(spec.kind, config, resolved.sources, tokens, tokenizer.vocab_size, reporter)
+        base = None if TEACHER in parts else next(iter(parts.values()), None)
+        told = (resolved.sources, tokens, tokenizer.vocab_size, reporter)
+        config = fit_to_text(spec.kind, config, *told, base=None if base is None else base.config)
         fitted = training_of(spec.kind, config)
         training = fitted.model_copy(update=dict(types or {}))
     batches = TrainingBatches(tokens.train, config.model.max_seq_len, training.seed)

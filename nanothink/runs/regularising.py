@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pydantic import ValidationError
+
 from nanothink.config import Config
+from nanothink.config.base import Settings
 from nanothink.config.run import set_by_hand
 from nanothink.data.tokens import TokenisedCorpus
 from nanothink.models import COMBINED, build_model, training_of
 from nanothink.reporter import Reporter
 from nanothink.runs.initial import with_adapters
 from nanothink.suggestions import suggest
-from nanothink.training.regularisation import AMPLE, Regularisation
+from nanothink.training.regularisation import AMPLE, Regularisation, is_measured, narrowed
 
 _FITTED = ("dropout", "weight_decay_tables", "max_epochs")
 
@@ -23,11 +26,16 @@ def fit_to_text(
     tokens: TokenisedCorpus,
     vocab_size: int,
     reporter: Reporter,
+    *,
+    base: Config | None = None,
 ) -> Config:
     """The settings of a new expert's run, fitted to the text where ``fit_to_text`` says so.
 
     Values that were set by hand stay. Without ``fit_to_text`` nothing changes; a note says if the text is
     too little for these settings.
+
+    Args:
+        base: of the model that this one builds on, and whose width it has, if there is one.
     """
     if kind == COMBINED:
         return config
@@ -35,6 +43,9 @@ def fit_to_text(
     n_tokens = sum(stream.n_targets for stream in tokens.train.values())
     if n_tokens > AMPLE * 2 * vocab_size * config.model.d_model and not training.fit_to_text:
         return config  # tables alone tell that there is enough text
+    before = config.model.d_model
+    if width_is_fitted(kind, config, sources):
+        config = _of_width(config, narrowed(before, n_tokens) if base is None else base.model.d_model)
     model = with_adapters(build_model(kind, config, vocab_size), training)
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rule = Regularisation.of(n_tokens, n_parameters)
@@ -54,7 +65,30 @@ def fit_to_text(
         return config
 
     by_hand = {name for name in _FITTED if set_by_hand(sources[f"{training.section}.{name}"])}
-    chosen = {name: getattr(rule, name) for name in _FITTED if name not in by_hand}
+    fitted = {name: getattr(rule, name) for name in _FITTED if name not in by_hand}
+    chosen = fitted
+    if config.model.d_model != before:
+        chosen = {"model.d_model": config.model.d_model, **fitted}
     listed = ", ".join(f"{name}={value}" for name, value in chosen.items())
-    reporter.note(f"{size}. Chosen for it: {listed or 'nothing, all is set by hand'}.")
-    return config.model_copy(update={training.section: training.model_copy(update=chosen)})
+    guessed = "" if is_measured(n_tokens) else " No text of this size was measured; see docs/training.md."
+    reporter.note(f"{size}. Chosen for it: {listed or 'nothing, all is set by hand'}.{guessed}")
+    return config.model_copy(update={training.section: training.model_copy(update=fitted)})
+
+
+def width_is_fitted(kind: str, config: Config, sources: Mapping[str, str]) -> bool:
+    """True if ``fit_to_text`` chooses the width of this expert too."""
+    return training_of(kind, config).fit_to_text and not set_by_hand(sources["model.d_model"])
+
+
+def _of_width(config: Config, width: int) -> Config:
+    """The model in this width, with heads as wide as before; as it was where these do not divide it."""
+    before = config.model.d_model
+    sections: dict[str, Settings] = {"model": config.model.model_copy(update={"d_model": width})}
+    for name in ("transformer", "mla"):
+        section = getattr(config, name)
+        heads = max(1, section.n_heads * width // before)
+        sections[name] = section.model_copy(update={"n_heads": heads})
+    try:
+        return Config.model_validate(config.model_copy(update=sections).model_dump())
+    except ValidationError:
+        return config

@@ -1,4 +1,4 @@
-"""How much dropout and how many epochs a text bears: a rule, from measurements at 1 and 4 MB (docs/log.md).
+"""Width, dropout and epochs that a text bears: a rule, from measurements at 0.1, 1 and 4 MB (docs/log.md).
 
 The fewer tokens there are for each parameter, the sooner a model overfits. Dropout puts that off, so that
 more epochs pay; with ample text it only slows learning down.
@@ -17,6 +17,24 @@ _A_DOUBLING = 0.07  # by which it falls where there are twice as many
 _MOST = 0.3
 _EPOCHS = ((0.3, 16), (0.2, 8), (0.1, 4), (0.0, 2))  # for this much dropout or more
 _TABLES = 0.1  # decay of embeddings and head, at the most dropout
+
+_WIDTHS = ((80_000, 64), (200_000, 128))
+"""Training tokens up to which a width is enough. Of 64, 128 and 256 the first was best at 42 thousand, of the
+last two the last at 330 thousand; what lies between is a guess."""
+
+_MEASURED = (42_000, 330_000, 1_300_000)
+"""Training tokens of the texts that the rule is drawn through."""
+_NEAR = 1.5
+
+
+def is_measured(n_tokens: int) -> bool:
+    """True if the rule was measured on a text of about this size."""
+    return any(size / _NEAR <= n_tokens <= size * _NEAR for size in _MEASURED)
+
+
+def narrowed(width: int, n_tokens: int) -> int:
+    """``width``, or less where the text is too little for it."""
+    return next((min(width, enough) for most, enough in _WIDTHS if n_tokens <= most), width)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nanothink.training.regularisation import Regularisation
+from nanothink.training.regularisation import Regularisation, is_measured, narrowed
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,10 @@ def test_more_text_never_means_more_dropout_or_more_epochs() -> None:
     assert [r.dropout for r in rules] == sorted((r.dropout for r in rules), reverse=True)
     assert [r.max_epochs for r in rules] == sorted((r.max_epochs for r in rules), reverse=True)
     assert all(round(100 * r.dropout) % 5 == 0 for r in rules)
+
+
+def test_little_text_narrows_a_model_and_never_widens_it() -> None:
+    assert [narrowed(256, n) for n in (42_000, 120_000, 330_000)] == [64, 128, 256]
+    assert narrowed(32, 42_000) == 32
+    assert is_measured(330_000)
+    assert not is_measured(120_000)
