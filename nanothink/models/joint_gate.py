@@ -210,7 +210,7 @@ class JointGate:
     weights: Mapping[str, Tensor]
     """``mean``, ``deviation`` (F,): of the features. ``hidden`` (H, F), ``hidden_bias`` (H,), ``out``
     (1 + M, H), ``out_bias`` (1 + M,); a linear gate has no hidden ones, and ``out`` is (1 + M, F).
-    ``log_temperature`` (M,). ``unigram`` (V,): log-frequencies."""
+    ``log_temperature`` (M,). ``unigram`` (V,): log-frequencies. ``cache_alone`` (), if there: see below."""
 
     @classmethod
     def start(
@@ -283,6 +283,8 @@ class JointGate:
         }
         if n_hidden:
             shapes |= {"hidden": (n_hidden, n_features), "hidden_bias": (n_hidden,)}
+        if "cache_alone" in weights:
+            shapes["cache_alone"] = ()
         found = {name: tuple(weight.shape) for name, weight in weights.items()}
         if n_memories not in (1, 2) or found != shapes:
             raise ValueError(f"its joint gate has the shapes {found}")
@@ -291,7 +293,17 @@ class JointGate:
     @property
     def trained(self) -> list[str]:
         """Names of the weights that are fitted, not measured."""
-        return [name for name in self.weights if name not in ("mean", "deviation", "unigram")]
+        measured = ("mean", "deviation", "unigram", "cache_alone")
+        return [name for name in self.weights if name not in measured]
+
+    @property
+    def cache_alone(self) -> bool:
+        """True for a gate that predicts only where a document cache is in use; the vector store alone has a
+        better one (store_gate.py)."""
+        return "cache_alone" in self.weights
+
+    def for_cache_alone(self) -> JointGate:
+        return JointGate(self.names, {**self.weights, "cache_alone": torch.tensor(1.0)})
 
     def to(self, device: torch.device) -> JointGate:
         return JointGate(self.names, {name: weight.to(device) for name, weight in self.weights.items()})

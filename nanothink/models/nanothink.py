@@ -170,7 +170,7 @@ class NanoThink(ProductOfExperts):
         states, weights, queries = self._passed(tokens)
         if queries is None:
             return weights
-        if self.joint_gate is not None:
+        if self.gates_store:
             shares = [share for *_, share in self._gated(states, weights, tokens)]
             return torch.cat(shares).view(*tokens.shape, -1)
         assert self.store_gate is not None
@@ -258,7 +258,7 @@ class NanoThink(ProductOfExperts):
             read = self._scaled(states).flatten(0, 1)
             own = linear_log_likelihood(read, self.head_weight, targets.flatten())
             return own.view(targets.shape), weights
-        if self.joint_gate is not None:
+        if self.gates_store:
             wanted = targets.clamp_min(0).view(-1, 1)
             parts, shares = [], []
             for rows, mixed, share in self._gated(states, weights, inputs):
@@ -289,7 +289,7 @@ class NanoThink(ProductOfExperts):
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """See ``LanguageModel.step``."""
         assert isinstance(state, JointState)
-        if self.vector_store is not None and self.joint_gate is not None:
+        if self.vector_store is not None and self.gates_store:
             with torch.no_grad():
                 read = self.read(tokens, state, last_only=True)
                 assert state.weights is not None

@@ -44,6 +44,11 @@ class ProductOfExperts(LanguageModel):
     vector_store: NeighbourSearch | None = None
     """Finds neighbours in the vector store; None to predict without. Attached, not part of the weights."""
 
+    @property
+    def gates_store(self) -> bool:
+        """Whether the joint gate mixes in the vector store where there is no document cache."""
+        return self.joint_gate is not None and not self.joint_gate.cache_alone
+
     def expert_heads(self) -> list[Tensor]:
         """The columns of the head that read each expert's state, (V, D) each."""
         own = self.head_weight[:, : -self.d_model]
@@ -122,7 +127,7 @@ class ProductOfExperts(LanguageModel):
     ) -> Iterator[Tensor]:
         """``predictions`` from the states (B, T, D), the experts' weights, and the queries if a store is
         attached."""
-        if queries is not None and self.joint_gate is not None:
+        if queries is not None and self.gates_store:
             yield from (mixed for _, mixed, _ in self._gated(states, weights, tokens))
             return
         neighbours = None if queries is None else self._neighbours_of(queries).view(tokens.numel())

@@ -271,9 +271,14 @@ def _fit_gate(model: LanguageModel, setup: RunSetup, text: _Text, reporter: Repo
         )
     else:
         figures += f": {before.bits_per_byte:.4f} → {cached.bits_per_byte:.4f}."
-    if after.loss > before.loss:
-        model.joint_gate = None
-        without = "the gate that was trained with it does better" if stored else "it has no document cache"
-        reporter.note(f"{how}. {figures} The model is saved without it: {without}.")
-    else:
+    if after.loss <= before.loss:
         reporter.note(f"{how}. {figures} The model is saved with it{'' if stored else '; ' + use}.")
+        return
+    better = "the gate that was trained with the vector store does better"
+    if cached.loss < before.loss:
+        model.joint_gate = model.joint_gate.for_cache_alone()
+        reporter.note(f"{how}. {figures} It is used with a document cache alone: without one {better}.")
+        return
+    model.joint_gate = None
+    without = better if stored else "it has no document cache"
+    reporter.note(f"{how}. {figures} The model is saved without it: {without}.")

@@ -104,8 +104,9 @@ class TrainedModel:
     @property
     def uses_gate(self) -> bool:
         """Whether predictions go through the joint gate, and so are no fair ones of ``gate_documents``."""
-        stored = isinstance(self.model, NanoThink) and self.model.vector_store is not None
-        return self.model.joint_gate is not None and (stored or self.document_cache)
+        model = self.model
+        stored = isinstance(model, NanoThink) and model.vector_store is not None and model.gates_store
+        return model.joint_gate is not None and (stored or self.document_cache)
 
     @cached_property
     def precision(self) -> Precision:

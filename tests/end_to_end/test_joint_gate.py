@@ -22,6 +22,7 @@ from nanothink.checkpoints.split_record import SplitRecord
 from nanothink.cli.app import run
 from nanothink.errors import UsageError
 from nanothink.models.joint_gate import DOCUMENT_CACHE
+from nanothink.models.nanothink import NanoThink
 
 SETTINGS = {
     **SHAPE,
@@ -210,6 +211,21 @@ def test_text_is_written_with_the_cache_and_the_routing_shows_it(
     for token in sample["tokens"]:
         assert DOCUMENT_CACHE in token["weights"]
         assert sum(token["weights"].values()) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_gate_for_the_cache_alone_leaves_other_predictions_to_the_store_gate(gated: Path) -> None:
+    model = package.load(gated).model
+    assert isinstance(model, NanoThink)
+    tokens = torch.randint(1, 200, (1, 30), generator=torch.Generator().manual_seed(0))
+    gate = model.joint_gate
+    assert gate is not None
+    found = {}
+    for name, used in (("both", gate), ("cache alone", gate.for_cache_alone()), ("none", None)):
+        model.joint_gate = used
+        found[name] = [model.logits(tokens), model.step(tokens, model.start(1)), model.routing(tokens)]
+    for alone, none in zip(found["cache alone"], found["none"], strict=True):
+        torch.testing.assert_close(alone, none)
+    assert not torch.allclose(found["both"][0], found["none"][0])
 
 
 def test_a_stop_text_leaves_the_document_cache_in_use(gated: Path) -> None:

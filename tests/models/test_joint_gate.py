@@ -124,7 +124,9 @@ def test_the_usual_gate_reads_the_prediction_and_the_memories_alone() -> None:
 def test_its_weights_say_what_it_is(n_hidden: int) -> None:
     for seen in (evidence(), evidence(3, neighbours(1))):
         made = gate(seen, n_hidden=n_hidden)
-        again = JointGate.of_weights(made.weights, 3, VOCAB)
+        again = JointGate.of_weights(made.for_cache_alone().weights, 3, VOCAB)
+        assert again.cache_alone
+        assert not made.cache_alone
         assert again.names == made.names
         assert again.names[-1] == DOCUMENT_CACHE
         torch.testing.assert_close(again.log_shares(seen), made.log_shares(seen))
