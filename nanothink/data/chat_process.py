@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import selectors
-import subprocess
-import sys
 import threading
-import time
-import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
-import orjson
-
+from nanothink.data.child_process import ChildProcess
 from nanothink.errors import TokenizerError
-
-_START = "import sys; sys.path[:] = sys.argv[1:]; from nanothink.data.chat_template import serve; serve()"
 
 SECONDS = 10.0
 """For one conversation; it takes a thousandth of a second as a rule."""
@@ -49,7 +40,7 @@ class ChatRenderer:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], controls: Sequence[str]) -> None:
         self._made_of = {"source": source, "special_tokens": special_tokens, "controls": list(controls)}
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ChildProcess | None = None
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -72,65 +63,27 @@ class ChatRenderer:
 
     def _started(self) -> None:
         if self._process is None:
-            self._process = _new_process()
-            self._stop = weakref.finalize(self, _ended, self._process)
+            try:
+                self._process = ChildProcess("nanothink.data.chat_template")
+            except OSError as error:
+                raise TokenizerError(
+                    f"No process could be started to render the chat template: {error}."
+                ) from error
             self._ask(self._made_of, _START_SECONDS)
 
     def _ask(self, request: Mapping[str, Any], seconds: float) -> Any:
         assert self._process is not None
         try:
-            answer = orjson.loads(_exchanged(self._process, orjson.dumps(request) + b"\n", seconds))
+            self._process.send(request)
+            answer = self._process.receive(seconds)
             if "fault" in answer and request is self._made_of:
                 raise ChatTemplateError(answer["fault"])
         except BaseException as error:  # what is left of it knows nothing of the next request
-            self._stop()
+            self._process.stop()
             self._process = None
+            if isinstance(error, TimeoutError):
+                raise ChatTemplateError(f"it takes longer than {seconds:.0f} seconds") from None
             if isinstance(error, (BrokenPipeError, EOFError)):
                 raise ChatTemplateError("it ended its process, as happens when memory runs out") from None
             raise
         return answer
-
-
-def _new_process() -> subprocess.Popen[bytes]:
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-c", _START, *sys.path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-    except OSError as error:
-        raise TokenizerError(f"No process could be started to render the chat template: {error}.") from error
-
-
-def _exchanged(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> bytearray:
-    """Send a line, and return the one that comes back.
-
-    Raises:
-        ChatTemplateError: none came in time.
-        EOFError, BrokenPipeError: the process has ended.
-    """
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(line)
-    process.stdin.flush()
-    answer, deadline = bytearray(), time.monotonic() + seconds
-    with selectors.DefaultSelector() as ready:
-        ready.register(process.stdout, selectors.EVENT_READ)
-        while not answer.endswith(b"\n"):
-            if not ready.select(max(0.0, deadline - time.monotonic())):
-                raise ChatTemplateError(f"it takes longer than {seconds:.0f} seconds")
-            part = process.stdout.read1(1 << 20)  # type: ignore[attr-defined]
-            if not part:
-                raise EOFError
-            answer += part
-    return answer
-
-
-def _ended(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with suppress(OSError):  # what was not sent yet
-                pipe.close()

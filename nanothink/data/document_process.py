@@ -8,19 +8,11 @@ others too.
 from __future__ import annotations
 
 import importlib.util
-import os
-import selectors
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import orjson
-
+from nanothink.data.child_process import ChildProcess
 from nanothink.data.lines import shown
 from nanothink.data.text_files import file_size
 from nanothink.errors import DataError
@@ -31,15 +23,13 @@ SECONDS = 60.0
 """Longest wait for a page of a PDF, or for any other document."""
 
 _LIBRARIES = ("lxml", "mammoth", "pypdfium2")
-_START = "import sys; sys.path[:] = sys.argv[1:]; from nanothink.data.documents import serve; serve()"
 
 
 class DocumentReader:
     """Reads documents in a process of its own, which ends with the ``with`` block."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._received = bytearray()
+        self._process: ChildProcess | None = None
 
     def __enter__(self) -> DocumentReader:
         return self
@@ -60,9 +50,10 @@ class DocumentReader:
             raise DataError(f"Reading {shown(path)} needs {missing[0]}: {install('nanothink[documents]')}")
         size, n_told = file_size(path), 0
         try:
-            self._send({"kind": kind, "path": str(path), "encoding": encoding, "memory": MAX_MEMORY_BYTES})
+            process = self._started()
+            process.send({"kind": kind, "path": str(path), "encoding": encoding, "memory": MAX_MEMORY_BYTES})
             while True:
-                answer = self._receive()
+                answer = process.receive(SECONDS)
                 if "text" in answer:
                     on_bytes(size - n_told)
                     return str(answer["text"])
@@ -85,49 +76,18 @@ class DocumentReader:
             raise
         raise DataError(f"{shown(path)} cannot be read: {reason}. Save it as plain text in its program.")
 
-    def _send(self, request: dict[str, Any]) -> None:
+    def _started(self) -> ChildProcess:
         if self._process is None:
             try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", _START, *sys.path],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                )
+                self._process = ChildProcess("nanothink.data.documents")
             except OSError as error:
                 raise DataError(f"No process could be started to read documents: {error}.") from error
-        assert self._process.stdin is not None
-        self._process.stdin.write(orjson.dumps(request) + b"\n")
-        self._process.stdin.flush()
-
-    def _receive(self) -> Any:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        deadline = time.monotonic() + SECONDS
-        with selectors.DefaultSelector() as ready:
-            ready.register(self._process.stdout, selectors.EVENT_READ)
-            while (end := self._received.find(b"\n")) < 0:
-                if not ready.select(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError
-                piece = os.read(self._process.stdout.fileno(), 2**20)
-                if not piece:
-                    raise EOFError
-                self._received += piece
-        line = bytes(self._received[:end])
-        del self._received[: end + 1]
-        return orjson.loads(line)
+        return self._process
 
     def _stop(self) -> None:
-        process, self._process = self._process, None
-        self._received.clear()
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with suppress(OSError):  # what was not sent yet
-                    pipe.close()
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
 
 
 def _is_installed(name: str) -> bool:
