@@ -25,6 +25,7 @@ class Import:
             reporter=Told(progress=lambda _, *at: self.progress.append(at)),
             **options,
         )
+        self.findings = self.report.findings
         self.records = [json.loads(line) for line in self.report.path.read_text("utf-8").splitlines()]
         self.texts = [record["text"] for record in self.records]
         self.sources = [record["source"] for record in self.records]

@@ -335,7 +335,7 @@ def import_text(
         render.print_json(_import_as_json(report) | ({"preview": preview} if dry_run else {}))
     else:
         render.imported(report)
-    return 1 if report.bad_rows or report.bad_files else 0
+    return 1 if report.findings.bad_rows or report.findings.bad_files else 0
 
 
 def _import_as_json(report: ImportReport) -> dict[str, Any]:
@@ -346,15 +346,15 @@ def _import_as_json(report: ImportReport) -> dict[str, Any]:
         "n_sources": report.n_sources,
         "n_records": report.records,
         "n_bytes": report.n_bytes,
-        "n_empty": report.empty,
-        "n_multiline_fields": report.n_spanning,
-        "first_multiline_field": report.first_spanning,
+        "n_empty": findings.empty,
+        "n_multiline_fields": findings.n_spanning,
+        "first_multiline_field": findings.first_spanning,
         "n_bad_rows": len(findings.bad_rows),
         "n_bad_files": len(findings.bad_files),
         "n_warnings": len(findings.warnings),
-        "bad_rows": report.bad_rows,
+        "bad_rows": findings.bad_rows.named(),
         "bad_row_groups": findings.bad_rows.groups,
-        "bad_files": report.bad_files,
-        "warnings": report.warnings,
+        "bad_files": findings.bad_files.named(),
+        "warnings": findings.warnings.named(),
         "seconds": report.seconds,
     }

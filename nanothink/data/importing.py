@@ -92,38 +92,10 @@ class ImportReport:
     n_sources: int
     """Files that were read, those that were left out included."""
     findings: Findings
+    """What was left out, and why."""
     seconds: float
     preview: tuple[Record, ...] = ()
     """First records of a preview, which writes nothing."""
-
-    @property
-    def empty(self) -> int:
-        """Rows or files without text, left out."""
-        return self.findings.empty
-
-    @property
-    def bad_rows(self) -> tuple[Problem, ...]:
-        """Rows that could not be used, left out: the first of each kind, in the order found."""
-        return tuple(self.findings.bad_rows.named())
-
-    @property
-    def bad_files(self) -> tuple[Problem, ...]:
-        """Files that could not be used, left out."""
-        return tuple(self.findings.bad_files.named())
-
-    @property
-    def warnings(self) -> tuple[Problem, ...]:
-        return tuple(self.findings.warnings.named())
-
-    @property
-    def n_spanning(self) -> int:
-        """Quoted fields of a table that span several lines."""
-        return self.findings.n_spanning
-
-    @property
-    def first_spanning(self) -> int | None:
-        """The line where the first of them begins."""
-        return self.findings.first_spanning
 
 
 def import_source(

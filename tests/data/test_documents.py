@@ -242,4 +242,4 @@ def test_a_folder_of_documents_is_one_import(tmp_path):
     records = [json.loads(line) for line in report.path.read_text("utf-8").splitlines()]
     assert [record["source"] for record in records] == ["a.txt", "b.HTML", "c.docx", "c.docx"]
     assert records[2]["group"] == records[3]["group"]
-    assert [Path(bad.file).name for bad in report.bad_files] == ["broken.pdf"]
+    assert [Path(bad.file).name for bad in report.findings.bad_files.named()] == ["broken.pdf"]

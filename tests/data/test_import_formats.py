@@ -36,15 +36,15 @@ def test_a_quote_in_a_tsv_is_a_character_like_any_other(tmp_path, texts, end, na
     rows = ["id\ttext", *(f"{i}\t{text}" for i, text in enumerate(texts)), "9\tlast"]
     done = Import(tmp_path, put(tmp_path, name, end.join(rows) + end))
     assert done.texts == [*texts, "last"]
-    assert done.report.bad_rows == ()
-    assert done.report.n_spanning == 0
+    assert not done.findings.bad_rows
+    assert done.findings.n_spanning == 0
 
 
 def test_a_tsv_that_seems_to_be_quoted_says_how_to_read_it(tmp_path):
     path = put(tmp_path, "a.tsv", 'id\ttext\n1\tplain\n2\t"in quotes"\n3\t"and so"\n4\t"\n')
     done = Import(tmp_path, path)
     assert done.texts == ["plain", '"in quotes"', '"and so"', '"']
-    (warning,) = done.report.warnings
+    (warning,) = done.findings.warnings.named()
     assert warning.line == 3
     assert "2 texts begin and end with a double quote" in warning.reason
     assert "--quotes" in warning.reason
@@ -85,13 +85,13 @@ def test_fields_that_span_lines_are_counted_and_odd_ones_named(tmp_path, capsys)
     rows = ['1,"two\nlines"', "2,plain", '3,"a\n\nb"', '"4\n",x', '5,"' + "line\n" * 150 + '"']
     done = Import(tmp_path, put(tmp_path, "a.csv", "\n".join(["id,text", *rows]) + "\n"))
     assert len(done.texts) == 5
-    assert (done.report.n_spanning, done.report.first_spanning) == (4, 2)
-    (warning,) = done.report.warnings
+    assert (done.findings.n_spanning, done.findings.first_spanning) == (4, 2)
+    (warning,) = done.findings.warnings.named()
     assert (warning.line, warning.reason.startswith("one quoted field takes 151 lines")) == (10, True)
     merged = 'id,text\n1,"Well, he said\n2,Third.\n3,Fourth.\n4,so"\n5,Fifth.\n'
     done = Import(tmp_path, put(tmp_path, "b.csv", merged))
-    assert (len(done.texts), done.report.n_spanning, done.report.first_spanning) == (2, 1, 2)
-    (warning,) = done.report.warnings
+    assert (len(done.texts), done.findings.n_spanning, done.findings.first_spanning) == (2, 1, 2)
+    (warning,) = done.findings.warnings.named()
     assert (warning.line, "looks like a row" in warning.reason) == (2, True)
     command = ["data", "import", str(tmp_path / "b.csv"), "--data-dir", str(tmp_path), "--domain"]
     assert run([*command, "e"]) == 0
@@ -101,8 +101,8 @@ def test_fields_that_span_lines_are_counted_and_odd_ones_named(tmp_path, capsys)
     assert (result["n_multiline_fields"], result["first_multiline_field"]) == (1, 2)
     many = "id,text\n" + '1,"a\n2,b"\n' * 50
     done = Import(tmp_path, put(tmp_path, "c.csv", many))
-    assert len(done.report.warnings) == 4
-    assert "47 more fields" in done.report.warnings[-1].reason
+    assert len(done.findings.warnings.named()) == 4
+    assert "47 more fields" in done.findings.warnings.named()[-1].reason
 
 
 def test_a_json_array_of_objects_or_strings(tmp_path):
@@ -117,10 +117,10 @@ def test_a_json_array_of_objects_or_strings(tmp_path):
     ]
     done = Import(tmp_path, put(tmp_path, "a.json", json.dumps(items, indent=1)), text_field="body")
     assert list(zip(done.texts, done.sources, strict=True)) == [("one", "here"), ("two", "a.json:2")]
-    assert done.report.empty == 2
-    assert [bad.line for bad in done.report.bad_rows] == [4, 5, 6]
-    assert "Did you mean 'bdoy'?" in done.report.bad_rows[0].reason
-    assert "must be a string, not int" in done.report.bad_rows[2].reason
+    assert done.findings.empty == 2
+    assert [bad.line for bad in done.findings.bad_rows.named()] == [4, 5, 6]
+    assert "Did you mean 'bdoy'?" in done.findings.bad_rows.named()[0].reason
+    assert "must be a string, not int" in done.findings.bad_rows.named()[2].reason
 
 
 def test_json_that_is_none_is_refused_with_the_place(tmp_path):
@@ -155,8 +155,8 @@ def test_json_lines_with_another_text_field(tmp_path, name):
     )
     assert done.report.path.name == "a.jsonl"
     assert list(zip(done.texts, done.sources, strict=True)) == [("one", f"{name}:1"), ("two", "s")]
-    assert [(bad.line, bad.column) for bad in done.report.bad_rows] == [(3, 10), (4, 1)]
-    assert len(done.report.warnings) == 1
+    assert [(bad.line, bad.column) for bad in done.findings.bad_rows.named()] == [(3, 10), (4, 1)]
+    assert len(done.findings.warnings.named()) == 1
     assert done.progress[-1][0] == done.progress[-1][1]
 
 
@@ -164,14 +164,14 @@ def test_a_cut_archive_is_named(tmp_path):
     lines = "".join(json.dumps({"text": f"{i} {i * i}"}) + "\n" for i in range(5000)).encode()
     done = Import(tmp_path, put(tmp_path, "a.jsonl.gz", gzip.compress(lines)[:-2000]))
     assert 0 < len(done.texts) < 5000
-    assert "ends too early" in done.report.bad_rows[-1].reason
+    assert "ends too early" in done.findings.bad_rows.named()[-1].reason
 
 
 def test_a_row_too_long_for_a_record_is_named(tmp_path):
     rows = ["fine", "\x01" * (MAX_LINE_BYTES // 6)]
     done = Import(tmp_path, put(tmp_path, "a.json", json.dumps(rows)))
     assert done.texts == ["fine"]
-    assert "longer than a record can be" in done.report.bad_rows[0].reason
+    assert "longer than a record can be" in done.findings.bad_rows.named()[0].reason
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_large_array_is_read_item_by_item(tmp_path, monkeypatch, chunk_bytes):
     path = put(tmp_path, "a.json", " " + json.dumps(items, indent=1, ensure_ascii=chunk_bytes == 7) + "\n")
     done = Import(tmp_path, path)
     assert done.texts == ["one", 'two "}],[{" \\', "三"]
-    assert [bad.line for bad in done.report.bad_rows] == [4, 5]
+    assert [bad.line for bad in done.findings.bad_rows.named()] == [4, 5]
     refused(
         tmp_path / "q",
         put(tmp_path, "b.json", '["a",\n{"text" 1}]'),
@@ -233,7 +233,7 @@ def test_parquet_is_read_by_batches(tmp_path):
     done = Import(tmp_path, tmp_path / "a.parquet", text_field="body")
     assert done.texts == [text for text in texts if text]
     assert done.sources[:2] == ["a.parquet:2", "a.parquet:3"]
-    assert done.report.empty == 300
+    assert done.findings.empty == 300
     assert done.progress[-1][0] == done.progress[-1][1]
     assert len(done.progress) >= 3
     (tmp_path / "other").mkdir()
@@ -279,7 +279,7 @@ def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
     ]
     assert done.report.path.name == "someone--things.jsonl"
     assert list(zip(done.texts, done.sources, strict=True)) == [("one", "s"), ("two", "someone/things:3")]
-    assert done.report.empty == 1
+    assert done.findings.empty == 1
     (tmp_path / "other").mkdir()
     refused(tmp_path / "other", "hf:someone/things", DataError, "has no 'text'.*body, source")
 

@@ -146,7 +146,7 @@ def test_the_data_folder_inside_a_source_is_left_out(tmp_path, monkeypatch):
     put(tmp_path, "notes/b.txt", "A source.")
     report = import_source(".", domain="d", data_dir="data")
     assert report.records == 1
-    assert any("it is the data folder" in warning.reason for warning in report.warnings)
+    assert any("it is the data folder" in warning.reason for warning in report.findings.warnings.named())
 
 
 def test_two_sources_of_one_name_are_both_kept_by_the_command_that_is_said(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def test_a_text_file_is_one_record(tmp_path):
     assert done.report.path == tmp_path / "out" / "letters" / "note.jsonl"
     assert done.records == [{"text": "  Indented é.\n\nMore.", "source": "note.txt", "id": 0}]
     assert done.progress[-1][0] == done.progress[-1][1] == (tmp_path / "note.txt").stat().st_size
-    assert (done.report.empty, done.report.bad_rows, done.report.warnings) == (0, (), ())
+    assert done.findings.empty == len(done.findings.bad_rows) == len(done.findings.warnings) == 0
 
 
 def test_a_long_text_file_is_cut_at_blank_lines(tmp_path):
@@ -118,8 +118,8 @@ def test_a_folder_is_read_in_the_order_of_names_and_says_what_it_left_out(tmp_pa
         ("a/z.md", "Z"),
         ("b.txt", "B"),
     ]
-    assert done.report.empty == 1
-    (warning,) = done.report.warnings
+    assert done.findings.empty == 1
+    (warning,) = done.findings.warnings.named()
     for kind in (".png", "hidden file", "hidden folder", "link to a folder", "not a regular file"):
         assert f"{kind} (1)" in warning.reason
 
@@ -153,8 +153,8 @@ def test_a_quoted_table_gives_a_record_a_row(tmp_path, name, dialect):
     done = Import(tmp_path, put(tmp_path, name, buffer.getvalue()), text_field="body", quotes=quotes)
     assert done.texts == [texts[1], texts[3]]
     assert done.sources == [f"{name}:2", f"{name}:5"]  # the line where a row begins
-    assert (done.report.n_spanning, done.report.first_spanning) == (1, 2)
-    assert done.report.empty == 1
+    assert (done.findings.n_spanning, done.findings.first_spanning) == (1, 2)
+    assert done.findings.empty == 1
     assert csv.field_size_limit() == limit
     assert done.progress[-1][0] == done.progress[-1][1]
 
@@ -164,11 +164,11 @@ def test_a_source_column_is_kept_and_odd_rows_are_named(tmp_path):
     done = Import(tmp_path, path)
     assert done.texts == ["one", "two", "five"]
     assert done.sources == ["here", "a.csv:3", "there"]
-    assert [(bad.line, bad.reason) for bad in done.report.bad_rows] == [
+    assert [(bad.line, bad.reason) for bad in done.findings.bad_rows.named()] == [
         (4, "the row has 1 field, the header has 2"),
         (5, "the row has 3 fields, the header has 2"),
     ]
-    assert done.report.empty == 1
+    assert done.findings.empty == 1
 
 
 def test_a_table_without_the_column_says_which_there_are(tmp_path):
@@ -218,7 +218,7 @@ TABLES: list[tuple[str, str | bytes, dict[str, Any], list[str]]] = [
 def test_every_shape_of_rows_becomes_text(tmp_path, name, content, options, texts):
     done = Import(tmp_path, put(tmp_path, name, content), **options)
     assert done.texts == texts
-    assert not done.report.bad_rows
+    assert not done.findings.bad_rows.named()
 
 
 CONVERSATIONS = [
@@ -294,7 +294,7 @@ def test_several_sources_become_one_file(tmp_path, monkeypatch):
     assert done.report.path.name == "d.jsonl"
     assert done.sources == ["a/x.txt", "b/c/y.txt", "b/x.MD", "z z é.csv:2"]
     assert done.texts == ["one", "three", "two", "four"]
-    assert "read once, and so 1 more" in done.report.warnings[0].reason
+    assert "read once, and so 1 more" in done.findings.warnings.named()[0].reason
     assert done.progress[-1][0] == done.progress[-1][1]
     refused(tmp_path / "q", ["a/x.txt", "none*.txt"], DataError, "No file matches 'none")
     refused(tmp_path / "q", [], UsageError, "nothing to import")
@@ -317,8 +317,8 @@ def test_bad_files_are_left_out_only_when_asked(tmp_path):
     refused(tmp_path, sources, DataError, "b.txt is not UTF-8 text.*--encoding cp1252")
     done = Import(tmp_path, sources, skip_bad_files=True)
     assert done.texts == ["A", "D"]  # of the table not even the row before the fault
-    assert [Path(bad.file).name for bad in done.report.bad_files] == ["b.txt", "c.csv"]
-    assert done.report.bad_files[0].reason.startswith("is not UTF-8 text")
+    assert [Path(bad.file).name for bad in done.findings.bad_files.named()] == ["b.txt", "c.csv"]
+    assert done.findings.bad_files.named()[0].reason.startswith("is not UTF-8 text")
     refused(
         tmp_path / "q", tmp_path / "in" / "b.txt", DataError, "no text in.*b.txt: is not", skip_bad_files=True
     )

@@ -28,19 +28,19 @@ def imported(report: ImportReport) -> None:
         )
     if findings.bad_rows:
         warning(f"{counted(len(findings.bad_rows), 'row')} left out, as said above.")
-    if report.empty:
-        warning(f"{counted(report.empty, 'row')} left out: no text.")
+    if findings.empty:
+        warning(f"{counted(findings.empty, 'row')} left out: no text.")
     if report.preview:
         for record in report.preview:
             _preview(record)
         say(f"Nothing was written. Without --dry-run the records go to {report.path}.")
         return
     say(f"{report.path}: {counted(report.records, 'record')}, {size(report.n_bytes)}.")
-    if report.n_spanning:
-        fields = "1 field spans" if report.n_spanning == 1 else f"{report.n_spanning:,} fields span"
-        first = "it begins" if report.n_spanning == 1 else "the first begins"
+    if findings.n_spanning:
+        fields = "1 field spans" if findings.n_spanning == 1 else f"{findings.n_spanning:,} fields span"
+        first = "it begins" if findings.n_spanning == 1 else "the first begins"
         say(
-            f"{fields} several lines; {first} in line {report.first_spanning:,}. A quote that is missing "
+            f"{fields} several lines; {first} in line {findings.first_spanning:,}. A quote that is missing "
             "would merge rows: is the number of records right?"
         )
 
