@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from nanothink.cli.app import run
 from nanothink.config.run import resolve_config
 from nanothink.data.corpus import find_corpus
+from nanothink.data.tokens import IGNORE
 from nanothink.errors import NanoThinkError
 from nanothink.inference.evaluate import Evaluation, evaluate_model
 from nanothink.models import EXPERTS, build_model
-from nanothink.models.contract import IGNORE, LanguageModel
+from nanothink.models.contract import LanguageModel
 from nanothink.models.nanothink import NanoThink
 from nanothink.runs.held_out import held_out
 from nanothink.runs.trained_model import TrainedModel, load

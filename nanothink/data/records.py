@@ -35,7 +35,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from nanothink.data import strict_json
 from nanothink.data.lines import (
     CONVERSATION,
-    MAX_LINE_BYTES,
     Problem,
     ProblemSink,
     column_at,
@@ -46,16 +45,6 @@ from nanothink.data.messages import Message, answer_bytes, conversation_fields, 
 from nanothink.data.source_file import Digest
 from nanothink.data.strict_json import JsonFault
 from nanothink.suggestions import did_you_mean, suggest
-
-__all__ = [
-    "MAX_LINE_BYTES",
-    "Conversation",
-    "Problem",
-    "ProblemSink",
-    "Record",
-    "iter_records",
-    "shown",
-]
 
 _KEYS = ("text", "messages", "source", "id", "group")
 _SPREAD = (

@@ -38,16 +38,6 @@ from nanothink.disk import locked, make_folder, storage_error, write_whole
 from nanothink.errors import DataError, TokenizerError
 from nanothink.reporter import SILENT, Reporter
 
-__all__ = [
-    "Tokenizer",
-    "TokenizerUnreachableError",
-    "load_tokenizer",
-    "resolve_tokenizer",
-    "save_tokenizer",
-    "train_on_corpus",
-    "train_tokenizer",
-]
-
 REPLACEABLE = "gpt2"
 """Name of the tokenizer that one trained here may replace: the default of ``DataConfig``."""
 _MAX_TRAINING_BYTES = 256 * 2**20  # counts of words have settled long before

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanothink.config import Config
-from nanothink.data.tokens import IGNORE
 from nanothink.models.dropout import Dropout
 from nanothink.models.joint_gate import JointGate, no_neighbours
 from nanothink.models.loss import CHUNK_ROWS, linear_cross_entropy, linear_log_likelihood
@@ -27,18 +26,6 @@ from nanothink.models.low_rank import AdaptedLinear
 if TYPE_CHECKING:
     from nanothink.models.decoding.steps import Step
     from nanothink.models.store_gate import Neighbours
-
-__all__ = [
-    "IGNORE",
-    "Batch",
-    "Expert",
-    "FrozenBase",
-    "LanguageModel",
-    "Loss",
-    "State",
-    "joined_rows",
-    "without_row",
-]
 
 
 class State:

@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanothink.config import Config, DiffuserConfig, ModelConfig, TransformerConfig
+from nanothink.data.tokens import IGNORE
 from nanothink.errors import UsageError
 from nanothink.models import decoding
-from nanothink.models.contract import IGNORE, Batch, Expert, FrozenBase, LanguageModel, Loss, State
+from nanothink.models.contract import Batch, Expert, FrozenBase, LanguageModel, Loss, State
 from nanothink.models.decoding_states import Ddim, DiffuserState
 from nanothink.models.denoiser import Condition, Denoiser
 from nanothink.models.layers import linear

@@ -32,9 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanothink.config import MLAConfig, ModelConfig, VectorStoreConfig
+from nanothink.data.tokens import IGNORE
 from nanothink.errors import UsageError
 from nanothink.models import decoding
-from nanothink.models.contract import IGNORE, LanguageModel, State
+from nanothink.models.contract import LanguageModel, State
 from nanothink.models.decoding_states import JointState
 from nanothink.models.feed_forward import SwiGLU
 from nanothink.models.key_value_cache import KeyValueCache

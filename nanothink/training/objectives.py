@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from nanothink.models.contract import IGNORE, Batch, Expert, LanguageModel, Loss
+from nanothink.data.tokens import IGNORE
+from nanothink.models.contract import Batch, Expert, LanguageModel, Loss
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.router import routing_entropy
 from nanothink.models.store_gate import Neighbours

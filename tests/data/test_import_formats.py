@@ -11,7 +11,7 @@ import pytest
 from imports import Import, put, refused
 
 from nanothink.cli.app import run
-from nanothink.data.records import MAX_LINE_BYTES
+from nanothink.data.lines import MAX_LINE_BYTES
 from nanothink.errors import DataError, UsageError
 
 

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from nanothink.data.lines import MAX_LINE_BYTES
 from nanothink.data.record_file import write_records
-from nanothink.data.records import MAX_LINE_BYTES, Problem, Record, iter_records
+from nanothink.data.records import Problem, Record, iter_records
 from nanothink.errors import StorageError, UnreadableError
 
 

@@ -13,8 +13,9 @@ from promises import assert_causal, assert_steps_are_parallel, plain_outputs
 from torch import Tensor, nn
 
 from nanothink.config import DiffuserConfig, ModelConfig, TransformerConfig
+from nanothink.data.tokens import IGNORE
 from nanothink.errors import UsageError
-from nanothink.models.contract import IGNORE, Batch, Loss
+from nanothink.models.contract import Batch, Loss
 from nanothink.models.decoding_states import Ddim
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.noise import Draws, clean_from_velocity, diffuse

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanothink.models.contract import IGNORE
+from nanothink.data.tokens import IGNORE
 from nanothink.models.distillation_loss import SoftTargets, linear_distillation
 
 N, WIDTH, VOCABULARY = 13, 6, 20

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanothink.data.tokens import IGNORE
 from nanothink.models import loss as loss_module
-from nanothink.models.contract import IGNORE
 from nanothink.models.loss import linear_cross_entropy, linear_log_likelihood
 
 WIDTH, VOCAB = 24, 101

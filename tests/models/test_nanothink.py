@@ -20,9 +20,10 @@ from nanothink.config import (
     TransformerConfig,
 )
 from nanothink.config.run import resolve_config
+from nanothink.data.tokens import IGNORE
 from nanothink.errors import UsageError
 from nanothink.models import COMBINED, ExpertDescription, build_model
-from nanothink.models.contract import IGNORE, LanguageModel
+from nanothink.models.contract import LanguageModel
 from nanothink.models.decoding_states import JointState
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.router import routing_entropy

@@ -17,9 +17,9 @@ from promises import (
 from torch import Tensor, nn
 
 from nanothink.config import ModelConfig, StateSpaceConfig
+from nanothink.data.tokens import IGNORE
 from nanothink.errors import UsageError
 from nanothink.models import state_space
-from nanothink.models.contract import IGNORE
 from nanothink.models.mamba_mixer import delta_rank
 from nanothink.models.selective_scan import compiled
 from nanothink.models.state_space import StateSpace, to_mamba_config

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from nanothink.config import MLAConfig, ModelConfig, TrainMLAConfig, TransformerConfig, VectorStoreConfig
 from nanothink.config.run import Config
+from nanothink.data.tokens import IGNORE
 from nanothink.errors import UsageError
 from nanothink.models import build_model
-from nanothink.models.contract import IGNORE, Batch
+from nanothink.models.contract import Batch
 from nanothink.models.decoding_states import JointState
 from nanothink.models.loss import likelihood_and_peak, linear_log_likelihood
 from nanothink.models.nanothink import NanoThink

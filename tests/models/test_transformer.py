@@ -17,8 +17,8 @@ from promises import (
 from torch import Tensor, nn
 
 from nanothink.config import ModelConfig, TransformerConfig
+from nanothink.data.tokens import IGNORE
 from nanothink.errors import UsageError
-from nanothink.models.contract import IGNORE
 from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.transformer import Transformer, inner_width, to_qwen3_config
 
