@@ -367,7 +367,11 @@ def _fitted(run: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, str
         found["calibration"] = f"logits times {scale:.4f}"
     temperatures = weights.get(f"{GATE_PREFIX}log_temperature")
     if temperatures is not None:
-        over = " and ".join(name.replace("_", " ") for name in MEMORIES[-len(temperatures) :])
+        n_caches = int(weights.get(f"{GATE_PREFIX}n_caches", 1))
+        of_each = [name.replace("_", " ") for name in MEMORIES[n_caches - len(temperatures) + 1 :]]
+        if n_caches > 1:
+            of_each[-1] = f"{n_caches} {of_each[-1]}s"
+        over = " and ".join(of_each)
         n = sum(t.numel() for key, t in weights.items() if key.startswith(GATE_PREFIX))
         found["joint gate"] = f"over the model and its {over}, {n:,} numbers"
     return found

@@ -20,9 +20,10 @@ from nanothink.inference.evaluate import DocumentScores, Evaluation, Score
 from nanothink.inference.generate import evaluating
 from nanothink.models.contract import LanguageModel
 from nanothink.models.document_cache import DocumentCache
-from nanothink.models.joint_gate import DOCUMENT_CACHE, Evidence, gated_rows
+from nanothink.models.joint_gate import Evidence, gated_rows
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.precision import Precision
+from nanothink.models.store_gate import VECTOR_STORE
 from nanothink.reporter import SILENT, Reporter
 
 
@@ -65,11 +66,12 @@ def positions(
     The caller sets evaluation mode.
 
     Args:
-        names: of the memories that are searched.
+        names: of the memories that are searched, see ``memory_names``.
         unigram: (V,) log-frequencies.
     """
     ends = np.cumsum(stream.documents().n_tokens)
-    cache = DocumentCache(reading.window, reading.n_neighbours)
+    stored = VECTOR_STORE in names
+    caches = [DocumentCache(reading.window, reading.n_neighbours) for _ in names[int(stored) :]]
     device, first = reading.precision.device, 0
     batch_size = max(1, reading.batch_tokens // reading.length)
     # The document cache holds what was asked, too.
@@ -88,13 +90,10 @@ def positions(
                 states = model.hidden(inputs.to(device))
             states = states.flatten(0, 1)[:n_real]  # what is not real comes last
             tokens, following = inputs.flatten()[:n_real].to(device), targets.flatten()[:n_real].to(device)
-            keys = model.key_states(states)
-            memories = [
-                cache.read(keys, following, torch.from_numpy(documents).to(device))
-                if name == DOCUMENT_CACHE
-                else model.stored_neighbours(keys)
-                for name in names
-            ]
+            read = torch.from_numpy(documents).to(device)
+            keys = model.cache_keys(states)  # more of them than caches, if there is one for all experts
+            memories = [model.stored_neighbours(keys[0])] if stored else []
+            memories += [cache.read(own, following, read) for cache, own in zip(caches, keys, strict=False)]
             for rows, product, evidence in gated_rows(model, unigram, states, weights, tokens, memories):
                 own = product.gather(-1, following[rows, None])[:, 0]
                 kept = wanted[rows]
@@ -130,7 +129,7 @@ def evaluate_gated(
     """``evaluate_model`` of a model with its memories, mixed by its joint gate.
 
     Args:
-        with_cache: False empties the document cache.
+        with_cache: False empties the document caches.
     """
     gate = model.joint_gate
     assert gate is not None
@@ -146,7 +145,7 @@ def evaluate_gated(
             for each in positions(model, stream, gate.names, gate.weights["unigram"], reading):
                 evidence = each.evidence
                 if not with_cache:
-                    evidence = evidence.without(gate.names.index(DOCUMENT_CACHE))
+                    evidence = evidence.without_last(gate.n_caches)
                 mixed, _ = gate.mix(each.log_likelihood, each.targets, evidence)
                 np.subtract.at(nats, each.documents, mixed.double().cpu().numpy())
                 done += len(each.targets)

@@ -202,6 +202,11 @@ class LanguageModel(nn.Module, ABC):
         """(N, D) final states -> (N, D') what memories are searched with; its length means nothing."""
         return states
 
+    def cache_keys(self, states: Tensor) -> list[Tensor]:
+        """(N, D) final states -> the keys of each document cache, (N, D_e): those of every expert, the first
+        being ``key_states``."""
+        return [self.key_states(states)]
+
     def _scaled(self, states: Tensor) -> Tensor:
         """Input of the head, (..., D)."""
         return states if self.logit_scale == 1.0 else states * self.logit_scale

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanothink.models.contract import LanguageModel, State
-from nanothink.models.joint_gate import DOCUMENT_CACHE, JointGate, gated_rows
-from nanothink.models.store_gate import NO_TOKEN, Neighbours
+from nanothink.models.joint_gate import JointGate, gated_rows
+from nanothink.models.store_gate import NO_TOKEN, VECTOR_STORE, Neighbours
 
 _QUERIES = 256  # at a time: their similarities to a window stay small
 
@@ -97,7 +97,8 @@ class CachedRow:
     """One sequence: the model's state, the cache, and where the text is."""
 
     state: State
-    cache: DocumentCache
+    caches: list[DocumentCache]
+    """One, or one for each expert."""
     tokens: list[int] = field(default_factory=list)
     """The last tokens read, at most a context of them."""
     n_read: int = 0
@@ -165,12 +166,14 @@ class CachedModel(nn.Module):
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the parts of a prediction: the experts or the model itself, then the memories."""
-        return (*self.model.expert_names, *self.gate.names)
+        return (*self.model.expert_names, *dict.fromkeys(self.gate.names))
 
     def start(self, batch_size: int) -> CachedState:
         """Empty states and caches."""
-        caches = [DocumentCache(self.window, self.n_neighbours) for _ in range(batch_size)]
-        return CachedState([CachedRow(self.model.start(1), cache) for cache in caches])
+        return CachedState([CachedRow(self.model.start(1), self._caches()) for _ in range(batch_size)])
+
+    def _caches(self) -> list[DocumentCache]:
+        return [DocumentCache(self.window, self.n_neighbours) for _ in range(self.gate.n_caches)]
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State) -> Tensor:
@@ -209,14 +212,17 @@ class CachedModel(nn.Module):
         ended = row.document + (tokens == self.eos_id).cumsum(0)  # (T,): a token after the end is another's
         following = torch.cat([tokens[1:], tokens.new_tensor([NO_TOKEN])])
         if row.tokens:
-            row.cache.tell(tokens[0])
-        keys = self.model.key_states(states)
-        cached = row.cache.read(keys, following, ended)
+            for cache in row.caches:
+                cache.tell(tokens[0])
+        keys = self.model.cache_keys(states)  # more of them than caches, if there is one for all experts
+        cached = [cache.read(own, following, ended) for cache, own in zip(row.caches, keys, strict=False)]
         row.tokens = (row.tokens + tokens.tolist())[-(self.model.context_length or 1) :]
         row.n_read += len(tokens)
         row.document = int(ended[-1])
         rows = slice(-1, None) if last else slice(None)
-        memories = self._memories(keys[rows], cached.rows(rows))
+        memories = [found.rows(rows) for found in cached]
+        if VECTOR_STORE in self.gate.names:
+            memories.insert(0, self.model.stored_neighbours(keys[0][rows]))
         parts, shares = [], []
         for _, product, evidence in gated_rows(
             self.model,
@@ -231,12 +237,6 @@ class CachedModel(nn.Module):
             shares.append(share.exp())
         own = torch.ones(1) if weights is None else weights[0, -1]
         trusted = shares[-1][-1]
-        row.shares = torch.cat([own.to(trusted.device) * trusted[0], trusted[1:]])
+        of_caches = trusted[-len(cached) :].sum(0, keepdim=True)
+        row.shares = torch.cat([own.to(trusted.device) * trusted[0], trusted[1 : -len(cached)], of_caches])
         return torch.cat(parts)
-
-    def _memories(self, keys: Tensor, cached: Neighbours) -> list[Neighbours]:
-        """Neighbours in each memory of the gate."""
-        return [
-            cached if name == DOCUMENT_CACHE else self.model.stored_neighbours(keys)
-            for name in self.gate.names
-        ]

@@ -52,6 +52,12 @@ GATE_PREFIX = "joint_gate."
 MEMORIES = (VECTOR_STORE, DOCUMENT_CACHE)
 """In the order of a gate that has both; one that has no vector store has the last alone."""
 
+
+def memory_names(stored: bool, n_caches: int) -> tuple[str, ...]:
+    """Names of the memories of a gate, in their order: the document cache's for each one that there is."""
+    return (*MEMORIES[: int(stored)], *MEMORIES[1:] * n_caches)
+
+
 _NEAR_ZERO = 1e-3  # probabilities nearer to 0 or 1 than this count the same
 _FAR = -30.0  # score of an empty memory
 _LARGEST = 4.0  # standard deviations that a feature counts at most
@@ -70,14 +76,13 @@ class Evidence:
     memories: Sequence[Neighbours]
     """M memories' neighbours, (N, K) each."""
 
-    def without(self, index: int) -> Evidence:
-        """The same with memory ``index`` empty."""
-        memories = list(self.memories)
-        memories[index] = no_neighbours(len(self.features), self.features.device)
+    def without_last(self, n: int) -> Evidence:
+        """The same with the last ``n`` memories empty."""
+        kept = len(self.memories) - n
+        empty = no_neighbours(len(self.features), self.features.device)
         features = self.features.clone()
-        start = features.shape[1] - (len(memories) - index) * len(_EMPTY)
-        features[:, start : start + len(_EMPTY)] = features.new_tensor(_EMPTY)
-        return Evidence(features, memories)
+        features[:, features.shape[1] - n * len(_EMPTY) :] = features.new_tensor(_EMPTY * n)
+        return Evidence(features, [*self.memories[:kept], *[empty] * n])
 
     def rows(self, chosen: Tensor | slice) -> Evidence:
         return Evidence(self.features[chosen], [memory.rows(chosen) for memory in self.memories])
@@ -210,7 +215,8 @@ class JointGate:
     weights: Mapping[str, Tensor]
     """``mean``, ``deviation`` (F,): of the features. ``hidden`` (H, F), ``hidden_bias`` (H,), ``out``
     (1 + M, H), ``out_bias`` (1 + M,); a linear gate has no hidden ones, and ``out`` is (1 + M, F).
-    ``log_temperature`` (M,). ``unigram`` (V,): log-frequencies. ``cache_alone`` (), if there: see below."""
+    ``log_temperature`` (M,). ``unigram`` (V,): log-frequencies. If there, ``cache_alone`` (): see below, and
+    ``n_caches`` (): document caches, where there are several."""
 
     @classmethod
     def start(
@@ -237,6 +243,8 @@ class JointGate:
             "log_temperature": torch.full((len(names),), math.log(0.04)),
             "unigram": unigram,
         }
+        if (n_caches := list(names).count(DOCUMENT_CACHE)) > 1:
+            weights["n_caches"] = torch.tensor(float(n_caches))
         if n_hidden:
             bound = n_features**-0.5
             drawn = torch.rand(n_hidden, n_features + 1, generator=generator) * 2 - 1
@@ -283,18 +291,23 @@ class JointGate:
         }
         if n_hidden:
             shapes |= {"hidden": (n_hidden, n_features), "hidden_bias": (n_hidden,)}
-        if "cache_alone" in weights:
-            shapes["cache_alone"] = ()
+        shapes |= {name: () for name in ("cache_alone", "n_caches") if name in weights}
         found = {name: tuple(weight.shape) for name, weight in weights.items()}
-        if n_memories not in (1, 2) or found != shapes:
+        n_caches = int(weights["n_caches"]) if "n_caches" in weights else 1
+        if found != shapes or n_caches not in (1, n_experts) or n_memories - n_caches not in (0, 1):
             raise ValueError(f"its joint gate has the shapes {found}")
-        return cls(MEMORIES[-n_memories:], dict(weights))
+        return cls(memory_names(n_memories > n_caches, n_caches), dict(weights))
 
     @property
     def trained(self) -> list[str]:
         """Names of the weights that are fitted, not measured."""
-        measured = ("mean", "deviation", "unigram", "cache_alone")
+        measured = ("mean", "deviation", "unigram", "cache_alone", "n_caches")
         return [name for name in self.weights if name not in measured]
+
+    @property
+    def n_caches(self) -> int:
+        """Document caches, of one expert each."""
+        return self.names.count(DOCUMENT_CACHE)
 
     @property
     def cache_alone(self) -> bool:

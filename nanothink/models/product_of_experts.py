@@ -98,6 +98,11 @@ class ProductOfExperts(LanguageModel):
         """See ``LanguageModel.key_states``: those of one expert."""
         return torch.split(states[..., : -self.d_model], self.expert_widths, -1)[self.key_expert]
 
+    def cache_keys(self, states: Tensor) -> list[Tensor]:
+        """See ``LanguageModel.cache_keys``."""
+        own = list(torch.split(states[..., : -self.d_model], self.expert_widths, -1))
+        return [own.pop(self.key_expert), *own]
+
     def _gated(
         self, states: Tensor, weights: Tensor, tokens: Tensor
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:

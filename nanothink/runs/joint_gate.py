@@ -25,7 +25,7 @@ from nanothink.inference.evaluate import Evaluation, evaluate_model
 from nanothink.inference.gated import Reading, evaluate_gated
 from nanothink.inference.generate import evaluating
 from nanothink.models.contract import LanguageModel
-from nanothink.models.joint_gate import DOCUMENT_CACHE, MEMORIES
+from nanothink.models.joint_gate import memory_names
 from nanothink.models.nanothink import NanoThink
 from nanothink.reporter import Reporter
 from nanothink.runs.preparing import RunSetup
@@ -241,9 +241,10 @@ def _fit_gate(model: LanguageModel, setup: RunSetup, text: _Text, reporter: Repo
     own = setup.training.batch_size * length  # more tokens at a time would take more memory than training
     reading = replace(reading, batch_tokens=min(own, reading.batch_tokens))
     stored = isinstance(model, NanoThink) and model.vector_store is not None
-    names = MEMORIES if stored else (DOCUMENT_CACHE,)
+    few = sum(stream.n_targets for stream in text.to_fit.values()) < FEW_TOKENS
+    names = memory_names(stored, 1 if few else len(model.expert_names))
     unigram = unigram_log_frequencies(setup.tokens.train, model.vocab_size).to(setup.precision.device)
-    checked = stored or text.n_tokens < FEW_TOKENS
+    checked = stored or few
     if checked:
         before = _score(model, text.rest, setup, length, reporter, "validating before the joint gate").overall
     fitting: Any = {"steps": cache.fit_steps, "seed": setup.training.seed, "reporter": reporter}

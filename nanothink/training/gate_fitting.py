@@ -31,7 +31,7 @@ FEW_TOKENS = 3_000
 
 _PULL = 30.0  # nats in all, for each weight of a linear gate that is 1 away from its usual value
 _HIDDEN, _BATCH, _LR, _DECAY = 12, 4096, 1e-2, 1e-3
-_WITHOUT_CACHE = 0.25  # weight of the loss with the last memory empty, as it is where it is disabled
+_WITHOUT_CACHE = 0.25  # weight of the loss with the document cache empty, as it is where it is disabled
 _COUNTED = 2_000_000  # training tokens that the unigram frequencies are counted on, at most
 
 
@@ -93,7 +93,7 @@ def _fit(
     decay: float = 0.0,
     pull: float = 0.0,
 ) -> JointGate:
-    n, n_memories = len(text.targets), len(start.names)
+    n = len(text.targets)
     trained = {name: start.weights[name].clone().requires_grad_() for name in start.trained}
     gate = JointGate(start.names, {**start.weights, **trained})
     shaped = [weight for name, weight in trained.items() if name != "log_temperature"]
@@ -112,7 +112,7 @@ def _fit(
         evidence = text.evidence.rows(chosen)
         own, targets = text.log_likelihood[chosen], text.targets[chosen]
         loss = -gate.mix(own, targets, evidence)[0].mean()
-        bare = evidence.without(n_memories - 1)
+        bare = evidence.without_last(start.n_caches)
         loss = loss - _WITHOUT_CACHE * gate.mix(own, targets, bare)[0].mean()
         if pull:
             moved = [(weight - start.weights[name]).square().sum() for name, weight in trained.items()]

@@ -153,7 +153,7 @@ def test_the_score_that_a_fitted_run_leaves_is_that_of_what_it_fitted(
     )
     assert run(["checkpoints", "show", str(best)]) == 0
     shown = capsys.readouterr().out
-    assert "over the model and its vector store and document cache" in shown
+    assert "over the model and its vector store and 2 document caches" in shown
     assert "logits times" in shown
 
 

@@ -29,7 +29,11 @@ def text(length: int, *, seed: int = 0, low: int = 1) -> Tensor:
 
 
 def built(kind: str, *, context: int = 8, share: float = 1.0) -> CachedModel:
-    """A model with random weights, and a gate that gives the cache about ``share`` times the model's part."""
+    """A model with random weights, and a gate that gives each cache about ``share`` times the model's part.
+
+    A combined model has a cache for each expert, unless ``kind`` is "one cache".
+    """
+    one_cache, kind = kind == "one cache", COMBINED if kind == "one cache" else kind
     config = Config(
         model=ModelConfig(d_model=WIDTH, max_seq_len=context),
         transformer=TransformerConfig(n_layers=1, n_heads=2),
@@ -42,19 +46,22 @@ def built(kind: str, *, context: int = 8, share: float = 1.0) -> CachedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
-    n_features = n_expert_features(max(1, len(experts))) + 6
+    n_caches = 1 if one_cache else max(1, len(experts))
+    n_features = n_expert_features(max(1, len(experts))) + 6 * n_caches
     weights = {
         "mean": torch.zeros(n_features),
         "deviation": torch.ones(n_features),
         "hidden": 0.1 * drawn(3, n_features),
         "hidden_bias": torch.zeros(3),
-        "out": 0.1 * drawn(2, 3, seed=1),
-        "out_bias": torch.tensor([0.0, math.log(share)]),
-        "log_temperature": torch.tensor([math.log(0.1)]),
+        "out": 0.1 * drawn(1 + n_caches, 3, seed=1),
+        "out_bias": torch.tensor([0.0] + [math.log(share)] * n_caches),
+        "log_temperature": torch.tensor([math.log(0.1)] * n_caches),
         "unigram": torch.full((VOCAB,), -math.log(VOCAB)),
     }
+    if n_caches > 1:
+        weights["n_caches"] = torch.tensor(float(n_caches))
     model.joint_gate = JointGate.of_weights(weights, max(1, len(experts)), VOCAB)
-    assert model.joint_gate.names == (DOCUMENT_CACHE,)
+    assert model.joint_gate.names == (DOCUMENT_CACHE,) * n_caches
     return CachedModel(model, eos_id=EOS, window=20, n_neighbours=K)
 
 
@@ -91,7 +98,7 @@ def test_neighbours_are_the_nearest_strictly_earlier_ones_of_the_document(
         assert (similarities[t, n:] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "one cache"])
 def test_step_by_step_and_in_batches_it_predicts_as_at_once(kind: str) -> None:
     """Also past the model's context of 8 tokens, and where the second text ends in the middle."""
     model = built(kind)
@@ -112,7 +119,7 @@ def test_step_by_step_and_in_batches_it_predicts_as_at_once(kind: str) -> None:
     torch.testing.assert_close(model.step(texts[1:, 10:11], state), whole[1:, 10], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "one cache"])
 def test_tokens_change_nothing_at_or_before_the_one_before_them(kind: str) -> None:
     model, tokens = built(kind, context=32), text(24)
     tokens[12:] = tokens[:12]  # so that the cache has something to say
@@ -154,3 +161,16 @@ def test_routing_shows_the_share_of_the_cache() -> None:
     model.step(text(6, seed=1)[None], state)
     torch.testing.assert_close(state.weights.sum(-1), torch.ones(1))
     assert float(state.weights[0, 2]) > 0.5
+
+
+def test_each_expert_has_a_cache_of_its_own_states() -> None:
+    model, tokens = built(COMBINED, context=32), text(20)
+    state = model.start(1)
+    model.step(tokens[None], state)
+    (row,) = state.rows
+    states = model.model.read(tokens[None], model.model.start(1))[0]
+    assert len(row.caches) == 2
+    expected = [F.normalize(own, dim=-1) for own in model.model.cache_keys(states)]
+    for cache, own in zip(row.caches, expected, strict=True):
+        torch.testing.assert_close(cache._keys, own)
+    assert not torch.allclose(expected[0], expected[1])

@@ -14,6 +14,7 @@ from nanothink.models.joint_gate import (
     Evidence,
     JointGate,
     evidence_of,
+    memory_names,
     n_expert_features,
     no_neighbours,
 )
@@ -92,7 +93,7 @@ def test_an_empty_memory_has_no_share_and_looks_like_none() -> None:
     seen = evidence()
     shares = gate(seen).log_shares(seen).exp()
     assert float(shares[1, 1:].max()) < 1e-9  # row 1 has no neighbours in either
-    bare = seen.without(1)
+    bare = seen.without_last(1)
     torch.testing.assert_close(
         bare.features, evidence(3, neighbours(1), no_neighbours(N, torch.device("cpu"))).features
     )
@@ -134,8 +135,13 @@ def test_its_weights_say_what_it_is(n_hidden: int) -> None:
             JointGate.of_weights(made.weights, 2, VOCAB)
         with pytest.raises(ValueError, match="shapes"):
             JointGate.of_weights(made.weights, 3, VOCAB + 1)
-    with pytest.raises(ValueError, match="shapes"):
-        JointGate.of_weights({}, 3, VOCAB)
+    names, seen = memory_names(True, 3), evidence(3, *(neighbours(seed) for seed in range(4)))
+    several = JointGate.start(names, seen.features, UNIGRAM, n_hidden=n_hidden, generator=torch.Generator())
+    assert JointGate.of_weights(several.weights, 3, VOCAB).names == names
+    wrong: dict[str, Tensor] = {**several.weights, "n_caches": torch.tensor(2.0)}
+    for broken in ({}, wrong):
+        with pytest.raises(ValueError, match="shapes"):
+            JointGate.of_weights(broken, 3, VOCAB)
 
 
 def test_features_are_finite_for_certain_and_indifferent_experts() -> None:
