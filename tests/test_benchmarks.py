@@ -67,6 +67,8 @@ SCANS = ("mambapy", "transformers+mambapy", "plain", "compiled")
 NUMBER = r"\d[\d,.]*"
 
 SMALL = {
+    "drafts.py checkpoints": Small("--tokens 6 --rounds 1", rows=6, named=("greedy", "drawn")),
+    "drafts.py": Small("--preset tiny --vocabulary 300 --tokens 6 --rounds 1 --acceptance 0.7", rows=2),
     "decoding.py": Small("--lengths 8 --rounds 1", rows=1),
     "diffuser.py ablate": Small(f"--steps 1 {TINY}", rows=1, said=(rf"100: {NUMBER}",)),
     "diffuser.py cost": Small("--batch 1 --rounds 1", rows=2, said=(rf"pair by pair: median {NUMBER}",)),

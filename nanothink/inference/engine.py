@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanothink.errors import UsageError
 from nanothink.inference.generate import evaluating, window_start
-from nanothink.inference.sampling import SamplingConfig, next_tokens
+from nanothink.inference.sampling import SamplingConfig, drafted_token, next_tokens
 from nanothink.inference.scores import TokenScore, token_scores
 from nanothink.models.contract import LanguageModel, State
 
@@ -160,12 +160,19 @@ class Engine:
             logits = []
             if self._rows:
                 assert self._state is not None
+                self._state.choose = self._choose if len(self._rows) == 1 else None
                 last = [[row.tokens[-1]] for row in self._rows]
                 logits.append(self._model.step(self._tensor(last), self._state))
             logits += self._read_waiting()
             if not logits:
                 return []
             return self._draw(logits[0] if len(logits) == 1 else torch.cat(logits))
+
+    def _choose(self, logits: Tensor, drafted: Sequence[int]) -> int | None:
+        """See ``contract.Choose``."""
+        (row,) = self._rows
+        text, ends = [*row.tokens, *drafted], row.end_ids | {self._eos_id}
+        return drafted_token(logits, text, len(text) - row.n_prompt, row.config, row.seed, ends)
 
     def _renew_windows(self) -> None:
         """Rows whose context is full wait to be read anew from their last tokens."""

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 from nanothink.errors import UsageError
-from nanothink.inference.sampling import SamplingConfig, next_tokens
+from nanothink.inference.sampling import SamplingConfig, drafted_token, next_tokens
 from nanothink.models.contract import LanguageModel, State
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -75,6 +75,13 @@ def generate(
         first = window_start(read, model.context_length)
         state = begin(seeds)
         logits = model.step(_window(texts, rows, first, read, device), state)
+
+        def choose(logits: torch.Tensor, drafted: Sequence[int]) -> int | None:
+            """See ``contract.Choose``."""
+            text = [*texts[rows[0]], *drafted]
+            n_new = len(text) - prompt_lengths[rows[0]]
+            return drafted_token(logits, text, n_new, config, seeds[rows[0]], (eos_id,))
+
         while True:
             drawing = [i for i, row in enumerate(rows) if row in unfinished and len(texts[row]) == read]
             if drawing:
@@ -97,6 +104,7 @@ def generate(
             if not unfinished:
                 break
             read += 1
+            state.choose = choose if len(rows) == 1 and len(texts[rows[0]]) == read else None
             new_first = window_start(read, model.context_length)
             if new_first != first:
                 first = new_first

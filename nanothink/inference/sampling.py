@@ -16,7 +16,7 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,30 @@ def next_tokens(
     times = arrival_times(seeds, [len(before) for before in previous], ids)
     chosen = torch.from_numpy(np.divide(probabilities, times, out=times).argmax(1))
     return chosen if candidates is None else candidates.gather(1, chosen.unsqueeze(1)).squeeze(1)
+
+
+def drafted_token(
+    logits: Tensor,
+    text: Sequence[int],
+    n_new: int,
+    config: SamplingConfig,
+    seed: int,
+    end_ids: Collection[int],
+) -> int | None:
+    """A draft of the next token: what the text's own draw would be from these logits, (1, V).
+
+    Args:
+        text: the tokens so far, with those drafted before.
+        n_new: tokens of the text that are not its prompt.
+        end_ids: tokens that end the text, where ``stop_at_eos`` is set.
+
+    Returns:
+        None if the text would end before that token is read.
+    """
+    if n_new + 1 >= config.max_new_tokens:
+        return None
+    token = int(next_tokens(logits, [text], config, [seed]))
+    return None if config.stop_at_eos and token in end_ids else token
 
 
 def _require_finite(greatest: Tensor) -> None:

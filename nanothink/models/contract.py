@@ -9,15 +9,15 @@ Shapes: B batch, T time, D model width, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanothink.config import Config
+from nanothink.models.decoding import project
 from nanothink.models.dropout import Dropout
 from nanothink.models.joint_gate import JointGate, no_neighbours
 from nanothink.models.loss import CHUNK_ROWS, linear_cross_entropy, linear_log_likelihood
@@ -26,6 +26,11 @@ from nanothink.models.low_rank import AdaptedLinear
 if TYPE_CHECKING:
     from nanothink.models.decoding.steps import Step
     from nanothink.models.store_gate import Neighbours
+
+
+Choose: TypeAlias = Callable[[Tensor, Sequence[int]], int | None]
+"""Draws the next token of a text from logits (1, V), after tokens that were drafted since its last one; None
+where the text would end before that token is read."""
 
 
 class State:
@@ -37,6 +42,19 @@ class State:
 
     step: Step | None = None
     """Reads tokens into the tensors of this state; None once one of them has been replaced."""
+
+    choose: Choose | None = None
+    """Set by whoever continues a text with this state: its model may then read drafted tokens ahead."""
+
+    rewind_every: int = 0
+    """Tokens that may be read after each ``remember``, for ``rewind``; 0: it can't."""
+
+    def remember(self) -> None:
+        """Keep what ``rewind`` needs to come back to this place."""
+
+    def rewind(self, n_tokens: int) -> None:
+        """Forget the last tokens, so many; ``remember`` was called before each ``rewind_every`` of them."""
+        raise NotImplementedError
 
     def check_room(self, tokens: Tensor) -> None:
         """Raise UsageError for (B, T) tokens that do not fit."""
@@ -162,7 +180,7 @@ class LanguageModel(nn.Module, ABC):
 
     def predicted(self, states: Tensor) -> Tensor:
         """(..., D) final states -> (..., V) float32 logits, calibrated."""
-        return F.linear(self._scaled(states), self.head_weight).float()
+        return project(self._scaled(states), self.head_weight).float()
 
     def loss(self, inputs: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
         """Cross-entropy summed over the targets (B, T) that are not IGNORE, in nats, times ``scale``.
@@ -183,7 +201,7 @@ class LanguageModel(nn.Module, ABC):
         Args:
             weights: (N, E) of the experts of a combined model.
         """
-        return [F.linear(states, self.head_weight).float()]
+        return [project(states, self.head_weight).float()]
 
     @property
     def expert_names(self) -> tuple[str, ...]:

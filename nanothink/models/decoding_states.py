@@ -6,11 +6,12 @@ Shapes: B batch, D model width, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from nanothink.models.contract import State, joined_rows, without_row
+from nanothink.models.drafts import Drafts
 from nanothink.models.key_value_cache import KeyValueCache
 
 
@@ -47,29 +48,45 @@ class DiffuserState(KeyValueCache):
 
 @dataclass
 class JointState(State):
-    """Decoding state: the experts' states, the latents of the blocks, and the last token's weights, query and
-    stream."""
+    """Decoding state: the experts' states, the latents of the blocks, and the weights of the last prediction.
+
+    Of the last reading it keeps weights, queries and streams of all tokens; rows that join have none.
+    """
 
     experts: Sequence[State]
     latents: KeyValueCache
     weights: Tensor | None = None  # (B, E), or (B, E + 1) after a search
-    read_weights: Tensor | None = None  # (B, T, E), of the last reading; rows that join have none
-    query: Tensor | None = None  # (B, D)
-    stream: Tensor | None = None  # (B, D)
+    read_weights: Tensor | None = None  # (B, T, E)
+    queries: Tensor | None = None  # (B, T, D)
+    streams: Tensor | None = None  # (B, T, D)
+    drafts: Drafts[tuple[Tensor, Tensor]] = field(default_factory=Drafts)  # logits and weights after each
+    drafted: Tensor | None = None  # (1, T, D), states of the drafter for the tokens that are read next
+
+    def weights_read(self, rows: slice) -> Tensor:
+        """(B, N, E) of some tokens of the last reading."""
+        assert self.read_weights is not None
+        return self.read_weights[:, rows]
+
+    def settle(self) -> None:
+        """Forget what was read ahead of the text."""
+        self.drafts.settle(self.rewind)
+
+    def rewind(self, n_tokens: int) -> None:
+        """See ``State.rewind``."""
+        for own in (*self.experts, self.latents):
+            own.rewind(n_tokens)
 
     def join(self, other: State) -> None:
         """See ``State.join``."""
         assert isinstance(other, JointState)
+        self.settle()
         for own, theirs in zip((*self.experts, self.latents), (*other.experts, other.latents), strict=True):
             own.join(theirs)
         self.weights = joined_rows(self.weights, other.weights)
-        self.query = joined_rows(self.query, other.query)
-        self.stream = joined_rows(self.stream, other.stream)
 
     def drop(self, row: int) -> None:
         """See ``State.drop``."""
+        self.settle()
         for own in (*self.experts, self.latents):
             own.drop(row)
         self.weights = without_row(self.weights, row)
-        self.query = without_row(self.query, row)
-        self.stream = without_row(self.stream, row)

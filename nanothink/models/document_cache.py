@@ -14,6 +14,7 @@ Shapes: B sequences, T tokens, N positions, D width of a key, K neighbours, V vo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -21,7 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanothink.models.contract import LanguageModel, State
+from nanothink.models.contract import Choose, LanguageModel, State
+from nanothink.models.decoding_states import JointState
+from nanothink.models.drafts import MOST_DRAFTS, Drafts
+from nanothink.models.joint_decoding import JointDecoding
 from nanothink.models.joint_gate import JointGate, gated_rows
 from nanothink.models.store_gate import NO_TOKEN, VECTOR_STORE, Neighbours
 
@@ -64,8 +68,8 @@ class DocumentCache:
             self._search(keys, tokens, groups, start, min(start + _QUERIES, len(keys)))
             for start in range(before, len(keys), _QUERIES)
         ]
-        # Earlier documents are never looked at again.
-        first = max(len(keys) - self.window, int((groups == groups[-1]).nonzero()[0]))
+        # Earlier documents are never looked at again. As much more as may be taken back stays.
+        first = max(len(keys) - self.window - MOST_DRAFTS, int((groups == groups[-1]).nonzero()[0]))
         self._keys, self._tokens, self._documents = keys[first:], tokens[first:], groups[first:]
         similarities, values = (torch.cat(column) for column in zip(*found, strict=True))
         return Neighbours(similarities, values)
@@ -73,6 +77,12 @@ class DocumentCache:
     def tell(self, token: Tensor) -> None:
         """Set the token after the last state, which was unknown (NO_TOKEN) when that was read."""
         self._tokens = torch.cat([self._tokens[:-1], token.view(1)])
+
+    def rewind(self, n_tokens: int) -> None:
+        """Forget the last positions, so many, which are of one document with those before."""
+        assert self._keys is not None
+        self._keys, self._tokens = self._keys[:-n_tokens], self._tokens[:-n_tokens]
+        self._documents = self._documents[:-n_tokens]
 
     def _search(
         self, keys: Tensor, tokens: Tensor, documents: Tensor, start: int, stop: int
@@ -107,6 +117,15 @@ class CachedRow:
     """Number of ends of documents read."""
     shares: Tensor | None = None
     """(components,) of the last prediction."""
+    drafts: Drafts[tuple[Tensor, Tensor]] = field(default_factory=Drafts)
+    """With log-probabilities and shares after each."""
+
+    def rewind(self, n_tokens: int) -> None:
+        """Forget the last tokens, so many, none of which ends a document."""
+        self.state.rewind(n_tokens)
+        for cache in self.caches:
+            cache.rewind(n_tokens)
+        self.tokens, self.n_read = self.tokens[:-n_tokens], self.n_read - n_tokens
 
 
 class CachedState(State):
@@ -179,6 +198,13 @@ class CachedModel(nn.Module):
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """Read (B, T) more tokens and predict the one after them: (B, V) log-probabilities."""
         assert isinstance(state, CachedState)
+        row, model = state.rows[0], self.model
+        if tokens.numel() == 1 and state.choose is not None and isinstance(model, JointDecoding):
+            assert isinstance(row.state, JointState)
+            if model.prepare(row.drafts, row.state, gated=True):
+                text = _Text(self, model, row, state.choose)
+                logits, row.shares = row.drafts.next(int(tokens), text)
+                return logits
         return torch.cat([self._advance(own, row)[-1:] for own, row in zip(tokens, state.rows, strict=True)])
 
     @torch.no_grad()
@@ -192,21 +218,29 @@ class CachedModel(nn.Module):
     def _advance(self, tokens: Tensor, row: CachedRow, *, last: bool = True) -> Tensor:
         """(T,) more tokens of one row -> (T, V) log-probabilities; with ``last`` the last one's, (1, V)."""
         context, found = self.model.context_length, []
+        row.drafts.settle(row.rewind)
         while len(tokens):
-            if row.n_read == context:
-                # As in ``generate``: the next token is the last of half a context in a new state.
-                before = max(1, context // 2) - 1
-                kept = tokens.new_tensor([row.tokens[len(row.tokens) - before :]])
-                row.state, row.n_read = self.model.start(1), before
-                if before:
-                    self.model.read(kept, row.state)
+            self._make_room(row)
             room = len(tokens) if context is None else context - row.n_read
             piece, tokens = tokens[:room], tokens[room:]
-            found.append(self._read(piece, row, last=last))
+            logits, shares = self._read(piece, row, last=last)
+            row.shares = shares[-1]
+            found.append(logits)
         return found[-1] if last else torch.cat(found)
 
-    def _read(self, tokens: Tensor, row: CachedRow, *, last: bool) -> Tensor:
-        """The same for tokens that fit into the state of the model."""
+    def _make_room(self, row: CachedRow) -> None:
+        """A new state where it is full: its next token is the last of half a context, as in ``generate``."""
+        context = self.model.context_length
+        if context is None or row.n_read < context:
+            return
+        before = max(1, context // 2) - 1
+        kept = torch.tensor([row.tokens[len(row.tokens) - before :]], device=self.head_weight.device)
+        row.state, row.n_read = self.model.start(1), before
+        if before:
+            self.model.read(kept, row.state)
+
+    def _read(self, tokens: Tensor, row: CachedRow, *, last: bool) -> tuple[Tensor, Tensor]:
+        """The same for tokens that fit into the state of the model, with the shares (T, components)."""
         states = self.model.read(tokens[None], row.state)[0]  # (T, D)
         weights = self.model.weights_read(row.state)
         ended = row.document + (tokens == self.eos_id).cumsum(0)  # (T,): a token after the end is another's
@@ -235,8 +269,35 @@ class CachedModel(nn.Module):
             mixed, share = self.gate.mix_logits(product, evidence)
             parts.append(mixed)
             shares.append(share.exp())
-        own = torch.ones(1) if weights is None else weights[0, -1]
-        trusted = shares[-1][-1]
-        of_caches = trusted[-len(cached) :].sum(0, keepdim=True)
-        row.shares = torch.cat([own.to(trusted.device) * trusted[0], trusted[1 : -len(cached)], of_caches])
-        return torch.cat(parts)
+        trusted = torch.cat(shares)  # (T, memories + 1)
+        own = trusted.new_ones(1, 1) if weights is None else weights[0, rows].to(trusted.device)
+        of_caches = trusted[:, -len(cached) :].sum(1, keepdim=True)
+        trust = torch.cat([own * trusted[:, :1], trusted[:, 1 : -len(cached)], of_caches], -1)
+        return torch.cat(parts), trust
+
+
+@dataclass(frozen=True)
+class _Text:
+    """See ``drafts.Drafting``."""
+
+    cached: CachedModel
+    model: JointDecoding
+    row: CachedRow
+    choose: Choose
+
+    def draft(self, token: int, n_tokens: int) -> list[int]:
+        self.cached._make_room(self.row)
+        assert isinstance(self.row.state, JointState)
+        return self.model.draft(token, n_tokens, self.row.state, self._choose)
+
+    def _choose(self, logits: Tensor, drafted: Sequence[int]) -> int | None:
+        """No draft ends a document: the cache could not go back to it."""
+        token = self.choose(logits, drafted)
+        return None if token == self.cached.eos_id else token
+
+    def predict(self, tokens: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        logits, shares = self.cached._read(torch.tensor(tokens), self.row, last=False)
+        return list(zip(logits[:, None], shares, strict=True))
+
+    def rewind(self, n_tokens: int) -> None:
+        self.row.rewind(n_tokens)

@@ -52,6 +52,15 @@ class KeyValueCache(State):
         self._values: list[Tensor | None] = [None] * n_layers
 
     @property
+    def rewind_every(self) -> int:  # type: ignore[override]
+        """See ``State.rewind_every``."""
+        return self.max_length
+
+    def rewind(self, n_tokens: int) -> None:
+        """See ``State.rewind``."""
+        self.advance(-n_tokens)
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens in each row."""
         return self._lengths or [self.length] * self.batch_size

@@ -7,6 +7,7 @@ convolution.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from nanothink.config import StateSpaceConfig
 from nanothink.errors import UsageError
 from nanothink.models.contract import State, without_row
+from nanothink.models.drafts import MOST_DRAFTS
 from nanothink.models.feed_forward import gated_product
 from nanothink.models.layers import linear
 from nanothink.models.low_rank import weight_of
@@ -41,6 +43,24 @@ class Recurrence(State):
     def __init__(self, n_layers: int, batch_size: int) -> None:
         self.batch_size = batch_size
         self.layers: list[LayerState | None] = [None] * n_layers  # None before the first token
+        self._past: deque[list[tuple[Tensor, Tensor]]] = deque(maxlen=MOST_DRAFTS + 1)
+
+    rewind_every = 1
+
+    def remember(self) -> None:
+        """See ``State.remember``."""
+        # of each layer conv_state and ssm_state
+        known = [own for own in self.layers if own is not None]
+        self._past.append([(own.conv_state.clone(), own.ssm_state.clone()) for own in known])
+
+    def rewind(self, n_tokens: int) -> None:
+        """See ``State.rewind``."""
+        for own, (conv_state, ssm_state) in zip(self.layers, self._past[-n_tokens], strict=True):
+            assert own is not None
+            own.conv_state.copy_(conv_state)
+            own.ssm_state.copy_(ssm_state)
+        for _ in range(n_tokens):
+            self._past.pop()
 
     def check_room(self, tokens: Tensor) -> None:
         """Raise UsageError for (B, T) tokens of another number of sequences."""

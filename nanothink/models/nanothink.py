@@ -24,8 +24,8 @@ Shapes: B batch, T time, D model width, V vocabulary, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,31 +34,25 @@ from torch import Tensor, nn
 from nanothink.config import MLAConfig, ModelConfig, VectorStoreConfig
 from nanothink.data.tokens import IGNORE
 from nanothink.errors import UsageError
-from nanothink.models import decoding
-from nanothink.models.contract import LanguageModel, State
-from nanothink.models.decoding_states import JointState
+from nanothink.models.contract import LanguageModel
 from nanothink.models.feed_forward import SwiGLU
+from nanothink.models.joint_decoding import JointDecoding
 from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.latent_attention import LatentAttention, latent_widths
 from nanothink.models.layers import Block, RMSNorm, Rotary, linear
 from nanothink.models.loss import likelihood_and_peak, linear_cross_entropy, linear_log_likelihood
 from nanothink.models.precision import matmul_dtype
-from nanothink.models.product_of_experts import ProductOfExperts
 from nanothink.models.router import Router, with_store
 from nanothink.models.store_gate import (
     VECTOR_STORE,
     Neighbours,
-    NeighbourSearch,
     StoreGate,
     choose_key_expert,
 )
 from nanothink.models.transformer import Transformer, inner_width
 
-if TYPE_CHECKING:
-    from nanothink.models.decoding.steps import JointStep, Step
 
-
-class NanoThink(ProductOfExperts):
+class NanoThink(JointDecoding):
     """See the head of this file.
 
     Experts may differ in width; one of them at least has that of the model. Token embeddings start as a copy
@@ -286,88 +280,6 @@ class NanoThink(ProductOfExperts):
         """See ``LanguageModel.predictions``; logarithms of probabilities as those of ``logits``."""
         states, weights, queries = self._passed(tokens)
         yield from self._predicted_rows(states, weights, tokens, queries)
-
-    def step(self, tokens: Tensor, state: State) -> Tensor:
-        """See ``LanguageModel.step``."""
-        assert isinstance(state, JointState)
-        if self.vector_store is not None and self.gates_store:
-            with torch.no_grad():
-                read = self.read(tokens, state, last_only=True)
-                assert state.weights is not None
-                ((_, logits, state.weights),) = self._gated(read, state.weights[:, None], tokens[:, -1:])
-            return logits
-        step = self._step_for(tokens, state, self.head_weight)
-        if step is None:
-            logits = super().step(tokens, state)
-        else:
-            logits = self._scaled(self._run(step, tokens, state, step.predict))
-        if state.query is None or state.stream is None or state.weights is None:
-            return logits
-        assert self.store_gate is not None
-        with torch.no_grad():
-            neighbours = cast(NeighbourSearch, self.vector_store).search(state.query)
-            logits, share = self.store_gate.mix_logits(logits, state.stream, neighbours)
-        state.weights = with_store(state.weights, share)
-        return logits
-
-    def start(self, batch_size: int) -> JointState:
-        """Empty states of all experts, and an empty cache of latents."""
-        return JointState(
-            [cast(LanguageModel, expert).start(batch_size) for expert in self.experts],
-            KeyValueCache(len(self.layers), batch_size, self.context_length),
-        )
-
-    def read(self, tokens: Tensor, state: State, *, last_only: bool = False) -> Tensor:
-        """See ``LanguageModel.read``."""
-        assert isinstance(state, JointState)
-        if (step := self._step_for(tokens, state)) is not None:
-            hidden = self._run(step, tokens, state, step.read)
-            return hidden[:, -1:] if last_only else hidden
-        state.latents.check_room(tokens)  # before any expert's state has advanced
-        states = self._read_experts(tokens, state)
-        with torch.no_grad():
-            rotation = state.latents.begin(self.rotary, tokens)
-            hidden, weights = self._combine(tokens, states, rotation, state.latents)
-        self._keep_last(state, states, weights, hidden[:, -1])
-        return hidden[:, -1:] if last_only else hidden
-
-    def _read_experts(self, tokens: Tensor, state: JointState) -> list[Tensor]:
-        """States of the tokens, (B, T, D) for every expert, which advances."""
-        return [
-            cast(LanguageModel, expert).read(tokens, of_expert)
-            for expert, of_expert in zip(self.experts, state.experts, strict=True)
-        ]
-
-    def _keep_last(self, state: JointState, states: list[Tensor], weights: Tensor, hidden: Tensor) -> None:
-        """Advance the latents; keep weights (B, T, E), and query and stream of the last token."""
-        state.latents.advance(states[0].shape[1])
-        state.weights, state.read_weights = weights[:, -1], weights
-        if (query := self._query([of_expert[:, -1] for of_expert in states])) is not None:
-            state.query, state.stream = query, hidden[:, -self.d_model :]
-
-    def _step_for(self, tokens: Tensor, state: JointState, head: Tensor | None = None) -> JointStep | None:
-        """The program for these tokens, with logits if there is a head; None where there is none."""
-        if set(self.expert_widths) != {self.d_model}:
-            return None  # its buffers are of one width
-
-        def build() -> Step | None:
-            from nanothink.models.decoding.steps import joint_step
-
-            return joint_step(self, state.latents, tokens.shape[1], head)
-
-        found = decoding.step_for(state.latents, tokens, self.embed_tokens.weight, head, build)
-        return cast("JointStep | None", found)
-
-    def _run(self, step: JointStep, tokens: Tensor, state: JointState, run: Callable[..., Tensor]) -> Tensor:
-        """Read (B, T) tokens by a compiled step, after the experts; returns what ``run`` does."""
-        states = self._read_experts(tokens, state)
-        for place, of_expert in zip(step.experts, states, strict=True):
-            place[: tokens.numel()].copy_(of_expert.flatten(0, 1))
-        found = run(tokens, state.latents.lengths)
-        last = torch.arange(tokens.shape[1] - 1, tokens.numel(), tokens.shape[1])  # row of each last token
-        read = step.weights[: tokens.numel()].view(*tokens.shape, -1).clone()
-        self._keep_last(state, states, read, step.states[last])
-        return found
 
     def _combine(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nanothink.config import MLAConfig
 from nanothink.models.contract import LanguageModel, State
+from nanothink.models.decoding import project
 from nanothink.models.decoding_states import JointState
 from nanothink.models.joint_gate import DOCUMENT_CACHE, gated_rows, no_neighbours
 from nanothink.models.latent_attention import latent_block_bytes
@@ -74,7 +75,7 @@ class ProductOfExperts(LanguageModel):
         own = torch.split(states[..., : -self.d_model], self.expert_widths, -1)  # e^s w_e h_e
         factors = self.log_scale.exp() * weights
         return [
-            F.linear(part / factors[..., e : e + 1], cast(LanguageModel, expert).head_weight).float()
+            project(part / factors[..., e : e + 1], cast(LanguageModel, expert).head_weight).float()
             for e, (part, expert) in enumerate(zip(own, self.experts, strict=True))
         ]
 

@@ -49,9 +49,9 @@ def inspect(
     store = combined.vector_store if isinstance(combined, NanoThink) and n_passages else None
     gate = combined.store_gate if isinstance(combined, NanoThink) else None
     if isinstance(store, VectorStore) and gate is not None and isinstance(inner, JointState):
-        assert inner.query is not None
+        assert inner.queries is not None
         temperature = float(gate.log_temperature.exp())
-        query = inner.query.cpu().numpy()
+        query = inner.queries[:, -1].cpu().numpy()
         hits = nearest_passages(store, tokenizer, query, temperature, n_passages)
         found["passages"] = [asdict(hit) for hit in hits]
     return found

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -45,12 +46,12 @@ def suits(tokens: Tensor, weight: Tensor) -> bool:
     return on_cpu and not torch.is_autocast_enabled("cpu")
 
 
-def new_program() -> Program:
+def new_program(max_rows: int = MAX_ROWS) -> Program:
     """An empty program, to be run by the library; in PyTorch where there is none. May build the library."""
     from nanothink.models.decoding import compiled, plain
     from nanothink.models.decoding.program import Program
 
-    return Program(plain.bind if _by == "plain" or compiled.unavailable() else compiled.bind, MAX_ROWS)
+    return Program(plain.bind if _by == "plain" or compiled.unavailable() else compiled.bind, max_rows)
 
 
 def step_for(
@@ -83,6 +84,21 @@ def step_for(
         with torch.no_grad():
             state.step = step = build()
     return step
+
+
+def project(x: Tensor, weight: Tensor, coded: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """``F.linear`` of rows (..., D) and (V, D); of a few rows without gradients, as a program does it.
+
+    Args:
+        coded: codes and scales of the weight, if a program may read them in its place.
+    """
+    if torch.is_grad_enabled() or not suits(x[..., 0], weight) or x.dtype is not torch.float32:
+        return F.linear(x, weight)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    program = new_program(len(rows))
+    y = program.linear(rows, weight, coded=coded)
+    program.run(torch.empty(1, len(rows), dtype=torch.int64), [0])
+    return y.view(*x.shape[:-1], -1)
 
 
 @contextmanager

@@ -54,11 +54,11 @@ def _bind(library: Any, operations: Sequence[Operation]) -> Runner:
         to.pointers[: len(operation.tensors)] = [tensor.data_ptr() for tensor in operation.tensors]
     kept = tuple(operations)  # their tensors are what the array points to
 
-    def run(n_operations: int, tokens: Tensor, positions: Sequence[int]) -> None:
+    def run(n_operations: int, tokens: Tensor, positions: Sequence[int], every: bool) -> None:
         assert n_operations <= len(kept)
         batch, n_new = tokens.shape
         firsts = (ctypes.c_int64 * batch)(*positions)
-        library.nanothink_decode(array, n_operations, batch, n_new, firsts, tokens.data_ptr())
+        library.nanothink_decode(array, n_operations, batch, n_new, every, firsts, tokens.data_ptr())
 
     return run
 
@@ -69,7 +69,7 @@ def _load() -> tuple[Any, str]:
 
 
 def _declare(library: Any) -> None:
-    sizes, pointer = [ctypes.c_int64] * 3, ctypes.c_void_p
+    sizes, pointer = [ctypes.c_int64] * 4, ctypes.c_void_p
     library.nanothink_decode.argtypes = [ctypes.POINTER(_Operation), *sizes, pointer, pointer]
     library.nanothink_decode.restype = None
 

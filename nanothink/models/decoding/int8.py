@@ -44,13 +44,18 @@ def round_weights(model: nn.Module) -> int:
     for weight in {id(weight): weight for weight in weights}.values():  # once, where they are tied
         n_in = weight.shape[1]
         if weight.dtype is torch.float32 and n_in >= _LEAST_WIDTH and n_in % 4 == 0:
-            scales = weight.abs().amax(1) / 127
-            codes = (weight / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)).round()
-            weight.copy_(codes * scales.unsqueeze(1))
-            numbers = codes.to(torch.int8).contiguous().view(torch.float32)
-            _known[weight] = _Codes(numbers, scales.contiguous(), weight.data_ptr())
+            numbers, scales = codes_for(weight)
+            weight.copy_(numbers.view(torch.int8) * scales.unsqueeze(1))
+            _known[weight] = _Codes(numbers, scales, weight.data_ptr())
             rounded += 1
     return rounded
+
+
+def codes_for(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes as float32, (out, in / 4), and scales (out,) of a float32 matrix, which stays as it is."""
+    scales = weight.abs().amax(1) / 127
+    codes = (weight / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)).round_()
+    return codes.to(torch.int8).view(torch.float32), scales
 
 
 def codes_of(weight: Tensor) -> tuple[Tensor, Tensor] | None:

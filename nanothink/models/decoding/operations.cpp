@@ -27,6 +27,7 @@ struct Operation {
 
 struct Run {
   int64_t batch, n_new;
+  bool every;  // predict after every new token
   const int64_t *positions, *tokens;
   int64_t rows() const { return batch * n_new; }
   int64_t position(int64_t row) const { return positions[row / n_new] + row % n_new; }
@@ -135,6 +136,7 @@ void product(const Number* w, const float* scales, const float* x, int64_t x_str
     };
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) some(std::integral_constant<int, 4>(), r);
+    if (r + 3 == rows) some(std::integral_constant<int, 3>(), r), r += 3;
     for (; r + 2 <= rows; r += 2) some(std::integral_constant<int, 2>(), r);
     for (; r < rows; ++r) some(std::integral_constant<int, 1>(), r);
   }
@@ -175,11 +177,12 @@ void norm(const Operation& op, const Run& run) {
 }
 
 // y = or += x W^T, where W[o][i] = codes[o][i] scales[o] if there are codes. n: in, out, 1 to add, 1 for the last new
-// token of each sequence alone, 1 if W is bfloat16; p: W, codes or null, scales or null, x (R, in), y (R, out) or (B, out).
+// token of each sequence alone unless the run is for every one, 1 if W is bfloat16; p: W, codes or null, scales or null, x (R, in), y (R, out) or (B, out).
 void linear(const Operation& op, const Run& run) {
-  const int64_t in = op.n[0], out = op.n[1], rows = op.n[3] ? run.batch : run.rows();
-  const int64_t stride = op.n[3] ? run.n_new * in : in;
-  const float* x = op.n[3] ? op.p[3] + (run.n_new - 1) * in : op.p[3];
+  const bool last = op.n[3] && !run.every;
+  const int64_t in = op.n[0], out = op.n[1], rows = last ? run.batch : run.rows();
+  const int64_t stride = last ? run.n_new * in : in;
+  const float* x = last ? op.p[3] + (run.n_new - 1) * in : op.p[3];
   if (op.p[1])
     product(reinterpret_cast<const int8_t*>(op.p[1]), op.p[2], x, stride, op.p[4], out, rows, in, out, op.n[2]);
   else if (op.n[4])
@@ -436,7 +439,7 @@ constexpr Function FUNCTIONS[] = {embed,    norm, linear,         spread,   gate
 }  // namespace
 
 extern "C" void nanothink_decode(const Operation* operations, int64_t n_operations, int64_t batch, int64_t n_new,
-                                 const int64_t* positions, const int64_t* tokens) {
-  const Run run{batch, n_new, positions, tokens};
+                                 int64_t every, const int64_t* positions, const int64_t* tokens) {
+  const Run run{batch, n_new, every != 0, positions, tokens};
   for (int64_t i = 0; i < n_operations; ++i) FUNCTIONS[operations[i].kind](operations[i], run);
 }

@@ -7,7 +7,7 @@ the views made once: one to four small operations of PyTorch are left, without m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -250,17 +250,24 @@ FUNCTIONS: Mapping[str, _Bind] = {
 """By the name of the operation, in the order of operations.cpp."""
 
 
+def _for_every(op: Operation) -> Operation:
+    """The product of all new tokens where that of the last ones was meant."""
+    n_in, n_out, adds, _, narrow = op.sizes
+    return replace(op, sizes=(n_in, n_out, adds, 0, narrow))
+
+
 def bind(operations: Sequence[Operation]) -> Runner:
     """What runs these operations."""
-    bound: dict[tuple[int, int], list[_Bound]] = {}
+    bound: dict[tuple[int, int, bool], list[_Bound]] = {}
 
-    def run(n_operations: int, tokens: Tensor, positions: Sequence[int]) -> None:
+    def run(n_operations: int, tokens: Tensor, positions: Sequence[int], every: bool) -> None:
         batch, n_new = tokens.shape
-        if (batch, n_new) not in bound:
-            bound[batch, n_new] = [FUNCTIONS[op.kind](op, batch, n_new) for op in operations]
+        if (batch, n_new, every) not in bound:
+            own = [_for_every(op) if every and op.kind == "linear" else op for op in operations]
+            bound[batch, n_new, every] = [FUNCTIONS[op.kind](op, batch, n_new) for op in own]
         now = Run(tokens.flatten(), positions, n_new)
         with torch.no_grad():
-            for call in bound[batch, n_new][:n_operations]:
+            for call in bound[batch, n_new, every][:n_operations]:
                 call(now)
 
     return run

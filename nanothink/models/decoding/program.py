@@ -24,8 +24,9 @@ class Operation:
     written to."""
 
 
-Runner: TypeAlias = Callable[[int, Tensor, Sequence[int]], None]
-"""Runs the first operations, so many, for (B, T) tokens and the position of each sequence's first."""
+Runner: TypeAlias = Callable[[int, Tensor, Sequence[int], bool], None]
+"""Runs the first operations, so many, for (B, T) tokens and the position of each sequence's first. If
+True, it predicts after every token, not after the last alone."""
 
 
 class Program:
@@ -54,17 +55,25 @@ class Program:
         """Number of operations."""
         return len(self._operations)
 
-    def run(self, tokens: Tensor, positions: Sequence[int], n_operations: int | None = None) -> None:
+    def run(
+        self,
+        tokens: Tensor,
+        positions: Sequence[int],
+        n_operations: int | None = None,
+        *,
+        every: bool = False,
+    ) -> None:
         """Run the first operations, all by default, for (B, T) new tokens.
 
         Args:
             positions: of the first new token of each sequence.
+            every: products of the last new tokens are of all of them.
         """
         if self._runner is None:
             self._runner = self._bind(self._operations)
         assert tokens.numel() <= self.max_rows
         count = len(self._operations) if n_operations is None else n_operations
-        self._runner(count, tokens.contiguous(), positions)
+        self._runner(count, tokens.contiguous(), positions, every)
 
     def buffer(self, width: int) -> Tensor:
         """Room for rows of a width."""
@@ -82,17 +91,24 @@ class Program:
         return self._add("norm", [width, x.shape[1] // width, row, y.stride(0)], [x, weight], y, eps)
 
     def linear(
-        self, x: Tensor, weight: Tensor, *, add_to: Tensor | None = None, last: bool = False
+        self,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        add_to: Tensor | None = None,
+        last: bool = False,
+        coded: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """``x @ weight.T``, added to a buffer if one is given; of the last new tokens alone if ``last``.
+        """``x @ weight.T``, added to a buffer if one is given; of the last new tokens alone if ``last``,
+        unless a run is for every one.
 
-        Of a weight that was rounded (``int8.py``) the codes are read.
+        Of a weight that was rounded (``int8.py``) the codes are read, or those that are given.
         The weight may be bfloat16; its products are float32.
         """
         n_out, n_in = weight.shape
         assert x.is_contiguous()
         y = self.buffer(n_out) if add_to is None else add_to
-        codes, scales = codes_of(weight) or (torch.empty(0), torch.empty(0))
+        codes, scales = coded or codes_of(weight) or (torch.empty(0), torch.empty(0))
         sizes = [n_in, n_out, int(add_to is not None), int(last), int(weight.dtype is torch.bfloat16)]
         return self._add("linear", sizes, [weight, codes, scales, x], y)
 

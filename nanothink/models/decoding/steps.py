@@ -20,8 +20,8 @@ from nanothink.models.low_rank import AdaptedLinear, in_blocks
 
 if TYPE_CHECKING:
     from nanothink.models.diffuser import Diffuser
+    from nanothink.models.joint_decoding import JointDecoding
     from nanothink.models.mamba_mixer import Recurrence
-    from nanothink.models.nanothink import NanoThink
     from nanothink.models.state_space import Backbone, Layer
     from nanothink.models.transformer import Decoder
 
@@ -52,11 +52,11 @@ class Step:
         self.program.run(tokens, positions, self.n_before_head)
         return self.states[: tokens.numel()].clone().view(*tokens.shape, -1)
 
-    def predict(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
-        """The same -> logits after the last of them, (B, V)."""
+    def predict(self, tokens: Tensor, positions: Sequence[int], *, every: bool = False) -> Tensor:
+        """The same -> logits after the last of them, (B, V), or after every one, (B T, V)."""
         assert self.logits is not None
-        self.program.run(tokens, positions)
-        return self.logits[: tokens.shape[0]].clone()
+        self.program.run(tokens, positions, every=every)
+        return self.logits[: tokens.numel() if every else tokens.shape[0]].clone()
 
 
 def decoder_step(decoder: Decoder, cache: KeyValueCache, n_new: int, head: Tensor | None) -> Step | None:
@@ -145,7 +145,9 @@ class JointStep(Step):
     """(max_rows, E), the router's."""
 
 
-def joint_step(model: NanoThink, latents: KeyValueCache, n_new: int, head: Tensor | None) -> JointStep | None:
+def joint_step(
+    model: JointDecoding, latents: KeyValueCache, n_new: int, head: Tensor | None
+) -> JointStep | None:
     """The same for NanoThink over its experts."""
     own = [p for name, p in model.named_parameters() if not name.startswith("experts.")]
     if not all(p.dtype is torch.float32 and p.is_contiguous() for p in own):
