@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from nanothink.models.decoding.steps import JointStep, Step
 
 # What a draft costs, counted in weights that are read from memory in the same time (docs/decisions/0051).
-_A_STEP = 4.5e6  # all that is no reading, in a plain step and for a draft
-_A_ROW = 0.15  # arithmetic of one more token in a pass, for each weight
+_A_STEP, _A_DRAFT = 4.5e6, 6.5e6  # all that is no reading: choosing a token, calls, copies
+_A_ROW = 0.17  # arithmetic of one more token in a pass, for each weight
 _MEMORIES, _MEMORIES_A_ROW = 20e6, 4.7e6  # joint gate and memories in a plain step, and for one more token
 
 _LARGE_HEAD = 1 << 21
@@ -107,8 +107,8 @@ class JointDecoding(ProductOfExperts):
         if head < _LARGE_HEAD:
             bodies += head
         else:
-            bodies += narrow * head // 4  # in eight bits in any case
-        draft = _A_STEP + gated * _MEMORIES_A_ROW + bodies / narrow + _A_ROW * whole
+            bodies += narrow * head // 2  # in eight bits in any case
+        draft = _A_DRAFT + gated * _MEMORIES_A_ROW + bodies / narrow + _A_ROW * whole
         return draft / (_A_STEP + gated * _MEMORIES + whole / narrow)
 
     @cached_property
