@@ -21,7 +21,7 @@ from nanothink.models.decoding_states import JointState
 from nanothink.models.document_cache import CachedModel
 from nanothink.models.drafts import MOST_DRAFTS, Pace, no_drafts
 from nanothink.models.joint_decoding import JointDecoding
-from nanothink.models.joint_gate import MEMORIES, JointGate, n_expert_features
+from nanothink.models.joint_gate import DOCUMENT_CACHE, MEMORIES, JointGate, n_expert_features
 from nanothink.models.nanothink import NanoThink
 from nanothink.models.store_gate import Neighbours
 
@@ -70,6 +70,8 @@ def combined(
     if "gate" not in memory:
         return model
     names = [name for name in MEMORIES if name != "vector_store" or "store" in memory]
+    if "caches" in memory:
+        names += [DOCUMENT_CACHE] * (len(kinds) - 1)
     features = torch.randn(20, n_expert_features(len(kinds)) + 6 * len(names))
     unigram = torch.zeros(VOCABULARY).log_softmax(-1)
     model.joint_gate = JointGate.start(
@@ -89,7 +91,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "vector store": {"kinds": THREE, "memory": "store"},
     "vector store under the joint gate": {"kinds": THREE, "memory": "store, gate"},
     "document cache": {"kinds": ("transformer", "state_space"), "memory": "gate, cache"},
-    "both memories": {"kinds": THREE, "memory": "store, gate, cache"},
+    "both memories, a cache for each expert": {"kinds": THREE, "memory": "store, gate, caches"},
 }
 LAWS: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -164,7 +166,7 @@ def finish(engine: Engine) -> list[Drawn]:
     return drawn
 
 
-@pytest.mark.parametrize("name", ["three experts", "both memories"])
+@pytest.mark.parametrize("name", ["three experts", "document cache"])
 def test_rows_that_join_and_leave_amid_drafts_give_the_text_that_they_give_alone(
     name: str, passes: Passes
 ) -> None:
