@@ -111,7 +111,8 @@ def main() -> int:
             other, launched = seconds_to_end(launcher, struck, 1 - case.rank)
             left = CheckpointStore(folder / run, STEM).newest()
             step = read_checkpoint(left)["step"] if left is not None else "none"
-            assert start(folder, environment, [*words(run), "--resume"]).wait(WAITING) == 0
+            resumed = start(folder, environment, [*words(run), "--resume"])
+            assert resumed.wait(WAITING) == 0, (folder / "said").read_text()[-4000:]
             same = weights(folder / run).keys() == weights(folder / "whole").keys() and all(
                 torch.equal(tensor, weights(folder / run)[name])
                 for name, tensor in weights(folder / "whole").items()

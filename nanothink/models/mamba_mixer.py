@@ -172,13 +172,17 @@ class Mixer(nn.Module):
         rank, B, C = self._selected(u)  # (B, T, R), (B, T, N), (B, T, N)
         delta: Tensor = _Softplus.apply(F.linear(rank, self.dt_proj.weight), self.dt_proj.bias)  # type: ignore[no-untyped-call]
         state = None if before is None else before.ssm_state
-        y, last = selective_scan(u, delta, self.rates(), B, C, self.D, state, name=self.scan)
+        y, last = self.scanned(u, delta, self.rates(), B, C, self.D, state)
         if recurrence is not None:
             kept = self.conv1d.weight.shape[-1] - 1
             padded = F.pad(whole, (0, 0, max(0, kept - whole.shape[1]), 0))
             weights = None if before is None else before.weights
             recurrence.layers[layer] = LayerState(padded[:, -kept:].clone(), last, weights)
         return gated_product(gate, y, self.out_proj)
+
+    def scanned(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``selective_scan`` of its inputs: in training a kernel of its own, in no compiled graph."""
+        return selective_scan(*inputs, name=self.scan)  # type: ignore[arg-type]
 
     def _selected(self, u: Tensor) -> tuple[Tensor, ...]:
         """Δ (of low rank), B and C of each token; normalised if that is set (FalconMamba, 2024)."""

@@ -17,6 +17,7 @@ from nanothink.runs.teacher import TEACHER
 from nanothink.runs.teaching import estimate_targets
 from nanothink.runs.timing import RunTime, time_run
 from nanothink.training.optimizer import effective_warmup
+from nanothink.training.sharding import without_memory
 from nanothink.vector_store.index import bytes_per_key, choose_kind
 from nanothink.vector_store.neighbours import bytes_per_neighbour
 
@@ -73,7 +74,8 @@ def estimate_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SIL
         UsageError: there are more processes than blocks in a batch.
     """
     config, train_config, plan = setup.config, setup.training, setup.plan
-    model = setup.build_model()
+    with without_memory():  # shapes are enough
+        model = setup.build_model()
     groups = model.parameter_groups()
     parameters = {role: sum(p.numel() for _, p in named) for role, named in groups.items() if named}
     # Frozen: a base under adapters, a diffuser's table of targets, NanoThink's experts.

@@ -15,6 +15,7 @@ from nanothink.reporter import Reporter
 from nanothink.runs.preparing import Configure, RunSetup, prepare
 from nanothink.runs.timing import RunTime, time_run
 from nanothink.suggestions import suggest
+from nanothink.training.sharding import without_memory
 from nanothink.wording import counted, rounded_duration
 
 LONG_SECONDS = 3600
@@ -27,7 +28,8 @@ def warn_of_long_run(setup: RunSetup, configure: Configure, reporter: Reporter) 
     """Time a new run and say how long it takes, if that is long. Runs that are surely short are not timed."""
     if setup.precision.device.type != "cpu" or setup.resume_point is not None:
         return
-    n_parameters = sum(parameter.numel() for parameter in setup.build_model().parameters())
+    with without_memory():  # shapes are enough
+        n_parameters = sum(parameter.numel() for parameter in setup.build_model().parameters())
     n_tokens = setup.plan.total_steps * setup.plan.blocks_per_step * setup.config.model.max_seq_len
     fastest = 6 * n_parameters * n_tokens / (_FASTEST_OF_A_THREAD * torch.get_num_threads())
     if fastest > _SURELY_SHORT:
@@ -38,9 +40,10 @@ def advise_smaller(setup: RunSetup, needed: RunTime, configure: Configure, repor
     """Note the time of a long run on a CPU, and of a smaller preset where one can be had."""
     if setup.precision.device.type != "cpu" or needed.seconds <= LONG_SECONDS:
         return
+    least, how = ("about", "measured just now") if needed.measured else ("at least", "its products alone")
     said = (
-        f"This run takes about {rounded_duration(needed.seconds)} on this CPU: "
-        f"{counted(needed.n_steps, 'step')} of {needed.step_seconds:.3g} s, measured just now."
+        f"This run takes {least} {rounded_duration(needed.seconds)} on this CPU: "
+        f"{counted(needed.n_steps, 'step')} of {needed.step_seconds:.3g} s, {how}."
     )
     found = _smaller(setup, configure, reporter)
     if found is not None:
@@ -74,7 +77,10 @@ def _smaller(setup: RunSetup, configure: Configure, reporter: Reporter) -> tuple
             other = prepare(replace(spec, resume=None), resized)
         except ConfigError:  # a setting by hand that does not go with it
             continue
-        found = name, time_run(other, reporter=reporter).seconds
+        needed = time_run(other, reporter=reporter)
+        if not needed.measured:
+            continue
+        found = name, needed.seconds
         if found[1] <= LONG_SECONDS:
             break
     return found

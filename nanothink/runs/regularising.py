@@ -15,6 +15,7 @@ from nanothink.reporter import Reporter
 from nanothink.runs.initial import with_adapters
 from nanothink.suggestions import suggest
 from nanothink.training.regularisation import AMPLE, Regularisation, is_measured, narrowed
+from nanothink.training.sharding import without_memory
 
 _FITTED = ("dropout", "weight_decay_tables", "max_epochs")
 
@@ -46,7 +47,8 @@ def fit_to_text(
     before = config.model.d_model
     if width_is_fitted(kind, config, sources):
         config = _of_width(config, narrowed(before, n_tokens) if base is None else base.model.d_model)
-    model = with_adapters(build_model(kind, config, vocab_size), training)
+    with without_memory():  # shapes are enough
+        model = with_adapters(build_model(kind, config, vocab_size), training)
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rule = Regularisation.of(n_tokens, n_parameters)
     size = (

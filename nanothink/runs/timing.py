@@ -18,25 +18,33 @@ import torch
 from nanothink.inference.calibration import FIT_TOKENS
 from nanothink.inference.evaluate import evaluate_model
 from nanothink.models import COMBINED
+from nanothink.models.contract import LanguageModel
 from nanothink.models.nanothink import NanoThink
+from nanothink.models.precision import Precision
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.building import blocks_ahead, build_run, store_of_run
 from nanothink.runs.callbacks import make_callbacks
+from nanothink.runs.memory import ModelSizes, device_bytes
 from nanothink.runs.preparing import RunSetup, largest_share
 from nanothink.runs.scoring import BATCH_TOKENS
 from nanothink.runs.teacher import TEACHER
 from nanothink.training.interruption import StopRequest
 from nanothink.training.loop import Run, take_step
+from nanothink.training.sharding import without_memory
 
 _STEP_SECONDS = 3.0
 """Longest step that is measured whole."""
 _ROUNDS = 3
 _EVALUATION_SECONDS = 2.0
+_BLOCK_SECONDS = 20.0
+"""Longest step of one block that is taken to be measured."""
+_PRODUCTS_A_STEP = 3  # a weight and token: forward, and for both gradients
+_SIDE = 1024  # of the product that a machine's speed is told from
 
 
 @dataclass(frozen=True)
 class RunTime:
-    """Measured on this machine, at its present load."""
+    """Measured on this machine, at its present load; or computed, see ``_least_time``."""
 
     step_seconds: float
     evaluation_seconds: float
@@ -50,6 +58,7 @@ class RunTime:
     """Making what is missing of a teacher's predictions, by its speed on a few blocks."""
     left_out: tuple[str, ...] = ("saving", "what is fitted on held-out text at the end")
     """Parts of the run that the estimate does not include."""
+    measured: bool = True
 
     @property
     def seconds(self) -> float:
@@ -62,12 +71,17 @@ def time_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SILENT)
     """Take a few steps of the run and evaluate a sample; writes nothing but caches.
 
     A vector store is not built for it, and the experts' states are not kept: later epochs may be faster.
+    Where a step of one block does not fit one process, or takes long, the time is computed: a lower bound.
     """
+    with without_memory():  # shapes are enough
+        model = setup.build_model()
+    if not _can_be_timed(setup, model):
+        return _least_time(setup, model, n_processes)
     stage, n_stages = "timing a few steps", 3
     reporter.progress(stage, 0, n_stages)
     run = build_run(_without_disk(setup))
     length = setup.config.model.max_seq_len
-    n_steps = max(0, setup.plan.total_steps - setup.state.step)
+    n_steps, n_evaluations = _left(setup)
     share = largest_share(setup, n_processes)
     step_seconds = time_step(run, share) if n_steps else 0.0
     reporter.progress(stage, 1, n_stages)
@@ -79,9 +93,54 @@ def time_run(setup: RunSetup, n_processes: int = 1, reporter: Reporter = SILENT)
         looked_up = length * sum(1 for _ in blocks_ahead(setup))
         store_seconds = store_of_run(setup, run.model).seconds(setup.tokens, looked_up)
     reporter.progress(stage, n_stages, n_stages)
-    n_evaluations = setup.plan.n_evaluations(run.config.eval_every_steps, setup.state)
-    n_evaluations += run.evaluates_first and setup.state.evaluated_step < 0
     return RunTime(step_seconds, evaluation_seconds, n_steps, n_evaluations, store_seconds)
+
+
+def _left(setup: RunSetup) -> tuple[int, int]:
+    """Steps and evaluations that are left."""
+    n_steps = max(0, setup.plan.total_steps - setup.state.step)
+    n_evaluations = setup.plan.n_evaluations(setup.training.eval_every_steps, setup.state)
+    first = setup.spec.kind == COMBINED and setup.state.evaluated_step < 0
+    return n_steps, n_evaluations + first
+
+
+def _can_be_timed(setup: RunSetup, model: LanguageModel) -> bool:
+    length, precision = setup.config.model.max_seq_len, setup.precision
+    activations = model.activation_bytes(1, length, precision.dtype.itemsize)
+    needed = sum(ModelSizes.of(model, setup.training).memory(1, "none", 1, activations).values())
+    available = device_bytes(precision.device, 1)
+    if available and needed > available:
+        return False
+    block = _PRODUCTS_A_STEP * _n_weights(model) * length
+    return block * _product_seconds(precision) <= _BLOCK_SECONDS
+
+
+def _least_time(setup: RunSetup, model: LanguageModel, n_processes: int) -> RunTime:
+    """Duration of a run's matrix products, at the speed of one of ``_SIDE`` here.
+
+    A weight and token take three multiplications and additions in a step and one in an evaluation (Kaplan et
+    al. 2020, "Scaling laws for neural language models", section 2.1).
+    """
+    a_token = _n_weights(model) * _product_seconds(setup.precision)
+    blocks = largest_share(setup, n_processes) * setup.training.grad_accum_steps
+    validated = sum(s.sample(setup.training.eval_max_tokens).n_tokens for s in setup.tokens.val.values())
+    return RunTime(
+        _PRODUCTS_A_STEP * a_token * blocks * setup.config.model.max_seq_len,
+        a_token * validated,
+        *_left(setup),
+        store_seconds=0.0,
+        measured=False,
+    )
+
+
+def _n_weights(model: LanguageModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _product_seconds(precision: Precision) -> float:
+    """Seconds for a multiplication and an addition, as part of a matrix product."""
+    a, b = (torch.ones(_SIDE, _SIDE, dtype=precision.dtype, device=precision.device) for _ in range(2))
+    return min(seconds_of(lambda: a @ b, precision.device) for _ in range(_ROUNDS)) / _SIDE**3
 
 
 def time_step(run: Run, share: int, least_seconds: float = 0.0) -> float:

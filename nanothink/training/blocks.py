@@ -16,6 +16,7 @@ from torch import nn
 from nanothink.config import TrainConfig
 from nanothink.models.contract import LanguageModel
 from nanothink.models.dropout import Dropout
+from nanothink.models.mamba_mixer import Mixer
 
 Forward = Callable[..., Any]
 
@@ -31,9 +32,13 @@ def set_up_blocks(model: LanguageModel, config: TrainConfig, device: torch.devic
     if compiled and config.compile == "auto":
         # chosen for the user: what does not compile on this machine runs as it is written
         torch._dynamo.config.suppress_errors = True
-    if compiled and model.dropout.rate:
-        outside: Any = torch.compiler.disable  # generators are no part of a graph
-        model.dropout.__dict__["mask"] = outside(model.dropout.mask)
+    if compiled:
+        outside: Any = torch.compiler.disable
+        if model.dropout.rate:  # generators are no part of a graph
+            model.dropout.__dict__["mask"] = outside(model.dropout.mask)
+        for module in model.modules():  # a loop over the tokens would be a graph as long as the text
+            if isinstance(module, Mixer):
+                module.__dict__["scanned"] = outside(module.scanned)
     for block in model.blocks:
         forward: Forward = block.forward
         if compiled:

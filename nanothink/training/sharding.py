@@ -16,7 +16,7 @@ gathered, gradients are added all the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
@@ -331,11 +331,18 @@ def without_memory() -> Iterator[None]:
             parameter = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
+    def undrawn(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        # torch would import its compiler, for more than a second, to draw nothing
+        return lambda tensor, *given, **named: tensor if tensor.is_meta else draw(tensor, *given, **named)
+
     nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
+    drawn = Tensor.normal_, Tensor.uniform_
+    Tensor.normal_, Tensor.uniform_ = map(undrawn, drawn)  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        Tensor.normal_, Tensor.uniform_ = drawn  # type: ignore[method-assign]
 
 
 def give_memory(model: nn.Module, device: torch.device) -> None:

@@ -55,6 +55,33 @@ def test_a_dry_run_says_how_long(
     assert not (tmp_path / "none").exists()
 
 
+def test_a_dry_run_of_a_model_too_large_for_this_machine_allocates_none_of_it(
+    tiny_corpus: Path,
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """65 B parameters, as one of eight processes would estimate them; the time is that of products."""
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 8, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    words = ["pretrain", "transformer", "--data-dir", tiny_corpus, "--tokenizer", tiny_tokenizer]
+    words += ["--checkpoint-dir", tmp_path / "none", "--max-steps", "40", "--dry-run"]
+    shape = ("model.d_model=16384", "transformer.n_layers=20", "transformer.n_heads=128")
+    for setting in (*shape, "model.max_seq_len=2048", "train_expert.batch_size=16"):
+        words += ["--set", setting]
+    assert run([*map(str, words), "--json"]) == 0
+    estimate: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert sum(estimate["parameters"].values()) > 6e10
+    assert [choice["name"] for choice in estimate["choices"]] == ["data-parallel", "sharded", "smaller batch"]
+    assert not any(choice["fits"] for choice in estimate["choices"])
+    whole, shared = (choice["n_bytes"] for choice in estimate["choices"][:2])
+    assert shared < whole / 4
+    assert not estimate["time"]["measured"]
+    assert estimate["time"]["step_seconds"] > 10
+
+
 @pytest.mark.parametrize(
     ("preset", "advice"),
     [

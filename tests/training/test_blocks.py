@@ -11,8 +11,9 @@ import torch
 from nanothink.config import TrainExpertConfig
 from nanothink.config.run import resolve_config
 from nanothink.models import build_model
-from nanothink.models.contract import Batch, Expert, LanguageModel
+from nanothink.models.contract import IGNORE, Batch, Expert, LanguageModel
 from nanothink.models.low_rank import add_adapters
+from nanothink.models.mamba_mixer import Mixer
 from nanothink.models.nanothink import NanoThink
 from nanothink.training.blocks import compiles, set_up_blocks
 
@@ -99,6 +100,26 @@ def test_compiled_blocks_agree_and_keep_their_names(kind: str, settings: dict[st
     assert gradients.keys() == others.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's compiler looks at .grad
+@pytest.mark.parametrize(
+    "kind", ["transformer", *(pytest.param(k, marks=pytest.mark.bench) for k in KINDS[1:])]
+)
+def test_all_from_tokens_to_loss_is_one_graph(kind: str) -> None:
+    """Nothing looks at a value, which would wait for the device. A scan, itself a kernel, stands aside."""
+    model = made(kind)
+    for module in model.modules():
+        if isinstance(module, Mixer):
+            module.scanned = lambda u, *_: (u, None)  # type: ignore[assignment, method-assign]
+    tokens = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, 2:5] = IGNORE
+    in_one = torch.compile(model.loss, fullgraph=True, backend="eager")
+    losses = [in_one(inputs, targets, scale=0.1), model.loss(inputs, targets, scale=0.1)]
+    torch.testing.assert_close(*losses)
+    gradients = [torch.autograd.grad(loss, model.head_weight, allow_unused=True)[0] for loss in losses]
+    torch.testing.assert_close(*gradients)
 
 
 def test_auto_compiles_on_cuda_alone() -> None:

@@ -115,7 +115,7 @@ def estimate(name: str, estimate: RunEstimate) -> None:
         ["steps", f"{count(estimate.steps)}, {count(estimate.warmup_steps)} of them warm-up"],
         ["tokens per step", estimate.tokens_per_step],
         ["epochs", f"{estimate.epochs:.2f} of {estimate.steps_per_epoch:.1f} steps"],
-        ["time, about", _time(estimate.time)],
+        ["time, about" if estimate.time.measured else "time, at least", _time(estimate.time)],
         ["not in it", ", ".join(estimate.time.left_out)],
         ["precision", f"{estimate.precision}: {estimate.precision_reason}"],
         *([["processes", estimate.n_processes]] if estimate.n_processes > 1 else []),
@@ -160,7 +160,8 @@ def _time(time: RunTime) -> str:
         parts.append(f"vector store {duration(time.store_seconds)}")
     if time.targets_seconds:
         parts.append(f"teacher's targets {duration(time.targets_seconds)}")
-    return f"{duration(time.seconds)} ({', '.join(parts)}; measured here just now)"
+    how = "measured here just now" if time.measured else "its matrix products; a step is too large to measure"
+    return f"{duration(time.seconds)} ({', '.join(parts)}; {how})"
 
 
 def evaluations(results: Sequence[CheckpointEvaluation], split: str) -> None:
