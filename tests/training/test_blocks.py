@@ -10,8 +10,9 @@ import torch
 
 from nanothink.config import TrainExpertConfig
 from nanothink.config.run import resolve_config
+from nanothink.data.tokens import IGNORE
 from nanothink.models import build_model
-from nanothink.models.contract import IGNORE, Batch, Expert, LanguageModel
+from nanothink.models.contract import Batch, Expert, LanguageModel
 from nanothink.models.low_rank import add_adapters
 from nanothink.models.mamba_mixer import Mixer
 from nanothink.models.nanothink import NanoThink
