@@ -2,12 +2,13 @@
 
     python benchmarks/drafts.py checkpoints/nanothink_mla.pt
     python benchmarks/drafts.py --vocabulary 50257 --acceptance 0.6 0.7 0.8
+    python benchmarks/drafts.py --vector-store
 
 Whole calls of ``nanothink.inference.generate`` that take turns, one text at a time, one thread, processor
 time; both sides must give the same tokens. A checkpoint says by itself how many drafts serve, without
 memories, with its vector store, and with both. A preset's shape has random weights, whose own drafts mean
 nothing: there each draft is made as ever, and then replaced by the right token with the probability that was
-asked for, and by a wrong one else.
+asked for, and by a wrong one else. ``--vector-store`` gives it random neighbours.
 """
 
 from __future__ import annotations
@@ -39,10 +40,25 @@ from nanothink.models.contract import LanguageModel
 from nanothink.models.decoding_states import JointState
 from nanothink.models.drafts import no_drafts
 from nanothink.models.joint_decoding import JointDecoding
+from nanothink.models.nanothink import NanoThink
+from nanothink.models.store_gate import Neighbours, StoreGate
 
 PROMPTS = ("The first ", "def main(", "In the beginning ", "import os\n")
 LAWS: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "drawn": DRAWN}
 Draft = Callable[..., list[int]]
+
+
+class RandomNeighbours:
+    """A vector store that finds nothing: 32 random tokens, in no time."""
+
+    def __init__(self, vocabulary: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(0, vocabulary, (1, 32), generator=generator)
+
+    def search(self, queries: Tensor) -> Neighbours:
+        return Neighbours(
+            torch.linspace(0.9, 0.5, 32).repeat(len(queries), 1), self.tokens.repeat(len(queries), 1)
+        )
 
 
 class Counted:
@@ -144,6 +160,7 @@ def main() -> None:
     parser.add_argument("--preset", default="default")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--acceptance", type=float, nargs="+", default=[0.7])
+    parser.add_argument("--vector-store", action="store_true")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -156,9 +173,13 @@ def main() -> None:
     if options.checkpoints:
         return
     model = model_of(COMBINED, resolve_config(preset=options.preset).config, options.vocabulary)
+    if options.vector_store:
+        assert isinstance(model, NanoThink)
+        model.store_gate, model.vector_store = StoreGate(model.d_model), RandomNeighbours(options.vocabulary)
     prompt = torch.randint(1, options.vocabulary, (16,), generator=torch.Generator().manual_seed(0)).tolist()
     for acceptance in options.acceptance:
-        name = f"{options.preset}, {options.vocabulary:,}, acceptance {acceptance}"
+        memory = ", vector store" if options.vector_store else ""
+        name = f"{options.preset}, {options.vocabulary:,}{memory}, acceptance {acceptance}"
         measure(name, model, [prompt], options, acceptance)
 
 
