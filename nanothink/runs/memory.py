@@ -147,7 +147,7 @@ def choices(
             b for b in range(config.batch_size - 1, n_processes - 1, -1) if config.batch_size % b == 0
         ]
         smaller = [choice("smaller batch", "full", batch) for batch in divisors]
-        found += [each for each in smaller if each.fits][:1] or smaller[-1:]
+        found += [each for each in smaller if each.fits][:1]
     return found
 
 
