@@ -37,7 +37,7 @@ _STEP_SECONDS = 3.0
 _ROUNDS = 3
 _EVALUATION_SECONDS = 2.0
 _BLOCK_SECONDS = 4.0
-"""Longest time of the products of one block that is measured: Muon's, and other work, may take some times that."""
+"""Longest time of a block's products whose step is measured; Muon's and the rest take several times that."""
 _PRODUCTS_A_STEP = 3  # a weight and token: forward, and for both gradients
 _SIDE = 1024  # of the product that a machine's speed is told from
 
