@@ -398,7 +398,7 @@ def test_a_model_without_one_is_trained_on_with_one(
     assert suggested
     assert run(suggested[1].split()) == 0
     after = set(read_checkpoint(Path(path))["model_state"])
-    assert {name.partition(".")[0] for name in after - before} == {"store_gate"}
+    assert {name.partition(".")[0] for name in after - before} == {"store_gate", "joint_gate"}
     model = package.load(path).model
     assert isinstance(model, NanoThink)
     assert model.components[-1] == "vector_store"
