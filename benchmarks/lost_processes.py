@@ -73,7 +73,8 @@ def main() -> int:
     parser.add_argument("--only", help="cases whose name has this in it")
     parser.add_argument("--timeout", type=float, default=20, help="seconds")
     options = parser.parse_args()
-    environment = {**plain_environment(), "OMP_NUM_THREADS": "1"}
+    # PYTHON_EXEC is what torchrun starts.
+    environment = {**plain_environment(), "OMP_NUM_THREADS": "1", "PYTHON_EXEC": sys.executable}
     all_same = True
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -88,7 +89,7 @@ def main() -> int:
             )
 
         whole = start(folder, environment, words("whole"))
-        assert whole.wait(WAITING) == 0
+        assert whole.wait(WAITING) == 0, (folder / "said").read_text()[-4000:]
         print(machine())
         heads = (
             "what happens",
