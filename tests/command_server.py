@@ -176,7 +176,7 @@ def execute(task: dict[str, Any], rank: int, port: int) -> int:
     if task["strike"] is not None and task["strike"].get("rank", 0) == rank:
         strike_at(task["strike"], task["stderr"] + ".struck")
     if task["output"]:
-        lose_output(task["output"].removesuffix("2"), (1, 2) if task["output"].endswith("2") else (1,))
+        lose_output(task["output"])
     from nanothink.cli.app import main
 
     try:
@@ -192,11 +192,14 @@ def execute(task: dict[str, Any], rank: int, port: int) -> int:
     return 0
 
 
-def lose_output(how: str, descriptors: tuple[int, ...]) -> None:
-    """Make them as a shell, a full disk, a reader that has gone or a closed terminal leaves them.
+def lose_output(how: str) -> None:
+    """Leave standard output as a shell, a full disk, a reader that has gone or a closed terminal does.
 
-    ``how`` may also be the path of a terminal, for both.
+    With a 2 behind it standard error too. ``how`` may also be the path of a terminal, for both.
     """
+    descriptors: tuple[int, ...] = (1,)
+    if how.endswith("2") and not how.startswith("/"):
+        how, descriptors = how.removesuffix("2"), (1, 2)
     if how == "closed":
         for descriptor in descriptors:
             os.close(descriptor)
