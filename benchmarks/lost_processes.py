@@ -44,7 +44,7 @@ WAITING = 600  # seconds for a run to end
 class Case:
     rank: int
     how: str
-    """What happens to it: a signal, "exception" or "disk full"."""
+    """A signal that it gets, "exception" or "disk full"."""
     during: str = "a step"
 
     @property

@@ -92,7 +92,7 @@ class ImportReport:
     n_sources: int
     """Files that were read, those that were left out included."""
     findings: Findings
-    """What was left out, and why."""
+    """Texts and files that were left out, with the reasons."""
     seconds: float
     preview: tuple[Record, ...] = ()
     """First records of a preview, which writes nothing."""

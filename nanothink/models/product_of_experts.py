@@ -47,7 +47,7 @@ class ProductOfExperts(LanguageModel):
 
     @property
     def gates_store(self) -> bool:
-        """Whether the joint gate mixes in the vector store where there is no document cache."""
+        """True if the joint gate mixes in the vector store where there is no document cache."""
         return self.joint_gate is not None and not self.joint_gate.cache_alone
 
     def expert_heads(self) -> list[Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanothink.errors import UsageError
+from nanothink.serve import model_thread
 from nanothink.serve.endpoints import Limits
 from nanothink.serve.server import access, is_loopback, listen, served_models
 
@@ -302,3 +305,23 @@ def test_a_document_cache_is_served_as_generate_uses_it(serve: Serve, server: Ru
     expected = cached.decoder.logits(torch.tensor([ids]))[0].log_softmax(-1)
     values = scored["choices"][0]["logprobs"]["token_logprobs"]
     assert values[-1] == pytest.approx(float(expected[-2, ids[-1]]), abs=1e-4)
+
+
+def test_a_long_turn_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_thread, "_TURN_SECONDS", 0.1)
+    thread = model_thread.ModelThread({}, max_batch=1, max_texts=1, on_failure=pytest.fail)
+    under_way, may_end = threading.Event(), threading.Event()
+
+    def turn() -> bool:
+        under_way.set()
+        return may_end.wait(8)
+
+    async def ended_before_the_turn() -> bool:
+        thread.start()
+        turning = asyncio.ensure_future(thread.call(turn))
+        await asyncio.to_thread(under_way.wait, 8)
+        thread.stop()
+        may_end.set()
+        return await turning
+
+    assert asyncio.run(ended_before_the_turn())
