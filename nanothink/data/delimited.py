@@ -34,7 +34,10 @@ _ASKED = {r"\t": "\t", "tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|",
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _MANY_LINES = 100
 """Lines in a quoted field above which a missing quote is more likely than a long text."""
-_NAMED = 3
+_KEEPS_QUOTES = (
+    "the text begins and ends with a double quote, and keeps it; if the file puts its fields in quotes, as "
+    "spreadsheets do, import it with --quotes"
+)
 _NONE = "\x1f"
 """Delimiter of a table of one column: lines may hold any other."""
 _SNIFFED_CHARS = 2**16
@@ -100,8 +103,7 @@ def _rows(
     findings: Findings,
 ) -> Iterator[Row]:
     limit = csv.field_size_limit(MAX_LINE_BYTES)  # belongs to the whole process: put back below
-    spans = _Spans(path, delimiter, findings)
-    end_of_last = n_quoted = first_quoted = 0
+    end_of_last = 0
     try:
         with open_text(path, encoding, newline="", on_bytes=findings.read) as file:
             for _ in range(n_skipped):
@@ -117,7 +119,7 @@ def _rows(
                 line, n_lines = end_of_last + 1 + n_skipped, reader.line_num - end_of_last
                 end_of_last = reader.line_num
                 if n_lines > 1:
-                    spans.look(line, row, len(header))
+                    _tell_of_spans(path, line, row, len(header), delimiter, findings)
                 if not row:
                     findings.empty += 1
                 elif len(row) != len(header):
@@ -136,24 +138,13 @@ def _rows(
                         and value[:1] == value[-1:] == '"'
                         and len(value) > 1
                     ):
-                        n_quoted += 1
-                        first_quoted = first_quoted or line
+                        findings.warnings.add(Problem(shown(path), line, 1, _KEEPS_QUOTES))
                     yield found._replace(group=found.group or None)
     except csv.Error as error:
-        raise _unreadable(
-            path,
-            delimiter,
-            end_of_last + 1 + n_skipped,
-            reader.line_num + n_skipped,
-            str(error),
-            quotes,
-            encoding,
-        ) from None
+        first, last = end_of_last + 1 + n_skipped, reader.line_num + n_skipped
+        raise _unreadable(path, first, last, str(error), quotes) from None
     finally:
         csv.field_size_limit(limit)
-    spans.tell()
-    if n_quoted:
-        findings.warnings.add(_kept_quotes(path, n_quoted, first_quoted))
 
 
 def _reader(lines: Iterable[str], delimiter: str, quotes: bool) -> Any:
@@ -256,95 +247,32 @@ def _fit(
     return has_names, share if len(header) > 1 else 0.0, len(header)
 
 
-class _Spans:
-    """Counts fields that span lines, and names those that look like rows merged by a missing quote."""
-
-    def __init__(self, path: Path, delimiter: str, findings: Findings) -> None:
-        self._path, self._delimiter, self._findings = path, delimiter, findings
-        self._n_odd = 0
-
-    def look(self, line: int, row: list[str], n_columns: int) -> None:
-        """Count the fields of a row that begins in this line."""
-        for field in row:
-            lines = _LINE_END.split(field)
-            if len(lines) > 1:
-                self._findings.n_spanning += 1
-                self._findings.first_spanning = self._findings.first_spanning or line
-                like_rows = n_columns > 1 and all(
-                    inner.count(self._delimiter) == n_columns - 1 for inner in lines[1:]
+def _tell_of_spans(
+    path: Path, line: int, row: list[str], n_columns: int, delimiter: str, findings: Findings
+) -> None:
+    """Count the fields of a row from this line on that span lines, and name those that seem to be rows."""
+    for field in row:
+        lines = _LINE_END.split(field)
+        if len(lines) > 1:
+            findings.n_spanning += 1
+            findings.first_spanning = findings.first_spanning or line
+            like_rows = n_columns > 1 and all(inner.count(delimiter) == n_columns - 1 for inner in lines[1:])
+            if like_rows or len(lines) > _MANY_LINES:
+                looks = ", and every further one of them looks like a row" if like_rows else ""
+                reason = (
+                    f"one quoted field takes {len(lines):,} lines from here on{looks}: is a quote missing?"
                 )
-                if like_rows or len(lines) > _MANY_LINES:
-                    self._name(line, len(lines), like_rows)
-            line += len(lines) - 1
-
-    def _name(self, line: int, n_lines: int, like_rows: bool) -> None:
-        self._n_odd += 1
-        if self._n_odd <= _NAMED:
-            looks = ", and every further one of them looks like a row" if like_rows else ""
-            reason = f"one quoted field takes {n_lines:,} lines from here on{looks}: is a quote missing?"
-            self._findings.warnings.add(Problem(shown(self._path), line, 1, reason))
-
-    def tell(self) -> None:
-        if self._n_odd > _NAMED:
-            reason = f"{self._n_odd - _NAMED:,} more fields take as many lines or look like rows"
-            self._findings.warnings.add(Problem(shown(self._path), 0, 0, reason))
+                findings.warnings.add(Problem(shown(path), line, 1, reason))
+        line += len(lines) - 1
 
 
-def _kept_quotes(path: Path, n_texts: int, first: int) -> Problem:
-    """Warning about quoted texts in a table read without quotes: a spreadsheet may have added the quotes."""
-    texts = "1 text begins and ends" if n_texts == 1 else f"{n_texts:,} texts begin and end"
-    reason = (
-        f"{texts} with a double quote, from here on, and keeps it; if the file puts its fields in "
-        "quotes, as spreadsheets do, import it with --quotes"
-    )
-    return Problem(shown(path), first, 1, reason)
-
-
-def _unreadable(
-    path: Path, delimiter: str, first: int, last: int, why: str, quotes: bool, encoding: str
-) -> DataError:
+def _unreadable(path: Path, first: int, last: int, why: str, quotes: bool) -> DataError:
     """Make the error for a row that begins in line ``first`` and could not be read beyond line ``last``."""
-    place = f"{shown(path)}, line {last}"
-    if not quotes:
-        if "field limit" in why:
-            size = f"{MAX_LINE_BYTES // 2**20} MiB"
-            return DataError(
-                f"{place}: a field takes more than {size}, and no record is that long. Cut its text."
-            )
-        return DataError(f"{place}: {why}.")
-    began = _open_quote(path, encoding, delimiter, first, last)
-    field = f"the quoted field that begins in line {began}"
-    remedy = (
-        "Close its quote, or write a quote that belongs to the text twice. If quotes are text like any "
-        f"other in this file: {again('--no-quotes')}"
-    )
-    if "unexpected end" in why:
-        return DataError(f"{shown(path)}, line {began}: {field} has no end. {remedy}")
     if "field limit" in why:
-        size = f"{MAX_LINE_BYTES // 2**20} MiB"
-        return DataError(f"{shown(path)}, line {began}: {field} takes more than {size}. {remedy}")
-    if "expected after" in why:
-        return DataError(f"{place}: text follows the end of {field}. {remedy}")
-    return DataError(f"{place}: {why}. Check the quotes there.")
-
-
-def _open_quote(path: Path, encoding: str, delimiter: str, first: int, last: int) -> int:
-    """Find the line where the last quoted field of these lines begins, by RFC 4180's rules."""
-    began, at_start, inside = first, True, False
-    with open_text(path, encoding, newline="") as file:
-        for number, line in enumerate(itertools.islice(file, first - 1, last), first):
-            place = 0
-            while place < len(line):
-                if inside:
-                    place = line.find('"', place)
-                    if place < 0:
-                        break
-                    if line[place + 1 : place + 2] == '"':
-                        place += 1
-                    else:
-                        inside = False
-                elif at_start and line[place] == '"':
-                    inside, began = True, number
-                at_start = not inside and line[place] in (delimiter, "\r", "\n")
-                place += 1
-    return began
+        why = f"a field takes more than {MAX_LINE_BYTES // 2**20} MiB, and no record is that long"
+    remedy = (
+        "Close the quote that is open there, or write a quote that belongs to the text twice. If quotes are "
+        f"text like any other in this file: {again('--no-quotes')}"
+    )
+    begins = f"the row that begins in line {first} cannot be read"
+    return DataError(f"{shown(path)}, line {last}: {begins} ({why}). {remedy if quotes else 'Cut its text.'}")

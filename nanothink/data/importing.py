@@ -35,7 +35,7 @@ from nanothink.data.decoding import AUTO, is_also_utf8, known_encoding
 from nanothink.data.delimited import Dialect, known_delimiter, table_rows
 from nanothink.data.document_process import DocumentReader
 from nanothink.data.documents import DOCUMENT_SUFFIXES
-from nanothink.data.import_place import ImportCommand, check_place
+from nanothink.data.import_place import check_place
 from nanothink.data.lines import MAX_LINE_BYTES, Problem, shown
 from nanothink.data.record_file import record_file
 from nanothink.data.records import Conversation, Record
@@ -154,21 +154,9 @@ def import_source(
     _check_options(options, sources)
     findings.total = sum(found.size for found in sources)
     path = data_dir / domain / f"{name or own_name or domain}.jsonl"
-    typed = {
-        "--text-field": text_field,
-        "--template": template,
-        "--delimiter": delimiter,
-        "--columns": columns,
-        "--encoding": encoding,
-        "--config-name": config_name,
-        "--split": split if split != "train" else None,
-    }
-    words = [word for option, value in typed.items() if value is not None for word in (option, value)]
-    words += [] if quotes is None else ["--quotes"] if quotes else ["--no-quotes"]
-    words += ["--skip-bad-files"] if skip_bad_files else []
     if not dry_run:
-        command = ImportCommand(names, domain, data_dir, name, tuple(words), overwrite)
-        check_place(command, path, [found.path for found in sources if found.kind != "hub"])
+        files = [found.path for found in sources if found.kind != "hub"]
+        check_place(path, names, files, domain, overwrite=overwrite)
     n_records, preview = 0, tuple[Record, ...]()
     with options.documents:
         if dry_run:

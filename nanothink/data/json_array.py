@@ -84,7 +84,7 @@ def _whole(path: Path, data: bytes) -> Iterator[Any]:
 def _fault(path: Path, before: str, reason: str, lines_before: int = 0) -> DataError:
     line = lines_before + before.count("\n") + 1
     column = len(before) - (before.rfind("\n") + 1) + 1
-    return DataError(f"{shown(path)}:{line}:{column}: not valid JSON, {reason}.")
+    return DataError(f"{shown(path)}:{line}:{column}: {reason}.")
 
 
 def _streamed(path: Path, data: bytes, chunks: Iterator[bytes]) -> Iterator[Any]:

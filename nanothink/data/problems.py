@@ -204,19 +204,21 @@ _NO_STRING = (
 )
 
 
+def set_aside(path: Path) -> tuple[str, Path]:
+    """A shell command that moves a file of a domain out of the data folder, and where it is then."""
+    root = path.parent.parent if path.parent.parent.name else path.parent.parent.resolve()
+    aside = root.parent / f"{root.name}-originals" / path.parent.name
+    folder = shlex.quote(str(aside))
+    return f"mkdir -p {folder} && mv -n {shlex.quote(str(path))} {folder}/", aside / path.name
+
+
 def _how_to_import(problem: Problem, n_files: int) -> str:
     path = Path(problem.file)
-    domain, root = path.parent.name, path.parent.parent
-    if not root.name:
-        root = root.resolve()
-    aside = root.parent / f"{root.name}-originals" / domain
-    quoted = {name: shlex.quote(str(part)) for name, part in {"aside": aside, "path": path}.items()}
+    step, moved = set_aside(path)
     is_text = problem.text_field != CONVERSATION
     field = ("--text-field", problem.text_field) if is_text else ()
-    moved_in = f"mkdir -p {quoted['aside']} && mv -n {quoted['path']} {quoted['aside']}/ && " + command(
-        *("data", "import", aside / path.name, "--domain", domain),
-        *(*field, "--data-dir", root),
-    )
+    put = ("--domain", path.parent.name, *field, "--data-dir", path.parent.parent)
+    moved_in = f"{step} && {command('data import', moved, *put)}"
     each = f" (and so each of {counted(n_files, 'file')})" if n_files > 1 else ""
     what = f"If `{problem.text_field}` is all of the text" if is_text else "These are conversations"
     return f"{what}{',' if is_text else ':'} move the file away and import it{each}: {moved_in}"

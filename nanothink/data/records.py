@@ -10,7 +10,7 @@ bounded by MAX_LINE_BYTES, not by the file.
 Odd input, each case with a test:
 
     error    invalid UTF-8, escaped lone surrogates, whatever RFC 8259 forbids (NaN, trailing commas,
-             comments, ...), nesting beyond 1,024, a line over MAX_LINE_BYTES, bare CR as line end,
+             comments, ...), nesting beyond some 900, a line over MAX_LINE_BYTES, bare CR as line end,
              a byte-order mark anywhere but at the file's start, UTF-16, cut or damaged compression,
              JSON that is spread over several lines (one error for the file), messages in an odd order
     warning  byte-order mark at the start, blank lines (one warning a file, with their number),

@@ -65,10 +65,16 @@ def test_an_existing_file_is_replaced_only_when_told(tmp_path):
     assert '"new"' in (tmp_path / "out" / "d" / "a.jsonl").read_text()
 
 
-def as_typed(error: pytest.ExceptionInfo[Exception], label: str = "") -> str:
+def typed_instead(said: Any, *words: str) -> str:
+    """The message of an import that is refused."""
+    assert run(["data", "import", *words]) in (1, 2)
+    return str(said.readouterr().err)
+
+
+def as_typed(message: str, label: str = "") -> str:
     """The commands that a message says to type."""
-    lines = [line.strip() for line in str(error.value).splitlines()[1:] if line.strip().startswith(label)]
-    return " && ".join(line.removeprefix(label).strip() for line in lines)
+    lines = [line.strip() for line in message.splitlines()[1:] if line.strip().startswith(label)]
+    return " && ".join(line.removeprefix(label).strip().strip("`") for line in lines)
 
 
 def run_typed(command: str, folder: Path) -> None:
@@ -81,11 +87,10 @@ def run_typed(command: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     "way", ["itself", "symlink", "hardlink", "folder link", "named", "dots", "its domain", "hardlink in it"]
 )
-def test_the_file_that_would_be_written_is_no_source(tmp_path, monkeypatch, way):
+def test_the_file_that_would_be_written_is_no_source(tmp_path, monkeypatch, capsys, way):
     monkeypatch.chdir(tmp_path)
     lines = '{"body": "one", "title": "T"}\n{"bodies": 3}\n'
     target = put(tmp_path, "data/in p/a.jsonl", lines)
-    options: dict[str, Any] = {"text_field": "body", "domain": "in p", "data_dir": "data"}
     source = {
         "itself": target,
         "dots": Path("data/in p/../in p/a.jsonl"),
@@ -99,40 +104,38 @@ def test_the_file_that_would_be_written_is_no_source(tmp_path, monkeypatch, way)
         source.hardlink_to(target)
     elif way == "folder link":
         source.parent.symlink_to(target.parent)
-    options |= {"name": "a"} if way == "named" else {"name": "c"} if way.endswith(("domain", "it")) else {}
-    for overwrite in (False, True):
-        with pytest.raises(UsageError, match="Move it out of the data folder") as error:
-            import_source(source, overwrite=overwrite, **options)
+    name = "c" if way.endswith(("domain", "it")) else "a"
+    words = [str(source), "--domain", "in p", "--text-field", "body", "--name", name]
+    for overwrite in ([], ["--overwrite"]):
+        message = typed_instead(capsys, *words, *overwrite)
+        assert "Move it out of the data folder" in message
         assert target.read_text() == lines
-    run_typed(as_typed(error), tmp_path)
-    written = target.with_name(f"{options.get('name', 'a')}.jsonl")
+    run_typed(as_typed(message), tmp_path)
+    written = target.with_name(f"{name}.jsonl")
     assert [json.loads(line)["text"] for line in written.read_text().splitlines()] == ["one"]
-    assert (tmp_path / "data-originals" / "a.jsonl").read_text() == lines
+    assert (tmp_path / "data-originals" / "in p" / "a.jsonl").read_text() == lines
 
 
-def test_a_link_in_the_place_of_the_file_is_moved_and_its_file_kept(tmp_path, monkeypatch):
+def test_a_link_in_the_place_of_the_file_is_moved_and_its_file_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source = put(tmp_path, "mine/a.jsonl", '{"body": "one"}\n')
-    put(tmp_path, "data-originals/a.jsonl", "taken")
     (tmp_path / "data" / "d").mkdir(parents=True)
     (tmp_path / "data" / "d" / "a.jsonl").symlink_to(source)
-    with pytest.raises(UsageError) as error:
-        import_source(source, domain="d", data_dir="data", text_field="body", overwrite=True)
-    run_typed(as_typed(error), tmp_path)
+    message = typed_instead(capsys, str(source), "--domain", "d", "--text-field", "body", "--overwrite")
+    run_typed(as_typed(message), tmp_path)
     assert source.read_text() == '{"body": "one"}\n'
-    assert (tmp_path / "data-originals" / "a.jsonl").read_text() == "taken"
     assert '"one"' in (tmp_path / "data" / "d" / "a.jsonl").read_text()
 
 
 @pytest.mark.parametrize("source", ["data/d", "data", "data/../data/d/", "link"])
-def test_the_folder_that_would_be_written_into_is_no_source(tmp_path, monkeypatch, source):
+def test_the_folder_that_would_be_written_into_is_no_source(tmp_path, monkeypatch, capsys, source):
     monkeypatch.chdir(tmp_path)
     put(tmp_path, "data/d/a.txt", "A text.")
     (tmp_path / "link").symlink_to(tmp_path / "data" / "d")
-    with pytest.raises(UsageError, match="is the folder that the import writes into") as error:
-        import_source(source, domain="d", data_dir="data")
+    message = typed_instead(capsys, source, "--domain", "d")
+    assert "is the folder that the import writes into" in message
     assert [path.name for path in (tmp_path / "data" / "d").iterdir()] == ["a.txt"]
-    run_typed(as_typed(error), tmp_path)
+    run_typed(message.partition("Write to another: `")[2].partition("`")[0], tmp_path)
     (written,) = (tmp_path / "data-imported" / "d").iterdir()
     assert json.loads(written.read_text())["text"] == "A text."
 
@@ -149,32 +152,30 @@ def test_the_data_folder_inside_a_source_is_left_out(tmp_path, monkeypatch):
     assert any("it is the data folder" in warning.reason for warning in report.findings.warnings.named())
 
 
-def test_two_sources_of_one_name_are_both_kept_by_the_command_that_is_said(tmp_path, monkeypatch):
+def test_two_sources_of_one_name_are_both_kept_by_the_command_that_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for folder in ("x", "y y", "z"):
         put(tmp_path, f"{folder}/notes.csv", f"id,body\n1,{folder}\n")
-    options: dict[str, Any] = {"domain": "d", "data_dir": "my data", "text_field": "body", "quotes": False}
-    import_source("x/notes.csv", **options)
+    words = ["--domain", "d", "--data-dir", "my data", "--text-field", "body", "--no-quotes"]
+    assert run(["data", "import", "x/notes.csv", *words]) == 0
     for source in ("y y/notes.csv", "z/notes.csv"):
-        with pytest.raises(StorageError, match="exists already") as error:
-            import_source(source, **options)
-        run_typed(as_typed(error, "keep both:"), tmp_path)
+        message = typed_instead(capsys, source, *words)
+        run_typed(as_typed(message, "keep both:"), tmp_path)
     written = {path.name: json.loads(path.read_text())["text"] for path in Path("my data/d").iterdir()}
     assert written == {"notes.jsonl": "x", "notes-2.jsonl": "y y", "notes-3.jsonl": "z"}
-    run_typed(as_typed(error, "replace it:"), tmp_path)
+    run_typed(as_typed(message, "replace it:"), tmp_path)
     assert json.loads(Path("my data/d/notes.jsonl").read_text())["text"] == "z"
 
 
 @pytest.mark.parametrize("name", ["Smith, J.txt", "a\nb.txt", "a\\b.txt", "é" * 122 + ".txt"])
-def test_whatever_the_name_of_a_source_the_command_that_keeps_both_works(tmp_path, monkeypatch, name):
+def test_whatever_the_name_of_a_source_the_command_that_keeps_both_works(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     for text in ("one", "two"):
         Path(name).write_text(text)
         with contextlib.suppress(StorageError):
             import_source(name, domain="d", data_dir="data")
-    with pytest.raises(StorageError, match="exists already") as error:
-        import_source(name, domain="d", data_dir="data")
-    typed = str(error.value).partition("keep both:")[2].partition("\n  replace it:")[0]
+    message = typed_instead(capsys, name, "--domain", "d")
+    typed = message.partition("keep both:")[2].partition("\n  replace it:")[0].strip().strip("`")
     assert run(shlex.split(typed)[1:]) == 0
     assert sorted(json.loads(p.read_text())["text"] for p in Path("data/d").iterdir()) == ["one", "two"]
 

@@ -117,7 +117,7 @@ def test_every_command_says_which_bad_lines_it_left_out(
     assert run(["data", "import", "rows.jsonl", "--domain", "rows", "--overwrite"]) == 1
     errors = said()[1].splitlines()
     assert len(errors) == 2
-    assert errors[0].startswith("error: rows.jsonl:2:1: `nonsense` is not a JSON value")
+    assert errors[0].startswith("error: rows.jsonl:2:1: not JSON: expecting value, found `nonsense`")
     assert errors[0].endswith("(30 times: rows.jsonl: 2-31)")
     assert errors[1] == "warning: 30 rows left out, as said above."
 
@@ -134,7 +134,9 @@ def test_bad_lines_are_grouped_or_all_named(said: Said, tmp_path: Path) -> None:
     assert told[0] == (
         f"{where}:3:10: `text` is empty; a record needs some text (300 times: {tmp_path}/a/x.jsonl: 3-302)"
     )
-    assert told[1].startswith(f"{where}:303:2: a key must stand in double quotes, found a")
+    assert told[1].startswith(
+        f"{where}:303:2: not JSON: expecting property name enclosed in double quotes, found `a`"
+    )
     assert told[21].startswith(f"{where}:303:2: 10 more like this: ")
     assert told[22].startswith(f"{where}:335:1: a record must be a JSON object, not an array")
     assert len(told) == 23
