@@ -7,6 +7,7 @@ program.py       the list, written once for a decoding state
 steps.py         the steps of all models as such lists
 compiled.py      running a list by one call into C++ (operations.cpp), built at first use
 plain.py         the same in PyTorch, where there is no compiler
+one_row.py       the same in NumPy, for one token at a time
 
 Weights are read where they lie in the model, float32 and unfused, so that they are never out of date. A
 program serves what it knows: a CPU, float32, no autocast, a few rows. Everything else takes the models' own

@@ -1,7 +1,8 @@
 """The operations of a program in PyTorch: without a compiler, and what operations.cpp is tested against.
 
 Each function binds one operation to a number of sequences and new tokens and returns what a run calls, with
-the views made once: one to four small operations of PyTorch are left, without modules or allocations.
+the views made once: one to four small operations of PyTorch are left, without modules or allocations. One
+token of one sequence has its own (one_row.py).
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from nanothink.models.decoding import one_row
 from nanothink.models.decoding.program import Operation, Runner
 
 _FEW_ROWS = 4
@@ -28,6 +32,7 @@ class Run:
     positions: Sequence[int]
     n_new: int
     _rotations: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _token_rotations: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=dict)
 
     @cached_property
     def together(self) -> list[tuple[slice, int]]:
@@ -48,6 +53,19 @@ class Run:
                 c, s = cos[rows], sin[rows]
             self._rotations[key] = (torch.stack([c, c], 1)[:, None], torch.stack([-s, s], 1)[:, None])
         return self._rotations[key]
+
+    @cached_property
+    def token(self) -> int:
+        """The only token."""
+        return int(self.tokens)
+
+    def token_rotation(self, cos: Tensor, sin: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The same of the only token as arrays, (2, half) each."""
+        key = cos.data_ptr()
+        if key not in self._token_rotations:
+            c, s = cos[self.positions[0]].numpy(), sin[self.positions[0]].numpy()
+            self._token_rotations[key] = np.stack([c, c]), np.stack([-s, s])
+        return self._token_rotations[key]
 
 
 _Bound: TypeAlias = Callable[[Run], object]
@@ -264,9 +282,12 @@ def bind(operations: Sequence[Operation]) -> Runner:
         batch, n_new = tokens.shape
         if (batch, n_new, every) not in bound:
             own = [_for_every(op) if every and op.kind == "linear" else op for op in operations]
-            bound[batch, n_new, every] = [FUNCTIONS[op.kind](op, batch, n_new) for op in own]
+            calls: Sequence[_Bound | None] = one_row.bind(own) if batch * n_new == 1 else [None] * len(own)
+            bound[batch, n_new, every] = [
+                call or FUNCTIONS[op.kind](op, batch, n_new) for op, call in zip(own, calls, strict=True)
+            ]
         now = Run(tokens.flatten(), positions, n_new)
-        with torch.no_grad():
+        with torch.no_grad(), np.errstate(all="ignore"):
             for call in bound[batch, n_new, every][:n_operations]:
                 call(now)
 

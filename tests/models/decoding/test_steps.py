@@ -143,8 +143,9 @@ def test_a_full_cache_is_an_error() -> None:
         model.step(text(2, 1), model.start(1))
 
 
-def test_grouped_heads_share_their_keys(by: str) -> None:
-    heads, groups, width, room, rows = 6, 2, 5, 12, 2
+@pytest.mark.parametrize("rows", [1, 2])
+def test_grouped_heads_share_their_keys(rows: int, by: str) -> None:
+    heads, groups, width, room = 6, 2, 5, 12
     x, keys, values = (
         torch.randn(rows, heads * width),
         torch.randn(1, groups, room, width),
@@ -159,6 +160,14 @@ def test_grouped_heads_share_their_keys(by: str) -> None:
             query = x[row, head * width : (head + 1) * width]
             weights = (0.4 * (keys[0, g, :seen] @ query)).softmax(0)
             close(y[row, head * width : (head + 1) * width], weights @ values[0, g, :seen])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_gate_far_below_zero_is_shut(rows: int, by: str) -> None:
+    program = decoding.new_program()
+    y = program.gate(torch.full((rows, 3), -1000.0), torch.ones(rows, 3))
+    program.run(torch.zeros(1, rows, dtype=torch.int64), [0])
+    assert not y[:rows].any()
 
 
 def test_what_programs_do_not_know_takes_the_models_own_step() -> None:
