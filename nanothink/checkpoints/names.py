@@ -6,7 +6,7 @@
     <stem>_epoch<N>.dcp/                epoch        the same as a folder, written by several processes
     <stem>_interrupted<G>.dcp/          interrupted  the same; G counts them, so that each is a new folder
     .<file name>.<...>.tmp              a write under way, or left by a killed one
-    .<stem>.lock, .<stem>.holder        lock of the run that writes this stem
+    .<stem>.lock                        lock of the run that writes this stem
     replaced/<stem>-<time>/             checkpoints displaced by ``--overwrite`` or by changed data
 
 A stem can't end in ``_epoch<N>`` or ``_interrupted``, so a file name belongs to exactly one stem.

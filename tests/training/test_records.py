@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanothink.errors import DataError
-from nanothink.training.records import read_run
+from nanothink.training.records import _object, _rows, read_run
 
 
 def write_run(folder: Path, *lines: str) -> Path:
@@ -89,3 +89,10 @@ def test_what_is_no_run_is_refused(tmp_path: Path, text: str | None) -> None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(DataError, match=r"holds no records of a run.*checkpoints/runs"):
         read_run(tmp_path)
+
+
+def test_json_that_is_nested_too_deeply_says_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("[" * 4000 + '\n{"step": 1}\n')
+    assert _object(path) is None
+    assert list(_rows(path)) == [None, {"step": 1}]
