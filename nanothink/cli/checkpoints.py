@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,9 +19,6 @@ from nanothink.cli.options import (
     option,
 )
 from nanothink.suggestions import command
-
-if TYPE_CHECKING:
-    from nanothink.runs.exporting_gguf import GgufExport
 
 app = typer.Typer(
     help="List, show, verify, prune, import, export and push checkpoints.",
@@ -231,18 +228,12 @@ def import_(
             overwrite=overwrite,
             reporter=reporter,
         )
-    if as_json:
-        render.print_json(done)
-        return
     asked = ["--chat", "Who are you?"] if done.answers else ["Once upon a time"]
     rows = [
         ["source", f"{done.source} ({done.family})"],
         ["licence", done.licence or "not stated by its files"],
         ["kind", done.kind],
-        [
-            "parameters",
-            f"{render.count(done.n_parameters)}, {done.matrix_type} ({render.size(done.n_bytes)})",
-        ],
+        _parameters(done.n_parameters, done.matrix_type, done.n_bytes),
         [
             "context",
             "any length" if done.context_length is None else f"{render.count(done.context_length)} tokens",
@@ -254,7 +245,7 @@ def import_(
         ],
         ["try it", command("generate", *asked, "-c", done.path)],
     ]
-    render.facts(rows, title=str(done.path))
+    render.result(done, rows, title=done.path, as_json=as_json)
 
 
 @app.command(cls=ForgivingCommand)
@@ -285,59 +276,45 @@ def export(
     from nanothink.cli import render
     from nanothink.errors import UsageError
     from nanothink.runs.evaluating import newest_finished
-    from nanothink.runs.exporting import export_checkpoint
-    from nanothink.runs.exporting_gguf import export_gguf
+    from nanothink.runs.exporting import Export, export_checkpoint
+    from nanothink.runs.exporting_gguf import GgufExport, export_gguf
 
     if quantize != "f32" and format != "gguf":
         raise UsageError(f"--quantize {quantize} goes with --format gguf; a model folder is float32.")
     with render.reporting() as reporter:
         path = checkpoint or newest_finished(checkpoint_dir, reporter)
+        done: Export | GgufExport
         if format == "gguf":
-            gguf = export_gguf(path, to, quantization=quantize, overwrite=overwrite, reporter=reporter)
+            done = export_gguf(path, to, quantization=quantize, overwrite=overwrite, reporter=reporter)
         else:
             done = export_checkpoint(path, to, overwrite=overwrite, reporter=reporter)
-    if format == "gguf":
-        _print_gguf(gguf, as_json)
-        return
-    for line in done.notes:
-        render.warning(f"{path}: {line}")
-    if as_json:
-        render.print_json(done)
-        return
-    rows = [
-        ["checkpoint", str(done.checkpoint)],
-        ["kind", done.kind],
-        ["opens as", done.architecture or "a model of NanoThink's own"],
-        ["parameters", f"{render.count(done.n_parameters)}, float32"],
-        ["files", f"{', '.join(done.files)} ({render.size(done.n_bytes)})"],
-        ["from Python", done.how_to_load],
-        ["for other programs", command("serve", done.folder)],
-    ]
-    render.facts(rows, title=str(done.folder))
+    rows = [["checkpoint", str(path)], ["kind", done.kind]]
+    if isinstance(done, GgufExport):
+        title = done.file
+        rows += [
+            _parameters(done.n_parameters, done.quantization, done.n_bytes),
+            ["llama.cpp", f"llama-completion -m {done.file} -p 'Once upon a time'"],
+            ["Ollama", f"ollama create {done.file.stem} -f {done.modelfile}"],
+        ]
+    else:
+        title = done.folder
+        rows += [
+            ["opens as", done.architecture or "a model of NanoThink's own"],
+            ["parameters", f"{render.count(done.n_parameters)}, float32"],
+            ["files", f"{', '.join(done.files)} ({render.size(done.n_bytes)})"],
+            ["from Python", done.how_to_load],
+            ["for other programs", command("serve", done.folder)],
+        ]
+    render.result(done, rows, title=title, as_json=as_json, notes=(f"{path}: {line}" for line in done.notes))
 
 
 app.command(cls=ForgivingCommand)(push.push)
 
 
-def _print_gguf(done: GgufExport, as_json: bool) -> None:
+def _parameters(n_parameters: int, types: str, n_bytes: int) -> list[str]:
     from nanothink.cli import render
 
-    for line in done.notes:
-        render.warning(f"{done.checkpoint}: {line}")
-    if as_json:
-        render.print_json(done)
-        return
-    rows = [
-        ["checkpoint", str(done.checkpoint)],
-        ["kind", done.kind],
-        [
-            "parameters",
-            f"{render.count(done.n_parameters)}, {done.quantization} ({render.size(done.n_bytes)})",
-        ],
-        ["llama.cpp", f"llama-completion -m {done.file} -p 'Once upon a time'"],
-        ["Ollama", f"ollama create {done.file.stem} -f {done.modelfile}"],
-    ]
-    render.facts(rows, title=str(done.file))
+    return ["parameters", f"{render.count(n_parameters)}, {types} ({render.size(n_bytes)})"]
 
 
 def _origin(imported: Any) -> dict[str, str]:

@@ -22,7 +22,4 @@ def doctor(
 
     with render.reporting() as reporter:
         findings = examine(device, checkpoint_dir, reporter)
-    if as_json:
-        render.print_json(findings)
-    else:
-        render.facts(findings.items())
+    render.result(findings, findings.items(), title="", as_json=as_json)

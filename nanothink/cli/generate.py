@@ -10,27 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nanothink.cli import completion
-from nanothink.cli.options import (
-    CheckpointDir,
-    Device,
-    DocumentCache,
-    ForgivingCommand,
-    Json,
-    NoVectorStore,
-    Quantize,
-    argument,
-    examples,
-    flag,
-    option,
-)
+from nanothink.cli.generate_options import Sampling, Way, check_options
+from nanothink.cli.options import ForgivingCommand, Json, UsedModel, argument, examples, grouped, option
 from nanothink.suggestions import suggest
 
 if TYPE_CHECKING:
     from nanothink.runs.trained_model import TrainedModel
-
-
-CHAT_TOKENS = 512
-"""Most tokens of an answer by default; a model ends most of them by itself."""
 
 EXAMPLES = examples(
     'generate "Once upon a time" -n 200 --seed 1',
@@ -45,6 +30,7 @@ def register(app: typer.Typer) -> None:
     app.command(cls=ForgivingCommand, epilog=EXAMPLES)(generate)
 
 
+@grouped
 def generate(
     prompt: Annotated[
         list[str] | None,
@@ -64,66 +50,10 @@ def generate(
             complete=completion.checkpoints,
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, option("N", "Tokens to write. [default: 128; 512 with --chat]", "--max-new-tokens", "-n")
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        option("T", "0 always takes the likeliest token. [default: 0.8; 0 with DDIM]", "--temperature", "-t"),
-    ] = None,
-    top_k: Annotated[
-        int | None, option("K", "Choose among the K likeliest; 0 for all. [default: 50]")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        option("P", "Choose among the likeliest that together have this probability. [default: 1]"),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, option("X", "Above 1, the last 64 tokens become less likely. [default: 1]")
-    ] = None,
-    seed: Annotated[
-        int | None, option("N", "Same seed, same text; prompt i takes N + i. [default: none]")
-    ] = None,
-    ignore_eos: Annotated[bool, flag("--ignore-eos", "Continue past the end of a text.")] = False,
-    stop: Annotated[
-        list[str] | None, option("TEXT", "End before this text; repeatable. [default: none]", "--stop")
-    ] = None,
-    ddim: Annotated[
-        bool, flag("--ddim", "A diffuser: denoise every token from drawn noise, by DDIM.")
-    ] = False,
-    ddim_steps: Annotated[
-        int | None,
-        option("N", "The same, in this many evaluations a token. [default: the model's, 10]", min=1),
-    ] = None,
-    denoise: Annotated[
-        bool, flag("--denoise", "A diffuser: hide the prompt behind noise and rebuild it, by level.")
-    ] = False,
-    levels: Annotated[
-        list[int] | None,
-        option("T", "Noise level for --denoise; repeatable. [default: a spread of them]", "--level"),
-    ] = None,
-    show_routing: Annotated[
-        bool,
-        flag(
-            "--show-routing",
-            "A NanoThink: show the expert, or vector store, with the most weight at each token.",
-        ),
-    ] = False,
-    interactive: Annotated[
-        bool,
-        flag("--interactive", "Write in turns with the model, in the terminal.", "-i"),
-    ] = False,
-    chat: Annotated[
-        bool, flag("--chat", "Answer the prompt, by the model's chat template; see --interactive.")
-    ] = False,
-    system: Annotated[
-        str | None, option("TEXT", "With --chat: what the model is told first. [default: none]", "--system")
-    ] = None,
-    no_vector_store: NoVectorStore = False,
-    document_cache: DocumentCache = False,
-    quantize: Quantize = None,
-    checkpoint_dir: CheckpointDir = Path("checkpoints"),
-    device: Device = None,
+    *,
+    sampling: Sampling,
+    way: Way,
+    used: UsedModel,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, or answer it, with any checkpoint."""
@@ -132,91 +62,52 @@ def generate(
     from nanothink.inference.sampling import sampling_config
     from nanothink.models import COMBINED
     from nanothink.runs.evaluating import newest_finished
-    from nanothink.runs.trained_model import load
 
-    asked: dict[str, Any] = {
-        "max_new_tokens": CHAT_TOKENS if chat and max_new_tokens is None else max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop_at_eos": False if ignore_eos else None,
-    }
-    if interactive:
+    if way.interactive:
         from nanothink.cli.conversation import talk
         from nanothink.cli.interactive import require_terminal, write_in_turns
 
         require_terminal()
-    by_ddim = ddim or ddim_steps is not None
-    to_chat = "--chat is for answers that are written plainly, without --denoise, --ddim, --show-routing."
-    to_route = "--show-routing is for models that combine experts; --denoise and --ddim are not."
-    to_stop = "--stop is for text that is written plainly, without --show-routing or --denoise."
-    in_turns = "--interactive takes at most one prompt, and neither --denoise nor --json."
-    one_prompt = not prompt or (len(prompt) == 1 and prompt != ["-"])
-    _refuse(
-        (chat and (denoise or show_routing or by_ddim), to_chat),
-        (show_routing and (denoise or by_ddim), to_route),
-        (stop and (show_routing or denoise), to_stop),
-        (interactive and (denoise or as_json or not one_prompt), in_turns),
-        (stop and not all(stop), "--stop needs some text."),
-        (system is not None and not chat, "--system is for --chat."),
-        (levels and not denoise, "--level is for --denoise."),
-    )
+    check_options(prompt, sampling, way, as_json=as_json)
     prompts = [_read(text) for text in prompt] if prompt else [_piped()]
-    if chat and not interactive and not all(text.strip() for text in prompts):
+    if way.chat and not way.interactive and not all(text.strip() for text in prompts):
         raise UsageError(f"--chat needs a message: {suggest('generate Hello --chat')}")
-    if denoise and (len(prompts) > 1 or not prompts[0]):
+    if way.denoise and (len(prompts) > 1 or not prompts[0]):
         passage = suggest("generate", "Some text", "--denoise")
         raise UsageError(f"--denoise needs one passage to rebuild: {passage}")
-    sampling = {name: value for name, value in asked.items() if value is not None}
-    sampling_config(**sampling)  # raises for a bad value before anything is loaded or printed
-    if by_ddim:
-        sampling["ddim_steps"] = ddim_steps or 0
-    kind = "diffuser" if denoise or "ddim_steps" in sampling else COMBINED if show_routing else None
+    settings, stop = sampling.settings(chat=way.chat), sampling.stop or ()
+    sampling_config(**settings)  # raises for a bad value before anything is loaded or printed
+    if way.by_ddim:
+        settings["ddim_steps"] = way.ddim_steps or 0
+    kind = "diffuser" if way.denoise or way.by_ddim else COMBINED if way.show_routing else None
     with render.reporting() as reporter:
-        path = checkpoint or newest_finished(checkpoint_dir, reporter, kind=kind)
-        loaded = load(
-            path,
-            device=device,
-            vector_store=not no_vector_store,
-            document_cache=document_cache,
-            quantize=quantize,
-            reporter=reporter,
-        )
+        path = checkpoint or newest_finished(used.checkpoint_dir, reporter, kind=kind)
+        loaded = used.load(path, reporter)
     for line in loaded.notes:
         render.note(line)
-    if "ddim_steps" in sampling and loaded.kind != "diffuser":  # before the prompt is shown
+    if way.by_ddim and loaded.kind != "diffuser":  # before the prompt is shown
         raise UsageError(f"{path} holds a {loaded.kind}; only a diffuser can denoise.")
-    if interactive and chat:
-        talk(loaded, prompts[0], sampling, stop=stop or (), system=system)
+    if way.interactive and way.chat:
+        talk(loaded, prompts[0], settings, stop=stop, system=way.system)
         return
-    if interactive:
-        write_in_turns(loaded, prompts[0], sampling, stop=stop or (), show_routing=show_routing)
+    if way.interactive:
+        write_in_turns(loaded, prompts[0], settings, stop=stop, show_routing=way.show_routing)
         return
-    if denoise:
-        _rebuild(loaded, prompts[0], levels, seed or 0, sampling.get("ddim_steps", 1), as_json=as_json)
+    if way.denoise:
+        seed, steps = sampling.seed or 0, settings.get("ddim_steps", 1)
+        _rebuild(loaded, prompts[0], way.levels, seed, steps, as_json=as_json)
         return
     for text in prompts:
         if loss := loaded.tokenizer.loss(text):
             render.warning(f"The tokenizer loses a part of the prompt: {loss}.")
-    if show_routing:
-        _generate_routed(loaded, prompts, sampling, as_json=as_json)
-    elif chat:
-        first = [] if system is None else [{"role": "system", "content": system}]
+    if way.show_routing:
+        _generate_routed(loaded, prompts, settings, as_json=as_json)
+    elif way.chat:
+        first = [] if way.system is None else [{"role": "system", "content": way.system}]
         conversations = [[*first, {"role": "user", "content": text}] for text in prompts]
-        _write(loaded, conversations, {"stop": stop or (), **sampling}, as_json=as_json)
+        _write(loaded, conversations, {"stop": stop, **settings}, as_json=as_json)
     else:
-        _write(loaded, prompts, {"stop": stop or (), **sampling}, as_json=as_json)
-
-
-def _refuse(*combinations: tuple[object, str]) -> None:
-    """Raise UsageError for the first combination of options that was given; each has its message."""
-    from nanothink.errors import UsageError
-
-    for given, message in combinations:
-        if given:
-            raise UsageError(message)
+        _write(loaded, prompts, {"stop": stop, **settings}, as_json=as_json)
 
 
 def _rebuild(

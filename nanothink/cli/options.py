@@ -13,7 +13,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -29,6 +29,8 @@ from nanothink.suggestions import suggest
 if TYPE_CHECKING:
     from nanothink.config import DataConfig
     from nanothink.config.run import ResolvedConfig
+    from nanothink.reporter import Reporter
+    from nanothink.runs.trained_model import TrainedModel
     from nanothink.training.launch import Launch
 
 NEWEST = "newest"
@@ -267,31 +269,30 @@ DryRun = Annotated[bool, flag("--dry-run", "Estimate time, memory and disk, and 
 Json = Annotated[bool, flag("--json", "Print one JSON object for scripts.")]
 
 
-def takes(group: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add the fields of the dataclass ``group`` to a command's options.
-
-    The command receives them as one object, its last parameter.
-    """
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        *own, last = inspect.signature(command, eval_str=True).parameters.values()
+def grouped(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a command take options in groups: a parameter that is a dataclass stands for one option a field."""
+    options: list[inspect.Parameter] = []
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        group = parameter.annotation
+        if not is_dataclass(group):
+            options.append(parameter)
+            continue
         hints = get_type_hints(group, include_extras=True)
-        shared = [
-            last.replace(name=field.name, default=field.default, annotation=hints[field.name])
+        groups[parameter.name] = group, [field.name for field in fields(group)]
+        options += [
+            parameter.replace(name=field.name, default=field.default, annotation=hints[field.name])
             for field in fields(group)
         ]
 
-        @functools.wraps(command)
-        def call(**given: Any) -> Any:
-            chosen = group(**{option.name: given.pop(option.name) for option in shared})
-            return command(**given, **{last.name: chosen})
+    @functools.wraps(command)
+    def call(**given: Any) -> Any:
+        made = {name: group(**{o: given.pop(o) for o in own}) for name, (group, own) in groups.items()}
+        return command(**given, **made)
 
-        parameters = [*own, *shared]
-        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return call
-
-    return decorate
+    call.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    call.__annotations__ = {option.name: option.annotation for option in options}
+    return call
 
 
 @dataclass(frozen=True)
@@ -313,6 +314,29 @@ class NewRun:
     skip_bad_records: SkipBadRecords = False
     dry_run: DryRun = False
     as_json: Json = False
+
+
+@dataclass(frozen=True)
+class UsedModel:
+    """Options of the commands that write with trained models: where they are, and how they run."""
+
+    no_vector_store: NoVectorStore = False
+    document_cache: DocumentCache = False
+    quantize: Quantize = None
+    checkpoint_dir: CheckpointDir = Path("checkpoints")
+    device: Device = None
+
+    def load(self, path: Path, reporter: Reporter) -> TrainedModel:
+        from nanothink.runs.trained_model import load
+
+        return load(
+            path,
+            device=self.device,
+            vector_store=not self.no_vector_store,
+            document_cache=self.document_cache,
+            quantize=self.quantize,
+            reporter=reporter,
+        )
 
 
 def launch() -> Launch | None:

@@ -23,11 +23,11 @@ from nanothink.cli.options import (
     configure_from,
     examples,
     flag,
+    grouped,
     is_first_process,
     launch,
     option,
     refuse_early,
-    takes,
 )
 from nanothink.cli.suggestions import called_as, command_of_run
 from nanothink.errors import DataError, StorageError
@@ -53,7 +53,7 @@ def register(app: typer.Typer) -> None:
     app.command(cls=ForgivingCommand, epilog=RESUME_EXAMPLES)(resume)
 
 
-@takes(NewRun)
+@grouped
 def pretrain(
     kind: Annotated[
         str,

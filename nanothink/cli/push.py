@@ -58,11 +58,6 @@ def push(
             device=device,
             reporter=reporter,
         )
-    for line in done.notes:
-        render.warning(f"{path}: {line}")
-    if as_json:
-        render.print_json(done)
-        return
     rows = [
         ["checkpoint", str(done.checkpoint)],
         ["kind", done.kind],
@@ -74,9 +69,10 @@ def push(
         ],
         ["address", done.url or "nothing was uploaded (--dry-run)"],
     ]
-    if dry_run:
+    if dry_run and not as_json:
         render.say(done.card)
-    render.facts(rows, title=done.repository)
+    notes = (f"{path}: {line}" for line in done.notes)
+    render.result(done, rows, title=done.repository, as_json=as_json, notes=notes)
 
 
 def _asked(imported: str | None) -> str:

@@ -9,14 +9,11 @@ import typer
 
 from nanothink.cli import completion
 from nanothink.cli.options import (
-    CheckpointDir,
-    Device,
-    DocumentCache,
     ForgivingCommand,
-    NoVectorStore,
-    Quantize,
+    UsedModel,
     argument,
     examples,
+    grouped,
     option,
 )
 from nanothink.suggestions import install
@@ -32,6 +29,7 @@ def register(app: typer.Typer) -> None:
     app.command(cls=ForgivingCommand, epilog=EXAMPLES)(serve)
 
 
+@grouped
 def serve(
     checkpoint: Annotated[
         list[Path] | None,
@@ -68,11 +66,8 @@ def serve(
     max_tokens: Annotated[
         int, option("N", "Longest text that can be asked for.", "--max-tokens", min=1)
     ] = 4096,
-    no_vector_store: NoVectorStore = False,
-    document_cache: DocumentCache = False,
-    quantize: Quantize = None,
-    checkpoint_dir: CheckpointDir = Path("checkpoints"),
-    device: Device = None,
+    *,
+    used: UsedModel,
 ) -> None:
     """Serve models by OpenAI's API, with a playground.
 
@@ -88,7 +83,6 @@ def serve(
             raise
         raise UsageError(f"The server needs two more packages: {install('nanothink[serve]')}") from None
     from nanothink.runs.evaluating import finished_checkpoints
-    from nanothink.runs.trained_model import load
     from nanothink.serve.endpoints import Limits
 
     access = server.access(host, api_key, allow_origin or ())
@@ -100,20 +94,10 @@ def serve(
             raise UsageError(f"The chat template cannot be read: {error}.") from None
     bound = server.listen(host, port)
     with render.reporting() as reporter:
-        paths = checkpoint or finished_checkpoints(checkpoint_dir, reporter)
+        paths = checkpoint or finished_checkpoints(used.checkpoint_dir, reporter)
         if not checkpoint:
             paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        loaded = [
-            load(
-                path,
-                device=device,
-                vector_store=not no_vector_store,
-                document_cache=document_cache,
-                quantize=quantize,
-                reporter=reporter,
-            )
-            for path in paths
-        ]
+        loaded = [used.load(path, reporter) for path in paths]
     models = server.served_models(loaded, template)
     for model in loaded:
         for line in model.notes:

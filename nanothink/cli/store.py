@@ -24,8 +24,8 @@ from nanothink.cli.options import (
     domain_names,
     examples,
     flag,
+    grouped,
     option,
-    takes,
 )
 from nanothink.suggestions import suggest
 
@@ -75,7 +75,7 @@ class Source:
 
 
 @app.command(cls=ForgivingCommand)
-@takes(Source)
+@grouped
 def build(
     expert: Annotated[
         list[Path] | None,
@@ -129,7 +129,7 @@ def build(
 
 
 @app.command(cls=ForgivingCommand, epilog=examples("store add data --domains recipes"))
-@takes(Source)
+@grouped
 def add(
     data_dir: Annotated[str, argument("DATA_DIR", "Folder with one folder of JSONL files per domain.")],
     domains: Domains = None,
@@ -172,7 +172,7 @@ def add(
 
 
 @app.command(cls=ForgivingCommand)
-@takes(Source)
+@grouped
 def info(source: Source) -> None:
     """Show what a vector store holds; every byte is verified."""
     from nanothink.cli import render
@@ -185,7 +185,7 @@ def info(source: Source) -> None:
 
 
 @app.command(cls=ForgivingCommand, epilog=examples('store search "In the beginning"'))
-@takes(Source)
+@grouped
 def search(
     text: Annotated[str, argument("TEXT", "Text whose end is the query.")],
     neighbours: Annotated[int, option("N", "Passages to show.", "--neighbours", "-k", min=1)] = 8,
@@ -212,7 +212,7 @@ def search(
 
 
 @app.command(cls=ForgivingCommand)
-@takes(Source)
+@grouped
 def compact(
     similarity: Annotated[
         float, option("X", "Keys at least so similar are merged.", min=0.5, max=1.0)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nanothink.cli import completion
-from nanothink.cli.options import ForgivingCommand, NewRun, examples, flag, option, takes
+from nanothink.cli.options import ForgivingCommand, NewRun, examples, flag, grouped, option
 from nanothink.cli.pretrain import start
 
 EXAMPLES = examples(
@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
     app.command("train-mla", cls=ForgivingCommand, epilog=EXAMPLES)(train_mla)
 
 
-@takes(NewRun)
+@grouped
 def train_mla(
     expert: Annotated[
         list[Path] | None,

@@ -32,5 +32,5 @@ from nanothink.cli.render.results import (
     training_summary,
 )
 from nanothink.cli.render.store import compaction, hits, store_facts
-from nanothink.cli.render.tables import facts, fits, histogram, table
+from nanothink.cli.render.tables import facts, fits, histogram, result, table
 from nanothink.cli.render.training import training_view

@@ -7,13 +7,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich import box
 from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 from rich.text import Text
 
-from nanothink.cli.render.console import count, out, printable, say
+from nanothink.cli.render.console import count, out, print_json, printable, say, warning
 
 Row = Sequence[str | Text]
 
@@ -69,6 +70,18 @@ def facts(rows: Iterable[Sequence[object]], *, title: str = "") -> None:
     else:
         for line in _aligned(["", ""], texts, heading=False):
             say(line)
+
+
+def result(
+    found: Any, rows: Iterable[Sequence[object]], *, title: object, as_json: bool, notes: Iterable[str] = ()
+) -> None:
+    """Print what a command has made: as JSON, or as names and values; ``notes`` are warnings before it."""
+    for line in notes:
+        warning(line)
+    if as_json:
+        print_json(found)
+    else:
+        facts(rows, title=str(title))
 
 
 def fits(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bool:
