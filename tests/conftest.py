@@ -19,6 +19,9 @@ from forking_shell import ForkingShell, quick
 # Tests run beside one another and compare bits: one thread, no network, no settings from outside.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Compiled once for all processes of the suite and for the next run of it: half of what collecting takes.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["COLUMNS"] = "200"  # pytest-xdist sets its own, and tables would be cut to it
 if threading.current_thread() is threading.main_thread():
     # A shell that starts the tests in the background ignores SIGINT, and nohup SIGHUP; children inherit that.

@@ -138,6 +138,8 @@ class Ended:
     """From the moment at which it struck itself."""
     codes: tuple[int, ...] = ()
     """Exit codes of all processes, by rank."""
+    said_by_others: str = ""
+    """Both outputs of every process but the first."""
 
 
 class Running(Protocol):
@@ -204,7 +206,11 @@ class Process:
         struck = Path(f"{self._files[1]}.struck")
         to_end = self._ended - float(struck.read_text()) if struck.exists() else None
         stdout, stderr = (file.read_text(errors="replace") for file in self._files)
-        return Ended(self._code, stdout, stderr, to_end, tuple(self._codes))
+        ranks = range(1, len(self._codes))
+        others = [
+            Path(f"{file}.{rank}").read_text(errors="replace") for rank in ranks for file in self._files
+        ]
+        return Ended(self._code, stdout, stderr, to_end, tuple(self._codes), "".join(others))
 
 
 class CommandServer:

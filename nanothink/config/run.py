@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ class ResolvedConfig:
     sources: Mapping[str, str]
 
 
-def known_settings() -> dict[str, str]:
+@cache
+def known_settings() -> Mapping[str, str]:
     """Every ``section.key`` with its one-sentence description."""
     return {
         f"{section}.{key}": " ".join((field.description or "").split())
