@@ -219,28 +219,14 @@ def cannot_write(path: Path, error: OSError, needed: int) -> StorageError:
             free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
         except OSError:
             free = "how much is free is unknown"
-        what = {
-            errno.EDQUOT: "your disk quota is used up",
-            errno.EFBIG: "the file-size limit is reached",
-        }.get(error.errno, "the disk is full")
         remedy = (
-            f"about {needed:,} bytes are needed, {free}. Make room "
+            f"About {needed:,} bytes are needed, {free}. Make room "
             f"({suggest('checkpoints prune')} removes old snapshots) or choose another "
             "--checkpoint-dir, then resume with --resume"
         )
-    elif error.errno == errno.EROFS:
-        what, remedy = "the disk is read-only", "Choose another --checkpoint-dir"
-    elif error.errno in (errno.EACCES, errno.EPERM):
-        what = "no permission to write there"
-        remedy = f"Give yourself write access to {path.parent} or choose another --checkpoint-dir"
-    elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-        what, remedy = (
-            f"something else is in the way ({reason})",
-            "Move it or choose another --checkpoint-dir",
-        )
     else:
-        what, remedy = f"the disk reports: {reason}", "Check the disk or choose another --checkpoint-dir"
-    return StorageError(f"{path}: cannot be written: {what}. {kept}. {remedy[0].upper()}{remedy[1:]}")
+        remedy = "Check the disk and who may write there, or choose another --checkpoint-dir"
+    return StorageError(f"{path}: cannot be written: {reason}. {kept}. {remedy}")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -313,7 +299,8 @@ def _read(path: Path, read: Callable[[BinaryIO], T]) -> T:
         raise CheckpointNotFoundError(_not_found(path)) from None
     except IsADirectoryError:
         raise CheckpointNotFoundError(
-            f"{path}: is a folder; give one of the checkpoints in it. {_whats_in(path)}"
+            f"{path}: is a folder; give one of the checkpoints in it. {_whats_in(path)}. To resume the "
+            f"latest run in it, name no checkpoint, and the folder by --checkpoint-dir {path}"
         ) from None
     except OSError as error:
         raise StorageError(

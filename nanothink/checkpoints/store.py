@@ -40,6 +40,7 @@ from nanothink.disk import (
     remove,
     sync_folder,
     temporary_path,
+    try_to_write,
     whole_file,
 )
 from nanothink.errors import (
@@ -239,6 +240,7 @@ class CheckpointStore:
             try:
                 make_folder(self.folder)
                 stack.enter_context(held(lock_path, reporter))
+                try_to_write(self.folder)  # a lock that is there already needs no right to write
             except HeldError as error:
                 raise CheckpointBusyError(
                     f"{self.folder}: another run is writing '{self.stem}'{error}. Wait for it, stop it, or "

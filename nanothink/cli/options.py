@@ -24,7 +24,6 @@ from nanothink.cli import completion
 from nanothink.cli.suggestions import calling, completed
 from nanothink.errors import NanoThinkError, StorageError, UsageError
 from nanothink.models import COMBINED
-from nanothink.suggestions import suggest
 
 if TYPE_CHECKING:
     from nanothink.config import DataConfig
@@ -45,8 +44,6 @@ class ForgivingCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         takes_kind = any(p.name == "kind" for p in self.params)
         filled = fill_bare_resume([_hyphenated(a) for a in args], takes_kind=takes_kind)
-        if not ctx.resilient_parsing:  # completion
-            _refuse_folder(filled, ctx.command_path)
         return super().parse_args(ctx, filled)
 
     def invoke(self, ctx: Any) -> Any:
@@ -152,26 +149,6 @@ def _is_kind(word: str) -> bool:
     from nanothink.models import EXPERTS
 
     return word.replace("-", "_") in EXPERTS
-
-
-def _refuse_folder(args: list[str], command: str) -> None:
-    """Refuse a folder as the value of ``--resume``, with the command that resumes the latest run in it."""
-    values = [args[i + 1] for i, argument in enumerate(args[:-1]) if argument == "--resume"]
-    values += [argument.partition("=")[2] for argument in args if argument.startswith("--resume=")]
-    for value in values:
-        written_together = value.rstrip("/").endswith(".dcp")  # by several processes: a checkpoint
-        # pathlib's raises where one may not look
-        if value not in ("", NEWEST) and os.path.isdir(value) and not written_together:
-            typed = ["--resume" if word == f"--resume={value}" else word for word in args]
-            at = typed.index("--resume")
-            typed[at : at + 2] = [word for word in typed[at : at + 2] if word != value]
-            call, words = command.partition(" ")[2], [*typed, "--checkpoint-dir", value]
-            if call == "pretrain" and not any(map(_is_kind, args)):
-                call, words = "resume", words[-2:]
-            raise UsageError(
-                f"--resume takes a checkpoint, and {value} is a folder. To resume the latest run in it: "
-                + suggest(call, *words)
-            )
 
 
 def _hyphenated(argument: str) -> str:

@@ -10,6 +10,7 @@ import codecs
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -88,9 +89,9 @@ def encoding_of(path: Path, asked: str | None) -> str:
             raise DataError(
                 _advice(path, "every second byte or so is a NUL", name, start.decode(name, "ignore"))
             )
-        if asked == AUTO and (fault := _find_fault(path)):
-            name, _ = _guess(fault.sample)
-            if fault.is_mixed or not name:
+        if asked == AUTO and not (found := _scan(path)).fits:
+            name, _ = _guess(found.sample)
+            if found.is_mixed or not name:
                 raise DataError(where_not_utf8(path))
             return name
     return ""
@@ -176,61 +177,49 @@ def reading(path: Path) -> Iterator[None]:
 
 def is_also_utf8(path: Path) -> bool:
     """Return whether a file is UTF-8 with characters beyond ASCII, which no other encoding is by chance."""
-    is_ascii, rest = True, b""
-    with reading(path), SourceFile(path) as file:
-        for chunk in file.chunks():
-            block = rest + chunk
-            taken = len(block)
-            try:
-                block.decode()
-            except UnicodeDecodeError as error:
-                if error.reason != "unexpected end of data":
-                    return False
-                taken = error.start
-            is_ascii = is_ascii and block[:taken].isascii()
-            rest = block[taken:]
-    return not rest and not is_ascii
+    with reading(path):
+        found = _scan(path)
+    return found.fits and found.is_mixed
 
 
-class _Fault:
-    """The first byte of a file that is not UTF-8.
+@dataclass(frozen=True)
+class _Scan:
+    """A file read as UTF-8, up to the first byte that does not fit."""
 
-    Attributes:
-        offset, byte: where it is, and which.
-        sample: the lines around it.
-        is_mixed: characters beyond ASCII stand before it, in UTF-8.
-    """
+    is_mixed: bool
+    """There are characters beyond ASCII, in UTF-8."""
+    fits: bool = True
+    offset: int = 0
+    byte: int = 0
+    """The byte that does not fit, and where it is."""
+    sample: bytes = b""
+    """The lines around it."""
 
-    def __init__(self, offset: int, byte: int, sample: bytes, is_mixed: bool) -> None:
-        self.offset, self.byte, self.sample, self.is_mixed = offset, byte, sample, is_mixed
 
-
-def _find_fault(path: Path) -> _Fault | None:
+def _scan(path: Path) -> _Scan:
     offset, rest, is_mixed = 0, b"", False
     with SourceFile(path) as file:
         chunks = file.chunks()
-        while chunk := next(chunks, b""):
-            block = rest + chunk
+        while True:
+            chunk = next(chunks, b"")
+            block, fits = rest + chunk, True
             try:
                 block.decode()
                 taken = len(block)
             except UnicodeDecodeError as error:
-                taken = error.start
-                if error.reason != "unexpected end of data":
-                    return _fault(offset, block, taken, is_mixed, chunks)
+                taken, fits = error.start, bool(chunk) and error.reason == "unexpected end of data"
             is_mixed = is_mixed or not block[:taken].removeprefix(codecs.BOM_UTF8).isascii()
+            if not fits:
+                while len(block) - taken < _SAMPLE_BYTES and (chunk := next(chunks, b"")):
+                    block += chunk
+                first = max(0, taken - 4096)
+                begin = block.rfind(b"\n", first, taken) + 1 or first
+                sample = block[begin : taken + _SAMPLE_BYTES]
+                return _Scan(is_mixed, False, offset + taken, block[taken], sample)
+            if not chunk:
+                return _Scan(is_mixed)
             offset += taken
             rest = block[taken:]
-    return _fault(offset, rest, 0, is_mixed, iter(())) if rest else None
-
-
-def _fault(offset: int, block: bytes, at: int, is_mixed: bool, more: Iterator[bytes]) -> _Fault:
-    while len(block) - at < _SAMPLE_BYTES and (chunk := next(more, b"")):
-        block += chunk
-    begin = block.rfind(b"\n", max(0, at - 4096), at) + 1
-    begin = begin or max(0, at - 4096)
-    is_mixed = is_mixed or not block[:at].removeprefix(codecs.BOM_UTF8).isascii()
-    return _Fault(offset + at, block[at], block[begin : at + _SAMPLE_BYTES], is_mixed)
 
 
 def _guess(sample: bytes) -> tuple[str, str]:
@@ -255,11 +244,11 @@ def _guess(sample: bytes) -> tuple[str, str]:
 
 def where_not_utf8(path: Path) -> str:
     """Message for a file that is not UTF-8: the place, the encoding that it seems to have, what to type."""
-    fault = _find_fault(path)
-    if fault is None:
+    found = _scan(path)
+    if found.fits:
         return f"{shown(path)} has changed while it was read. Run the command again."
-    place = f"byte 0x{fault.byte:02x} at offset {fault.offset:,} does not fit"
-    if fault.is_mixed:
+    place = f"byte 0x{found.byte:02x} at offset {found.offset:,} does not fit"
+    if found.is_mixed:
         clean = conversion("UTF-8", str(path), f"{path.stem}-utf8{path.suffix}").replace(
             "iconv", "iconv -c", 1
         )
@@ -267,7 +256,7 @@ def where_not_utf8(path: Path) -> str:
             f"{shown(path)} is not UTF-8 text: {place}, though UTF-8 stands before it. Fix the file, or drop "
             f"such bytes: {clean}"
         )
-    return _advice(path, place, *_guess(fault.sample))
+    return _advice(path, place, *_guess(found.sample))
 
 
 def _advice(path: Path, why: str, name: str, text: str) -> str:

@@ -14,9 +14,10 @@ Odd input, each case with a test:
              a byte-order mark anywhere but at the file's start, UTF-16, cut or damaged compression,
              JSON that is spread over several lines (one error for the file), messages in an odd order
     warning  byte-order mark at the start, blank lines (one warning a file, with their number),
-             an escaped NUL in the text, a repeated key (the last one counts), a file without any record,
-             `text` beside `messages` (the text counts)
-    fine     CRLF, no newline at the end, other fields whatever they hold, source and id of any type
+             an escaped NUL in the text, a file without any record, `text` beside `messages` (the text
+             counts)
+    fine     CRLF, no newline at the end, a repeated key (the last one counts), other fields whatever they
+             hold, source and id of any type
     raised   a file that is gone, that may not be read or is none, an I/O error (UnreadableError)
 """
 
@@ -46,7 +47,6 @@ from nanothink.data.source_file import Digest
 from nanothink.data.strict_json import JsonFault
 from nanothink.suggestions import did_you_mean, suggest
 
-_KEYS = ("text", "messages", "source", "id", "group")
 _SPREAD = (
     "the file holds JSON that is spread over several lines, not one record a line; "
     f"{suggest('data import')} reads JSON arrays"
@@ -149,7 +149,7 @@ def iter_records(
     warn = on_warning or ignored
     # The class method does the same behind several argument checks, which cost as much as the work.
     validate = Record.__pydantic_validator__.validate_python
-    loads, dumps = orjson.loads, orjson.dumps
+    loads = orjson.loads
     n_records = n_blank = first_blank = 0
     stopped = is_spread = False
 
@@ -167,11 +167,7 @@ def iter_records(
             try:
                 obj = loads(line)
                 record = validate(obj) if "text" in obj or "messages" not in obj else Conversation.of(obj)
-                # Written out again, a line without repeated keys is as long as before, give or take
-                # the blanks between three keys. That costs a tenth of searching the line for them.
-                n_known = 1 + ("source" in obj) + ("id" in obj) + ("group" in obj)
-                doubtful = len(line) - len(dumps(obj)) > 6 or len(obj) != n_known
-            except (ValueError, TypeError):  # TypeError: too deep to be written out
+            except (ValueError, TypeError):  # TypeError: a number or null
                 if not line or line.isspace():
                     n_blank += 1
                     first_blank = first_blank or number
@@ -186,11 +182,8 @@ def iter_records(
                     field = fault.text_field if isinstance(fault, _NoText) else ""
                     on_problem(Problem(file, number, fault.position + 1, fault.reason, field))
                     continue
-                doubtful = True
-            if doubtful:
-                _warn_of_repeated_keys(line, file, number, warn)
-                if not record.messages and isinstance(obj, dict) and isinstance(obj.get("messages"), list):
-                    warn(Problem(file, number, 1, "there are `text` and `messages`; the text counts"))
+            if not record.messages and isinstance(obj, dict) and isinstance(obj.get("messages"), list):
+                warn(Problem(file, number, 1, "there are `text` and `messages`; the text counts"))
             if "\0" in record.text:
                 column = column_at(line, max(line.find(b"\\u0000"), 0))
                 warn(Problem(file, number, column, "`text` holds a NUL character"))
@@ -259,16 +252,16 @@ def _look_closely(line: bytes, obj: object) -> Record:
         try:
             return Conversation.of(known)
         except ValueError as error:
-            raise JsonFault(_last(text, "messages"), str(error)) from None
+            raise JsonFault(_value_of(text, "messages"), str(error)) from None
     value = outer["text"]
     if not isinstance(value, str) or not value or value.isspace():
-        raise JsonFault(_last(text, "text"), _why_no_text(value))
+        raise JsonFault(_value_of(text, "text"), _why_no_text(value))
     return Record(text=value, **{key: known.get(key) for key in ("source", "id", "group")})
 
 
-def _last(text: str, key: str) -> int:
-    """Position of the value that counts under a key."""
-    return [member.start for member in strict_json.members(text) if member.key == key][-1]
+def _value_of(text: str, key: str) -> int:
+    """Position of the last value under a key."""
+    return max((found.end() for found in re.finditer(rf'"{key}"\s*:\s*', text)), default=0)
 
 
 def _why_no_text(value: object) -> str:
@@ -307,15 +300,3 @@ def _closest_key(keys: tuple[str, ...]) -> str:
         return ""
     there_is = ", ".join(f"`{name}`" for name in names[:5])
     return f"; there is {there_is} (to use another key: {suggest('data import')})"
-
-
-def _warn_of_repeated_keys(line: bytes, file: str, number: int, warn: ProblemSink) -> None:
-    written = [key for key in _KEYS if line.count(b'"%s"' % key.encode()) > 1]
-    if not any(len(re.findall(rb'"%s"[ \t\r\n]*:' % key.encode(), line)) > 1 for key in written):
-        return
-    seen: set[str] = set()
-    for member in strict_json.members(line.decode("utf-8")):
-        if member.key in seen and member.key in _KEYS:
-            reason = f"the key `{member.key}` stands more than once; the last one counts"
-            warn(Problem(file, number, member.key_start + 1, reason))
-        seen.add(member.key)

@@ -18,15 +18,7 @@ from pathlib import Path
 import zstandard
 
 from nanothink.data.lines import SUFFIXES, shown
-from nanothink.disk import (
-    make_folder,
-    remove_empty,
-    scratch_folder,
-    storage_error,
-    sync_folder,
-    try_to_write,
-    write_whole,
-)
+from nanothink.disk import storage_error, try_to_write, write_whole
 from nanothink.errors import StorageError
 from nanothink.suggestions import again
 
@@ -45,7 +37,7 @@ class StarterDomain:
 
 
 def write_starter_corpus(data_dir: str | Path, *, overwrite: bool = False) -> tuple[StarterDomain, ...]:
-    """Write ``<data_dir>/<domain>/starter.jsonl`` for each of DOMAINS: all files or none.
+    """Write ``<data_dir>/<domain>/starter.jsonl`` for each of DOMAINS.
 
     Raises:
         StorageError: a domain's folder holds data already (``overwrite`` allows to replace a starter file,
@@ -55,26 +47,11 @@ def write_starter_corpus(data_dir: str | Path, *, overwrite: bool = False) -> tu
     for name in DOMAINS:
         _refuse_data(root / name, overwrite)
     try_to_write(root)
-    created = [path for path in (root, *root.parents) if not os.path.lexists(path)]
-    domains: list[StarterDomain] = []
-    path = root
-    try:
-        # All files are written aside first, so that only renames are left when the first one appears.
-        with scratch_folder(root / "starter", blamed=root) as staging:
-            contents = {name: _content(name) for name in DOMAINS}
-            for name, content in contents.items():
-                write_whole(staging / name, content)
-                created = [*make_folder(root / name), *created]
-            for name, content in contents.items():
-                path = root / name / FILE_NAME
-                os.replace(staging / name, path)
-                domains.append(StarterDomain(name, path, content.count(b"\n"), len(content)))
-                sync_folder(path.parent)
-    except OSError as error:
-        raise storage_error(path, error, None if domains else False) from error
-    finally:
-        if not domains:
-            remove_empty(created)
+    domains = []
+    for name in DOMAINS:
+        path, content = root / name / FILE_NAME, _content(name)
+        write_whole(path, content)
+        domains.append(StarterDomain(name, path, content.count(b"\n"), len(content)))
     return tuple(domains)
 
 
@@ -89,7 +66,7 @@ def _refuse_data(folder: Path, overwrite: bool) -> None:
         taken = sorted(
             entry for entry in os.listdir(folder) if entry.endswith(SUFFIXES) and entry not in mine
         )
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return
     except OSError as error:
         raise storage_error(folder, error) from error

@@ -1,8 +1,7 @@
 """Strict JSON (RFC 8259) by the standard library's decoder, with the place and the reason of a fault.
 
-For the few lines that the fast parser (orjson) refuses or that hold something doubtful. This module refuses
-what the decoder accepts against the standard (NaN, lone surrogates), locates the keys and values of the outer
-object, and adds to the decoder's reason what stands at its place.
+For the few lines that the fast parser (orjson) refuses. This module refuses what the decoder accepts against
+the standard (NaN, lone surrogates), and adds to the decoder's reason what stands at its place.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 MAX_DIGITS = 4300
 """Most digits of an integer: Python converts no longer ones, because that takes quadratic time."""
@@ -33,16 +32,6 @@ class JsonFault(ValueError):
         super().__init__(reason)
         self.position = position
         self.reason = reason
-
-
-class Member(NamedTuple):
-    """A key and its value in the outer object; positions are characters from 0."""
-
-    key: str
-    key_start: int
-    value: Any
-    start: int
-    """Position of the value."""
 
 
 class _NotFiniteError(Exception):
@@ -70,22 +59,6 @@ def parse(text: str) -> Any:
             reason = f"{escape.group()} is half of a surrogate pair and cannot be written as UTF-8"
             raise JsonFault(escape.start(), reason)
     return value
-
-
-def members(text: str) -> list[Member]:
-    """Members of an object in the order written, repeated keys included. ``parse`` must accept the text."""
-    found: list[Member] = []
-    pos = _skip(text, text.index("{") + 1)
-    while text[pos] != "}":
-        key_start = pos
-        key, pos = _DECODER.raw_decode(text, pos)
-        start = _skip(text, text.index(":", pos) + 1)
-        value, pos = _DECODER.raw_decode(text, start)
-        found.append(Member(key, key_start, value, start))
-        pos = _skip(text, pos)
-        if text[pos] == ",":
-            pos = _skip(text, pos + 1)
-    return found
 
 
 def _fault(text: str, error: json.JSONDecodeError) -> JsonFault:

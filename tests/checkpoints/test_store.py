@@ -225,7 +225,7 @@ def test_overwriting_that_never_writes_loses_nothing(store, make_payload, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_disk)
-        with pytest.raises(StorageError, match="disk is full"):
+        with pytest.raises(StorageError, match="No space left"):
             new_run.write(new_run.best, make_payload(seed=2))
     assert [path.read_bytes() for path in store.existing()] == before
     assert not (store.folder / "replaced").exists()
