@@ -102,10 +102,12 @@ class _Distillation(torch.autograd.Function):
             known = SoftTargets(head.select(teacher.tokens), head.select(teacher.probabilities))
             nats, divergences = head.valid.new_empty(2, len(head.hidden))
 
-            def into_gradient(chunk: slice, logits: Tensor) -> None:
+            def into_gradient(chunk: slice, product: Tensor) -> None:
                 own = SoftTargets(known.tokens[chunk], known.probabilities[chunk])
-                valid = head.valid[chunk, None]
+                valid, logits = head.valid[chunk, None], head.widened(product)
                 nats[chunk], divergences[chunk] = _gradient_(logits, head.targets[chunk], own, share, valid)
+                if head.narrow:
+                    product.copy_(logits)
 
             ctx.gradients = head.backward(into_gradient, *needed)
             ctx.scale, ctx.dtypes = scale, (hidden.dtype, weight.dtype)

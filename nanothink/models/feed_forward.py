@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nanothink.config import TransformerConfig
+from nanothink.models import passes
 from nanothink.models.layers import linear
 from nanothink.models.low_rank import AdaptedLinear
 
@@ -84,18 +85,24 @@ class _GatedProduct(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         with torch.autocast(gate.device.type, enabled=False):
-            return F.linear(F.silu(gate).mul_(up), weight)
+            y = passes.gate(gate, up) if passes.serve(gate, up) else F.silu(gate).mul_(up)
+            return F.linear(y, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight = ctx.saved_tensors
         with torch.autocast(gate.device.type, enabled=False):
-            opened = F.silu(gate)
             grad_weight = None
+            grad_inner = grad @ weight  # (B, T, F)
+            if passes.serve(gate, up, grad_inner):
+                y, grad_gate, grad_up = passes.gate_backward(gate, up, grad_inner)
+                if ctx.needs_input_grad[2]:
+                    grad_weight = grad.flatten(0, -2).t() @ y.flatten(0, -2)
+                return grad_gate, grad_up, grad_weight
+            opened = F.silu(gate)
             if ctx.needs_input_grad[2]:
                 grad_weight = grad.flatten(0, -2).t() @ (opened * up).flatten(0, -2)
-            grad_inner = grad @ weight  # (B, T, F)
             grad_up = opened.mul_(grad_inner)
             grad_gate = torch.ops.aten.silu_backward(grad_inner.mul_(up), gate)
         return grad_gate, grad_up, grad_weight

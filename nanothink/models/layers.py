@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nanothink.config import TransformerConfig
+from nanothink.models import passes
+from nanothink.models.causal_attention import causal_attention
 from nanothink.models.dropout import Dropout
 from nanothink.models.key_value_cache import KeyValueCache
 from nanothink.models.low_rank import weight_for
@@ -84,6 +86,10 @@ class _RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        ctx.eps, ctx.in_one_pass = eps, passes.serve(x, weight, into=dtype)
+        if ctx.in_one_pass:
+            ctx.save_for_backward(x, weight)
+            return passes.norm(x, weight, eps, dtype)
         wide = x.float()
         inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt_()  # 1 / RMS of each row
         ctx.save_for_backward(x, weight, inverse)
@@ -92,6 +98,9 @@ class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.in_one_pass:
+            x, weight = ctx.saved_tensors
+            return *passes.norm_backward(x, weight, ctx.eps, grad.contiguous()), None, None
         x, weight, inverse = ctx.saved_tensors
         grad = grad.float()
         unit = x.float() * inverse  # rows of RMS 1
@@ -100,6 +109,26 @@ class _RMSNormFunction(torch.autograd.Function):
         inward = (grad_unit * unit).mean(-1, keepdim=True)  # the part along the row itself
         grad_x = grad_unit.sub_(unit.mul_(inward)).mul_(inverse).to(x.dtype)
         return grad_x, grad_weight, None, None
+
+
+class _NormRotateFunction(torch.autograd.Function):
+    """Norm and rotation of (B, T, H, K) in one pass; keeps its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, cos, sin)
+        ctx.eps = eps
+        return passes.norm(x, weight, eps, dtype, (cos, sin))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *rotation = ctx.saved_tensors
+        cos, sin = rotation
+        found = passes.norm_backward(x, weight, ctx.eps, grad.contiguous(), (cos, sin))
+        return *found, None, None, None, None
 
 
 class LayerNorm(nn.Module):
@@ -237,16 +266,14 @@ class Attention(nn.Module):
         Args:
             rotation: cosine and sine of the positions; None where positions are in the embeddings.
         """
-        q = self._placed(
-            self._split(self.q_proj(x), self.n_heads), self.q_norm, rotation, x.dtype
-        )  # (B, H, T, K)
-        k = self._placed(self._split(self.k_proj(x), self.n_kv_heads), self.k_norm, rotation, x.dtype)
+        q = self._placed(self.q_proj(x), self.n_heads, self.q_norm, rotation, x.dtype)  # (B, H, T, K)
+        k = self._placed(self.k_proj(x), self.n_kv_heads, self.k_norm, rotation, x.dtype)
         v = self._split(self.v_proj(x), self.n_kv_heads)  # (B, G, T, K)
         grouped = self.n_kv_heads != self.n_heads
         if cache is None or cache.length == 0:
             if cache is not None:
                 cache.extend(layer, k, v)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            y = causal_attention(q, k, v)
         else:
             k, v = cache.extend(layer, k, v)
             mask = cache.mask(x.shape[1], x.device)
@@ -254,12 +281,30 @@ class Attention(nn.Module):
         output: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, D)
         return output
 
-    @staticmethod
     def _placed(
-        x: Tensor, norm: RMSNorm | None, rotation: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+        self,
+        x: Tensor,
+        n_heads: int,
+        norm: RMSNorm | None,
+        rotation: tuple[Tensor, Tensor] | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Queries or keys, normalised and rotated, in ``dtype``."""
-        x = x if norm is None else norm(x)
+        """Queries or keys of (B, T, H K), normalised and rotated: (B, H, T, K) in ``dtype``."""
+        heads = x.view(*x.shape[:2], n_heads, -1)  # (B, T, H, K)
+        in_one_pass = (
+            norm is not None
+            and rotation is not None
+            and rotation[0].ndim == 2
+            and torch.is_grad_enabled()
+            and passes.serve(heads, norm.weight, *rotation, into=dtype)
+        )
+        if in_one_pass:
+            assert norm is not None
+            y: Tensor = _NormRotateFunction.apply(  # type: ignore[no-untyped-call]
+                heads, norm.weight, norm.eps, *(rotation or ()), dtype
+            )
+            return y.transpose(1, 2)
+        x = heads.transpose(1, 2) if norm is None else norm(heads.transpose(1, 2))
         return x.to(dtype) if rotation is None else rotate(x, rotation, dtype)
 
     @staticmethod

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanothink.data.tokens import IGNORE
+from nanothink.models import passes
 from nanothink.models.precision import matmul_dtype
 
 _CACHE_BYTES = 3 << 20  # logits the epilogue walks through at a time on a CPU, so that they stay in L2
@@ -202,8 +203,13 @@ class ChunkedHead:
         self.targets = targets.to(torch.int64)[:, None]
         self.valid = valid.to(self.wide)
         n = len(targets)
+        self.narrow = dtype != self.wide
+        self.in_one_pass = passes.serve(self.hidden, self.weight)
+        if self.in_one_pass and self.narrow:
+            chunk_rows *= 2  # without logits in float32 these take less memory; products are faster
         n_chunks = -(-n // chunk_rows)
         self.rows = -(-n // max(n_chunks, 1))  # even chunks: no small, slow one at the end
+        self._wide_buffer: Tensor | None = None
 
     def select(self, values: Tensor) -> Tensor:
         """(N, ...) -> (n, ...): the rows that are worked on."""
@@ -222,8 +228,8 @@ class ChunkedHead:
     def nats_and_peaks(self) -> tuple[Tensor, Tensor]:
         """``nats()``, and (n,) logarithms of each row's greatest probability, 0 for ignored rows."""
         nats, peaks = self.valid.new_empty(2, len(self.hidden))
-        for chunk, _, logits in self.chunks():
-            nats[chunk], peaks[chunk] = _softmax_gradient_(logits, self.targets[chunk], None)
+        for chunk, product in self.chunks():
+            nats[chunk], peaks[chunk] = self._softmax_gradient_(product, self.targets[chunk], None)
         return nats.mul_(self.valid), peaks.mul_(self.valid)
 
     def gradients(
@@ -232,8 +238,8 @@ class ChunkedHead:
         """``nats()``, and the gradients of ``sum(factor * nats)``: (N, D) and (V, D), None if not needed."""
         nats = self.valid.new_empty(len(self.hidden))
 
-        def softmax_gradient(chunk: slice, logits: Tensor) -> None:
-            nats[chunk], _ = _softmax_gradient_(logits, self.targets[chunk], factor[chunk, None])
+        def softmax_gradient(chunk: slice, product: Tensor) -> None:
+            nats[chunk], _ = self._softmax_gradient_(product, self.targets[chunk], factor[chunk, None])
 
         gradients = self.backward(softmax_gradient, need_hidden, need_weight)
         return nats.mul_(self.valid), *gradients
@@ -244,33 +250,56 @@ class ChunkedHead:
         """Gradients of hidden states (N, D) and weight (V, D), None if not needed.
 
         Args:
-            into_gradient: turns the (R, V) logits of a chunk of rows into their gradient, in place.
+            into_gradient: turns the (R, V) logits of a chunk of rows into their gradient, in place, in the
+                type of the products.
         """
         n, width = self.hidden.shape
         grad_hidden = self.valid.new_empty(n, width) if need_hidden else None
-        grad_weight = self.valid.new_zeros(self.weight.shape) if need_weight else None
-        narrow = self.hidden.dtype != self.wide
-        for chunk, buffer, logits in self.chunks():
-            into_gradient(chunk, logits)
-            grad_logits = buffer.copy_(logits) if narrow else logits  # (R, V) in the type of the products
+        grad_weight: Tensor | None = None
+        for chunk, product in self.chunks():
+            into_gradient(chunk, product)
             if grad_hidden is not None:
-                grad_hidden[chunk] = grad_logits @ self.weight
-            if grad_weight is not None and narrow:
-                grad_weight += grad_logits.t() @ self.hidden[chunk]
-            elif grad_weight is not None:
-                grad_weight.addmm_(grad_logits.t(), self.hidden[chunk])
+                grad_hidden[chunk] = product @ self.weight
+            if not need_weight:
+                continue
+            if grad_weight is None:
+                grad_weight = (product.t() @ self.hidden[chunk]).to(self.wide)
+            elif not self.narrow:
+                grad_weight.addmm_(product.t(), self.hidden[chunk])
+            elif self.in_one_pass:
+                passes.add_(grad_weight, product.t() @ self.hidden[chunk])
+            else:
+                grad_weight += product.t() @ self.hidden[chunk]
+        if need_weight and grad_weight is None:
+            grad_weight = self.valid.new_zeros(self.weight.shape)
         return None if grad_hidden is None else self.expand(grad_hidden), grad_weight
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, product buffer and (R, V) logits in the wide type; both buffers are used again each time."""
-        vocab = len(self.weight)
-        buffer = self.hidden.new_empty(self.rows, vocab)
-        wide = buffer if buffer.dtype == self.wide else self.valid.new_empty(self.rows, vocab)
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and their (R, V) logits in the type of the products; the buffer is used again each time."""
+        buffer = self.hidden.new_empty(self.rows, len(self.weight))
         for start in range(0, len(self.hidden), max(self.rows, 1)):
             chunk = slice(start, min(start + self.rows, len(self.hidden)))
-            size = chunk.stop - start
-            product = torch.mm(self.hidden[chunk], self.weight.t(), out=buffer[:size])
-            yield chunk, product, product if wide is buffer else wide[:size].copy_(product)
+            yield chunk, torch.mm(self.hidden[chunk], self.weight.t(), out=buffer[: chunk.stop - start])
+
+    def widened(self, product: Tensor) -> Tensor:
+        """Logits in the wide type: themselves, or in another buffer that is used again."""
+        if not self.narrow:
+            return product
+        if self._wide_buffer is None:
+            self._wide_buffer = self.valid.new_empty(self.rows, len(self.weight))
+        return self._wide_buffer[: len(product)].copy_(product)
+
+    def _softmax_gradient_(
+        self, product: Tensor, targets: Tensor, factor: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See the function; in the type of the products."""
+        if self.in_one_pass:
+            return passes.softmax_gradient_(product, targets, factor)
+        logits = self.widened(product)
+        found = _softmax_gradient_(logits, targets, factor)
+        if self.narrow and factor is not None:
+            product.copy_(logits)
+        return found
 
 
 def _softmax_gradient_(logits: Tensor, targets: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ def test_every_earlier_token_matters() -> None:
 
 @pytest.mark.parametrize("chunks", [(1,) * 48, (48,), (20, 1, 1, 7, 1, 18), (1, 47), (5, 43), (47, 1)])
 def test_stepwise_logits_equal_parallel_logits(chunks: tuple[int, ...]) -> None:
-    assert_steps_are_parallel(build(layers=3).eval(), tokens(3, 48), chunks, tolerance=1e-5)
+    assert_steps_are_parallel(build(layers=3).eval(), tokens(3, 48), chunks, tolerance=2e-5)
 
 
 def test_steps_under_autocast_stay_close() -> None:

@@ -1,4 +1,4 @@
-"""C++ compiled for the processor at hand, where it is used: the selective scan and decoding.
+"""C++ compiled for the processor at hand, where it is used: the selective scan, decoding, passes of training.
 
 Nothing has to be installed for it and nothing breaks without it: where there is a C++ compiler, the first
 use builds a source for just this processor, in a second or two, and keeps the library in the user's

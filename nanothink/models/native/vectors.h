@@ -52,6 +52,14 @@ inline vec load(const bfloat16* p, int lanes) {
   return reinterpret_cast<vec>(__builtin_convertvector(v, ivec) << 16);
 }
 
+// Rounded to the nearest, ties to even; a NaN stays one, whatever its bits.
+inline void store(bfloat16* p, vec v, int lanes) {
+  const ivec bits = reinterpret_cast<ivec>(v);
+  const ivec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x40;
+  const half_vec halves = __builtin_convertvector(v == v ? rounded : nan, half_vec);
+  std::memcpy(p, &halves, 2 * lanes);
+}
+
 inline float sum(vec v) {
   float total = 0;
   for (int i = 0; i < W; ++i) total += v[i];

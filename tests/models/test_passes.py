@@ -1,0 +1,102 @@
+"""Passes of a training step against PyTorch: results and every gradient, in float32 and bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nanothink.config import TransformerConfig
+from nanothink.data.tokens import IGNORE
+from nanothink.models import passes
+from nanothink.models.causal_attention import causal_attention
+from nanothink.models.feed_forward import SwiGLU
+from nanothink.models.layers import Attention, RMSNorm, Rotary
+from nanothink.models.loss import linear_cross_entropy, linear_log_likelihood
+
+pytestmark = pytest.mark.skipif(not passes.serve(torch.zeros(1)), reason="no compiler")
+
+WIDTH, HEADS, LENGTH = 30, 3, 131  # no whole vectors, and a block of queries that is not full
+
+
+def attention(x: Tensor, layer: nn.Module, *, grouped: bool = False) -> Tensor:
+    found: Tensor = layer(x, Rotary(WIDTH // HEADS, LENGTH, 1e4)(0, x.shape[1]))
+    return found
+
+
+def loss(x: Tensor, layer: nn.Linear, function: Callable[..., Tensor]) -> Tensor:
+    targets = torch.arange(x.shape[0] * LENGTH) % layer.out_features
+    targets[5] = IGNORE
+    return function(x.flatten(0, 1), layer.weight, targets, chunk_rows=64)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
+    "norm": (lambda: RMSNorm(WIDTH), lambda x, layer: layer(x, x.dtype)),
+    "attention": (lambda: Attention(WIDTH, TransformerConfig(n_heads=HEADS)), attention),
+    "feed forward": (lambda: SwiGLU(WIDTH, 70), lambda x, layer: layer(x)),
+    "cross-entropy": (lambda: nn.Linear(WIDTH, 77), lambda x, layer: loss(x, layer, linear_cross_entropy)),
+    "likelihood": (lambda: nn.Linear(WIDTH, 77), lambda x, layer: loss(x, layer, linear_log_likelihood)),
+}
+
+
+def results(case: str, dtype: torch.dtype, by_passes: bool) -> list[Tensor]:
+    """Result, and the gradients of the input and of every parameter."""
+    build, call = CASES[case]
+    torch.manual_seed(0)
+    layer = build()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, LENGTH, WIDTH, requires_grad=True)
+    with (
+        nullcontext() if by_passes else passes.switched_off(),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16),
+    ):
+        y = call(x.to(dtype), layer)
+        (y.float() * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    grads = [p.grad for p in (x, *layer.parameters()) if p.grad is not None]
+    return [y.detach().float(), *(grad.float() for grad in grads)]
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_passes_give_results_and_gradients_of_pytorch(case: str) -> None:
+    exact = results(case, torch.float32, by_passes=False)
+    for found, expected in zip(results(case, torch.float32, by_passes=True), exact, strict=True):
+        assert error(found, expected) < 2e-6
+    narrow = [results(case, torch.bfloat16, by_passes=by_passes) for by_passes in (True, False)]
+    for found, plain, expected in zip(*narrow, exact, strict=True):
+        assert error(found, expected) < 1.2 * error(plain, expected) + 1e-3
+
+
+def test_threads_change_no_bit() -> None:
+    x, grad, before = *torch.randn(2, 5000, WIDTH), torch.get_num_threads()
+    found = []
+    try:
+        for n_threads in (1, 3):
+            torch.set_num_threads(n_threads)
+            found.append(passes.norm_backward(x, torch.ones(WIDTH), 1e-6, grad))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden(bad: float, dtype: torch.dtype) -> None:
+    for at in (0, 18, 36):
+        logits = torch.zeros(2, 37, dtype=dtype)
+        logits[0, at] = bad
+        nats, _ = passes.softmax_gradient_(logits, torch.tensor([3, 3]), torch.ones(2))
+        assert nats.isfinite().tolist() == [False, True]
+        assert logits.isfinite().all(1).tolist() == [False, True]
+        q = torch.randn(1, 1, 40, 8, dtype=dtype, requires_grad=True)
+        x = q.detach().clone()
+        x[0, 0, at] = bad
+        y = causal_attention(x.requires_grad_(), q, q)
+        assert y.isfinite().all(-1)[0, 0].tolist() == [t != at for t in range(40)]
