@@ -1,7 +1,9 @@
-"""A ``nanothink`` for shell lines in tests that starts at once: a fork of a process that has imported it all.
+"""Programs for shell lines in tests that start at once: forks of a process that has imported it all.
 
-Run as a program it is that process. ``python forking_shell.py SOCKET`` listens; whoever connects hands over
-its standard streams, then arguments, folder and environment, and gets back a process id, then an exit code.
+They are ``nanothink``, ``torchrun``, whose own processes are forks too, and ``forked-python``, which executes
+its argument. Run as a program this file is that process. ``python forking_shell.py SOCKET`` listens; whoever
+connects hands over its standard streams, then program, arguments, folder and environment, and gets back a
+process id, then an exit code.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 _CLIENT = """\
 import json, os, signal, socket, sys
-asked = json.dumps({"args": sys.argv[2:], "cwd": os.getcwd(), "env": dict(os.environ)})
+program, *args = sys.argv[2:]
+asked = json.dumps({"program": program, "args": args, "cwd": os.getcwd(), "env": dict(os.environ)})
 with socket.socket(socket.AF_UNIX) as server:
     server.connect(sys.argv[1])
     socket.send_fds(server, [b"."], [0, 1, 2])
@@ -56,7 +60,7 @@ def quick(steps: int, max_keys: int) -> dict[str, str]:
 
 
 class ForkingShell:
-    """Runs lines of bash in which ``nanothink`` is such a fork.
+    """Runs lines of bash in which the programs above are such forks.
 
     Args:
         folder: for the command and its socket; its path should be short.
@@ -66,14 +70,12 @@ class ForkingShell:
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         listening, client = folder / "socket", folder / "client.py"
         client.write_text(_CLIENT)
-        command = folder / "nanothink"
         words = [sys.executable, "-I", "-S", str(client), str(listening)]
-        command.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
-        command.chmod(0o755)
+        for program in ("nanothink", "torchrun", "forked-python"):
+            _write_script(folder / program, f'exec {shlex.join(words)} {program} "$@"')
         # What torchrun starts instead of Python, with ``-u -m nanothink`` before the arguments.
         worker = folder / "worker"
-        worker.write_text(f'#!/bin/sh\nshift 3\nexec {command} "$@"\n')
-        worker.chmod(0o755)
+        _write_script(worker, f'shift 3\nexec {folder / "nanothink"} "$@"')
         path = f"{folder}:{environment['PATH']}"
         self.environment = {**environment, "PATH": path, "PYTHON_EXEC": str(worker)}
         self._server = subprocess.Popen(
@@ -112,6 +114,11 @@ class ForkingShell:
         self._server.communicate()
 
 
+def _write_script(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
 def _serve(path: str) -> None:
     import nanothink
 
@@ -121,6 +128,7 @@ def _serve(path: str) -> None:
                 importlib.import_module(module.name)
     importlib.import_module("nanothink.cli.app").command_tree()
     importlib.import_module("torch._dynamo")  # which the first optimizer would import, for seconds
+    importlib.import_module("torch.distributed.run")
     for name in [name for name in sys.modules if name.startswith("nanothink.cli.render")]:
         del sys.modules[name]  # its consoles look at the streams as they are imported
     del nanothink.cli.render
@@ -137,9 +145,7 @@ def _serve(path: str) -> None:
 
 
 def _answer(connection: socket.socket) -> None:
-    """In the fork: be the command that was asked for, and say how it ended."""
-    from nanothink.cli.app import main
-
+    """In the fork: be the program that was asked for, and say how it ended."""
     code: object = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -153,7 +159,8 @@ def _answer(connection: socket.socket) -> None:
         os.environ.clear()
         os.environ.update(asked["env"])
         connection.sendall(f"{os.getpid()}\n".encode())
-        main(asked["args"])
+        _main_of(asked["program"])(asked["args"])
+        code = 0
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
@@ -162,6 +169,14 @@ def _answer(connection: socket.socket) -> None:
     sys.stderr.flush()
     connection.sendall(str(code).encode())
     os._exit(0)
+
+
+def _main_of(program: str) -> Callable[[list[str]], object]:
+    if program == "torchrun":
+        return importlib.import_module("torch.distributed.run").main
+    if program == "nanothink":
+        return importlib.import_module("nanothink.cli.app").main
+    return lambda arguments: exec(arguments[0], {"__name__": "__main__"})
 
 
 if __name__ == "__main__":

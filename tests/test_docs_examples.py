@@ -151,7 +151,7 @@ def after_the_tutorial(
 def run(block: Block, place: Place) -> None:
     script = "\n".join(shell_lines(block))
     if block.language == "python":
-        script = shlex.join(["python", "-c", block.text])
+        script = shlex.join(["forked-python", block.text])
     SURROUNDINGS[block.note](script, place)
 
 
