@@ -198,7 +198,8 @@ def prepare(
     if resume_point is None:
         base = None if TEACHER in parts else next(iter(parts.values()), None)
         told = (resolved.sources, tokens, tokenizer.vocab_size, reporter)
-        config = fit_to_text(spec.kind, config, *told, base=None if base is None else base.config)
+        built_on = None if base is None else base.config
+        config = fit_to_text(spec.kind, config, *told, base=built_on, taught=TEACHER in parts)
         fitted = training_of(spec.kind, config)
         training = fitted.model_copy(update=dict(types or {}))
     batches = TrainingBatches(tokens.train, config.model.max_seq_len, training.seed)

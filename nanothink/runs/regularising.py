@@ -29,6 +29,7 @@ def fit_to_text(
     reporter: Reporter,
     *,
     base: Config | None = None,
+    taught: bool = False,
 ) -> Config:
     """The settings of a new expert's run, fitted to the text where ``fit_to_text`` says so.
 
@@ -37,6 +38,7 @@ def fit_to_text(
 
     Args:
         base: of the model that this one builds on, and whose width it has, if there is one.
+        taught: it learns a teacher's predictions.
     """
     if kind == COMBINED:
         return config
@@ -46,11 +48,12 @@ def fit_to_text(
         return config  # tables alone tell that there is enough text
     before = config.model.d_model
     if width_is_fitted(kind, config, sources):
-        config = _of_width(config, narrowed(before, n_tokens) if base is None else base.model.d_model)
+        wanted = narrowed(before, n_tokens, taught=taught) if base is None else base.model.d_model
+        config = _of_width(config, wanted)
     with without_memory():  # shapes are enough
         model = with_adapters(build_model(kind, config, vocab_size), training)
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    rule = Regularisation.of(n_tokens, n_parameters)
+    rule = Regularisation.of(n_tokens, n_parameters, taught=taught)
     size = (
         f"{n_tokens:,} training tokens for {n_parameters / 1e6:.2f} M parameters "
         f"({rule.tokens_per_parameter:.2g} a parameter)"
@@ -72,7 +75,8 @@ def fit_to_text(
     if config.model.d_model != before:
         chosen = {"model.d_model": config.model.d_model, **fitted}
     listed = ", ".join(f"{name}={value}" for name, value in chosen.items())
-    guessed = "" if is_measured(n_tokens) else " No text of this size was measured; see docs/training.md."
+    measured = is_measured(n_tokens, taught=taught)
+    guessed = "" if measured else " No text of this size was measured; see docs/training.md."
     reporter.note(f"{size}. Chosen for it: {listed or 'nothing, all is set by hand'}.{guessed}")
     return config.model_copy(update={training.section: training.model_copy(update=fitted)})
 

@@ -27,14 +27,16 @@ _MEASURED = (42_000, 330_000, 1_300_000)
 _NEAR = 1.5
 
 
-def is_measured(n_tokens: int) -> bool:
-    """True if the rule was measured on a text of about this size."""
-    return any(size / _NEAR <= n_tokens <= size * _NEAR for size in _MEASURED)
+def is_measured(n_tokens: int, *, taught: bool = False) -> bool:
+    """True if the rule, of students or of other models, was measured on a text of about this size."""
+    measured = _MEASURED[:1] if taught else _MEASURED
+    return any(size / _NEAR <= n_tokens <= size * _NEAR for size in measured)
 
 
-def narrowed(width: int, n_tokens: int) -> int:
-    """``width``, or less where the text is too little for it."""
-    return next((min(width, enough) for most, enough in _WIDTHS if n_tokens <= most), width)
+def narrowed(width: int, n_tokens: int, *, taught: bool = False) -> int:
+    """``width``, or less where the text is too little for it; a student is one step wider than others."""
+    widths = _WIDTHS[1:] if taught else _WIDTHS
+    return next((min(width, enough) for most, enough in widths if n_tokens <= most), width)
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,16 @@ class Regularisation:
     tokens_per_parameter: float
 
     @classmethod
-    def of(cls, n_tokens: int, n_parameters: int) -> Regularisation:
-        """That of so many training tokens and parameters."""
+    def of(cls, n_tokens: int, n_parameters: int, *, taught: bool = False) -> Regularisation:
+        """That of so many training tokens and parameters.
+
+        Args:
+            taught: learns a teacher's predictions. Each says more than a token, so that a student overfits
+                late: it needs no dropout, and more epochs still pay.
+        """
         ratio = n_tokens / n_parameters
+        if taught:
+            return cls(0.0, 0.0, 2 * cls.of(n_tokens, n_parameters).max_epochs, ratio)
         wanted = _AT_ONE - _A_DOUBLING * math.log2(ratio)
         dropout = 0.0 if ratio > AMPLE else min(max(round(20 * wanted) / 20, 0.0), _MOST)  # steps of 0.05
         epochs = next(n for least, n in _EPOCHS if dropout >= least)

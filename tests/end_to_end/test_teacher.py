@@ -75,13 +75,22 @@ def student(corpus: Path, teacher: Path, tmp_path: Path) -> Callable[..., int]:
 
 
 @pytest.fixture
-def setup(corpus: Path, teacher: Path, tmp_path: Path) -> RunSetup:
+def prepared(corpus: Path, teacher: Path, tmp_path: Path) -> Callable[..., RunSetup]:
+    """Prepares the run of a student, with further settings."""
     from nanothink.config.run import resolve_config
 
-    sets = {**STUDENT, "data.data_dir": corpus, "train_expert.max_epochs": 1}
-    assignments = [f"{name}={value}" for name, value in sets.items()]
-    spec = RunSpec("transformer", tmp_path / "runs", teacher=teacher)
-    return prepare(spec, lambda base: resolve_config(base=base, assignments=assignments))
+    def prepared(**sets: object) -> RunSetup:
+        own = {**STUDENT, "data.data_dir": corpus, **{f"train_expert.{name}": sets[name] for name in sets}}
+        assignments = [f"{name}={value}" for name, value in own.items()]
+        spec = RunSpec("transformer", tmp_path / "runs", teacher=teacher)
+        return prepare(spec, lambda base: resolve_config(base=base, assignments=assignments))
+
+    return prepared
+
+
+@pytest.fixture
+def setup(prepared: Callable[..., RunSetup]) -> RunSetup:
+    return prepared(max_epochs=1)
 
 
 @pytest.mark.parametrize("kind", ["transformer", "state_space"])
@@ -104,6 +113,14 @@ def test_a_student_learns_from_its_teacher_and_holds_out_what_that_held_out(
     assert run(["checkpoints", "show", str(best)]) == 0
     assert f"{teacher} (nanothink_mla)" in capsys.readouterr().out
     assert package.load(best).generate("a", max_new_tokens=3)
+
+
+def test_what_fits_a_student_to_its_text_is_not_what_fits_a_model_of_its_own(
+    prepared: Callable[..., RunSetup],
+) -> None:
+    training = prepared(fit_to_text=True).training
+    assert (training.dropout, training.weight_decay_tables, training.max_epochs) == (0.0, 0.0, 32)
+    assert prepared(fit_to_text=True, dropout=0.2).training.dropout == 0.2
 
 
 def test_the_store_answers_from_other_documents_alone(setup: RunSetup, teacher: Path) -> None:
