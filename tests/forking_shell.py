@@ -70,9 +70,9 @@ class ForkingShell:
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         listening, client = folder / "socket", folder / "client.py"
         client.write_text(_CLIENT)
-        words = [sys.executable, "-I", "-S", str(client), str(listening)]
+        self._client = [sys.executable, "-I", "-S", str(client), str(listening)]
         for program in ("nanothink", "torchrun", "forked-python"):
-            _write_script(folder / program, f'exec {shlex.join(words)} {program} "$@"')
+            _write_script(folder / program, f'exec {shlex.join(self._client)} {program} "$@"')
         # What torchrun starts instead of Python, with ``-u -m nanothink`` before the arguments.
         worker = folder / "worker"
         _write_script(worker, f'shift 3\nexec {folder / "nanothink"} "$@"')
@@ -91,6 +91,18 @@ class ForkingShell:
             cwd=cwd,
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+
+    def python(self, code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        """``code`` in a process of its own; ``environment`` goes before the shell's."""
+        return subprocess.run(
+            [*self._client, "forked-python", code],
+            cwd=cwd,
+            env={**self.environment, **environment},
             capture_output=True,
             text=True,
             check=False,

@@ -5,11 +5,8 @@ Every kind and moment of an exact resume stands in test_exact_resume.py.
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -105,17 +102,14 @@ def test_a_scan_that_is_gone_ends_the_resume_but_not_the_model(ground: Ground, t
     trained = ground.server.run([*ground.typed("state_space", folder, max_epochs=1), *ANY_SCAN])
     assert trained.code == 0, trained.stderr
     best = str(folder / "state_space_expert.pt")
-    nanothink = [sys.executable, "-m", "nanothink"]
-    bare = {**os.environ, "PATH": str(tmp_path)}
-    more = [*nanothink, "resume", best, "--max-epochs", "2"]
+    bare = {"PATH": str(tmp_path)}
+    more = ["resume", best, "--max-epochs", "2"]
 
-    refused = subprocess.run(more, capture_output=True, text=True, check=False, env=bare)
-    assert refused.returncode == 2
+    refused = ground.server.run(more, **bare)
+    assert refused.code == 2
     assert "scan=compiled is not available here: no C++ compiler found" in refused.stderr
     assert "--set state_space.scan=auto" in refused.stderr
-    used = [*nanothink, "generate", "The", "-n", "3", "--checkpoint", best]
-    assert subprocess.run(used, capture_output=True, check=False, env=bare).returncode == 0
-    gone_on = [*more, "--set", "state_space.scan=auto"]
-    done = subprocess.run(gone_on, capture_output=True, text=True, check=False, env=bare)
-    assert done.returncode == 0, done.stderr
+    assert ground.server.run(["generate", "The", "-n", "3", "--checkpoint", best], **bare).code == 0
+    done = ground.server.run([*more, "--set", "state_space.scan=auto"], **bare)
+    assert done.code == 0, done.stderr
     assert "Selective scan: plain (no compiled scan: no C++ compiler found" in done.stderr

@@ -2,11 +2,13 @@
 
 A command is started again and again, each time over the same beginning. It is killed by SIGKILL just before
 its first change to the disk (a file opened to write, renamed, removed, a folder made), the next time before
-its second, and so on until it ends by itself (those that take long: every seventh, or with ``--every-change``
-every one); and by the system in the middle of the write that makes any
+its second, and so on until it ends by itself; and by the system in the middle of the write that makes any
 file longer than some size. After each kill what it was to write is as it was before, or as it is when the
 command ends, and never anything else; and the same command, given once more, ends as it should and leaves
 nothing that lies about.
+
+Commands that take long are struck before every 17th change; in the second suite before every seventh, or with
+``--every-change`` before every one.
 """
 
 from __future__ import annotations
@@ -52,10 +54,10 @@ class Case:
     """Exit codes with which the command may answer when it is given again."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(params=[17, pytest.param(7, marks=pytest.mark.bench)])
 def stride(request: pytest.FixtureRequest) -> int:
-    """Every so manieth change of a command that takes long is struck."""
-    return 1 if request.config.getoption("--every-change") else 7
+    """Changes from one kill of a command that takes long to the next."""
+    return 1 if request.config.getoption("--every-change") else request.param
 
 
 class Kills:
@@ -183,7 +185,7 @@ def test_training_with_a_memory_killed_while_that_is_built(
     folder = tmp_path / "checkpoints"
     arguments = [*ground.typed("nanothink_mla", folder, max_steps=4), *WITH_STORE]
     n = 0
-    for n in itertools.count(1, stride + 3):
+    for n in itertools.count(1, stride):
         shutil.rmtree(folder, ignore_errors=True)
         strike = {"change_below": str(folder / f"{MODEL}.store"), "nth": n, "signals": ["SIGKILL"]}
         ended = ground.server.run(arguments, strike=strike)

@@ -1,14 +1,19 @@
-"""One of the processes of test_distributed.py: does what is asked about, writes down what it saw."""
+"""The processes of test_distributed.py: each does what is asked about and writes down what it saw.
+
+``python distributed_child.py FOLDER N_PROCESSES PORT``: forks of one that has imported everything.
+"""
 
 from __future__ import annotations
 
 import errno
+import importlib
 import importlib.util
 import json
 import math
 import os
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -249,5 +254,25 @@ def main() -> None:
             os._exit(0)
 
 
+def fork_all(n_processes: int, port: str) -> list[int]:
+    """Run ``main`` in every process, and give their exit codes by rank."""
+    module("training/test_loop.py")
+    module("checkpoints/conftest.py")
+    importlib.import_module("torch._dynamo")
+    os.environ.update(WORLD_SIZE=f"{n_processes}", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    pids = []
+    for rank in range(n_processes):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}")
+            try:
+                main()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
 if __name__ == "__main__":
-    main()
+    print(json.dumps(fork_all(int(sys.argv[2]), sys.argv[3])))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forking_shell import ForkingShell
 from torch import Tensor, nn
 
 from nanothink.config import Config
@@ -207,7 +206,7 @@ def test_not_a_number_comes_out_as_such(by: str) -> None:
         assert model.step(text(1, 1), model.start(1)).isnan().any()
 
 
-def test_without_a_compiler_programs_run_in_pytorch(tmp_path: Path) -> None:
+def test_without_a_compiler_programs_run_in_pytorch(shell: ForkingShell, tmp_path: Path) -> None:
     code = (
         "import torch\nfrom nanothink.config import Config\nfrom nanothink.models import build_model\n"
         "from nanothink.models.decoding import compiled\nprint(compiled.unavailable())\n"
@@ -215,8 +214,7 @@ def test_without_a_compiler_programs_run_in_pytorch(tmp_path: Path) -> None:
         "{'n_heads': 2}}), 9).eval()\nstate = model.start(1)\n"
         "print(model.step(torch.zeros(1, 1, dtype=torch.int64), state).shape, state.step.program.run_by)"
     )
-    environment = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = shell.python(code, tmp_path, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "no C++ compiler found (g++, c++ or clang++)",

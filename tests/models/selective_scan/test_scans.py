@@ -6,13 +6,12 @@ import math
 import os
 import shutil
 import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from forking_shell import ForkingShell
 from torch import Tensor
 
 from nanothink.errors import UsageError
@@ -289,61 +288,64 @@ def test_by_name_or_by_the_rule_it_is_the_same_scan() -> None:
     assert torch.equal(selective_scan(*values, name="plain")[0], plain.scan(*values)[0])
 
 
-def ask(tmp_path: Path, code: str, **environment: str) -> str:
-    """Run code in a fresh process with a cache folder of its own, and give what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"from nanothink.models.selective_scan import choose_scan, compiled\n{code}"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+Ask = Callable[..., str]
+
+
+@pytest.fixture
+def ask(tmp_path: Path, shell: ForkingShell) -> Ask:
+    """Run code in a process and with a cache folder of its own, and give what it prints."""
+
+    def call(code: str, **environment: str) -> str:
+        beginning = "from nanothink.models.selective_scan import choose_scan, compiled\n"
+        done = shell.python(beginning + code, tmp_path, XDG_CACHE_HOME=str(tmp_path), **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return call
 
 
 LIBRARY = "nanothink/compiled/scan-*.so"
 
 
 @needs_compiler
-def test_the_library_is_built_once_and_again_when_damaged(tmp_path: Path) -> None:
-    assert ask(tmp_path, "print(choose_scan('cpu').name)") == "compiled"
+def test_the_library_is_built_once_and_again_when_damaged(ask: Ask, tmp_path: Path) -> None:
+    assert ask("print(choose_scan('cpu').name)") == "compiled"
     (library,) = tmp_path.glob(LIBRARY)
     assert [p.name for p in library.parent.iterdir() if p.name != library.name] == []
     built = library.stat().st_mtime_ns
-    assert ask(tmp_path, "print(choose_scan('cpu').name)") == "compiled"
+    assert ask("print(choose_scan('cpu').name)") == "compiled"
     assert library.stat().st_mtime_ns == built
     library.write_bytes(library.read_bytes()[:100])
-    assert ask(tmp_path, "print(choose_scan('cpu').name)") == "compiled"
+    assert ask("print(choose_scan('cpu').name)") == "compiled"
     assert library.stat().st_size > 1000
 
 
 @needs_compiler
-def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path) -> None:
+def test_a_folder_that_others_can_write_to_is_not_used(ask: Ask, tmp_path: Path) -> None:
     folder = tmp_path / "nanothink" / "compiled"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    ask(tmp_path, "print(choose_scan('cpu').name)", TMPDIR=str(tmp_path / "nowhere"))
+    ask("print(choose_scan('cpu').name)", TMPDIR=str(tmp_path / "nowhere"))
     assert list(folder.iterdir()) == []
     assert stat.S_IMODE(folder.stat().st_mode) == 0o777
 
 
-def test_without_a_compiler_the_plain_scan_runs_and_says_why(tmp_path: Path) -> None:
-    said = ask(tmp_path, "print(*vars(choose_scan('cpu')).values(), sep=': ')", PATH=str(tmp_path))
+def test_without_a_compiler_the_plain_scan_runs_and_says_why(ask: Ask, tmp_path: Path) -> None:
+    said = ask("print(*vars(choose_scan('cpu')).values(), sep=': ')", PATH=str(tmp_path))
     assert said == "plain: no compiled scan: no C++ compiler found (g++, c++ or clang++)"
 
 
-def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
+def test_a_compiler_that_fails_is_quoted(ask: Ask, tmp_path: Path) -> None:
     broken = tmp_path / "g++"
     broken.write_text(
         "#!/bin/sh\ncat > /dev/null\n[ $1 = --version ] || { echo 'no room at all' >&2; exit 1; }\n"
     )
     broken.chmod(0o755)
-    said = ask(tmp_path, "print(choose_scan('cpu').reason)", PATH=f"{tmp_path}:/bin:/usr/bin")
+    said = ask("print(choose_scan('cpu').reason)", PATH=f"{tmp_path}:/bin:/usr/bin")
     assert said == f"no compiled scan: {broken} could not build it: no room at all"
 
 
-def test_a_library_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_library_that_computes_something_else_is_refused(ask: Ask, tmp_path: Path) -> None:
     wrong = tmp_path / "g++"
     real = shutil.which("g++")
     if real is None:
@@ -352,13 +354,13 @@ def test_a_library_that_computes_something_else_is_refused(tmp_path: Path) -> No
         f"#!/bin/sh\nif [ $1 = --version ]; then exit 0; fi\nsed 's/skip \\* ut/ut/' | {real} \"$@\"\n"
     )
     wrong.chmod(0o755)
-    said = ask(tmp_path, "print(choose_scan('cpu').reason)", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    said = ask("print(choose_scan('cpu').reason)", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert said.startswith("no compiled scan: its results are wrong here")
 
 
-def test_choosing_leaves_the_random_numbers_of_a_run_alone(tmp_path: Path) -> None:
+def test_choosing_leaves_the_random_numbers_of_a_run_alone(ask: Ask, tmp_path: Path) -> None:
     code = (
         "import torch; before = torch.get_rng_state(); choose_scan('cpu');"
         "print(torch.equal(before, torch.get_rng_state()))"
     )
-    assert ask(tmp_path, code) == "True"
+    assert ask(code) == "True"
