@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 def counted(number: float, noun: str) -> str:
@@ -24,3 +28,16 @@ def some_of(names: Sequence[str], at_most: int) -> str:
     """List the first names of many: ``a.pt, b.pt and 8 more``."""
     rest = len(names) - at_most
     return ", ".join(names[:at_most]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def fault(of: TypeAdapter[Any], value: object) -> str | None:
+    """Describe the first entry of a value that is missing or not of its type; None if there is none."""
+    from pydantic import ValidationError
+
+    try:
+        of.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        return (f"its entry '{where}'" if where else "it") + f" makes no sense ({first['msg']})"
+    return None

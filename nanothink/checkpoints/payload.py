@@ -7,8 +7,14 @@ This module imports torch on first use: a listing needs none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
+
+from nanothink.wording import fault
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +22,10 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 3
 """2: with the split and the hashes of the documents that were trained on."""
 
+_Count = Annotated[int, Field(ge=0)]
 
+
+@with_config(ConfigDict(strict=True, arbitrary_types_allowed=True))
 class ModelPayload(TypedDict):
     """A model without its training state."""
 
@@ -26,7 +35,7 @@ class ModelPayload(TypedDict):
     model_state: dict[str, Tensor]
     """Parameters and persistent buffers, without wrapper prefixes. Tied ones appear under each name."""
 
-    config: dict[str, Any]
+    config: dict[str, dict[str, Any]]
     """The resolved config as plain JSON values."""
 
     tokenizer: dict[str, str]
@@ -43,19 +52,19 @@ class ModelPayload(TypedDict):
 class CheckpointPayload(ModelPayload):
     """Everything that changes the next step. Tensors and plain Python values only."""
 
-    format_version: int
+    format_version: Annotated[int, Field(ge=1)]
     """``FORMAT_VERSION`` of the NanoThink that wrote it."""
 
     optimizer_state: dict[str, Any]
     """Nested dicts and lists of tensors and scalars."""
 
-    step: int
+    step: _Count
     """Optimizer steps done."""
 
-    epoch: int
+    epoch: _Count
     """Epochs completed."""
 
-    position: int
+    position: _Count
     """Blocks consumed since the start of the run, over all processes."""
 
     amp_scaler: dict[str, Any] | None
@@ -74,87 +83,51 @@ class CheckpointPayload(ModelPayload):
     """Fingerprint of the tokenised corpus that the positions refer to."""
 
 
-_REQUIRED: dict[str, tuple[type, ...]] = {
-    "format_version": (int,),
-    "kind": (str,),
-    "model_state": (dict,),
-    "optimizer_state": (dict,),
-    "step": (int,),
-    "epoch": (int,),
-    "position": (int,),
-    "amp_scaler": (dict, type(None)),
-    "rng": (dict,),
-    "early_stopping": (dict,),
-    "best_loss": (float, int, type(None)),
-    "config": (dict,),
-    "tokenizer": (dict,),
-    "data_fingerprint": (str,),
-    "split": (dict,),
-    "run": (dict,),
-}
+@with_config(ConfigDict(strict=True, extra="forbid"))
+class Summary(TypedDict):
+    """The values that a listing shows of a checkpoint."""
+
+    format_version: Annotated[int, Field(ge=1)]
+    kind: str
+    step: _Count
+    epoch: _Count
+    position: _Count
+    best_loss: float | None
+    name: str | None
+    """Name of the run."""
+    n_parameters: int
+    """Numbers in ``model_state``, buffers included, tied ones counted once."""
 
 
-_SUMMARY = ("format_version", "kind", "step", "epoch", "position", "best_loss")
-"""Entries that a summary repeats; it has ``name`` and ``n_parameters`` besides."""
+_SUMMARIES = TypeAdapter(Summary)
+
+
+@functools.cache
+def _payloads() -> TypeAdapter[CheckpointPayload]:
+    from torch import Tensor  # noqa: F401  pydantic looks it up here
+
+    return TypeAdapter(CheckpointPayload)
 
 
 def wrong_entry(payload: Mapping[Any, Any]) -> str | None:
-    """Describe the first required entry that is missing or of another type; None if there is none."""
-    if wrong := _wrong_type(payload, _REQUIRED):
-        return wrong
-    for name, tensor in payload["model_state"].items():
-        if not isinstance(name, str) or not _is_tensor(tensor):
-            return f"its entry 'model_state' holds {name!r}, which is no tensor"
-    for key in ("tokenizer", "run", "config", "split"):
-        if not all(isinstance(name, str) for name in payload[key]):
-            return f"its entry '{key}' has keys that are not strings"
-    if not all(isinstance(value, str) for value in payload["tokenizer"].values()):
-        return "its entry 'tokenizer' holds something that is no text"
-    if not all(isinstance(section, dict) for section in payload["config"].values()):
-        return "its entry 'config' is not made of sections"
-    return None
+    """Describe the first entry that is missing or of another type; None if there is none."""
+    return fault(_payloads(), payload)
 
 
 def wrong_in_summary(summary: Mapping[str, Any]) -> str | None:
-    """``wrong_entry`` of what ``summary_of`` gives."""
-    if not isinstance(summary.get("name"), (str, type(None))) or type(summary.get("n_parameters")) is not int:
-        return "its name or number of parameters is missing"
-    if surplus := summary.keys() - {*_SUMMARY, "name", "n_parameters"}:
-        return f"it has a surplus entry '{min(surplus)}'"
-    return _wrong_type(summary, _SUMMARY)
-
-
-def _wrong_type(values: Mapping[Any, Any], keys: Iterable[str]) -> str | None:
-    for key in keys:
-        if key not in values:
-            return f"its entry '{key}' is missing"
-        value, types = values[key], _REQUIRED[key]
-        if type(value) not in types and not (dict in types and isinstance(value, dict)):
-            return f"its entry '{key}' is a {type(value).__name__}"
-    for key, least in (("format_version", 1), ("step", 0), ("epoch", 0), ("position", 0)):
-        if values[key] < least:
-            return f"its entry '{key}' is {values[key]}"
-    return None
+    """``wrong_entry`` of a summary."""
+    return fault(_SUMMARIES, summary)
 
 
 def summary_of(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a listing shows: plain ones, tied parameters counted once."""
+    """The entries of ``Summary``."""
     name = payload["run"].get("name")
     sizes = {
         (tensor.data_ptr(), tensor.shape, tensor.stride()): tensor.numel()
         for tensor in payload["model_state"].values()
     }
-    return {
-        **{key: payload[key] for key in _SUMMARY},
-        "name": name if isinstance(name, str) else None,
-        "n_parameters": sum(sizes.values()),
-    }
-
-
-def _is_tensor(value: Any) -> TypeGuard[Tensor]:
-    import torch
-
-    return isinstance(value, torch.Tensor)
+    own = {"name": name if isinstance(name, str) else None, "n_parameters": sum(sizes.values())}
+    return {entry: own[entry] if entry in own else payload[entry] for entry in Summary.__annotations__}
 
 
 def plain(value: Any, where: str) -> Any:
@@ -192,10 +165,12 @@ def plain(value: Any, where: str) -> Any:
 
 def tensor_bytes(value: Any) -> int:
     """Bytes of all tensors in ``value``, shared storages once."""
+    from torch import Tensor
+
     storages: dict[int, int] = {}
 
     def visit(node: Any) -> None:
-        if _is_tensor(node):
+        if isinstance(node, Tensor):
             storage = node.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
         elif isinstance(node, (dict, list, tuple)):

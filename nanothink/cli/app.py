@@ -266,6 +266,9 @@ def _usage_error(error: Exception, args: Sequence[str]) -> int:
         message = f"No such option: {option}. Did you mean {call}?"
     elif type(error).__name__ == "MissingParameter" and (call := domain_meant(args)):
         message += f" As in: {call}."
+    elif " is not one of " in message:
+        given, *known = message.split("'")[3::2]
+        message = message.replace("Value error, ", "") + did_you_mean(given, known)
     where = context.command_path if context is not None else "nanothink"
     message = message.partition(", unable to parse")[0]  # internals of a validator
     if message[-1] not in ".?":

@@ -12,16 +12,11 @@ import typer
 
 from nanothink.models import EXPERTS
 
-SPLITS = ("val", "test", "train", "all")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def kinds(incomplete: str) -> list[str]:
     return _starting(EXPERTS, incomplete)
-
-
-def splits(incomplete: str) -> list[str]:
-    return _starting(SPLITS, incomplete)
 
 
 def devices(incomplete: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -54,7 +54,8 @@ def evaluate(
     ] = None,
     domains: Domains = None,
     split: Annotated[
-        str, option("NAME", "Which part of each domain: val, test, train or all.", complete=completion.splits)
+        Literal["val", "test", "train", "all"],
+        option("NAME", "Which part of each domain: val, test, train or all."),
     ] = "val",
     max_tokens: Annotated[
         int | None,
@@ -77,12 +78,6 @@ def evaluate(
     NanoThink, a router over experts, is nanothink_mla.
     """
     from nanothink.cli import render
-    from nanothink.errors import UsageError
-    from nanothink.suggestions import did_you_mean
-
-    sides = ("val", "test", "train", "all")
-    if split not in sides:
-        raise UsageError(f"--split {split}: use val, test, train or all.{did_you_mean(split, sides)}")
     from nanothink.runs.evaluating import evaluate_checkpoints, finished_checkpoints
 
     with render.reporting() as reporter:
@@ -91,7 +86,7 @@ def evaluate(
             paths,
             data_dir=data_dir,
             domains=domain_names(domains),
-            split=split,  # type: ignore[arg-type]
+            split=split,
             max_tokens=max_tokens,
             device=device,
             skip_bad_records=skip_bad_records,

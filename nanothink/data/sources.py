@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import glob
 import os
-import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,17 +43,6 @@ _KINDS = {
 }
 DOCUMENTS = frozenset(("text", *DOCUMENT_SUFFIXES))
 """Kinds of which a file is one text."""
-_REMEDIES = {
-    **dict.fromkeys((".doc", ".odt", ".rtf", ".pages"), "soffice --headless --convert-to docx {0}"),
-    **dict.fromkeys((".xlsx", ".xls", ".ods"), "soffice --headless --convert-to csv {0}"),
-    **dict.fromkeys((".mobi", ".azw", ".azw3", ".fb2", ".djvu"), "ebook-convert {0} {1}.epub"),
-    **dict.fromkeys((".tex", ".rst", ".org", ".adoc"), "pandoc -t plain -o {1}.txt {0}"),
-    ".zip": "unzip -d {1} {0}",
-    ".tar": "mkdir {1} && tar -C {1} -xf {0}",
-    ".xz": "xz -dk {0}",
-    ".bz2": "bzip2 -dk {0}",
-}
-"""Commands that make a format readable."""
 _PACKED_JSON = (".json.gz", ".json.zst")
 
 
@@ -91,7 +79,7 @@ def find_sources(
     found = [source for name in names for source in _found(name, findings, leave_out)]
     if as_tables:
         found = [replace(s, kind="table") if s.kind == "text" else s for s in found]
-    sources = list(_once(found, findings))
+    sources = _once(found)
     if len(names) == 1 and not _is_pattern(names[0]):
         return _own_name(names[0], sources), sources
     files = [source.path.absolute() for source in sources if source.kind != "hub"]
@@ -124,25 +112,14 @@ def _own_name(name: str, sources: list[Source]) -> str:
     return stem(path.name[: len(path.name) - len(_suffix(path))])
 
 
-def _once(sources: list[Source], findings: Findings) -> Iterator[Source]:
-    seen: set[tuple[int, int]] = set()
-    n_again, first = 0, ""
+def _once(sources: list[Source]) -> list[Source]:
+    """The sources without files that stand before them under another name."""
+    found: dict[object, Source] = {}
     for source in sources:
-        if source.kind != "hub":
-            with reading(source.path):
-                status = source.path.stat()
-            key = (status.st_dev, status.st_ino)
-            if key in seen:
-                n_again += 1
-                first = first or shown(source.path)
-                continue
-            seen.add(key)
-        yield source
-    if n_again:
-        others = f", and so {n_again - 1:,} more" if n_again > 1 else ""
-        findings.warnings.add(
-            Problem(first, 0, 0, f"the same file as one before it, so it is read once{others}")
-        )
+        with reading(source.path):
+            status = None if source.kind == "hub" else source.path.stat()
+        found.setdefault(source if status is None else (status.st_dev, status.st_ino), source)
+    return list(found.values())
 
 
 def _is_pattern(name: str) -> bool:
@@ -200,17 +177,16 @@ def _file(path: Path, name: str) -> Source:
         raise DataError(f"There is no file or folder {shown(path)}. Check the path.")
     kind = _kind(path, suffix)
     if not kind:
-        known = ", ".join(
-            s for suffixes in _KINDS.values() for s in suffixes if not s.endswith((".gz", ".zst"))
-        )
-        if remedy := _REMEDIES.get(path.suffix.lower()):
-            command = remedy.format(shlex.quote(name), shlex.quote(path.stem))
-            raise UsageError(f"{path.suffix.lower()} is not read. Convert {shown(path)}: {command}")
         raise UsageError(
-            f"The format of {shown(path)} is unknown. Formats are recognised by extension: {known}; those of "
-            "text also with .gz or .zst."
+            f"The format of {shown(path)} is not read. Convert or unpack it to one of {_listed(_KINDS)}; "
+            "those of text also with .gz or .zst."
         )
     return Source(kind, path, shown(path.name), file_size(path))
+
+
+def _listed(kinds: Iterable[str]) -> str:
+    """The extensions of some kinds, without those of packed files."""
+    return ", ".join(s for kind in kinds for s in _KINDS[kind] if not s.endswith((".gz", ".zst")))
 
 
 def _suffix(path: Path) -> str:
@@ -271,9 +247,7 @@ def _folder(folder: Path, findings: Findings, leave_out: Path) -> list[Source]:
                 others[path.suffix or "without a suffix"] += 1
                 if kind:
                     tables[suffix] += 1
-    known = ", ".join(
-        s for kind in _KINDS if kind in DOCUMENTS for s in _KINDS[kind] if not s.endswith((".gz", ".zst"))
-    )
+    known = _listed(kind for kind in _KINDS if kind in DOCUMENTS)
     way_in = ""
     if tables:
         pattern = f"{glob.escape(str(folder))}/**/*{tables.most_common(1)[0][0]}"

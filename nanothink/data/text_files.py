@@ -152,14 +152,11 @@ def no_such_field(
         return DataError(f"{message} Correct the name in --template")
     # A file of another kind has a whole line for a name, which nobody types.
     names = [name for name in (names if texts is None else texts) if len(name) <= 60]
-    if not names:
-        return DataError(f"{message} Name the one that holds the text: --text-field NAME")
-    if len(names) == 1:
-        return DataError(f"{message} If that is the text: {again('--text-field', names[0])}")
-    one, several = again("--text-field", names[-1]), r"\n\n".join(f"{{{name}}}" for name in names[-2:])
+    one = again("--text-field", names[-1]) if names else "--text-field NAME"
+    several = again("--template", r"\n\n".join(f"{{{name}}}" for name in names[-2:])) if names[1:] else ""
     return DataError(
-        f"{message} Name the one that holds the text, as in {one}, or several, as in "
-        f"{again('--template', several)}"
+        f"{message} Name the one that holds the text, as in {one}"
+        + (f", or several, as in {several}" if several else "")
     )
 
 

@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from nanothink.config import TrainConfig
 from nanothink.errors import CheckpointDamagedError
+from nanothink.wording import fault
+
+_Count = Annotated[int, Field(ge=-1, lt=2**53)]
 
 
 @dataclass
 class TrainState:
-    step: int = 0
+    step: _Count = 0
     """Optimizer steps taken. One skipped for a non-finite gradient counts, so the schedule never shifts."""
-    epoch: int = 0
+    epoch: _Count = 0
     """Epochs completed, their evaluation included."""
-    position: int = 0
+    position: _Count = 0
     """Training blocks consumed since the start of the run."""
     best_loss: float | None = None
     """Lowest validation loss so far, in nats per token."""
-    best_step: int = 0
+    best_step: _Count = 0
     """The step it was found at."""
-    evals_without_improvement: int = 0
+    evals_without_improvement: _Count = 0
     """Evaluations in a row without improvement."""
-    evaluated_step: int = -1
+    evaluated_step: _Count = -1
     """The step of the last evaluation, so that none is done twice or left out after a resume."""
-    skipped_steps: int = 0
+    skipped_steps: _Count = 0
     """Steps skipped because loss or gradient were not finite, in all."""
-    skipped_in_a_row: int = 0
-    epoch_blocks: int = 0
+    skipped_in_a_row: _Count = 0
+    epoch_blocks: _Count = 0
     """Training blocks in an epoch; 0 before the first plan."""
-    epoch_shift: int = 0
+    epoch_shift: Annotated[int, Field(gt=-(2**53), lt=2**53)] = 0
     """Blocks added to every epoch boundary after the data changed on resume."""
-    epoch_targets: int = 0
+    epoch_targets: _Count = 0
     """Targets trained on since the epoch began, in steps that were not skipped."""
     epoch_parts: dict[str, float] = field(default_factory=dict)
     """Sums over those targets of each part of the loss."""
@@ -66,30 +71,12 @@ class TrainState:
 
         Raises CheckpointDamagedError for a value that ``to_dict`` could not have given.
         """
-        if not isinstance(values, Mapping):
-            raise _damaged(f"it is a {type(values).__name__}")
-        state = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-        for name, value in vars(state).items():
-            if name == "best_loss":
-                sound = value is None or type(value) is float
-            elif name == "epoch_parts":
-                sound = isinstance(value, dict) and all(type(total) is float for total in value.values())
-            elif name == "epoch_shift":
-                sound = type(value) is int and abs(value) < _NEVER_REACHED
-            else:
-                sound = type(value) is int and -1 <= value < _NEVER_REACHED
-            if not sound:
-                raise _damaged(f"{name} is {value!r:.40}")
-        return state
-
-
-_NEVER_REACHED = 2**53
-
-
-def _damaged(reason: str) -> CheckpointDamagedError:
-    return CheckpointDamagedError(
-        f"the training state in this checkpoint is damaged ({reason}). Use another checkpoint"
-    )
+        states = TypeAdapter(cls)
+        if wrong := fault(states, values):
+            raise CheckpointDamagedError(
+                f"the training state in this checkpoint is damaged: {wrong}. Use another checkpoint"
+            )
+        return states.validate_python(values)
 
 
 _EVALUATIONS = 10

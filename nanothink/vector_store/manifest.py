@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
 
 from nanothink.disk import storage_error, write_whole
 from nanothink.errors import StorageError, VectorStoreMismatchError, VectorStoreNotFoundError
 from nanothink.vector_store.index import Kind, damaged, rebuild
+from nanothink.wording import fault
 
 FORMAT = 2
 SUFFIX = ".store"
@@ -46,10 +47,9 @@ class _FileFacts(TypedDict):
     digest: str
 
 
+@with_config(ConfigDict(strict=True, extra="forbid"))
 class _Manifest(TypedDict):
     """Contents of manifest.json."""
-
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]
 
     format: int
     generation: Annotated[str, Field(pattern=r"^\w+$")]
@@ -103,12 +103,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has format {manifest.get('format')}, and this NanoThink reads {FORMAT}. Build it "
             f"again: {rebuild(folder)}"
         )
-    try:
-        return dict(_MANIFESTS.validate_python(manifest))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise damaged(path, f"its entry {where} makes no sense ({first['msg']})") from None
+    if wrong := fault(_MANIFESTS, manifest):
+        raise damaged(path, wrong)
+    return manifest
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

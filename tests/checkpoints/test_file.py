@@ -106,10 +106,10 @@ def test_tied_tensors_are_stored_once_and_views_alone(tmp_path, make_payload):
         ({"run": {"array": np.zeros(2)}}, "ndarray"),
         ({"optimizer_state": {(1, 2): 0}}, "key"),
         ({"model_state": {"a": torch.zeros(2, device="meta")}}, "can't be saved"),
-        ({"step": 1.0}, "'step' is a float"),
-        ({"step": True}, "'step' is a bool"),
-        ({"model_state": {"a": 1}}, "no tensor"),
-        ({"tokenizer": {"a": 1}}, "no text"),
+        ({"step": 1.0}, "'step' makes no sense .*valid integer"),
+        ({"step": True}, "'step' makes no sense .*valid integer"),
+        ({"model_state": {"a": 1}}, "'model_state.a' makes no sense .*Tensor"),
+        ({"tokenizer": {"a": 1}}, "'tokenizer.a' makes no sense .*string"),
     ],
 )
 def test_a_payload_that_would_not_load_again_is_not_written(written, make_payload, changes, complaint):

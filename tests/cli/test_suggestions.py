@@ -129,7 +129,6 @@ SITUATIONS = {
         "data validate",
     ),
     "a wrong setting": ("", f"pretrain transformer {TRAIN} --set train_expert.lrr=1", "config show"),
-    "a folder to resume": ("", f"pretrain transformer --resume models {TRAIN}", "pretrain transformer"),
     "GGUF of NanoThink": (
         "",
         f"checkpoints export models/nanothink_mla.pt --to m.gguf --format gguf {PLACE}",

@@ -28,9 +28,7 @@ def test_names_that_cannot_be_domains(tmp_path, domain):
 def test_a_source_that_is_not_there_or_of_no_known_kind(tmp_path):
     refused(tmp_path, tmp_path / "gone.txt", DataError, "no file or folder.*gone.txt")
     refused(tmp_path, tmp_path / "gone", DataError, "no file or folder")
-    refused(tmp_path, put(tmp_path, "a.odt", "x"), UsageError, "soffice --headless --convert-to docx ")
-    refused(tmp_path, put(tmp_path, "a.zip", "x"), UsageError, "unzip -d a .*a.zip")
-    refused(tmp_path, put(tmp_path, "a.xyz", "x"), UsageError, r"format of .*\.txt.*\.parquet")
+    refused(tmp_path, put(tmp_path, "a.odt", "x"), UsageError, r"format of .*a\.odt.*\.txt.*\.parquet")
     refused(tmp_path, "hf:a/b/c", UsageError, "not the name of a Hub data set")
     refused(tmp_path, put(tmp_path, "a.txt", "a"), UsageError, "at least 1", split_chars=0)
 

@@ -172,5 +172,5 @@ def test_a_manifest_that_makes_no_sense_is_refused(entry: str, value: Any, read:
     manifest = json.loads((store.folder / "manifest.json").read_text()) | {entry: value}
     manifest["digest"] = digest_of(manifest)
     (store.folder / "manifest.json").write_bytes(orjson.dumps(manifest))
-    with pytest.raises(VectorStoreDamagedError, match=rf"its entry {entry}.* makes no sense"):
+    with pytest.raises(VectorStoreDamagedError, match=rf"its entry '{entry}.*' makes no sense"):
         open_store(store.folder, EXACT)

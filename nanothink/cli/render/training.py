@@ -21,6 +21,7 @@ from nanothink.wording import counted
 
 if TYPE_CHECKING:
     from nanothink.inference.evaluate import Evaluation
+    from nanothink.training.events import Evaluated
 
 
 class TrainingView(BarReporter):
@@ -56,6 +57,23 @@ class TrainingView(BarReporter):
             if event.best:
                 self.best_validation, self.best_step = event.evaluation, event.step
             self.last_step = event.step
+            self._note_validation(event)
+        elif isinstance(event, events.CheckpointSaved) and event.role != "interrupted":
+            self.note(f"saved {event.path}")
+
+    def _note_validation(self, event: Evaluated) -> None:
+        overall = event.evaluation.overall
+        best = "best so far" if event.best else f"no better for {event.evals_without_improvement}"
+        if event.fitted:
+            best = "as fitted, on the rest of the held-out text"
+        self.note(
+            f"validation at step {event.step}  epoch {event.epoch}  loss {overall.loss:.4f}  "
+            f"bits per byte {overall.bits_per_byte:.4f} ({_bits_by_domain(event.evaluation)})  {best}"
+        )
+        if event.evaluation.denoising:
+            self.note(f"squared error by noise level  {errors_by_level(event.evaluation)}")
+        if event.evaluation.routing:
+            self.note(f"weight of the experts  {trust_by_domain(event.evaluation)}")
 
     def remaining(self) -> float | None:
         """Seconds to the end, by the median step and the last validation; None once these are over.
@@ -125,24 +143,9 @@ class PlainTrainingView(TrainingView):
                 f"grad {event.gradient_norm:.2f}  {count(event.tokens / max(event.seconds, 1e-9))} tok/s  "
                 f"ETA {eta}{skipped}"
             )
-        elif isinstance(event, events.Evaluated):
-            overall = event.evaluation.overall
-            best = "  best so far" if event.best else f"  no better for {event.evals_without_improvement}"
-            if event.fitted:
-                best = "  as fitted, on the rest of the held-out text"
-            note(
-                f"validation at step {event.step}  epoch {event.epoch}  loss {overall.loss:.4f}  "
-                f"bits per byte {overall.bits_per_byte:.4f} ({_bits_by_domain(event.evaluation)}){best}"
-            )
-            if event.evaluation.denoising:
-                note(f"squared error by noise level  {errors_by_level(event.evaluation)}")
-            if event.evaluation.routing:
-                note(f"weight of the experts  {trust_by_domain(event.evaluation)}")
         elif isinstance(event, events.Sampled):
             for prompt, text in event.texts.items():
                 note(f"sample: {prompt + text!r}")
-        elif isinstance(event, events.CheckpointSaved) and event.role != "interrupted":
-            note(f"saved {event.path}")
 
 
 class LiveTrainingView(TrainingView):
@@ -154,7 +157,7 @@ class LiveTrainingView(TrainingView):
         self._task: TaskID | None = None
         self._losses: list[float] = []
         self._step: Any = None
-        self._validations: list[Any] = []
+        self._validation: Any = None
         self._sample: tuple[str, str] | None = None
         self._live = Live(console=err, get_renderable=self._render, refresh_per_second=4, transient=True)
 
@@ -181,21 +184,9 @@ class LiveTrainingView(TrainingView):
             if self._task is not None:
                 self._bar.update(self._task, completed=event.step)
         elif isinstance(event, events.Evaluated):
-            self._validations.append(event)
-            overall = event.evaluation.overall
-            mark = "best so far" if event.best else f"no better for {event.evals_without_improvement}"
-            self.note(
-                f"epoch {event.epoch}  step {event.step}  validation loss {overall.loss:.4f}  "
-                f"bits per byte {overall.bits_per_byte:.4f}  {mark}"
-            )
-            if event.evaluation.denoising:
-                self.note(f"squared error by noise level  {errors_by_level(event.evaluation)}")
-            if event.evaluation.routing:
-                self.note(f"weight of the experts  {trust_by_domain(event.evaluation)}")
+            self._validation = event
         elif isinstance(event, events.Sampled) and event.texts:
             self._sample = next(iter(event.texts.items()))
-        elif isinstance(event, events.CheckpointSaved) and event.role != "interrupted":
-            self.note(f"saved {event.path}")
 
     def _render(self) -> RenderableType:
         parts: list[RenderableType] = [self._bar]
@@ -216,8 +207,7 @@ class LiveTrainingView(TrainingView):
             curve = Text("loss  ", style="dim")
             curve.append(sparkline(self._losses, min(60, err.width - 12)), style="cyan")
             parts.append(curve)
-        if self._validations:
-            latest = self._validations[-1]
+        if (latest := self._validation) is not None:
             scores = {**latest.evaluation.domains, "all": latest.evaluation.overall}
             number = "bold green" if latest.best else "bold"
             by_domain = [
