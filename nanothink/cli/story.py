@@ -21,8 +21,9 @@ from nanothink.wording import counted, rounded_duration
 
 if TYPE_CHECKING:
     from nanothink.reporter import Reporter
+    from nanothink.runs.plan_sizes import SpeedOf
     from nanothink.runs.planning import PlanFile
-    from nanothink.runs.training_plan import SpeedOf, Stage, TrainingPlan
+    from nanothink.runs.training_plan import Stage, TrainingPlan
 
 Call = Callable[[list[str]], int]
 """Runs a command of NanoThink, as app.py gives it to every command."""
@@ -145,12 +146,12 @@ class Story:
         place = ["--checkpoint-dir", str(self.checkpoint_dir)]
         return shlex.join(["nanothink", "train", plan.data_dir, *asked, *place, *device])
 
-    @staticmethod
-    def _asked(plan: TrainingPlan) -> tuple[list[str], list[str]]:
+    def _asked(self, plan: TrainingPlan) -> tuple[list[str], list[str]]:
         """The options that asked for the time and the experts of a plan."""
         whole, rest = divmod(plan.time_seconds, 60)
         duration = f"{plan.time_seconds:g}s" if rest else f"{whole:g}m"
-        return ["--time", duration], ["--experts", ",".join(plan.kinds)]
+        further = plan.further and self.kinds is None
+        return ["--time", duration], [] if further else ["--experts", ",".join(plan.kinds)]
 
     def _new_plan(self) -> TrainingPlan:
         from nanothink.checkpoints import CheckpointStore
@@ -158,10 +159,12 @@ class Story:
         from nanothink.runs.training_plan import KINDS, make_plan
 
         data_dir, kinds = self.data_dir or "data", self.kinds or KINDS
+        further = self.kinds is None
         if self.seconds is None:
             words = ["nanothink", "train", data_dir, "--time", "2h"]
             raise UsageError(f"--time says how long all of it may take, as in: `{shlex.join(words)}`")
-        taken = [p for stem in _stems(kinds) for p in CheckpointStore(self.checkpoint_dir, stem).existing()]
+        stems = _stems(kinds, further)
+        taken = [path for stem in stems for path in CheckpointStore(self.checkpoint_dir, stem).existing()]
         if taken and not self.overwrite:
             raise UsageError(
                 f"{taken[0]} is there already, and no plan has made it. Choose another --checkpoint-dir, or "
@@ -177,6 +180,7 @@ class Story:
                 self._speed(reporter),
                 data_dir=data_dir,
                 kinds=kinds,
+                further=further,
                 imports=is_imported(source, self.checkpoint_dir),
                 made_at=time.time(),
                 prompt=self.prompt or opening(source, self.checkpoint_dir),
@@ -243,8 +247,8 @@ class Story:
         if stage.kind is None:
             return settled(counted_in)
         with _reporting() as reporter:
-            speed = self._speed(reporter)(stage.kind, plan.shape, plan.vocab_size)
-        return settled(counted_in, {stage.kind: speed})
+            speed = self._speed(reporter)(stage.kind, plan.shape_of(stage), plan.vocab_size)
+        return settled(counted_in, {stage.timed_as: speed})
 
     def _run(self, stage: Stage, command: list[str], scores: dict[str, Any]) -> int:
         if not self.as_json or stage.name != "evaluate":
@@ -263,7 +267,7 @@ class Story:
         folder = self.checkpoint_dir
         settings = ["--config", str(folder / SETTINGS_FILE)]
         device = ["--device", self.device] if self.device else []
-        experts = [str(folder / f"{kind}_expert.pt") for kind in plan.kinds]
+        experts = [str(folder / f"{expert.title}_expert.pt") for expert in plan.experts]
         combined = str(folder / f"{COMBINED}.pt")
         if stage.name == "import":
             source = self._source(plan.data_dir)
@@ -287,12 +291,17 @@ class Story:
             values["vector_store.max_keys"] = stage.n_keys
         else:
             words = ["pretrain", kind, "--max-steps", str(stage.steps)]
+            if stage.nth > 1:
+                words += ["--name", stage.title, "--seed", str(stage.nth)]
             values[f"{section}.eval_every_steps"] = stage.evaluate_every
+            if stage.widening > 1:
+                shape = plan.shape_of(stage)
+                values |= {"model.d_model": shape.d_model, "transformer.n_heads": shape.n_heads}
         words += [
             *settings,
             *(word for name, value in values.items() for word in ("--set", f"{name}={value}")),
         ]
-        stem = kind if stage.kind is None else f"{kind}_expert"
+        stem = kind if stage.kind is None else f"{stage.title}_expert"
         place = ["--checkpoint-dir", str(folder), self._resume_or_overwrite(plan, stem)]
         return [*words, *place, *device]
 
@@ -324,10 +333,14 @@ class Story:
             yield f"{call}   # {why}"
 
 
-def _stems(kinds: tuple[str, ...]) -> list[str]:
+def _stems(kinds: tuple[str, ...], further: bool) -> list[str]:
+    """Names of the checkpoints that a plan of these experts may make."""
     from nanothink.models import COMBINED
+    from nanothink.runs.training_plan import MOST_OF_A_KIND
 
-    return [*(f"{kind}_expert" for kind in kinds), COMBINED]
+    numbers = range(2, 1 + (MOST_OF_A_KIND if further else 1))
+    names = [name for kind in kinds for name in (kind, *(f"{kind}_{n}" for n in numbers))]
+    return [*(f"{name}_expert" for name in names), COMBINED]
 
 
 def _reporting() -> Any:

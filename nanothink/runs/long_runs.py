@@ -46,7 +46,7 @@ def advise_smaller(setup: RunSetup, needed: RunTime, configure: Configure, repor
         f"{counted(needed.n_steps, 'step')} of {needed.step_seconds:.3g} s, {how}."
     )
     found = _smaller(setup, configure, reporter)
-    if found is not None and found[1] < needed.seconds:  # a machine that was busy meanwhile may time it as slower
+    if found is not None and found[1] < needed.seconds:  # not so if the machine became busy meanwhile
         preset, seconds = found
         said += (
             f" With a smaller model it takes about {rounded_duration(seconds)}: "

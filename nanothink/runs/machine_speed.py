@@ -9,10 +9,10 @@ from nanothink.models import EXPERTS, build_model, training_of
 from nanothink.models.contract import Expert
 from nanothink.models.precision import choose_device
 from nanothink.reporter import SILENT, Reporter
+from nanothink.runs.plan_sizes import Shape, StepTime
 from nanothink.runs.planning import shape_settings
 from nanothink.runs.scoring import BATCH_TOKENS
 from nanothink.runs.timing import seconds_of, time_step
-from nanothink.runs.training_plan import Shape, StepTime
 from nanothink.training.loop import Run
 from nanothink.training.matmul_types import choose_precision
 from nanothink.training.objectives import ExpertObjective

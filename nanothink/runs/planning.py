@@ -20,7 +20,8 @@ from nanothink.disk import make_folder, storage_error, write_whole
 from nanothink.errors import CheckpointError, DataError, UsageError
 from nanothink.models.joint_gate import GATE_PREFIX
 from nanothink.reporter import SILENT, Reporter
-from nanothink.runs.training_plan import Shape, TextSize, TrainingPlan
+from nanothink.runs.plan_sizes import Shape, TextSize
+from nanothink.runs.training_plan import TrainingPlan
 
 PLAN_FILE, SETTINGS_FILE, TOKENIZER_FOLDER = "plan.json", "train.toml", "tokenizer"
 IMPORTED_FOLDER = "data"

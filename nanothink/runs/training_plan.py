@@ -4,20 +4,21 @@
 
 The largest shape is taken that can be trained enough in the time: on as many tokens as its parameters or
 its text ask for, whichever is less. The time is then divided: what is fixed (reading, the store, evaluation)
-first, the rest in equal parts among the experts. A stage is settled when it starts, from the time that is
-left then, so that later stages are shortened if earlier ones took longer; from there on it stays as it is,
-so that a resumed stage is the same.
+first, the rest in equal parts among the experts. Time that they cannot use, as more epochs would overfit,
+goes to further experts. A stage is settled when it starts, from the time that is left then, so that later
+stages are shortened if earlier ones took longer; from there on it stays as it is, so that a resumed stage
+is the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from nanothink.config.base import Settings
-from nanothink.data.tokenizer import fitting_vocab_size
 from nanothink.errors import UsageError
+from nanothink.runs.plan_sizes import SHAPES, Shape, SpeedOf, StepTime, TextSize
 from nanothink.suggestions import again
 from nanothink.training.regularisation import Regularisation
 from nanothink.wording import rounded_duration
@@ -25,85 +26,9 @@ from nanothink.wording import rounded_duration
 KINDS = ("state_space", "transformer")
 """Experts of a plan by default: with the store, what gave most on little text (docs/log.md)."""
 
-
-class Shape(Settings):
-    """Sizes that all experts of a plan have."""
-
-    d_model: int
-    n_heads: int
-    layers: dict[str, int]
-    """By kind."""
-    length: int
-    """Tokens of a block."""
-    batch_size: int
-    max_vocab: int
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.length
-
-    def vocab_size(self, n_bytes: int) -> int:
-        """Vocabulary for a text of ``n_bytes``. A large head would take most of a small model's time."""
-        return min(fitting_vocab_size(n_bytes), self.max_vocab)
-
-    def n_parameters(self, vocab_size: int) -> int:
-        """Parameters of its transformer: attention and SwiGLU are 16 D² a layer."""
-        return 16 * self.d_model**2 * self.layers["transformer"] + 2 * vocab_size * self.d_model
-
-
-def _shape(d_model: int, n_heads: int, layers: Sequence[int], length: int, batch: int, vocab: int) -> Shape:
-    by_kind = dict(zip(("transformer", "state_space", "diffuser"), layers, strict=True))
-    return Shape(
-        d_model=d_model,
-        n_heads=n_heads,
-        layers=by_kind,
-        length=length,
-        batch_size=batch,
-        max_vocab=vocab,
-    )
-
-
-SHAPES = (
-    _shape(64, 2, (2, 2, 2), 128, 8, 1024),
-    _shape(128, 4, (2, 3, 2), 256, 8, 2048),
-    _shape(128, 4, (4, 6, 4), 256, 8, 4096),
-    _shape(256, 8, (3, 3, 3), 256, 8, 4096),
-    _shape(384, 6, (6, 6, 4), 512, 8, 8192),
-    _shape(512, 8, (8, 12, 6), 512, 16, 16384),
-    _shape(768, 12, (12, 24, 8), 1024, 16, 32768),
-)
-"""From small to large."""
-
-
-class TextSize(Settings):
-    """Numbers of a text that a plan depends on."""
-
-    n_bytes: int
-    n_domains: int
-    digest: str = ""
-    """Of all files, to see that it is the same text later."""
-
-    def n_tokens(self, vocab_size: int) -> int:
-        """Training tokens, about; a tenth is held out."""
-        return max(1, int(0.9 * self.n_bytes / _bytes_per_token(vocab_size)))
-
-
-def _bytes_per_token(vocab_size: int) -> float:
-    """About 2.6 at 1,024 entries and 0.35 more for each doubling, as measured on the starter corpus."""
-    return max(2.0, 2.6 + 0.35 * math.log2(vocab_size / 1024))
-
-
-class StepTime(Settings):
-    """Measured on this machine."""
-
-    step_seconds: float
-    """An optimizer step."""
-    token_seconds: float
-    """Scoring a token of held-out text."""
-
-
-SpeedOf = Callable[[str, Shape, int], StepTime]
-"""(kind, shape, vocabulary) -> its time on this machine."""
+FURTHER = (("state_space", 2), ("transformer", 2), ("state_space", 1))
+"""Kind of the experts that time is left for, in this order, and how many times as wide as the shape."""
+MOST_OF_A_KIND = 1 + max(sum(kind == other for other, _ in FURTHER) for kind in KINDS)
 
 Name = Literal["import", "tokenizer", "expert", "combine", "evaluate", "sample"]
 
@@ -114,6 +39,10 @@ class Stage(Settings):
     name: Name
     kind: str | None = None
     """The expert that is trained."""
+    nth: int = 1
+    """Of its kind in this plan."""
+    widening: int = 1
+    """Its width, as a multiple of the shape's."""
     steps: int = 0
     evaluate_every: int = 1
     n_keys: int = 0
@@ -127,6 +56,18 @@ class Stage(Settings):
     """Settled: a resume repeats it as it is."""
     done: bool = False
 
+    @property
+    def title(self) -> str:
+        """Name of the expert, its kind with its number from the second on; else of the stage."""
+        if self.kind is None:
+            return self.name
+        return f"{self.kind}_{self.nth}" if self.nth > 1 else self.kind
+
+    @property
+    def timed_as(self) -> str:
+        """Key of its step's time in ``TrainingPlan.times``."""
+        return f"{self.kind} x{self.widening}" if self.widening > 1 else f"{self.kind}"
+
 
 class TrainingPlan(Settings):
     """A plan as it lies in the checkpoint folder, and how far it has come."""
@@ -139,13 +80,16 @@ class TrainingPlan(Settings):
     """Seconds since the epoch. Checkpoints that are older belong to no stage of this plan."""
     text: TextSize
     kinds: tuple[str, ...]
+    """Of the first experts."""
+    further: bool = False
+    """Further experts were wanted, if there was time for them."""
     shape: Shape
     vocab_size: int
     epochs: float
     """Passes of each expert over the text, about."""
     dropout: float
     times: dict[str, StepTime]
-    """Of each kind, as last measured."""
+    """Of each kind and widening, as last measured: ``Stage.timed_as``."""
     unit: float
     """Speed of this machine: seconds here for one second of the machine that the fixed times are from."""
     prompt: str
@@ -160,6 +104,15 @@ class TrainingPlan(Settings):
     def seconds(self) -> float:
         """Planned in all."""
         return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def experts(self) -> list[Stage]:
+        """The stages that train one each."""
+        return [stage for stage in self.stages if stage.kind is not None]
+
+    def shape_of(self, stage: Stage) -> Shape:
+        """The shape of a stage's expert."""
+        return self.shape.widened(stage.widening)
 
     def with_stage(self, index: int, **changes: Any) -> TrainingPlan:
         stages = list(self.stages)
@@ -200,6 +153,7 @@ def make_plan(
     *,
     data_dir: str = "data",
     kinds: tuple[str, ...] = KINDS,
+    further: bool = False,
     imports: bool = False,
     made_at: float = 0.0,
     prompt: str = "The",
@@ -207,7 +161,8 @@ def make_plan(
 ) -> TrainingPlan:
     """Choose shape, vocabulary and stages for ``seconds``.
 
-    With ``extend``, a time that is too little is replaced by the least that makes sense.
+    With ``further``, time that ``kinds`` cannot use goes to further experts. With ``extend``, a time that
+    is too little is replaced by the least that makes sense.
 
     Shapes are timed from the smallest on, and no further than one that could be trained enough.
 
@@ -255,6 +210,7 @@ def make_plan(
         made_at=made_at,
         text=text,
         kinds=kinds,
+        further=further,
         shape=shape,
         vocab_size=vocab_size,
         epochs=1.0,
@@ -265,51 +221,87 @@ def make_plan(
         stages=tuple(stages),
     )
     plan = settled(plan)
-    steps = min(stage.steps for stage in plan.stages if stage.name == "expert")
+    if further:
+        plan = _with_further_experts(plan, speed_of)
+    steps = min(stage.steps for stage in plan.experts)
     epochs = steps * shape.tokens_per_step / text.n_tokens(vocab_size)
     rule = Regularisation.of(text.n_tokens(vocab_size), shape.n_parameters(vocab_size))
     dropout = min(rule.dropout, Regularisation.dropout_for(epochs))
     return plan.model_copy(update={"epochs": epochs, "dropout": dropout})
 
 
+def _with_further_experts(plan: TrainingPlan, speed_of: SpeedOf) -> TrainingPlan:
+    """The plan with as many further experts as it has time for without shortening any."""
+    for kind, widening in FURTHER:
+        nth = 1 + sum(stage.kind == kind for stage in plan.experts)
+        expert = Stage(name="expert", kind=kind, nth=nth, widening=widening, seconds=0.0)
+        if not _is_full(plan):
+            break
+        times = plan.times
+        if expert.timed_as not in times:
+            shape = plan.shape_of(expert)
+            times = {**times, expert.timed_as: speed_of(kind, shape, plan.vocab_size)}
+        at = plan.stages.index(plan.experts[-1]) + 1
+        stages = (*plan.stages[:at], expert, *plan.stages[at:])
+        longer = settled(plan.model_copy(update={"stages": stages, "times": times}))
+        if not _is_full(longer):
+            break
+        plan = longer
+    return plan
+
+
+def _is_full(plan: TrainingPlan) -> bool:
+    """True if each expert is trained for as long as the text bears."""
+    return all(stage.steps >= _most_steps(plan.text, plan.shape_of(stage)) for stage in plan.experts)
+
+
 def settled(plan: TrainingPlan, measured: Mapping[str, StepTime] | None = None) -> TrainingPlan:
     """The plan with every stage that has not started sized for the time that is left.
 
     Args:
-        measured: new times of some kinds; what is no training is taken to have changed as much.
+        measured: new values of some ``times``; what is no training is taken to have changed as much.
     """
     if measured:
-        changes = [time.step_seconds / plan.times[kind].step_seconds for kind, time in measured.items()]
+        changes = [time.step_seconds / plan.times[name].step_seconds for name, time in measured.items()]
         unit = max(0.3, plan.unit * sum(changes) / len(changes))
         plan = plan.model_copy(update={"times": {**plan.times, **measured}, "unit": unit})
-    text, shape, unit, times = plan.text, plan.shape, plan.unit, plan.times
+    text, unit, times = plan.text, plan.unit, plan.times
     token_seconds = max(time.token_seconds for time in times.values())
     left = plan.time_seconds * (1 - _RESERVE) - sum(s.spent_seconds for s in plan.stages)
     left -= sum(max(0.0, s.seconds - s.spent_seconds) for s in plan.stages if s.started and not s.done)
     ahead = [stage for stage in plan.stages if not stage.started]
     left -= sum(stage.seconds for stage in ahead if stage.name in ("import", "tokenizer"))
     last = {stage.name: stage for stage in _finishing(plan, left, token_seconds)}
-    n_experts = sum(stage.name == "expert" for stage in ahead)
+    n_experts = sum(stage.kind is not None for stage in ahead)
     for_training = left - sum(last[stage.name].seconds for stage in ahead if stage.name in last)
     stages = []
     for stage in plan.stages:
         if stage.started:
             stages.append(stage)
         elif stage.name == "expert":
-            assert stage.kind is not None
-            stages.append(_expert(text, shape, unit, stage.kind, for_training / n_experts, times[stage.kind]))
+            step = times[stage.timed_as]
+            sizes = _expert(text, plan.shape_of(stage), unit, for_training / n_experts, step)
+            stages.append(stage.model_copy(update=sizes))
         else:
             stages.append(last.get(stage.name, stage))
     return plan.model_copy(update={"stages": tuple(stages)})
 
 
-def _expert(text: TextSize, shape: Shape, unit: float, kind: str, seconds: float, time: StepTime) -> Stage:
+def _most_steps(text: TextSize, shape: Shape) -> int:
+    """Steps for as many epochs as the text bears."""
+    vocab_size = shape.vocab_size(text.n_bytes)
+    n_tokens = text.n_tokens(vocab_size)
+    epochs = Regularisation.of(n_tokens, shape.n_parameters(vocab_size)).max_epochs
+    return math.ceil(epochs * n_tokens / shape.tokens_per_step)
+
+
+def _expert(text: TextSize, shape: Shape, unit: float, seconds: float, time: StepTime) -> dict[str, Any]:
     """As many steps as the time allows and the text bears, with evaluations in between."""
     vocab_size = shape.vocab_size(text.n_bytes)
     available = max(0.0, seconds - _EXPERT * unit)
     n_tokens = text.n_tokens(vocab_size)
-    most = math.ceil(Regularisation.of(n_tokens, shape.n_parameters(vocab_size)).max_epochs * n_tokens)
-    affordable = min(most, (1 - _EVALUATING) * available / time.step_seconds * shape.tokens_per_step)
+    most = _most_steps(text, shape)
+    affordable = shape.tokens_per_step * min(most, (1 - _EVALUATING) * available / time.step_seconds)
     # every epoch ends with an evaluation; where there are few epochs, more come in between
     n_epochs = int(affordable / n_tokens)
     between = int(_EVALUATING * available / (_EVALUATION * unit + _FEWEST_TOKENS * time.token_seconds))
@@ -320,20 +312,18 @@ def _expert(text: TextSize, shape: Shape, unit: float, kind: str, seconds: float
     evaluating = n_evaluations * (_EVALUATION * unit + n_scored * time.token_seconds)
     # a quarter at least: on a busy machine what is no training is estimated by too much
     steps = int(max(available - evaluating, seconds / 4) / time.step_seconds)
-    steps = max(_FEWEST_STEPS // 3, min(steps, -(-most // shape.tokens_per_step)))
-    return Stage(
-        name="expert",
-        kind=kind,
-        steps=steps,
-        evaluate_every=-(-steps // between),
-        n_tokens=max(1, n_scored // text.n_domains),
-        seconds=_EXPERT * unit + evaluating + steps * time.step_seconds,
-    )
+    steps = max(_FEWEST_STEPS // 3, min(steps, most))
+    return {
+        "steps": steps,
+        "evaluate_every": -(-steps // between),
+        "n_tokens": max(1, n_scored // text.n_domains),
+        "seconds": _EXPERT * unit + evaluating + steps * time.step_seconds,
+    }
 
 
 def _finishing(plan: TrainingPlan, left: float, token_seconds: float) -> list[Stage]:
     """Store, scoring and sample, sized for a share of the time each, or of what is left if that is less."""
-    unit, n_experts = plan.unit, len(plan.kinds)
+    unit, n_experts = plan.unit, len(plan.experts)
     share = _FINISHING * max(0.0, min(plan.time_seconds, 4 * left))
     n_train = plan.text.n_tokens(plan.vocab_size)
     held_out = n_train // 9

@@ -18,8 +18,8 @@ import pytest
 from nanothink.cli.app import run
 from nanothink.cli.story import Story
 from nanothink.errors import CheckpointMismatchError, NanoThinkError, StorageError, UsageError
+from nanothink.runs.plan_sizes import Shape, StepTime
 from nanothink.runs.planning import PlanFile
-from nanothink.runs.training_plan import Shape, StepTime
 
 
 class Commands:
@@ -61,7 +61,7 @@ def speed_of(kind: str, shape: Shape, vocab_size: int) -> StepTime:
 
 
 def story(commands: Callable[[list[str]], int], folder: Path, text: Path, **more: Any) -> Story:
-    asked: dict[str, Any] = {"seconds": 600, "speed_of": speed_of} | more
+    asked: dict[str, Any] = {"seconds": 120, "speed_of": speed_of} | more
     return Story(commands, folder, str(text), **asked)
 
 
@@ -109,9 +109,9 @@ def test_a_killed_one_continues_with_the_stage_that_it_was_in(commands: Commands
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"seconds": 700}, UsageError, "To continue it: `nanothink train"),
+        ({"seconds": 130}, UsageError, "To continue it: `nanothink train"),
         ({"kinds": ("transformer",)}, UsageError, "To continue it: `nanothink train"),
-        ({"text": "more"}, CheckpointMismatchError, "To train on the text as it is now: `--overwrite --exp"),
+        ({"text": "more"}, CheckpointMismatchError, "To train on the text as it is now: `--overwrite`"),
     ],
 )
 def test_another_plan_or_text_is_refused_and_can_be_started_anew(
@@ -132,6 +132,18 @@ def test_another_plan_or_text_is_refused_and_can_be_started_anew(
     trained = [words for words in commands.called if words[0] == "pretrain"]
     old = {"state_space", "transformer"}
     assert all(("--overwrite" in words) == (words[1] in old) for words in trained)
+
+
+def test_time_that_the_experts_do_not_need_goes_to_further_ones(commands: Commands, text: Path) -> None:
+    assert story(commands, commands.folder, text, seconds=600).tell() == 0
+    trained = [words for words in commands.called if words[0] == "pretrain"]
+    names = [words[words.index("--name") + 1] if "--name" in words else words[1] for words in trained]
+    assert names[:2] == ["state_space", "transformer"]
+    assert len(names) == len(set(names)) > 2
+    (combined,) = (words for words in commands.called if words[0] == "train-mla")
+    paths = [Path(combined[i + 1]).name for i, word in enumerate(combined) if word == "--expert"]
+    assert paths == [f"{name}_expert.pt" for name in names]
+    assert all("--seed" in words for words in trained[2:])
 
 
 def test_a_place_that_cannot_be_written_is_an_error(commands: Commands, text: Path) -> None:

@@ -8,15 +8,8 @@ import pytest
 
 from nanothink.cli.train import seconds_of
 from nanothink.errors import UsageError
-from nanothink.runs.training_plan import (
-    SHAPES,
-    Shape,
-    StepTime,
-    TextSize,
-    TrainingPlan,
-    make_plan,
-    settled,
-)
+from nanothink.runs.plan_sizes import SHAPES, Shape, StepTime, TextSize
+from nanothink.runs.training_plan import FURTHER, TrainingPlan, make_plan, settled
 
 TEXTS = (7_000, 100_000, 1_000_000, 20_000_000)
 TIMES = (180, 600, 7200, 36_000)
@@ -89,6 +82,22 @@ def test_time_beyond_what_the_text_bears_is_not_used() -> None:
     assert plan.seconds < 600
     assert plan.epochs == pytest.approx(16, abs=0.5)
     assert plan.dropout == 0.3
+
+
+@pytest.mark.parametrize("n_bytes", TEXTS)
+def test_further_experts_take_the_time_that_is_left_and_no_other(n_bytes: int) -> None:
+    numbers = []
+    for seconds in TIMES:
+        text = TextSize(n_bytes=n_bytes, n_domains=2)
+        plain, longer = (make_plan(text, seconds, Machine(), further=further) for further in (False, True))
+        assert longer.seconds <= seconds
+        assert longer.shape == plain.shape
+        assert longer.experts[:2] == plain.experts or len(longer.experts) > 2
+        for before, after in zip(plain.experts, longer.experts, strict=False):
+            assert after.steps >= before.steps, "no expert is shortened for another"
+        numbers.append(len(longer.experts))
+    assert numbers == sorted(numbers)
+    assert max(numbers) == 2 + len(FURTHER) or n_bytes > 1_000_000
 
 
 def test_a_late_stage_shortens_the_ones_after_it_and_no_stage_that_has_started() -> None:

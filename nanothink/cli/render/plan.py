@@ -19,9 +19,7 @@ def plan(plan: TrainingPlan) -> None:
     """Print the stages of a plan with what each does and how long it takes or took."""
     shape = plan.shape
     layers = ", ".join(f"{kind.replace('_', '-')} {shape.layers[kind]}" for kind in plan.kinds)
-    rows = [
-        [stage.kind or stage.name, _does(plan, stage), duration(_seconds(stage))] for stage in plan.stages
-    ]
+    rows = [[stage.title, _does(plan, stage), duration(_seconds(stage))] for stage in plan.stages]
     rows.append(["all", "", duration(sum(map(_seconds, plan.stages)))])
     table(
         ["stage", "what", ">time"],
@@ -49,7 +47,8 @@ def _does(plan: TrainingPlan, stage: Stage) -> str:
     if stage.name == "expert":
         tokens = plan.shape.tokens_per_step
         passes = stage.steps * tokens / plan.text.n_tokens(plan.vocab_size)
-        return f"{count(stage.steps)} steps of {count(tokens)} tokens, {passes:.2g} times over the text"
+        done = f"{count(stage.steps)} steps of {count(tokens)} tokens, {passes:.2g} times over the text"
+        return f"width {plan.shape_of(stage).d_model}, {done}" if stage.widening > 1 else done
     return {
         "import": "text files into records",
         "tokenizer": f"{count(plan.vocab_size)} entries",
