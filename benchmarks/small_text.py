@@ -37,13 +37,13 @@ from side_by_side import call, machine, plain_environment
 import nanothink
 
 SHAPES = (
-    ("state_space", 128),
-    ("transformer", 128),
-    ("state_space", 256),
-    ("transformer", 256),
-    ("state_space", 384),
+    ("state_space", 128, 3),
+    ("transformer", 128, 2),
+    ("state_space", 256, 3),
+    ("transformer", 256, 4),
+    ("state_space", 128, 6),
 )
-LAYERS = {"state_space": 3, "transformer": 2}
+"""Kind, width, layers."""
 
 # Dropout, decay of embeddings and head, epochs: for texts up to so many megabytes, the most promising first.
 RECIPES = {
@@ -70,6 +70,7 @@ class Setting:
 
     kind: str
     width: int
+    layers: int
     dropout: float
     decay: float
     epochs: int
@@ -77,19 +78,19 @@ class Setting:
 
     @property
     def name(self) -> str:
-        name = f"{self.kind}-{self.width}-d{self.dropout:g}-w{self.decay:g}-e{self.epochs}"
+        name = f"{self.kind}-{self.width}x{self.layers}-d{self.dropout:g}-w{self.decay:g}-e{self.epochs}"
         return f"{name}-twin" if self.twin else name
 
     @property
     def shown(self) -> str:
         kind = self.kind.replace("_", "-") + (" (twin)" if self.twin else "")
-        return f"{kind} {self.width}, {self.dropout:g}, {self.decay:g}, {self.epochs}"
+        return f"{kind} {self.width} x {self.layers}, {self.dropout:g}, {self.decay:g}, {self.epochs}"
 
 
 def sweep_of(megabytes: float) -> list[Setting]:
     """All settings for a text of this size, the most promising first."""
     recipes = next(recipes for most, recipes in RECIPES.items() if megabytes <= most)
-    return [Setting(kind, width, *recipe) for recipe in recipes for kind, width in SHAPES]
+    return [Setting(*shape, *recipe) for recipe in recipes for shape in SHAPES]
 
 
 def write_text(source: Path, folder: Path, megabytes: float, held_out: float, longest: float) -> None:
@@ -158,8 +159,7 @@ class Measurement:
         """A model of the sweep, calibrated; None if it is missing and only what is there is read."""
         if setting.name not in self.rows and not self.only_read:
             given = {
-                "transformer.n_layers": LAYERS["transformer"],
-                "state_space.n_layers": LAYERS["state_space"],
+                f"{setting.kind}.n_layers": setting.layers,
                 "model.d_model": setting.width,
                 "transformer.n_heads": setting.width // 32,
                 "train_expert.dropout": setting.dropout,
@@ -256,12 +256,12 @@ def scored(row: dict[str, Any]) -> float:
     return float(row["bits"]["other"][-1])
 
 
-def compositions(best: dict[tuple[str, int], Setting]) -> list[list[Setting]]:
+def compositions(best: dict[tuple[str, int, int], Setting]) -> list[list[Setting]]:
     """NanoThinks to try, of the best setting of each shape that the sweep has come to.
 
     A twin costs as much as the next setting, so there are none before each shape has had its turn.
     """
-    narrow, small, wide, second, widest = (best.get(shape) for shape in SHAPES)
+    narrow, small, wide, second, deep = (best.get(shape) for shape in SHAPES)
 
     def twin(setting: Setting | None) -> Setting | None:
         return replace(setting, twin=True) if setting and len(best) == len(SHAPES) else None
@@ -274,7 +274,7 @@ def compositions(best: dict[tuple[str, int], Setting]) -> list[list[Setting]]:
         (narrow, small, twin(narrow)),
         (wide, second, twin(wide)),
         (wide, second, twin(wide), narrow, small),
-        (widest, wide, second),
+        (deep, wide, second),
     )
     return [[m for m in each if m is not None] for each in wanted if None not in each]
 
@@ -285,11 +285,11 @@ def measure(options: argparse.Namespace, megabytes: float, seed: int) -> list[li
     whole = sweep_of(megabytes)
     swept = {s.shown: (s, row) for s in whole[: options.settings] if (row := runs.expert(s)) is not None}
     by_validation = sorted(swept.values(), key=lambda each: validated(each[1]))
-    best: dict[tuple[str, int], Setting] = {}
+    best: dict[tuple[str, int, int], Setting] = {}
     for setting, _ in by_validation:
-        best.setdefault((setting.kind, setting.width), setting)
+        best.setdefault((setting.kind, setting.width, setting.layers), setting)
     narrow = SHAPES[:2]
-    first = [Setting(kind, width, *FIRST_VERSION) for kind, width in narrow]
+    first = [Setting(*shape, *FIRST_VERSION) for shape in narrow]
     pair = [best[shape] for shape in narrow if shape in best]
     finalists = [setting for setting, _ in by_validation[: options.finalists]]
     old = present({s.shown: runs.expert(s) for s in first})
@@ -300,7 +300,7 @@ def measure(options: argparse.Namespace, megabytes: float, seed: int) -> list[li
 
     size = sum(path.stat().st_size for path in runs.folder.glob("train/*/*.jsonl"))
     print(f"\n{size / 1e6:.2f} MB with validation, seed {seed}: {len(swept)} of {len(whole)} settings\n")
-    print("| kind and width, dropout, decay of tables, epochs | CPU seconds | validation | other text |")
+    print("| kind, width x layers, dropout, table decay, epochs | CPU seconds | validation | other text |")
     print("|---|---:|---:|---:|")
     for setting, row in by_validation:
         print(f"| {setting.shown} | {row['cpu_seconds']:,.0f} | {validated(row):.4f} | {scored(row):.4f} |")
