@@ -55,7 +55,8 @@ def train(
         str | None,
         option(
             "KINDS",
-            "Experts to train, with commas. [default: state_space,transformer]",
+            "Experts to train, with commas. [default: state_space,transformer, and further ones if time is "
+            "left]",
             complete=completion.kinds,
         ),
     ] = None,

@@ -52,6 +52,7 @@ def _shape(d_model: int, n_heads: int, layers: Sequence[int], length: int, batch
 
 SHAPES = (
     _shape(64, 2, (2, 2, 2), 128, 8, 1024),
+    _shape(64, 2, (4, 4, 4), 128, 8, 1024),
     _shape(128, 4, (2, 3, 2), 256, 8, 2048),
     _shape(128, 4, (4, 6, 4), 256, 8, 4096),
     _shape(256, 8, (3, 3, 3), 256, 8, 4096),
