@@ -7,8 +7,8 @@ file longer than some size. After each kill what it was to write is as it was be
 command ends, and never anything else; and the same command, given once more, ends as it should and leaves
 nothing that lies about.
 
-Commands that take long are struck before every 17th change; in the second suite before every seventh, or with
-``--every-change`` before every one.
+Commands that take long are struck before every 17th change, or every seventh where there are few; in the
+second suite before every seventh, or with ``--every-change`` before every one.
 """
 
 from __future__ import annotations
@@ -54,17 +54,28 @@ class Case:
     """Exit codes with which the command may answer when it is given again."""
 
 
+@pytest.fixture
+def every_change(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--every-change"))
+
+
 @pytest.fixture(params=[17, pytest.param(7, marks=pytest.mark.bench)])
-def stride(request: pytest.FixtureRequest) -> int:
+def stride(request: pytest.FixtureRequest, every_change: bool) -> int:
     """Changes from one kill of a command that takes long to the next."""
-    return 1 if request.config.getoption("--every-change") else request.param
+    return 1 if every_change else request.param
+
+
+@pytest.fixture
+def short_stride(every_change: bool) -> int:
+    """The same for commands that change the disk less than 20 times."""
+    return 1 if every_change else 7
 
 
 class Kills:
     """Runs a case again and again in one folder."""
 
-    def __init__(self, ground: Ground, folder: Path, case: Case, stride: int = 1) -> None:
-        self.ground, self.folder, self.case, self.stride = ground, folder, case, stride
+    def __init__(self, ground: Ground, folder: Path, case: Case) -> None:
+        self.ground, self.folder, self.case = ground, folder, case
         self._begin()
         self.before = case.state()
         ended = ground.server.run(case.arguments)
@@ -87,8 +98,8 @@ class Kills:
         names = (name for name in names if ".nanothink" not in name or "manifest.json" not in name)
         return sorted("-".join(part for part in name.split("-") if not _is_hash(part)) for name in names)
 
-    def at_every_change(self, *, costly: bool = False) -> None:
-        for n in itertools.count(1, self.stride if costly else 1):
+    def at_every_change(self, stride: int = 1) -> None:
+        for n in itertools.count(1, stride):
             strike = {"change_below": str(self.folder), "nth": n, "signals": ["SIGKILL"]}
             if not self._kill(-signal.SIGKILL, f"before change {n}", strike=strike):
                 break
@@ -172,9 +183,9 @@ def test_the_old_memory_is_there_or_the_new_one(
         shutil.rmtree(store_folder(beginning, MODEL))
     for path in store_folder(beginning, MODEL).glob("neighbours-*"):
         shutil.rmtree(path)  # they go with the store that they were found in
-    kills = Kills(ground, folder, Case(arguments, beginning, lambda: store_of(folder), repeated), stride)
+    kills = Kills(ground, folder, Case(arguments, beginning, lambda: store_of(folder), repeated))
     assert kills.before != kills.after
-    kills.at_every_change(costly=True)
+    kills.at_every_change(stride)
     kills.in_the_middle_of_writes(2000)
 
 
@@ -205,7 +216,7 @@ def test_training_with_a_memory_killed_while_that_is_built(
 # --- everything else ------------------------------------------------------------------------------------
 
 
-def test_tokens_are_whole_or_made_again(ground: Ground, tmp_path: Path, stride: int) -> None:
+def test_tokens_are_whole_or_made_again(ground: Ground, tmp_path: Path, short_stride: int) -> None:
     plain, corpus = tmp_path / "plain", tmp_path / "corpus"
     shutil.copytree(ground.corpus, plain, ignore=shutil.ignore_patterns(".nanothink"))
     tokenizer = load_tokenizer(str(ground.tokenizer))
@@ -226,9 +237,9 @@ def test_tokens_are_whole_or_made_again(ground: Ground, tmp_path: Path, stride: 
         return f"{tokens.fingerprint} {hash(tuple(sorted(whole.items())))}"
 
     inspect = ["data", "inspect", str(corpus), "--tokenizer", str(ground.tokenizer)]
-    kills = Kills(ground, corpus, Case(inspect, plain, state), stride)
+    kills = Kills(ground, corpus, Case(inspect, plain, state))
     assert list((corpus / ".nanothink").rglob("*.tokens")), "it keeps tokens"
-    kills.at_every_change(costly=True)
+    kills.at_every_change(short_stride)
     kills.in_the_middle_of_writes(300, 2000)
 
 
@@ -244,7 +255,7 @@ def exported(folder: Path) -> str:
 
 @pytest.mark.parametrize("over", ["nothing", "an earlier one"])
 def test_an_export_is_whole_or_not_there(
-    over: str, ground: Ground, uninterrupted: Callable[[str], Path], tmp_path: Path, stride: int
+    over: str, ground: Ground, uninterrupted: Callable[[str], Path], tmp_path: Path, short_stride: int
 ) -> None:
     parent, beginning = tmp_path / "parent", tmp_path / "beginning"
     folder = parent / "export"
@@ -258,11 +269,11 @@ def test_an_export_is_whole_or_not_there(
     arguments = ["checkpoints", "export", checkpoint, "--to", str(folder)]
     arguments += ["--overwrite"] if over == "an earlier one" else []
     case = Case(arguments, beginning, lambda: exported(folder) if folder.exists() else NOTHING, (0, 2))
-    kills = Kills(ground, parent, case, stride)
+    kills = Kills(ground, parent, case)
     if over == "an earlier one":
         # Between the two renames that replace it the earlier one stands under a temporary name.
         kills.case = replace(case, state=lambda: _or_aside(parent, case.state()))
-    kills.at_every_change(costly=True)
+    kills.at_every_change(short_stride)
     kills.in_the_middle_of_writes(kills.longest // 2)
 
 
@@ -272,7 +283,9 @@ def _or_aside(parent: Path, found: str) -> str:
 
 
 @pytest.mark.parametrize("over", ["nothing", "an earlier one"])
-def test_a_tokenizer_is_whole_or_not_there(over: str, ground: Ground, tmp_path: Path, stride: int) -> None:
+def test_a_tokenizer_is_whole_or_not_there(
+    over: str, ground: Ground, tmp_path: Path, short_stride: int
+) -> None:
     folder = tmp_path / "tokenizer"
 
     def state() -> str:
@@ -284,8 +297,8 @@ def test_a_tokenizer_is_whole_or_not_there(over: str, ground: Ground, tmp_path: 
     arguments = ["tokenizer", "train", "--data-dir", str(ground.corpus), "--vocab-size", "300"]
     arguments += ["--out", str(folder)] + (["--overwrite"] if over == "an earlier one" else [])
     beginning = ground.tokenizer if over == "an earlier one" else None
-    kills = Kills(ground, folder, Case(arguments, beginning, state, (0, 2)), stride)
-    kills.at_every_change(costly=over == "nothing")
+    kills = Kills(ground, folder, Case(arguments, beginning, state, (0, 2)))
+    kills.at_every_change(short_stride if over == "nothing" else 1)
     kills.in_the_middle_of_writes(100, 1000)
 
 
