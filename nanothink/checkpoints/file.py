@@ -141,7 +141,6 @@ def write_checkpoint(
 def read_checkpoint(
     path: Path,
     *,
-    map_location: str = "cpu",
     mmap: bool = False,
     shapes_only: bool = False,
     verified: bool = False,
@@ -164,7 +163,7 @@ def read_checkpoint(
     if is_shards(path):
         kept = {"weights": not shapes_only, "moments": not (mmap or shapes_only)}
         return _load_folder(path, **kept, verified=verified, reporter=reporter)
-    return _load(path, map_location=map_location, mmap=mmap, verified=verified, reporter=reporter)
+    return _load(path, mmap=mmap, verified=verified, reporter=reporter)
 
 
 def verify_checkpoint(path: Path, *, reporter: Reporter = SILENT) -> CheckpointSummary:
@@ -179,7 +178,7 @@ def verify_checkpoint(path: Path, *, reporter: Reporter = SILENT) -> CheckpointS
         payload = _load_folder(path, reporter=reporter)
         wrong = [name for name, tensor in weights_of(path) if not _is_finite(tensor)]
     else:
-        payload = _load(path, map_location="cpu", mmap=True, again=True, reporter=reporter)
+        payload = _load(path, mmap=True, again=True, reporter=reporter)
         wrong = [name for name, tensor in payload["model_state"].items() if not _is_finite(tensor)]
     if wrong:
         more = ", ..." if len(wrong) > 3 else ""
@@ -203,7 +202,7 @@ def read_summary(path: Path) -> CheckpointSummary:
     else:
         summary, n_bytes = _read(path, lambda file: read_sealed_summary(file, path)), None
     if summary is None:
-        return _summary(path, summary_of(_load(path, map_location="cpu", mmap=True)))
+        return _summary(path, summary_of(_load(path, mmap=True)))
     _check_version(path, summary)
     if wrong := wrong_in_summary(summary):
         raise damaged(path, f"its summary is damaged: {wrong}")
@@ -238,7 +237,6 @@ def _is_finite(tensor: Tensor) -> bool:
 def _load(
     path: Path,
     *,
-    map_location: str,
     mmap: bool,
     again: bool = False,
     verified: bool = False,
@@ -246,16 +244,13 @@ def _load(
 ) -> CheckpointPayload:
     import torch
 
-    if map_location != "cpu":
-        torch.empty(0, device=map_location)  # an unknown device is no fault of the file
-
     def load(file: BinaryIO) -> object:
         if again or not (verified or _verified.knows(file)):
             with _verified.verifying(file):
                 check_archive(file, path, reporter)
         try:
             # The open file, where possible: what is loaded is then what was checked.
-            return torch.load(path if mmap else file, map_location=map_location, weights_only=True, mmap=mmap)
+            return torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
         except (OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except pickle.UnpicklingError as error:

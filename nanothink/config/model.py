@@ -66,17 +66,6 @@ class TransformerConfig(Settings):
     parallel: bool = False
     """Attention and feed-forward of a block read the same state, as in GPT-NeoX."""
 
-    @property
-    def is_standard(self) -> bool:
-        """True for the shape that models trained here have by default, whatever its sizes."""
-        varied = {"n_layers", "n_heads", "ffn_mult", "tie_embeddings", "rope_theta"}
-        default = TransformerConfig()
-        return all(
-            getattr(self, name) == getattr(default, name)
-            for name in TransformerConfig.model_fields
-            if name not in varied
-        )
-
 
 class StateSpaceConfig(Settings):
     n_layers: int = Field(6, ge=1, le=256)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,9 @@ class LanguageModel(nn.Module, ABC):
     d_model: int
     """Width of the residual stream, and of ``hidden`` too in every model but the combined one."""
 
+    lm_head: nn.Linear | None
+    """None: the embedding table is the head."""
+
     context_length: int | None
     """Most tokens that one forward pass or one decoding state can hold; None: no limit."""
 
@@ -125,9 +128,10 @@ class LanguageModel(nn.Module, ABC):
         """(B, T) int64 -> (B, T, D): the final states, which the head reads."""
 
     @property
-    @abstractmethod
     def head_weight(self) -> nn.Parameter:
-        """(V, D): the LM head. Its D is that of ``hidden``."""
+        """(V, D): the LM head, or the embedding table when tied. Its D is that of ``hidden``."""
+        head = self.embedding if self.lm_head is None else self.lm_head
+        return cast(nn.Parameter, head.weight)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,7 @@ class Diffuser(Expert):
     """
 
     kind: ClassVar[str] = "diffuser"
+    lm_head: nn.Linear
     context_length: int
     target_table: Tensor
     target_mean: Tensor
@@ -132,11 +133,6 @@ class Diffuser(Expert):
     def embedding(self) -> nn.Embedding:
         """See ``LanguageModel.embedding``."""
         return self.encoder.embed_tokens
-
-    @property
-    def head_weight(self) -> nn.Parameter:
-        """(V, D): the LM head, which reads the denoiser's last state."""
-        return cast(nn.Parameter, self.lm_head.weight)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

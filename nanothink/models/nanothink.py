@@ -127,11 +127,6 @@ class NanoThink(JointDecoding):
         return self.embed_tokens
 
     @property
-    def head_weight(self) -> nn.Parameter:
-        """(V, (E + 1) D)."""
-        return cast(nn.Parameter, self.lm_head.weight)
-
-    @property
     def blocks(self) -> Sequence[nn.Module]:
         """See ``LanguageModel.blocks``."""
         return list(self.layers)
@@ -187,13 +182,9 @@ class NanoThink(JointDecoding):
         with torch.no_grad():
             return [cast(LanguageModel, expert).hidden(tokens) for expert in self.experts]
 
-    def routed(self, tokens: Tensor, states: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """``hidden`` and the router's weights (B, T, E) of the same tokens, from one pass.
-
-        Args:
-            states: ``expert_states`` of these tokens, if already computed.
-        """
-        return self._passed(tokens, states)[:2]
+    def routed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """``hidden`` and the router's weights (B, T, E) of the same tokens, from one pass."""
+        return self._passed(tokens)[:2]
 
     def _passed(
         self, tokens: Tensor, states: Sequence[Tensor] | None = None

@@ -46,11 +46,6 @@ def diffuse(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     return alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
 
 
-def clean_from_noise(noisy: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The y that, with this ε, gave x_t. Ill-conditioned at the last levels, where ᾱ is nearly 0."""
-    return (noisy - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
-
-
 def noise_from_clean(noisy: Tensor, clean: Tensor, alpha_bar: Tensor) -> Tensor:
     """The ε that, with this y, gave x_t. Needs a level above 0."""
     return (noisy - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
@@ -66,38 +61,16 @@ def clean_from_velocity(noisy: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
     return alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * v
 
 
-def noise_from_velocity(noisy: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The ε of x_t and v, well-conditioned at every level."""
-    return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * noisy
-
-
-def ddim_step(
-    noisy: Tensor,
-    clean: Tensor,
-    alpha_bar: Tensor,
-    next_alpha_bar: Tensor,
-    *,
-    eta: float = 0.0,
-    noise: Tensor | None = None,
-) -> Tensor:
-    """Step from x_t and a guess at y to x at a lower level.
+def ddim_step(noisy: Tensor, clean: Tensor, alpha_bar: Tensor, next_alpha_bar: Tensor) -> Tensor:
+    """Step from x_t and a guess at y to x at a lower level; nothing is drawn (η = 0).
 
     Args:
         noisy: x_t, at a level above 0.
         clean: the guess.
         alpha_bar: of the level of ``noisy``.
         next_alpha_bar: of the level to go to; 1 gives the guess itself.
-        eta: 0 is deterministic, 1 draws as DDPM does.
-        noise: fresh N(0, 1) of the same shape; needed where ``eta`` is above 0.
     """
-    direction = noise_from_clean(noisy, clean, alpha_bar)
-    variance = (1 - next_alpha_bar) / (1 - alpha_bar) * (1 - alpha_bar / next_alpha_bar)
-    spread = eta * variance.sqrt()
-    following = next_alpha_bar.sqrt() * clean + (1 - next_alpha_bar - spread**2).sqrt() * direction
-    if eta:
-        assert noise is not None
-        following = following + spread * noise
-    return following
+    return diffuse(clean, noise_from_clean(noisy, clean, alpha_bar), next_alpha_bar)
 
 
 def ddim_levels(n_levels: int, n_steps: int) -> list[int]:

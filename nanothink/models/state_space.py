@@ -160,12 +160,6 @@ class StateSpace(Expert):
         return self.backbone.embeddings
 
     @property
-    def head_weight(self) -> nn.Parameter:
-        """(V, D): the LM head, or the embedding table when tied."""
-        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        return cast(nn.Parameter, weight)
-
-    @property
     def blocks(self) -> Sequence[nn.Module]:
         """See ``LanguageModel.blocks``."""
         return list(self.backbone.layers)

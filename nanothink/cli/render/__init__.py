@@ -17,8 +17,7 @@ from nanothink.cli.render.console import (
     size,
     warning,
 )
-from nanothink.cli.render.corpus import near_duplicates
-from nanothink.cli.render.imported import imported
+from nanothink.cli.render.data import imported, near_duplicates
 from nanothink.cli.render.plan import plan
 from nanothink.cli.render.problems import ErrorStream, bad_lines, hints, problems
 from nanothink.cli.render.progress import BarReporter, reporting
