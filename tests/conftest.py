@@ -29,7 +29,7 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 for name in [name for name in os.environ if name.startswith("NANOTHINK_")]:
     del os.environ[name]
-os.environ["NANOTHINK_DOCUMENT_CACHE__FIT_STEPS"] = "20"  # at the end of every run; 250 take a second or more
+os.environ["NANOTHINK_DOCUMENT_CACHE__FIT_STEPS"] = "5"  # at the end of every run; 250 take a second or more
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -78,6 +78,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="kill writing commands at each change to the disk (test_killed_commands.py; some minutes more)",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The examples of the documentation first: of these pages, most begin with what the tutorial leaves behind.
+
+    A worker that has nothing left takes the last tests of another, and would make that a second time.
+    """
+    items.sort(key=lambda item: item.path.name != "test_docs_examples.py")
 
 
 @pytest.fixture(scope="session")

@@ -30,13 +30,13 @@ SETTINGS = {
     "train_expert.batch_size": 4,
     "train_expert.sample_tokens": 0,
     "train_expert.amp_dtype": "float32",
-    "document_cache.fit_steps": 100,
+    "document_cache.fit_steps": 60,
 }
 OF_PHASE_2 = {
     "mla.n_heads": 2,
     "train_mla.sample_tokens": 0,
     "train_mla.amp_dtype": "float32",
-    "document_cache.fit_steps": 100,
+    "document_cache.fit_steps": 60,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -42,7 +43,7 @@ SHAPE = {
     **{f"train_{phase}.sample_tokens": 0 for phase in ("expert", "diffuser")},
     **{f"train_{phase}.amp_dtype": "float32" for phase in ("expert", "diffuser")},
     **{f"train_{phase}.eval_max_tokens": 500 for phase in ("expert", "diffuser")},
-    "document_cache.fit_steps": 20,
+    "document_cache.fit_steps": 5,
 }
 PHASE = {
     "mla.n_heads": 2,
@@ -56,7 +57,7 @@ PHASE = {
     "train_mla.eval_every_steps": 10,
     "train_mla.eval_max_tokens": 300,
     "train_mla.snapshot_every_epochs": 1,
-    "document_cache.fit_steps": 20,
+    "document_cache.fit_steps": 5,
 }
 N_STEPS = 30
 
@@ -154,12 +155,12 @@ def test_experts_are_bit_equal_inside_and_stay_out_of_the_optimizer(trained: Pat
 class Phase2:
     """Phase 2 over a copy of the data, so that what is kept beside it is known."""
 
-    per_epoch = 7
+    per_epoch = 3
     """Steps of 64 blocks."""
 
     def __init__(self, corpus: Path, experts: Path, root: Path) -> None:
         self.data, self.root = root / "data", root
-        shutil.copytree(corpus, self.data, ignore=shutil.ignore_patterns(".nanothink"))
+        shutil.copytree(corpus, self.data, ignore=shutil.ignore_patterns(".nanothink", "letters"))
         self.experts = tuple(experts / f"{kind}_expert.pt" for kind in KINDS)
 
     def train(
@@ -267,9 +268,10 @@ def test_kept_states_change_no_bit(phase2: Phase2) -> None:
     assert phase2.kept == []
     said = phase2.train("within")
     (folder,) = phase2.kept
-    assert f"The experts' states are kept in {folder}: 391 blocks" in said
+    kept = re.search(rf"The experts' states are kept in {folder}: (\d+) blocks", said)
+    assert kept is not None, said
     phase2.assert_same("within", "without")
-    assert "391 of 391 blocks are there already" in phase2.train("again")
+    assert f"{kept[1]} of {kept[1]} blocks are there already" in phase2.train("again")
     phase2.assert_same("again", "without")
     assert phase2.kept == [folder]
     assert "The experts' states take" in phase2.train("tight", gb=0.001)

@@ -14,7 +14,6 @@ from reports import Told
 
 from nanothink.config import VectorStoreConfig
 from nanothink.errors import UsageError, VectorStoreDamagedError, VectorStoreError
-from nanothink.vector_store import index as index_module
 from nanothink.vector_store.index import (
     Float32,
     Int64,
@@ -166,15 +165,6 @@ def test_faiss_and_torch_work_in_one_process_and_its_threads(first: str) -> None
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-
-
-def test_faiss_comes_with_the_first_use_alone() -> None:
-    code = (
-        "import sys, nanothink.runs.pretraining, nanothink.runs.evaluating, nanothink.runs.store_commands;"
-        "import nanothink.cli.store; sys.exit('faiss' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert not hasattr(index_module, "faiss")
 
 
 @pytest.mark.parametrize("kind", ["sq8", "pq"])
