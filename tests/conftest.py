@@ -81,7 +81,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The examples of the documentation first: of these pages, most begin with what the tutorial leaves behind.
+    """The examples of the documentation first: most of its pages begin with what the tutorial leaves behind.
 
     A worker that has nothing left takes the last tests of another, and would make that a second time.
     """

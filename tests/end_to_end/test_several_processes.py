@@ -37,7 +37,7 @@ PHASE = {
     "warmup_steps": 3,
     "amp_dtype": "float32",
     "log_every_steps": 1,
-    "eval_every_steps": 6,
+    "eval_every_steps": 7,
     "eval_max_tokens": 400,
     "sample_tokens": 4,
 }
