@@ -5,12 +5,15 @@ and gradient clipping included, in the type that NanoThink picks for this proces
 Qwen3 is the very same model as NanoThink's transformer, parameter for parameter; GPT-2 is smaller (30.1
 against 52.8 million), having a tied head and a feed-forward of two matrices. Speed is measured in one process
 with the sides taking turns, so that a slow moment of the machine hits all; memory in a fresh process each, as
-the peak resident size of one step, or of the tensors on a GPU. MFU is the share of the operations that the
-device could do at most, in a side's own operations per token.
+the peak resident size of one step, or of the tensors on a GPU. With --apart the sides take turns in fresh
+processes, NanoThink's as its training has it: memory that a step gives back is kept for the next one. --keep
+gives all sides that. MFU is the share of the operations that the device could do at most, in a side's own
+operations per token.
 
     python benchmarks/training_step.py
     python benchmarks/training_step.py --batch 8 --rounds 5 --dtype float32
     python benchmarks/training_step.py --batch 4 --dtype bfloat16 --processor-time --memory-batch 0
+    python benchmarks/training_step.py --batch 4 --dtype bfloat16 --processor-time --memory-batch 0 --apart
     python benchmarks/training_step.py --device cuda --batch 64 --memory-batch 64 --rounds 20
 """
 
@@ -21,6 +24,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -40,6 +44,7 @@ from side_by_side import (
 from torch import nn
 
 from nanothink.config import ModelConfig, TrainExpertConfig
+from nanothink.training.kept_memory import kept_memory
 from nanothink.training.matmul_types import choose_precision
 
 VOCABULARY, LENGTH, LAYERS, WIDTH = 50_257, 512, 6, 384
@@ -127,7 +132,10 @@ def main() -> None:
     parser.add_argument(
         "--processor-time", action="store_true", help="seconds of one thread of a CPU that others use as well"
     )
+    parser.add_argument("--apart", action="store_true", help="each side in processes of its own")
+    parser.add_argument("--keep", action="store_true", help="all sides keep memory, if apart")
     parser.add_argument("--child", choices=tuple(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.dtype == "auto":  # bfloat16 only where it pays, so that no side is held back by it
         device = torch.device(options.device)
@@ -135,6 +143,12 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     if options.processor_time:
         torch.set_num_threads(1)
+    clock = time.thread_time if options.processor_time else time.perf_counter
+    if options.child and options.seconds:
+        _, step = SIDES[options.child](options.batch, dtype, options.device)
+        with kept_memory() if options.keep or options.child == "nanothink" else nullcontext():
+            print(statistics.median(take_turns({"": step}, 3, clock)[""]))
+        return
     if options.child:
         _, step = SIDES[options.child](options.memory_batch, dtype, options.device)
         step()
@@ -143,8 +157,16 @@ def main() -> None:
         return
 
     sides = {name: SIDES[name](options.batch, dtype, options.device) for name in options.sides}
-    clock = time.thread_time if options.processor_time else time.perf_counter
-    seconds = take_turns({name: step for name, (_, step) in sides.items()}, options.rounds, clock)
+    if options.apart:
+        flags = ["--seconds", *["--keep"] * options.keep, *["--processor-time"] * options.processor_time]
+        same = ("--batch", str(options.batch), "--dtype", options.dtype, "--device", options.device, *flags)
+        rounds = [
+            {name: last_number(__file__, *same, "--child", name) for name in sides}
+            for _ in range(options.rounds)
+        ]
+        seconds = {name: [each[name] for each in rounds] for name in sides}
+    else:
+        seconds = take_turns({name: step for name, (_, step) in sides.items()}, options.rounds, clock)
     most, source = peak_flops(options.device, dtype, clock)
     peers = [name for name in options.sides if name != "nanothink"]
     print(f"a step of {options.batch} x {LENGTH} tokens, {options.dtype}, {machine(options.device)}")

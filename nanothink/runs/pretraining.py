@@ -31,6 +31,7 @@ from nanothink.runs.saving import description, save_state
 from nanothink.training.distributed import join
 from nanothink.training.events import Evaluated, RunFinished, RunStarted
 from nanothink.training.interruption import StopRequest
+from nanothink.training.kept_memory import kept_memory
 from nanothink.training.loop import train
 from nanothink.training.optimizer import effective_warmup
 from nanothink.training.recording import ENDING, RunRecorder
@@ -113,7 +114,8 @@ def pretrain(spec: RunSpec, configure: Configure, reporter: Reporter = SILENT) -
             )
         )
         callbacks = make_callbacks(setup, run, store, reporter, stop)
-        finished = train(run, callbacks)
+        with kept_memory():
+            finished = train(run, callbacks)
         run.optimizer.release()  # the best checkpoint is read in its place
         fitting = reporter if processes.size > 1 else _UntilStopped(reporter, stop)
         try:

@@ -298,6 +298,10 @@ class FastMuon(_Eager, Muon):
 NS_COEFFICIENTS, NS_STEPS = (3.4445, -4.7750, 2.0315), 5  # torch's, which are those of Jordan et al.
 
 
+_STEPS_IN_16_BITS = 3
+"""Steps on one Gram matrix in a 16-bit type; more of them multiply its rounding (docs/log.md)."""
+
+
 def orthogonalised(
     matrix: torch.Tensor,
     coefficients: tuple[float, float, float],
@@ -315,9 +319,12 @@ def orthogonalised(
     norm = x.norm() if x.ndim == 2 else torch.stack([each.norm() for each in x]).view(-1, 1, 1)
     x = x.div_(norm.clamp(min=eps))
     rows, columns = x.shape[-2:]
-    # by count, what the second way saves begins at N = 2 M; it squares what 16 bits have no digits for
-    steps = _steps_on_gram if dtype is torch.float32 and columns >= 3 * rows else newton_schulz
-    x = steps(x, coefficients, n_steps)
+    if columns < 3 * rows:  # by count, what the second way saves begins at N = 2 M
+        x = newton_schulz(x, coefficients, n_steps)
+    else:
+        at_once = n_steps if dtype is torch.float32 else _STEPS_IN_16_BITS
+        for first in range(0, n_steps, at_once):
+            x = _steps_on_gram(x, coefficients, min(at_once, n_steps - first))
     return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
 
 

@@ -143,6 +143,17 @@ def test_orthogonalised_is_newton_schulz_as_the_definition_reads(
     assert float((found - expected).norm() / expected.norm()) < tolerance
 
 
+def test_few_steps_on_a_gram_matrix_keep_small_singular_values_in_16_bits() -> None:
+    """Small singular values vanish from a product of too many Gram matrices."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 64, generator=generator)).Q for n in (64, 256))
+    matrix = left @ torch.diag(1 / torch.arange(1.0, 65)) @ right.t()
+    x = matrix / matrix.norm()
+    exact = newton_schulz(x.double(), NS_COEFFICIENTS, NS_STEPS)
+    found = orthogonalised(matrix, NS_COEFFICIENTS, NS_STEPS, 1e-7, torch.bfloat16)
+    assert float((found - exact).norm() / exact.norm()) < 0.1  # 0.26 if all steps are on one
+
+
 @pytest.mark.parametrize("shape", [(5, 16, 48), (3, 96, 24), (2, 20, 20), (1, 7, 8)])
 def test_several_matrices_are_orthogonalised_as_each_alone(shape: tuple[int, int, int]) -> None:
     several = torch.randn(shape, generator=torch.Generator().manual_seed(0))
