@@ -20,6 +20,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 _CLIENT = """\
@@ -83,6 +84,12 @@ class ForkingShell:
         )
         assert self._server.stdout is not None
         assert self._server.stdout.readline() == b"listening\n"
+
+    def with_environment(self, **environment: str) -> ForkingShell:
+        """The same shell, whose lines have these variables too."""
+        other = copy(self)
+        other.environment = {**self.environment, **environment}
+        return other
 
     def run(self, script: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         """Up to the first line that fails, which the end of standard error names."""

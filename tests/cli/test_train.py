@@ -43,6 +43,13 @@ class Commands:
         return [words[1] if words[0] == "pretrain" else words[0] for words in self.called]
 
 
+@pytest.fixture(autouse=True)
+def _short_measurements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no test asks how right they are, a plan's speeds are those of a moment."""
+    if "bench" not in request.keywords:
+        monkeypatch.setattr("nanothink.runs.machine_speed._LEAST_SECONDS", 0.01)
+
+
 @pytest.fixture
 def commands(tmp_path: Path) -> Commands:
     return Commands(tmp_path / "models")

@@ -143,7 +143,7 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, shell: ForkingShell) -> Place:
     folder = tmp_path_factory.mktemp("widths")
     for domain, name in ((DOMAIN, FILE), ("code", "texts")):
         (folder / "data" / domain).mkdir(parents=True)
@@ -153,12 +153,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Iterat
     (folder / "broken" / DOMAIN / f"{FILE}.jsonl").write_text("\n".join(map(json.dumps, records)))
     (folder / f"{FILE}.csv").write_text("n,body\n1,some text\n2\n")
     (folder / "full").touch()
-    environment = {**os.environ, **quick(steps=2, max_keys=500), "PYTHONPATH": str(ROOT)}
-    shell = ForkingShell(tmp_path_factory.mktemp("bin"), environment)
+    shell = shell.with_environment(**quick(steps=2, max_keys=500), COLUMNS=os.environ["COLUMNS"])
     done = shell.run(SETUP, folder)
     assert done.returncode == 0, done.stderr
-    yield Place(shell, folder)
-    shell.close()
+    return Place(shell, folder)
 
 
 def lines_of(command: str) -> list[str]:
