@@ -6,14 +6,16 @@
                                         the teacher on its training text, with and without its own document in
                                         the store, and by the number of likeliest tokens that are kept
 
-``students`` trains what is not in ``--out`` yet, through the commands that a person would type. Their
-settings are those of ``--single``, a model without a teacher, but for ``--set``. The text of ``--other``
-should be new to all of them; what was trained on is scored all the same.
+``students`` trains what is not in ``--out`` yet, through the commands that a person would type: the preset
+auto, but for ``--set``. The gain is that over the best of the models of ``--single``, which should be as
+carefully trained. The text of ``--other`` should be new to all of them; what was trained on is scored all the
+same. Seconds are those of the processor, with the teacher's targets that were not on the disk yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,11 @@ from nanothink.runs.teacher import TEACHER
 from nanothink.runs.teaching import Teacher, Teaching
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "text": {},
-    "text, half weight": {"distillation.weight": 0.5},
-    "text and written": {"distillation.written_fraction": 0.5},
+    "text": {"distillation.versions": 1},
+    "versions of the text": {},
+    "versions, half weight": {"distillation.weight": 0.5},
+    "versions and written": {"distillation.written_fraction": 0.5},
 }
-INHERITED = ("model.", "transformer.", "state_space.", "train_expert.")
 KEPT = (8, 16, 32, 64, 128)  # likeliest tokens
 MOST_BLOCKS = 32
 
@@ -44,33 +46,27 @@ def bits_per_byte(checkpoint: Path, other: Path) -> float:
     return float(found["overall"]["bits_per_byte"])
 
 
-def sets(values: dict[str, Any]) -> list[str]:
-    shown = {name: "" if value is None else value for name, value in values.items()}
-    return [part for name, value in shown.items() for part in ("--set", f"{name}={value}")]
-
-
 def students(options: argparse.Namespace) -> None:
-    single = SavedModel.read(options.single)
-    defaults = flatten(resolve_config().config)
-    inherited: dict[str, Any] = {
-        name: value
-        for name, value in flatten(single.config).items()
-        if name.startswith(INHERITED) and value is not None and value != defaults[name]
-    }
-    best, teacher = (bits_per_byte(path, options.other) for path in (options.single, options.teacher))
-    print("| | bits per byte | of the gain |\n|---|---:|---:|")
-    print(f"| one model | {best:.4f} | 0 % |\n| its teacher | {teacher:.4f} | 100 % |")
-    for variant, settings in VARIANTS.items():
-        name = variant.replace(",", "").replace(" ", "_")
-        checkpoint = options.out / f"{name}_expert.pt"
+    scores = {path: bits_per_byte(path, options.other) for path in (*options.single, options.teacher)}
+    teacher, single = scores.pop(options.teacher), min(scores, key=lambda path: scores[path])
+    kind, best = options.kind or SavedModel.read(single).kind, scores[single]
+    print(f"The best of {len(scores)} single models is {single}.\n")
+    print("| | seconds | bits per byte | of the gain |\n|---|---:|---:|---:|")
+    print(f"| single model | | {best:.4f} | 0 % |\n| its teacher | | {teacher:.4f} | 100 % |")
+    for variant in options.variants:
+        name = f"{kind}_{variant.replace(',', '').replace(' ', '_')}"
+        checkpoint, seconds = options.out / f"{name}_expert.pt", ""
         if not checkpoint.exists():
+            which = ["pretrain", kind, "--teacher", options.teacher, "--name", name, "--preset", "auto"]
             where = ["--data-dir", options.data_dir, "--checkpoint-dir", options.out]
-            which = ["pretrain", single.kind, "--teacher", options.teacher, "--name", name]
-            asked = [part for assignment in options.set for part in ("--set", assignment)]
-            call(*which, *where, *sets(inherited | settings), *asked)
+            settings = [f"{name}={value}" for name, value in VARIANTS[variant].items()]
+            asked = [part for assignment in [*settings, *options.set] for part in ("--set", assignment)]
+            before = time.process_time()
+            call(*which, *where, *asked)
+            seconds = f"{time.process_time() - before:.0f}"
         found = bits_per_byte(checkpoint, options.other)
         kept = 100 * (best - found) / (best - teacher)
-        print(f"| {variant} | {found:.4f} | {kept:.0f} % |", flush=True)
+        print(f"| {variant} | {seconds} | {found:.4f} | {kept:.0f} % |", flush=True)
 
 
 def leak(options: argparse.Namespace) -> None:
@@ -101,7 +97,12 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("students", "leak"))
     parser.add_argument("--teacher", type=Path, default=Path("checkpoints/nanothink_mla.pt"))
-    parser.add_argument("--single", type=Path, default=Path("checkpoints/transformer_expert.pt"))
+    singles = [Path(f"checkpoints/{kind}_expert.pt") for kind in ("transformer", "state_space")]
+    parser.add_argument("--single", type=Path, nargs="+", default=singles)
+    parser.add_argument(
+        "--kind", choices=("transformer", "state_space"), help="default: that of the best one"
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--other", type=Path)
     parser.add_argument("--out", type=Path, default=Path("distilled"))

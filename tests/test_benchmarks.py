@@ -82,9 +82,10 @@ SMALL = {
         "", rows=0, said=(rf"own document left out +{NUMBER} nats", rf"32: {NUMBER}")
     ),
     "distillation.py students": Small(
-        "--set train_expert.max_steps=2 --set distillation.top_k=4",
-        rows=5,
-        named=("one model", "its teacher", "text", "text, half weight", "text and written"),
+        f"--set train_expert.max_steps=2 --set distillation.top_k=4 {TINY}",
+        rows=6,
+        named=("single model", "its teacher", "text", "versions of the text", "versions and written"),
+        said=(r"The best of 2 single models is \S+_expert\.pt",),
     ),
     "diverging_rates.py": Small("", rows=20, named=(*KINDS, "lr 10, all multipliers 1e6", "finite")),
     "expert_states.py --loss": Small("", rows=3, named=("torch.float32", "torch.float16")),

@@ -240,6 +240,10 @@ class DistillationConfig(Settings):
     weight: float = Field(1.0, ge=0, le=1)
     """Share of the divergence from the teacher in the loss; the rest is cross-entropy of the text."""
 
+    versions: int = Field(4, ge=1, le=64)
+    """Versions of the training text: itself, and others in which the teacher has drawn a part of the tokens
+    anew. Each pass over a domain reads the next one."""
+
     written_fraction: float = Field(0.0, ge=0, le=0.95)
     """Share of the training blocks that the teacher writes, once for all epochs. None: in the measurement of
     docs/log.md the same number of steps on the text alone did as well or better."""

@@ -60,6 +60,11 @@ class TrainingBatches:
         domain, index = self.place(position)
         return self._firsts[domain] + index
 
+    def passes(self, position: int) -> int:
+        """Passes over its domain that end before the one of ``position``."""
+        group = position // len(self._domains)
+        return group // self._sizes[self.place(position)[0]]
+
     def _order(self, group: int) -> NDArray[np.int64]:
         """Order of the domains in a group; kept until another group is asked for."""
         if self._group is None or self._group[0] != group:

@@ -5,6 +5,10 @@ document of each position, and copies of it. With it, the store would answer wit
 and the student would learn the text by heart. For the same reason text that the teacher writes from the first
 tokens of a block of training text is written without the document of these.
 
+A student that reads the same blocks many times follows its teacher on them and not elsewhere. So the text has
+several versions: in all but the first, some of the tokens are drawn from the predictions of the first, all at
+once, and the teacher predicts after these.
+
 Shapes: B blocks, T time, K likeliest tokens.
 """
 
@@ -36,10 +40,14 @@ from nanothink.runs.vector_store import folder_of, open_beside
 from nanothink.training.block_folder import in_words
 from nanothink.training.distillation import (
     GROUP,
+    REDRAWN,
+    Numbering,
     TargetShape,
     TaughtBatches,
     TeacherTargets,
+    number_of,
     open_targets,
+    redrawn,
 )
 from nanothink.vector_store.contents import VectorStore
 from nanothink.vector_store.manifest import read_manifest
@@ -121,6 +129,8 @@ class Teaching:
     """Blocks that it writes."""
     n_prompt: int
     """P: tokens of the corpus that each of them begins with."""
+    numbering: tuple[Numbering, Numbering]
+    """Of the corpus and its versions, and of written blocks; the last group of these is filled up."""
     _documents: dict[str, tuple[NDArray[np.int64], Keys]] = field(default_factory=dict)
 
     @classmethod
@@ -129,17 +139,31 @@ class Teaching:
         shape = TargetShape(length, min(setup.config.distillation.top_k, vocabulary), vocabulary)
         n_corpus = setup.batches.n_blocks
         order = Mixture(n_corpus, setup.n_written, setup.training.seed)
-        return cls(setup, shape, order, setup.n_written, max(1, min(_PROMPT, length // 4)))
+        numbering = (
+            Numbering(n_corpus, setup.config.distillation.versions),
+            Numbering(-(-setup.n_written // GROUP) * GROUP),
+        )
+        return cls(setup, shape, order, setup.n_written, max(1, min(_PROMPT, length // 4)), numbering)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all targets on the disk."""
+        return self.shape.block_bytes * sum(numbering.total for numbering in self.numbering)
 
     def groups(self) -> tuple[list[int], list[int]]:
-        """The groups of blocks of the corpus, and of written ones, that the run still reads."""
-        setup, plan = self.setup, self.setup.plan
-        n_corpus = -(-setup.batches.n_blocks // GROUP)
+        """The groups of blocks of the corpus, and of written ones, that the run still reads.
+
+        Those of the first version are read also for what is drawn from them.
+        """
+        setup, plan, (of_corpus, of_written) = self.setup, self.setup.plan, self.numbering
         found: tuple[set[int], set[int]] = (set(), set())
         for position in range(setup.state.position, plan.total_steps * plan.blocks_per_step):
             written, at = self.order.source(position)
-            found[written].add((at if written else setup.batches.number(at)) // GROUP)
-            if len(found[0]) == n_corpus and len(found[1]) == -(-self.n_written // GROUP):
+            number = at if written else number_of(setup.batches, at, of_corpus)
+            found[written].add(number // GROUP)
+            if not written:
+                found[0].add(of_corpus.split(number // GROUP)[1].start // GROUP)
+            if len(found[0]) == of_corpus.groups * of_corpus.versions and len(found[1]) == of_written.groups:
                 break
         return sorted(found[0]), sorted(found[1])
 
@@ -155,12 +179,12 @@ class Teaching:
         if saved.config.vector_store.enabled:
             identity["store"] = read_manifest(folder_of(saved.path))["digest"]
         of_written = {**identity, "seed": self.setup.training.seed, "prompt": self.n_prompt}
-        kinds = [(identity, self.setup.batches.n_blocks)]
-        if self.n_written:  # the last group is filled up
-            kinds.append((of_written, -(-self.n_written // GROUP) * GROUP))
+        kinds = [(identity, self.numbering[0])]
+        if self.n_written:
+            kinds.append((of_written, self.numbering[1]))
         return [
-            open_targets(self.setup.corpus.root, who, self.shape, n, reporter, begin=begin)
-            for who, n in kinds
+            open_targets(self.setup.corpus.root, who, self.shape, numbering, reporter, begin=begin)
+            for who, numbering in kinds
         ] + [None] * (2 - len(kinds))
 
     def corpus_group(self, numbers: range) -> tuple[Tensor, Keys]:
@@ -177,6 +201,15 @@ class Teaching:
             own.append(documents_at(*self._documents[domain], np.array([index]), length)[0])
         return torch.from_numpy(np.stack(texts)), np.stack(own)
 
+    def version_group(self, targets: TeacherTargets, group: int) -> tuple[Tensor, Keys]:
+        """Texts (B, T + 1) of a group of any version of the corpus, and the hashes of ``corpus_group``."""
+        version, blocks = self.numbering[0].split(group)
+        texts, own = self.corpus_group(blocks)
+        if version:
+            known = targets.soft_targets(blocks)
+            texts = redrawn(texts, known, REDRAWN, _seed("redrawn", version, blocks.start))
+        return texts, own
+
     def write_group(self, teacher: Teacher, group: int, n_tokens: int) -> tuple[Tensor, Keys]:
         """Texts (B, P + n_tokens) that begin as blocks of the corpus; keys of their documents, (B, 1)."""
         batches = self.setup.batches
@@ -184,9 +217,13 @@ class Teaching:
         begun = [self.corpus_group(range(number, number + 1)) for number in numbers]
         prompts = torch.cat([text[:, : self.n_prompt] for text, _ in begun])
         own = np.concatenate([keys[:, self.n_prompt - 1 : self.n_prompt] for _, keys in begun])
-        named = f"{self.setup.training.seed}\0written\0{group}".encode()
-        seed = int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "little") >> 2
+        seed = _seed(self.setup.training.seed, "written", group)
         return teacher.write(prompts, own, n_tokens, seed), own
+
+
+def _seed(*named: object) -> int:
+    digest = hashlib.blake2b("\0".join(map(str, named)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
 
 
 def make_targets(setup: RunSetup, reporter: Reporter = SILENT) -> TaughtBatches:
@@ -213,8 +250,7 @@ def make_targets(setup: RunSetup, reporter: Reporter = SILENT) -> TaughtBatches:
         # Each group is looked for again: another run may have made it meanwhile.
         for done, group in enumerate(missing[0]):
             if on_corpus.missing([group]):
-                numbers = on_corpus.numbers(group)
-                predict(on_corpus, numbers, *teaching.corpus_group(numbers))
+                predict(on_corpus, on_corpus.numbers(group), *teaching.version_group(on_corpus, group))
             reporter.progress("the teacher's predictions", done + 1, len(missing[0]))
         for done, group in enumerate(missing[1]):
             assert on_written is not None
@@ -223,12 +259,13 @@ def make_targets(setup: RunSetup, reporter: Reporter = SILENT) -> TaughtBatches:
                 texts, own = teaching.write_group(teacher, group, n_tokens)
                 predict(on_written, on_written.numbers(group), texts, own)
             reporter.progress("text that the teacher writes", done + 1, len(missing[1]))
-    n_bytes = teaching.shape.block_bytes * (setup.batches.n_blocks + teaching.n_written)
+    versions = teaching.numbering[0].versions
     reporter.note(
         f"Learning the predictions of {setup.parts[TEACHER].path} on "
         f"{counted(setup.batches.n_blocks, 'block')} of the text"
+        + (f", in {versions} versions," if versions > 1 else "")
         + (f" and {teaching.n_written:,} that it wrote" if teaching.n_written else "")
-        + f"; they are kept in {on_corpus.folder.parent} ({in_words(n_bytes)})."
+        + f"; they are kept in {on_corpus.folder.parent} ({in_words(teaching.n_bytes)})."
     )
     return TaughtBatches(setup.batches, teaching.order, on_corpus, on_written, teaching.n_prompt)
 
@@ -262,7 +299,7 @@ def estimate_targets(setup: RunSetup, reporter: Reporter = SILENT) -> tuple[int,
             more = _seconds(lambda: teaching.write_group(teacher, 0, 1 + _PROBED_TOKENS))
             n_tokens = teaching.shape.length + 1 - teaching.n_prompt
             seconds += len(missing[1]) * max(0.0, more - few) / _PROBED_TOKENS * n_tokens
-    return teaching.shape.block_bytes * (setup.batches.n_blocks + teaching.n_written), seconds
+    return teaching.n_bytes, seconds
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -39,6 +39,9 @@ from nanothink.training.block_folder import MARKS, NoFolderError, in_words, open
 GROUP = 32
 """Blocks that the teacher reads or writes together."""
 
+REDRAWN = 0.15
+"""Share of the tokens of a version of the text that the teacher draws anew."""
+
 _BUDGET_BYTES = 8 * 10**9  # for all targets beside a corpus; older ones give way
 _FORMAT = 1
 
@@ -67,6 +70,33 @@ class TargetShape:
         return [text, np.empty(shape, self.tokens), np.empty(shape, np.float16)]
 
 
+@dataclass(frozen=True)
+class Numbering:
+    """Numbers of blocks of which there are several versions: no group holds blocks of two of them."""
+
+    n_blocks: int
+    """Of one version."""
+    versions: int = 1
+
+    @property
+    def groups(self) -> int:
+        """Groups of one version."""
+        return -(-self.n_blocks // GROUP)
+
+    @property
+    def total(self) -> int:
+        """Numbers, some of which stand for no block."""
+        return self.versions * self.groups * GROUP
+
+    def number(self, version: int, block: int) -> int:
+        return version * self.groups * GROUP + block
+
+    def split(self, group: int) -> tuple[int, range]:
+        """Version and blocks of a group."""
+        version, place = divmod(group, self.groups)
+        return version, range(place * GROUP, min((place + 1) * GROUP, self.n_blocks))
+
+
 class TeacherTargets:
     """The targets of a set of blocks, open.
 
@@ -74,8 +104,8 @@ class TeacherTargets:
         folder: made by ``open_targets``.
     """
 
-    def __init__(self, folder: Path, shape: TargetShape, n_blocks: int) -> None:
-        self.folder, self.shape, self._n_blocks = folder, shape, n_blocks
+    def __init__(self, folder: Path, shape: TargetShape, numbering: Numbering) -> None:
+        self.folder, self.shape, self.numbering = folder, shape, numbering
         self._file = BlockFile(folder / "targets.bin", folder / MARKS)
         try:
             self._file.hold()
@@ -84,8 +114,9 @@ class TeacherTargets:
             raise
 
     def numbers(self, group: int) -> range:
-        """The blocks of a group, GROUP of them or fewer."""
-        return range(group * GROUP, min((group + 1) * GROUP, self._n_blocks))
+        """The numbers of a group's blocks, GROUP of them or fewer."""
+        first = group * GROUP
+        return range(first, first + len(self.numbering.split(group)[1]))
 
     def missing(self, groups: Iterable[int]) -> list[int]:
         """The groups of which a block is not there, or is damaged."""
@@ -125,15 +156,27 @@ class TeacherTargets:
             "missing is made again."
         )
 
+    def soft_targets(self, numbers: Iterable[int]) -> SoftTargets:
+        """(B, T, K) of the blocks with these numbers. Raises as ``read``."""
+        return _soft_targets([self.read(number) for number in numbers])
+
     def close(self) -> None:
         self._file.close()
+
+
+def _soft_targets(blocks: Iterable[Parts]) -> SoftTargets:
+    _, tokens, probabilities = zip(*blocks, strict=True)
+    return SoftTargets(
+        torch.from_numpy(np.stack(tokens).astype(np.int64)),
+        torch.from_numpy(np.stack(probabilities).astype(np.float32)),
+    )
 
 
 def open_targets(
     root: Path,
     identity: Mapping[str, Any],
     shape: TargetShape,
-    n_blocks: int,
+    numbering: Numbering,
     reporter: Reporter,
     *,
     begin: bool = True,
@@ -143,7 +186,6 @@ def open_targets(
     Args:
         root: the data's folder, beside whose tokens they are kept.
         identity: plain values, everything that a bit of the targets depends on.
-        n_blocks: of all groups together.
         begin: make a folder; False: return None if there is none.
 
     Raises:
@@ -154,19 +196,20 @@ def open_targets(
         "length": shape.length,
         "k": shape.k,
         "vocabulary": shape.vocab_size,
-        "blocks": n_blocks,
+        "blocks": numbering.n_blocks,
+        "versions": numbering.versions,
         "group": GROUP,
         **identity,
     }
-    needed = n_blocks * shape.block_bytes
-    sizes = {"targets.bin": needed, MARKS: 8 * n_blocks}
+    needed = numbering.total * shape.block_bytes
+    sizes = {"targets.bin": needed, MARKS: 8 * numbering.total}
     try:
         return open_folder(
             root,
             "targets",
             described,
             sizes,
-            lambda folder: TeacherTargets(folder, shape, n_blocks),
+            lambda folder: TeacherTargets(folder, shape, numbering),
             budget_bytes=max(_BUDGET_BYTES, 2 * needed),
             begin=begin,
             reporter=reporter,
@@ -174,10 +217,26 @@ def open_targets(
     except NoFolderError as error:
         raise StorageError(
             f"The teacher's targets take {in_words(needed)} beside {root}, and {error}. Make room, or keep "
-            f"fewer of its likeliest tokens: {again('--set', f'distillation.top_k={max(1, shape.k // 2)}')}"
+            "fewer versions of the text, or fewer of its likeliest tokens: "
+            + again("--set", "distillation.versions=1", "--set", f"distillation.top_k={max(1, shape.k // 2)}")
         ) from None
     except OSError as error:
         raise storage_error(root, error) from error
+
+
+def number_of(corpus: TrainingBatches, position: int, numbering: Numbering) -> int:
+    """The number of the block at a position of the corpus: each pass over a domain reads the next version."""
+    return numbering.number(corpus.passes(position) % numbering.versions, corpus.number(position))
+
+
+def redrawn(text: Tensor, targets: SoftTargets, share: float, seed: int) -> Tensor:
+    """Texts (B, T + 1), about this share of whose tokens but the first are drawn from the targets (B, T, K)
+    of the token before."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.multinomial(targets.probabilities.flatten(0, 1), 1, generator=generator)
+    drawn = targets.tokens.flatten(0, 1).gather(1, places).view(targets.tokens.shape[:2])
+    chosen = torch.rand(drawn.shape, generator=generator) < share
+    return torch.cat([text[:, :1], torch.where(chosen, drawn, text[:, 1:])], 1)
 
 
 @dataclass(frozen=True)
@@ -199,10 +258,7 @@ class TaughtBatches:
 
     def soft_targets(self, positions: Sequence[int]) -> SoftTargets:
         """(B, T, K) of the blocks at these positions."""
-        parts = [self._kept(position) for position in positions]
-        tokens = np.stack([tokens for _, tokens, _ in parts]).astype(np.int64)
-        probabilities = np.stack([found for _, _, found in parts]).astype(np.float32)
-        return SoftTargets(torch.from_numpy(tokens), torch.from_numpy(probabilities))
+        return _soft_targets([self._kept(position) for position in positions])
 
     def close(self) -> None:
         for targets in (self.on_corpus, self.on_written):
@@ -211,10 +267,10 @@ class TaughtBatches:
 
     def _block(self, position: int) -> tuple[Tensor, Tensor]:
         written, at = self.order.source(position)
-        if not written:
-            inputs, targets = self.corpus.read(at, 1)
-            return inputs[0], targets[0]
         text: NDArray[Any] = self._kept(position)[0].astype(np.int64)
+        if not written:
+            (targets,) = self.corpus.read(at, 1)[1]
+            return torch.from_numpy(text[:-1].copy()), targets
         own = torch.from_numpy(text[1:].copy())
         own[: self.n_prompt - 1] = IGNORE
         return torch.from_numpy(text[:-1].copy()), own
@@ -222,7 +278,7 @@ class TaughtBatches:
     def _kept(self, position: int) -> Parts:
         written, at = self.order.source(position)
         if not written:
-            return self.on_corpus.read(self.corpus.number(at))
+            return self.on_corpus.read(number_of(self.corpus, at, self.on_corpus.numbering))
         assert self.on_written is not None
         return self.on_written.read(at)
 

@@ -54,11 +54,12 @@ class Regularisation:
 
         Args:
             taught: learns a teacher's predictions. Each says more than a token, so that a student overfits
-                late: it needs no dropout, and more epochs still pay.
+                late: it needs no dropout, and bears more epochs. Beyond 16 they gave nothing.
         """
         ratio = n_tokens / n_parameters
         if taught:
-            return cls(0.0, 0.0, 2 * cls.of(n_tokens, n_parameters).max_epochs, ratio)
+            epochs = 2 * cls.of(n_tokens, n_parameters).max_epochs
+            return cls(0.0, 0.0, min(epochs, _EPOCHS[0][1]), ratio)
         wanted = _AT_ONE - _A_DOUBLING * math.log2(ratio)
         dropout = 0.0 if ratio > AMPLE else min(max(round(20 * wanted) / 20, 0.0), _MOST)  # steps of 0.05
         epochs = next(n for least, n in _EPOCHS if dropout >= least)

@@ -38,7 +38,12 @@ OF_PHASE_2 = {
     "train_mla.amp_dtype": "float32",
     "document_cache.fit_steps": 250,  # so that the teacher heeds its store
 }
-STUDENT = {**SETTINGS, "distillation.top_k": 8, "distillation.written_fraction": 0.25}
+STUDENT = {
+    **SETTINGS,
+    "distillation.top_k": 8,
+    "distillation.versions": 2,
+    "distillation.written_fraction": 0.25,
+}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +124,7 @@ def test_what_fits_a_student_to_its_text_is_not_what_fits_a_model_of_its_own(
     prepared: Callable[..., RunSetup],
 ) -> None:
     training = prepared(fit_to_text=True).training
-    assert (training.dropout, training.weight_decay_tables, training.max_epochs) == (0.0, 0.0, 32)
+    assert (training.dropout, training.weight_decay_tables, training.max_epochs) == (0.0, 0.0, 16)
     assert prepared(fit_to_text=True, dropout=0.2).training.dropout == 0.2
 
 
@@ -167,6 +172,33 @@ def test_the_teacher_writes_on_from_training_text_and_the_same_each_time(setup: 
     assert (kept[0][1][:, : taught.n_prompt - 1] == IGNORE).all()
     assert (kept[0][1][:, taught.n_prompt - 1 :] >= 0).all()
     assert torch.equal(kept[0][0][:, taught.n_prompt :], kept[0][1][:, taught.n_prompt - 1 : -1])
+
+
+def test_each_pass_over_the_text_reads_its_next_version(prepared: Callable[..., RunSetup]) -> None:
+    """The first version is the text; in others the teacher has drawn some tokens after those before them."""
+    setup = prepared(max_epochs=3)
+    taught = make_targets(setup)
+    corpus = setup.batches
+    redrawn: list[tuple[float, tuple[int, ...]]] = []
+    for position in range(3 * setup.plan.n_blocks):
+        written, at = taught.order.source(position)
+        if written:
+            continue
+        (read,), (own,) = (part.clone() for part in corpus.read(at, 1))
+        inputs, targets = taught._block(position)
+        assert torch.equal(targets, own)
+        first = taught.on_corpus.soft_targets([corpus.number(at)]).tokens[0]
+        other = (inputs != read).nonzero()[:, 0]
+        if corpus.passes(at) % 2 == 0:
+            assert len(other) == 0
+        elif bool((targets >= 0).all()):
+            redrawn.append((len(other) / len(inputs), tuple(inputs.tolist())))
+            assert 0 not in other
+            assert all(inputs[t] in first[t - 1] for t in other)
+    shares, texts = zip(*redrawn, strict=True)
+    assert 0.03 < sum(shares) / len(shares) < 0.2  # 0.15, and a draw may be the same token
+    assert len(set(texts)) > 1
+    taught.close()
 
 
 def test_a_damaged_block_of_targets_is_made_again(setup: RunSetup) -> None:
@@ -259,9 +291,9 @@ def test_a_resumed_student_needs_its_own_teacher(
 def test_resumed_at_every_moment_it_is_the_same_run(ground: Ground, tmp_path: Path) -> None:
     """Killed while the teacher predicts and writes too: what is missing then is made in the same groups."""
     targets = ground.corpus / ".nanothink" / "targets"
-    made = {"kind": "transformer", "max_epochs": 1, "eval_every_steps": 8}
+    made = {"kind": "transformer", "max_epochs": 2, "eval_every_steps": 8}
     taught_by = ["--teacher", str(ground.experts / "state_space_expert.pt"), "--name", "student"]
-    taught_by += ["--set", "distillation.written_fraction=0.5"]
+    taught_by += settings({"distillation.written_fraction": 0.5, "distillation.versions": 2})
 
     def typed(folder: Path) -> list[str]:
         words = ground.typed(folder=folder, **made)  # type: ignore[arg-type]

@@ -40,8 +40,8 @@ def test_little_text_narrows_a_model_and_never_widens_it() -> None:
 
 
 @pytest.mark.parametrize("n_tokens", [1000 * 2**n for n in range(15)])
-def test_a_student_has_no_dropout_more_epochs_and_at_least_the_width(n_tokens: int) -> None:
+def test_a_student_has_no_dropout_and_no_fewer_epochs_or_less_width(n_tokens: int) -> None:
     own, taught = (Regularisation.of(n_tokens, 1_000_000, taught=taught) for taught in (False, True))
     assert (taught.dropout, taught.weight_decay_tables) == (0.0, 0.0)
-    assert taught.max_epochs > own.max_epochs
+    assert own.max_epochs <= taught.max_epochs <= 16
     assert 128 <= narrowed(256, n_tokens, taught=True) >= narrowed(256, n_tokens)
