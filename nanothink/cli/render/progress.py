@@ -19,6 +19,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from nanothink.cli.render.console import duration, err, note, print_note, redraws
@@ -39,34 +40,32 @@ class BarReporter(Reporter):
         self._paces: dict[str, _Pace] = {}
         self._clock = clock
         self._said: set[str] = set()
-        self._began: dict[str, tuple[float, int]] = {}
         self._start = self._last_line = clock()
 
     def progress(self, stage: str, done: int, total: int) -> None:
+        pace = self._paces.setdefault(stage, _Pace(self._clock, done))
+        pace.reach(done, total)
         if self._bars is None:
-            self._plainly(stage, done, total)
-            return
-        if stage not in self._tasks:
-            pace = self._paces[stage] = _Pace(self._clock, done)
-            self._tasks[stage] = self._bars.add_task(stage, total=total or None, eta=pace.remaining)
-        self._paces[stage].reach(done, total)
-        self._bars.update(self._tasks[stage], completed=done, total=total or None)
+            self._plainly(stage, pace)
+        else:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=None, eta=pace.remaining)
+            self._bars.update(self._tasks[stage], completed=done, total=total or None)
         if 0 < total <= done:
-            self._bars.remove_task(self._tasks.pop(stage))
+            del self._paces[stage]
+            if self._bars is not None:
+                self._bars.remove_task(self._tasks.pop(stage))
 
-    def _plainly(self, stage: str, done: int, total: int) -> None:
+    def _plainly(self, stage: str, pace: _Pace) -> None:
         now = self._clock()
-        if not total:
+        if not pace.total:
             if now - self._start >= self._PLAIN_SECONDS / 2:  # what goes before it has not been short either
                 note(f"{stage}: it cannot be told how long that takes")
-            return
-        since, first = self._began.setdefault(stage, (now, done))
-        if done >= total:
-            del self._began[stage]
-        elif now - max(since, self._last_line) >= self._PLAIN_SECONDS:
+        elif pace.done < pace.total and now - max(pace.began, self._last_line) >= self._PLAIN_SECONDS:
             self._last_line = now
-            eta = f", ETA {duration((total - done) * (now - since) / (done - first))}" if done > first else ""
-            note(f"{stage}: {100 * done / total:.0f} %{eta}")
+            left = pace.remaining()
+            eta = "" if left is None else f", ETA {duration(left)}"
+            note(f"{stage}: {100 * pace.done / pace.total:.0f} %{eta}")
 
     def note(self, message: str) -> None:
         """Show a line once, even if several stages report it."""
@@ -79,17 +78,6 @@ class BarReporter(Reporter):
             print_note(self._bars.console, message)
 
 
-class _Label(ProgressColumn):
-    """Name of the stage. A long one is cut, so that the times beside it are not."""
-
-    _OTHERS = 40
-
-    def render(self, task: Task) -> Text:
-        label = Text(task.description, no_wrap=True)
-        label.truncate(max(10, err.width - self._OTHERS), overflow="ellipsis")
-        return label
-
-
 class _Pace:
     """Remaining time of a stage by its mean speed, counted down between its reports.
 
@@ -98,18 +86,18 @@ class _Pace:
 
     def __init__(self, clock: Callable[[], float], done: int) -> None:
         self._clock, self._first = clock, done
-        self._began = self._reported = clock()
-        self._done = self._total = done
+        self.began = self._reported = clock()
+        self.done = self.total = done
 
     def reach(self, done: int, total: int) -> None:
-        self._done, self._total, self._reported = done, total, self._clock()
+        self.done, self.total, self._reported = done, total, self._clock()
 
     def remaining(self) -> float | None:
         """Seconds; None before the second report, and once the stage is later than they said."""
-        if self._done <= self._first:
+        if self.done <= self._first:
             return None
-        per_unit = (self._reported - self._began) / (self._done - self._first)
-        left = (self._total - self._done) * per_unit - (self._clock() - self._reported)
+        per_unit = (self._reported - self.began) / (self.done - self._first)
+        left = (self.total - self.done) * per_unit - (self._clock() - self._reported)
         return left if left >= 0 else None
 
 
@@ -128,8 +116,10 @@ class _Remaining(ProgressColumn):
 
 
 def progress_columns() -> list[Any]:
+    names = max(10, err.width - 40)
     return [
-        _Label(),
+        # A long name of a stage is cut, so that the times beside it are not.
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=names)),
         BarColumn(bar_width=None),
         TaskProgressColumn(),
         TimeElapsedColumn(),
