@@ -110,11 +110,8 @@ def _hub_errors_explained(name: str, what: str = "tokenizer") -> Iterator[None]:
             f"There is no {what} '{name}': no local path of that name, and the Hub knows of none. "
             "Check the spelling; a private one needs `hf auth login`."
         ) from error
-    except errors.OfflineModeIsEnabled as error:
-        reason = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
-        raise TokenizerUnreachableError(name, reason, what) from error
     except Exception as error:  # the network library raises many kinds, and is not always the same one
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise TokenizerUnreachableError(name, reason, what) from error
 
 

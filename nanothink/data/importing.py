@@ -301,7 +301,7 @@ def _rows(source: Source, options: ImportOptions, findings: Findings) -> Iterato
         reason = f"the file is UTF-8 too; is --encoding {encoding} right for it?"
         findings.warnings.add(Problem(shown(path), 0, 0, reason))
     if source.kind == "hub":
-        return hub_rows(origin, text, options.config_name, options.split, findings, source.note)
+        return hub_rows(origin, text, options.config_name, options.split, findings)
     if source.kind in DOCUMENT_SUFFIXES:
         document = options.documents.text(source.kind, path, encoding, findings.read)
         digest = partial(text_digest, io.StringIO(document))

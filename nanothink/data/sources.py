@@ -56,8 +56,6 @@ class Source:
     origin: str
     """Its name in the records, printable."""
     size: int = 0
-    note: str = ""
-    """Begins an error: why this was taken for a data set of the Hub."""
 
 
 def find_sources(
@@ -128,7 +126,9 @@ def _is_pattern(name: str) -> bool:
 
 def _found(name: str, findings: Findings, leave_out: Path) -> Iterator[Source]:
     if name.startswith("hf:"):
-        yield _hub(name[3:], "")
+        if not HUB_NAME.fullmatch(name[3:]):
+            raise UsageError(f"'{name[3:]}' is not the name of a Hub data set. For example: hf:owner/name")
+        yield Source("hub", Path(name[3:]), name[3:])
         return
     if _is_pattern(name):
         matches = sorted(glob.glob(os.path.expanduser(name), recursive=True))
@@ -149,12 +149,6 @@ def _found(name: str, findings: Findings, leave_out: Path) -> Iterator[Source]:
         yield _file(path, name)
 
 
-def _hub(name: str, note: str) -> Source:
-    if not HUB_NAME.fullmatch(name):
-        raise UsageError(f"'{name}' is not the name of a Hub data set. For example: hf:owner/name")
-    return Source("hub", Path(name), name, note=note)
-
-
 def _file(path: Path, name: str) -> Source:
     try:
         exists, is_file = path.exists(), path.is_file()
@@ -162,11 +156,6 @@ def _file(path: Path, name: str) -> Source:
         raise DataError(f"Cannot look at {name!r}: {error}.") from None
     suffix = _suffix(path)
     if not is_file:
-        is_gone = not os.path.lexists(path) and not path.parent.is_dir()
-        if not suffix and name != "-" and is_gone and HUB_NAME.fullmatch(name):
-            return _hub(
-                name, f"There is no file or folder {name!r} here, so it was taken for a Hub data set. "
-            )
         if path.is_symlink() and not exists:
             raise DataError(f"{shown(path)} is a link that leads nowhere. Fix or remove it.")
         if exists or name == "-":
@@ -174,7 +163,8 @@ def _file(path: Path, name: str) -> Source:
                 f"{name!r} is not a regular file, and an import reads its source more than once. Write the "
                 "text to a file and import it."
             )
-        raise DataError(f"There is no file or folder {shown(path)}. Check the path.")
+        hub = f" A data set of the Hub is hf:{name}." if HUB_NAME.fullmatch(name) and "/" in name else ""
+        raise DataError(f"There is no file or folder {shown(path)}. Check the path.{hub}")
     kind = _kind(path, suffix)
     if not kind:
         raise UsageError(

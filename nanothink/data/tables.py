@@ -128,12 +128,12 @@ def parquet_rows(path: Path, origin: str, text: RowText, findings: Findings) -> 
 
 
 def hub_rows(
-    name: str, text: RowText, config_name: str | None, split: str, findings: Findings, note: str
+    name: str, text: RowText, config_name: str | None, split: str, findings: Findings
 ) -> Iterator[Row]:
     try:
         import datasets  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
-        raise DataError(f"{note}Hub data sets need an extra: {install('nanothink[datasets]')}") from None
+        raise DataError(f"Hub data sets need an extra: {install('nanothink[datasets]')}") from None
     try:
         rows = iter(
             datasets.load_dataset(name, config_name, split=split, streaming=True, trust_remote_code=False)
@@ -141,7 +141,7 @@ def hub_rows(
         first = next(rows, None)
     except Exception as error:  # the library raises dozens of kinds, of its own and of the network
         reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{note}Cannot load the data set '{name}', split '{split}': {reason}") from error
+        raise DataError(f"Cannot load the data set '{name}', split '{split}': {reason}") from error
     if first is None:
         return
     text.columns(f"The data set '{name}'", first, lambda: first)

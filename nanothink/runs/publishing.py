@@ -238,11 +238,6 @@ def _refusals_explained(repository: str) -> Iterator[None]:
 
     try:
         yield
-    except errors.OfflineModeIsEnabled:
-        raise UsageError(
-            "HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it to push; --dry-run works without the "
-            "Hub."
-        ) from None
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         said = (getattr(error, "server_message", None) or str(error)).strip().partition("\n")[0]

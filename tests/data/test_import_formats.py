@@ -259,7 +259,7 @@ def test_a_missing_extra_names_the_command(tmp_path, monkeypatch):
         tmp_path,
         "someone/something",
         DataError,
-        r"no file or folder 'someone/something'.*nanothink\[datasets\]",
+        r"no file or folder someone/something.*hf:someone/something",
     )
 
 
