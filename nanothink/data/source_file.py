@@ -46,13 +46,9 @@ class Digest(Protocol):
 
 _CHECK = "Check the disk, or the connection to it, and run the command again"
 _REMEDIES = {
-    errno.EACCES: "See who may read it (chmod, chown)",
-    errno.EPERM: "See who may read it (chmod, chown)",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "See who may read it (chmod, chown)"),
     errno.EMFILE: "Raise the limit (ulimit -n) and run the command again",
-    errno.ENFILE: "The whole machine has no more: end what holds them, or raise fs.file-max",
     errno.ENOMEM: "Free some memory and run the command again",
-    errno.ESTALE: "The network folder has changed under it: run the command again, or mount it anew",
-    errno.ELOOP: "It is a link that leads back to itself; remove or fix it",
 }
 
 

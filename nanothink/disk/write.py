@@ -42,20 +42,13 @@ Explain = Callable[[Path, OSError], StorageError]
 """Makes the error for a failed write that left what was there in place."""
 
 _REMEDIES = {
-    errno.ENOSPC: "Free some space, or choose a larger disk, and run the command again",
-    errno.EDQUOT: "Your quota is used up: free some space and run the command again",
-    errno.EFBIG: "It would be larger than allowed here: raise the limit (ulimit -f) or split the data",
-    errno.EACCES: "Check who may write there, or choose another folder",
-    errno.EPERM: "Check who may write there, or choose another folder",
-    errno.EROFS: "The disk is mounted read-only: choose another folder",
-    errno.EEXIST: "A part of this path is a file, not a folder: choose another place",
-    errno.ENOTDIR: "A part of this path is a file, not a folder: choose another place",
-    errno.EISDIR: "There is a folder of this name: choose another name",
-    errno.ENAMETOOLONG: "The name is too long: choose a shorter one",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space and run the command again"),
+    errno.EFBIG: "Raise the limit (ulimit -f) or split the data",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "A part of this path is a file, not a folder"),
     errno.ELOOP: "Nothing is written through a symbolic link: remove it",
-    errno.EXDEV: "It is a mount point or part of a container's image, and cannot be replaced: choose another",
-    errno.EBUSY: "It is in use, or a mount point of its own, and cannot be replaced: choose another place",
+    **dict.fromkeys((errno.EXDEV, errno.EBUSY), "It is in use, or a mount point, and cannot be replaced"),
 }
+"""Remedies that the system's reason does not suggest by itself."""
 
 
 def storage_error(path: Path, error: OSError, replaced: bool | None = None) -> StorageError:
@@ -70,7 +63,9 @@ def storage_error(path: Path, error: OSError, replaced: bool | None = None) -> S
             f"{shown(path)}: the disk reports: {reason}. The new file is complete, but might not survive a "
             "power cut. Check the disk."
         )
-    remedy = _REMEDIES.get(error.errno or 0, "Check the disk and run the command again")
+    remedy = _REMEDIES.get(
+        error.errno or 0, "Check the disk and who may write there, or choose another place"
+    )
     kept = " Nothing was changed." if replaced is False else ""
     return StorageError(f"Cannot write {shown(path)}: {reason}. {remedy}.{kept}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_a_failed_rename_that_was_done_all_the_same_is_not_called_undone(
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
-        (errno.EROFS, "mounted read-only"),
+        (errno.EROFS, "Read-only file system.*who may write there"),
         (errno.EXDEV, "mount point"),
         (errno.EBUSY, "mount point"),
         (errno.EACCES, "who may write there"),
@@ -184,7 +185,7 @@ def test_a_failed_rename_that_was_done_all_the_same_is_not_called_undone(
 def test_an_error_says_what_to_do(number: int, remedy: str) -> None:
     error = OSError(number, os.strerror(number))
     unsaid, unchanged, there = (str(storage_error(Path("a\nb"), error, r)) for r in (None, False, True))
-    assert remedy in unsaid
+    assert re.search(remedy, unsaid)
     assert "changed" not in unsaid
     assert unchanged == f"{unsaid} Nothing was changed."
     assert "complete" in there

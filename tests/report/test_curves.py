@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from nanothink.report.curves import MAX_POINTS, line, smoothed, thinned
+from nanothink.report.figures import MAX_POINTS, line, smoothed, thinned
 from nanothink.training.records import Curve
 
 
