@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,43 +12,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from record_reading import Reading, only_problem, read
 
-from nanothink.data.lines import MAX_LINE_BYTES
-from nanothink.data.record_file import write_records
-from nanothink.data.records import Problem, Record, iter_records
-from nanothink.errors import StorageError, UnreadableError
-
-
-class Reading:
-    """Everything one pass over a file gives."""
-
-    def __init__(self, path: Path) -> None:
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = []
-        self.bytes: list[int] = []
-        self.numbered = list(
-            iter_records(
-                path,
-                on_problem=self.problems.append,
-                on_warning=self.warnings.append,
-                on_bytes=self.bytes.append,
-            )
-        )
-        self.records = [record for _, record in self.numbered]
-        self.texts = [record.text for record in self.records]
-
-
-def read(folder: Path, content: bytes, name: str = "a.jsonl") -> Reading:
-    path = folder / name
-    path.write_bytes(content)
-    return Reading(path)
-
-
-def only_problem(reading: Reading) -> Problem:
-    assert len(reading.problems) == 1, reading.problems
-    assert reading.records == []
-    return reading.problems[0]
-
+from nanothink.data.records import Record
+from nanothink.errors import UnreadableError
 
 # What is fine
 
@@ -282,136 +247,6 @@ def test_no_bytes_whatever_raise(tmp_path_factory, content):
     assert reading.records or reading.problems or reading.warnings
 
 
-# Chunks and memory
-
-
-def read_in_a_fresh_process(path: Path) -> tuple[list[str], list[list[object]], int]:
-    """Texts, problems as [line, column, reason], and by how many KiB the peak memory grew."""
-    code = """if True:
-        import json, resource, sys
-        from pathlib import Path
-        from nanothink.data.records import iter_records
-        import zstandard
-        start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found = []
-        texts = [r.text for _, r in iter_records(Path(sys.argv[1]), on_problem=found.append)]
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
-        print(json.dumps([texts, [[p.line, p.column, p.reason] for p in found], grown]))
-    """
-    command = [sys.executable, "-c", code, str(path)]
-    texts, problems, grown = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    return texts, problems, grown
-
-
-def test_records_do_not_depend_on_where_chunks_end(tmp_path):
-    texts = [f"{i} " + "né" * (i * 997 % 3000) for i in range(400)] + ["x" * 1_500_000, "y"]
-    content = "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts).encode()
-    assert len(content) > 2 * 2**20
-    reading = read(tmp_path, content)
-    assert reading.texts == texts
-    assert [number for number, _ in reading.numbered] == list(range(1, len(texts) + 1))
-    assert sum(reading.bytes) == len(content)
-    assert len(reading.bytes) < 20
-
-
-def test_a_line_over_the_limit_is_an_error_and_memory_stays_bounded(tmp_path):
-    path = tmp_path / "a.jsonl"
-    with path.open("wb") as file:
-        file.write(b'{"text": "before"}\n{"text": "')
-        for _ in range(300):
-            file.write(b"x" * 2**20)
-        file.write(b'"}\n{"text": "after"}\n')
-    texts, problems, grown_kib = read_in_a_fresh_process(path)
-    assert texts == ["before", "after"]
-    assert problems == [[2, 1, f"the line is longer than 64 MiB ({MAX_LINE_BYTES:,} bytes)"]]
-    assert grown_kib < 150 * 1024  # the line alone has 300 MiB
-
-
-def test_a_line_just_within_the_limit_is_read(tmp_path):
-    empty = len(b'{"text":""}')
-    for extra, n_records in ((0, 1), (1, 0)):
-        line = b'{"text":"' + b"x" * (MAX_LINE_BYTES - empty + extra) + b'"}'
-        reading = read(tmp_path, line)
-        assert len(reading.records) == n_records
-        assert len(reading.problems) == 1 - n_records
-        del reading
-
-
-# Compression
-
-TEXTS = [f"text {i} " + "abc" * (i % 50) for i in range(20_000)]
-LINES = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
-
-
-def compress(data: bytes, kind: str) -> bytes:
-    return (
-        gzip.compress(data, 1)
-        if kind == "gz"
-        else zstandard.ZstdCompressor(write_checksum=True).compress(data)
-    )
-
-
-@pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_compressed_files_read_the_same_and_count_file_bytes(tmp_path, kind):
-    content = compress(LINES, kind)
-    reading = read(tmp_path, content, f"a.jsonl.{kind}")
-    assert reading.numbered == read(tmp_path, LINES).numbered
-    assert reading.problems == []
-    assert sum(reading.bytes) == len(content)
-
-
-@pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_several_members_or_frames_are_read_whole(tmp_path, kind):
-    cut = len(LINES) // 2 + 7
-    content = compress(LINES[:cut], kind) + compress(b"", kind) + compress(LINES[cut:], kind)
-    if kind == "gz":
-        content += b"\0" * 512
-    reading = read(tmp_path, content, f"a.jsonl.{kind}")
-    assert len(reading.records) == 20_000
-    assert reading.problems == []
-
-
-@pytest.mark.parametrize("kind", ["gz", "zst"])
-@pytest.mark.parametrize("keep", [0.001, 0.3, 0.999])
-def test_a_cut_file_is_an_error_at_the_line_reached(tmp_path, kind, keep):
-    content = compress(LINES, kind)
-    reading = read(tmp_path, content[: int(len(content) * keep)], f"a.jsonl.{kind}")
-    (problem,) = reading.problems
-    assert "ends too early" in problem.reason
-    assert problem.line == len(reading.records) + 1
-    assert reading.texts == TEXTS[: len(reading.records)]
-    if keep > 0.9:
-        assert len(reading.records) > 10_000
-
-
-@pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_damaged_data_is_an_error_not_an_exception(tmp_path, kind):
-    content = bytearray(compress(LINES, kind))
-    content[len(content) // 2 : len(content) // 2 + 40] = bytes(range(40))
-    reading = read(tmp_path, bytes(content), f"a.jsonl.{kind}")
-    assert reading.problems
-    assert "damaged" in reading.problems[-1].reason
-    junk = read(tmp_path, b"not compressed at all\n", f"b.jsonl.{kind}")
-    assert "damaged" in only_problem(junk).reason
-
-
-@pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_a_bomb_stays_bounded(tmp_path, kind):
-    path = tmp_path / f"a.jsonl.{kind}"
-    packer = zstandard.ZstdCompressor().compressobj() if kind == "zst" else None
-    with gzip.open(path, "wb", 1) if packer is None else path.open("wb") as file:
-        for _ in range(500):
-            zeros = bytes(2**20)
-            file.write(zeros if packer is None else packer.compress(zeros))
-        if packer is not None:
-            file.write(packer.flush())
-    texts, ((line, _, reason),), grown_kib = read_in_a_fresh_process(path)
-    assert texts == []
-    assert line == 1
-    assert "longer than 64 MiB" in str(reason)
-    assert grown_kib < 180 * 1024  # of 500 MiB
-
-
 # Files that cannot be read
 
 
@@ -464,89 +299,3 @@ def test_records_are_strict_and_frozen():
         Record(text=b"a")  # type: ignore[arg-type]
     with pytest.raises(ValidationError):
         Record(text="a").text = "b"  # type: ignore[misc]
-
-
-# Writing
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(
-        st.builds(
-            Record,
-            text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
-                lambda t: not t.isspace()
-            ),
-            source=st.none() | st.text(st.characters(exclude_categories=["Cs"])),
-            id=st.none() | st.integers(),
-        )
-    )
-)
-def test_what_is_written_is_read_back(tmp_path_factory, records):
-    path = tmp_path_factory.getbasetemp() / "written" / "a.jsonl"
-    assert write_records(path, records, overwrite=True) == len(records)
-    reading = Reading(path)
-    assert reading.records == records
-    assert reading.problems == []
-
-
-def test_writing_refuses_to_replace_a_file_unless_told(tmp_path):
-    path = tmp_path / "d" / "a.jsonl"
-    write_records(path, [Record(text="old")])
-    with pytest.raises(StorageError, match="exists already"):
-        write_records(path, [Record(text="new")])
-    assert Reading(path).texts == ["old"]
-    write_records(path, [Record(text="new")], overwrite=True)
-    assert Reading(path).texts == ["new"]
-    assert [p.name for p in path.parent.iterdir()] == ["a.jsonl"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failure_half_way_leaves_nothing_behind(tmp_path, error):
-    def records():
-        yield Record(text="x" * 100_000)
-        raise error
-
-    with pytest.raises(error):
-        write_records(tmp_path / "new" / "domain" / "a.jsonl", records())
-    assert list(tmp_path.iterdir()) == []
-    write_records(tmp_path / "a.jsonl", [Record(text="old")])
-    with pytest.raises(error):
-        write_records(tmp_path / "a.jsonl", records(), overwrite=True)
-    assert Reading(tmp_path / "a.jsonl").texts == ["old"]
-    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
-
-
-def test_a_full_disk_says_what_to_do_and_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.jsonl"
-    write_records(path, [Record(text="old")])
-    code = (
-        "import resource, signal, sys\n"
-        "from pathlib import Path\n"
-        "from nanothink.data.record_file import write_records\n"
-        "from nanothink.data.records import Record\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-        "records = (Record(text='x' * 10_000) for _ in range(1000))\n"
-        "write_records(Path(sys.argv[1]), records, overwrite=True)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
-    )
-    assert "StorageError: Cannot write" in done.stderr
-    assert "Nothing was changed" in done.stderr
-    assert Reading(path).texts == ["old"]
-    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
-
-
-def test_a_file_in_the_way_of_the_folder_is_a_storage_error(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match="is a file, not a folder"):
-        write_records(tmp_path / "file" / "a.jsonl", [Record(text="a")])
-
-
-def test_written_files_have_ordinary_permissions(tmp_path):
-    write_records(tmp_path / "a.jsonl", [Record(text="a")])
-    mask = os.umask(0)
-    os.umask(mask)
-    assert (tmp_path / "a.jsonl").stat().st_mode & 0o777 == 0o666 & ~mask

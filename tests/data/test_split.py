@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import random
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanothink.data.sides import CUT, TEST, TRAIN, VAL, assign_sides, group_keys, sources_count
 from nanothink.data.split import (
-    NOTHING,
     HeldOutText,
     SplitRule,
     TrainedText,
-    cut_text,
     group_key,
     hashed,
-    normalised,
     text_key,
 )
 from nanothink.data.token_files import DOCUMENT
-from nanothink.errors import DataError
 
 
 def rows_of(*documents: tuple[str, str | None, int]) -> np.ndarray:
@@ -61,12 +54,6 @@ def keys_of(*texts: str) -> np.ndarray:
 
 def draw(n: int, prefix: str = "t") -> np.ndarray:
     return keys_of(*[f"{prefix}{i}" for i in range(n)])
-
-
-def test_the_key_of_a_text_never_changes():
-    # Written down: a change of hash would move documents between the sides of every existing run.
-    assert text_key("NanoThink") == 13148234440110152715
-    assert text_key("é") == 3394012004367669963
 
 
 def test_the_rule_never_changes():
@@ -171,48 +158,6 @@ def test_domains_that_share_texts_are_both_served_when_they_can_be():
             sides = assign({"a": keys_of(one, two), "b": keys_of(one, three)}, val_split)
             assert sides["a"].tolist() in ([True, False], [False, True])
             assert sides["b"].tolist() in ([True, False], [False, True])
-
-
-# Texts that are the same
-
-
-@pytest.mark.parametrize(
-    "twin", ["a\r\nb  c\n", "a\rb\tc", " a b c ", "a\n\nb\u00a0c", "\ufeffa b c"[1:], "a b\u2028c"]
-)
-def test_line_ends_and_white_space_do_not_make_another_text(twin: str) -> None:
-    assert text_key(twin) == text_key("a b c")
-
-
-def test_the_form_of_unicode_does_not_make_another_text() -> None:
-    assert text_key("Cafe\u0301 \u212b") == text_key("Caf\u00e9 \u00c5")
-    assert len({text_key(text) for text in ("a b", "ab", "A b", "a b.", "a-b")}) == 5
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.text("ab\u00e9e\u0301 \n\r\t\u2003", min_size=1, max_size=40), min_size=1, max_size=4),
-    st.integers(1, 30),
-)
-def test_a_text_normalised_in_parts_is_the_text_normalised(parts: list[str], n_chars: int) -> None:
-    import unicodedata
-
-    from nanothink.data import split
-
-    text = "".join(parts)
-    whole = " ".join(unicodedata.normalize("NFC", text).split())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(split, "_PART_CHARS", n_chars)
-        assert normalised(text) == whole
-        key = text_key(text)
-    assert key == text_key(whole)
-
-
-def test_a_text_and_a_group_of_one_name_have_nothing_in_common() -> None:
-    keys = {group_key("a", None), group_key(None, "a"), text_key("a")}
-    assert len(keys) == 3
-    assert group_key(None, None) == group_key("", " ") == 0
-    assert group_key("g", "s") == group_key("g", None)
-    assert all(group_key(str(i), None) % 2 == 1 and group_key(None, str(i)) % 2 == 0 for i in range(50))
 
 
 # Documents that belong together
@@ -419,114 +364,6 @@ def test_all_of_a_domain_was_trained_on() -> None:
     rows = rows_of(*[(f"t{i}", None, 10) for i in range(20)])
     everything = TrainedText(np.unique(rows["key"]))
     assert (assign_sides({"d": rows}, SplitRule(0.3), everything).sides["d"] == TRAIN).all()
-
-
-def test_trained_text_adds_up() -> None:
-    one = TrainedText(np.array([1, 5], np.uint64), {7: 10, 8: 4}, np.array([3], np.uint64))
-    other = TrainedText(np.array([2, 5], np.uint64), {7: 6, 9: 1})
-    both = one | other
-    assert both == other | one
-    assert both.keys.tolist() == [1, 2, 5]
-    assert both.heads == {7: 10, 8: 4, 9: 1}
-    assert both.holds(np.array([0, 1, 7, 9, 10], np.uint64)).tolist() == [False, True, True, True, False]
-    assert NOTHING | one == one != other
-
-
-def test_trained_text_goes_through_a_file_that_holds_only_tensors_and_plain_values() -> None:
-    keys = np.sort(np.random.default_rng(0).integers(2**64, size=5000, dtype=np.uint64))
-    whole = TrainedText(keys, {2**64 - 1: 10, 3: 2**40}, keys[:7])
-    file = io.BytesIO()
-    torch.save(whole.to_state(), file)
-    assert len(file.getvalue()) < 8 * len(keys) + 4000, "8 bytes a document"
-    file.seek(0)
-    assert TrainedText.from_state(torch.load(file, weights_only=True)) == whole
-    assert TrainedText.from_state(NOTHING.to_state()) == NOTHING
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {"keys": torch.tensor([2, 1])},
-        {"keys": torch.tensor([1, 1])},
-        {"keys": torch.tensor([1.0])},
-        {"keys": torch.tensor([[1]])},
-        {"keys": [1]},
-        {"groups": torch.tensor([-1, 1])},  # as unsigned numbers the other way round
-        {"head_keys": torch.tensor([1, 2])},
-        {"head_chars": torch.tensor([0])},
-        {"more": 1},
-    ],
-)
-def test_damaged_trained_text_is_refused(damage: dict[str, Any]) -> None:
-    state = TrainedText(np.array([1], np.uint64), {4: 5}).to_state()
-    assert TrainedText.from_state(state).heads == {4: 5}
-    with pytest.raises(ValueError, match="trained text"):
-        TrainedText.from_state({**state, **damage})
-    for missing in state:
-        with pytest.raises(ValueError, match="trained text"):
-            TrainedText.from_state({name: part for name, part in state.items() if name != missing})
-    with pytest.raises(ValueError, match="trained text"):
-        TrainedText.from_state([])  # type: ignore[arg-type]
-
-
-def test_a_rule_goes_through_plain_values() -> None:
-    rule = SplitRule(0.2, 0.1, seed=7)
-    assert SplitRule.from_dict(rule.to_dict()) == rule
-    for wrong in (
-        {},
-        {**rule.to_dict(), "more": 1},
-        {**rule.to_dict(), "seed": 1.5},
-        {**rule.to_dict(), "seed": -1},
-        {**rule.to_dict(), "val_split": "0.1"},
-        {**rule.to_dict(), "val_split": float("nan")},
-        {**rule.to_dict(), "test_split": 0.8},
-        {**rule.to_dict(), "val_split": 0},
-    ):
-        with pytest.raises(ValueError, match="split"):
-            SplitRule.from_dict(wrong)
-
-
-# One text
-
-
-def test_a_text_is_cut_at_white_space_near_the_fractions() -> None:
-    text = "word " * 1000
-    head, middle, tail = cut_text(text, SplitRule(0.1), "d")
-    assert (head + middle + tail, tail) == (text, "")
-    assert middle[0] == " "
-    assert len(middle) == pytest.approx(500, abs=5)
-    parts = cut_text(text, SplitRule(0.1, 0.2), "d")
-    assert "".join(parts) == text
-    assert [len(part) for part in parts] == pytest.approx([3500, 500, 1000], abs=5)
-    assert cut_text("ab", SplitRule(0.1, 0.2), "d") == ("a", "b", "")
-    assert [len(part) for part in cut_text("abc", SplitRule(0.1, 0.2), "d")] == [1, 1, 1]
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.text("ab \n\r\u00e9e\u0301", min_size=2, max_size=60),
-    st.sampled_from([0.01, 0.1, 0.5, 0.9]),
-    st.sampled_from([0.0, 0.05]),
-    st.integers(0, 40),
-)
-def test_the_head_holds_all_that_was_trained_on(text: str, val: float, test: float, n_chars: int) -> None:
-    known = normalised(text)[:n_chars]
-    try:
-        head, middle, tail = cut_text(text, SplitRule(val, test), "d", len(known))
-    except DataError:
-        assert len(known) >= len(normalised(text[:-1]))
-        return
-    assert head + middle + tail == text
-    assert head
-    assert middle
-    assert len(normalised(head)) >= len(known)
-
-
-def test_a_text_that_was_trained_on_whole_is_not_cut() -> None:
-    with pytest.raises(DataError, match="all of which the model was trained on"):
-        cut_text("a b c", SplitRule(0.1), "d", 5)
-    with pytest.raises(DataError, match=r"one character.*--domains"):
-        cut_text("a", SplitRule(0.1), "d")
 
 
 # Size

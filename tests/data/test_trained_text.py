@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import made_up_texts, write_domain
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +25,7 @@ from nanothink.data.split import (
 )
 from nanothink.data.tokenizer import Tokenizer, load_tokenizer
 from nanothink.data.tokens import TokenisedCorpus, TokenStream, tokenise
+from nanothink.errors import DataError
 
 
 @pytest.fixture
@@ -142,3 +146,111 @@ def test_what_two_models_were_trained_on_and_held_out() -> None:
     assert held_out.test.tolist() == [2, 4]
     again = HeldOutText.from_state(held_out.to_state())
     assert (again.val.tolist(), again.test.tolist()) == ([1, 3], [2, 4])
+
+
+def test_trained_text_adds_up() -> None:
+    one = TrainedText(np.array([1, 5], np.uint64), {7: 10, 8: 4}, np.array([3], np.uint64))
+    other = TrainedText(np.array([2, 5], np.uint64), {7: 6, 9: 1})
+    both = one | other
+    assert both == other | one
+    assert both.keys.tolist() == [1, 2, 5]
+    assert both.heads == {7: 10, 8: 4, 9: 1}
+    assert both.holds(np.array([0, 1, 7, 9, 10], np.uint64)).tolist() == [False, True, True, True, False]
+    assert NOTHING | one == one != other
+
+
+def test_trained_text_goes_through_a_file_that_holds_only_tensors_and_plain_values() -> None:
+    keys = np.sort(np.random.default_rng(0).integers(2**64, size=5000, dtype=np.uint64))
+    whole = TrainedText(keys, {2**64 - 1: 10, 3: 2**40}, keys[:7])
+    file = io.BytesIO()
+    torch.save(whole.to_state(), file)
+    assert len(file.getvalue()) < 8 * len(keys) + 4000, "8 bytes a document"
+    file.seek(0)
+    assert TrainedText.from_state(torch.load(file, weights_only=True)) == whole
+    assert TrainedText.from_state(NOTHING.to_state()) == NOTHING
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"keys": torch.tensor([2, 1])},
+        {"keys": torch.tensor([1, 1])},
+        {"keys": torch.tensor([1.0])},
+        {"keys": torch.tensor([[1]])},
+        {"keys": [1]},
+        {"groups": torch.tensor([-1, 1])},  # as unsigned numbers the other way round
+        {"head_keys": torch.tensor([1, 2])},
+        {"head_chars": torch.tensor([0])},
+        {"more": 1},
+    ],
+)
+def test_damaged_trained_text_is_refused(damage: dict[str, Any]) -> None:
+    state = TrainedText(np.array([1], np.uint64), {4: 5}).to_state()
+    assert TrainedText.from_state(state).heads == {4: 5}
+    with pytest.raises(ValueError, match="trained text"):
+        TrainedText.from_state({**state, **damage})
+    for missing in state:
+        with pytest.raises(ValueError, match="trained text"):
+            TrainedText.from_state({name: part for name, part in state.items() if name != missing})
+    with pytest.raises(ValueError, match="trained text"):
+        TrainedText.from_state([])  # type: ignore[arg-type]
+
+
+def test_a_rule_goes_through_plain_values() -> None:
+    rule = SplitRule(0.2, 0.1, seed=7)
+    assert SplitRule.from_dict(rule.to_dict()) == rule
+    for wrong in (
+        {},
+        {**rule.to_dict(), "more": 1},
+        {**rule.to_dict(), "seed": 1.5},
+        {**rule.to_dict(), "seed": -1},
+        {**rule.to_dict(), "val_split": "0.1"},
+        {**rule.to_dict(), "val_split": float("nan")},
+        {**rule.to_dict(), "test_split": 0.8},
+        {**rule.to_dict(), "val_split": 0},
+    ):
+        with pytest.raises(ValueError, match="split"):
+            SplitRule.from_dict(wrong)
+
+
+# One text
+
+
+def test_a_text_is_cut_at_white_space_near_the_fractions() -> None:
+    text = "word " * 1000
+    head, middle, tail = cut_text(text, SplitRule(0.1), "d")
+    assert (head + middle + tail, tail) == (text, "")
+    assert middle[0] == " "
+    assert len(middle) == pytest.approx(500, abs=5)
+    parts = cut_text(text, SplitRule(0.1, 0.2), "d")
+    assert "".join(parts) == text
+    assert [len(part) for part in parts] == pytest.approx([3500, 500, 1000], abs=5)
+    assert cut_text("ab", SplitRule(0.1, 0.2), "d") == ("a", "b", "")
+    assert [len(part) for part in cut_text("abc", SplitRule(0.1, 0.2), "d")] == [1, 1, 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.text("ab \n\r\u00e9e\u0301", min_size=2, max_size=60),
+    st.sampled_from([0.01, 0.1, 0.5, 0.9]),
+    st.sampled_from([0.0, 0.05]),
+    st.integers(0, 40),
+)
+def test_the_head_holds_all_that_was_trained_on(text: str, val: float, test: float, n_chars: int) -> None:
+    known = normalised(text)[:n_chars]
+    try:
+        head, middle, tail = cut_text(text, SplitRule(val, test), "d", len(known))
+    except DataError:
+        assert len(known) >= len(normalised(text[:-1]))
+        return
+    assert head + middle + tail == text
+    assert head
+    assert middle
+    assert len(normalised(head)) >= len(known)
+
+
+def test_a_text_that_was_trained_on_whole_is_not_cut() -> None:
+    with pytest.raises(DataError, match="all of which the model was trained on"):
+        cut_text("a b c", SplitRule(0.1), "d", 5)
+    with pytest.raises(DataError, match=r"one character.*--domains"):
+        cut_text("a", SplitRule(0.1), "d")

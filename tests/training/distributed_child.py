@@ -36,8 +36,8 @@ from nanothink.training.sharding import Shard
 
 
 def harness(**settings: Any) -> Any:
-    """The loop on a tiny model, as test_loop.py has it."""
-    return module("training/test_loop.py").Harness(**settings)
+    """The loop on a tiny model."""
+    return module("training_harness.py").Harness(**settings)
 
 
 @cache
@@ -256,7 +256,7 @@ def main() -> None:
 
 def fork_all(n_processes: int, port: str) -> list[int]:
     """Run ``main`` in every process, and give their exit codes by rank."""
-    module("training/test_loop.py")
+    module("training_harness.py")
     module("checkpoints/conftest.py")
     importlib.import_module("torch._dynamo")
     os.environ.update(WORLD_SIZE=f"{n_processes}", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

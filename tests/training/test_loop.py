@@ -1,119 +1,22 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from reports import Told
+from training_harness import LENGTH, VOCABULARY, Blocks, Harness
 
-from nanothink.config import Config, TrainExpertConfig
-from nanothink.config.run import resolve_config
 from nanothink.data.tokens import IGNORE
 from nanothink.errors import InterruptedRun, TrainingDivergedError
 from nanothink.inference.evaluate import Evaluation, EvaluationStopped, Score
-from nanothink.models import build_model
 from nanothink.models.contract import Batch, Loss
-from nanothink.models.precision import Precision
 from nanothink.training.events import Evaluated, RunFinished, StepDone
 from nanothink.training.interruption import StopRequest
-from nanothink.training.loop import Callbacks, Run, train
+from nanothink.training.loop import Callbacks, train
 from nanothink.training.objectives import next_token
-from nanothink.training.optimizer import GroupedOptimizer
-from nanothink.training.state import Plan, TrainState
-
-VOCABULARY, LENGTH = 17, 8
-
-
-class Blocks:
-    """Blocks whose content depends on their position alone; some targets are ignored."""
-
-    def __init__(self, period: int = 1 << 30) -> None:
-        self.period = period
-
-    def read(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = []
-        for position in range(start, start + count):
-            generator = torch.Generator().manual_seed(position % self.period)
-            rows.append(torch.randint(0, VOCABULARY, (LENGTH + 1,), generator=generator))
-        blocks = torch.stack(rows)
-        targets = blocks[:, 1:].clone()
-        targets[torch.arange(start, start + count) % 3 == 0, LENGTH // 2 :] = IGNORE
-        return blocks[:, :-1].contiguous(), targets
-
-
-class Harness:
-    """A run on a tiny real model, everything that it reports and saves kept in lists."""
-
-    def __init__(
-        self,
-        *,
-        validation: list[float] | None = None,
-        n_blocks: int = 8,
-        period: int = 1 << 30,
-        **settings: Any,
-    ) -> None:
-        settings = {
-            "batch_size": 2,
-            "max_epochs": 3,
-            "warmup_steps": 0,
-            "sample_tokens": 0,
-            "log_every_steps": 1,
-        } | settings
-        self.config = TrainExpertConfig(**settings)
-        config: Config = resolve_config(
-            assignments=[
-                "model.d_model=16",
-                "model.max_seq_len=8",
-                "transformer.n_layers=1",
-                "transformer.n_heads=2",
-            ]
-        ).config
-        torch.manual_seed(0)
-        model = build_model("transformer", config, VOCABULARY)
-        state = TrainState()
-        self.run = Run(
-            model=model,
-            optimizer=GroupedOptimizer(model.parameter_groups(), self.config),
-            scaler=None,
-            objective=next_token,
-            batches=Blocks(period),
-            precision=Precision(torch.device("cpu"), torch.float32, "test"),
-            config=self.config,
-            plan=Plan.make(self.config, n_blocks, state),
-            state=state,
-        )
-        self.stop = StopRequest()
-        self.events: list[Any] = []
-        self.notes: list[str] = []
-        self.saved: list[tuple[str, int, int]] = []
-        self.validation = iter(validation or [])
-
-    def evaluate(self) -> Evaluation:
-        return Evaluation({"d": Score(next(self.validation, 1.0), 1, 1)})
-
-    def save(self, role: str) -> Path:
-        self.saved.append((role, self.run.state.epoch, self.run.state.step))
-        return Path(role)
-
-    def go(self) -> RunFinished:
-        callbacks = Callbacks(
-            evaluate=lambda: self.evaluate(),
-            sample=dict,
-            save=self.save,
-            reporter=Told(self.notes.append, event=self.events.append),
-            stop=self.stop,
-        )
-        return train(self.run, callbacks)
-
-    @property
-    def steps(self) -> list[StepDone]:
-        return [e for e in self.events if isinstance(e, StepDone)]
-
-    @property
-    def weights(self) -> torch.Tensor:
-        return torch.cat([p.detach().flatten() for p in self.run.model.parameters()])
+from nanothink.training.state import TrainState
 
 
 def test_it_runs_to_the_end_of_its_plan() -> None:
@@ -336,160 +239,6 @@ def test_a_stop_within_an_evaluation_leads_back_to_that_evaluation() -> None:
     harness.evaluate = lambda: Evaluation({"d": Score(1.0, 1, 1)})  # type: ignore[method-assign]
     harness.go()
     assert [e.step for e in harness.events if isinstance(e, Evaluated)] == [4, 8]
-
-
-class TestNotFinite:
-    def _poisoned(self, steps: set[int], **settings: Any) -> Harness:
-        harness = Harness(**settings)
-
-        def objective(model: Any, batch: Batch, scale: float) -> Loss:
-            loss = next_token(model, batch, scale)
-            return Loss(loss.total * math.nan) if harness.run.state.step in steps else loss
-
-        object.__setattr__(harness.run, "objective", objective)
-        return harness
-
-    def test_the_step_is_skipped_and_counted(self) -> None:
-        harness = self._poisoned({1}, max_steps=2)
-        harness.run.optimizer.set_fraction(1.0)
-        harness.go()
-        assert [s.skipped for s in harness.steps] == [False, True]
-        assert harness.run.state.skipped_steps == 1
-        assert torch.isfinite(harness.weights).all()
-
-    def test_a_skipped_step_changes_no_weight(self) -> None:
-        before = self._poisoned({0}, max_steps=1)
-        weights = before.weights
-        before.go()
-        assert torch.equal(weights, before.weights)
-
-    def test_many_in_a_row_end_the_run_and_overwrite_nothing(self) -> None:
-        harness = self._poisoned(set(range(4, 99)), max_steps=50, max_skipped_steps=5, n_blocks=1000)
-        with pytest.raises(
-            TrainingDivergedError, match=r"5 steps in a row, up to step 9.*--set train_expert\.lr="
-        ):
-            harness.go()
-        assert harness.saved == []
-        assert torch.isfinite(harness.weights).all()
-
-    def test_good_steps_in_between_reset_the_count(self) -> None:
-        harness = self._poisoned({1, 2, 4, 5}, max_steps=8, max_skipped_steps=3)
-        harness.go()
-        assert harness.run.state.skipped_steps == 4
-
-    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-    @pytest.mark.parametrize("where", ["loss", "one gradient"])
-    @pytest.mark.parametrize("scaled", [False, True])
-    def test_whatever_is_not_finite_changes_nothing(self, value: float, where: str, scaled: bool) -> None:
-        """Neither a weight nor a moment; the next step is taken as ever."""
-        harness = Harness(max_steps=4, n_blocks=1000)
-        if scaled:
-            object.__setattr__(harness.run, "scaler", torch.amp.GradScaler("cpu", init_scale=1.0))
-        first = harness.run.optimizer.parameters[0]
-
-        def objective(model: Any, batch: Batch, scale: float) -> Loss:
-            loss = next_token(model, batch, scale).total
-            if harness.run.state.step != 2:
-                return Loss(loss)
-            if where == "loss":
-                return Loss((loss - loss.detach()) + value)  # its gradients are sound
-            return Loss(loss + (first.flatten()[0] - first.detach().flatten()[0]) * value)
-
-        object.__setattr__(harness.run, "objective", objective)
-        harness.events = Snapshots(harness)
-        harness.go()
-        assert [step.skipped for step in harness.steps] == [False, False, True, False]
-        assert harness.run.state.skipped_steps == 1
-        before, after, later = (harness.events.taken[step] for step in (2, 3, 4))
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        assert not torch.equal(after[0], later[0])
-
-    def _overflowing(self, scaler: torch.amp.GradScaler, **settings: Any) -> Harness:
-        """Gradients that the scale takes out of range; float32's, since float16 is slow on a CPU."""
-        harness = Harness(n_blocks=1000, max_epochs=99, **settings)
-        object.__setattr__(harness.run, "scaler", scaler)
-
-        def objective(model: Any, batch: Batch, scale: float) -> Loss:
-            return Loss(next_token(model, batch, scale).total * 1e3)
-
-        object.__setattr__(harness.run, "objective", objective)
-        return harness
-
-    def test_float16_that_overflows_is_skipped_until_the_scale_fits(self) -> None:
-        """The scale begins far too high, is halved at every overflow, and the run goes on."""
-        harness = self._overflowing(torch.amp.GradScaler("cpu", init_scale=2.0**127), max_steps=20)
-        harness.events = Snapshots(harness)
-        harness.go()
-        skipped = [step.skipped for step in harness.steps]
-        n_skipped = sum(skipped)
-        assert 1 <= n_skipped < 20
-        assert skipped == [True] * n_skipped + [False] * (20 - n_skipped)
-        assert harness.run.scaler is not None
-        assert harness.run.scaler.get_scale() == 2.0 ** (127 - n_skipped)
-        assert torch.equal(harness.events.taken[n_skipped][0], Harness().weights)
-        assert all(math.isfinite(step.loss) for step in harness.steps), "the loss is told unscaled"
-
-    def test_a_scale_that_never_fits_ends_the_run(self) -> None:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=0.999)
-        harness = self._overflowing(scaler, max_steps=50, max_skipped_steps=4)
-        with pytest.raises(TrainingDivergedError, match="4 steps in a row, up to step 4"):
-            harness.go()
-        assert harness.saved == []
-
-    def test_no_rolling_checkpoint_while_steps_are_skipped(self) -> None:
-        """What is on disk stays from when numbers were good: going on from there can help."""
-        harness = self._poisoned({2, 3, 5}, max_steps=6, save_every_seconds=1e-9, n_blocks=1000)
-        harness.go()
-        assert [step for role, _, step in harness.saved if role == "interrupted"] == [1, 2, 5, 6]
-
-    def test_after_a_validation_that_is_not_finite_nothing_is_written(self) -> None:
-        harness = Harness(validation=[2.0, math.nan], max_epochs=2, snapshot_every_epochs=1)
-        harness.go()
-        assert {epoch for _, epoch, _ in harness.saved} == {1}
-
-    @pytest.mark.parametrize("poisoned", ["weight", "moment"])
-    def test_what_is_not_finite_is_never_written(self, poisoned: str) -> None:
-        """A step of finite numbers whose result is too large: found before it replaces a good checkpoint."""
-        harness = Harness(max_epochs=3, n_blocks=8)
-        take = harness.run.optimizer.step
-
-        def overflow(scaler: Any = None) -> None:
-            take(scaler)
-            if harness.run.state.step == 5:
-                weight = harness.run.optimizer.parameters[0]
-                if poisoned == "weight":
-                    weight.data.view(-1)[0] = math.inf
-                else:
-                    harness.run.optimizer.optimizers["adamw"].state[weight]["exp_avg_sq"].view(-1)[0] = (
-                        math.inf
-                    )
-
-        harness.run.optimizer.step = overflow  # type: ignore[method-assign]
-        with pytest.raises(
-            TrainingDivergedError, match=r"After step 8 the weights are not finite.*--set train_expert\.lr="
-        ):
-            harness.go()
-        assert {step for _, _, step in harness.saved} == {4}
-
-
-class Snapshots(list[Any]):
-    """The events of a run, and its weights and moments after every step."""
-
-    def __init__(self, harness: Harness) -> None:
-        super().__init__()
-        self.harness = harness
-        self.taken: dict[int, list[torch.Tensor]] = {}
-
-    def append(self, event: Any) -> None:
-        super().append(event)
-        if isinstance(event, StepDone):
-            moments = [
-                value.clone().flatten()
-                for optimizer in self.harness.run.optimizer.optimizers.values()
-                for state in optimizer.state.values()
-                for value in state.values()
-            ]
-            self.taken[event.step] = [self.harness.weights.clone(), *moments]
 
 
 def test_an_epochs_means_count_its_steps_before_a_resume_too() -> None:
