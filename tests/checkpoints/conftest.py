@@ -132,3 +132,33 @@ def server_in_own_mounts() -> Iterator[CrashServer]:
     server = CrashServer(*wrapper)
     yield server
     server.close()
+
+
+@pytest.fixture
+def published(tiny_tokenizer: Path, tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
+    """Writes a random model of a family as ``transformers`` does; gives its folder and the model itself."""
+    import transformers
+    from published_models import randomise
+
+    from nanothink.data.tokenizer import load_tokenizer, save_tokenizer
+
+    def write(architecture: str, padding: int = 0, **settings: Any) -> tuple[Path, Any]:
+        tokenizer = load_tokenizer(str(tiny_tokenizer))
+        config = getattr(transformers, f"{architecture}Config")(
+            vocab_size=tokenizer.vocab_size + padding,
+            bos_token_id=tokenizer.eos_id,
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=None,
+            **settings,
+        )
+        name = f"{architecture}LMHeadModel" if architecture == "GPT2" else f"{architecture}ForCausalLM"
+        torch.manual_seed(0)
+        model = getattr(transformers, name)(config).eval()
+        randomise(model)
+        folder = tmp_path / "published"
+        model.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
+        (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+        return folder, model
+
+    return write

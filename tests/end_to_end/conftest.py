@@ -47,3 +47,14 @@ def own_disks() -> None:
         usable = False
     if not usable:
         pytest.skip("this machine lets no one but root's own namespace mount anything")
+
+
+@pytest.fixture(scope="session")
+def experts(tiny_corpus: Path, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one of each kind. Read only: copy it to change it."""
+    from combined_runs import KINDS, pretrain
+
+    folder = tmp_path_factory.mktemp("experts")
+    for kind in KINDS:
+        pretrain(tiny_corpus, tiny_tokenizer, folder, kind)
+    return folder
