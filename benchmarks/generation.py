@@ -37,6 +37,7 @@ from nanothink.inference.sampling import SamplingConfig
 from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model
 from nanothink.models.contract import LanguageModel
 from nanothink.models.decoding import steps_by
+from nanothink.models.decoding.large_pages import lay_together
 from nanothink.models.state_space import StateSpace, to_mamba_config
 from nanothink.models.transformer import Transformer, to_qwen3_config
 
@@ -52,6 +53,7 @@ def model_of(kind: str, config: Config, vocabulary: int) -> LanguageModel:
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
+    lay_together(model)  # as ``nanothink.load`` does
     return model
 
 

@@ -27,6 +27,7 @@ from nanothink.inference.stopping import generate_until
 from nanothink.models import training_of
 from nanothink.models.contract import LanguageModel, State
 from nanothink.models.decoding import int8
+from nanothink.models.decoding.large_pages import lay_together
 from nanothink.models.decoding_states import Ddim
 from nanothink.models.diffuser import Diffuser
 from nanothink.models.document_cache import CachedModel
@@ -72,7 +73,11 @@ class TrainedModel:
         chosen = choose_device(device)
         model, notes = saved.build(chosen)
         if quantize is not None:
-            int8.round_weights(model.float())
+            model.float()
+        if chosen.type == "cpu":
+            lay_together(model)
+        if quantize is not None:
+            int8.round_weights(model)
         model.to(chosen)
         config = saved.runnable_config(chosen)
         if vector_store and isinstance(model, NanoThink) and model.store_gate is not None:

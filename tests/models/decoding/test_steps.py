@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from forking_shell import ForkingShell
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from nanothink.config import Config
 from nanothink.errors import UsageError
 from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model, decoding
 from nanothink.models.contract import LanguageModel
-from nanothink.models.decoding import MAX_ROWS, compiled, int8
+from nanothink.models.decoding import MAX_ROWS, compiled, int8, large_pages
 
 VOCABULARY = 67
 needs_compiler = pytest.mark.skipif(bool(compiled.unavailable()), reason=compiled.unavailable() or "-")
@@ -282,3 +283,33 @@ def test_without_a_compiler_a_step_computes_the_same() -> None:
     if not compiled.unavailable():
         with torch.inference_mode():
             torch.testing.assert_close(model.step(x, model.start(1)), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_lie_together_are_the_same_parameters(kind: str, tmp_path: Path) -> None:
+    shape = {"tie_embeddings": True} if kind == "transformer" else {}
+    model, tokens = model_of(kind, **shape).requires_grad_(False), text(1, 9)
+    before, expected = dict(model.named_parameters()), model.logits(tokens)
+    large_pages.lay_together(model)
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+    addresses = sorted(parameter.data_ptr() for parameter in after.values())
+    assert addresses[-1] - addresses[0] < sum(parameter.nbytes + 64 for parameter in after.values())
+    assert torch.equal(model.logits(tokens), expected)
+    state = model.start(1)
+    for t in range(9):
+        close(model.step(tokens[:, t : t + 1], state), expected[:, t])
+    save_model(model, str(tmp_path / "model.safetensors"))
+    nn.init.zeros_(model.head_weight)
+    load_model(model, tmp_path / "model.safetensors")
+    assert torch.equal(model.logits(tokens), expected)
+
+
+def test_the_largest_weights_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = nn.Linear(8, 8, bias=False), nn.Linear(8, 100, bias=False)
+    monkeypatch.setattr(large_pages, "_LARGE", large.weight.nbytes)
+    before = small.weight.data_ptr(), large.weight.data_ptr()
+    large_pages.lay_together(nn.Sequential(small, large))
+    assert small.weight.data_ptr() != before[0]
+    assert large.weight.data_ptr() == before[1]
