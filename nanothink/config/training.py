@@ -245,5 +245,5 @@ class DistillationConfig(Settings):
     anew. Each pass over a domain reads the next one."""
 
     written_fraction: float = Field(0.0, ge=0, le=0.95)
-    """Share of the training blocks that the teacher writes, once for all epochs. None: in the measurement of
-    docs/log.md the same number of steps on the text alone did as well or better."""
+    """Share of the training blocks that the teacher writes, once for all epochs. None: in the measurements of
+    docs/log.md versions of the text gave as much for less time."""
