@@ -263,7 +263,7 @@ def make_targets(setup: RunSetup, reporter: Reporter = SILENT) -> TaughtBatches:
     reporter.note(
         f"Learning the predictions of {setup.parts[TEACHER].path} on "
         f"{counted(setup.batches.n_blocks, 'block')} of the text"
-        + (f", in {versions} versions," if versions > 1 else "")
+        + (f" in {versions} versions" if versions > 1 else "")
         + (f" and {teaching.n_written:,} that it wrote" if teaching.n_written else "")
         + f"; they are kept in {on_corpus.folder.parent} ({in_words(teaching.n_bytes)})."
     )
