@@ -15,9 +15,8 @@ Odd input, each case with a test:
              JSON that is spread over several lines (one error for the file), messages in an odd order
     warning  byte-order mark at the start, blank lines (one warning a file, with their number),
              an escaped NUL in the text, a file without any record, `text` beside `messages` (the text
-             counts)
-    fine     CRLF, no newline at the end, a repeated key (the last one counts), other fields whatever they
-             hold, source and id of any type
+             counts), `text` or `messages` more than once (the last counts)
+    fine     CRLF, no newline at the end, other fields whatever they hold, source and id of any type
     raised   a file that is gone, that may not be read or is none, an I/O error (UnreadableError)
 """
 
@@ -27,6 +26,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -184,6 +184,8 @@ def iter_records(
                     continue
             if not record.messages and isinstance(obj, dict) and isinstance(obj.get("messages"), list):
                 warn(Problem(file, number, 1, "there are `text` and `messages`; the text counts"))
+            if line.count(b'"text"') + line.count(b'"messages"') > 1:  # most often in a value
+                _warn_of_repeated_keys(line, file, number, warn)
             if "\0" in record.text:
                 column = column_at(line, max(line.find(b"\\u0000"), 0))
                 warn(Problem(file, number, column, "`text` holds a NUL character"))
@@ -252,16 +254,30 @@ def _look_closely(line: bytes, obj: object) -> Record:
         try:
             return Conversation.of(known)
         except ValueError as error:
-            raise JsonFault(_value_of(text, "messages"), str(error)) from None
+            raise JsonFault(_last(text, "messages").end(), str(error)) from None
     value = outer["text"]
     if not isinstance(value, str) or not value or value.isspace():
-        raise JsonFault(_value_of(text, "text"), _why_no_text(value))
+        raise JsonFault(_last(text, "text").end(), _why_no_text(value))
     return Record(text=value, **{key: known.get(key) for key in ("source", "id", "group")})
 
 
-def _value_of(text: str, key: str) -> int:
-    """Position of the last value under a key."""
-    return max((found.end() for found in re.finditer(rf'"{key}"\s*:\s*', text)), default=0)
+def _last(text: str, key: str) -> re.Match[str]:
+    """A key as it stands last, up to its value; the beginning of the text if it is written with escapes."""
+    *_, found = chain([re.match("", text)], re.finditer(rf'"{key}"\s*:\s*', text))
+    assert found is not None
+    return found
+
+
+def _warn_of_repeated_keys(line: bytes, file: str, number: int, warn: ProblemSink) -> None:
+    text = line.decode("utf-8")
+    try:
+        keys = [key for key, _ in json.loads(text, object_pairs_hook=list)]
+    except RecursionError:
+        return
+    for key in ("text", "messages"):
+        if keys.count(key) > 1:
+            reason = f"the key `{key}` stands more than once; the last one counts"
+            warn(Problem(file, number, _last(text, key).start() + 1, reason))
 
 
 def _why_no_text(value: object) -> str:

@@ -126,9 +126,30 @@ def test_escaped_nul_is_kept_with_a_warning(tmp_path):
     assert "NUL" in warning.reason
 
 
-def test_of_a_repeated_key_the_last_one_counts(tmp_path):
-    reading = read(tmp_path, b'{"text": "a", "id": 1, "text": "b"}')
-    assert (reading.texts, reading.warnings) == (["b"], [])
+@pytest.mark.parametrize(
+    ("line", "key", "column"),
+    [
+        ('{"text": "a", "text": "b"}', "text", 15),
+        ('{"é": 1, "text":"a","x":1e5,"text":"b"}', "text", 29),
+        ('{"messages": [], "messages": 1, "text": "b"}', "messages", 18),
+    ],
+)
+def test_a_repeated_text_is_a_warning_and_the_last_one_counts(tmp_path, line, key, column):
+    reading = read(tmp_path, line.encode())
+    assert reading.texts == ["b"]
+    (warning,) = reading.warnings
+    assert (warning.line, warning.column) == (1, column)
+    assert f"`{key}` stands more than once" in warning.reason
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"text": "say \\"text\\": now", "id": 1}', '{"type": "text", "text": "id", "x": {"text": 1, "id": 2}}'],
+)
+def test_what_only_looks_like_a_repeated_key_is_no_warning(tmp_path, line):
+    reading = read(tmp_path, line.encode())
+    assert len(reading.records) == 1
+    assert reading.warnings == []
 
 
 # What is wrong

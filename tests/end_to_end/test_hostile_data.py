@@ -130,6 +130,7 @@ def test_what_is_odd_but_sound(tmp_path: Path, tiny_tokenizer: Path) -> None:
     assert code == 0
     assert "byte-order mark" in told
     assert ":31:11: `text` holds a NUL character" in told
+    assert ":32:15: the key `text` stands more than once" in told
     assert shown("data", "inspect", tmp_path, "--tokenizer", tiny_tokenizer)[0] == 0
 
 
