@@ -177,6 +177,7 @@ def test_suggestions_work_as_they_stand(
     here = tmp_path / "here"
     shutil.copytree(world, here)
     monkeypatch.chdir(here)
+    monkeypatch.setattr("nanothink.runs.machine_speed._LEAST_SECONDS", 0.01)
     subprocess.run(breaking, shell=True, check=True)
     if "--data-dir" not in typed and "data " not in typed:
         monkeypatch.setenv("NANOTHINK_DATA__DATA_DIR", "texts")
