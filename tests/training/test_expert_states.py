@@ -259,43 +259,53 @@ def test_a_killed_run_leaves_nothing_that_is_trusted_and_not_whole(model: Counte
     """SIGKILL, at some moment while blocks are being written."""
     script = place.root / "fill.py"
     script.write_text(
-        "import sys, torch\n"
+        "import os, sys, torch\n"
         "from pathlib import Path\n"
         "from nanothink.training.expert_states import open_states\n"
         "class Experts:\n"
         "    def expert_states(self, tokens):\n"
         "        return [tokens[:, :, None].float().expand(-1, -1, 64) + e for e in range(3)]\n"
-        "shape = (2000, 3, 64, 64)\n"
-        "states = open_states(Path(sys.argv[1]), {'experts': 'killed'}, shape, budget_bytes=10**9,\n"
-        "                     begin=True, number=int)\n"
-        "print('ready', flush=True)\n"
-        "for number in range(2000):\n"
-        "    states.of(Experts(), torch.full((1, 64), number), [number])\n"
+        "def fill():\n"
+        "    states = open_states(Path(sys.argv[1]), {'experts': 'killed'}, (2000, 3, 64, 64),\n"
+        "                         budget_bytes=10**9, begin=True, number=int)\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    for number in range(2000):\n"
+        "        states.of(Experts(), torch.full((1, 64), number), [number])\n"
+        "for line in sys.stdin:\n"
+        "    if os.fork() == 0:\n"
+        "        fill()\n"
+        "        os._exit(0)\n"
+        "    os.wait()\n"
+        "    print('gone', flush=True)\n"
     )
     shape = (2000, 3, 64, 64)
     root = place.root / "data"
     root.mkdir()
-    seen, partly = 0, False
-    for wait in (0.005, 0.02, 0.05):
-        process = subprocess.Popen([sys.executable, str(script), str(root)], stdout=subprocess.PIPE)
+    command = [sys.executable, str(script), str(root)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        states = Place(root).opened(identity={"experts": "killed"}, shape=shape, number=int)
-        n_filled = states.n_filled()
-        assert n_filled >= seen
-        seen = n_filled
-        partly |= 0 < n_filled < 2000
-        into = torch.empty(3, 64, 64)
-        whole = 0
-        for number in range(2000):
-            if states._read(number, into):
-                assert torch.equal(into, (number + torch.arange(3.0))[:, None, None].expand(3, 64, 64))
-                whole += 1
-        assert whole == n_filled
-        states.close()
+        seen, partly = 0, False
+        for wait in (0.005, 0.02, 0.05):
+            print(file=process.stdin, flush=True)
+            pid = int(process.stdout.readline())
+            time.sleep(wait)
+            os.kill(pid, signal.SIGKILL)
+            assert process.stdout.readline() == "gone\n"
+            states = Place(root).opened(identity={"experts": "killed"}, shape=shape, number=int)
+            n_filled = states.n_filled()
+            assert n_filled >= seen
+            seen = n_filled
+            partly |= 0 < n_filled < 2000
+            into = torch.empty(3, 64, 64)
+            whole = 0
+            for number in range(2000):
+                if states._read(number, into):
+                    assert torch.equal(into, (number + torch.arange(3.0))[:, None, None].expand(3, 64, 64))
+                    whole += 1
+            assert whole == n_filled
+            states.close()
     assert partly, "the moment to strike never came"
 
 
