@@ -8,8 +8,11 @@ Each function binds one operation and returns what a run calls, with the views m
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -30,11 +33,31 @@ _CACHED_BYTES = 32 << 20
 
 def bind(operations: Sequence[Operation]) -> list[_Bound | None]:
     """A call for each operation, None for those that are not here."""
+    _one_thread()
     own = dict(FUNCTIONS)
     # From memory PyTorch's product of two equal columns reads 17 GB/s, NumPy's of one 11.
     if sum(op.tensors[0].nbytes for op in operations if op.kind == "linear") > _CACHED_BYTES:
         del own["linear"]
     return [own[op.kind](op) if op.kind in own else None for op in operations]
+
+
+@functools.cache
+def _one_thread() -> None:
+    """Have the OpenBLAS of NumPy's wheels compute in one thread, as a step does otherwise.
+
+    Its threads wait for each other by turning in circles: with other programs on the cores a step of
+    NanoThink took twice as long. Nothing else here multiplies matrices by NumPy.
+    """
+    for path in (Path(np.__file__).parent.parent / "numpy.libs").glob("*openblas*"):
+        library = ctypes.CDLL(str(path))  # the one that NumPy has loaded
+        for name in (
+            "scipy_openblas_set_num_threads64_",
+            "openblas_set_num_threads64_",
+            "openblas_set_num_threads",
+        ):
+            if hasattr(library, name):
+                getattr(library, name)(1)
+                break
 
 
 def _first(*rows: Tensor) -> list[_Array]:
