@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from nanothink.config import StateSpaceConfig
 from nanothink.errors import UsageError
+from nanothink.models import passes
 from nanothink.models.contract import State, without_row
 from nanothink.models.drafts import MOST_DRAFTS
 from nanothink.models.feed_forward import gated_product
@@ -219,12 +220,15 @@ class Mixer(nn.Module):
 class _Convolution(torch.autograd.Function):
     """Causal convolution and ``silu``. Keeps its input alone and recomputes the sum in the backward pass.
 
-    On a CPU it handles one sequence at a time, which stays in the cache: four times as fast as ``F.conv1d``.
+    On a CPU it is one pass (``passes``); without a compiler PyTorch handles one sequence at a time, which
+    stays in the cache: four times as fast as ``F.conv1d``.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
+        if passes.serve_filter(x, taps := weight.t().contiguous(), bias):
+            return passes.filtered(x, taps, bias)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         for rows in _cache_rows(x):
             y[rows] = F.silu(_filtered(x[rows], weight, bias))
@@ -236,6 +240,9 @@ class _Convolution(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         n_tokens, width = x.shape[1], weight.shape[1]
         taps = weight.t().contiguous()  # (W, E)
+        if passes.serve_filter(x, taps, bias):
+            found = passes.filtered_backward(x, taps, bias, grad.to(x.dtype).contiguous())
+            return found[0], found[1].t(), found[2]
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         grad_taps, grad_bias = torch.zeros_like(taps), torch.zeros_like(bias)
         for rows in _cache_rows(x):
@@ -272,7 +279,10 @@ class _Softplus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
-        y = F.softplus(x.float() + bias)
+        if passes.serve(x, bias) and bias.dtype is torch.float32:
+            y = passes.softplus(x, bias)
+        else:
+            y = F.softplus(x.float() + bias)
         ctx.save_for_backward(y)
         ctx.dtype = x.dtype
         return y
@@ -281,6 +291,9 @@ class _Softplus(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         (y,) = ctx.saved_tensors
+        grad = grad.contiguous()
+        if passes.serve(y, grad, into=ctx.dtype) and y.dtype is grad.dtype is torch.float32:
+            return passes.softplus_backward(y, grad, ctx.dtype)
         grad = torch.expm1(-y).neg_().mul_(grad)  # sigmoid(x) = 1 - exp(-softplus(x))
         return grad.to(ctx.dtype), grad.flatten(0, -2).sum(0)
 

@@ -236,7 +236,7 @@ def test_stepwise_equals_parallel(chunks: tuple[int, ...], layers: int) -> None:
         assert isinstance(state, JointState)
         torch.testing.assert_close(state.weights, routing[:, position - 1], rtol=1e-4, atol=1e-5)
 
-    assert_steps_are_parallel(model, x, chunks, look=look)
+    assert_steps_are_parallel(model, x, chunks, tolerance=3e-4, look=look)
     read = model.read(x, model.start(3))
     assert read.shape == (3, 40, 4 * 24)
     torch.testing.assert_close(read, states, rtol=1e-4, atol=1e-4)

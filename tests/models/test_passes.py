@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nanothink.config import TransformerConfig
+from nanothink.config import StateSpaceConfig, TransformerConfig
 from nanothink.data.tokens import IGNORE
 from nanothink.models import passes
 from nanothink.models.causal_attention import causal_attention
 from nanothink.models.feed_forward import SwiGLU
 from nanothink.models.layers import Attention, RMSNorm, Rotary
 from nanothink.models.loss import linear_cross_entropy, linear_log_likelihood
+from nanothink.models.mamba_mixer import Mixer
 
 pytestmark = pytest.mark.skipif(not passes.serve(torch.zeros(1)), reason="no compiler")
 
@@ -37,6 +38,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
     "norm": (lambda: RMSNorm(WIDTH), lambda x, layer: layer(x, x.dtype)),
     "attention": (lambda: Attention(WIDTH, TransformerConfig(n_heads=HEADS)), attention),
     "feed forward": (lambda: SwiGLU(WIDTH, 70), lambda x, layer: layer(x)),
+    "mixer": (lambda: Mixer(WIDTH, StateSpaceConfig()), lambda x, layer: layer(x)),
+    "long filter": (
+        lambda: Mixer(WIDTH, StateSpaceConfig(conv_width=7, expand=1)),
+        lambda x, layer: layer(x),
+    ),
     "cross-entropy": (lambda: nn.Linear(WIDTH, 77), lambda x, layer: loss(x, layer, linear_cross_entropy)),
     "likelihood": (lambda: nn.Linear(WIDTH, 77), lambda x, layer: loss(x, layer, linear_log_likelihood)),
 }
@@ -48,7 +54,7 @@ def results(case: str, dtype: torch.dtype, by_passes: bool) -> list[Tensor]:
     torch.manual_seed(0)
     layer = build()
     for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.5)
+        nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, LENGTH, WIDTH, requires_grad=True)
     with (
         nullcontext() if by_passes else passes.switched_off(),
@@ -72,6 +78,16 @@ def test_passes_give_results_and_gradients_of_pytorch(case: str) -> None:
     narrow = [results(case, torch.bfloat16, by_passes=by_passes) for by_passes in (True, False)]
     for found, plain, expected in zip(*narrow, exact, strict=True):
         assert error(found, expected) < 1.2 * error(plain, expected) + 1e-3
+
+
+def test_softplus_and_its_slope_near_zero_and_far_from_it() -> None:
+    x = torch.linspace(-20, 30, 2001)[:, None].requires_grad_()
+    y = torch.nn.functional.softplus(x.double())
+    y.sum().backward()
+    found = passes.softplus(x.detach(), torch.zeros(1))
+    torch.testing.assert_close(found, y.detach().float(), rtol=4e-6, atol=0)
+    slope, _ = passes.softplus_backward(found, torch.ones_like(found), torch.float32)
+    torch.testing.assert_close(slope, x.grad, rtol=4e-6, atol=0)
 
 
 def test_threads_change_no_bit() -> None:

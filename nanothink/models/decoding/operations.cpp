@@ -45,24 +45,6 @@ inline float fast_sum(vec v) { return sum4(v, v, v, v)[0]; }
 
 inline vec silu(vec x) { return x / (splat(1.f) + exp2(x * splat(-LOG2_E))); }
 
-inline vec absolute(vec x) { return x < vec{} ? -x : x; }
-
-// log(1 + z) for z in [0, 1]: 2 artanh(s) with s = z / (2 + z) <= 1/3, whose series ends below float32's.
-inline vec log1p(vec z) {
-  const vec s = z / (splat(2.f) + z), q = s * s;
-  vec p = q * splat(1.f / 15) + splat(1.f / 13);
-  p = p * q + splat(1.f / 11);
-  p = p * q + splat(1.f / 9);
-  p = p * q + splat(1.f / 7);
-  p = p * q + splat(1.f / 5);
-  p = p * q + splat(1.f / 3);
-  return (s + s) * (p * q + splat(1.f));
-}
-
-inline vec softplus(vec x) {
-  return (x > vec{} ? x : vec{}) + log1p(exp2(absolute(x) * splat(-LOG2_E)));
-}
-
 constexpr int64_t BLOCK = 4 * W;  // codes of eight bits in a vector
 
 // What ROWS inputs and four rows of a matrix give, which are `apart`: y[r][i apart] (+)= sums[r][i] scales[i apart].

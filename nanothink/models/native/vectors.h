@@ -84,6 +84,24 @@ inline vec exp2(vec x) {
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
+inline vec absolute(vec x) { return x < vec{} ? -x : x; }
+
+// log(1 + z) for z in [0, 1]: 2 artanh(s) with s = z / (2 + z) <= 1/3, whose series ends below float32's.
+inline vec log1p(vec z) {
+  const vec s = z / (splat(2.f) + z), q = s * s;
+  vec p = q * splat(1.f / 15) + splat(1.f / 13);
+  p = p * q + splat(1.f / 11);
+  p = p * q + splat(1.f / 9);
+  p = p * q + splat(1.f / 7);
+  p = p * q + splat(1.f / 5);
+  p = p * q + splat(1.f / 3);
+  return (s + s) * (p * q + splat(1.f));
+}
+
+inline vec softplus(vec x) {
+  return (x > vec{} ? x : vec{}) + log1p(exp2(absolute(x) * splat(-LOG2_E)));
+}
+
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else

@@ -4,7 +4,8 @@ PyTorch walks once for each operation, and once more for each change of type. Ho
 ``models/native``. A caller asks ``serve`` first; where the answer is False it computes the same in PyTorch,
 which is the reference. Nothing here is differentiated: callers have backward passes of their own.
 
-Shapes: R rows, V vocabulary, N sequences x heads, Q queries, S keys, H heads, K their width.
+Shapes: R rows, V vocabulary, N sequences x heads, Q queries, S keys, H heads, K their width, B batch, T time,
+E channels, W width of the filter.
 """
 
 from __future__ import annotations
@@ -117,6 +118,24 @@ def gate_backward(opening: Tensor, x: Tensor, grad_y: Tensor) -> tuple[Tensor, T
     return y, grad_opening, grad_y
 
 
+def softplus(x: Tensor, bias: Tensor) -> Tensor:
+    """``softplus(x + bias)`` of (..., E) and (E,), float32."""
+    y = torch.empty_like(x, dtype=torch.float32)
+    assert bias.shape == x.shape[-1:]
+    assert bias.dtype is torch.float32
+    _call("softplus", x, x.numel() // len(bias), len(bias), x, bias, y)
+    return y
+
+
+def softplus_backward(y: Tensor, grad_y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The gradients of x, in ``dtype``, and bias, from the result and its gradient."""
+    grad_x, grad_bias = torch.empty_like(y, dtype=dtype), y.new_empty(y.shape[-1])
+    assert y.dtype is grad_y.dtype is torch.float32
+    assert y.shape == grad_y.shape
+    _call("softplus_back", grad_x, y.numel() // len(grad_bias), len(grad_bias), y, grad_y, grad_x, grad_bias)
+    return grad_x, grad_bias
+
+
 class _Norm(ctypes.Structure):
     """See passes.cpp."""
 
@@ -170,6 +189,48 @@ def _norm(
     return _function(f"{name}_{_NAMES[x.dtype]}_{_NAMES[dtype]}"), ctypes.byref(shape)
 
 
+class _Filter(ctypes.Structure):
+    """See passes.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n", "width", "length", "stride", "n_taps")),
+        *((name, ctypes.c_void_p) for name in ("taps", "bias")),
+    )
+
+
+def serve_filter(x: Tensor, taps: Tensor, bias: Tensor) -> bool:
+    """True if ``filtered`` knows (B, T, E) rows, which may lie apart."""
+    apart = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+    return apart and taps.dtype is bias.dtype is torch.float32 and serve(x.new_empty(0), taps, bias)
+
+
+def filtered(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """Causal filter of each channel of (B, T, E) with taps (W, E), oldest input first, then silu."""
+    y = torch.empty(x.shape, dtype=x.dtype)
+    shape = _filter(x, taps, bias)
+    _function(f"filter_{_NAMES[x.dtype]}")(shape, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+def filtered_backward(x: Tensor, taps: Tensor, bias: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of input, taps and bias."""
+    assert grad_y.is_contiguous()
+    assert grad_y.dtype is x.dtype
+    grad_x, grads = torch.empty_like(grad_y), taps.new_empty(len(taps) + 1, taps.shape[1])
+    parts = (part.data_ptr() for part in (x, grad_y, grad_x, grads))
+    shape = _filter(x, taps, bias)
+    _function(f"filter_back_{_NAMES[x.dtype]}")(shape, *parts, torch.get_num_threads())
+    return grad_x, grads[:-1], grads[-1]
+
+
+def _filter(x: Tensor, taps: Tensor, bias: Tensor) -> Any:
+    batch, length, width = x.shape
+    assert taps.is_contiguous()
+    assert bias.shape == taps.shape[1:] == (width,)
+    sizes = batch * length, width, length, x.stride(1), len(taps)
+    return ctypes.byref(_Filter(*sizes, taps.data_ptr(), bias.data_ptr()))
+
+
 def _function(name: str) -> Any:
     return getattr(_in_check or _load()[0], f"nanothink_{name}")
 
@@ -191,6 +252,8 @@ _ARGUMENTS = {
     "gate_back": "ipppppp",
     "causal": "iiiifpp",
     "causal_back": "iiiifpppp",
+    "softplus": "iippp",
+    "softplus_back": "iipppp",
 }
 """Types of a function's arguments: integers, numbers and pointers."""
 
@@ -208,6 +271,9 @@ def _declare(library: Any) -> None:
         for a in _NAMES.values()
         for b in _NAMES.values()
     }
+    for number in _NAMES.values():
+        types[f"filter_{number}"] = [ctypes.POINTER(_Filter), pointer, pointer]
+        types[f"filter_back_{number}"] = [ctypes.POINTER(_Filter), *[pointer] * 4]
     for name, arguments in types.items():
         function = getattr(library, f"nanothink_{name}")
         function.argtypes, function.restype = [*arguments, size], None

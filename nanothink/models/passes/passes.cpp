@@ -250,6 +250,110 @@ void norm_backward(const Norm& s, const In* x, const Out* grad_y, In* grad_x, fl
   for (int64_t i = 0; i < n_pieces * s.width; ++i) grad_weight[i % s.width] += of_piece[i];
 }
 
+// A causal filter a channel over rows (n, width) that are `stride` apart, sequences of `length` after each other, then silu.
+// taps (n_taps, width), the oldest input's first.
+struct Filter {
+  int64_t n, width, length, stride, n_taps;
+  const float *taps, *bias;
+
+  template <class Number>
+  vec sum_at(const Number* x, int64_t row, int64_t i, int lanes) const {
+    vec total = load(bias + i, lanes);
+    for (int64_t back = std::min(n_taps - 1, row % length); back >= 0; --back)
+      total += load(taps + (n_taps - 1 - back) * width + i, lanes) * load(x + (row - back) * stride + i, lanes);
+    return total;
+  }
+};
+
+inline vec sigmoid(vec x) { return splat(1.f) / (splat(1.f) + exp2(x * splat(-LOG2_E))); }
+
+template <class Number>
+void filter_forward(const Filter& s, const Number* x, Number* y, int64_t n_threads) {
+  for_rows(s.n, s.width, n_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      for_vectors(s.width, [&](int64_t i, int lanes) {
+        const vec total = s.sum_at(x, r, i, lanes);
+        store(y + r * s.width + i, total * sigmoid(total), lanes);
+      });
+  });
+}
+
+// grads: of the taps (n_taps, width), with those of the bias behind them.
+template <class Number>
+void filter_backward(const Filter& s, const Number* x, const Number* grad_y, Number* grad_x, float* grads,
+                     int64_t n_threads) {
+  const int64_t rows = rows_of_piece(s.width), n_pieces = (s.n + rows - 1) / rows, size = (s.n_taps + 1) * s.width;
+  std::vector<float> of_piece(n_pieces * size);
+  for_rows(s.n, s.width, n_threads, [&](int64_t begin, int64_t end) {
+    static thread_local std::vector<float> room;  // gradients of the sums, of later rows that read these as well
+    room.resize((rows + s.n_taps) * s.width);
+    float *inner = room.data(), *partial = of_piece.data() + begin / rows * size;
+    for (int64_t r = begin; r < std::min(end + s.n_taps - 1, s.n); ++r)
+      for_vectors(s.width, [&](int64_t i, int lanes) {
+        const vec total = s.sum_at(x, r, i, lanes), open = sigmoid(total);
+        const vec slope = open * (splat(1.f) + total * (splat(1.f) - open));
+        store(inner + (r - begin) * s.width + i, load(grad_y + r * s.width + i, lanes) * slope, lanes);
+      });
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t t = r % s.length;
+      for_vectors(s.width, [&](int64_t i, int lanes) {
+        const float* own = inner + (r - begin) * s.width + i;
+        const vec grad = load(own, lanes);
+        vec total{};
+        for (int64_t back = 0; back < s.n_taps; ++back) {
+          const int64_t tap = (s.n_taps - 1 - back) * s.width + i;
+          if (t + back < s.length) total += load(own + back * s.width, lanes) * load(s.taps + tap, lanes);
+          if (back > t) continue;
+          const vec source = load(x + (r - back) * s.stride + i, lanes);
+          store(partial + tap, load(partial + tap, lanes) + grad * source, lanes);
+        }
+        store(grad_x + r * s.width + i, total, lanes);
+        float* of_bias = partial + s.n_taps * s.width + i;
+        store(of_bias, load(of_bias, lanes) + grad, lanes);
+      });
+    }
+  });
+  std::fill(grads, grads + size, 0.f);
+  for (int64_t i = 0; i < n_pieces * size; ++i) grads[i % size] += of_piece[i];
+}
+
+// y = softplus(x + bias), rows (n, width).
+template <class Number>
+void softplus_forward(int64_t n, int64_t width, const Number* x, const float* bias, float* y, int64_t n_threads) {
+  for_rows(n, width, n_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      for_vectors(width, [&](int64_t i, int lanes) {
+        store(y + r * width + i, softplus(load(x + r * width + i, lanes) + load(bias + i, lanes)), lanes);
+      });
+  });
+}
+
+// 1 - exp(-y) for y >= 0: its series where a difference would cancel.
+inline vec slope_of_softplus(vec y) {
+  vec p = splat(1.f) - y * splat(1.f / 8);
+  for (int k = 7; k >= 2; --k) p = splat(1.f) - y * splat(1.f / k) * p;
+  return y < splat(0.5f) ? y * p : splat(1.f) - exp2(y * splat(-LOG2_E));
+}
+
+template <class Number>
+void softplus_backward(int64_t n, int64_t width, const float* y, const float* grad_y, Number* grad_x, float* grad_bias,
+                       int64_t n_threads) {
+  const int64_t rows = rows_of_piece(width), n_pieces = (n + rows - 1) / rows;
+  std::vector<float> of_piece(n_pieces * width);
+  for_rows(n, width, n_threads, [&](int64_t begin, int64_t end) {
+    float* partial = of_piece.data() + begin / rows * width;
+    for (int64_t r = begin; r < end; ++r)
+      for_vectors(width, [&](int64_t i, int lanes) {
+        const int64_t at = r * width + i;
+        const vec grad = load(grad_y + at, lanes) * slope_of_softplus(load(y + at, lanes));
+        store(grad_x + at, grad, lanes);
+        store(partial + i, load(partial + i, lanes) + grad, lanes);
+      });
+  });
+  std::fill(grad_bias, grad_bias + width, 0.f);
+  for (int64_t i = 0; i < n_pieces * width; ++i) grad_bias[i % width] += of_piece[i];
+}
+
 }  // namespace
 
 #define PASSES(Number, name)                                                                                        \
@@ -276,6 +380,21 @@ void norm_backward(const Norm& s, const In* x, const Out* grad_y, In* grad_x, fl
   extern "C" void nanothink_gate_back_##name(int64_t n, const Number* gate, const Number* up, const Number* grad_y, \
                                              Number* y, Number* grad_gate, Number* grad_up, int64_t n_threads) {    \
     gate_backward(n, gate, up, grad_y, y, grad_gate, grad_up, n_threads);                                           \
+  }                                                                                                                 \
+  extern "C" void nanothink_softplus_##name(int64_t n, int64_t width, const Number* x, const float* bias, float* y,  \
+                                            int64_t n_threads) {                                                    \
+    softplus_forward(n, width, x, bias, y, n_threads);                                                              \
+  }                                                                                                                 \
+  extern "C" void nanothink_softplus_back_##name(int64_t n, int64_t width, const float* y, const float* grad_y,     \
+                                                 Number* grad_x, float* grad_bias, int64_t n_threads) {             \
+    softplus_backward(n, width, y, grad_y, grad_x, grad_bias, n_threads);                                           \
+  }                                                                                                                 \
+  extern "C" void nanothink_filter_##name(const Filter* s, const Number* x, Number* y, int64_t n_threads) {         \
+    filter_forward(*s, x, y, n_threads);                                                                            \
+  }                                                                                                                 \
+  extern "C" void nanothink_filter_back_##name(const Filter* s, const Number* x, const Number* grad_y, Number* grad_x, \
+                                               float* grads, int64_t n_threads) {                                   \
+    filter_backward(*s, x, grad_y, grad_x, grads, n_threads);                                                       \
   }
 PASSES(float, float32)
 PASSES(bfloat16, bfloat16)
