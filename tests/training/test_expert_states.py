@@ -2,137 +2,30 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from reports import Told
+from counted_experts import (
+    N_BLOCKS,
+    SHAPE,
+    Counted,
+    Place,
+    assert_right,
+    batch,
+    filled,
+)
 from torch import Tensor
 
-from nanothink.config.run import resolve_config
-from nanothink.data import cache
-from nanothink.models import COMBINED, EXPERTS, ExpertDescription, build_model
 from nanothink.models.contract import Batch
 from nanothink.models.nanothink import NanoThink
-from nanothink.training import block_folder
-from nanothink.training.expert_states import ExpertStates, Shape, open_states, states_bytes
+from nanothink.training.expert_states import states_bytes
 from nanothink.training.objectives import Routed
-
-VOCABULARY, LENGTH, WIDTH, N_BLOCKS = 50, 24, 16, 6
-SHAPE: Shape = (N_BLOCKS, 3, LENGTH, WIDTH)
-IDENTITY = {"experts": "these"}
-
-
-class Counted(NanoThink):
-    """Remembers how many blocks its experts have read."""
-
-    n_read = 0
-
-    def expert_states(self, tokens: Tensor) -> list[Tensor]:
-        self.n_read += len(tokens)
-        return super().expert_states(tokens)
-
-
-@pytest.fixture(scope="module")
-def whole() -> NanoThink:
-    return build()
-
-
-def build() -> NanoThink:
-    torch.manual_seed(0)
-    sets = {
-        "model.d_model": WIDTH,
-        "model.max_seq_len": LENGTH,
-        "transformer.n_heads": 2,
-        "mla.n_heads": 2,
-        "mla.n_layers": 1,
-        "state_space.scan": "plain",
-        **{f"{kind}.n_layers": 1 for kind in EXPERTS},
-    }
-    config = resolve_config(assignments=[f"{name}={value}" for name, value in sets.items()]).config
-    model = build_model(
-        COMBINED, config, VOCABULARY, [ExpertDescription(kind, kind, config) for kind in EXPERTS]
-    )
-    model.__class__ = Counted
-    assert isinstance(model, Counted)
-    with torch.no_grad():
-        for parameter in model.parameters():  # nothing is left at a start that hides it
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.train()
-
-
-@pytest.fixture
-def model(whole: NanoThink) -> Counted:
-    assert isinstance(whole, Counted)
-    whole.n_read = 0
-    return whole
-
-
-def block(number: int) -> Tensor:
-    return torch.randint(0, VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(number % N_BLOCKS))
-
-
-def batch(*numbers: int) -> Tensor:
-    return torch.stack([block(number) for number in numbers])
-
-
-class Place:
-    """Opens states in a folder and keeps what was said."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.said = root, ""
-
-    def open(self, **changed: Any) -> ExpertStates | None:
-        notes: list[str] = []
-        options: dict[str, Any] = {
-            "identity": IDENTITY,
-            "shape": SHAPE,
-            "budget_bytes": 10**8,
-            "begin": True,
-            "number": lambda position: position % N_BLOCKS,
-        } | changed
-        states = open_states(self.root, reporter=Told(notes.append), **options)
-        self.notes = notes
-        self.said = " ".join(notes)
-        return states
-
-    def opened(self, **changed: Any) -> ExpertStates:
-        states = self.open(**changed)
-        assert states is not None, self.said
-        return states
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
-
-
-def assert_right(states: ExpertStates, model: Counted, numbers: Sequence[int], n_read: int) -> None:
-    """The states of these blocks are the experts', and this many blocks were computed for it."""
-    before = model.n_read
-    found = states.of(model, batch(*numbers), numbers)
-    assert model.n_read - before == n_read
-    expected = model.expert_states(batch(*numbers))
-    assert len(found) == len(expected) == 3
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours, theirs)
-        assert not ours.requires_grad
-
-
-def filled(place: Place, model: Counted, *numbers: int) -> Path:
-    states = place.opened()
-    states.of(model, batch(*numbers), numbers)
-    states.close()
-    return states.folder
 
 
 def test_each_block_is_computed_once_and_comes_back_bit_equal(model: Counted, place: Place) -> None:
@@ -307,109 +200,3 @@ def test_a_killed_run_leaves_nothing_that_is_trusted_and_not_whole(model: Counte
             assert whole == n_filled
             states.close()
     assert partly, "the moment to strike never came"
-
-
-def test_what_does_not_fit_is_left_alone_with_one_line(place: Place) -> None:
-    assert place.open(budget_bytes=states_bytes(SHAPE) - 1) is None
-    (line,) = place.notes
-    assert "take 0.03 MB" in line
-    assert "states_disk_gb allows 0.03 MB" in line
-    assert "--set train_mla.states_disk_gb=0.1" in line
-    assert not list(place.root.rglob("states*"))
-    assert place.open(budget_bytes=states_bytes(SHAPE)) is not None
-
-
-def test_the_disk_keeps_room_for_checkpoints(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_folder, "SPARE_BYTES", 10**18)
-    assert place.open() is None
-    (line,) = place.notes
-    assert "are left for checkpoints, so they are computed in every epoch" in line
-
-
-def test_a_folder_that_cannot_be_written_to(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_writable", lambda folder: False)
-    assert place.open() is None
-    (line,) = place.notes
-    assert "cannot be kept" in line
-    assert "so they are computed in every epoch" in line
-
-
-def test_a_run_of_one_epoch_reads_and_leaves_nothing(model: Counted, place: Place) -> None:
-    assert place.open(begin=False) is None
-    assert place.notes == []
-    filled(place, model, 0, 1)
-    assert_right(place.opened(begin=False), model, [0], n_read=2)
-
-
-def test_a_full_disk_ends_it_and_gives_the_room_back(
-    model: Counted, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    states = place.opened()
-    assert_right(states, model, [0, 1], n_read=3)
-    real = os.pwritev
-
-    def full(file: int, parts: Any, offset: int) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "pwritev", full)
-    place.notes.clear()
-    inputs = batch(1, 2)
-    found = states.of(model, inputs, [1, 2])
-    monkeypatch.setattr(os, "pwritev", real)
-    assert all(torch.equal(a, b) for a, b in zip(found, model.expert_states(inputs), strict=True))
-    (line,) = place.notes
-    assert "No space left on device" in line
-    assert "so they are computed in every epoch" in line
-    assert not states.folder.exists()
-    assert_right(states, model, [0, 1], n_read=2)
-    assert len(place.notes) == 1
-
-
-def test_deleted_in_the_middle_it_goes_on(model: Counted, place: Place) -> None:
-    states = place.opened()
-    assert_right(states, model, [0, 1], n_read=3)
-    shutil.rmtree(place.root / ".nanothink")
-    assert_right(states, model, [0, 1, 2], n_read=1)
-
-
-def test_a_file_cut_off_in_the_middle_costs_its_blocks(model: Counted, place: Place) -> None:
-    states = place.opened()
-    assert_right(states, model, [0, 1], n_read=3)
-    os.truncate(states.folder / "states.f32", 1000)
-    assert_right(states, model, [0, 1], n_read=2)
-    os.truncate(states.folder / "marks.u64", 0)
-    assert_right(states, model, [0, 1], n_read=2)
-    assert_right(states, model, [0, 1], n_read=0)
-
-
-def test_runs_side_by_side_fill_one_place(model: Counted, place: Place) -> None:
-    one, two = place.opened(), place.opened()
-    assert one.folder == two.folder
-    assert_right(one, model, [0, 1], n_read=3)
-    assert_right(two, model, [1, 2], n_read=3)
-    assert_right(one, model, [1, 2, 0], n_read=0)
-
-
-def test_older_states_give_way_unless_they_are_in_use(model: Counted, place: Place) -> None:
-    def folder(name: str) -> Path:
-        states = place.opened(identity={"experts": name})
-        states.of(model, batch(*range(N_BLOCKS)), range(N_BLOCKS))
-        states.close()
-        return states.folder
-
-    old, new = folder("old"), folder("new")
-    os.utime(old, (1, 1))
-    size = block_folder.taken(new)
-    assert size >= states_bytes(SHAPE)
-    third = place.opened(identity={"experts": "third"}, budget_bytes=2 * size)
-    assert not old.exists()
-    assert new.exists()
-    third.of(model, batch(*range(N_BLOCKS)), range(N_BLOCKS))
-    # Only ``new`` can give way: the third is being used, however long ago it was opened.
-    os.utime(third.folder, (1, 1))
-    assert place.open(identity={"experts": "fourth"}, budget_bytes=2 * size) is not None
-    assert third.folder.exists()
-    assert not new.exists()
-    assert place.open(identity={"experts": "fifth"}, budget_bytes=size) is None
-    assert "other runs just now use" in place.said
-    assert third.folder.exists()
