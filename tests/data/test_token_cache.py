@@ -332,7 +332,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(large: Path, saved: Path
     _, error = process.communicate(timeout=120)
     assert process.returncode == 1
     assert error.splitlines()[-1].startswith("nanothink.errors.StorageError: Cannot write ")
-    assert "raise the limit" in error.splitlines()[-1]
+    assert "Raise the limit" in error.splitlines()[-1]
     assert not list((large / ".nanothink").rglob(".*.tmp"))
     finish_child(start_child(large, saved))
 
