@@ -285,10 +285,13 @@ class Story:
             return ["generate", plan.prompt, "-c", combined, *length, "--show-routing", *device]
         kind = stage.kind or COMBINED
         section = training_section(kind)
-        values = {f"{section}.eval_max_tokens": stage.n_tokens}
+        values: dict[str, object] = {f"{section}.eval_max_tokens": stage.n_tokens}
         if stage.kind is None:
             words = ["train-mla", *(word for path in experts for word in ("--expert", path))]
             values["vector_store.max_keys"] = stage.n_keys
+            widest = max(plan.experts, key=lambda expert: (expert.widening, expert.kind == "state_space"))
+            if widest.widening > 1:  # wider states are better keys (docs/log.md)
+                values["vector_store.expert"] = widest.title
         else:
             words = ["pretrain", kind, "--max-steps", str(stage.steps)]
             if stage.nth > 1:

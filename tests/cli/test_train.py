@@ -151,6 +151,7 @@ def test_time_that_the_experts_do_not_need_goes_to_further_ones(commands: Comman
     paths = [Path(combined[i + 1]).name for i, word in enumerate(combined) if word == "--expert"]
     assert paths == [f"{name}_expert.pt" for name in names]
     assert all("--seed" in words for words in trained[2:])
+    assert "vector_store.expert=state_space_2" in combined, "the widest"
 
 
 def test_a_place_that_cannot_be_written_is_an_error(commands: Commands, text: Path) -> None:
