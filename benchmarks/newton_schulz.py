@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from nanothink.training.optimizer import NS_COEFFICIENTS, NS_STEPS, orthogonalised
+from nanothink.training.muon import NS_COEFFICIENTS, NS_STEPS, orthogonalised
 
 SHAPES = ((16, 32, 32), (12, 64, 64), (12, 128, 128), (12, 128, 512), (8, 384, 384), (6, 384, 1024))
 """Number, rows, columns."""

@@ -41,7 +41,7 @@ from nanothink.cli import (
     train_mla,
 )
 from nanothink.cli.habits import calls_meant, domain_meant, option_meant
-from nanothink.cli.options import is_first_process, launched_with_others
+from nanothink.cli.processes import is_first_process, launched_with_others
 from nanothink.errors import InterruptedRun, NanoThinkError, OutputError, RankError, ReaderGoneError
 from nanothink.suggestions import did_you_mean
 from nanothink.training.interruption import SignalListener, StopRequests, last_words, stopping_signals

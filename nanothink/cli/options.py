@@ -21,6 +21,7 @@ import typer
 from typer.core import TyperCommand
 
 from nanothink.cli import completion
+from nanothink.cli.processes import launch
 from nanothink.cli.suggestions import calling, completed
 from nanothink.errors import NanoThinkError, StorageError, UsageError
 from nanothink.models import COMBINED
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from nanothink.config.run import ResolvedConfig
     from nanothink.reporter import Reporter
     from nanothink.runs.trained_model import TrainedModel
-    from nanothink.training.launch import Launch
 
 NEWEST = "newest"
 
@@ -314,30 +314,6 @@ class UsedModel:
             quantize=self.quantize,
             reporter=reporter,
         )
-
-
-def launch() -> Launch | None:
-    """Settings that torchrun gave this process; None for a run of one process."""
-    from nanothink.training.launch import Launch
-
-    return Launch.of(os.environ)
-
-
-def is_first_process() -> bool:
-    """True for the process that prints: the only one, the first, or one that cannot tell its rank."""
-    try:
-        launched = launch()
-    except UsageError:
-        return True
-    return launched is None or launched.rank == 0
-
-
-def launched_with_others() -> bool:
-    """True if torchrun started this process as one of several."""
-    try:
-        return launch() is not None
-    except UsageError:  # which the command says
-        return False
 
 
 def refuse_early(configure: Callable[[Mapping[str, Any] | None], ResolvedConfig]) -> None:

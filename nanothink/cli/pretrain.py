@@ -24,11 +24,10 @@ from nanothink.cli.options import (
     examples,
     flag,
     grouped,
-    is_first_process,
-    launch,
     option,
     refuse_early,
 )
+from nanothink.cli.processes import is_first_process, launch
 from nanothink.cli.suggestions import called_as, command_of_run
 from nanothink.errors import DataError, StorageError
 

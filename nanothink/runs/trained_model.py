@@ -22,7 +22,7 @@ from nanothink.errors import UsageError
 from nanothink.inference.denoising import Reconstruction, measured_levels, reconstruct
 from nanothink.inference.generate import StreamDecoder, generate
 from nanothink.inference.routed import RoutedPiece, generate_routed
-from nanothink.inference.sampling import sampling_config
+from nanothink.inference.sampling import SamplingConfig, sampling_config
 from nanothink.inference.stopping import generate_until
 from nanothink.models import training_of
 from nanothink.models.contract import LanguageModel, State
@@ -192,19 +192,18 @@ class TrainedModel:
         Returns:
             The continuation without the prompt: a string for a string, else a list of strings.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [self.tokenizer.encode_prompt(p) for p in ([prompt] if isinstance(prompt, str) else prompt)]
         if stop:
-            if ddim_steps is not None:
-                sampling = {"temperature": 0.0, **sampling}
+            model, config, start = self._decoding(ddim_steps, sampling)
             texts = generate_until(
-                self.decoder if ddim_steps is None else self.model,
-                [self.tokenizer.encode_prompt(p) for p in prompts],
-                sampling_config(**sampling),
+                model,
+                prompts,
+                config,
                 stop,
                 tokenizer=self.tokenizer,
                 eos_id=self.tokenizer.eos_id,
                 on_text=on_text or (lambda row, piece: None),
-                start=self._start_by_ddim(ddim_steps) if ddim_steps is not None else None,
+                start=start,
             )
             return texts[0] if isinstance(prompt, str) else texts
         decoders = [StreamDecoder(self.tokenizer) for _ in prompts]
@@ -213,12 +212,7 @@ class TrainedModel:
             if on_text is not None and (piece := decoders[row].push(token)):
                 on_text(row, piece)
 
-        new = self.continue_tokens(
-            [self.tokenizer.encode_prompt(p) for p in prompts],
-            on_token=on_token,
-            ddim_steps=ddim_steps,
-            **sampling,
-        )
+        new = self.continue_tokens(prompts, on_token=on_token, ddim_steps=ddim_steps, **sampling)
         if on_text is not None:
             for row, decoder in enumerate(decoders):
                 if piece := decoder.flush():
@@ -238,16 +232,9 @@ class TrainedModel:
 
         ``on_token`` is called with (row, token).
         """
-        if ddim_steps is not None:
-            sampling = {"temperature": 0.0, **sampling}
-        return generate(
-            self.decoder if ddim_steps is None else self.model,
-            prompts,
-            sampling_config(**sampling),
-            eos_id=self.tokenizer.eos_id,
-            on_token=on_token,
-            start=self._start_by_ddim(ddim_steps) if ddim_steps is not None else None,
-        )
+        model, config, start = self._decoding(ddim_steps, sampling)
+        eos_id = self.tokenizer.eos_id
+        return generate(model, prompts, config, eos_id=eos_id, on_token=on_token, start=start)
 
     @cached_property
     def chat(self) -> ChatEncoder:
@@ -318,12 +305,7 @@ class TrainedModel:
         )
 
     def denoise(
-        self,
-        passage: str,
-        levels: Sequence[int] | None = None,
-        *,
-        seed: int = 0,
-        ddim_steps: int = 1,
+        self, passage: str, levels: Sequence[int] | None = None, *, seed: int = 0, ddim_steps: int = 1
     ) -> list[Reconstruction]:
         """For a diffuser: add noise to every token of a passage and let the model reconstruct it.
 
@@ -342,11 +324,20 @@ class TrainedModel:
         n_steps = ddim_steps or model.shape.inference_steps
         return reconstruct(model, self.tokenizer.encode_exactly(passage), levels, seed=seed, n_steps=n_steps)
 
-    def _start_by_ddim(self, n_steps: int) -> Callable[[Sequence[int]], State]:
+    def _decoding(
+        self, ddim_steps: int | None, sampling: Mapping[str, Any]
+    ) -> tuple[LanguageModel, SamplingConfig, Any]:
+        """Model, settings and start of decoding: None, or a diffuser's by DDIM."""
+        if ddim_steps is None:
+            return self.decoder, sampling_config(**sampling), None
         model = self._diffuser()
-        n_steps = n_steps or model.shape.inference_steps
+        n_steps = ddim_steps or model.shape.inference_steps
         model.start(1, Ddim(n_steps, (0,)))  # a number out of bounds is said before anything is computed
-        return lambda seeds: model.start(len(seeds), Ddim(n_steps, tuple(seeds)))
+
+        def start(seeds: Sequence[int]) -> State:
+            return model.start(len(seeds), Ddim(n_steps, tuple(seeds)))
+
+        return model, sampling_config(**{"temperature": 0.0, **sampling}), start
 
     def _check_tokens(self, tokens: torch.Tensor) -> None:
         if tokens.ndim != 2 or not tokens.numel():

@@ -21,7 +21,7 @@ from nanothink.models.contract import LanguageModel
 from nanothink.models.joint_gate import Evidence, JointGate
 from nanothink.models.store_gate import Neighbours
 from nanothink.reporter import SILENT, Reporter
-from nanothink.training.optimizer import EagerAdamW
+from nanothink.training.muon import EagerAdamW
 
 FIT_TOKENS = 20_000
 """Most tokens that a gate is fitted on; more brought nothing."""

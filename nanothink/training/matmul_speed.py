@@ -38,7 +38,7 @@ from nanothink.disk import private_folder, write_whole
 from nanothink.errors import StorageError
 from nanothink.models.loss import linear_cross_entropy
 from nanothink.models.native import processor
-from nanothink.training.optimizer import NS_COEFFICIENTS, NS_STEPS, orthogonalised
+from nanothink.training.muon import NS_COEFFICIENTS, NS_STEPS, orthogonalised
 
 _FORMAT = 1  # of the files, and of what is measured
 _SECONDS, _FEWEST_ROUNDS, _MOST_ROUNDS = 0.25, 3, 15

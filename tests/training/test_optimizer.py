@@ -10,16 +10,8 @@ import torch
 from torch import nn
 
 from nanothink.config import TrainExpertConfig
-from nanothink.training.optimizer import (
-    NS_COEFFICIENTS,
-    NS_STEPS,
-    FastMuon,
-    GroupedOptimizer,
-    effective_warmup,
-    learning_rate_fraction,
-    newton_schulz,
-    orthogonalised,
-)
+from nanothink.training.muon import NS_COEFFICIENTS, NS_STEPS, FastMuon, newton_schulz, orthogonalised
+from nanothink.training.optimizer import GroupedOptimizer, effective_warmup, learning_rate_fraction
 
 
 def _groups() -> dict[str, list[tuple[str, nn.Parameter]]]:
