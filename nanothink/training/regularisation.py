@@ -16,7 +16,6 @@ _AT_ONE = 0.12  # dropout at one token for each parameter
 _A_DOUBLING = 0.07  # by which it falls where there are twice as many
 _MOST = 0.3
 _EPOCHS = ((0.3, 16), (0.2, 8), (0.1, 4), (0.0, 2))  # for this much dropout or more
-_TINY = 80_000  # training tokens up to which twice the epochs of the most dropout are better still
 _TABLES = 0.1  # decay of embeddings and head, at the most dropout
 
 _WIDTHS = ((80_000, 64), (200_000, 128))
@@ -64,8 +63,6 @@ class Regularisation:
         wanted = _AT_ONE - _A_DOUBLING * math.log2(ratio)
         dropout = 0.0 if ratio > AMPLE else min(max(round(20 * wanted) / 20, 0.0), _MOST)  # steps of 0.05
         epochs = next(n for least, n in _EPOCHS if dropout >= least)
-        if dropout >= _MOST and n_tokens <= _TINY:
-            epochs *= 2
         return cls(dropout, _TABLES if dropout >= _MOST else 0.0, epochs, ratio)
 
     @staticmethod
