@@ -11,6 +11,7 @@ import pytest
 
 from nanothink.cli.app import run
 from nanothink.config import TrainExpertConfig
+from nanothink.runs import long_runs
 from nanothink.training.state import Plan, TrainState
 
 
@@ -109,6 +110,23 @@ def test_a_plan_above_an_hour_comes_with_advice(
     said = capsys.readouterr().err
     assert "This run takes about" in said
     assert advice in said
+
+
+def test_a_smaller_model_that_was_timed_as_slower_is_no_advice(
+    tiny_corpus: Path,
+    tiny_tokenizer: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a machine that became busy while models were timed."""
+    monkeypatch.setattr(long_runs, "_smaller", lambda *_: ("tiny", 1e12))
+    words = ["pretrain", "transformer", "--data-dir", tiny_corpus, "--tokenizer", tiny_tokenizer, "--dry-run"]
+    words += ["--max-steps", 10_000_000, "--device", "cpu", "--set", "model.max_seq_len=16"]
+    words += ["--set", "train_expert.batch_size=1", "--set", "transformer.n_layers=1"]
+    assert run([*map(str, words)]) == 0
+    said = capsys.readouterr().err
+    assert "Fewer epochs take less" in said
+    assert "smaller model" not in said
 
 
 def test_a_run_without_a_preset_says_that_the_text_is_too_little_for_it(
