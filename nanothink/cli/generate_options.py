@@ -14,7 +14,7 @@ CHAT_TOKENS = 512
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn, and where a text ends. None: as the model's default has it."""
+    """Options that draw tokens and end a text. None: the model's default."""
 
     max_new_tokens: Annotated[
         int | None, option("N", "Tokens to write. [default: 128; 512 with --chat]", "--max-new-tokens", "-n")
@@ -50,7 +50,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Way:
-    """How a text is written: plainly, from noise, with the experts' weights, in turns, as an answer."""
+    """Options that choose a way to write: plain, from noise, with weights, in turns, as an answer."""
 
     ddim: Annotated[bool, flag("--ddim", "A diffuser: denoise every token from drawn noise, by DDIM.")] = (
         False

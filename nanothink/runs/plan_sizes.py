@@ -15,7 +15,7 @@ class Shape(Settings):
     d_model: int
     n_heads: int
     layers: dict[str, int]
-    """By kind."""
+    """Number of layers of each kind."""
     length: int
     """Tokens of a block."""
     batch_size: int
@@ -69,7 +69,7 @@ class TextSize(Settings):
     n_bytes: int
     n_domains: int
     digest: str = ""
-    """Of all files, to see that it is the same text later."""
+    """Hash of all files, to see that it is the same text later."""
 
     def n_tokens(self, vocab_size: int) -> int:
         """Training tokens, about; a tenth is held out."""

@@ -130,7 +130,7 @@ class Teaching:
     n_prompt: int
     """P: tokens of the corpus that each of them begins with."""
     numbering: tuple[Numbering, Numbering]
-    """Of the corpus and its versions, and of written blocks; the last group of these is filled up."""
+    """Numbers of the corpus's blocks in all versions, and of written blocks, the last group filled up."""
     _documents: dict[str, tuple[NDArray[np.int64], Keys]] = field(default_factory=dict)
 
     @classmethod

@@ -40,7 +40,7 @@ class Stage(Settings):
     kind: str | None = None
     """The expert that is trained."""
     nth: int = 1
-    """Of its kind in this plan."""
+    """Its number among the experts of its kind in this plan."""
     widening: int = 1
     """Its width, as a multiple of the shape's."""
     steps: int = 0
@@ -80,7 +80,7 @@ class TrainingPlan(Settings):
     """Seconds since the epoch. Checkpoints that are older belong to no stage of this plan."""
     text: TextSize
     kinds: tuple[str, ...]
-    """Of the first experts."""
+    """Kinds of the first experts, in their order."""
     further: bool = False
     """Further experts were wanted, if there was time for them."""
     shape: Shape

@@ -202,4 +202,4 @@ FUNCTIONS: Mapping[str, Callable[[Operation], _Bound]] = {
     function.__name__: function
     for function in (embed, norm, linear, spread, gate, rotate, append, attend, convolve, scan)
 }
-"""By the name of the operation."""
+"""The function of each operation, by the name of the operation."""

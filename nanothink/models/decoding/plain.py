@@ -265,7 +265,7 @@ FUNCTIONS: Mapping[str, _Bind] = {
         *(attend_latents, modulate, add_gated, route),
     )
 }
-"""By the name of the operation, in the order of operations.cpp."""
+"""The function of each operation, by its name, in the order of operations.cpp."""
 
 
 def _for_every(op: Operation) -> Operation:
