@@ -84,12 +84,14 @@ class Story:
             render.plan(plan)
             file.write(plan)
             write_settings(self.checkpoint_dir, settings_of(plan, self.checkpoint_dir))
-            for index in range(len(plan.stages)):
+            index = 0
+            while index < len(plan.stages):  # a stage can bring further ones
                 if not plan.stages[index].done:
                     plan, code = self._carry_out(plan, index, file, scores)
                     if code:
                         render.note(f"To continue all of it: `{self._continues(plan)}`")
                         return code
+                index += 1
         if self.as_json:
             render.print_json({"plan": plan.model_dump(mode="json"), **scores})
             return 0
@@ -239,16 +241,19 @@ class Story:
 
     def _settled(self, plan: TrainingPlan, index: int) -> TrainingPlan:
         """The stages that are left, sized for the time that is left; the expert's speed is measured anew."""
-        from nanothink.runs.training_plan import settled
+        from nanothink.runs.training_plan import settled, with_further_experts
 
-        stage = plan.stages[index]
-        spent = time.monotonic() - self.began
-        counted_in = plan.with_stage(index, spent_seconds=spent)
-        if stage.kind is None:
-            return settled(counted_in)
         with _reporting() as reporter:
-            speed = self._speed(reporter)(stage.kind, plan.shape_of(stage), plan.vocab_size)
-        return settled(counted_in, {stage.timed_as: speed})
+            speed_of = self._speed(reporter)
+            if plan.further and plan.stages[index].name == "combine":  # earlier stages may have left time
+                plan = with_further_experts(settled(plan), speed_of)
+            stage = plan.stages[index]
+            counted_in = plan.with_stage(index, spent_seconds=time.monotonic() - self.began)
+            if stage.kind is None:
+                return settled(counted_in)
+            return settled(
+                counted_in, {stage.timed_as: speed_of(stage.kind, plan.shape_of(stage), plan.vocab_size)}
+            )
 
     def _run(self, stage: Stage, command: list[str], scores: dict[str, Any]) -> int:
         if not self.as_json or stage.name != "evaluate":

@@ -5,9 +5,9 @@
 The largest shape is taken that can be trained enough in the time: on as many tokens as its parameters or
 its text ask for, whichever is less. The time is then divided: what is fixed (reading, the store, evaluation)
 first, the rest in equal parts among the experts. Time that they cannot use, as more epochs would overfit,
-goes to further experts. A stage is settled when it starts, from the time that is left then, so that later
-stages are shortened if earlier ones took longer; from there on it stays as it is, so that a resumed stage
-is the same.
+goes to further experts, when the plan is made and once more before the experts are combined. A stage is
+settled when it starts, from the time that is left then, so that later stages are shortened if earlier ones
+took longer; from there on it stays as it is, so that a resumed stage is the same.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def make_plan(
     )
     plan = settled(plan)
     if further:
-        plan = _with_further_experts(plan, speed_of)
+        plan = with_further_experts(plan, speed_of)
     steps = min(stage.steps for stage in plan.experts)
     epochs = steps * shape.tokens_per_step / text.n_tokens(vocab_size)
     rule = Regularisation.of(text.n_tokens(vocab_size), shape.n_parameters(vocab_size))
@@ -230,9 +230,9 @@ def make_plan(
     return plan.model_copy(update={"epochs": epochs, "dropout": dropout})
 
 
-def _with_further_experts(plan: TrainingPlan, speed_of: SpeedOf) -> TrainingPlan:
+def with_further_experts(plan: TrainingPlan, speed_of: SpeedOf) -> TrainingPlan:
     """The plan with as many further experts as it has time for without shortening any."""
-    for kind, widening in FURTHER:
+    for kind, widening in FURTHER[len(plan.experts) - len(plan.kinds) :]:
         nth = 1 + sum(stage.kind == kind for stage in plan.experts)
         expert = Stage(name="expert", kind=kind, nth=nth, widening=widening, seconds=0.0)
         if not _is_full(plan):
@@ -251,8 +251,9 @@ def _with_further_experts(plan: TrainingPlan, speed_of: SpeedOf) -> TrainingPlan
 
 
 def _is_full(plan: TrainingPlan) -> bool:
-    """True if each expert is trained for as long as the text bears."""
-    return all(stage.steps >= _most_steps(plan.text, plan.shape_of(stage)) for stage in plan.experts)
+    """True if each expert that has not started is trained for as long as the text bears."""
+    ahead = (stage for stage in plan.experts if not stage.started)
+    return all(stage.steps >= _most_steps(plan.text, plan.shape_of(stage)) for stage in ahead)
 
 
 def settled(plan: TrainingPlan, measured: Mapping[str, StepTime] | None = None) -> TrainingPlan:

@@ -68,7 +68,12 @@ def speed_of(kind: str, shape: Shape, vocab_size: int) -> StepTime:
 
 
 def story(commands: Callable[[list[str]], int], folder: Path, text: Path, **more: Any) -> Story:
-    asked: dict[str, Any] = {"seconds": 120, "speed_of": speed_of} | more
+    """A story of two experts, which ``kinds=None`` lets have further ones: here no command takes any time."""
+    asked: dict[str, Any] = {
+        "seconds": 120,
+        "speed_of": speed_of,
+        "kinds": ("state_space", "transformer"),
+    } | more
     return Story(commands, folder, str(text), **asked)
 
 
@@ -142,7 +147,7 @@ def test_another_plan_or_text_is_refused_and_can_be_started_anew(
 
 
 def test_time_that_the_experts_do_not_need_goes_to_further_ones(commands: Commands, text: Path) -> None:
-    assert story(commands, commands.folder, text, seconds=600).tell() == 0
+    assert story(commands, commands.folder, text, seconds=600, kinds=None).tell() == 0
     trained = [words for words in commands.called if words[0] == "pretrain"]
     names = [words[words.index("--name") + 1] if "--name" in words else words[1] for words in trained]
     assert names[:2] == ["state_space", "transformer"]
@@ -152,6 +157,24 @@ def test_time_that_the_experts_do_not_need_goes_to_further_ones(commands: Comman
     assert paths == [f"{name}_expert.pt" for name in names]
     assert all("--seed" in words for words in trained[2:])
     assert "vector_store.expert=state_space_2" in combined, "the widest"
+
+
+def test_a_machine_that_was_busy_when_the_plan_was_made_brings_further_experts_later(
+    commands: Commands, text: Path
+) -> None:
+    def speed(kind: str, shape: Shape, vocab_size: int) -> StepTime:
+        busy = 1 if commands.called else 10
+        return StepTime(step_seconds=0.05 * busy, token_seconds=1e-5 * busy)
+
+    planned = story(commands, commands.folder, text, seconds=600, kinds=None, speed_of=speed)._plan()
+    assert [stage.title for stage in planned.experts] == ["state_space", "transformer"]
+    assert story(commands, commands.folder, text, seconds=600, kinds=None, speed_of=speed).tell() == 0
+    assert commands.names[:3] == ALL[:3]
+    assert commands.names[3] == "state_space"
+    assert commands.names[-3:] == ALL[-3:]
+    assert story(commands, commands.folder, text, seconds=None, kinds=None, speed_of=speed).tell() == 0
+    assert commands.names[-2:] == ["eval", "generate"], "and no more when asked again"
+    assert sum(name == "train-mla" for name in commands.names) == 1
 
 
 def test_a_place_that_cannot_be_written_is_an_error(commands: Commands, text: Path) -> None:
