@@ -34,14 +34,12 @@ from nanothink.vector_store.manifest import read_manifest
 
 STEM = "nanothink_mla"
 WORDS = ["time", "light", "stone", "water", "letter", "garden", "river", "wind", "moon", "winter"]
+TRAINING = {"batch_size": 4, "sample_tokens": 0, "amp_dtype": "float32", "warmup_steps": 3}
 SHAPE = {
     **tiny.SHAPE,
     "mla.n_heads": 2,
     "mla.n_layers": 1,
-    **{f"train_{phase}.batch_size": 4 for phase in ("expert", "mla")},
-    **{f"train_{phase}.sample_tokens": 0 for phase in ("expert", "mla")},
-    **{f"train_{phase}.amp_dtype": "float32" for phase in ("expert", "mla")},
-    **{f"train_{phase}.warmup_steps": 3 for phase in ("expert", "mla")},
+    **{f"train_{phase}.{name}": value for phase in ("expert", "mla") for name, value in TRAINING.items()},
     "train_mla.fit": "full",
     "train_mla.grad_accum_steps": 1,
     "train_mla.eval_max_tokens": 300,
@@ -341,9 +339,8 @@ def test_what_compacting_is_at_is_told(
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told: dict[str, list[tuple[int, int]]] = {}
-    monkeypatch.setattr(
-        BarReporter, "progress", lambda self, label, *at: told.setdefault(label, []).append(at)
-    )
+    heard = lambda self, label, *at: told.setdefault(label, []).append(at)  # noqa: E731
+    monkeypatch.setattr(BarReporter, "progress", heard)
     assert run(["store", "compact", "--max-tokens", "500", "--checkpoint-dir", str(copied)]) == 0
     changing = ("comparing keys", "writing", "checksums")
     stages = ("evaluating before", *(f"vector store: {step}" for step in changing), "evaluating after")
@@ -392,9 +389,8 @@ def test_a_model_without_one_is_trained_on_with_one(
     before = set(read_checkpoint(Path(path))["model_state"])
     capsys.readouterr()
     assert run(["store", "build", "-c", path]) == 1
-    suggested = re.search(
-        r"`nanothink (resume \S+ --set vector_store.enabled=true .+?)`", capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    suggested = re.search(r"`nanothink (resume \S+ --set vector_store.enabled=true .+?)`", said)
     assert suggested
     assert run(suggested[1].split()) == 0
     after = set(read_checkpoint(Path(path))["model_state"])

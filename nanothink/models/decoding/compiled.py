@@ -95,4 +95,4 @@ def _results(bind: Callable[[Sequence[Operation]], Runner]) -> list[Tensor]:
     return [attended, y, state]
 
 
-SOURCE = native.Source("nanothink.models.decoding", "operations.cpp", _declare, _error)
+SOURCE = native.Source("nanothink.models.decoding", ("products.h", "operations.cpp"), _declare, _error)

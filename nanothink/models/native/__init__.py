@@ -39,24 +39,25 @@ _LARGEST_ERROR = 1e-5
 
 @dataclass(frozen=True)
 class Source:
-    """A C++ file beside the module that uses it; vectors.h comes before it.
+    """C++ beside the module that uses it; vectors.h comes before it.
 
     Args:
-        package: the package that holds the file.
-        file: its name; its stem begins the library's.
+        package: the package that holds the files.
+        files: their names, in the order in which they are compiled; the last one's stem begins the library's.
         declare: tell ctypes the types of a library's functions.
         error: of the library's results, relative, against plain ones: a compiler can be wrong about a
             processor. It must leave random generators alone: those of a run must not move.
     """
 
     package: str
-    file: str
+    files: tuple[str, ...]
     declare: Callable[[Any], None]
     error: Callable[[Any], float]
 
     def read(self) -> bytes:
         """The text that is compiled."""
-        parts = resources.files(__package__).joinpath("vectors.h"), resources.files(self.package) / self.file
+        own = (resources.files(self.package) / file for file in self.files)
+        parts = (resources.files(__package__).joinpath("vectors.h"), *own)
         return b"".join(part.read_bytes() for part in parts)
 
 
@@ -70,7 +71,7 @@ def load(source: Source) -> tuple[Any, str]:
         version = subprocess.run([found, "--version"], capture_output=True, check=True, timeout=20).stdout
         parts = (text, version, " ".join(_FLAGS).encode(), processor().encode())
         digest = hashlib.blake2b(b"|".join(parts), digest_size=12).hexdigest()
-        name = f"{Path(source.file).stem}-{digest}.so"
+        name = f"{Path(source.files[-1]).stem}-{digest}.so"
         folder = private_folder("nanothink", "compiled")
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="nanothink-") as scratch:

@@ -35,6 +35,14 @@ inline void store(float* p, vec v, int lanes) {
   else std::memcpy(p, &v, 4 * lanes);
 }
 
+// Call f(start, lanes) for each vector of a row of n numbers; the last may be cut short.
+template <class F>
+inline void for_vectors(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) f(i, W);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
 // A bfloat16 is the upper half of a float32.
 typedef uint16_t bfloat16;
 inline float wide(bfloat16 bits) {
@@ -66,6 +74,13 @@ inline float sum(vec v) {
   return total;
 }
 
+// NaN if there is one.
+inline float greatest(vec v) {
+  float most = v[0];
+  for (int i = 1; i < W; ++i) most = v[i] > most || v[i] != v[i] ? v[i] : most;
+  return most;
+}
+
 // 2^x within 2 units in the last place; 0 below -127 and infinity from 128, NaN for NaN. x is split into the
 // nearest integer, which becomes the exponent, and a rest in [-1/2, 1/2] for a polynomial of degree 6.
 inline vec exp2(vec x) {
@@ -83,6 +98,9 @@ inline vec exp2(vec x) {
 }
 
 constexpr float LOG2_E = 1.44269504088896341f;
+
+inline vec sigmoid(vec x) { return splat(1.f) / (splat(1.f) + exp2(x * splat(-LOG2_E))); }
+inline vec silu(vec x) { return x / (splat(1.f) + exp2(x * splat(-LOG2_E))); }
 
 inline vec absolute(vec x) { return x < vec{} ? -x : x; }
 

@@ -305,4 +305,4 @@ def _comparisons() -> Iterator[tuple[Tensor, Tensor]]:
     yield norm(x, weight, 1e-6, torch.float32), F.rms_norm(x, (37,), weight, 1e-6)
 
 
-SOURCE = native.Source("nanothink.models.passes", "passes.cpp", _declare, _error)
+SOURCE = native.Source("nanothink.models.passes", ("passes.cpp",), _declare, _error)

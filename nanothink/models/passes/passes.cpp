@@ -29,19 +29,6 @@ void for_rows(int64_t n, int64_t width, int64_t n_threads, const F& f) {
   for (auto& helper : helpers) helper.join();
 }
 
-template <class F>
-inline void for_vectors(int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) f(i, W);
-  if (i < n) f(i, static_cast<int>(n - i));
-}
-
-inline float greatest(vec v) {
-  float most = v[0];
-  for (int i = 1; i < W; ++i) most = v[i] > most || v[i] != v[i] ? v[i] : most;
-  return most;
-}
-
 // A row of logits x becomes factor (softmax - one_hot) in place if there is a factor. Its negative log-likelihood
 // and the logarithm of its greatest probability. `room` holds the width in whole vectors.
 template <class Number>
@@ -153,7 +140,7 @@ void gate_forward(int64_t n, const Number* gate, const Number* up, Number* y, in
   for_rows(n, 1, n_threads, [&](int64_t begin, int64_t end) {
     for_vectors(end - begin, [&](int64_t i, int lanes) {
       const vec g = load(gate + begin + i, lanes);
-      store(y + begin + i, g / (splat(1.f) + exp2(g * splat(-LOG2_E))) * load(up + begin + i, lanes), lanes);
+      store(y + begin + i, silu(g) * load(up + begin + i, lanes), lanes);
     });
   });
 }
@@ -166,10 +153,10 @@ void gate_backward(int64_t n, const Number* gate, const Number* up, const Number
     for_vectors(end - begin, [&](int64_t k, int lanes) {
       const int64_t i = begin + k;
       const vec g = load(gate + i, lanes), u = load(up + i, lanes), grad = load(grad_y + i, lanes);
-      const vec opened = splat(1.f) / (splat(1.f) + exp2(g * splat(-LOG2_E))), silu = g * opened;
-      store(y + i, silu * u, lanes);
-      store(grad_up + i, silu * grad, lanes);
-      store(grad_gate + i, grad * u * (opened + silu * (splat(1.f) - opened)), lanes);
+      const vec opened = sigmoid(g), through = g * opened;
+      store(y + i, through * u, lanes);
+      store(grad_up + i, through * grad, lanes);
+      store(grad_gate + i, grad * u * (opened + through * (splat(1.f) - opened)), lanes);
     });
   });
 }
@@ -264,8 +251,6 @@ struct Filter {
     return total;
   }
 };
-
-inline vec sigmoid(vec x) { return splat(1.f) / (splat(1.f) + exp2(x * splat(-LOG2_E))); }
 
 template <class Number>
 void filter_forward(const Filter& s, const Number* x, Number* y, int64_t n_threads) {

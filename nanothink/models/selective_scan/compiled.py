@@ -92,7 +92,7 @@ def _library() -> Any:
 
 @functools.cache
 def _load() -> tuple[Any, str]:
-    return native.load(native.Source("nanothink.models.selective_scan", "scan.cpp", _declare, _error))
+    return native.load(native.Source("nanothink.models.selective_scan", ("scan.cpp",), _declare, _error))
 
 
 def _declare(library: Any) -> None:

@@ -34,7 +34,7 @@ def error_of(
 
 @x86
 @pytest.mark.parametrize("march", ["x86-64", "x86-64-v3"])  # vectors of 4 and of 8 numbers, any processor's
-@pytest.mark.parametrize("source", [compiled.SOURCE, passes.SOURCE], ids=lambda source: source.file)
+@pytest.mark.parametrize("source", [compiled.SOURCE, passes.SOURCE], ids=lambda source: source.files[-1])
 def test_narrower_vectors_give_the_same_results(
     source: native.Source, march: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
