@@ -4,7 +4,7 @@
 
 For each size and seed it trains the settings of a sweep (shapes times dropout, decay and epochs), NanoThinks
 of its best models by shape, and the recipe that the first version had. ``--settings N`` stops the sweep after
-the N most promising ones, which makes all tables of a part of it. Every model is calibrated; the best few of
+N of them, which makes all tables of a part of it. Every model is calibrated; the best few of
 the sweep by validation loss, ``--finalists``, get what NanoThink has: a vector store of the training text, a
 document cache and the joint gate (train-mla over one expert).
 
@@ -42,18 +42,22 @@ SHAPES = (
     ("state_space", 256, 3),
     ("transformer", 256, 4),
     ("state_space", 128, 6),
+    ("transformer", 128, 6),
 )
 """Kind, width, layers."""
 
-# Dropout, decay of embeddings and head, epochs: for texts up to so many megabytes, the most promising first.
+# Dropout, decay of embeddings and head, epochs: for texts up to so many megabytes.
 RECIPES = {
-    0.5: ((0.3, 0.1, 16), (0.4, 0.1, 16), (0.4, 0.1, 32), (0.2, 0.0, 8), (0.5, 0.1, 32)),
-    2.0: ((0.3, 0.1, 8), (0.3, 0.1, 16), (0.2, 0.0, 8), (0.4, 0.1, 16), (0.1, 0.0, 4)),
-    8.0: ((0.1, 0.0, 4), (0.2, 0.0, 8), (0.2, 0.1, 8), (0.05, 0.0, 3), (0.0, 0.0, 2)),
+    0.5: ((0.3, 0.1, 16), (0.3, 0.1, 32), (0.3, 0.1, 64), (0.4, 0.1, 32), (0.2, 0.0, 16)),
+    2.0: ((0.3, 0.1, 16), (0.3, 0.1, 8), (0.3, 0.1, 32), (0.4, 0.1, 32), (0.2, 0.0, 16)),
+    8.0: ((0.2, 0.0, 8), (0.1, 0.0, 4), (0.2, 0.0, 16), (0.3, 0.1, 16), (0.1, 0.0, 8)),
     1e9: ((0.05, 0.0, 3), (0.0, 0.0, 2), (0.1, 0.0, 4), (0.1, 0.0, 6), (0.0, 0.0, 1)),
 }
 FIRST_VERSION = (0.0, 0.0, 3)
 """At its best number of epochs for a megabyte; the product of then had no dropout and no decay of tables."""
+
+TO_THE_END = 1000
+"""Evaluations: a sweep asks what a schedule gives, and early stopping ends long ones at a high rate."""
 
 TWIN = 1000
 """Added to the seed of a second model of the same settings."""
@@ -88,7 +92,7 @@ class Setting:
 
 
 def sweep_of(megabytes: float) -> list[Setting]:
-    """All settings for a text of this size, the most promising first."""
+    """All settings for a text of this size, in the order in which they are trained."""
     recipes = next(recipes for most, recipes in RECIPES.items() if megabytes <= most)
     return [Setting(*shape, *recipe) for recipe in recipes for shape in SHAPES]
 
@@ -165,6 +169,7 @@ class Measurement:
                 "train_expert.dropout": setting.dropout,
                 "train_expert.weight_decay_tables": setting.decay,
                 "train_expert.max_epochs": setting.epochs,
+                "train_expert.early_stopping_patience": TO_THE_END,
             }
             tokenizer = ("--tokenizer", self.folder / "tokenizer")
             seed = self.seed + TWIN * setting.twin
@@ -261,20 +266,21 @@ def compositions(best: dict[tuple[str, int, int], Setting]) -> list[list[Setting
 
     A twin costs as much as the next setting, so there are none before each shape has had its turn.
     """
-    narrow, small, wide, second, deep = (best.get(shape) for shape in SHAPES)
+    narrow, small, wide, second, deep, other = (best.get(shape) for shape in SHAPES)
 
     def twin(setting: Setting | None) -> Setting | None:
         return replace(setting, twin=True) if setting and len(best) == len(SHAPES) else None
 
     wanted = (
-        (wide, narrow, small),
         (narrow, small),
-        (wide, second, narrow, small),
-        (wide, second),
-        (narrow, small, twin(narrow)),
-        (wide, second, twin(wide)),
-        (wide, second, twin(wide), narrow, small),
-        (deep, wide, second),
+        (wide, narrow, small),
+        (deep, other),
+        (deep, other, wide),
+        (deep, other, narrow, small),
+        (deep, other, wide, second),
+        (deep, other, wide, second, narrow, small),
+        (deep, other, twin(deep)),
+        (deep, other, wide, twin(deep), twin(other)),
     )
     return [[m for m in each if m is not None] for each in wanted if None not in each]
 
@@ -368,7 +374,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder that is kept, to continue there")
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1.0, 4.0], help="of training text")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--settings", type=int, default=25, help="of the sweep; all are 25")
+    parser.add_argument("--settings", type=int, default=30, help="of the sweep; all are 30")
     parser.add_argument("--finalists", type=int, default=3, help="of the sweep that get both memories")
     parser.add_argument("--held-out", type=float, default=40.0, help="kilobytes of other text, a domain")
     parser.add_argument("--longest", type=float, default=20.0, help="document that is taken, in kilobytes")

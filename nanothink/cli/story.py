@@ -302,6 +302,11 @@ class Story:
             if stage.nth > 1:
                 words += ["--name", stage.title, "--seed", str(stage.nth)]
             values[f"{section}.eval_every_steps"] = stage.evaluate_every
+            rule = plan.regularisation_of(stage)
+            values |= {
+                f"{section}.dropout": rule.dropout,
+                f"{section}.weight_decay_tables": rule.weight_decay_tables,
+            }
             if stage.widening > 1:
                 shape = plan.shape_of(stage)
                 values |= {"model.d_model": shape.d_model, "transformer.n_heads": shape.n_heads}

@@ -26,7 +26,7 @@ from nanothink.runs.training_plan import TrainingPlan
 PLAN_FILE, SETTINGS_FILE, TOKENIZER_FOLDER = "plan.json", "train.toml", "tokenizer"
 IMPORTED_FOLDER = "data"
 _PROMPT_CHARS = 30
-_NO_SNAPSHOTS = 1_000_000  # epochs: a plan keeps the best model and the latest state
+_NEVER = 1_000_000  # a plan keeps the best model and the latest state, and goes to the end of its schedules
 
 
 def is_imported(data_dir: Path, checkpoint_dir: Path) -> bool:
@@ -93,8 +93,6 @@ def settings_of(plan: TrainingPlan, checkpoint_dir: Path) -> dict[str, Any]:
         "data.data_dir": str(checkpoint_dir / IMPORTED_FOLDER) if imports else plan.data_dir,
         "data.tokenizer": str(checkpoint_dir / TOKENIZER_FOLDER),
         **shape_settings(plan.shape),
-        "train_expert.dropout": plan.dropout,
-        "train_diffuser.dropout": plan.dropout,
         "vector_store.enabled": True,
         "train_mla.fit": "gate",
     }
@@ -109,7 +107,8 @@ def shape_settings(shape: Shape) -> dict[str, Any]:
             ("batch_size", shape.batch_size),
             ("grad_accum_steps", 1),
             ("warmup_steps", 50),
-            ("snapshot_every_epochs", _NO_SNAPSHOTS),
+            ("snapshot_every_epochs", _NEVER),
+            ("early_stopping_patience", _NEVER),
         )
     }
     return {

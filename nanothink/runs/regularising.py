@@ -17,7 +17,7 @@ from nanothink.suggestions import suggest
 from nanothink.training.regularisation import AMPLE, Regularisation, is_measured, narrowed
 from nanothink.training.sharding import without_memory
 
-_FITTED = ("dropout", "weight_decay_tables", "max_epochs")
+_FITTED = ("dropout", "weight_decay_tables", "max_epochs", "early_stopping_patience")
 
 
 def fit_to_text(

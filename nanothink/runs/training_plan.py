@@ -87,7 +87,6 @@ class TrainingPlan(Settings):
     vocab_size: int
     epochs: float
     """Passes of each expert over the text, about."""
-    dropout: float
     times: dict[str, StepTime]
     """Of each kind and widening, as last measured: ``Stage.timed_as``."""
     unit: float
@@ -113,6 +112,12 @@ class TrainingPlan(Settings):
     def shape_of(self, stage: Stage) -> Shape:
         """The shape of a stage's expert."""
         return self.shape.widened(stage.widening)
+
+    def regularisation_of(self, stage: Stage) -> Regularisation:
+        """What the text and the steps of a stage ask for in its expert."""
+        shape, n_tokens = self.shape_of(stage), self.text.n_tokens(self.vocab_size)
+        rule = Regularisation.of(n_tokens, shape.n_parameters(self.vocab_size))
+        return rule.within(stage.steps * shape.tokens_per_step / n_tokens)
 
     def with_stage(self, index: int, **changes: Any) -> TrainingPlan:
         stages = list(self.stages)
@@ -214,7 +219,6 @@ def make_plan(
         shape=shape,
         vocab_size=vocab_size,
         epochs=1.0,
-        dropout=0.0,
         times=times,
         unit=unit,
         prompt=prompt,
@@ -224,10 +228,7 @@ def make_plan(
     if further:
         plan = with_further_experts(plan, speed_of)
     steps = min(stage.steps for stage in plan.experts)
-    epochs = steps * shape.tokens_per_step / text.n_tokens(vocab_size)
-    rule = Regularisation.of(text.n_tokens(vocab_size), shape.n_parameters(vocab_size))
-    dropout = min(rule.dropout, Regularisation.dropout_for(epochs))
-    return plan.model_copy(update={"epochs": epochs, "dropout": dropout})
+    return plan.model_copy(update={"epochs": steps * shape.tokens_per_step / text.n_tokens(vocab_size)})
 
 
 def with_further_experts(plan: TrainingPlan, speed_of: SpeedOf) -> TrainingPlan:

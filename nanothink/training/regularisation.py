@@ -7,7 +7,7 @@ more epochs pay; with ample text it only slows learning down.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 AMPLE = 4.0
 """Training tokens for each parameter above which nothing is to be gained."""
@@ -15,7 +15,9 @@ AMPLE = 4.0
 _AT_ONE = 0.12  # dropout at one token for each parameter
 _A_DOUBLING = 0.07  # by which it falls where there are twice as many
 _MOST = 0.3
-_EPOCHS = ((0.3, 16), (0.2, 8), (0.1, 4), (0.0, 2))  # for this much dropout or more
+_EPOCHS = ((0.3, 16, 32), (0.2, 8, 16), (0.1, 4, 4), (0.0, 0, 2))
+"""For this much dropout or more: epochs from which on it pays, and epochs that are enough."""
+_TAUGHT_EPOCHS = 16
 _TABLES = 0.1  # decay of embeddings and head, at the most dropout
 
 _WIDTHS = ((80_000, 64), (200_000, 128))
@@ -48,6 +50,11 @@ class Regularisation:
     max_epochs: int
     tokens_per_parameter: float
 
+    @property
+    def early_stopping_patience(self) -> int:
+        """Long schedules end low: one that stood still at a high rate was stopped at epoch 19 of 32."""
+        return max(5, self.max_epochs)
+
     @classmethod
     def of(cls, n_tokens: int, n_parameters: int, *, taught: bool = False) -> Regularisation:
         """That of so many training tokens and parameters.
@@ -59,13 +66,14 @@ class Regularisation:
         ratio = n_tokens / n_parameters
         if taught:
             epochs = 2 * cls.of(n_tokens, n_parameters).max_epochs
-            return cls(0.0, 0.0, min(epochs, _EPOCHS[0][1]), ratio)
+            return cls(0.0, 0.0, min(epochs, _TAUGHT_EPOCHS), ratio)
         wanted = _AT_ONE - _A_DOUBLING * math.log2(ratio)
         dropout = 0.0 if ratio > AMPLE else min(max(round(20 * wanted) / 20, 0.0), _MOST)  # steps of 0.05
-        epochs = next(n for least, n in _EPOCHS if dropout >= least)
+        epochs = next(n for least, _, n in _EPOCHS if dropout >= least)
         return cls(dropout, _TABLES if dropout >= _MOST else 0.0, epochs, ratio)
 
-    @staticmethod
-    def dropout_for(epochs: float) -> float:
-        """The most dropout for which so many epochs are enough; with fewer it only slows learning down."""
-        return next((dropout for dropout, needed in _EPOCHS if epochs >= needed), 0.0)
+    def within(self, epochs: float) -> Regularisation:
+        """The same for a run that has time for so many: more dropout than pays there only slows it down."""
+        pays = next(dropout for dropout, least, _ in _EPOCHS if epochs >= least)
+        dropout = min(self.dropout, pays)
+        return replace(self, dropout=dropout, weight_decay_tables=_TABLES if dropout >= _MOST else 0.0)

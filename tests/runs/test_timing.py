@@ -139,6 +139,16 @@ def test_a_run_without_a_preset_says_that_the_text_is_too_little_for_it(
     assert "`nanothink pretrain transformer --preset auto --overwrite" in capsys.readouterr().err
 
 
+def test_the_preset_auto_chooses_by_the_text_and_goes_to_the_end_of_its_schedule(
+    tiny_corpus: Path, tiny_tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["pretrain", "transformer", "--data-dir", tiny_corpus, "--tokenizer", tiny_tokenizer, "--dry-run"]
+    words += ["--preset", "auto", "--set", "train_expert.dropout=0.1", "--set", "model.max_seq_len=16"]
+    assert run([*map(str, words)]) == 0
+    chosen = "model.d_model=64, weight_decay_tables=0.1, max_epochs=32, early_stopping_patience=32"
+    assert f"Chosen for it: {chosen}" in capsys.readouterr().err
+
+
 @pytest.mark.bench
 @pytest.mark.parametrize("kind", ["transformer", "state_space"])
 def test_the_estimate_is_near_what_a_run_takes(
