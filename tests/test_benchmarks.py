@@ -182,7 +182,7 @@ SMALL = {
         "--megabytes 0.05 --seeds 0 --settings 2 --finalists 1 --held-out 4 --longest 2 --vocabulary 300"
         " --set train_expert.max_steps=1 --set train_mla.max_steps=1",
         rows=15,
-        named=("state-space 128 x 3, 0.3, 0.1, 16", "ensemble", "(i) below the first version", "2 of 25"),
+        named=("state-space 128 x 3, 0.3, 0.1, 16", "ensemble", "(i) below the first version", "2 of 30"),
     ),
     "state_space.py step --threads 1 --length 128 --sides": Small(
         "--batch 1 --length 32 --rounds 1", rows=3, named=("transformers", "plain", "compiled")

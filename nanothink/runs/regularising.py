@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 
 from nanothink.config import Config
-from nanothink.config.base import Settings
 from nanothink.config.run import set_by_hand
 from nanothink.data.tokens import TokenisedCorpus
 from nanothink.models import COMBINED, build_model, training_of
@@ -46,10 +45,14 @@ def fit_to_text(
     n_tokens = sum(stream.n_targets for stream in tokens.train.values())
     if n_tokens > AMPLE * 2 * vocab_size * config.model.d_model and not training.fit_to_text:
         return config  # tables alone tell that there is enough text
-    before = config.model.d_model
+    sized: dict[str, int] = {}
     if width_is_fitted(kind, config, sources):
-        wanted = narrowed(before, n_tokens, taught=taught) if base is None else base.model.d_model
-        config = _of_width(config, wanted)
+        width, layers = narrowed(config.model.d_model, n_tokens, taught=taught)
+        if base is not None:
+            width, layers = base.model.d_model, None
+        if layers is None or set_by_hand(sources[f"{kind}.n_layers"]):
+            layers = getattr(config, kind).n_layers
+        config, sized = _of_size(config, kind, width, layers)
     with without_memory():  # shapes are enough
         model = with_adapters(build_model(kind, config, vocab_size), training)
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -71,12 +74,8 @@ def fit_to_text(
 
     by_hand = {name for name in _FITTED if set_by_hand(sources[f"{training.section}.{name}"])}
     fitted = {name: getattr(rule, name) for name in _FITTED if name not in by_hand}
-    chosen = fitted
-    if config.model.d_model != before:
-        chosen = {"model.d_model": config.model.d_model, **fitted}
-    listed = ", ".join(f"{name}={value}" for name, value in chosen.items())
-    measured = is_measured(n_tokens, taught=taught)
-    guessed = "" if measured else " No text of this size was measured; see docs/training.md."
+    listed = ", ".join(f"{name}={value}" for name, value in {**sized, **fitted}.items())
+    guessed = "" if is_measured(n_tokens) else " No text of this size was measured; see docs/training.md."
     reporter.note(f"{size}. Chosen for it: {listed or 'nothing, all is set by hand'}.{guessed}")
     return config.model_copy(update={training.section: training.model_copy(update=fitted)})
 
@@ -86,15 +85,21 @@ def width_is_fitted(kind: str, config: Config, sources: Mapping[str, str]) -> bo
     return training_of(kind, config).fit_to_text and not set_by_hand(sources["model.d_model"])
 
 
-def _of_width(config: Config, width: int) -> Config:
-    """The model in this width, with heads as wide as before; as it was where these do not divide it."""
-    before = config.model.d_model
-    sections: dict[str, Settings] = {"model": config.model.model_copy(update={"d_model": width})}
-    for name in ("transformer", "mla"):
-        section = getattr(config, name)
-        heads = max(1, section.n_heads * width // before)
-        sections[name] = section.model_copy(update={"n_heads": heads})
+def _of_size(config: Config, kind: str, width: int, n_layers: int) -> tuple[Config, dict[str, int]]:
+    """The settings with an expert of this size, with heads as wide as before, and those that have changed.
+
+    As they were where the heads do not divide the width.
+    """
+    before = {"model.d_model": config.model.d_model, f"{kind}.n_layers": getattr(config, kind).n_layers}
+    found = {"model.d_model": width, f"{kind}.n_layers": n_layers}
+    values = config.model_dump()
+    for name, value in found.items():
+        section, _, key = name.partition(".")
+        values[section][key] = value
+    for section in ("transformer", "mla"):
+        values[section]["n_heads"] = max(1, values[section]["n_heads"] * width // config.model.d_model)
     try:
-        return Config.model_validate(config.model_copy(update=sections).model_dump())
+        fitted = Config.model_validate(values)
     except ValidationError:
-        return config
+        return config, {}
+    return fitted, {name: value for name, value in found.items() if value != before[name]}

@@ -1,4 +1,4 @@
-"""Width, dropout and epochs that a text bears: a rule, from measurements at 0.1, 1 and 4 MB (docs/log.md).
+"""Size, dropout and epochs that a text bears: a rule, from measurements at 0.1 and 1 MB (docs/log.md).
 
 The fewer tokens there are for each parameter, the sooner a model overfits. Dropout puts that off, so that
 more epochs pay; with ample text it only slows learning down.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 AMPLE = 4.0
 """Training tokens for each parameter above which nothing is to be gained."""
 
-_AT_ONE = 0.12  # dropout at one token for each parameter
+_AT_ONE = 0.15  # dropout at one token for each parameter
 _A_DOUBLING = 0.07  # by which it falls where there are twice as many
 _MOST = 0.3
 _EPOCHS = ((0.3, 16, 32), (0.2, 8, 16), (0.1, 4, 4), (0.0, 0, 2))
@@ -20,25 +20,31 @@ _EPOCHS = ((0.3, 16, 32), (0.2, 8, 16), (0.1, 4, 4), (0.0, 0, 2))
 _TAUGHT_EPOCHS = 16
 _TABLES = 0.1  # decay of embeddings and head, at the most dropout
 
-_WIDTHS = ((80_000, 64), (200_000, 128))
-"""Training tokens up to which a width is enough. Of 64, 128 and 256 the first was best at 42 thousand, of the
-last two the last at 330 thousand; what lies between is a guess."""
+_SIZES = ((80_000, 64, 4), (600_000, 128, 6))
+"""Training tokens up to which a width is enough, and layers for it. Measured: at 42 thousand 64
+rather than 128 or 256, at 330 thousand 128 and six layers rather than 256 and three. The rest is a guess."""
 
-_MEASURED = (42_000, 330_000, 1_300_000)
+_TAUGHT_SIZES = ((80_000, 128, 4),)
+"""The same of students, which were measured at width 128 and 256 there."""
+
+_MEASURED = (42_000, 330_000)
 """Training tokens of the texts that the rule is drawn through."""
 _NEAR = 1.5
 
 
-def is_measured(n_tokens: int, *, taught: bool = False) -> bool:
-    """True if the rule, of students or of other models, was measured on a text of about this size."""
-    measured = _MEASURED[:1] if taught else _MEASURED
-    return any(size / _NEAR <= n_tokens <= size * _NEAR for size in measured)
+def is_measured(n_tokens: int) -> bool:
+    """True if the rule was measured on a text of about this size."""
+    return any(size / _NEAR <= n_tokens <= size * _NEAR for size in _MEASURED)
 
 
-def narrowed(width: int, n_tokens: int, *, taught: bool = False) -> int:
-    """``width``, or less where the text is too little for it; a student is one step wider than others."""
-    widths = _WIDTHS[1:] if taught else _WIDTHS
-    return next((min(width, enough) for most, enough in widths if n_tokens <= most), width)
+def narrowed(width: int, n_tokens: int, *, taught: bool = False) -> tuple[int, int | None]:
+    """Width and layers of a model that is too wide for the text; a student (``taught``) is wider than others.
+
+    ``width`` and None where that is not too wide.
+    """
+    sizes = _TAUGHT_SIZES if taught else _SIZES
+    enough = ((own, layers) for most, own, layers in sizes if n_tokens <= most and own < width)
+    return next(enough, (width, None))
 
 
 @dataclass(frozen=True)

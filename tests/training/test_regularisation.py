@@ -12,7 +12,7 @@ from nanothink.training.regularisation import Regularisation, is_measured, narro
     [
         (33_000, 900_000, 0.3, 32),
         (329_000, 2_360_000, 0.3, 32),
-        (329_000, 900_000, 0.2, 16),
+        (329_000, 900_000, 0.25, 16),
         (1_300_000, 900_000, 0.1, 4),
         (20_000_000, 900_000, 0.0, 2),
     ],
@@ -41,8 +41,9 @@ def test_with_time_for_few_epochs_there_is_less_dropout(epochs: float, dropout: 
 
 
 def test_little_text_narrows_a_model_and_never_widens_it() -> None:
-    assert [narrowed(256, n) for n in (42_000, 120_000, 330_000)] == [64, 128, 256]
-    assert narrowed(32, 42_000) == 32
+    assert [narrowed(256, n) for n in (42_000, 120_000, 330_000)] == [(64, 4), (128, 6), (128, 6)]
+    assert narrowed(256, 1_300_000) == (256, None)
+    assert narrowed(32, 42_000) == (32, None)
     assert is_measured(330_000)
     assert not is_measured(120_000)
 
@@ -52,4 +53,4 @@ def test_a_student_has_no_dropout_at_most_16_epochs_and_no_less_width(n_tokens: 
     own, taught = (Regularisation.of(n_tokens, 1_000_000, taught=taught) for taught in (False, True))
     assert (taught.dropout, taught.weight_decay_tables) == (0.0, 0.0)
     assert min(own.max_epochs, 16) <= taught.max_epochs <= 16
-    assert 128 <= narrowed(256, n_tokens, taught=True) >= narrowed(256, n_tokens)
+    assert 128 <= narrowed(256, n_tokens, taught=True)[0] >= narrowed(256, n_tokens)[0]
