@@ -26,7 +26,7 @@ $(VENV)/.bench: $(VENV)/.installed
 demo: install    ## the whole story on the starter corpus: data, four models, evaluation, a sample
 	$(BIN)/nanothink demo --out $(DEMO) --overwrite
 
-test: install    ## the default test suite, 11 minutes of processor time in two processes
+test: install    ## the default test suite, 8 minutes of processor time in two processes
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-bench: $(VENV)/.bench  ## the second suite: every documented benchmark made tiny, and lm-eval
