@@ -51,8 +51,8 @@ class TrainConfig(Settings):
     """Muon's momentum."""
 
     fit_to_text: bool = False
-    """Choose dropout, weight_decay_tables and max_epochs by the number of training tokens for each parameter,
-    where they are not set by hand."""
+    """Choose width, layers, dropout, weight_decay_tables, max_epochs and early_stopping_patience by the
+    number of training tokens, where they are not set by hand."""
 
     schedule: Literal["cosine", "trapezoid"] = "cosine"
     """Shape of the learning rate after warm-up: cosine to lr_min_fraction, or flat and then linear."""
