@@ -252,9 +252,11 @@ def with_further_experts(plan: TrainingPlan, speed_of: SpeedOf) -> TrainingPlan:
 
 
 def _is_full(plan: TrainingPlan) -> bool:
-    """True if each expert that has not started is trained for as long as the text bears."""
+    """True if each expert that has not started is trained as long as the text bears, or as one that has."""
+    started = [stage.steps for stage in plan.experts if stage.started]
     ahead = (stage for stage in plan.experts if not stage.started)
-    return all(stage.steps >= _most_steps(plan.text, plan.shape_of(stage)) for stage in ahead)
+    enough = ((stage, _most_steps(plan.text, plan.shape_of(stage))) for stage in ahead)
+    return all(stage.steps >= min([most, *started]) for stage, most in enough)
 
 
 def settled(plan: TrainingPlan, measured: Mapping[str, StepTime] | None = None) -> TrainingPlan:

@@ -9,7 +9,7 @@ import pytest
 from nanothink.cli.train import seconds_of
 from nanothink.errors import UsageError
 from nanothink.runs.plan_sizes import SHAPES, Shape, StepTime, TextSize
-from nanothink.runs.training_plan import FURTHER, TrainingPlan, make_plan, settled
+from nanothink.runs.training_plan import FURTHER, TrainingPlan, make_plan, settled, with_further_experts
 
 TEXTS = (7_000, 100_000, 1_000_000, 20_000_000)
 TIMES = (180, 600, 7200, 36_000)
@@ -99,6 +99,20 @@ def test_further_experts_take_the_time_that_is_left_and_no_other(n_bytes: int) -
         numbers.append(len(longer.experts))
     assert numbers == sorted(numbers)
     assert max(numbers) == 2 + len(FURTHER) or n_bytes > 1_000_000
+
+
+def test_a_machine_that_was_busy_all_the_time_of_its_experts_brings_further_ones() -> None:
+    """They were shortened for a time that they did not take; another of as many steps is better than none."""
+    text, busy = TextSize(n_bytes=400_000, n_domains=1), Machine(8.0)
+    plan = make_plan(text, 900, busy, further=True)
+    assert len(plan.experts) == 2
+    for index, stage in enumerate(plan.stages[:3]):
+        plan = plan.with_stage(index, started=True, done=True, spent_seconds=stage.seconds / 8)
+    longer = with_further_experts(settled(plan), Machine(4.0))
+    assert len(longer.experts) > 2
+    assert longer.experts[:2] == plan.experts
+    assert all(expert.steps >= min(steps_of(plan)) for expert in longer.experts)
+    assert longer.spent_seconds + sum(s.seconds for s in longer.stages if not s.started) <= 900
 
 
 def test_a_late_stage_shortens_the_ones_after_it_and_no_stage_that_has_started() -> None:
