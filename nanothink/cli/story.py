@@ -244,16 +244,14 @@ class Story:
         from nanothink.runs.training_plan import settled, with_further_experts
 
         with _reporting() as reporter:
-            speed_of = self._speed(reporter)
             if plan.further and plan.stages[index].name == "combine":  # earlier stages may have left time
-                plan = with_further_experts(settled(plan), speed_of)
+                plan = with_further_experts(settled(plan), self._speed(reporter))
             stage = plan.stages[index]
             counted_in = plan.with_stage(index, spent_seconds=time.monotonic() - self.began)
             if stage.kind is None:
                 return settled(counted_in)
-            return settled(
-                counted_in, {stage.timed_as: speed_of(stage.kind, plan.shape_of(stage), plan.vocab_size)}
-            )
+            speed = self._speed(reporter)(stage.kind, plan.shape_of(stage), plan.vocab_size)
+        return settled(counted_in, {stage.timed_as: speed})
 
     def _run(self, stage: Stage, command: list[str], scores: dict[str, Any]) -> int:
         if not self.as_json or stage.name != "evaluate":

@@ -114,7 +114,7 @@ class TrainingPlan(Settings):
         return self.shape.widened(stage.widening)
 
     def regularisation_of(self, stage: Stage) -> Regularisation:
-        """What the text and the steps of a stage ask for in its expert."""
+        """Dropout and decay of a stage's expert, by its size, the text and the number of its steps."""
         shape, n_tokens = self.shape_of(stage), self.text.n_tokens(self.vocab_size)
         rule = Regularisation.of(n_tokens, shape.n_parameters(self.vocab_size))
         return rule.within(stage.steps * shape.tokens_per_step / n_tokens)

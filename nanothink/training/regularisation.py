@@ -25,7 +25,7 @@ _SIZES = ((80_000, 64, 4), (600_000, 128, 6))
 rather than 128 or 256, at 330 thousand 128 and six layers rather than 256 and three. The rest is a guess."""
 
 _TAUGHT_SIZES = ((80_000, 128, 4),)
-"""The same of students, which were measured at width 128 and 256 there."""
+"""The same for students, which were measured at width 128 and, at 330 thousand, 256."""
 
 _MEASURED = (42_000, 330_000)
 """Training tokens of the texts that the rule is drawn through."""
@@ -58,7 +58,10 @@ class Regularisation:
 
     @property
     def early_stopping_patience(self) -> int:
-        """Long schedules end low: one that stood still at a high rate was stopped at epoch 19 of 32."""
+        """Evaluations in a row without improvement that end a run.
+
+        Five ended a run of 32 epochs at epoch 19, where its rate was still high.
+        """
         return max(5, self.max_epochs)
 
     @classmethod
