@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from nanothink.config import StateSpaceConfig, TransformerConfig
 from nanothink.data.tokens import IGNORE
-from nanothink.models import passes
+from nanothink.models import native, passes
 from nanothink.models.causal_attention import causal_attention
 from nanothink.models.feed_forward import SwiGLU
 from nanothink.models.layers import Attention, RMSNorm, Rotary
@@ -90,8 +91,20 @@ def test_softplus_and_its_slope_near_zero_and_far_from_it() -> None:
     torch.testing.assert_close(slope, x.grad, rtol=4e-6, atol=0)
 
 
-def test_threads_change_no_bit() -> None:
+@pytest.fixture
+def team(monkeypatch: pytest.MonkeyPatch) -> ctypes.c_void_p:
+    """The function of the library that runs another one on each of PyTorch's threads."""
+    library, _ = passes._load()
+    found = ctypes.c_void_p.in_dll(library, "nanothink_team")
+    monkeypatch.setattr(found, "value", found.value)
+    return found
+
+
+@pytest.mark.parametrize("own_threads", [False, True])
+def test_threads_change_no_bit(own_threads: bool, team: ctypes.c_void_p) -> None:
     x, grad, before = *torch.randn(2, 5000, WIDTH), torch.get_num_threads()
+    if own_threads:
+        team.value = None
     found = []
     try:
         for n_threads in (1, 3):
@@ -100,6 +113,32 @@ def test_threads_change_no_bit() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="PyTorch without OpenMP")
+def test_the_work_is_given_to_pytorch_s_threads(team: ctypes.c_void_p) -> None:
+    """Its idle threads keep the cores busy for a while: others would wait for one."""
+    work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    start = ctypes.CFUNCTYPE(None, work, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    assert team.value is not None
+    assert team.value == native._team()
+    parallel, before, teams = start(team.value), torch.get_num_threads(), list[int]()
+
+    def counted(function: Callable[[int], None], data: int, n_threads: int, flags: int) -> None:
+        teams.append(n_threads)
+        parallel(function, data, n_threads, flags)
+
+    counting = start(counted)
+    team.value = ctypes.cast(counting, ctypes.c_void_p).value
+    try:
+        torch.set_num_threads(3)
+        x = torch.randn(5000, WIDTH)
+        found = passes.norm(x, torch.ones(WIDTH), 1e-6, torch.float32)
+        passes.norm(x[:1], torch.ones(WIDTH), 1e-6, torch.float32)  # too little to share
+    finally:
+        torch.set_num_threads(before)
+    assert teams == [3]
+    torch.testing.assert_close(found, x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -39,7 +39,7 @@ _LARGEST_ERROR = 1e-5
 
 @dataclass(frozen=True)
 class Source:
-    """C++ beside the module that uses it; vectors.h comes before it.
+    """C++ beside the module that uses it; vectors.h and threads.h come before it.
 
     Args:
         package: the package that holds the files.
@@ -57,7 +57,7 @@ class Source:
     def read(self) -> bytes:
         """The text that is compiled."""
         own = (resources.files(self.package) / file for file in self.files)
-        parts = (resources.files(__package__).joinpath("vectors.h"), *own)
+        parts = (*(resources.files(__package__) / file for file in ("vectors.h", "threads.h")), *own)
         return b"".join(part.read_bytes() for part in parts)
 
 
@@ -128,8 +128,18 @@ def open_library(path: Path) -> Any:
 
 def _checked(source: Source, library: Any) -> tuple[Any, str]:
     source.declare(library)
+    ctypes.c_void_p.in_dll(library, "nanothink_team").value = _team()
     error = source.error(library)
     return (library, "") if error < _LARGEST_ERROR else (None, f"its results are wrong here by {error:.1g}")
+
+
+def _team() -> int | None:
+    """Address of the function that runs another one on PyTorch's own threads; None without OpenMP."""
+    try:
+        function = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # found in the libraries that it loads, too
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 def _copied(descriptor: int) -> Path:

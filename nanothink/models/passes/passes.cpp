@@ -1,12 +1,10 @@
 // Elementwise passes of a training step on a CPU, each in one walk through its memory. __init__.py builds this file,
-// after vectors.h, and calls it. Memory is float32 or bfloat16 (`Number`); all arithmetic is float32.
+// after vectors.h and threads.h, and calls it. Memory is float32 or bfloat16 (`Number`); all arithmetic is float32.
 //
 // R rows of a width, contiguous. How rows are cut does not depend on the number of threads, so neither do results.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -19,14 +17,8 @@ int64_t rows_of_piece(int64_t width) { return std::max<int64_t>(1, PIECE / width
 template <class F>
 void for_rows(int64_t n, int64_t width, int64_t n_threads, const F& f) {
   const int64_t rows = rows_of_piece(width);
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t begin; (begin = next.fetch_add(rows)) < n;) f(begin, std::min(n, begin + rows));
-  };
-  std::vector<std::thread> helpers;
-  for (int64_t i = 1; i < n_threads && i * rows < n; ++i) helpers.emplace_back(work);
-  work();
-  for (auto& helper : helpers) helper.join();
+  for_pieces((n + rows - 1) / rows, n_threads,
+             [&](int64_t i) { f(i * rows, std::min(n, (i + 1) * rows)); });
 }
 
 // A row of logits x becomes factor (softmax - one_hot) in place if there is a factor. Its negative log-likelihood

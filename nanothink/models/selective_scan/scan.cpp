@@ -1,4 +1,4 @@
-// The selective scan for CPUs, forward and backward, float32. compiled.py builds it, after vectors.h, and calls it.
+// The selective scan for CPUs, forward and backward, float32. compiled.py builds it, after vectors.h and threads.h.
 //
 // Work is cut into (sequence, segment of SEGMENT channels); units are independent and threads take them one
 // by one. How it is cut does not depend on the number of threads, so neither do the results. Within
@@ -10,9 +10,7 @@
 // starts (B, ceil(T / chunk), N, D).
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -29,15 +27,8 @@ struct Shape {
 
 template <class Unit>
 void for_each_unit(const Shape& s, int n_threads, const Unit& unit) {
-  const int64_t n_units = s.batch * s.segments();
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t i; (i = next++) < n_units;) unit(i / s.segments(), i % s.segments());
-  };
-  std::vector<std::thread> helpers;
-  for (int64_t i = 1; i < n_threads && i < n_units; ++i) helpers.emplace_back(work);
-  work();
-  for (auto& helper : helpers) helper.join();
+  for_pieces(s.batch * s.segments(), n_threads,
+             [&](int64_t i) { unit(i / s.segments(), i % s.segments()); });
 }
 
 // N is known at compile time for the usual number of states, so that loops over it unroll; 0: at run time.
