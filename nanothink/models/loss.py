@@ -32,6 +32,8 @@ from nanothink.models.precision import matmul_dtype
 _CACHE_BYTES = 3 << 20  # logits the epilogue walks through at a time on a CPU, so that they stay in L2
 
 
+_PRODUCT_BLOCK = 64
+
 CHUNK_ROWS = 512
 """Rows of logits that exist at a time: large enough for fast products, small beside the model."""
 
@@ -262,14 +264,16 @@ class ChunkedHead:
                 grad_hidden[chunk] = product @ self.weight
             if not need_weight:
                 continue
-            if grad_weight is None:
-                grad_weight = (product.t() @ self.hidden[chunk]).to(self.wide)
-            elif not self.narrow:
+            if grad_weight is not None and not self.narrow:
                 grad_weight.addmm_(product.t(), self.hidden[chunk])
+                continue
+            added = _transposed_product(product, self.hidden[chunk])
+            if grad_weight is None:
+                grad_weight = added.to(self.wide)
             elif self.in_one_pass:
-                passes.add_(grad_weight, product.t() @ self.hidden[chunk])
+                passes.add_(grad_weight, added)
             else:
-                grad_weight += product.t() @ self.hidden[chunk]
+                grad_weight += added
         if need_weight and grad_weight is None:
             grad_weight = self.valid.new_zeros(self.weight.shape)
         return None if grad_hidden is None else self.expand(grad_hidden), grad_weight
@@ -300,6 +304,20 @@ class ChunkedHead:
         if self.narrow and factor is not None:
             product.copy_(logits)
         return found
+
+
+def _transposed_product(x: Tensor, y: Tensor) -> Tensor:
+    """``x.t() @ y`` of (R, V) and (R, D), in two parts where CPUs compute it a fifth faster so.
+
+    oneDNN slows down on all of it where V, such as GPT-2's 50,257, is no multiple of its blocks.
+    """
+    whole = x.shape[1] // _PRODUCT_BLOCK * _PRODUCT_BLOCK
+    if x.device.type != "cpu" or x.dtype == torch.float32 or whole in (0, x.shape[1]):
+        return x.t() @ y
+    product = y.new_empty(x.shape[1], y.shape[1])
+    for some in (slice(0, whole), slice(whole, None)):
+        torch.mm(x[:, some].t(), y, out=product[some])
+    return product
 
 
 def _softmax_gradient_(logits: Tensor, targets: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -38,13 +38,13 @@ from nanothink.disk import private_folder, write_whole
 from nanothink.errors import StorageError
 from nanothink.models.loss import linear_cross_entropy
 from nanothink.models.native import processor
-from nanothink.training.muon import NS_COEFFICIENTS, NS_STEPS, orthogonalised
+from nanothink.training.muon import NS_COEFFICIENTS, NS_STEPS, all_orthogonalised
 
-_FORMAT = 1  # of the files, and of what is measured
+_FORMAT = 2  # of the files, and of what is measured
 _SECONDS, _FEWEST_ROUNDS, _MOST_ROUNDS = 0.25, 3, 15
 _HOPELESS = 0.5  # a ratio after which one round is enough
 _WIDEST, _WIDEST_IN_MUON, _MOST_ROWS = 512, 384, 512  # larger ones take long, and 16 bits only gain by them
-_VOCABULARY = 1024
+_VOCABULARY, _LAYERS = 1024, 4
 
 _RESTRICTIONS = ("ATEN_", "DNNL_", "MKL_", "ONEDNN_", "OPENBLAS_")
 """Beginnings of the variables that choose instructions in the libraries below torch."""
@@ -131,7 +131,7 @@ def _muon(width: int) -> Work:
     def work(dtype: torch.dtype) -> None:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for matrix in matrices:
-                orthogonalised(matrix, NS_COEFFICIENTS, NS_STEPS, 1e-7, dtype)
+                all_orthogonalised([matrix] * _LAYERS, NS_COEFFICIENTS, NS_STEPS, 1e-7, dtype)
 
     return work
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,12 @@ from torch.optim import AdamW, Muon, Optimizer
 
 if TYPE_CHECKING:
     from nanothink.training.muon_rows import MatrixOwners
+
+_BYTES_TOGETHER = 2 << 20
+"""Matrices of a shape in one product on a CPU: as many as stay in its cache (docs/log.md).
+
+On CUDA one launch serves all of them, whatever their size; that was not measured.
+"""
 
 NS_COEFFICIENTS, NS_STEPS = (3.4445, -4.7750, 2.0315), 5  # torch's, which are those of Jordan et al.
 
@@ -55,14 +62,17 @@ class FastMuon(_Eager, Muon):
         for group in self.param_groups:
             moving = [parameter for parameter in group["params"] if parameter.grad is not None]
 
-            def orthogonalise(matrix: torch.Tensor, group: dict[str, Any] = group) -> torch.Tensor:
+            def orthogonalise(
+                matrices: Sequence[torch.Tensor], group: dict[str, Any] = group
+            ) -> Sequence[torch.Tensor]:
                 settings = group["ns_coefficients"], group["ns_steps"], group["eps"]
-                return orthogonalised(matrix, *settings, self.dtype)
+                return all_orthogonalised(matrices, *settings, self.dtype)
 
             if self.owners is None:
-                for parameter in moving:
-                    update = orthogonalise(self._look_ahead(parameter, group["momentum"]))
-                    self._move(parameter, update, parameter.shape, group)
+                for shape, parameters in by_shape(moving).items():
+                    updates = orthogonalise([self._look_ahead(p, group["momentum"]) for p in parameters])
+                    for parameter, update in zip(parameters, updates, strict=True):
+                        self._move(parameter, update, shape, group)
                 continue
 
             def ahead(parameter: torch.Tensor, momentum: float = group["momentum"]) -> torch.Tensor:
@@ -87,6 +97,39 @@ class FastMuon(_Eager, Muon):
         # the root mean square of AdamW's update (Liu et al. 2025, section 2.2)
         rate = group["lr"] * 0.2 * math.sqrt(max(shape))
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+
+def by_shape(parameters: Iterable[torch.nn.Parameter]) -> dict[torch.Size, list[torch.nn.Parameter]]:
+    """Parameters of each shape, in their order."""
+    found: dict[torch.Size, list[torch.nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(parameter.shape, []).append(parameter)
+    return found
+
+
+def all_orthogonalised(
+    matrices: Sequence[torch.Tensor],
+    coefficients: tuple[float, float, float],
+    n_steps: int,
+    eps: float,
+    dtype: torch.dtype,
+) -> Sequence[torch.Tensor]:
+    """Matrices of one shape, each as by ``orthogonalised``, several in one product."""
+    found: list[torch.Tensor] = []
+    for some in _together(matrices, dtype):
+        one, *others = some
+        several = torch.stack(some) if others else one
+        made = orthogonalised(several, coefficients, n_steps, eps, dtype)
+        found += made.unbind() if others else [made]
+    return found
+
+
+def _together(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
+    n = len(matrices)
+    if n and not matrices[0].is_cuda:
+        n = max(1, _BYTES_TOGETHER // (matrices[0].numel() * dtype.itemsize))
+    for first in range(0, len(matrices), max(1, n)):
+        yield list(matrices[first : first + n])
 
 
 def orthogonalised(

@@ -14,14 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Orthogonalise = Callable[[Tensor], Tensor]
-"""Orthogonalises a matrix, or several (B, M, N)."""
-
-_AT_ONCE = 64
-"""Smaller side up to which a CPU is faster at all matrices of a shape in one product (docs/log.md).
-
-On CUDA one launch serves all of them, whatever their size; that was not measured.
-"""
+Orthogonalise = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Orthogonalises each of several matrices of a shape."""
 
 
 class MatrixOwners:
@@ -87,8 +81,7 @@ class _Exchange:
     def work_and_return(self, orthogonalise: Orthogonalise, dtype: torch.dtype) -> None:
         """Orthogonalise the matrices of this process, and send their rows back."""
         matrices = self._arrived()
-        at_once = matrices.is_cuda or min(self.shape) <= _AT_ONCE
-        made = orthogonalise(matrices) if at_once and self.n_own else [orthogonalise(m) for m in matrices]
+        made = orthogonalise(matrices.unbind())
         returned = [
             rows.reshape(-1)
             for of_process in zip(*(torch.split(matrix, self.rows) for matrix in made), strict=True)

@@ -166,6 +166,14 @@ def test_under_autocast(dtype: torch.dtype) -> None:
         assert_close(found.grad / scaler_factor, expected.grad, tolerance)
 
 
+@pytest.mark.parametrize("vocabulary", [30, 64, 128, 70, 193])
+def test_the_weights_gradient_in_two_products(vocabulary: int) -> None:
+    x, y = torch.randn(40, vocabulary).bfloat16(), torch.randn(40, 24).bfloat16()
+    found = loss_module._transposed_product(x, y)
+    torch.testing.assert_close(found, x.t() @ y)
+    assert found.dtype is torch.bfloat16
+
+
 def test_tiny_incoming_gradients_survive_half_precision() -> None:
     hidden, weight, targets = problem(40)
     nats, reference_hidden, _ = plain(hidden, weight, targets)

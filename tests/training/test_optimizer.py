@@ -4,12 +4,14 @@ import copy
 import functools
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from nanothink.config import TrainExpertConfig
+from nanothink.training import muon
 from nanothink.training.muon import NS_COEFFICIENTS, NS_STEPS, FastMuon, newton_schulz, orthogonalised
 from nanothink.training.optimizer import GroupedOptimizer, effective_warmup, learning_rate_fraction
 
@@ -170,6 +172,23 @@ def test_only_matrices_decay_by_default() -> None:
     optimizer = GroupedOptimizer(_groups(), TrainExpertConfig(weight_decay=0.5))
     decays = {g["role"]: g["weight_decay"] for o in optimizer.optimizers.values() for g in o.param_groups}
     assert decays == {"matrices": 0.5, "embeddings": 0, "head": 0, "other": 0}
+
+
+def test_matrices_of_a_shape_share_products_as_far_as_the_cache_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = NS_COEFFICIENTS, NS_STEPS, 1e-7, torch.float32
+    matrices, sizes = torch.randn(7, 24, 40).unbind(), list[int]()
+
+    def noted(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        sizes.append(len(x) if x.ndim == 3 else 1)
+        return orthogonalised(x, *args)
+
+    monkeypatch.setattr(muon, "orthogonalised", noted)
+    monkeypatch.setattr(muon, "_BYTES_TOGETHER", 3 * 4 * 24 * 40 + 1)
+    found = muon.all_orthogonalised(matrices, *settings)
+    assert sizes == [3, 3, 1]
+    for one, matrix in zip(found, matrices, strict=True):
+        torch.testing.assert_close(one, orthogonalised(matrix, *settings))
+    assert muon.all_orthogonalised([], *settings) == []
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
