@@ -25,6 +25,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -91,14 +92,15 @@ def foreign_step(model: Any, batch: int, dtype: torch.dtype, device: str) -> Sid
     return model, step
 
 
-def nanothink_step(batch: int, dtype: torch.dtype, device: str) -> Side:
+def nanothink_step(batch: int, dtype: torch.dtype, device: str, optimizer_name: str = "muon") -> Side:
     from nanothink.config import Config
     from nanothink.models import build_model
     from nanothink.training.optimizer import GroupedOptimizer
 
     torch.manual_seed(0)
     model = build_model("transformer", Config(), VOCABULARY).to(device).train()
-    optimizer = GroupedOptimizer(model.parameter_groups(), training_in(dtype, device))
+    training = training_in(dtype, device).model_copy(update={"optimizer": optimizer_name})
+    optimizer = GroupedOptimizer(model.parameter_groups(), training)
     tokens = torch.randint(0, VOCABULARY, (batch, LENGTH + 1)).to(device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -114,7 +116,14 @@ def nanothink_step(batch: int, dtype: torch.dtype, device: str) -> Side:
     return model, step
 
 
-SIDES = {"nanothink": nanothink_step, "gpt2": gpt2_step, "qwen3": qwen3_step}
+SIDES: dict[str, Callable[..., Side]] = {
+    "nanothink": nanothink_step,
+    "nanothink-adamw": partial(nanothink_step, optimizer_name="adamw"),
+    "gpt2": gpt2_step,
+    "qwen3": qwen3_step,
+}
+OURS = ("nanothink", "nanothink-adamw")
+"""The second has the peers' optimizer: a step without Muon's products."""
 
 
 def main() -> None:
@@ -146,7 +155,7 @@ def main() -> None:
     clock = time.thread_time if options.processor_time else time.perf_counter
     if options.child and options.seconds:
         _, step = SIDES[options.child](options.batch, dtype, options.device)
-        with kept_memory() if options.keep or options.child == "nanothink" else nullcontext():
+        with kept_memory() if options.keep or options.child in OURS else nullcontext():
             print(statistics.median(take_turns({"": step}, 3, clock)[""]))
         return
     if options.child:
@@ -168,7 +177,7 @@ def main() -> None:
     else:
         seconds = take_turns({name: step for name, (_, step) in sides.items()}, options.rounds, clock)
     most, source = peak_flops(options.device, dtype, clock)
-    peers = [name for name in options.sides if name != "nanothink"]
+    pairs = [(own, peer) for own in OURS if own in sides for peer in sides if peer not in OURS]
     print(f"a step of {options.batch} x {LENGTH} tokens, {options.dtype}, {machine(options.device)}")
     print(f"MFU against {most / 1e12:.3g} TFLOP/s ({source})\n")
     print("| side | parameters | seconds (median) | min | max | tokens/s | MFU |")
@@ -180,10 +189,10 @@ def main() -> None:
         mfu = speed * flops_per_token(model, LAYERS, WIDTH, LENGTH) / most
         spread = f"{median:.3g} | {min(values):.3g} | {max(values):.3g}"
         print(f"| {name} | {n_parameters:,} | {spread} | {speed:,.0f} | {mfu:.1%} |")
-    for peer in peers:
-        found = ratios(seconds, "nanothink", peer)
+    for own, peer in pairs:
+        found = ratios(seconds, own, peer)
         spread = f"{min(found):.2f} to {max(found):.2f}"
-        print(f"\nnanothink's tokens/s against {peer}: median {statistics.median(found):.2f} ({spread})")
+        print(f"\n{own}'s tokens/s against {peer}: median {statistics.median(found):.2f} ({spread})")
     if options.memory_batch:
         shape = ("--memory-batch", str(options.memory_batch), "--dtype", options.dtype)
         child = (__file__, *shape, "--device", options.device, "--child")
@@ -191,8 +200,8 @@ def main() -> None:
         print(f"\n| step of {options.memory_batch} x {LENGTH} tokens | peak memory |\n|---|---:|")
         for name, held in peaks.items():
             print(f"| {name} | {held / 1e9:.2f} GB |")
-        for peer in peers:
-            print(f"\npeak memory against {peer}: {peaks['nanothink'] / peaks[peer]:.2f}")
+        for own, peer in pairs:
+            print(f"\npeak memory of {own} against {peer}: {peaks[own] / peaks[peer]:.2f}")
 
 
 if __name__ == "__main__":
