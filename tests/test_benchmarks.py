@@ -224,7 +224,7 @@ SMALL = {
         "--batch 1 --memory-batch 1 --rounds 1",
         rows=6,
         named=("nanothink", "gpt2", "qwen3"),
-        said=(rf"tokens/s against gpt2: median {NUMBER}", rf"peak memory of nanothink against qwen3: {NUMBER}"),
+        said=(rf"s against gpt2: median {NUMBER}", rf"peak memory of nanothink against qwen3: {NUMBER}"),
     ),
     "usual_gate.py": Small(
         "--max-tokens 300", rows=0, said=(rf"temperature \[{NUMBER}", rf"{NUMBER} bits per byte")
