@@ -221,6 +221,7 @@ class Story:
     ) -> tuple[TrainingPlan, int]:
         """Settle a stage, show its command and run it. The plan is kept before and after."""
         from nanothink.cli import render
+        from nanothink.runs.planning import with_tokens_counted
 
         if not plan.stages[index].started:
             plan = self._settled(plan, index).with_stage(index, started=True)
@@ -236,6 +237,8 @@ class Story:
             self.began = time.monotonic()
             done = not code and stage.name not in _REPEATED
             plan = plan.with_stage(index, spent_seconds=spent, done=done)
+            if done and stage.name == "tokenizer":
+                plan = with_tokens_counted(plan, self.checkpoint_dir)
             file.write(plan)
         return plan, code
 

@@ -70,13 +70,15 @@ class TextSize(Settings):
     n_domains: int
     digest: str = ""
     """Hash of all files, to see that it is the same text later."""
+    bytes_per_token: float | None = None
+    """Of the trained tokenizer; estimated before there is one."""
 
     def n_tokens(self, vocab_size: int) -> int:
         """Training tokens, about; a tenth is held out."""
-        return max(1, int(0.9 * self.n_bytes / _bytes_per_token(vocab_size)))
+        return max(1, int(0.9 * self.n_bytes / (self.bytes_per_token or _usual_bytes_per_token(vocab_size))))
 
 
-def _bytes_per_token(vocab_size: int) -> float:
+def _usual_bytes_per_token(vocab_size: int) -> float:
     """About 2.6 at 1,024 entries and 0.35 more for each doubling, as measured on the starter corpus."""
     return max(2.0, 2.6 + 0.35 * math.log2(vocab_size / 1024))
 

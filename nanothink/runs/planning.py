@@ -16,8 +16,9 @@ from nanothink.data.importing import document_texts
 from nanothink.data.problems import Problems
 from nanothink.data.records import iter_records
 from nanothink.data.sources import has_documents
+from nanothink.data.tokenizer import load_tokenizer
 from nanothink.disk import make_folder, storage_error, write_whole
-from nanothink.errors import CheckpointError, DataError, UsageError
+from nanothink.errors import CheckpointError, DataError, NanoThinkError, UsageError
 from nanothink.models.joint_gate import GATE_PREFIX
 from nanothink.reporter import SILENT, Reporter
 from nanothink.runs.plan_sizes import Shape, TextSize
@@ -26,6 +27,7 @@ from nanothink.runs.training_plan import TrainingPlan
 PLAN_FILE, SETTINGS_FILE, TOKENIZER_FOLDER = "plan.json", "train.toml", "tokenizer"
 IMPORTED_FOLDER = "data"
 _PROMPT_CHARS = 30
+_COUNTED_CHARS = 500_000
 _NEVER = 1_000_000  # a plan keeps the best model and the latest state, and goes to the end of its schedules
 
 
@@ -75,6 +77,28 @@ def opening(data_dir: Path, checkpoint_dir: Path) -> str:
 def _first_words(text: str) -> str:
     words = [word for word in text[:1000].split() if any(map(str.isalpha, word))]
     return " ".join(words[:2])[:_PROMPT_CHARS] or "The"
+
+
+def with_tokens_counted(plan: TrainingPlan, checkpoint_dir: Path) -> TrainingPlan:
+    """The plan by the trained tokenizer's own tokens, of the first texts of each file.
+
+    As it is where text or tokenizer cannot be read, which the command that uses them says.
+    """
+    try:
+        files = list(find_corpus(str(settings_of(plan, checkpoint_dir)["data.data_dir"])).files)
+        tokenizer = load_tokenizer(str(checkpoint_dir / TOKENIZER_FOLDER))
+    except NanoThinkError:
+        return plan
+    n_bytes = n_tokens = 0
+    for n_files, (_, path) in enumerate(files, 1):
+        for _, record in iter_records(path, on_problem=lambda _: None):
+            text = record.text[:_COUNTED_CHARS]
+            n_bytes += len(text.encode())
+            n_tokens += len(tokenizer.encode(text))
+            if n_bytes > _COUNTED_CHARS * n_files / len(files):
+                break
+    text_size = plan.text.model_copy(update={"bytes_per_token": n_bytes / n_tokens})
+    return plan.model_copy(update={"text": text_size})
 
 
 def have_gates(checkpoints: Iterable[Path]) -> bool:

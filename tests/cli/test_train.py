@@ -17,9 +17,11 @@ import pytest
 
 from nanothink.cli.app import run
 from nanothink.cli.story import Story
+from nanothink.data.tokenizer import load_tokenizer
 from nanothink.errors import CheckpointMismatchError, NanoThinkError, StorageError, UsageError
-from nanothink.runs.plan_sizes import Shape, StepTime
+from nanothink.runs.plan_sizes import Shape, StepTime, TextSize
 from nanothink.runs.planning import PlanFile
+from nanothink.training.regularisation import Regularisation
 
 
 class Commands:
@@ -175,6 +177,28 @@ def test_a_machine_that_was_busy_when_the_plan_was_made_brings_further_experts_l
     assert story(commands, commands.folder, text, seconds=None, kinds=None, speed_of=speed).tell() == 0
     assert commands.names[-2:] == ["eval", "generate"], "and no more when asked again"
     assert sum(name == "train-mla" for name in commands.names) == 1
+
+
+def test_epochs_are_counted_in_the_tokens_of_the_trained_tokenizer(tmp_path: Path) -> None:
+    easy = "".join(f"This is line {i} of a text that is easy to compress. " for i in range(40))
+    (tmp_path / "text" / "easy").mkdir(parents=True)
+    lines = (json.dumps({"text": f"{n} {easy}"}) + "\n" for n in range(60))
+    (tmp_path / "text" / "easy" / "a.jsonl").write_text("".join(lines))
+
+    def call(words: list[str]) -> int:
+        return run(words) if words[0] == "tokenizer" else 0
+
+    story(call, tmp_path / "models", tmp_path / "text", seconds=36_000).tell()
+    plan = PlanFile(tmp_path / "models").read()
+    assert plan is not None
+    tokenizer = load_tokenizer(str(tmp_path / "models" / "tokenizer"))
+    n_tokens = 60 * len(tokenizer.encode(f"1 {easy}"))
+    assert n_tokens < 0.8 * TextSize(n_bytes=plan.text.n_bytes, n_domains=1).n_tokens(plan.vocab_size)
+    for stage in plan.experts:
+        most = Regularisation.of(int(0.9 * n_tokens), plan.shape_of(stage).n_parameters(plan.vocab_size))
+        assert stage.steps == pytest.approx(
+            most.max_epochs * 0.9 * n_tokens / plan.shape.tokens_per_step, rel=0.05
+        )
 
 
 def test_a_place_that_cannot_be_written_is_an_error(commands: Commands, text: Path) -> None:
