@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.optim import AdamW, Muon, Optimizer
@@ -23,6 +23,9 @@ NS_COEFFICIENTS, NS_STEPS = (3.4445, -4.7750, 2.0315), 5  # torch's, which are t
 
 _STEPS_IN_16_BITS = 3
 """Steps on one Gram matrix in a 16-bit type; more of them multiply its rounding (docs/log.md)."""
+
+
+Matrix = TypeVar("Matrix", bound=torch.Tensor)
 
 
 class _Eager(Optimizer):
@@ -69,10 +72,11 @@ class FastMuon(_Eager, Muon):
                 return all_orthogonalised(matrices, *settings, self.dtype)
 
             if self.owners is None:
-                for shape, parameters in by_shape(moving).items():
-                    updates = orthogonalise([self._look_ahead(p, group["momentum"]) for p in parameters])
-                    for parameter, update in zip(parameters, updates, strict=True):
-                        self._move(parameter, update, shape, group)
+                for parameters in by_shape(moving).values():
+                    for some in together(parameters, self.dtype):
+                        updates = orthogonalise([self._look_ahead(p, group["momentum"]) for p in some])
+                        for parameter, update in zip(some, updates, strict=True):
+                            self._move(parameter, update, parameter.shape, group)
                 continue
 
             def ahead(parameter: torch.Tensor, momentum: float = group["momentum"]) -> torch.Tensor:
@@ -116,7 +120,7 @@ def all_orthogonalised(
 ) -> Sequence[torch.Tensor]:
     """Matrices of one shape, each as by ``orthogonalised``, several in one product."""
     found: list[torch.Tensor] = []
-    for some in _together(matrices, dtype):
+    for some in together(matrices, dtype):
         one, *others = some
         several = torch.stack(some) if others else one
         made = orthogonalised(several, coefficients, n_steps, eps, dtype)
@@ -124,7 +128,8 @@ def all_orthogonalised(
     return found
 
 
-def _together(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
+def together(matrices: Sequence[Matrix], dtype: torch.dtype) -> Iterator[list[Matrix]]:
+    """Matrices of one shape, in lists that are worked on in one product."""
     n = len(matrices)
     if n and not matrices[0].is_cuda:
         n = max(1, _BYTES_TOGETHER // (matrices[0].numel() * dtype.itemsize))
