@@ -255,7 +255,7 @@ def _is_full(plan: TrainingPlan) -> bool:
     """True if each expert that has not started is trained as long as the text bears, or as one that has."""
     started = [stage.steps for stage in plan.experts if stage.started]
     ahead = (stage for stage in plan.experts if not stage.started)
-    enough = ((stage, _most_steps(plan.text, plan.shape_of(stage))) for stage in ahead)
+    enough = ((stage, _most_steps(plan.text, plan.shape, stage.widening)) for stage in ahead)
     return all(stage.steps >= min([most, *started]) for stage, most in enough)
 
 
@@ -284,27 +284,32 @@ def settled(plan: TrainingPlan, measured: Mapping[str, StepTime] | None = None) 
             stages.append(stage)
         elif stage.name == "expert":
             step = times[stage.timed_as]
-            sizes = _expert(text, plan.shape_of(stage), unit, for_training / n_experts, step)
+            sizes = _expert(text, plan.shape, stage.widening, unit, for_training / n_experts, step)
             stages.append(stage.model_copy(update=sizes))
         else:
             stages.append(last.get(stage.name, stage))
     return plan.model_copy(update={"stages": tuple(stages)})
 
 
-def _most_steps(text: TextSize, shape: Shape) -> int:
-    """Steps for as many epochs as the text bears."""
+def _most_steps(text: TextSize, shape: Shape, widening: int) -> int:
+    """Steps for as many epochs as the text bears.
+
+    A wider model than the text asks for overfits sooner: twice as wide it bears half as many (docs/log.md).
+    """
     vocab_size = shape.vocab_size(text.n_bytes)
     n_tokens = text.n_tokens(vocab_size)
-    epochs = Regularisation.of(n_tokens, shape.n_parameters(vocab_size)).max_epochs
-    return math.ceil(epochs * n_tokens / shape.tokens_per_step)
+    epochs = Regularisation.of(n_tokens, shape.widened(widening).n_parameters(vocab_size)).max_epochs
+    return math.ceil(epochs / widening * n_tokens / shape.tokens_per_step)
 
 
-def _expert(text: TextSize, shape: Shape, unit: float, seconds: float, time: StepTime) -> dict[str, Any]:
+def _expert(
+    text: TextSize, shape: Shape, widening: int, unit: float, seconds: float, time: StepTime
+) -> dict[str, Any]:
     """As many steps as the time allows and the text bears, with evaluations in between."""
     vocab_size = shape.vocab_size(text.n_bytes)
     available = max(0.0, seconds - _EXPERT * unit)
     n_tokens = text.n_tokens(vocab_size)
-    most = _most_steps(text, shape)
+    most = _most_steps(text, shape, widening)
     affordable = shape.tokens_per_step * min(most, (1 - _EVALUATING) * available / time.step_seconds)
     # every epoch ends with an evaluation; where there are few epochs, more come in between
     n_epochs = int(affordable / n_tokens)

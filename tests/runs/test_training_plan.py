@@ -101,6 +101,15 @@ def test_further_experts_take_the_time_that_is_left_and_no_other(n_bytes: int) -
     assert max(numbers) == 2 + len(FURTHER) or n_bytes > 1_000_000
 
 
+def test_a_wider_expert_reads_the_text_half_as_often() -> None:
+    plan = make_plan(TextSize(n_bytes=1_100_000, n_domains=5), 36_000, Machine(), further=True)
+    epochs = {expert.widening: expert.steps * plan.shape.tokens_per_step for expert in plan.experts}
+    assert set(epochs) == {1, 2}
+    assert epochs[1] / epochs[2] == pytest.approx(2, abs=0.01)
+    wide = next(expert for expert in plan.experts if expert.widening == 2)
+    assert plan.regularisation_of(wide).dropout == 0.3
+
+
 def test_a_machine_that_was_busy_all_the_time_of_its_experts_brings_further_ones() -> None:
     """They were shortened for a time that they did not take; another of as many steps is better than none."""
     text, busy = TextSize(n_bytes=400_000, n_domains=1), Machine(8.0)
