@@ -218,12 +218,12 @@ SMALL = {
         "--batch 1 --memory-batch 0 --rounds 1 --dtype float32", rows=2, named=("nanothink", "gpt2")
     ),
     "training_step.py --": Small(
-        "--batch 1 --memory-batch 0 --rounds 1", rows=3, named=("nanothink", "gpt2", "qwen3")
+        "--batch 1 --memory-batch 0 --rounds 1", rows=4, named=("nanothink-adamw", "gpt2", "qwen3")
     ),
     "training_step.py": Small(
         "--batch 1 --memory-batch 1 --rounds 1",
-        rows=6,
-        named=("nanothink", "gpt2", "qwen3"),
+        rows=8,
+        named=("nanothink-adamw", "gpt2", "qwen3"),
         said=(rf"s against gpt2: median {NUMBER}", rf"peak memory of nanothink against qwen3: {NUMBER}"),
     ),
     "usual_gate.py": Small(
