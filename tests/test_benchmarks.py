@@ -152,7 +152,7 @@ SMALL = {
     ),
     "vector_store.py recall": Small("--blocks 1", rows=5, named=("exact", "4 lists"), said=("bytes a key",)),
     "vector_store.py scale": Small("--keys 2000", rows=5, named=("exact", "32 lists"), said=("bytes a key",)),
-    "newton_schulz.py": Small("--rounds 1", rows=6, named=("16 of 32 x 32",)),
+    "newton_schulz.py": Small("--rounds 1", rows=8, named=("16 of 32 x 32",)),
     "optimizers.py --data-dir DATA --tokenizer TOKENIZER --steps 150 300 --only muon": Small(
         f"--steps 1 {TINY}", rows=7, named=("muon",)
     ),
