@@ -71,7 +71,7 @@ class TextSize(Settings):
     digest: str = ""
     """Hash of all files, to see that it is the same text later."""
     bytes_per_token: float | None = None
-    """Of the trained tokenizer; estimated before there is one."""
+    """UTF-8 bytes that a token of the trained tokenizer stands for; None before there is one."""
 
     def n_tokens(self, vocab_size: int) -> int:
         """Training tokens, about; a tenth is held out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -103,11 +103,13 @@ class FastMuon(_Eager, Muon):
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
 
-def by_shape(parameters: Iterable[torch.nn.Parameter]) -> dict[torch.Size, list[torch.nn.Parameter]]:
-    """Parameters of each shape, in their order."""
+def by_shape(
+    parameters: Iterable[torch.nn.Parameter], shapes: Mapping[torch.nn.Parameter, torch.Size] | None = None
+) -> dict[torch.Size, list[torch.nn.Parameter]]:
+    """Parameters of each shape, in their order; ``shapes``: of the wholes that they are rows of."""
     found: dict[torch.Size, list[torch.nn.Parameter]] = {}
     for parameter in parameters:
-        found.setdefault(parameter.shape, []).append(parameter)
+        found.setdefault(parameter.shape if shapes is None else shapes[parameter], []).append(parameter)
     return found
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanothink.training.muon import by_shape
+
 Orthogonalise = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Orthogonalises each of several matrices of a shape."""
 
@@ -44,10 +46,8 @@ class MatrixOwners:
             ahead: gives own rows of the matrix to orthogonalise; called once for each of ``moving``.
             dtype: of the result.
         """
-        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-        for own in moving:
-            by_shape.setdefault(self.shapes[own], []).append(own)
-        pending = [_Exchange(self, shape, entries) for shape, entries in by_shape.items()]
+        same = by_shape(moving, self.shapes)
+        pending = [_Exchange(self, shape, entries) for shape, entries in same.items()]
         if pending:
             pending[0].gather(ahead)
         for i, exchange in enumerate(pending):
